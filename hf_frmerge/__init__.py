@@ -1,0 +1,55 @@
+"""Merge fine-tuned language models by the weighted Karcher mean on the Fisher–Rao manifold."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_frmerge.merger import FisherRaoMerger
+    from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments
+    from hf_frmerge.merging.callbacks import (
+        CollapseGuardCallback,
+        MergeCallback,
+        MergeControl,
+        PrinterCallback,
+        ProgressCallback,
+    )
+    from hf_frmerge.merging.state import MergeState
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Resolved on first use, so that importing the package costs nothing.
+_PUBLIC = {
+    "FisherRaoMerger": "hf_frmerge.merger",
+    "ExpertArguments": "hf_frmerge.merging.arguments",
+    "MergingArguments": "hf_frmerge.merging.arguments",
+    "MergeState": "hf_frmerge.merging.state",
+    "MergeControl": "hf_frmerge.merging.callbacks",
+    "MergeCallback": "hf_frmerge.merging.callbacks",
+    "ProgressCallback": "hf_frmerge.merging.callbacks",
+    "PrinterCallback": "hf_frmerge.merging.callbacks",
+    "CollapseGuardCallback": "hf_frmerge.merging.callbacks",
+}
+
+__all__ = [
+    "CollapseGuardCallback",
+    "ExpertArguments",
+    "FisherRaoMerger",
+    "MergeCallback",
+    "MergeControl",
+    "MergeState",
+    "MergingArguments",
+    "PrinterCallback",
+    "ProgressCallback",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,35 @@
+"""Errors a user can cause, each a sentence that says what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class MergeError(RuntimeError):
+    """A merge cannot start or go on. The message is written for the person who started it."""
+
+
+class ArgumentError(MergeError, ValueError):
+    """An option or a combination of options makes no sense; nothing was read or written."""
+
+
+class CheckpointError(MergeError):
+    """A checkpoint or adapter is missing, broken, or does not fit the others."""
+
+
+class NonFiniteError(CheckpointError):
+    """A tensor holds NaN or infinity."""
+
+
+class AmbiguousMeanError(MergeError):
+    """The experts of a block balance out (antipodal points), so no mean direction is preferred."""
+
+
+class ResumeError(MergeError):
+    """What is on disk does not belong to this merge, so it cannot be resumed."""
+
+
+class HubError(MergeError):
+    """The Hugging Face Hub refused a request or could not be reached."""
+
+
+class MergeWarning(UserWarning):
+    """Something is supported but probably not what was meant."""
