@@ -1,0 +1,196 @@
+"""
+The unit sphere, on coordinate vectors in the last axis: distance, log, exp, slerp.
+
+Everything broadcasts over leading axes. Nothing here branches on small angles: removable singularities go through
+`sinc`, and angles come from chords, because `arccos` of an inner product cannot see below 1.5e-8 rad.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Shape suffixes: N = number of points, K = number of coordinates; `...` = blocks.
+
+Array = NDArray[np.float64]
+
+
+def dot(a: Array, b: Array) -> Array:
+    """
+    Sum `a * b` over the last axis, always in the same order.
+
+    `np.sum` and `np.einsum` choose the order of summation from the memory layout, so that a block would get other
+    last bits alone than in a batch. Merges are resumed and split over processes; their bits must not depend on that.
+
+    Args:
+        a (`np.ndarray`): `(..., K)`, float64.
+        b (`np.ndarray`): `(..., K)`, float64, broadcast against `a`.
+
+    Returns:
+        `np.ndarray`: `(...)`, float64.
+    """
+    total: Array = a[..., 0] * b[..., 0]
+    for k in range(1, a.shape[-1]):
+        total = total + a[..., k] * b[..., k]
+    return total
+
+
+def sinc(x: Array) -> Array:
+    """Return `sin(x) / x`, and 1 at 0, for `x` in radians."""
+    return np.sinc(x / np.pi)
+
+
+def norms(points: Array) -> Array:
+    """
+    Euclidean norms over the last axis.
+
+    Args:
+        points (`np.ndarray`): `(..., K)`, float64.
+
+    Returns:
+        `np.ndarray`: `(...)`, float64.
+    """
+    return np.sqrt(dot(points, points))
+
+
+def normalise(points: Array) -> Array:
+    """
+    Divide by the norm over the last axis; a zero vector has no direction and stays zero.
+
+    Args:
+        points (`np.ndarray`): `(..., K)`, float64.
+
+    Returns:
+        `np.ndarray`: `(..., K)`, float64, of norm 1 or 0.
+    """
+    length = norms(points)[..., None]
+    return points / np.where(length > 0, length, 1.0)
+
+
+def distance(a: Array, b: Array) -> Array:
+    """
+    Angle between unit vectors, in radians, to full relative accuracy near 0 and near pi.
+
+    `2 * atan2(|a - b|, |a + b|)`: one of the two chords is always well away from cancellation.
+
+    Args:
+        a (`np.ndarray`): Unit vectors, `(..., K)`, float64.
+        b (`np.ndarray`): Unit vectors, `(..., K)`, float64, broadcast against `a`.
+
+    Returns:
+        `np.ndarray`: `(...)`, radians in `[0, pi]`.
+
+    Example:
+    ```python
+    >>> import numpy as np
+    >>> a, b = np.array([1.0, 0.0]), np.array([np.cos(1e-9), np.sin(1e-9)])
+    >>> f"{distance(a, b):.9e}", f"{np.arccos(a @ b):.9e}"  # arccos cannot see so small an angle
+    ('1.000000000e-09', '0.000000000e+00')
+
+    ```
+    """
+    return 2.0 * np.arctan2(norms(a - b), norms(a + b))
+
+
+def log(base: Array, point: Array) -> Array:
+    r"""
+    Tangent vector at `base` that points at `point` and is as long as the arc between them.
+
+    \(\mathrm{Log}_p(q) = \frac{\theta}{\sin\theta}(q - \cos\theta\, p)\), with \(q - \cos\theta\, p\) taken as
+    \((q - p) + \tfrac12 |q - p|^2 p\), which does not cancel when `q` is close to `p`.
+
+    Args:
+        base (`np.ndarray`): Unit vectors, `(..., K)`, float64.
+        point (`np.ndarray`): Unit vectors, `(..., K)`, float64, not opposite to `base`.
+
+    Returns:
+        `np.ndarray`: Tangent vectors, `(..., K)`, of length the angle in radians.
+    """
+    chord = point - base
+    sine_direction = chord + 0.5 * dot(chord, chord)[..., None] * base
+    return sine_direction / sinc(distance(base, point))[..., None]
+
+
+def exp(base: Array, tangent: Array) -> Array:
+    r"""
+    Point reached from `base` along the great circle that leaves in direction `tangent`.
+
+    \(\mathrm{Exp}_p(v) = \cos|v|\, p + \frac{\sin|v|}{|v|} v\).
+
+    Args:
+        base (`np.ndarray`): Unit vectors, `(..., K)`, float64.
+        tangent (`np.ndarray`): Vectors orthogonal to `base`, `(..., K)`, of length in radians.
+
+    Returns:
+        `np.ndarray`: Unit vectors, `(..., K)`.
+
+    Example:
+    ```python
+    >>> import numpy as np
+    >>> p, q = np.array([1.0, 0.0, 0.0]), np.array([0.0, 0.6, 0.8])
+    >>> bool(np.allclose(exp(p, log(p, q)), q, rtol=0, atol=1e-15))
+    True
+
+    ```
+    """
+    length = norms(tangent)[..., None]
+    return np.cos(length) * base + sinc(length) * tangent
+
+
+def slerp_coefficients(angle: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
+    r"""
+    Coefficients of the point a fraction `t` of the way along the arc between two unit vectors.
+
+    \(\sin((1-t)\theta)/\sin\theta\) and \(\sin(t\theta)/\sin\theta\), written with `sinc` so that angle 0 needs no
+    branch; `t` of exactly 0 or 1 gives exactly one vector.
+
+    Args:
+        angle (`ArrayLike`): Angle between the vectors, in radians, below pi.
+        t (`ArrayLike`): Fraction of the way from the first to the second, in `[0, 1]`.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Coefficient of the first and of the second vector.
+    """
+    angle, t = np.asarray(angle, dtype=np.float64), np.asarray(t, dtype=np.float64)
+    whole = sinc(angle)
+    return (1.0 - t) * sinc((1.0 - t) * angle) / whole, t * sinc(t * angle) / whole
+
+
+def slerp(a: Array, b: Array, t: ArrayLike) -> Array:
+    """
+    Point a fraction `t` of the way along the great circle from `a` to `b`.
+
+    Args:
+        a (`np.ndarray`): Unit vectors, `(..., K)`, float64.
+        b (`np.ndarray`): Unit vectors, `(..., K)`, float64, not opposite to `a`.
+        t (`ArrayLike`): Fraction, broadcast against `(...)`.
+
+    Returns:
+        `np.ndarray`: Unit vectors, `(..., K)`.
+
+    Example:
+    ```python
+    >>> import numpy as np
+    >>> slerp(np.array([1.0, 0.0]), np.array([0.0, 1.0]), 1 / 3).round(6).tolist()  # 30 of 90 degrees
+    [0.866025, 0.5]
+
+    ```
+    """
+    first, second = slerp_coefficients(distance(a, b), t)
+    return first[..., None] * a + second[..., None] * b
+
+
+def pairwise_angles(points: Array) -> Array:
+    """
+    Angles between all pairs of points, which need not be of unit norm.
+
+    Args:
+        points (`np.ndarray`): `(..., N, K)`, float64.
+
+    Returns:
+        `np.ndarray`: `(..., N, N)`, radians; NaN in the row and column of a zero vector, which has no direction.
+    """
+    units = normalise(points)
+    angles = distance(units[..., :, None, :], units[..., None, :, :])
+    no_direction = norms(points) == 0
+    return np.where(no_direction[..., :, None] | no_direction[..., None, :], np.nan, angles)

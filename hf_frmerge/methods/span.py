@@ -1,0 +1,277 @@
+"""
+Methods whose merged block is a combination of the experts' blocks, `sum_i c_i x_i`, found from a Gram matrix alone.
+
+Every method is a function `(points, weights, options) -> SpanResult` on coordinates of the blocks (see
+`geometry.gram.embed`), all blocks at once; `SPAN_METHODS` names them. `karcher`, `slerp` and `nre` choose a
+direction and share one norm policy: with `n` the norms and `u` the directions,
+
+    |merged| = coherence ** beta * (mean | median | max of n),    coherence = |sum_i w_i u_i|
+
+so that `beta=0` preserves norms, `beta=1` shrinks as the plain mean does, `beta=-1` grows as the plain sum does.
+
+One rule holds exactly, not to rounding, for all methods except `task_arithmetic`, a scaled sum by definition: where
+all experts of positive weight are the same point (one expert of weight 1, equal experts, all-zero blocks) the
+coefficients are the weights themselves. An expert with a zero block has no direction: it gets coefficient 0 from the
+three directional methods, the others share the direction by their weights, and it still counts in the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.geometry.karcher import MIN_MARGIN, is_ambiguous, karcher_mean
+from hf_frmerge.geometry.sphere import Array, distance, dot, normalise, norms, slerp_coefficients
+
+# Weights are normalised in float64: a cumulative sum this close to one half is one half.
+_HALF_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class SpanOptions:
+    """
+    What the methods of this module leave open.
+
+    Args:
+        norm (`str`, *optional*, defaults to `"mean"`):
+            Norm of a merged block before `beta`: weighted `"mean"`, weighted `"median"` (the smallest norm that
+            half of the weight does not exceed; midway between two if the weight splits exactly in half between
+            them), or `"max"` over experts of positive weight.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Power of the coherence that multiplies the norm.
+        scale (`float`, *optional*, defaults to `1.0`):
+            Factor of `task_arithmetic`: with equal weights every expert is added `scale` times.
+        tol (`float`, *optional*, defaults to `1e-12`):
+            Norm of the gradient, in radians, at which the Karcher iteration stops.
+        max_iter (`int`, *optional*, defaults to `100`):
+            Steps after which it gives up.
+        on_ambiguous (`str`, *optional*, defaults to `"raise"`):
+            Coefficients of blocks where no direction is preferred: with `"linear"` the weights, as in a plain mean;
+            with `"raise"` NaN, for the caller to raise, who knows the names. Both are flagged.
+    """
+
+    norm: Literal["mean", "median", "max"] = "mean"
+    beta: float = 0.0
+    scale: float = 1.0
+    tol: float = 1e-12
+    max_iter: int = 100
+    on_ambiguous: Literal["raise", "linear"] = "raise"
+
+
+@dataclass(frozen=True)
+class SpanResult:
+    """Coefficients on the experts' blocks; the merged block is `sum_i coefficients[..., i] * x_i`."""
+
+    coefficients: Array  # (..., N), float64
+    n_iter: NDArray[np.int64]  # (...): steps of the iteration; 0 for answers in closed form
+    residual: Array  # (...): gradient norm in radians; 0 for answers in closed form
+    converged: NDArray[np.bool_]  # (...): residual < tol; True for answers in closed form
+    ambiguous: NDArray[np.bool_]  # (...): no direction is preferred; see `SpanOptions.on_ambiguous`
+
+
+SpanMethod = Callable[[Array, ArrayLike, SpanOptions], SpanResult]
+
+
+def linear(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    """
+    Plain weighted mean, `c = w`. It is shorter than its inputs by the coherence.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
+        options (`SpanOptions`): Not used.
+
+    Returns:
+        `SpanResult`: The weights as coefficients.
+    """
+    return _closed_form(_broadcast(points, weights).copy())
+
+
+def task_arithmetic(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    """
+    Scaled sum, `c_i = scale * N * w_i` (Ilharco et al. 2023): meant for deltas.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
+        options (`SpanOptions`): `scale` is used.
+
+    Returns:
+        `SpanResult`: Coefficients that sum to `scale * N`.
+    """
+    return _closed_form(options.scale * points.shape[-2] * _broadcast(points, weights))
+
+
+def nre(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    """
+    Norm-rescaled mean: direction of the plain weighted mean `sum_i w_i x_i`, norm by policy.
+
+    Ambiguous where that mean is shorter than `MIN_MARGIN` times the mean of norms.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
+        options (`SpanOptions`): `norm`, `beta` and `on_ambiguous` are used.
+
+    Returns:
+        `SpanResult`: Coefficients proportional to the weights of the experts that are not zero.
+    """
+    blocks = _Blocks.of(points, weights)
+    mean_norm = norms(_combine(blocks.weights, points))
+    ambiguous = mean_norm < MIN_MARGIN * dot(blocks.weights, blocks.lengths)
+    direction = np.where(blocks.lengths > 0, blocks.weights, 0.0)
+    scale = blocks.target_norm(options) / np.where(mean_norm > 0, mean_norm, 1.0)
+    return blocks.result(scale[..., None] * direction, ambiguous, options)
+
+
+def slerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    """
+    Point on the great circle from the first expert to the second, at the fraction `w_2` (Shoemake 1985).
+
+    This is the Karcher mean of two, in closed form. Ambiguous where the two are opposite, within `2 * MIN_MARGIN`.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the blocks, `(..., 2, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(2,)` or `(..., 2)`.
+        options (`SpanOptions`): `norm`, `beta` and `on_ambiguous` are used.
+
+    Returns:
+        `SpanResult`: Coefficients of the two.
+
+    Raises:
+        ArgumentError: If there are not exactly two experts.
+    """
+    n_experts = points.shape[-2]
+    if n_experts != 2:
+        raise ArgumentError(
+            f'Method "slerp" merges exactly 2 experts, got {n_experts}. Use "karcher", which is the same for 2.'
+        )
+    blocks = _Blocks.of(points, weights)
+    first, second = blocks.units[..., 0, :], blocks.units[..., 1, :]
+    ambiguous = 0.5 * norms(first + second) < MIN_MARGIN
+    angle = np.where(ambiguous, 0.0, distance(first, second))
+    on_units = np.stack(slerp_coefficients(angle, blocks.direction_weights[..., 1]), axis=-1)
+    return blocks.result(blocks.on_points(on_units, options), ambiguous, options)
+
+
+def karcher(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    """
+    Weighted Karcher mean of the directions (arXiv 2603.04972, section 3.4), norm by policy.
+
+    Ambiguous where the directions do not lie in an open hemisphere; see `geometry.karcher.is_ambiguous`.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
+        options (`SpanOptions`): All but `scale` are used.
+
+    Returns:
+        `SpanResult`: Coefficients, with steps and residual of the iteration.
+    """
+    blocks = _Blocks.of(points, weights)
+    iterated = ~blocks.coincide
+    ambiguous = np.zeros_like(iterated)
+    ambiguous[iterated] = is_ambiguous(blocks.units[iterated], blocks.direction_weights[iterated])
+    iterated &= ~ambiguous
+    mean = karcher_mean(
+        blocks.units[iterated], blocks.direction_weights[iterated], tol=options.tol, max_iter=options.max_iter
+    )
+    on_units = np.zeros(blocks.weights.shape)
+    on_units[iterated] = mean.coeffs
+    n_iter, residual = np.zeros(iterated.shape, dtype=np.int64), np.zeros(iterated.shape)
+    n_iter[iterated], residual[iterated] = mean.n_iter, mean.residual
+    coefficients = blocks.on_points(on_units, options)
+    return blocks.result(coefficients, ambiguous, options, n_iter=n_iter, residual=residual)
+
+
+SPAN_METHODS: dict[str, SpanMethod] = {
+    "karcher": karcher,
+    "slerp": slerp,
+    "linear": linear,
+    "nre": nre,
+    "task_arithmetic": task_arithmetic,
+}
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What the directional methods need to know of the points."""
+
+    weights: Array  # (..., N)
+    lengths: Array  # (..., N): norms of the points
+    units: Array  # (..., N, K): directions, zero for zero points
+    direction_weights: Array  # (..., N): weights without zero points, summing to 1 (or all 0 if no point is left)
+    coincide: NDArray[np.bool_]  # (...): all points of positive weight are the same
+
+    @classmethod
+    def of(cls, points: Array, weights: ArrayLike) -> _Blocks:
+        spread = _broadcast(points, weights)
+        lengths = norms(points)
+        moving = np.where(lengths > 0, spread, 0.0)
+        total = dot(moving, np.ones_like(moving))[..., None]
+        # Dividing by a total that only rounding keeps from 1 would cost equal experts their exact weights.
+        total = np.where((total > 0) & (moving != spread).any(axis=-1, keepdims=True), total, 1.0)
+        heaviest = np.take_along_axis(points, np.argmax(spread, axis=-1)[..., None, None], axis=-2)
+        coincide = ((points == heaviest).all(axis=-1) | (spread == 0)).all(axis=-1)
+        return cls(spread, lengths, normalise(points), moving / total, np.asarray(coincide))
+
+    def target_norm(self, options: SpanOptions) -> Array:
+        if options.norm == "mean":
+            norm = dot(self.weights, self.lengths)
+        elif options.norm == "max":
+            norm = np.max(np.where(self.weights > 0, self.lengths, 0.0), axis=-1)
+        else:
+            norm = _weighted_median(self.lengths, self.weights)
+        if options.beta == 0.0:
+            return norm
+        coherence = norms(_combine(self.direction_weights, self.units))
+        # A vanishing coherence belongs to an ambiguous block, whose norm is not used.
+        return norm * np.where(coherence > 0, coherence, 1.0) ** options.beta
+
+    def on_points(self, on_units: Array, options: SpanOptions) -> Array:
+        return on_units * (self.target_norm(options)[..., None] / np.where(self.lengths > 0, self.lengths, np.inf))
+
+    def result(
+        self,
+        coefficients: Array,
+        ambiguous: NDArray[np.bool_],
+        options: SpanOptions,
+        n_iter: NDArray[np.int64] | None = None,
+        residual: Array | None = None,
+    ) -> SpanResult:
+        ambiguous = np.asarray(ambiguous & ~self.coincide)
+        coefficients = np.where(self.coincide[..., None], self.weights, coefficients)
+        unanswered = self.weights if options.on_ambiguous == "linear" else np.full_like(self.weights, np.nan)
+        answer = _closed_form(np.where(ambiguous[..., None], unanswered, coefficients))
+        n_iter = answer.n_iter if n_iter is None else n_iter
+        residual = answer.residual if residual is None else residual
+        return SpanResult(answer.coefficients, n_iter, residual, np.asarray(residual < options.tol), ambiguous)
+
+
+def _closed_form(coefficients: Array) -> SpanResult:
+    blocks = coefficients.shape[:-1]
+    no, yes = np.zeros(blocks, dtype=bool), np.ones(blocks, dtype=bool)
+    return SpanResult(coefficients, np.zeros(blocks, dtype=np.int64), np.zeros(blocks), yes, no)
+
+
+def _broadcast(points: Array, weights: ArrayLike) -> Array:
+    return np.broadcast_to(np.asarray(weights, dtype=np.float64), points.shape[:-1])
+
+
+def _combine(coefficients: Array, points: Array) -> Array:
+    return dot(np.swapaxes(points, -1, -2), coefficients[..., None, :])
+
+
+def _weighted_median(values: Array, weights: Array) -> Array:
+    order = np.argsort(values, axis=-1, kind="stable")
+    values = np.take_along_axis(values, order, axis=-1)
+    reached = np.cumsum(np.take_along_axis(weights, order, axis=-1), axis=-1)
+    lower = np.argmax(reached >= 0.5 - _HALF_ROUNDING, axis=-1)[..., None]
+    upper = np.argmax(reached > 0.5 + _HALF_ROUNDING, axis=-1)[..., None]
+    middle = np.take_along_axis(values, lower, axis=-1) + np.take_along_axis(values, upper, axis=-1)
+    return 0.5 * middle[..., 0]
