@@ -1,0 +1,381 @@
+"""Options of a merge, under the names `transformers.TrainingArguments` uses where it has one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.values import coerce, did_you_mean, parse_size, validate_weights
+
+METHODS = ("karcher", "slerp", "linear", "nre", "task_arithmetic")
+SPACES = ("weights", "deltas")
+BLOCKS = ("tensor", "row", "head", "layer", "model")
+NORMS = ("mean", "median", "max")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
+LOG_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+    "passive": logging.NOTSET,  # leave the level of the application alone
+}
+
+# Field -> (test of a value that is not None, what the test asks for).
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "beta": (math.isfinite, "finite"),
+    "scale": (math.isfinite, "finite"),
+    "tol": (lambda v: 0 < v < math.inf, "above 0 (radians)"),
+    "max_iter": (lambda v: v >= 1, "at least 1"),
+    "num_workers": (lambda v: v >= 1, "at least 1"),
+    "adapter_rank": (lambda v: v >= 1, "at least 1"),
+    "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
+    "seed": (lambda v: v >= 0, "at least 0"),
+    "logging_steps": (lambda v: v >= 1, "at least 1"),
+    "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
+    "dataloader_num_workers": (lambda v: v >= 0, "at least 0"),
+}
+
+
+def _describe(text: str, choices: Iterable[str] | None = None) -> dict[str, Any]:
+    return {"help": text} if choices is None else {"help": text, "choices": list(choices)}
+
+
+@dataclass
+class ExpertArguments:
+    """What to merge: the experts, how much each counts, and the model they were fine-tuned from."""
+
+    experts: list[str] = field(
+        metadata=_describe(
+            "Two or more experts: local folders or Hub ids (`org/name` or `org/name@revision`), full checkpoints or "
+            "LoRA adapters."
+        )
+    )
+    weights: list[float] | None = field(
+        default=None,
+        metadata=_describe("One non-negative number per expert; they are divided by their sum. Default: all alike."),
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Model the experts were fine-tuned from: local folder or Hub id. Needed for deltas and adapters."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            setattr(self, name, coerce(name, self.__dict__[name], hint))
+        if len(self.experts) < 2:
+            raise ArgumentError(
+                f"A merge needs at least two experts, but `experts` lists {len(self.experts)}: {self.experts}."
+            )
+        validate_weights(self.weights, len(self.experts))
+
+
+@dataclass
+class MergingArguments:
+    """
+    How to merge, evaluate, report and push; every field says in its metadata what it does.
+
+    Values from the command line, YAML and JSON are brought to the type of their field, so that the three ways give
+    equal objects. Sizes are texts such as `"512MiB"`; `memory_budget_bytes` and `max_shard_bytes` give bytes.
+
+    Raises:
+        ArgumentError: If a value has the wrong type, is out of range or unknown, or contradicts another.
+    """
+
+    output_dir: str = field(default="merged", metadata=_describe("Folder the merged model is written to."))
+
+    # 1. The mean
+    method: str = field(default="karcher", metadata=_describe("How the experts are combined.", METHODS))
+    space: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Whether the points are the weights or their differences to the base model. Default: deltas if any expert "
+            "is an adapter, else weights.",
+            SPACES,
+        ),
+    )
+    block: str = field(default="tensor", metadata=_describe("What one sphere covers.", BLOCKS))
+    norm: str = field(
+        default="mean",
+        metadata=_describe("Which norm of the experts a merged block gets (weighted mean, median, max).", NORMS),
+    )
+    beta: float = field(
+        default=0.0,
+        metadata=_describe(
+            "Exponent of the coherence factor on the norm: 0 keeps the norm, 1 is the plain mean, -1 the plain sum."
+        ),
+    )
+    scale: float = field(default=1.0, metadata=_describe("Factor of the summed deltas in task_arithmetic."))
+    tol: float = field(
+        default=1e-12,
+        metadata=_describe("Stop the Karcher iteration when the gradient norm, in radians, is below this."),
+    )
+    max_iter: int = field(
+        default=100,
+        metadata=_describe("Give up the Karcher iteration after this many steps; the report then says so."),
+    )
+    on_ambiguous: str = field(
+        default="raise",
+        metadata=_describe(
+            "What to do with a block whose experts cancel out, so that no mean direction is preferred.",
+            ("raise", "linear"),
+        ),
+    )
+    weight_rules: list[str] | None = field(
+        default=None,
+        metadata=_describe(
+            "Weights for some tensors only: ordered 'REGEX=w1,w2,...' rules, the first that matches a tensor name "
+            "wins; 'a:b:c' in place of a number is interpolated over the layers."
+        ),
+    )
+
+    # 2. Reading and writing
+    dtype: str = field(
+        default="auto",
+        metadata=_describe("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
+    )
+    max_shard_size: str = field(default="50GB", metadata=_describe("Largest size of one output file, such as 5GB."))
+    overwrite: bool = field(default=False, metadata=_describe("Write into an output folder that is not empty."))
+    resume_from_checkpoint: bool = field(
+        default=False, metadata=_describe("Continue a merge that was interrupted in the same output folder.")
+    )
+    strict: bool = field(
+        default=False, metadata=_describe("Raise where experts differ in a way that is otherwise only warned about.")
+    )
+    memory_budget: str = field(
+        default="512MiB", metadata=_describe("Memory for the pieces of tensors in flight, such as 2GiB.")
+    )
+    num_workers: int | None = field(
+        default=None, metadata=_describe("Threads that read, combine and write. Default: one per core.")
+    )
+    device: str = field(default="cpu", metadata=_describe("Device the merge is computed on, such as cpu or cuda:0."))
+    adapter_output: str = field(
+        default="auto",
+        metadata=_describe(
+            "Whether merged adapters are written as an adapter or added to the base model.", ADAPTER_OUTPUTS
+        ),
+    )
+    adapter_rank: int | None = field(
+        default=None,
+        metadata=_describe("Compress the merged adapter to this rank. Default: exact, with the ranks added up."),
+    )
+    adapter_energy: float | None = field(
+        default=None,
+        metadata=_describe(
+            "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1]."
+        ),
+    )
+
+    # 3. Running and reporting, as in `TrainingArguments`; one step is one tensor
+    seed: int = field(default=42, metadata=_describe("Seed of everything random."))
+    run_name: str | None = field(default=None, metadata=_describe("Name of this run in the reports."))
+    report_to: str = field(
+        default="none",
+        metadata=_describe(
+            "Comma-separated reporting integrations, such as tensorboard,wandb; none, or all for every installed one."
+        ),
+    )
+    disable_tqdm: bool | None = field(
+        default=None,
+        metadata=_describe(
+            "Print log lines instead of progress bars. Default: only when the log level is above warning."
+        ),
+    )
+    log_level: str = field(
+        default="passive",
+        metadata=_describe("Level of the package's log messages; passive leaves it alone.", LOG_LEVELS),
+    )
+    logging_steps: int = field(default=10, metadata=_describe("Log every this many tensors."))
+    logging_first_step: bool = field(default=False, metadata=_describe("Log the first tensor too."))
+
+    # 4. Evaluation
+    do_eval: bool = field(default=False, metadata=_describe("Evaluate the merged model after the merge."))
+    eval_on_start: bool = field(default=False, metadata=_describe("Evaluate the experts before the merge."))
+    per_device_eval_batch_size: int = field(
+        default=8, metadata=_describe("Batch size of the evaluation on each device.")
+    )
+    use_cpu: bool = field(default=False, metadata=_describe("Evaluate on the CPU even if there is an accelerator."))
+    bf16_full_eval: bool = field(default=False, metadata=_describe("Evaluate in bfloat16."))
+    fp16_full_eval: bool = field(default=False, metadata=_describe("Evaluate in float16."))
+    dataloader_num_workers: int = field(
+        default=0, metadata=_describe("Processes that load evaluation data; 0 loads it in the main process.")
+    )
+    metric_for_best_model: str | None = field(default=None, metadata=_describe("Metric by which models are compared."))
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata=_describe(
+            "Whether a larger metric_for_best_model is better. Default: not if its name ends in loss or perplexity."
+        ),
+    )
+
+    # 5. The Hub
+    push_to_hub: bool = field(default=False, metadata=_describe("Push the merged model to the Hub at the end."))
+    hub_model_id: str | None = field(
+        default=None, metadata=_describe("Repository to push to. Default: the name of the output folder.")
+    )
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata=_describe("Token for the Hub. Default: the one stored by `hf auth login`."),
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata=_describe("Make the repository private. Default: what the organization says.")
+    )
+    hub_revision: str | None = field(default=None, metadata=_describe("Branch to push to."))
+    hub_strategy: str = field(
+        default="end", metadata=_describe("When to push. A merge is saved once, so there is only end.", ("end",))
+    )
+
+    def __post_init__(self) -> None:
+        if self.report_to is None or isinstance(self.report_to, (list, tuple)):  # both are fine for the Trainer
+            self.report_to = ",".join(self.report_to or ["none"])
+        for name, hint in get_type_hints(type(self)).items():
+            setattr(self, name, coerce(name, self.__dict__[name], hint))
+        self.output_dir = str(Path(self.output_dir).expanduser())
+        self._validate()
+        if self.disable_tqdm is None:
+            self.disable_tqdm = self._default_disable_tqdm()
+        if self.greater_is_better is None:
+            self.greater_is_better = self._default_greater_is_better()
+
+    @property
+    def memory_budget_bytes(self) -> int:
+        """`memory_budget` in bytes."""
+        return parse_size("memory_budget", self.memory_budget)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return parse_size("max_shard_size", self.max_shard_size)
+
+    def get_process_log_level(self) -> int:
+        """Level for the loggers of the package; for `"passive"` the one that is in force already."""
+        return LOG_LEVELS[self.log_level] or logging.getLogger("hf_frmerge").getEffectiveLevel()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, with the value of every name that ends in `_token` masked."""
+        return {name: f"<{name.upper()}>" if name.endswith("_token") else v for name, v in asdict(self).items()}
+
+    def to_json_string(self) -> str:
+        """All options as indented JSON, tokens masked."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
+        """All options as values a reporter can store, tokens masked and everything else turned into text."""
+        return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in self.to_dict().items()}
+
+    def non_default(self) -> dict[str, Any]:
+        """Options that differ from their defaults, tokens masked: what a model card shows."""
+        defaults = {f.name: f.default for f in fields(self)}
+        defaults["disable_tqdm"] = self._default_disable_tqdm()
+        defaults["greater_is_better"] = self._default_greater_is_better()
+        shown = self.to_dict()
+        return {name: shown[name] for name, value in asdict(self).items() if value != defaults[name]}
+
+    def _default_disable_tqdm(self) -> bool:
+        return self.get_process_log_level() > logging.WARNING
+
+    def _default_greater_is_better(self) -> bool | None:
+        metric = self.metric_for_best_model
+        return None if metric is None else not metric.endswith(("loss", "perplexity"))
+
+    def _validate(self) -> None:
+        values = self.__dict__
+        for option in fields(self):
+            value, choices = values[option.name], option.metadata.get("choices")
+            if choices is not None and value is not None and value not in choices:
+                raise ArgumentError(
+                    f"unknown {option.name} {value!r}: expected one of {', '.join(choices)}."
+                    + did_you_mean(value, choices)
+                )
+        for name, (holds, wanted) in _RANGES.items():
+            value = values[name]
+            if value is not None and not holds(value):
+                raise ArgumentError(f"`{name}` must be {wanted}, but got {value}.")
+        # Reading the sizes once makes a bad one fail here rather than in the middle of a merge.
+        _ = self.memory_budget_bytes, self.max_shard_bytes
+        self._validate_combinations()
+
+    def _validate_combinations(self) -> None:
+        if self.bf16_full_eval and self.fp16_full_eval:
+            raise ArgumentError("`bf16_full_eval` and `fp16_full_eval` exclude each other: choose one.")
+        if self.adapter_rank is not None and self.adapter_energy is not None:
+            raise ArgumentError(
+                f"`adapter_rank={self.adapter_rank}` and `adapter_energy={self.adapter_energy}` both choose the rank "
+                "of the merged adapter: give one of them."
+            )
+        if self.adapter_output == "merged" and (self.adapter_rank is not None or self.adapter_energy is not None):
+            raise ArgumentError(
+                "`adapter_rank` and `adapter_energy` shape a merged adapter, but `adapter_output='merged'` adds it to "
+                "the base model: leave them out, or choose `adapter_output='adapter'`."
+            )
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """
+    Options in a YAML or JSON file, by name; every name is known, the values are still as the file has them.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            File that ends in `.yaml`, `.yml` or `.json` and holds one mapping. Its keys are fields of
+            [`ExpertArguments`] and [`MergingArguments`], side by side.
+
+    Raises:
+        ArgumentError: If the file is missing or broken, holds no mapping, or a key is no option.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ArgumentError(f"The configuration file {str(file)!r} does not exist.")
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArgumentError(f"The configuration file {str(file)!r} is not valid JSON: {error}.") from error
+    elif file.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ArgumentError(f"The configuration file {str(file)!r} is not valid YAML: {error}.") from error
+    else:
+        raise ArgumentError(f"A configuration file ends in .yaml, .yml or .json, but got {str(file)!r}.")
+    if not isinstance(config, dict):
+        raise ArgumentError(
+            f"The configuration file {str(file)!r} must hold options by name, such as `method: karcher`."
+        )
+    known = [f.name for f in (*fields(ExpertArguments), *fields(MergingArguments))]
+    for key in config:
+        if key not in known:
+            raise ArgumentError(f"unknown key {key!r} in {str(file)!r}.{did_you_mean(str(key), known)}")
+    return config
+
+
+def load_config(path: str | os.PathLike[str]) -> tuple[ExpertArguments, MergingArguments]:
+    """
+    Read a whole merge from a YAML or JSON file; see [`read_config`] for what it may hold.
+
+    Relative paths in it mean what they would mean on the command line: they start at the working directory, not at
+    the folder of the file.
+
+    Raises:
+        ArgumentError: As [`read_config`], if `experts` is missing, or for a value that is not valid.
+    """
+    config = read_config(path)
+    if "experts" not in config:
+        raise ArgumentError(f"The configuration file {str(path)!r} must list the `experts` to merge.")
+    expert_names = {f.name for f in fields(ExpertArguments)}
+    experts = {name: value for name, value in config.items() if name in expert_names}
+    merging = {name: value for name, value in config.items() if name not in expert_names}
+    return ExpertArguments(**experts), MergingArguments(**merging)

@@ -1,0 +1,94 @@
+"""Progress of a merge: what callbacks read, and what is saved beside the merged model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.callbacks import StepResult
+
+
+@dataclass
+class MergeState:
+    """
+    Progress of a merge; one step is one tensor. The counterpart of `transformers.TrainerState`.
+
+    Args:
+        global_step (`int`):
+            Tensors done.
+        max_steps (`int`):
+            Tensors in all.
+        epoch (`float`):
+            Share of the tensors done, in `[0, 1]`; reporting integrations read it under this name.
+        bytes_done (`int`):
+            Bytes of output done.
+        bytes_total (`int`):
+            Bytes of output in all.
+        current_tensor (`str`, *optional*):
+            Name of the tensor in work, or of the last one done.
+        n_not_converged (`int`):
+            Merged tensors whose iteration did not meet `tol`.
+        worst_residual (`float`):
+            Largest residual of a merged tensor, in radians.
+        sources (`list[dict]`):
+            One entry per expert: `id`, `revision` (resolved commit), `weight`, `licence`.
+        log_history (`list[dict]`):
+            Everything logged, with the step it was logged at.
+        best_metric (`float`, *optional*):
+            Best value of `metric_for_best_model` seen.
+        logging_steps (`int`):
+            Copy of the argument, for reporting integrations.
+
+    The other fields never change in a merge (`is_*_process_zero` aside); reporting integrations ask for them.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    current_tensor: str | None = None
+    n_not_converged: int = 0
+    worst_residual: float = 0.0
+    sources: list[dict[str, str | float | None]] = field(default_factory=list)
+    log_history: list[dict[str, float | int | str]] = field(default_factory=list)
+    best_metric: float | None = None
+    logging_steps: int = 10
+    is_world_process_zero: bool = True
+    is_local_process_zero: bool = True
+    total_flos: float = 0
+    is_hyper_param_search: bool = False
+    trial_name: str | None = None
+    trial_params: dict[str, str | float | int | bool] | None = None
+
+    def record(self, result: StepResult) -> None:
+        """Count one finished tensor, whether it was merged, copied or skipped."""
+        self.current_tensor = result.name
+        self.global_step += 1
+        self.bytes_done += result.nbytes
+        self.epoch = self.global_step / max(self.max_steps, self.global_step)
+        if result.action == "merge":
+            self.n_not_converged += not result.converged
+            self.worst_residual = max(self.worst_residual, result.residual)
+
+    def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
+        """Write the state as JSON; the file is replaced as a whole, so a reader never sees half of it."""
+        path = Path(json_path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load_from_json(cls, json_path: str | os.PathLike[str]) -> Self:
+        """Read a state that [`~MergeState.save_to_json`] wrote."""
+        return cls(**json.loads(Path(json_path).read_text(encoding="utf-8")))

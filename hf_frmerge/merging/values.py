@@ -1,0 +1,162 @@
+"""Turn what a command line, a YAML or a JSON file holds into typed values, or say which field is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import os
+import re
+from collections.abc import Iterable
+from decimal import Decimal
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from hf_frmerge.errors import ArgumentError
+
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+_KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?\s*", re.IGNORECASE)
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Sentence naming the closest known word, with a leading space, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def parse_size(name: str, text: str) -> int:
+    """
+    Size in bytes of a text such as `"512MiB"` (powers of 1024), `"5GB"` (powers of 1000) or `"4096"`.
+
+    Args:
+        name (`str`):
+            Name of the option, for the error message.
+        text (`str`):
+            Number with an optional unit, in upper or lower case.
+
+    Raises:
+        ArgumentError: If the text is not a size, or less than one byte.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ArgumentError(f"`{name}` expects a size such as '512MiB', '5GB' or a number of bytes, but got {text!r}.")
+    number, prefix, binary = match.groups()
+    unit = (1024 if binary else 1000) ** _POWERS[prefix.upper()] if prefix else 1
+    size = int(Decimal(number) * unit)
+    if size < 1:
+        raise ArgumentError(f"`{name}` must be at least one byte, but got {text!r}.")
+    return size
+
+
+def coerce(name: str, value: object, hint: Any) -> Any:
+    """
+    Value of a field as its type hint says, from what a configuration file may hold instead.
+
+    YAML 1.1 reads `1e-6` as text and `5` as a whole number, so text that spells a number is taken for one, and a
+    single item for a list of one.
+
+    Args:
+        name (`str`):
+            Name of the field, for the error message.
+        value (`object`):
+            What was given.
+        hint (`type`):
+            `float`, `int`, `bool`, `str`, a list of one of them, or any of these `| None`.
+
+    Raises:
+        ArgumentError: If the value cannot stand for that type.
+    """
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    (kind,) = (k for k in kinds if k is not NoneType)
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        if isinstance(value, str):
+            # Commas separate numbers; in text (paths, regular expressions) they may belong to the item.
+            value = [value] if item is str else value.split(",")
+        elif isinstance(value, (dict, bool)) or not isinstance(value, Iterable):
+            raise ArgumentError(f"`{name}` expects a list, but got {value!r}.")
+        return [coerce(f"{name}[{i}]", element, item) for i, element in enumerate(value)]
+    try:
+        return _SCALARS[kind](value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"`{name}` expects {_KINDS[kind]}, but got {value!r}.") from error
+
+
+def validate_weights(weights: Iterable[float] | None, n_experts: int) -> list[float]:
+    """
+    Weights of the experts, divided by their sum; `None` weighs all alike.
+
+    Args:
+        weights (`Iterable[float]`, *optional*):
+            Non-negative finite numbers, one per expert, not all zero.
+        n_experts (`int`):
+            Number of experts.
+
+    Returns:
+        `list[float]`: weights that sum to 1 within rounding; a single non-zero weight becomes exactly 1.
+
+    Raises:
+        ArgumentError: If the number of weights is not `n_experts`, or a weight is negative, NaN or infinite, or all
+            are zero.
+    """
+    if weights is None:
+        return [1 / n_experts] * n_experts
+    given = [float(w) for w in weights]
+    if len(given) != n_experts:
+        raise ArgumentError(
+            f"`weights` needs one number per expert: got {len(given)} ({given}) for {n_experts} experts. Leave it out "
+            "to weigh all experts alike."
+        )
+    for position, weight in enumerate(given, start=1):
+        if not math.isfinite(weight) or weight < 0:
+            raise ArgumentError(
+                f"`weights` must be finite and not negative, but the weight of expert {position} is {weight}."
+            )
+    largest = max(given)
+    if largest == 0:
+        raise ArgumentError("`weights` are all zero: at least one expert must count.")
+    # A power of two changes no digit, and keeps the sum of very large weights from overflowing.
+    exponent = math.frexp(largest)[1]
+    scaled = [math.ldexp(w, -exponent) for w in given]
+    total = math.fsum(scaled)
+    return [w / total for w in scaled]
+
+
+def _as_float(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+        raise TypeError
+    return float(value)
+
+
+def _as_int(value: object) -> int:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
+        return int(value)
+    number = _as_float(value)
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
+
+
+def _as_bool(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower() if isinstance(value, (str, int)) else ""
+    if word not in _TRUE | _FALSE:
+        raise ValueError
+    return word in _TRUE
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return os.fspath(value)  # type: ignore[call-overload]  # a TypeError is the answer for anything but text and paths
+
+
+_SCALARS = {float: _as_float, int: _as_int, bool: _as_bool, str: _as_text}

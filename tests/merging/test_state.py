@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from transformers import TrainerState
+
+from hf_frmerge.merging.callbacks import StepResult
+from hf_frmerge.merging.state import MergeState
+
+
+def step(
+    name: str, action: str = "merge", nbytes: int = 10, residual: float = 0.0, converged: bool = True
+) -> StepResult:
+    return StepResult(name, action, nbytes, (1.0, 1.0), 1.0, 0.1, 3, residual, converged, 0)  # type: ignore[arg-type]
+
+
+def test_recording_steps_counts_tensors_bytes_and_failures() -> None:
+    state = MergeState(max_steps=4, bytes_total=100)
+    state.record(step("a", residual=1e-13))
+    state.record(step("b", nbytes=40, residual=3e-3, converged=False))
+    state.record(step("c", action="copy", nbytes=30, residual=math.nan, converged=False))  # copies iterate nothing
+    assert (state.global_step, state.bytes_done, state.epoch) == (3, 80, 0.75)
+    assert (state.n_not_converged, state.worst_residual, state.current_tensor) == (1, 3e-3, "c")
+    assert MergeState().epoch == 0.0
+
+
+def test_json_round_trip_replaces_the_file_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    state = MergeState(global_step=3, max_steps=9, log_history=[{"step": 1, "residual": 1e-13}], best_metric=2.5)
+    state.sources = [{"id": "org/a", "revision": "0" * 40, "weight": 0.5, "licence": None}]
+    state.save_to_json(path)
+    assert MergeState.load_from_json(path) == state
+    before = path.read_bytes()
+    state.log_history.append({"bad": object()})  # type: ignore[dict-item]
+    with pytest.raises(TypeError):
+        state.save_to_json(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_reporters_find_the_fields_they_read_on_a_trainer() -> None:
+    # What the integrations of transformers read from the state (integration_utils.py of 5.23).
+    read = ["global_step", "max_steps", "epoch", "is_world_process_zero", "is_local_process_zero", "best_metric"]
+    read += ["is_hyper_param_search", "trial_name", "trial_params", "total_flos", "logging_steps", "log_history"]
+    ours, theirs = vars(MergeState()), vars(TrainerState())
+    for name in read:
+        assert name in theirs
+        assert name in ours
+    assert json.dumps(ours)
