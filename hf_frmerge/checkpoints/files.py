@@ -1,0 +1,243 @@
+"""Files of a checkpoint folder, on local disk or behind an fsspec URL, read by byte ranges."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+from collections import OrderedDict
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.errors import CheckpointError
+
+# From <linux/mman.h>, Linux 5.14: fault in a range for reading now, reporting what would otherwise be a SIGBUS.
+_MADV_POPULATE_READ = 22
+# One mapping holds one file descriptor; 1024 descriptors is a common limit and a large model has 200 shards.
+_OPEN_MAPPINGS = 32
+
+
+def open_folder(path: str) -> LocalFolder | RemoteFolder:
+    """Open a checkpoint folder given as a local path or as an fsspec URL."""
+    return RemoteFolder(path) if "://" in path else LocalFolder(path)
+
+
+class LocalFolder:
+    """Checkpoint folder on a local (or mounted) disk. All methods may be called from several threads."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._root = Path(path)
+        self._mappings: OrderedDict[str, _Mapping] = OrderedDict()
+        self._lock = Lock()
+
+    def names(self) -> list[str]:
+        """Names of the files directly in the folder, sorted."""
+        return sorted(entry.name for entry in self._root.iterdir() if entry.is_file())
+
+    def exists(self, name: str) -> bool:
+        """Whether `name` is a file; a dangling link is none."""
+        return (self._root / name).is_file()
+
+    def size(self, name: str) -> int:
+        """Size of `name` in bytes."""
+        return (self._root / name).stat().st_size
+
+    def identity(self, name: str) -> str:
+        """Cheap mark that changes when the file is rewritten: its modification time in nanoseconds."""
+        return str((self._root / name).stat().st_mtime_ns)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes `[start, stop)` of `name`; fewer if the file ends before."""
+        with (self._root / name).open("rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
+
+    def view(self, name: str, size: int, start: int, stop: int) -> NDArray[np.uint8]:
+        """
+        Bytes `[start, stop)` of `name` without a copy where the system allows it.
+
+        The pages are faulted in here and not while the caller computes: a disk error or a file cut short then
+        arrives as an `OSError`, where touching the mapping would kill the process with SIGBUS.
+
+        Args:
+            name (`str`):
+                File name inside the folder.
+            size (`int`):
+                Size the file had when its header was checked, in bytes.
+            start, stop (`int`):
+                Range in bytes from the start of the file.
+
+        Returns:
+            `numpy.ndarray`: Read-only uint8, 1-D, `stop - start` long. It keeps its mapping alive.
+
+        Raises:
+            OSError: If the file is gone, shorter than `size`, or cannot be read.
+        """
+        mapping = self._mapping(name, size)
+        if mapping.populate(start, stop):
+            return mapping.array[start:stop]
+        return self._read_copy(name, start, stop)
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """Give back the pages that lie wholly inside `[start, stop)`; the page cache keeps their contents."""
+        with self._lock:
+            mapping = self._mappings.get(name)
+        if mapping is not None:
+            mapping.drop(start, stop)
+
+    def close(self) -> None:
+        """Forget all mappings; views handed out stay valid until they are dropped themselves."""
+        with self._lock:
+            self._mappings.clear()
+
+    def _mapping(self, name: str, size: int) -> _Mapping:
+        with self._lock:
+            mapping = self._mappings.get(name)
+            if mapping is None:
+                mapping = self._mappings[name] = _Mapping(str(self._root / name), size)
+                # A view of a mapping evicted here keeps it alive; the next read of that file maps it again.
+                if len(self._mappings) > _OPEN_MAPPINGS:
+                    self._mappings.popitem(last=False)
+            else:
+                self._mappings.move_to_end(name)
+            return mapping
+
+    def _read_copy(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        out = np.empty(stop - start, np.uint8)
+        with (self._root / name).open("rb", buffering=0) as file:
+            file.seek(start)
+            done = 0
+            while done < out.size:
+                count = file.readinto(out[done:].data)
+                if not count:
+                    raise OSError(errno.EIO, f"the file ends at byte {start + done}, {stop} expected")
+                done += count
+        out.flags.writeable = False
+        return out
+
+
+class _Mapping:
+    """Read-only mapping of one whole file."""
+
+    def __init__(self, path: str, size: int) -> None:
+        with Path(path).open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise _shrunk(size, found)
+            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        self._size = size
+        self.array = np.frombuffer(self._map, np.uint8)
+        self._address = self.array.ctypes.data
+
+    def populate(self, start: int, stop: int) -> bool:
+        """Fault in `[start, stop)`; False if this system cannot, or met an error that a plain read will name."""
+        found = self._map.size()  # fstat: a page past the end of a shortened file cannot be touched safely
+        if found != self._size:
+            raise _shrunk(self._size, found)
+        if stop == start:
+            return True
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        return _populate_supported() and _madvise(self._address + first, stop - first, _MADV_POPULATE_READ) == 0
+
+    def drop(self, start: int, stop: int) -> None:
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and sys.platform == "linux":
+            _madvise(self._address + first, last - first, mmap.MADV_DONTNEED)
+
+
+def _shrunk(expected: int, found: int) -> OSError:
+    return OSError(errno.EIO, f"the file changed while it was in use: it had {expected} bytes and now has {found}")
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    # mmap.madvise would hold the interpreter lock for as long as the disk takes; a ctypes call does not.
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
+
+
+def _madvise(address: int, length: int, advice: int) -> int:
+    return int(_libc().madvise(address, length, advice))
+
+
+@cache
+def _populate_supported() -> bool:
+    if sys.platform != "linux":
+        return False
+    probe = mmap.mmap(-1, mmap.PAGESIZE)
+    array = np.frombuffer(probe, np.uint8)
+    return _madvise(array.ctypes.data, mmap.PAGESIZE, _MADV_POPULATE_READ) == 0
+
+
+class RemoteFolder:
+    """Checkpoint folder behind an fsspec URL (`s3://`, `gs://`, `hf://`, `https://`, `memory://`, ...)."""
+
+    def __init__(self, path: str) -> None:
+        import fsspec
+
+        self.path = path.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.path)
+        except (ImportError, ValueError) as error:
+            # ValueError: no such protocol. ImportError: its package is not installed; fsspec names the package.
+            raise CheckpointError(f"Cannot open {path!r}: {error}") from error
+
+    def names(self) -> list[str]:
+        """Names of the files directly in the folder, sorted; plain web servers may not be able to tell."""
+        entries = self._fs.ls(self._root, detail=True)
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+
+    def exists(self, name: str) -> bool:
+        """Whether `name` is a file."""
+        return bool(self._fs.isfile(self._join(name)))
+
+    def size(self, name: str) -> int:
+        """Size of `name` in bytes."""
+        size = self._info(name)["size"]
+        if size is None:
+            raise OSError(errno.EOPNOTSUPP, "the server does not tell the size of the file")
+        return int(size)
+
+    def identity(self, name: str) -> str:
+        """Mark that changes when the file is rewritten, as far as the store keeps one."""
+        info = self._info(name)
+        known = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"))
+        return next((str(value) for value in known if value), "")
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes `[start, stop)` of `name`."""
+        if stop is None:
+            return bytes(self._fs.cat_file(self._join(name)))
+        data = bytes(self._fs.cat_file(self._join(name), start=start, end=stop))
+        if len(data) > stop - start:
+            raise OSError(errno.EOPNOTSUPP, "the server ignores byte ranges and sends the whole file")
+        return data
+
+    def view(self, name: str, size: int, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes `[start, stop)` of `name`, fetched by one ranged request; read-only uint8, 1-D."""
+        data = self.read(name, start, stop) if stop > start else b""
+        if len(data) != stop - start:
+            raise OSError(errno.EIO, f"asked for {stop - start} bytes from byte {start}, got {len(data)}")
+        return np.frombuffer(data, np.uint8)
+
+    def release(self, name: str, start: int, stop: int) -> None:
+        """Do nothing: ranges are not kept."""
+
+    def close(self) -> None:
+        """Do nothing: connections belong to fsspec."""
+
+    def _join(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _info(self, name: str) -> dict[str, Any]:
+        return dict(self._fs.info(self._join(name)))

@@ -1,0 +1,405 @@
+"""Read safetensors checkpoints by byte ranges: headers first and checked, contents only when asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder, open_folder
+from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+# Bits per element of every dtype code in the safetensors format, smallest alignment first: the order its own
+# writer sorts by.
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
+
+_MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` bytes from byte `offset` of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether elements are bf16, fp16, fp32 or fp64: the ones that can be averaged."""
+        return self.dtype in FLOAT_DTYPES
+
+
+class Checkpoint:
+    """
+    Weights of one expert, base model or adapter. Contents are read on demand; any thread may read.
+
+    Args:
+        source (`Source`):
+            Where the checkpoint came from; its `spec` names it in errors.
+        folder (`LocalFolder` or `RemoteFolder`):
+            The files.
+        tensors (`dict[str, TensorInfo]`):
+            All tensors by name, in file order.
+        files (`dict[str, int]`):
+            Weight files and their sizes in bytes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        folder: LocalFolder | RemoteFolder,
+        tensors: dict[str, TensorInfo],
+        files: dict[str, int],
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self.tensors = tensors
+        self.files = files
+        self.aliases: dict[str, str] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together, without headers."""
+        return sum(info.nbytes for name, info in self.tensors.items() if name not in self.aliases)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """
+        Read bytes `[start, stop)` of a tensor.
+
+        Args:
+            name (`str`):
+                Tensor name.
+            start (`int`, *optional*, defaults to 0):
+                First byte, counted from the start of the tensor.
+            stop (`int`, *optional*):
+                Byte after the last; by default the end of the tensor.
+
+        Returns:
+            `numpy.ndarray`: Read-only uint8, 1-D. For local files a view of the page cache, not a copy.
+
+        Raises:
+            CheckpointError: If the file is gone, was changed, or cannot be read.
+        """
+        info = self.tensors[name]
+        stop = info.nbytes if stop is None else stop
+        if not 0 <= start <= stop <= info.nbytes:
+            raise ValueError(f"Bytes {start} to {stop} are outside tensor {name!r} of {info.nbytes} bytes.")
+        try:
+            return self.folder.view(info.file, self.files[info.file], info.offset + start, info.offset + stop)
+        except OSError as error:
+            raise CheckpointError(
+                f"Expert {self.source.spec!r}, tensor {name!r}: bytes {start} to {stop} of {info.nbytes} could not be "
+                f"read from {self.folder.path}/{info.file}: {_reason(error)}. Bring the file back (or download it "
+                "again) and resume."
+            ) from error
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Give back the memory pages of a range that was read; the system's page cache keeps the contents."""
+        info = self.tensors[name]
+        stop = info.nbytes if stop is None else stop
+        self.folder.release(info.file, info.offset + start, info.offset + stop)
+
+    def alias(self, name: str, target: str) -> None:
+        """Let `name` read the contents of tensor `target`: a tied weight that other checkpoints store twice."""
+        info = self.tensors[target]
+        self.tensors[name] = TensorInfo(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
+        self.aliases[name] = target
+
+    def fingerprint(self) -> list[tuple[str, int, str]]:
+        """
+        Tell the weight files apart from rewritten ones, without reading them.
+
+        Returns:
+            `list[tuple[str, int, str]]`: Per file its name, its size in bytes, and its modification time in
+            nanoseconds (remote: the store's ETag or time, empty if it has none).
+        """
+        try:
+            return [(file, self.folder.size(file), self.folder.identity(file)) for file in sorted(self.files)]
+        except OSError as error:
+            raise CheckpointError(
+                f"A weight file of {self.source.spec!r} cannot be found any more: {_reason(error)}."
+            ) from error
+
+    def config(self) -> dict[str, Any]:
+        """Parsed `config.json`, empty if there is none."""
+        return read_json(self.folder, "config.json", self.source.spec)
+
+    def close(self) -> None:
+        """Forget open files. Arrays from `read` stay valid."""
+        self.folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """
+    Read and check the headers of a checkpoint, single file or sharded, full model or adapter.
+
+    Args:
+        source (`Source`):
+            What `resolve` returned.
+
+    Returns:
+        `Checkpoint`: Tensors in file order; contents not read yet.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or not safetensors, or the index disagrees with the shards.
+    """
+    folder = open_folder(source.path)
+    spec = source.spec
+    try:
+        if source.kind == "adapter":
+            return _open_files(source, folder, [ADAPTER_FILE])
+        if folder.exists(SINGLE_FILE):
+            # transformers, too, prefers the single file when a folder holds both.
+            return _open_files(source, folder, [SINGLE_FILE])
+        if not folder.exists(INDEX_FILE):
+            raise CheckpointError(
+                f"{spec!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Pass a folder that `save_pretrained` wrote."
+            )
+        weight_map = _weight_map(folder, spec)
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            _refuse_outside(shard, spec)
+            if not folder.exists(shard):
+                raise CheckpointError(
+                    f"{spec!r}: {INDEX_FILE} names the shard {shard!r}, which is not in the folder "
+                    f"({len(shards)} shards named). Copy or download the missing shard."
+                )
+        checkpoint = _open_files(source, folder, shards)
+    except OSError as error:
+        raise CheckpointError(f"{spec!r} could not be opened: {_reason(error)}.") from error
+    _check_index(checkpoint, weight_map)
+    return checkpoint
+
+
+def read_header(folder: LocalFolder | RemoteFolder, file: str, spec: str) -> tuple[list[TensorInfo], int]:
+    """
+    Read and check the header of one safetensors file.
+
+    Args:
+        folder (`LocalFolder` or `RemoteFolder`):
+            Folder that holds the file.
+        file (`str`):
+            File name.
+        spec (`str`):
+            Name of the checkpoint, for errors.
+
+    Returns:
+        `tuple[list[TensorInfo], int]`: Tensors in file order, and the size of the file in bytes.
+
+    Raises:
+        CheckpointError: If the file is truncated, has bytes nobody owns, or a header that makes no sense.
+    """
+    where = f"{spec!r}: {file}"
+    size = folder.size(file)
+    head = folder.read(file, 0, min(8, size))
+    if len(head) < 8:
+        raise CheckpointError(f"{where} has {size} bytes, too few for a safetensors file. Download it again.")
+    (length,) = struct.unpack("<Q", head)
+    if length > _MAX_HEADER_BYTES:
+        hint = " It looks like a Git LFS pointer; run `git lfs pull`." if head == b"version " else ""
+        raise CheckpointError(
+            f"{where} is not a safetensors file: it announces a header of {length} bytes, "
+            f"{_MAX_HEADER_BYTES} is the most allowed.{hint}"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{where} is truncated: its header alone needs {8 + length} bytes, the file has {size}. Download it again."
+        )
+    try:
+        header = json.loads(folder.read(file, 8, 8 + length))
+    except ValueError as error:
+        raise CheckpointError(f"{where} has a header that is not JSON: {error}. Download it again.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{where} has a header that is not a JSON object. Download it again.")
+    header.pop("__metadata__", None)
+    infos = [_parse_entry(name, entry, file, 8 + length, where) for name, entry in header.items()]
+    infos.sort(key=lambda info: (info.offset, info.nbytes, info.name))
+    _check_extents(infos, 8 + length, size, where)
+    return infos, size
+
+
+def read_json(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> dict[str, Any]:
+    """Parse a JSON object in the folder; empty if there is no such file."""
+    try:
+        if not folder.exists(name):
+            return {}
+        parsed = json.loads(folder.read(name))
+    except OSError as error:
+        raise CheckpointError(f"{spec!r}: {name} could not be read: {_reason(error)}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{spec!r}: {name} is not valid JSON: {error}.") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{spec!r}: {name} must hold a JSON object, found a {type(parsed).__name__}.")
+    return parsed
+
+
+def some(items: Iterable[object], limit: int = 3) -> str:
+    """List the first few items for a message, and count the rest."""
+    shown = [str(item) for item in items]
+    rest = len(shown) - limit
+    return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _open_files(source: Source, folder: LocalFolder | RemoteFolder, files: list[str]) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    sizes: dict[str, int] = {}
+    for file in files:
+        infos, sizes[file] = read_header(folder, file, source.spec)
+        for info in infos:
+            if info.name in tensors:
+                raise CheckpointError(
+                    f"{source.spec!r}: tensor {info.name!r} is stored twice, in {tensors[info.name].file} and {file}."
+                )
+            tensors[info.name] = info
+    if not tensors:
+        raise CheckpointError(f"{source.spec!r} holds no tensors ({some(files)}).")
+    return Checkpoint(source, folder, tensors, sizes)
+
+
+def _weight_map(folder: LocalFolder | RemoteFolder, spec: str) -> dict[str, str]:
+    weight_map = read_json(folder, INDEX_FILE, spec).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{spec!r}: {INDEX_FILE} has no `weight_map` from tensor names to shards.")
+    wrong = [name for name, file in weight_map.items() if not isinstance(file, str)]
+    if wrong:
+        raise CheckpointError(f"{spec!r}: {INDEX_FILE} maps {some(wrong)} to something that is not a file name.")
+    return weight_map
+
+
+def _refuse_outside(file: str, spec: str) -> None:
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or path.name != file:
+        raise CheckpointError(
+            f"{spec!r}: {INDEX_FILE} names {file!r}, which is not a file of the folder itself. Shards must lie beside "
+            "the index; nothing outside is read."
+        )
+
+
+def _check_index(checkpoint: Checkpoint, weight_map: dict[str, str]) -> None:
+    spec = checkpoint.source.spec
+    misplaced = [
+        f"{name!r} ({file})"
+        for name, file in weight_map.items()
+        if name not in checkpoint.tensors or checkpoint.tensors[name].file != file
+    ]
+    if misplaced:
+        raise CheckpointError(
+            f"{spec!r}: {INDEX_FILE} lists {len(misplaced)} tensors that are not in the shard it names: "
+            f"{some(misplaced)}. The index belongs to other shards; download the folder again."
+        )
+    unlisted = [f"{name!r} ({info.file})" for name, info in checkpoint.tensors.items() if name not in weight_map]
+    if unlisted:
+        raise CheckpointError(
+            f"{spec!r}: the shards hold {len(unlisted)} tensors that {INDEX_FILE} does not list: {some(unlisted)}. "
+            "The index belongs to other shards; download the folder again."
+        )
+
+
+def _parse_entry(name: str, entry: Any, file: str, data_start: int, where: str) -> TensorInfo:
+    if not _is_entry(entry):
+        raise CheckpointError(f"{where} has a broken header entry for tensor {name!r}: {entry!r}. Download it again.")
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has dtype {dtype!r}, which is not one of {', '.join(DTYPE_BITS)}. "
+            "Convert the checkpoint to one of them."
+        )
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (end - begin):
+        raise CheckpointError(
+            f"{where}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} needs {bits / 8:g} bytes, its header "
+            f"gives it {end - begin}. The file is damaged; download it again."
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        return False
+    # type() rather than isinstance(): JSON's true would pass as the integer 1.
+    return all(type(number) is int and number >= 0 for number in (*shape, *offsets)) and offsets[0] <= offsets[1]
+
+
+def _check_extents(infos: list[TensorInfo], data_start: int, size: int, where: str) -> None:
+    end = data_start
+    previous = "the header"
+    for info in infos:
+        if info.offset != end:
+            found = "overlaps" if info.offset < end else "leaves a hole after"
+            raise CheckpointError(
+                f"{where}: tensor {info.name!r} starts at byte {info.offset} and {found} {previous}, which ends at "
+                f"byte {end}. The file is damaged; download it again."
+            )
+        end = info.offset + info.nbytes
+        previous = f"tensor {info.name!r}"
+    if size < end:
+        raise CheckpointError(
+            f"{where} is truncated: its header announces {end} bytes, the file has {size}. Download it again."
+        )
+    if size > end:
+        raise CheckpointError(
+            f"{where} has {size - end} bytes after the last tensor: its header announces {end} bytes, the file has "
+            f"{size}. The file is damaged; download it again."
+        )
+
+
+def _reason(error: OSError) -> str:
+    text = error.strerror or str(error) or type(error).__name__
+    return f"{text} ({error.filename})" if error.filename else text

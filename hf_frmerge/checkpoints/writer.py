@@ -1,0 +1,399 @@
+"""Write safetensors shards laid out up front, piece by piece from any thread, in the form `save_pretrained` gives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.checkpoints.reader import DTYPE_BITS, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
+from hf_frmerge.errors import ArgumentError, MergeError
+
+STAGING = ".frmerge"
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its name, its header as bytes on disk, its tensors in file order, its size in bytes."""
+
+    file: str
+    header: bytes
+    names: tuple[str, ...]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """
+    Place of every output tensor, known before a byte is written.
+
+    Shard names, the split and the index are those of `save_pretrained`; header and order inside a file are those of
+    `safetensors.save_file`, so that the same tensors give the same bytes.
+    """
+
+    shards: tuple[Shard, ...]
+    places: dict[str, tuple[int, int]]  # name -> (index of the shard, byte offset in its file)
+    nbytes: dict[str, int]
+    total_size: int  # bytes of all tensors
+    total_parameters: int  # elements of the float tensors
+
+    @classmethod
+    def plan(
+        cls, tensors: Iterable[tuple[str, str, Sequence[int]]], max_shard_size: int | str = "50GB"
+    ) -> ShardLayout:
+        """
+        Split tensors into shards, greedily and in the given order.
+
+        Args:
+            tensors (`Iterable[tuple[str, str, Sequence[int]]]`):
+                Name, safetensors dtype code and shape of each tensor.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`):
+                Most bytes of tensors in one file, or a text such as `"5GB"`. A larger tensor gets its own file.
+
+        Returns:
+            `ShardLayout`: The plan.
+        """
+        entries = {name: (dtype, tuple(shape)) for name, dtype, shape in tensors}
+        nbytes = {name: math.prod(shape) * DTYPE_BITS[dtype] // 8 for name, (dtype, shape) in entries.items()}
+        groups = _split(nbytes, parse_size(max_shard_size))
+        shards = []
+        places = {}
+        for index, group in enumerate(groups):
+            file = SINGLE_FILE if len(groups) == 1 else f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
+            # safetensors puts wide dtypes first, so that every tensor is aligned to its own elements.
+            order = list(DTYPE_BITS)
+            names = sorted(group, key=lambda name: (-order.index(entries[name][0]), name))
+            header = _header([(name, *entries[name], nbytes[name]) for name in names])
+            offset = len(header)
+            for name in names:
+                places[name] = (index, offset)
+                offset += nbytes[name]
+            shards.append(Shard(file, header, tuple(names), offset))
+        parameters = sum(math.prod(shape) for dtype, shape in entries.values() if dtype in FLOAT_DTYPES)
+        return cls(tuple(shards), places, nbytes, sum(nbytes.values()), parameters)
+
+    def where(self, name: str) -> tuple[int, int]:
+        """Index of the shard that holds `name`, and the offset in bytes of its data in that file."""
+        return self.places[name]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of all shards together, headers included."""
+        return sum(shard.size for shard in self.shards)
+
+    def index_json(self) -> str | None:
+        """Text of `model.safetensors.index.json`; None for a single file, which has no index."""
+        if len(self.shards) == 1:
+            return None
+        index = {
+            "metadata": {"total_parameters": self.total_parameters, "total_size": self.total_size},
+            "weight_map": {name: self.shards[shard].file for name, (shard, _) in self.places.items()},
+        }
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+class CheckpointWriter:
+    """
+    Writes the shards of a layout under temporary names and gives them their real ones at the end.
+
+    `create` (or `reopen`), `write` and `read_back` from any thread, then `finish`; or, in a job of several
+    processes, each process passes its own `shards`, all call `sync`, and after a barrier one calls `publish`.
+
+    Args:
+        layout (`ShardLayout`):
+            The plan.
+        output_dir (`str` or `Path`):
+            Folder of the finished checkpoint.
+        staging (`str` or `Path`, *optional*):
+            Folder of the unfinished files, on the same file system; by default `.frmerge` inside `output_dir`.
+        shards (`Iterable[int]`, *optional*):
+            Shards this process writes; by default all.
+    """
+
+    def __init__(
+        self,
+        layout: ShardLayout,
+        output_dir: str | Path,
+        staging: str | Path | None = None,
+        shards: Iterable[int] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.output_dir = Path(output_dir)
+        self.staging = Path(staging) if staging is not None else self.output_dir / STAGING
+        self.shards = tuple(range(len(layout.shards))) if shards is None else tuple(shards)
+        self._fds: dict[int, int] = {}
+
+    def create(self) -> None:
+        """Create this process's files at full size, with their headers; whatever was staged before is overwritten."""
+        self.staging.mkdir(parents=True, exist_ok=True)
+        missing = sum(self.layout.shards[index].size for index in self.shards)
+        for index in self.shards:
+            self._allocate(index, missing)
+            missing -= self.layout.shards[index].size
+
+    def reopen(self) -> list[int]:
+        """
+        Go on with files of an earlier run where their size and header fit, and create the others.
+
+        Returns:
+            `list[int]`: Shards that were created afresh, so hold no data of the earlier run.
+        """
+        self.staging.mkdir(parents=True, exist_ok=True)
+        created = [index for index in self.shards if not self._adopt(index)]
+        missing = sum(self.layout.shards[index].size for index in created)
+        for index in created:
+            self._allocate(index, missing)
+            missing -= self.layout.shards[index].size
+        return created
+
+    def write(self, name: str, offset: int, data: NDArray[np.uint8] | bytes) -> None:
+        """
+        Write bytes of a tensor at `offset` from its start. Thread-safe.
+
+        Raises:
+            MergeError: If the disk is full or fails; the staged files stay for a resume.
+        """
+        view = memoryview(np.frombuffer(data, np.uint8).data if len(data) else b"")
+        shard, start = self._locate(name, offset, offset + len(view))
+        try:
+            while view:
+                count = os.pwrite(self._fds[shard], view, start)
+                start += count
+                view = view[count:]
+        except OSError as error:
+            raise self._failure(error, shard, len(view)) from error
+
+    def read_back(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Read bytes `[start, stop)` of a tensor from the unfinished file; a copy, 1-D. Thread-safe."""
+        shard, position = self._locate(name, start, stop)
+        out = np.empty(stop - start, np.uint8)
+        view = out.data
+        while view:
+            count = os.preadv(self._fds[shard], [view], position)
+            if count == 0:
+                raise MergeError(f"{self._staged(shard)} was cut short by another program. Start the merge afresh.")
+            position += count
+            view = view[count:]
+        return out
+
+    def finish(self) -> None:
+        """Make the files durable and give them their real names; alone in its process."""
+        self.sync()
+        self.publish()
+
+    def sync(self) -> None:
+        """Force this process's shards to disk and close them."""
+        try:
+            for index, fd in self._fds.items():
+                try:
+                    os.fsync(fd)
+                except OSError as error:
+                    raise self._failure(error, index, 0) from error
+        finally:
+            self.close()
+
+    def publish(self) -> None:
+        """
+        Rename all shards of the layout into place, write the index, and remove weight files of an earlier merge.
+
+        Call once, after every process has called `sync`. Calling it again after a crash half-way is safe.
+        """
+        for index, shard in enumerate(self.layout.shards):
+            staged = self._staged(index)
+            # Absent only when an earlier call came this far: `reopen` would have created it otherwise.
+            if staged.exists():
+                staged.replace(self.output_dir / shard.file)
+        text = self.layout.index_json()
+        if text is not None:
+            write_file(self.output_dir / INDEX_FILE, text)
+        keep = {shard.file for shard in self.layout.shards} | ({INDEX_FILE} if text is not None else set())
+        remove_weights(self.output_dir, keep=keep)
+        sync_directory(self.output_dir)
+
+    def small_file(self, name: str, content: bytes | str) -> None:
+        """Write a small file into the output folder so that it is either whole or absent."""
+        write_file(self.output_dir / name, content)
+
+    def close(self) -> None:
+        """Close the files without finishing them; they stay for a resume."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def _staged(self, index: int) -> Path:
+        # Not "*.safetensors": no loader may take an unfinished file for a checkpoint.
+        return self.staging / f"{self.layout.shards[index].file}.partial"
+
+    def _locate(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        if not 0 <= start <= stop <= self.layout.nbytes[name]:
+            raise ValueError(f"Bytes {start} to {stop} are outside {name!r} of {self.layout.nbytes[name]} bytes.")
+        shard, offset = self.layout.places[name]
+        return shard, offset + start
+
+    def _allocate(self, index: int, missing: int) -> None:
+        shard = self.layout.shards[index]
+        path = self._staged(index)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            # Reserved blocks make a full disk known now, and later writes 4x faster than a growing file's.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, shard.size)
+            else:
+                os.ftruncate(fd, shard.size)
+            os.pwrite(fd, shard.header, 0)
+        except OSError as error:
+            os.close(fd)
+            free = shutil.disk_usage(self.staging).free
+            path.unlink()
+            if error.errno in _FULL_DISK:
+                raise _no_space(self.output_dir, missing, free) from error
+            raise MergeError(f"{path} could not be created: {error.strerror}.") from error
+        self._fds[index] = fd
+
+    def _adopt(self, index: int) -> bool:
+        shard = self.layout.shards[index]
+        staged = self._staged(index)
+        final = self.output_dir / shard.file
+        if not staged.exists() and final.exists():
+            # The earlier run was killed while it renamed. Take the file back: unfinished work has no final names.
+            final.replace(staged)
+        try:
+            fd = os.open(staged, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        if os.fstat(fd).st_size == shard.size and os.pread(fd, len(shard.header), 0) == shard.header:
+            self._fds[index] = fd
+            return True
+        os.close(fd)
+        return False
+
+    def _failure(self, error: OSError, index: int, unwritten: int) -> MergeError:
+        if error.errno in _FULL_DISK:
+            return _no_space(self.output_dir, unwritten, shutil.disk_usage(self.staging).free)
+        return MergeError(
+            f"{self._staged(index)} could not be written: {error.strerror}. What was written so far is kept; see to "
+            "the disk and resume."
+        )
+
+
+def parse_size(size: int | str) -> int:
+    """
+    Read a size in bytes, given as a number or as text with a decimal (`"5GB"`) or binary (`"512MiB"`) unit.
+
+    Raises:
+        ArgumentError: If it is not a positive size.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?\s*", size.upper())
+        if match is None:
+            raise ArgumentError(f"Expected a size such as '5GB', '512MiB' or 1000000, got {size!r}.")
+        number, letter, binary = match.groups()
+        power = " KMGT".index(letter or " ")
+        size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size <= 0:
+        raise ArgumentError(f"Expected a size above 0 bytes, got {size}.")
+    return size
+
+
+def check_free_space(output_dir: str | Path, needed: int) -> None:
+    """
+    Refuse work that will not fit on the disk.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Output folder; need not exist yet.
+        needed (`int`):
+            Bytes that will be written.
+
+    Raises:
+        MergeError: If fewer bytes are free.
+    """
+    folder = Path(output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise _no_space(Path(output_dir), needed, free)
+
+
+def remove_weights(output_dir: str | Path, keep: Iterable[str] = ()) -> None:
+    """Remove `model*.safetensors` files and their index from a folder: a loader would prefer stale ones to new."""
+    kept = set(keep)
+    with suppress(FileNotFoundError):
+        for path in Path(output_dir).iterdir():
+            if _WEIGHT_FILE.fullmatch(path.name) and path.name not in kept:
+                path.unlink()
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file so that it is either whole, on disk and in place, or not there at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise MergeError(f"{path} could not be written: {error.strerror}.") from error
+    sync_directory(path.parent)
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _split(nbytes: dict[str, int], limit: int) -> list[list[str]]:
+    """Group names as huggingface_hub does: a tensor above the limit closes no open group and stands before it."""
+    groups: list[list[str]] = []
+    current: list[str] = []
+    filled = 0
+    for name, size in nbytes.items():
+        if size > limit:
+            groups.append([name])
+            continue
+        if filled + size > limit:
+            groups.append(current)
+            current, filled = [], 0
+        current.append(name)
+        filled += size
+    return [*groups, current] if current else groups
+
+
+def _header(entries: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, size in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _no_space(output_dir: Path, needed: int, free: int) -> MergeError:
+    return MergeError(
+        f"Not enough space in {output_dir}: {needed / 1e9:.2f} GB ({needed} bytes) are still needed, "
+        f"{free / 1e9:.2f} GB ({free} bytes) are free. Make room or choose another `output_dir`; what was written so "
+        "far is kept for a resume."
+    )
