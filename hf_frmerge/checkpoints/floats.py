@@ -1,0 +1,45 @@
+"""Raw bytes of a safetensors tensor to numpy floats and back; numpy itself has no bfloat16."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NUMPY_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+def widen(data: NDArray[np.uint8], dtype: str) -> NDArray[np.floating]:
+    """
+    Return the values of raw elements exactly: bf16, fp16 and fp32 as float32, fp64 as float64.
+
+    Args:
+        data (`numpy.ndarray`):
+            Little-endian elements, uint8, 1-D.
+        dtype (`str`):
+            Safetensors code: `"BF16"`, `"F16"`, `"F32"` or `"F64"`.
+    """
+    if dtype == "BF16":
+        out = data.view("<u2").astype(np.uint32)
+        out <<= 16
+        return out.view(np.float32)
+    values = data.view(_NUMPY_DTYPES[dtype])
+    return values.astype(np.float64 if dtype == "F64" else np.float32)
+
+
+def narrow(values: NDArray[np.floating], dtype: str) -> NDArray[np.uint8]:
+    """
+    Round float32 or float64 values to nearest, ties to even, and return their raw elements (uint8, 1-D).
+
+    Float64 values go to bf16 through float32: two roundings, at most 2^-16 of a unit in the last place apart from
+    one.
+    """
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(-1)
+        is_nan = np.isnan(bits.view(np.float32))
+        rounded = (bits >> 16) & 1
+        rounded += bits
+        rounded += 0x7FFF
+        rounded >>= 16
+        # Rounding may carry a NaN's payload into the exponent; 0x7FC0 is the quiet NaN.
+        return np.where(is_nan, np.uint32(0x7FC0), rounded).astype("<u2").view(np.uint8)
+    return np.ascontiguousarray(values, dtype=_NUMPY_DTYPES[dtype]).reshape(-1).view(np.uint8)
