@@ -1,0 +1,136 @@
+"""Gram matrices and linear combinations over the raw bytes of tensors: the two passes every merge is made of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes an element, for the dtypes every kernel knows
+
+
+@dataclass(frozen=True)
+class Operand:
+    """
+    One expert's values, as they lie on disk.
+
+    Args:
+        data (`np.ndarray`):
+            The little-endian bytes, 1-D contiguous `uint8`; no alignment is needed.
+        dtype (`str`):
+            `"BF16"`, `"F16"`, `"F32"` or `"F64"`, the spelling of safetensors.
+        is_delta (`bool`, *optional*, defaults to `False`):
+            Whether the values are differences to the first operand already.
+    """
+
+    data: NDArray[np.uint8]
+    dtype: str
+    is_delta: bool = False
+
+
+class Kernels(Protocol):
+    """
+    What a backend offers. All methods take equally long operands, read as `n_blocks` blocks of `block_len` elements.
+
+    Methods are safe to call from several threads and raise `ValueError` if sizes, dtypes or buffers do not fit.
+    """
+
+    name: str
+
+    def gram(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
+    ) -> NDArray[np.float64]:
+        """
+        Return the inner products of each block's `(x_0, d_1, ..., d_{K-1})`, where `d_i = x_i - x_0`.
+
+        Differences are formed after widening and before any product, so that the small angles between fine-tunes of
+        one base survive. An operand with `is_delta` is taken as its own difference.
+
+        Args:
+            operands (`Sequence[Operand]`):
+                K operands; dtypes may differ.
+            n_blocks (`int`):
+                Number of blocks.
+            block_len (`int`):
+                Elements in a block.
+            precise (`bool`, *optional*, defaults to `False`):
+                Subtract and multiply in float64. Otherwise a backend may do so in float32, if it flushes sums to
+                float64 every 512 elements or sooner; products then overflow near 1e19 and vanish near 1e-23. Always
+                on if an operand is `"F64"`.
+
+        Returns:
+            `np.ndarray`: `(n_blocks, K, K)`, float64, symmetric.
+        """
+        ...
+
+    def combine(
+        self,
+        operands: Sequence[Operand],
+        coefficients: NDArray[np.float64],
+        out: NDArray[np.uint8],
+        out_dtype: str,
+        n_blocks: int,
+        block_len: int,
+    ) -> None:
+        """
+        Write `sum_k coefficients[block, k] * x_k`, the same bits on every backend and machine.
+
+        The sum runs in float64 in the order of the operands, each product and each addition rounded, and is rounded
+        once, to nearest even, to `out_dtype`. Operands whose coefficient is zero are left out, so that a one-hot row
+        returns its operand bit for bit (-0 too); NaN is written as the positive quiet NaN. `is_delta` plays no part.
+
+        Args:
+            operands (`Sequence[Operand]`):
+                K operands; dtypes may differ.
+            coefficients (`np.ndarray`):
+                `(n_blocks, K)`, float64.
+            out (`np.ndarray`):
+                Writable 1-D contiguous `uint8`, `n_blocks * block_len` elements of `out_dtype`.
+            out_dtype (`str`):
+                `"BF16"`, `"F16"`, `"F32"` or `"F64"`.
+            n_blocks (`int`):
+                Number of blocks.
+            block_len (`int`):
+                Elements in a block.
+        """
+        ...
+
+    def count_nonfinite(self, operand: Operand) -> int:
+        """Return how many values are NaN or infinite."""
+        ...
+
+
+def load_kernels(device: str = "cpu") -> Kernels:
+    """
+    Return the fastest kernels for a device: on the CPU the native extension if it was built, otherwise torch.
+
+    Args:
+        device (`str`, *optional*, defaults to `"cpu"`):
+            A torch device with float64, such as `"cpu"`, `"cuda:0"` or `"xpu"`.
+
+    Raises:
+        ArgumentError: If there is no such device here, or it has no float64 (`"mps"`).
+    """
+    kernels: Kernels
+    if device == "cpu":
+        try:
+            from hf_frmerge.kernels.native import NativeKernels
+
+            kernels = NativeKernels()
+        except ImportError as error:
+            from hf_frmerge.kernels.torch_backend import TorchKernels
+
+            logger.info("The native kernels were not built (%s): falling back to torch, several times slower.", error)
+            kernels = TorchKernels(device)
+    else:
+        from hf_frmerge.kernels.torch_backend import TorchKernels
+
+        kernels = TorchKernels(device)
+    logger.info("Kernels: %s.", kernels.name)
+    return kernels

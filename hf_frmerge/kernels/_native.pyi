@@ -1,0 +1,24 @@
+"""Types of the extension in native.c, for mypy. Every function raises `ValueError` if its buffers do not fit."""
+
+from __future__ import annotations
+
+from numpy import float64, uint8
+from numpy.typing import NDArray
+
+_Operands = tuple[tuple[NDArray[uint8], str, bool], ...]  # (data, dtype, is_delta) each
+
+def levels() -> list[str]: ...
+def gram(
+    level: str, operands: _Operands, n_blocks: int, block_len: int, precise: bool, out: NDArray[float64], /
+) -> None: ...
+def combine(
+    level: str,
+    operands: _Operands,
+    coefficients: NDArray[float64],
+    n_blocks: int,
+    block_len: int,
+    out: NDArray[uint8],
+    out_dtype: str,
+    /,
+) -> None: ...
+def count_nonfinite(level: str, data: NDArray[uint8], dtype: str, /) -> int: ...

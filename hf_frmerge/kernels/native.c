@@ -1,0 +1,291 @@
+/*
+ * hf_frmerge.kernels._native: Gram matrices and linear combinations over raw tensor bytes.
+ *
+ * The arithmetic is in native_isa.h, compiled here once per instruction-set level; the level is chosen by the caller
+ * from levels(). This file checks every size before the first byte is touched, and works without the GIL.
+ * Floating-point contraction must be off (-ffp-contract=off): combine promises the same bits on every machine.
+ */
+
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "needs GCC or Clang on a little-endian machine; without this module the torch kernels are used"
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define MAX_OPERANDS 256
+
+typedef enum { BF16, F16, F32_, F64_ } DType;
+static const char *const DTYPE_NAMES[] = {"BF16", "F16", "F32", "F64"};
+static const size_t SIZE[] = {2, 2, 4, 8};
+
+typedef struct {
+    const uint8_t *data;
+    DType dtype;
+    int is_delta;
+} Operand;
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 4")
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(f) JOIN(f, ISA)
+
+#if defined(__x86_64__)
+#define ISA _avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
+#define LANES 16
+#define HALF 8
+#define CROSS 4
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define HALF_TO_SINGLE(raw) _mm256_cvtph_ps((__m128i)(raw))
+#include "native_isa.h"
+
+#define ISA _avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LANES 8
+#define HALF 4
+#define CROSS 2
+#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#include "native_isa.h"
+#endif
+
+#define ISA _plain
+#define TARGET
+#define LANES 4
+#define HALF 4
+#define CROSS 2
+#define FMA(a, b, c) ((a) * (b) + (c))
+#include "native_isa.h"
+
+typedef struct {
+    const char *name;
+    int (*gram)(const Operand *, int, size_t, size_t, int, double *);
+    int (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType);
+    size_t (*count_nonfinite)(const uint8_t *, size_t, DType);
+} Level;
+
+/* Best first. */
+static const Level LEVELS[] = {
+#if defined(__x86_64__)
+    {"avx512", gram_avx512, combine_avx512, count_nonfinite_avx512},
+    {"avx2", gram_avx2, combine_avx2, count_nonfinite_avx2},
+#endif
+    {"plain", gram_plain, combine_plain, count_nonfinite_plain},
+};
+#define N_LEVELS ((int)(sizeof LEVELS / sizeof *LEVELS))
+
+static int is_supported(const char *level) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strcmp(level, "avx2")) return avx2;
+    if (!strcmp(level, "avx512"))
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return !strcmp(level, "plain");
+}
+
+static const Level *find_level(const char *name) {
+    for (int i = 0; i < N_LEVELS; i++)
+        if (!strcmp(LEVELS[i].name, name) && is_supported(name)) return &LEVELS[i];
+    PyErr_Format(PyExc_ValueError, "this machine has no kernel level '%s'; levels() lists those it has", name);
+    return NULL;
+}
+
+static int parse_dtype(PyObject *name, DType *dtype) {
+    for (int i = 0; i < 4; i++) {
+        if (PyUnicode_Check(name) && !PyUnicode_CompareWithASCIIString(name, DTYPE_NAMES[i])) {
+            *dtype = (DType)i;
+            return 0;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "dtype must be 'BF16', 'F16', 'F32' or 'F64', got %R", name);
+    return -1;
+}
+
+/* Get a contiguous buffer of exactly `size` bytes. */
+static int get_buffer(PyObject *object, const char *what, size_t size, int flags, Py_buffer *view) {
+    if (PyObject_GetBuffer(object, view, flags)) {
+        PyErr_Format(PyExc_ValueError, "%s must be a contiguous%s buffer", what, flags & PyBUF_WRITABLE ? " writable" : "");
+        return -1;
+    }
+    if ((size_t)view->len != size) {
+        PyErr_Format(PyExc_ValueError, "%s must have %zu bytes, got %zd", what, size, view->len);
+        PyBuffer_Release(view);
+        return -1;
+    }
+    return 0;
+}
+
+/* n_blocks * block_len, or -1 with ValueError if that many elements of 8 bytes could not be addressed. */
+static Py_ssize_t count_elements(Py_ssize_t n_blocks, Py_ssize_t block_len) {
+    Py_ssize_t count, bytes;
+    if (n_blocks < 0 || block_len < 0 || __builtin_mul_overflow(n_blocks, block_len, &count) ||
+        __builtin_mul_overflow(count, (Py_ssize_t)8, &bytes)) {
+        PyErr_Format(PyExc_ValueError, "n_blocks and block_len make no sense: %zd, %zd", n_blocks, block_len);
+        return -1;
+    }
+    return count;
+}
+
+typedef struct {
+    int n;
+    Operand x[MAX_OPERANDS];
+    Py_buffer views[MAX_OPERANDS];
+} Operands;
+
+static void release_operands(Operands *operands) {
+    for (int i = 0; i < operands->n; i++) PyBuffer_Release(&operands->views[i]);
+    free(operands);
+}
+
+/* From a tuple of (buffer, dtype, is_delta), each buffer holding `count` elements. */
+static Operands *get_operands(PyObject *tuple, size_t count) {
+    Py_ssize_t n = PyTuple_Size(tuple);
+    if (n < 1 || n > MAX_OPERANDS) {
+        PyErr_Format(PyExc_ValueError, "expected 1 to %d operands, got %zd", MAX_OPERANDS, n);
+        return NULL;
+    }
+    Operands *operands = calloc(1, sizeof *operands);
+    if (!operands) return (Operands *)PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *item = PyTuple_GetItem(tuple, i), *data, *dtype;
+        Operand *x = &operands->x[i];
+        if (!PyTuple_Check(item)) {
+            PyErr_SetString(PyExc_ValueError, "an operand must be a tuple (data, dtype, is_delta)");
+        } else if (PyArg_ParseTuple(item, "OOp", &data, &dtype, &x->is_delta) && !parse_dtype(dtype, &x->dtype) &&
+                   !get_buffer(data, "operand", count * SIZE[x->dtype], PyBUF_C_CONTIGUOUS, &operands->views[i])) {
+            x->data = operands->views[i].buf;
+            operands->n++;
+            continue;
+        }
+        release_operands(operands);
+        return NULL;
+    }
+    return operands;
+}
+
+static PyObject *py_levels(PyObject *module, PyObject *unused) {
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names && i < N_LEVELS; i++) {
+        if (!is_supported(LEVELS[i].name)) continue;
+        PyObject *name = PyUnicode_FromString(LEVELS[i].name);
+        if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *py_gram(PyObject *module, PyObject *args) {
+    const char *level_name;
+    PyObject *tuple, *out_object;
+    Py_ssize_t n_blocks, block_len, count, out_bytes;
+    int precise;
+    if (!PyArg_ParseTuple(args, "sO!nnpO", &level_name, &PyTuple_Type, &tuple, &n_blocks, &block_len, &precise, &out_object))
+        return NULL;
+    const Level *level = find_level(level_name);
+    if (!level || (count = count_elements(n_blocks, block_len)) < 0) return NULL;
+    Operands *operands = get_operands(tuple, count);
+    if (!operands) return NULL;
+
+    PyObject *result = NULL;
+    Py_buffer out;
+    int n = operands->n;
+    if (__builtin_mul_overflow(n_blocks, (Py_ssize_t)n * n * 8, &out_bytes))
+        PyErr_SetString(PyExc_ValueError, "n_blocks is too large");
+    else if (!get_buffer(out_object, "out", out_bytes, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) {
+        for (int i = 0; i < n; i++) precise |= operands->x[i].dtype == F64_;
+        int failed;
+        Py_BEGIN_ALLOW_THREADS;
+        failed = level->gram(operands->x, n, n_blocks, block_len, precise, out.buf);
+        Py_END_ALLOW_THREADS;
+        result = failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
+        PyBuffer_Release(&out);
+    }
+    release_operands(operands);
+    return result;
+}
+
+static PyObject *py_combine(PyObject *module, PyObject *args) {
+    const char *level_name;
+    PyObject *tuple, *coefficients_object, *out_object, *dtype_object;
+    Py_ssize_t n_blocks, block_len, count, table_bytes;
+    DType dtype;
+    if (!PyArg_ParseTuple(args, "sO!OnnOO", &level_name, &PyTuple_Type, &tuple, &coefficients_object, &n_blocks,
+                          &block_len, &out_object, &dtype_object))
+        return NULL;
+    const Level *level = find_level(level_name);
+    if (!level || parse_dtype(dtype_object, &dtype) || (count = count_elements(n_blocks, block_len)) < 0) return NULL;
+    Operands *operands = get_operands(tuple, count);
+    if (!operands) return NULL;
+
+    PyObject *result = NULL;
+    Py_buffer table, out;
+    if (__builtin_mul_overflow(n_blocks, (Py_ssize_t)operands->n * 8, &table_bytes))
+        PyErr_SetString(PyExc_ValueError, "n_blocks is too large");
+    else if (!get_buffer(coefficients_object, "coefficients", table_bytes, PyBUF_C_CONTIGUOUS, &table)) {
+        if (!get_buffer(out_object, "out", count * SIZE[dtype], PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) {
+            int failed;
+            Py_BEGIN_ALLOW_THREADS;
+            failed = level->combine(operands->x, operands->n, n_blocks, block_len, table.buf, out.buf, dtype);
+            Py_END_ALLOW_THREADS;
+            result = failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
+            PyBuffer_Release(&out);
+        }
+        PyBuffer_Release(&table);
+    }
+    release_operands(operands);
+    return result;
+}
+
+static PyObject *py_count_nonfinite(PyObject *module, PyObject *args) {
+    const char *level_name;
+    PyObject *data, *dtype_object;
+    DType dtype;
+    Py_buffer view;
+    if (!PyArg_ParseTuple(args, "sOO", &level_name, &data, &dtype_object)) return NULL;
+    const Level *level = find_level(level_name);
+    if (!level || parse_dtype(dtype_object, &dtype)) return NULL;
+    if (PyObject_GetBuffer(data, &view, PyBUF_C_CONTIGUOUS)) {
+        PyErr_SetString(PyExc_ValueError, "data must be a contiguous buffer");
+        return NULL;
+    }
+    size_t found = 0, size = view.len;
+    if (size % SIZE[dtype] == 0) {
+        Py_BEGIN_ALLOW_THREADS;
+        found = level->count_nonfinite(view.buf, size / SIZE[dtype], dtype);
+        Py_END_ALLOW_THREADS;
+    } else {
+        PyErr_Format(PyExc_ValueError, "%zu bytes are no whole number of %s elements", size, DTYPE_NAMES[dtype]);
+    }
+    PyBuffer_Release(&view);
+    return PyErr_Occurred() ? NULL : PyLong_FromSize_t(found);
+}
+
+static PyMethodDef METHODS[] = {
+    {"levels", py_levels, METH_NOARGS, "levels() -> list of the instruction-set levels this machine has, best first"},
+    {"gram", py_gram, METH_VARARGS, "gram(level, ((data, dtype, is_delta), ...), n_blocks, block_len, precise, out)"},
+    {"combine", py_combine, METH_VARARGS,
+     "combine(level, ((data, dtype, is_delta), ...), coefficients, n_blocks, block_len, out, out_dtype)"},
+    {"count_nonfinite", py_count_nonfinite, METH_VARARGS, "count_nonfinite(level, data, dtype) -> int"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "_native",
+    .m_doc = "Gram matrices and linear combinations over raw tensor bytes.",
+    .m_methods = METHODS,
+};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&MODULE); }

@@ -1,0 +1,67 @@
+"""The native CPU kernels; see native.c and native_isa.h for the arithmetic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.kernels import Operand, _native
+
+
+class NativeKernels:
+    """
+    Kernels compiled for several instruction-set levels. Importing this module fails if they were not built.
+
+    Args:
+        level (`str`, *optional*):
+            `"avx512"`, `"avx2"` or `"plain"`. Defaults to the environment variable `HF_FRMERGE_ISA`, else to the best
+            level this machine has.
+
+    Raises:
+        ArgumentError: If this machine does not have that level.
+    """
+
+    def __init__(self, level: str | None = None) -> None:
+        available = _native.levels()
+        self.level: str = level or os.environ.get("HF_FRMERGE_ISA") or available[0]
+        if self.level not in available:
+            raise ArgumentError(
+                f"Expected a kernel level this machine has ({', '.join(available)}), got {self.level!r}. "
+                "Unset HF_FRMERGE_ISA to let the best one be chosen."
+            )
+        self.name = f"native {self.level}"
+
+    def gram(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
+    ) -> NDArray[np.float64]:
+        """Return the inner products of each block, as [`~kernels.Kernels.gram`] says."""
+        gram = np.empty((n_blocks, len(operands), len(operands)))
+        _native.gram(self.level, _as_tuples(operands), n_blocks, block_len, precise, gram)
+        return gram
+
+    def combine(
+        self,
+        operands: Sequence[Operand],
+        coefficients: NDArray[np.float64],
+        out: NDArray[np.uint8],
+        out_dtype: str,
+        n_blocks: int,
+        block_len: int,
+    ) -> None:
+        """Write the linear combination of each block, as [`~kernels.Kernels.combine`] says."""
+        table = np.ascontiguousarray(coefficients, dtype=np.float64)
+        if table.shape != (n_blocks, len(operands)):
+            raise ValueError(f"expected coefficients of shape {(n_blocks, len(operands))}, got {table.shape}")
+        _native.combine(self.level, _as_tuples(operands), table, n_blocks, block_len, out, out_dtype)
+
+    def count_nonfinite(self, operand: Operand) -> int:
+        """Return how many values are NaN or infinite."""
+        return _native.count_nonfinite(self.level, operand.data, operand.dtype)
+
+
+def _as_tuples(operands: Sequence[Operand]) -> tuple[tuple[NDArray[np.uint8], str, bool], ...]:
+    return tuple((operand.data, operand.dtype, operand.is_delta) for operand in operands)

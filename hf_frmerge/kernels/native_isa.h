@@ -1,0 +1,327 @@
+/*
+ * The kernels at one instruction-set level, in GCC/Clang vector extensions. native.c includes this file once per
+ * level, after defining
+ *
+ *     ISA      suffix of every name below
+ *     TARGET   function attribute that turns the instructions on
+ *     LANES    float32 lanes of the registers the Gram products run in
+ *     HALF     lanes of one widening or float64 step
+ *     CROSS    columns of a register tile off the diagonal (rows: 4); what the register file holds
+ *     FMA      a * b + c on F32, fused or not
+ *     HALF_TO_SINGLE   optional: float16 -> float32 in one instruction
+ */
+
+#define F32 NAME(f32_)    /* LANES floats */
+#define F32H NAME(f32h_)  /* HALF floats */
+#define F64 NAME(f64_)    /* HALF doubles */
+#define U16H NAME(u16h_)  /* HALF of each integer type */
+#define U32H NAME(u32h_)
+#define I32H NAME(i32h_)
+#define I64H NAME(i64h_)
+#define RUN (32 * LANES) /* elements between flushes to float64: 32 additions a lane, at most 512 elements */
+
+/* Alignment 1: a tensor starts where its file put it. */
+typedef float F32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef float F32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
+typedef double F64 __attribute__((vector_size(8 * HALF), aligned(1), may_alias));
+typedef uint16_t U16H __attribute__((vector_size(2 * HALF), aligned(1), may_alias));
+typedef uint32_t U32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
+typedef int32_t I32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
+typedef int64_t I64H __attribute__((vector_size(8 * HALF), aligned(1), may_alias));
+
+/* ---- widening: exact for every value, including subnormals, infinities and NaN ---- */
+
+TARGET INLINE F32H NAME(widen)(const uint8_t *p, DType dtype) {
+    if (dtype == F32_) return *(const F32H *)p;
+    U16H raw = *(const U16H *)p;
+    U32H wide = __builtin_convertvector(raw, U32H);
+    if (dtype == BF16) return (F32H)(wide << 16);
+#ifdef HALF_TO_SINGLE
+    return (F32H)HALF_TO_SINGLE(raw);
+#else
+    /* Exponent and mantissa moved into place; the product puts the bias right and normalises subnormals. */
+    U32H magnitude = (wide & 0x7fff) << 13;
+    U32H special = (U32H)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
+    F32H value = (F32H)magnitude * 0x1p112f;
+    return (F32H)((U32H)value | special | (wide & 0x8000) << 16);
+#endif
+}
+
+TARGET INLINE F64 NAME(widen64)(const uint8_t *p, DType dtype) {
+    return dtype == F64_ ? *(const F64 *)p : __builtin_convertvector(NAME(widen)(p, dtype), F64);
+}
+
+/* ---- rounding: one round-to-nearest-even from float64; every NaN becomes the one canonical NaN ---- */
+
+#define SELECT(mask, a, b) (((mask) & (a)) | (~(mask) & (b)))
+
+/*
+ * float64 -> float32 by round-to-odd: towards zero, then the last bit set if anything was lost. Rounding that to 16
+ * bits gives what rounding the float64 would, since two spare bits remember on which side of a tie it lay.
+ */
+TARGET INLINE U32H NAME(round_to_odd)(F64 value) {
+    F32H nearest = __builtin_convertvector(value, F32H);
+    F64 back = __builtin_convertvector(nearest, F64);
+    I64H magnitude = (I64H)value & INT64_MAX, rounded = (I64H)back & INT64_MAX;
+    U32H overshot = (U32H)__builtin_convertvector(rounded > magnitude, I32H);
+    U32H inexact = (U32H)__builtin_convertvector(rounded != magnitude, I32H);
+    return ((U32H)nearest + overshot) | (inexact & 1);
+}
+
+TARGET INLINE void NAME(store)(F64 value, uint8_t *out, DType dtype) {
+    if (dtype == F64_) {
+        *(I64H *)out = SELECT(value == value, (I64H)value, INT64_C(0x7ff8) << 48);
+        return;
+    }
+    if (dtype == F32_) {
+        F32H single = __builtin_convertvector(value, F32H);
+        *(I32H *)out = SELECT(single == single, (I32H)single, 0x7fc00000);
+        return;
+    }
+    U32H bits = NAME(round_to_odd)(value);
+    U32H magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000, result;
+    U32H number = (U32H)(magnitude <= 0x7f800000);
+    if (dtype == BF16) {
+        result = (magnitude + 0x7fff + (magnitude >> 16 & 1)) >> 16;
+        result = SELECT(number, result | sign, 0x7fc0);
+    } else {
+        U32H normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+        /* The last place of 0.5 is the float16 subnormal step, so this addition rounds to it. */
+        U32H subnormal = (U32H)((F32H)magnitude + 0.5f) - 0x3f000000u;
+        result = SELECT((U32H)(magnitude < 113u << 23), subnormal, normal);
+        result = SELECT((U32H)(magnitude >= 143u << 23), 0x7c00, result);
+        result = SELECT(number, result | sign, 0x7e00);
+    }
+    *(U16H *)out = __builtin_convertvector(result, U16H);
+}
+
+/* ---- Gram ---- */
+
+/* Widen `count` elements, minus `base`, into `out`, and pad with zeros to whole registers. */
+TARGET INLINE void NAME(fill_as)(const uint8_t *p, DType dtype, size_t count, const float *base, float *out) {
+    size_t k = 0, size = SIZE[dtype];
+    for (; k + HALF <= count; k += HALF) {
+        F32H x = NAME(widen)(p + k * size, dtype);
+        *(F32H *)(out + k) = x - *(const F32H *)(base + k);
+    }
+    if (k < count) {
+        uint8_t pad[4 * HALF] = {0};
+        memcpy(pad, p + k * size, (count - k) * size);
+        F32H x = NAME(widen)(pad, dtype);
+        *(F32H *)(out + k) = x - *(const F32H *)(base + k);
+        k += HALF;
+    }
+    for (; k % LANES; k += HALF) *(F32H *)(out + k) = (F32H){0};
+}
+
+TARGET static void NAME(fill)(const Operand *x, size_t start, size_t count, const float *base, float *out) {
+    const uint8_t *p = x->data + start * SIZE[x->dtype];
+    switch (x->dtype) {
+        case BF16: NAME(fill_as)(p, BF16, count, base, out); break;
+        case F16: NAME(fill_as)(p, F16, count, base, out); break;
+        default: NAME(fill_as)(p, F32_, count, base, out);
+    }
+}
+
+/* Products of `rows` x `cols` widened runs; each pair's lanes go to its HALF float64 sums, `stride` pairs a row. */
+TARGET INLINE void NAME(tile)(const float *a, const float *b, int rows, int cols, int diagonal, size_t count,
+                              double *sums, size_t stride) {
+    F32 acc[4][4];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < cols; j++) acc[i][j] = (F32){0};
+    for (size_t k = 0; k < count; k += LANES) {
+        F32 x[4];
+        UNROLL for (int i = 0; i < rows; i++) x[i] = *(const F32 *)(a + i * RUN + k);
+        UNROLL for (int j = 0; j < cols; j++) {
+            F32 y = diagonal ? x[j] : *(const F32 *)(b + j * RUN + k);
+            UNROLL for (int i = 0; i < rows; i++)
+                if (!diagonal || i <= j) acc[i][j] = FMA(x[i], y, acc[i][j]);
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) {
+        UNROLL for (int j = diagonal ? i : 0; j < cols; j++) {
+            F32H part[LANES / HALF];
+            memcpy(part, &acc[i][j], sizeof part);
+            for (int h = 1; h < LANES / HALF; h++) part[0] += part[h];
+            *(F64 *)(sums + (i * stride + j) * HALF) += __builtin_convertvector(part[0], F64);
+        }
+    }
+}
+
+#define DIAGONAL(n) \
+    case n: NAME(tile)(a, a, n, n, 1, count, sums, stride); break
+#define OFF_DIAGONAL(n) \
+    case n: NAME(tile)(a, b, 4, n, 0, count, sums, stride); break
+
+TARGET static void NAME(diagonal_tile)(const float *a, int n, size_t count, double *sums, size_t stride) {
+    switch (n) { DIAGONAL(1); DIAGONAL(2); DIAGONAL(3); DIAGONAL(4); }
+}
+
+TARGET static void NAME(cross_tile)(const float *a, const float *b, int n, size_t count, double *sums, size_t stride) {
+    switch (n) {
+        OFF_DIAGONAL(1);
+        OFF_DIAGONAL(2);
+#if CROSS == 4
+        OFF_DIAGONAL(3);
+        OFF_DIAGONAL(4);
+#endif
+    }
+}
+
+/* Upper triangle of one block, as HALF partial sums a pair. */
+TARGET static void NAME(gram_block)(const Operand *x, int n, size_t start, size_t length, const float *zeros,
+                             float *runs, double *sums) {
+    for (size_t done = 0; done < length; done += RUN) {
+        size_t count = length - done < RUN ? length - done : RUN;
+        for (int i = 0; i < n; i++)
+            NAME(fill)(x + i, start + done, count, i && !x[i].is_delta ? runs : zeros, runs + i * RUN);
+        for (int i = 0; i < n; i += 4) {
+            int rows = n - i < 4 ? n - i : 4;
+            NAME(diagonal_tile)(runs + i * RUN, rows, count, sums + (i * n + i) * HALF, n);
+            for (int j = i + 4; j < n; j += CROSS) {
+                int cols = n - j < CROSS ? n - j : CROSS;
+                NAME(cross_tile)(runs + i * RUN, runs + j * RUN, cols, count, sums + (i * n + j) * HALF, n);
+            }
+        }
+    }
+}
+
+/* The same with values widened to float64 before the subtraction and the product. */
+TARGET static void NAME(gram_block_precise)(const Operand *x, int n, size_t start, size_t length,
+                                     const double *zeros, double *runs, double *sums) {
+    for (size_t done = 0; done < length; done += RUN) {
+        size_t count = length - done < RUN ? length - done : RUN;
+        for (int i = 0; i < n; i++) {
+            size_t size = SIZE[x[i].dtype];
+            const uint8_t *p = x[i].data + (start + done) * size;
+            const double *base = i && !x[i].is_delta ? runs : zeros;
+            for (size_t k = 0; k < count; k += HALF) {
+                uint8_t pad[8 * HALF] = {0};
+                int whole = count - k >= HALF;
+                if (!whole) memcpy(pad, p + k * size, (count - k) * size);
+                F64 value = NAME(widen64)(whole ? p + k * size : pad, x[i].dtype);
+                *(F64 *)(runs + i * RUN + k) = value - *(const F64 *)(base + k);
+            }
+        }
+        for (int i = 0; i < n; i++) {
+            for (int j = i; j < n; j++) {
+                F64 acc = *(F64 *)(sums + (i * n + j) * HALF);
+                for (size_t k = 0; k < count; k += HALF)
+                    acc += *(F64 *)(runs + i * RUN + k) * *(F64 *)(runs + j * RUN + k);
+                *(F64 *)(sums + (i * n + j) * HALF) = acc;
+            }
+        }
+    }
+}
+
+TARGET static int NAME(gram)(const Operand *x, int n, size_t n_blocks, size_t block_len, int precise, double *out) {
+    size_t n_sums = (size_t)n * n * HALF, n_runs = (size_t)n * RUN;
+    double *zeros = aligned_alloc(64, ((RUN + n_runs + n_sums) * sizeof(double) + 63) / 64 * 64);
+    if (!zeros) return -1;
+    memset(zeros, 0, RUN * sizeof(double));
+    double *runs = zeros + RUN, *sums = runs + n_runs;
+    for (size_t block = 0; block < n_blocks; block++, out += n * n) {
+        memset(sums, 0, n_sums * sizeof(double));
+        if (precise)
+            NAME(gram_block_precise)(x, n, block * block_len, block_len, zeros, runs, sums);
+        else
+            NAME(gram_block)(x, n, block * block_len, block_len, (float *)zeros, (float *)runs, sums);
+        for (int i = 0; i < n; i++) {
+            for (int j = i; j < n; j++) {
+                double total = 0;
+                for (int h = 0; h < HALF; h++) total += sums[(i * n + j) * HALF + h];
+                out[i * n + j] = out[j * n + i] = total;
+            }
+        }
+    }
+    free(zeros);
+    return 0;
+}
+
+/* ---- combine ---- */
+
+/* Sum of c[i] * x[i] over `units` registers: float64, in order, multiplication and addition each rounded. */
+TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, size_t start, int units, uint8_t *out,
+                                      DType out_dtype) {
+    F64 acc[4];
+    UNROLL for (int u = 0; u < units; u++) acc[u] = -(F64){0}; /* -0 + y is y for every y, also for -0 */
+#define ADD(dtype_)                                                                      \
+    case dtype_:                                                                         \
+        UNROLL for (int u = 0; u < units; u++) {                                         \
+            acc[u] += c[i] * NAME(widen64)(p + u * HALF * SIZE[dtype_], dtype_);         \
+        }                                                                                \
+        break
+    for (int i = 0; i < n; i++) {
+        const uint8_t *p = x[i].data + start * SIZE[x[i].dtype];
+        switch (x[i].dtype) { ADD(BF16); ADD(F16); ADD(F32_); ADD(F64_); }
+    }
+#undef ADD
+    UNROLL for (int u = 0; u < units; u++) NAME(store)(acc[u], out + u * HALF * SIZE[out_dtype], out_dtype);
+}
+
+/* One block; `tail` holds HALF elements of up to n operands. */
+TARGET static void NAME(combine_block)(const Operand *x, const double *c, int n, size_t start, size_t length,
+                                       uint8_t *out, DType out_dtype, Operand *padded, uint8_t *tail) {
+    size_t k = 0, size = SIZE[out_dtype];
+    for (; k + 4 * HALF <= length; k += 4 * HALF)
+        NAME(combine_step)(x, c, n, start + k, 4, out + k * size, out_dtype);
+    for (; k + HALF <= length; k += HALF) NAME(combine_step)(x, c, n, start + k, 1, out + k * size, out_dtype);
+    if (k == length) return;
+    for (int i = 0; i < n; i++) {
+        uint8_t *copy = tail + (size_t)i * HALF * 8;
+        memcpy(copy, x[i].data + (start + k) * SIZE[x[i].dtype], (length - k) * SIZE[x[i].dtype]);
+        padded[i] = (Operand){copy, x[i].dtype, 0};
+    }
+    uint8_t last[HALF * 8];
+    NAME(combine_step)(padded, c, n, 0, 1, last, out_dtype);
+    memcpy(out + k * size, last, (length - k) * size);
+}
+
+TARGET static int NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len, const uint8_t *coefficients,
+                                uint8_t *out, DType out_dtype) {
+    struct { Operand used[MAX_OPERANDS], padded[MAX_OPERANDS]; double c[MAX_OPERANDS]; uint8_t tail[MAX_OPERANDS * HALF * 8]; } *s;
+    s = calloc(1, sizeof *s);
+    if (!s) return -1;
+    size_t block_size = block_len * SIZE[out_dtype];
+    for (size_t block = 0; block < n_blocks; block++, out += block_size) {
+        int used = 0;
+        for (int i = 0; i < n; i++, coefficients += sizeof(double)) {
+            memcpy(&s->c[used], coefficients, sizeof(double));
+            if (s->c[used] != 0) s->used[used++] = x[i];
+        }
+        if (used)
+            NAME(combine_block)(s->used, s->c, used, block * block_len, block_len, out, out_dtype, s->padded, s->tail);
+        else
+            memset(out, 0, block_size);
+    }
+    free(s);
+    return 0;
+}
+
+/* ---- counting ---- */
+
+TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType dtype) {
+    size_t found = 0;
+#define COUNT(type, exponent)                                            \
+    for (size_t k = 0; k < count; k++) {                                 \
+        type bits;                                                       \
+        memcpy(&bits, p + k * sizeof bits, sizeof bits);                 \
+        found += (bits & (type)(exponent)) == (type)(exponent);          \
+    }                                                                    \
+    break
+    switch (dtype) {
+        case BF16: COUNT(uint16_t, 0x7f80);
+        case F16: COUNT(uint16_t, 0x7c00);
+        case F32_: COUNT(uint32_t, 0x7f800000);
+        case F64_: COUNT(uint64_t, UINT64_C(0x7ff) << 52);
+    }
+#undef COUNT
+    return found;
+}
+
+#undef ISA
+#undef TARGET
+#undef LANES
+#undef HALF
+#undef CROSS
+#undef FMA
+#undef HALF_TO_SINGLE

@@ -1,0 +1,219 @@
+"""
+The kernels in torch: for accelerators, and for CPUs where no compiler was at hand.
+
+Chunks are copied to one of two sets of (on an accelerator: pinned) host buffers, from there to the device on a stream
+of their own, and used on the default stream, so that copying the next chunk overlaps with computing on this one. The
+CPU takes the same path, with torch's stand-ins for streams and events. It has been run on the CPU only: not yet on a
+GPU of any maker, so neither the overlap nor the speed there has been measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.kernels import ITEMSIZE, Operand
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# Elements of one operand in a chunk. CPU: where float64 products were fastest. Accelerator: 8 MiB of bf16, so that a
+# copy takes long against the launch of the operations that use it.
+_CHUNK = {"cpu": 1 << 16, "accelerator": 1 << 22}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Part of the operands: whole blocks `first..first + rows`, or elements `offset..offset + length` of one."""
+
+    first: int
+    rows: int
+    offset: int
+    length: int
+
+
+class TorchKernels:
+    """
+    Kernels on a torch device. Sums and products are float64 throughout, whether or not `precise` is asked for.
+
+    Args:
+        device (`str`):
+            A torch device that has float64.
+
+    Raises:
+        ArgumentError: If there is no such device here, or it has no float64.
+    """
+
+    def __init__(self, device: str) -> None:
+        try:
+            self.device = torch.device(device)
+            torch.empty(1, device=self.device, dtype=torch.float64)
+        except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+            # torch has an error class of its own for each way of not having a device.
+            raise ArgumentError(
+                f"Expected a torch device of this machine that has float64, got {device!r}: {error}. "
+                "Use device='cpu' instead; the passes are bound by reading, so little is lost."
+            ) from error
+        if self.device.type == "meta":
+            raise ArgumentError("Expected a device that holds values, got 'meta'. Use device='cpu'.")
+        self.name = f"torch {self.device}"
+        self._module: Any = torch.get_device_module(self.device)
+        self._chunk = _CHUNK["cpu" if self.device.type == "cpu" else "accelerator"]
+
+    def gram(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
+    ) -> NDArray[np.float64]:
+        """Return the inner products of each block, as [`~kernels.Kernels.gram`] says."""
+        _check(operands, n_blocks, block_len)
+        gram = torch.zeros(n_blocks, len(operands), len(operands), dtype=torch.float64, device=self.device)
+        for span, chunk in self._stream(operands, n_blocks, block_len):
+            points = torch.stack([x.to(torch.float64) for x in chunk], dim=1)
+            for i, operand in enumerate(operands):
+                if i and not operand.is_delta:
+                    points[:, i] -= points[:, 0]
+            gram[span.first : span.first + span.rows] += points @ points.mT
+        return gram.cpu().numpy()
+
+    def combine(
+        self,
+        operands: Sequence[Operand],
+        coefficients: NDArray[np.float64],
+        out: NDArray[np.uint8],
+        out_dtype: str,
+        n_blocks: int,
+        block_len: int,
+    ) -> None:
+        """Write the linear combination of each block, as [`~kernels.Kernels.combine`] says."""
+        _check(operands, n_blocks, block_len)
+        if coefficients.shape != (n_blocks, len(operands)):
+            raise ValueError(f"expected coefficients of shape {(n_blocks, len(operands))}, got {coefficients.shape}")
+        _check_bytes(out, out_dtype, n_blocks * block_len, "out")
+        if not out.flags.writeable:
+            raise ValueError("out must be writable")
+        table = torch.tensor(coefficients, dtype=torch.float64, device=self.device)
+        for span, chunk in self._stream(operands, n_blocks, block_len):
+            rows = table[span.first : span.first + span.rows]
+            total = torch.full_like(chunk[0], -0.0, dtype=torch.float64)  # -0 + y is y for every y, also for -0
+            for k, x in enumerate(chunk):
+                factor = rows[:, k : k + 1]
+                # Two operations, two roundings: a fused one would give other bits.
+                total = torch.where(factor == 0, total, total + factor * x.to(torch.float64))
+            total = torch.where((rows == 0).all(dim=1, keepdim=True), 0.0, total)
+            start = (span.first * block_len + span.offset) * ITEMSIZE[out_dtype]
+            rounded = _round(total, out_dtype).reshape(-1).view(torch.uint8).cpu().numpy()
+            out[start : start + rounded.size] = rounded
+
+    def count_nonfinite(self, operand: Operand) -> int:
+        """Return how many values are NaN or infinite."""
+        size = operand.data.size // ITEMSIZE.get(operand.dtype, 1)
+        _check([operand], 1, size)
+        return sum(int((~torch.isfinite(chunk[0])).sum()) for _, chunk in self._stream([operand], 1, size))
+
+    def _stream(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int
+    ) -> Iterator[tuple[_Span, list[torch.Tensor]]]:
+        """Yield each span with the operands' values on the device, `(rows, length)` each, in their own dtypes."""
+        spans = list(_spans(n_blocks, block_len, self._chunk))
+        if not spans:
+            return
+        largest = max(span.rows * span.length for span in spans)
+        copying = self._module.Stream()
+        slots = [_Slot(operands, largest, self.device, self._module) for _ in range(min(2, len(spans)))]
+        slots[0].send(operands, spans[0], block_len, copying)
+        for i, span in enumerate(spans):
+            if i + 1 < len(spans):
+                slots[(i + 1) % 2].send(operands, spans[i + 1], block_len, copying)
+            yield span, slots[i % 2].receive(operands, span)
+            slots[i % 2].release()
+
+
+class _Slot:
+    """Host and device buffers for one chunk of every operand, and the events that say who may touch them."""
+
+    def __init__(self, operands: Sequence[Operand], largest: int, device: torch.device, module: Any) -> None:
+        self.module = module
+        is_pinned = device.type != "cpu"
+        sizes = [largest * ITEMSIZE[operand.dtype] for operand in operands]
+        self.host = [torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned) for size in sizes]
+        self.device = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        self.copied, self.used = module.Event(), module.Event()
+        self.release()
+
+    def send(self, operands: Sequence[Operand], span: _Span, block_len: int, copying: Any) -> None:
+        """Start copying a span to the device, once the last copy from here is through and its values are used."""
+        self.copied.synchronize()
+        with self.module.stream(copying):
+            self.used.wait()
+            for operand, host, device in zip(operands, self.host, self.device):
+                itemsize = ITEMSIZE[operand.dtype]
+                start = (span.first * block_len + span.offset) * itemsize
+                size = span.rows * span.length * itemsize
+                host.numpy()[:size] = operand.data[start : start + size]
+                device[:size].copy_(host[:size], non_blocking=True)
+            self.copied.record()
+
+    def receive(self, operands: Sequence[Operand], span: _Span) -> list[torch.Tensor]:
+        """Have the default stream wait for the copy, and return the values."""
+        self.copied.wait()
+        count = span.rows * span.length
+        return [
+            device[: count * ITEMSIZE[operand.dtype]].view(_DTYPES[operand.dtype]).view(span.rows, span.length)
+            for operand, device in zip(operands, self.device)
+        ]
+
+    def release(self) -> None:
+        """Let the next copy in when what was launched so far is done."""
+        self.used.record()
+
+
+def _spans(n_blocks: int, block_len: int, chunk: int) -> Iterator[_Span]:
+    if block_len == 0:
+        return
+    if block_len >= chunk:
+        for first in range(n_blocks):
+            for offset in range(0, block_len, chunk):
+                yield _Span(first, 1, offset, min(chunk, block_len - offset))
+    else:
+        rows = chunk // block_len
+        for first in range(0, n_blocks, rows):
+            yield _Span(first, min(rows, n_blocks - first), 0, block_len)
+
+
+def _round(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Round float64 to nearest even, once; 16-bit results are returned as int16 bits."""
+    if dtype == "F64":
+        return torch.where(values.isnan(), torch.nan, values)
+    nearest = values.to(torch.float32)
+    if dtype == "F32":
+        return torch.where(nearest.isnan(), torch.nan, nearest)
+    # Round to odd first: towards zero, then the last bit set if anything was lost. torch's own float64 -> bfloat16
+    # goes by the nearest float32 and so rounds twice; its float32 -> bfloat16 may flush subnormals on some CPUs.
+    back = nearest.to(torch.float64)
+    odd = (nearest.view(torch.int32) - (back.abs() > values.abs()).int()) | (back != values).int()
+    if dtype == "F16":
+        bits = odd.view(torch.float32).to(torch.float16).view(torch.int16)
+        return torch.where(values.isnan(), 0x7E00, bits)
+    bits = ((odd + 0x7FFF + ((odd >> 16) & 1)) >> 16).to(torch.int16)
+    return torch.where(values.isnan(), 0x7FC0, bits)
+
+
+def _check(operands: Sequence[Operand], n_blocks: int, block_len: int) -> None:
+    if not operands:
+        raise ValueError("expected at least one operand, got none")
+    if n_blocks < 0 or block_len < 0:
+        raise ValueError(f"n_blocks and block_len make no sense: {n_blocks}, {block_len}")
+    for operand in operands:
+        _check_bytes(operand.data, operand.dtype, n_blocks * block_len, "operand")
+
+
+def _check_bytes(data: NDArray[np.uint8], dtype: str, count: int, what: str) -> None:
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"dtype must be 'BF16', 'F16', 'F32' or 'F64', got {dtype!r}")
+    if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
+        raise ValueError(f"{what} must be a contiguous 1-D uint8 array, got {data.dtype} of shape {data.shape}")
+    if data.size != count * ITEMSIZE[dtype]:
+        raise ValueError(f"{what} must have {count * ITEMSIZE[dtype]} bytes, got {data.size}")
