@@ -1,0 +1,266 @@
+"""The model card: front matter for the Hub, and a text that someone who never merged a model can follow."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.hub import wording
+from hf_frmerge.hub.card_data import CardSource, EvaluationRow, MergeCard
+from hf_frmerge.hub.evaluation_tables import eval_results, metric_tables
+from hf_frmerge.hub.licences import LicenceDecision, SourceMetadata, combine
+from hf_frmerge.hub.reproduce import (
+    hide_local_paths,
+    reproduce_command,
+    reproduce_python,
+    result_arguments,
+    usage_python,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
+USER_BEGIN = "<!-- user:begin -->"
+USER_END = "<!-- user:end -->"
+
+# The leading underscore keeps it out of a push.
+_SET_ASIDE = "_README.previous.md"
+
+# A tag of a source that a merge of it must carry on.
+_INHERITED_TAGS = ("not-for-all-audiences",)
+
+# Angle, in radians, by which rounding alone turns a tensor of spread-out values: 2^-p / sqrt(3 * 1.5 / ln 2) for a
+# significand of p bits (rounding error uniform in a unit in the last place, values log-uniform within a binade).
+_ROUNDING_ANGLE = {
+    dtype: 2.0**-bits / math.sqrt(4.5 / math.log(2)) for dtype, bits in (("BF16", 8), ("F16", 11), ("F32", 24))
+}
+
+
+def render_card(card: MergeCard, *, user_section: str = "") -> str:
+    """
+    Render a model card.
+
+    Args:
+        card (`MergeCard`):
+            Facts of the merge.
+        user_section (`str`, *optional*):
+            Text a person wrote between the user markers of an earlier card, kept as it is.
+
+    Returns:
+        `str`: Content of `README.md`: YAML front matter and Markdown.
+    """
+    import jinja2
+
+    card = _without_local_paths(card)
+    decision = licence_of(card)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the output is Markdown, and the Hub sanitises the HTML it makes of it
+    )
+    environment.filters["cell"] = _cell
+    environment.filters["angle"] = _angle
+    template = environment.from_string(
+        files("hf_frmerge.hub").joinpath("templates/model_card.md.jinja").read_text(encoding="utf-8")
+    )
+    body = template.render(
+        card=card,
+        statistics=card.statistics,
+        method=wording.method_wording(card.method),
+        space=wording.SPACES.get(card.space, ""),
+        block=wording.BLOCKS.get(card.block, card.block),
+        norm=wording.NORMS.get(card.norm, card.norm),
+        settings=result_arguments(card),
+        tables=metric_tables(card.evaluation),
+        gap_sentence=_gap_sentence(card),
+        decision=decision,
+        command=reproduce_command(card),
+        python=reproduce_python(card),
+        usage=usage_python(card),
+        folder=(card.hub_model_id or card.model_name).rpartition("/")[2],
+        paper_url=wording.PAPER_URL,
+        paper_bibtex=wording.PAPER_BIBTEX,
+        user_begin=USER_BEGIN,
+        user_end=USER_END,
+        user_section=user_section.strip("\n"),
+    )
+    return f"---\n{card_metadata(card).to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool = True) -> Path:
+    """
+    Write `README.md` into `output_dir`, keeping what a person wrote between the user markers.
+
+    A `README.md` without the markers was not written by this function: it is set aside as `_README.previous.md`,
+    which a push leaves out.
+
+    Args:
+        card (`MergeCard`):
+            Facts of the merge.
+        output_dir (`Path` or `str`):
+            Folder of the merged model.
+        keep_user_sections (`bool`, *optional*, defaults to `True`):
+            Whether to carry over the user section of the card that is there.
+
+    Returns:
+        `Path`: The card written.
+    """
+    path = Path(output_dir) / CARD_NAME
+    user_section = ""
+    if keep_user_sections and path.is_file():
+        found = read_user_section(path.read_text(encoding="utf-8"))
+        if found is None:
+            logger.warning("%s is not one of our cards: it is kept as %s.", CARD_NAME, _SET_ASIDE)
+            path.replace(path.with_name(_SET_ASIDE))
+        else:
+            user_section = found
+    temporary = path.with_name(f".frmerge-{CARD_NAME}")
+    temporary.write_text(render_card(card, user_section=user_section), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_user_section(text: str) -> str | None:
+    """Text between the user markers; `None` if the markers are not there in order."""
+    match = re.search(f"{re.escape(USER_BEGIN)}(.*){re.escape(USER_END)}", text, re.DOTALL)
+    return match[1].strip("\n") if match else None
+
+
+def licence_of(card: MergeCard) -> LicenceDecision:
+    """Licence of the merged model: the one the person chose, else by the rule of `licences.combine`."""
+    decision = combine([(source.name, source.metadata) for source in card.sources])
+    if card.licence is not None:
+        reason = f"The person who made this merge chose `{card.licence}` for it."
+        return replace(
+            decision, licence=card.licence, licence_name=None, licence_link=None, conflict=False, reason=reason
+        )
+    if decision.licence_link and not re.match(r"https?://", decision.licence_link):
+        # A link such as "LICENSE" means a file beside the source's card, which is not beside ours.
+        home = next((source for source in card.sources if source.repo_id is not None), None)
+        link = f"https://huggingface.co/{home.repo_id}/blob/{home.commit or 'main'}/" if home else None
+        decision = replace(decision, licence_link=link and link + decision.licence_link)
+    return decision
+
+
+def card_metadata(card: MergeCard) -> ModelCardData:
+    """
+    Front matter of the card, in the Hub's words.
+
+    Args:
+        card (`MergeCard`):
+            Facts of the merge.
+
+    Returns:
+        `ModelCardData`: `base_model` holds Hub ids only. A full model is a `merge` of its experts (and of the base it
+        was put back on); an adapter stays an `adapter` of its base, or the Hub would call it a merge of adapters.
+    """
+    from huggingface_hub import ModelCardData
+
+    decision = licence_of(card)
+    parents = card.sources if card.output_kind == "full" else [s for s in card.sources if s.role == "base"]
+    base_model = _unique([source.repo_id for source in parents])
+    relation = "merge" if card.output_kind == "full" else "adapter"
+    languages = [language for source in card.sources for language in source.metadata.language]
+    datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
+    tags = ["merge", "hf-frmerge", *wording.method_wording(card.method).tags, *card.task.tags, *card.tags]
+    tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
+    results = eval_results(card.evaluation, card.task.pipeline_tag)
+    optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
+    return ModelCardData(
+        model_name=card.model_name if results else None,
+        base_model=base_model or None,
+        library_name="peft" if card.output_kind == "adapter" else card.task.library_name,
+        pipeline_tag=card.task.pipeline_tag,
+        license=decision.licence,
+        license_name=decision.licence_name,
+        license_link=decision.licence_link,
+        language=_unique(languages) or None,
+        datasets=_unique(datasets) or None,
+        tags=_unique(tags),
+        eval_results=results or None,
+        **optional,
+    )
+
+
+def _without_local_paths(card: MergeCard) -> MergeCard:
+    """Copy of `card` whose free text names local things by their last part only."""
+
+    def hide(text: str) -> str:
+        return hide_local_paths(text, card.sources)
+
+    def hide_row(row: EvaluationRow) -> EvaluationRow:
+        return {key: hide(value) if isinstance(value, str) else value for key, value in row.items()}
+
+    return replace(
+        card,
+        sources=[_public_source(source) for source in card.sources],
+        evaluation=[hide_row(row) for row in card.evaluation],
+        notes=[hide(note) for note in card.notes],
+        model_name=hide(card.model_name).removeprefix("./"),
+        command=reproduce_command(card),
+        python=reproduce_python(card),
+        non_default_arguments=result_arguments(card),
+    )
+
+
+def _public_source(source: CardSource) -> CardSource:
+    metadata: SourceMetadata = source.metadata
+    link = metadata.licence_link
+    return replace(
+        source,
+        spec=source.name,
+        metadata=replace(metadata, licence_link=hide_local_paths(link) if link else None),
+    )
+
+
+def _gap_sentence(card: MergeCard) -> str | None:
+    """How far the method's answer is from the simplest one that keeps norms, said plainly."""
+    gap = card.statistics.karcher_nre_gap_max
+    if gap is None or card.method not in ("karcher", "slerp"):
+        return None
+    text = (
+        "A simpler method, the plain average stretched back to the experts' length, comes within "
+        f"{_angle(gap)} of this merge in every block"
+    )
+    rounding = _ROUNDING_ANGLE.get(card.statistics.output_dtype or "")
+    if rounding is None:
+        return f"{text}."
+    if gap < rounding:
+        return (
+            f"{text}. Storing the weights as {card.statistics.output_dtype} alone turns a tensor by about "
+            f"{_angle(rounding)}, so for these experts the choice between the two methods makes no practical "
+            "difference."
+        )
+    return (
+        f"{text}; storing the weights as {card.statistics.output_dtype} turns a tensor by about {_angle(rounding)}. "
+        "Whether that difference makes a better model, only an evaluation can tell."
+    )
+
+
+def _angle(radians: float) -> str:
+    """`0.0123` as "0.0123 rad (0.7°)"."""
+    return f"{radians:.3g} rad ({math.degrees(radians):.2g}°)"
+
+
+def _cell(value: object) -> str:
+    """`value` as the text of a table cell."""
+    return str(value).replace("|", "\\|").replace("\r", " ").replace("\n", " ")
+
+
+def _is_id(dataset: str) -> bool:
+    """Whether a `datasets` entry can be a Hub id; some cards hold paths or URLs."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) is not None
+
+
+def _unique(items: list[Any]) -> list[str]:
+    return list(dict.fromkeys(item for item in items if item is not None))
