@@ -110,7 +110,7 @@ def is_ambiguous(units: Array, weights: ArrayLike) -> NDArray[np.bool_]:
         units (`np.ndarray`):
             Unit vectors, or zero vectors of weight zero, `(..., N, K)`, float64.
         weights (`ArrayLike`):
-            Non-negative weights, `(N,)` or `(..., N)`, not all zero.
+            Non-negative weights, `(N,)` or `(..., N)`; a block without any positive weight is not flagged.
 
     Returns:
         `np.ndarray`: `(...)`, bool. The few blocks that the search cannot settle are flagged too.
@@ -125,6 +125,7 @@ def is_ambiguous(units: Array, weights: ArrayLike) -> NDArray[np.bool_]:
     """
     units_NKM, weights_NM = _blocks_last(units, weights)
     in_hemisphere_M = _is_centre(units_NKM, weights_NM, _dot(weights_NM[:, None], units_NKM))
+    in_hemisphere_M |= ~np.any(weights_NM > 0, axis=0)
     unsettled = np.flatnonzero(~in_hemisphere_M)
     if unsettled.size:
         in_hemisphere_M[unsettled] = _search_hemisphere(units_NKM[..., unsettled], weights_NM[:, unsettled])

@@ -174,19 +174,14 @@ def karcher(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResu
         `SpanResult`: Coefficients, with steps and residual of the iteration.
     """
     blocks = _Blocks.of(points, weights)
-    iterated = ~blocks.coincide
-    ambiguous = np.zeros_like(iterated)
-    ambiguous[iterated] = is_ambiguous(blocks.units[iterated], blocks.direction_weights[iterated])
-    iterated &= ~ambiguous
-    mean = karcher_mean(
-        blocks.units[iterated], blocks.direction_weights[iterated], tol=options.tol, max_iter=options.max_iter
-    )
-    on_units = np.zeros(blocks.weights.shape)
-    on_units[iterated] = mean.coeffs
-    n_iter, residual = np.zeros(iterated.shape, dtype=np.int64), np.zeros(iterated.shape)
-    n_iter[iterated], residual[iterated] = mean.n_iter, mean.residual
-    coefficients = blocks.on_points(on_units, options)
-    return blocks.result(coefficients, ambiguous, options, n_iter=n_iter, residual=residual)
+    # Weight 0 takes a block out of the search and of the iteration.
+    open_weights = np.where(blocks.coincide[..., None], 0.0, blocks.direction_weights)
+    ambiguous = is_ambiguous(blocks.units, open_weights)
+    open_weights[ambiguous] = 0.0
+    mean = karcher_mean(blocks.units, open_weights, tol=options.tol, max_iter=options.max_iter)
+    residual = np.where(ambiguous | blocks.coincide, 0.0, mean.residual)
+    coefficients = blocks.on_points(mean.coeffs, options)
+    return blocks.result(coefficients, ambiguous, options, n_iter=mean.n_iter, residual=residual)
 
 
 SPAN_METHODS: dict[str, SpanMethod] = {

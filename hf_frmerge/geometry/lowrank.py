@@ -1,0 +1,219 @@
+"""
+Low-rank matrices held as factors, `x = scale * B @ A`: inner products, sums, recompression, a common small space.
+
+Nothing here builds a dense `(m, n)` matrix. Factors of any floating dtype are widened to float64 first. A module that
+an adapter does not touch is a pair of rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.geometry.sphere import Array
+
+# Shape suffixes: N = number of low-rank matrices, R = sum of their ranks, r = one rank, m and n = rows and columns of
+# the product, P and Q = dimensions of the common column and row spaces (at most R).
+
+
+class Factors(NamedTuple):
+    """One low-rank matrix, `scale * B @ A`."""
+
+    B: NDArray[np.floating]  # (m, r)
+    A: NDArray[np.floating]  # (r, n)
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class CoreSpace:
+    """
+    Small matrices with the same inner products as the low-rank ones they stand for.
+
+    Orthonormal columns make `M -> U_B @ M @ V_A.T` an isometry, so norms, angles and means agree with the dense ones.
+    """
+
+    U_B: Array  # (m, P): orthonormal basis of all columns, leading left singular vectors of [B_1 ... B_N]
+    V_A: Array  # (n, Q): orthonormal basis of all rows, leading right singular vectors of [A_1; ...; A_N]
+    cores: Array  # (N, P, Q): x_i = U_B @ cores[i] @ V_A.T
+
+    def factors(self, core: Array) -> Factors:
+        """Return the low-rank matrix that a `(P, Q)` core stands for."""
+        return Factors(self.U_B @ core, self.V_A.T)
+
+
+def factor_gram(factors: Sequence[Factors]) -> Array:
+    r"""
+    Gram matrix of low-rank matrices, from their factors.
+
+    \(\langle s_i B_i A_i, s_j B_j A_j\rangle = s_i s_j \sum (B_i^\top B_j) \circ (A_i A_j^\top)\), all pairs from two
+    products of the stacked factors, `(R, R)` each.
+
+    Args:
+        factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
+
+    Returns:
+        `np.ndarray`: `(N, N)`, float64.
+
+    Raises:
+        ValueError: If there is no pair, or the shapes do not fit.
+
+    Example:
+    ```python
+    >>> import numpy as np
+    >>> rank_one = Factors(np.array([[1.0], [2.0]]), np.array([[3.0, 4.0]]), scale=2.0)
+    >>> factor_gram([rank_one]).tolist(), float(np.sum((2.0 * rank_one.B @ rank_one.A) ** 2))
+    ([[500.0]], 500.0)
+
+    ```
+    """
+    B_mR, A_Rn, owner_NR = _stack(factors)
+    return owner_NR @ ((B_mR.T @ B_mR) * (A_Rn @ A_Rn.T)) @ owner_NR.T
+
+
+def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Factors]) -> Array:
+    r"""
+    Difference Gram of `(W_0, W_0 + x_1, ..., W_0 + x_N)`, reading the dense `W_0` once, some rows at a time.
+
+    \(\langle W_0, s B A\rangle = s \sum (B^\top W_0) \circ A\). Goes to [`embed_differences`] for means in weight
+    space: the result there is not a low-rank update of `W_0`, since its coefficients on `W_0` do not sum to 1.
+
+    Args:
+        base_rows (`Iterable[np.ndarray]`): Consecutive row chunks of `W_0`, `(rows, n)`, of any floating dtype.
+        factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
+
+    Returns:
+        `np.ndarray`: Gram matrix of `(W_0, x_1, ..., x_N)`, `(N + 1, N + 1)`, float64.
+
+    Raises:
+        ValueError: If the chunks do not have `m` rows of `n` elements in all.
+    """
+    B_mR, A_Rn, owner_NR = _stack(factors)
+    gram = np.zeros((len(factors) + 1, len(factors) + 1))
+    gram[1:, 1:] = factor_gram(factors)
+    inner_R = np.zeros(len(A_Rn))
+    row = 0
+    for chunk in base_rows:
+        W_kn = np.asarray(chunk, dtype=np.float64)
+        if W_kn.ndim != 2 or W_kn.shape[1] != A_Rn.shape[1] or row + len(W_kn) > len(B_mR):
+            raise ValueError(
+                f"Rows of the base must be {len(B_mR)} x {A_Rn.shape[1]} in all, got a chunk of shape {W_kn.shape} "
+                f"at row {row}."
+            )
+        gram[0, 0] += np.vdot(W_kn, W_kn)
+        inner_R += np.sum((B_mR[row : row + len(W_kn)].T @ W_kn) * A_Rn, axis=1)
+        row += len(W_kn)
+    if row != len(B_mR):
+        raise ValueError(f"Rows of the base must be {len(B_mR)} in all, got {row}.")
+    gram[0, 1:] = gram[1:, 0] = owner_NR @ inner_R
+    return gram
+
+
+def concatenate(factors: Sequence[Factors], coefficients: Array) -> Factors:
+    """
+    Weighted sum of low-rank matrices as one pair of rank `R`, exactly.
+
+    Args:
+        factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
+        coefficients (`np.ndarray`): `(N,)`.
+
+    Returns:
+        `Factors`: `B` `(m, R)` carrying coefficients and scales, `A` `(R, n)`, scale 1; float64.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    B_mR, A_Rn, owner_NR = _stack(factors)
+    return Factors(B_mR * (np.asarray(coefficients, dtype=np.float64) @ owner_NR), A_Rn)
+
+
+def recompress(pair: Factors, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
+    """
+    Best approximation of a low-rank matrix by one of smaller rank (Eckart and Young), and its relative error.
+
+    Two thin QR factorisations and one SVD of an `(R, R)` matrix; the singular values are shared evenly, `sqrt(S)` to
+    each side, so that both factors have the same scale.
+
+    Args:
+        pair (`Factors`):
+            `B` `(m, R)`, `A` `(R, n)`.
+        rank (`int`, *optional*):
+            Keep at most this many singular values.
+        energy (`float`, *optional*):
+            Keep as few singular values as hold this share of the squared norm, in `(0, 1]`. With neither, all are
+            kept; with both, the smaller rank counts.
+
+    Returns:
+        `tuple[Factors, float]`: `B'` `(m, r)` and `A'` `(r, n)` with scale 1, float64, `1 <= r`; and the norm of the
+        discarded singular values over that of all, 0 for a zero matrix.
+
+    Raises:
+        ValueError: If `rank` is below 1, `energy` outside `(0, 1]`, or the pair itself has rank 0.
+
+    Example:
+    ```python
+    >>> import numpy as np
+    >>> pair = Factors(np.diag([3.0, 4.0]), np.eye(2))
+    >>> smaller, error = recompress(pair, rank=1)
+    >>> (smaller.B @ smaller.A).round(12).tolist(), round(error, 12)  # 3 of norm 5 is lost
+    ([[0.0, 0.0], [0.0, 4.0]], 0.6)
+
+    ```
+    """
+    B_mR, A_Rn, _ = _stack([pair])
+    available = min(*B_mR.shape, *A_Rn.shape)
+    if available < 1 or (rank is not None and rank < 1):
+        raise ValueError(f"`rank` must be at least 1, got rank={rank} for factors {B_mR.shape} and {A_Rn.shape}.")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"`energy` must be in (0, 1], got {energy}.")
+    Q_B, triangle_B = np.linalg.qr(B_mR * pair.scale)
+    Q_A, triangle_A = np.linalg.qr(A_Rn.T)
+    U, S, Vt = np.linalg.svd(triangle_B @ triangle_A.T, full_matrices=False)
+    # left[r] is the squared norm that remains after the first r, summed from the smallest up: no cancellation.
+    left = np.append(np.cumsum((S * S)[::-1])[::-1], 0.0)
+    keep = available if rank is None else min(rank, available)
+    if energy is not None:
+        keep = min(keep, max(int(np.argmax(left <= (1.0 - energy) * left[0])), 1))
+    error = float(np.sqrt(left[keep] / left[0])) if left[0] > 0 else 0.0
+    root = np.sqrt(S[:keep])
+    return Factors(Q_B @ (U[:, :keep] * root), (Vt[:keep] * root[:, None]) @ Q_A.T), error
+
+
+def core_space(factors: Sequence[Factors]) -> CoreSpace:
+    """
+    Represent low-rank matrices in the smallest common space of their columns and rows (arXiv 2509.17786).
+
+    Lossless for any ranks: every `x_i` is `U_B @ cores[i] @ V_A.T`.
+
+    Args:
+        factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
+
+    Returns:
+        `CoreSpace`: Bases and one core per matrix.
+
+    Raises:
+        ValueError: If there is no pair, or the shapes do not fit.
+    """
+    B_mR, A_Rn, owner_NR = _stack(factors)
+    U_B = np.linalg.svd(B_mR, full_matrices=False)[0]
+    V_A = np.linalg.svd(A_Rn, full_matrices=False)[2].T
+    left_PR, right_RQ = U_B.T @ B_mR, A_Rn @ V_A
+    return CoreSpace(U_B, V_A, np.stack([(left_PR * owner_R) @ right_RQ for owner_R in owner_NR]))
+
+
+def _stack(factors: Sequence[Factors]) -> tuple[Array, Array, Array]:
+    """Stack to `B` `(m, R)` and `A` `(R, n)`, with `owner[i, k]` the scale of `i` where it owns rank `k`, else 0."""
+    if not factors:
+        raise ValueError("`factors` must hold at least one pair, got none.")
+    shapes = [(pair.B.shape, pair.A.shape) for pair in factors]
+    m, n = shapes[0][0][0], shapes[0][1][-1]
+    for b, a in shapes:
+        if len(b) != 2 or len(a) != 2 or b[1] != a[0] or b[0] != m or a[1] != n:
+            raise ValueError(f"Factors must be ({m}, r) and (r, {n}) for every pair, got {shapes}.")
+    ranks = [pair.A.shape[0] for pair in factors]
+    owner_NR = np.repeat(np.diag([float(pair.scale) for pair in factors]), ranks, axis=1)
+    B_mR = np.concatenate([np.asarray(pair.B, dtype=np.float64) for pair in factors], axis=1)
+    return B_mR, np.concatenate([np.asarray(pair.A, dtype=np.float64) for pair in factors], axis=0), owner_NR
