@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_frmerge.merger import FisherRaoMerger
     from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments
-    from hf_frmerge.merging.callbacks import (
-        CollapseGuardCallback,
-        MergeCallback,
-        MergeControl,
-        PrinterCallback,
-        ProgressCallback,
-    )
+    from hf_frmerge.merging.callbacks import MergeCallback, MergeControl, PrinterCallback
+    from hf_frmerge.merging.guard import CollapseGuardCallback
+    from hf_frmerge.merging.progress import ProgressCallback
     from hf_frmerge.merging.state import MergeState
 
 __version__ = "0.1.0"
@@ -27,9 +23,9 @@ _PUBLIC = {
     "MergeState": "hf_frmerge.merging.state",
     "MergeControl": "hf_frmerge.merging.callbacks",
     "MergeCallback": "hf_frmerge.merging.callbacks",
-    "ProgressCallback": "hf_frmerge.merging.callbacks",
+    "ProgressCallback": "hf_frmerge.merging.progress",
     "PrinterCallback": "hf_frmerge.merging.callbacks",
-    "CollapseGuardCallback": "hf_frmerge.merging.callbacks",
+    "CollapseGuardCallback": "hf_frmerge.merging.guard",
 }
 
 __all__ = [

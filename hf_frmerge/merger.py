@@ -1,0 +1,378 @@
+"""`FisherRaoMerger`: plan, merge, evaluate, describe and push, in the shape of `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.callbacks import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    MergeControl,
+    PrinterCallback,
+    StepResult,
+)
+from hf_frmerge.merging.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.plan import MergePlan, build_plan
+from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.progress import ProgressCallback
+from hf_frmerge.merging.reporting import reporting_callbacks
+from hf_frmerge.merging.run import run_merge
+from hf_frmerge.merging.state import MergeState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from huggingface_hub import CommitInfo
+
+    from hf_frmerge.merging.callbacks import MergeCallback
+    from hf_frmerge.merging.plan import TensorStep
+
+logger = logging.getLogger(__name__)
+
+
+class FisherRaoMerger:
+    """
+    Merge fine-tunes of one model into one: the weighted Karcher mean (arXiv 2603.04972), or a baseline.
+
+    Args:
+        experts (`Sequence[str]`):
+            Two or more fine-tunes of one model: local folders or Hub ids (`org/name@revision`), full checkpoints,
+            LoRA adapters, or both.
+        args (`MergingArguments`, *optional*):
+            Options. By default `MergingArguments()`: the Karcher mean of whole tensors, into `merged`.
+        weights (`Sequence[float]`, *optional*):
+            One non-negative number per expert; all alike by default.
+        base_model (`str`, *optional*):
+            The model the experts were fine-tuned from. Needed for adapters and for `space="deltas"`.
+        processing_class (*optional*):
+            Tokenizer used by `evaluate`; by default the merged model's.
+        eval_dataset (*optional*):
+            Dataset, or dict of datasets, for `evaluate`: a `text` column, `input_ids`, or a list of strings.
+        compute_metrics (`Callable`, *optional*):
+            Called with the metrics of each evaluated dataset, returns further ones.
+        callbacks (`list`, *optional*):
+            Callbacks besides the default ones; classes or instances.
+
+    Example:
+
+    ```python
+    merger = FisherRaoMerger(experts=["org/math", "org/code"], args=MergingArguments(output_dir="merged"))
+    merger.merge().push_to_hub("me/merged")
+    ```
+    """
+
+    _tag_names = ("merge", "hf-frmerge")
+
+    def __init__(
+        self,
+        experts: Sequence[str],
+        args: MergingArguments | None = None,
+        weights: Sequence[float] | None = None,
+        base_model: str | None = None,
+        processing_class: Any = None,
+        eval_dataset: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: list[MergeCallback | type[MergeCallback]] | None = None,
+    ) -> None:
+        self.experts = list(experts)
+        self.args = args if args is not None else MergingArguments()
+        self.weights = weights
+        self.base_model = base_model
+        self.processing_class = processing_class
+        self.eval_dataset = eval_dataset
+        self.compute_metrics = compute_metrics
+        self.report: dict[str, Any] = {}
+        self._evaluation: list[dict[str, Any]] = []
+        logging.getLogger("hf_frmerge").setLevel(self.args.get_process_log_level())
+
+        self.processes = Processes()
+        self.state = MergeState(
+            is_world_process_zero=self.processes.is_main, is_local_process_zero=self.processes.is_main
+        )
+        self.control = MergeControl()
+        shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
+        own: list[MergeCallback | type[MergeCallback]] = [
+            DefaultFlowCallback,
+            *reporting_callbacks(self.args.report_to),
+        ]
+        # Callbacks listen on the main process only: one merge, one log, whatever the number of processes.
+        listening = [*own, *(callbacks or []), shown] if self.processes.is_main else []
+        self.callback_handler = CallbackHandler(listening, processing_class=processing_class)
+        self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
+
+    def add_callback(self, callback: MergeCallback | type[MergeCallback]) -> None:
+        """Add a callback, given as a class or an instance."""
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: MergeCallback | type[MergeCallback]) -> MergeCallback | None:
+        """Remove a callback and return it."""
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: MergeCallback | type[MergeCallback]) -> None:
+        """Remove a callback."""
+        self.callback_handler.remove_callback(callback)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether `merge` has completed."""
+        return bool(self.report.get("complete"))
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.processes.is_main
+
+    def plan(self) -> MergePlan:
+        """
+        Decide what will happen to every tensor, from headers alone.
+
+        Raises:
+            ArgumentError: If options contradict each other or the models.
+            CheckpointError: If a model is missing, broken, or does not fit the others.
+        """
+        return build_plan(self.experts, self.args, self.weights, self.base_model)
+
+    def merge(self, resume_from_checkpoint: bool | None = None) -> Self:
+        """
+        Merge the experts into `args.output_dir`.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*):
+                Overrides the argument of the same name.
+
+        Returns:
+            `FisherRaoMerger`: Itself, so that `.merge().push_to_hub()` reads as it runs.
+
+        Raises:
+            MergeError: With what went wrong and what to do; finished work is kept for a resume.
+        """
+        if resume_from_checkpoint is not None:
+            self.args.resume_from_checkpoint = resume_from_checkpoint
+        plan = self.plan()
+        for note in plan.notes:
+            logger.warning("%s", note)
+        self._begin(plan)
+        try:
+            outcome = run_merge(plan, _CallbackObserver(self), self.processes)
+        finally:
+            plan.close()
+        self.report = {**outcome.report, "complete": outcome.complete}
+        if not outcome.complete:
+            reason = self.control.stop_reason or "a callback asked for it"
+            raise MergeError(
+                f"The merge was stopped after {self.state.global_step} of {self.state.max_steps} tensors: {reason}. "
+                f"{self.args.output_dir!r} holds no model; pass resume_from_checkpoint=True to go on."
+            )
+        self._end()
+        return self
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Measure the merged model on text: loss in nats per token, perplexity, token accuracy.
+
+        Args:
+            eval_dataset (*optional*):
+                As at construction. A dict is evaluated entry by entry under `<prefix>_<name>`.
+            ignore_keys (`list[str]`, *optional*):
+                Metrics to leave out.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: The metrics, as they were logged.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ArgumentError("evaluate needs a dataset: pass eval_dataset here or to FisherRaoMerger.")
+        if isinstance(dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        from hf_frmerge.evaluation.loop import evaluate_causal_lm
+
+        measured = asdict(
+            evaluate_causal_lm(self.model, self._tokenizer, dataset, batch_size=self.args.per_device_eval_batch_size)
+        )
+        if self.compute_metrics is not None:
+            measured |= self.compute_metrics(measured)
+        domain = metric_key_prefix.removeprefix("eval").lstrip("_") or "text"
+        self._evaluation.append({"model": "merged", "domain": domain, **measured})
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in measured.items() if name not in (ignore_keys or [])
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Copy the merged model to another folder; `merge` has saved it in `args.output_dir` already."""
+        self._require_merge("save_model")
+        if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
+            return
+        if self.processes.is_main:
+            shutil.copytree(self.args.output_dir, output_dir, dirs_exist_ok=True)
+        self.processes.wait()
+
+    def create_model_card(self, **card_fields: Any) -> Path:
+        """
+        Write the model card, `README.md`, into `args.output_dir`.
+
+        Args:
+            card_fields:
+                Fields of `hf_frmerge.hub.card_data.MergeCard` to set by hand, such as `model_name` or `licence`.
+        """
+        self._require_merge("create_model_card")
+        from hf_frmerge.hub.card import write_card
+        from hf_frmerge.hub.folder import card_of_folder
+
+        card = card_of_folder(self.args.output_dir, evaluation=self._evaluation, **card_fields)
+        return write_card(card, self.args.output_dir)
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        commit_message: str = "Upload merged model",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card_fields: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """
+        Push the merged model, its record and its card to the Hub in one commit.
+
+        Args:
+            repo_id (`str`, *optional*):
+                Repository; by default `args.hub_model_id`, else the name of the output folder.
+            commit_message (`str`, *optional*, defaults to `"Upload merged model"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Wait for the upload.
+            token, revision, private (*optional*):
+                As `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
+            card_fields:
+                As for `create_model_card`.
+
+        Returns:
+            `CommitInfo` if `blocking`, else a `Future` of it; `None` on processes other than the main one.
+
+        Raises:
+            RuntimeError: If `merge` has not been called.
+            HubError: If the Hub refuses.
+        """
+        self._require_merge("push_to_hub")
+        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.processes.is_main:
+            return None
+        from hf_frmerge.hub.push import push_folder
+
+        target = repo_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+        self.create_model_card(hub_model_id=target, **card_fields)
+        return push_folder(
+            self.args.output_dir,
+            repo_id=target,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            blocking=blocking,
+        )
+
+    @cached_property
+    def model(self) -> Any:
+        """The merged model, loaded from `args.output_dir` when first asked for."""
+        self._require_merge("model")
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self.args.output_dir)
+        architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+        model = architecture.from_pretrained(self.args.output_dir)
+        self.callback_handler.model = model
+        return model
+
+    def log(self, logs: dict[str, Any]) -> None:
+        """Add to `state.log_history` and tell the callbacks."""
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    @property
+    def _tokenizer(self) -> Any:
+        if self.processing_class is None:
+            from transformers import AutoTokenizer
+
+            self.processing_class = AutoTokenizer.from_pretrained(self.args.output_dir)
+        return self.processing_class
+
+    def _begin(self, plan: MergePlan) -> None:
+        self.state.max_steps = len(plan.steps)
+        self.state.bytes_total = sum(step.nbytes for step in plan.steps)
+        self.state.logging_steps = self.args.logging_steps
+        self.state.sources = [
+            {"id": model.spec, "revision": model.source.commit, "weight": weight}
+            for model, weight in zip(plan.models, [*plan.weights, None])
+        ]
+        self.control = self.callback_handler.on_merge_begin(self.args, self.state, self.control)
+
+    def _end(self) -> None:
+        self.create_model_card()
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
+        self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})
+        self.control = self.callback_handler.on_merge_end(self.args, self.state, self.control)
+
+    def _require_merge(self, call: str) -> None:
+        if not self.is_merged:
+            raise RuntimeError(f"`{call}` needs a merged model: call `merge()` first.")
+
+
+class _CallbackObserver(StepObserver):
+    """Turns what the engine does into events."""
+
+    def __init__(self, merger: FisherRaoMerger) -> None:
+        self._merger = merger
+
+    def begin(self, step: TensorStep) -> bool:
+        merger = self._merger
+        merger.state.current_tensor = step.name
+        merger.control = merger.callback_handler.on_step_begin(merger.args, merger.state, merger.control)
+        return not merger.control.should_skip_tensor
+
+    def end(self, outcome: StepOutcome) -> bool:
+        merger = self._merger
+        result = _step_result(outcome)
+        merger.state.record(result)
+        merger.control = merger.callback_handler.on_step_end(merger.args, merger.state, merger.control, result)
+        if merger.control.should_log:
+            merger.log({"norm_ratio": result.norm_ratio, "max_angle": result.max_angle, "n_iter": result.n_iter})
+        return not merger.control.should_merge_stop
+
+
+def _step_result(outcome: StepOutcome) -> StepResult:
+    step, solution = outcome.step, outcome.solution
+    if solution is None:
+        return StepResult(step.name, outcome.action, step.nbytes, (), 1.0, 0.0, 0, 0.0, True, 0)  # type: ignore[arg-type]
+    geometry = solution.geometry
+    return StepResult(
+        name=step.name,
+        action="merge",
+        nbytes=step.nbytes,
+        norms=geometry.norms,
+        norm_ratio=geometry.norm_ratio,
+        max_angle=geometry.max_angle,
+        n_iter=geometry.n_iter,
+        residual=geometry.residual,
+        converged=geometry.converged,
+        ambiguous=geometry.n_ambiguous,
+        n_blocks=step.n_blocks,
+    )

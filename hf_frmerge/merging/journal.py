@@ -1,0 +1,135 @@
+"""What a merge has finished so far, one JSON line each, so that a killed one goes on where it stopped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_frmerge.errors import ResumeError
+from hf_frmerge.merging.solve import Geometry, Solution
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hf_frmerge.merging.plan import MergePlan
+
+# Options that do not change a bit of the output: a merge may be resumed with others.
+_FREE_OPTIONS = frozenset(
+    {"output_dir", "overwrite", "resume_from_checkpoint", "strict", "memory_budget", "num_workers", "device"}
+)
+
+
+def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
+    """Return everything the output depends on and that can be told without reading weights, part by part."""
+    own = [f.name for f in fields(plan.args)]
+    options = {name: plan.args.to_dict()[name] for name in own[: own.index("seed")] if name not in _FREE_OPTIONS}
+    parts: dict[str, Any] = {f"option {name}": value for name, value in options.items()}
+    parts["weights"] = plan.weights
+    parts["compute kernels"] = kernels
+    models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]
+    for role, model in [*models, *([("base model", plan.base)] if plan.base else [])]:
+        parts[role] = {"spec": model.spec, "files": model.weights.files}
+    return parts
+
+
+class Journal:
+    """
+    Append-only record of a merge.
+
+    A line counts only if it is whole; a torn last line is what a kill leaves behind, and is dropped. Nothing here is
+    trusted on its own: finished bytes are digested again before they are kept.
+    """
+
+    def __init__(self, folder: Path, rank: int, header: dict[str, Any], *, resume: bool) -> None:
+        """
+        Open the journal of one process of a merge.
+
+        Args:
+            folder: Staging folder of the output.
+            rank: Number of the process, each of which writes its own file.
+            header: `fingerprint` of the merge.
+            resume: Whether to load what is there. Files of all processes count: there may have been more last time.
+
+        Raises:
+            ResumeError: If an earlier merge there was started differently; the message says what changed.
+        """
+        self.solved: dict[str, tuple[Solution, dict[str, dict[str, str]]]] = {}
+        self.written: dict[str, dict[str, Any]] = {}
+        own = folder / f"journal-{rank}.jsonl"
+        if resume:
+            for path in sorted(folder.glob("journal-*.jsonl")):
+                whole = self._load(path, header)
+                if path == own:
+                    os.truncate(path, whole)
+        if not resume or not own.exists():
+            own.write_text(json.dumps({"kind": "merge", **header}) + "\n", encoding="utf-8")
+        self._file = own.open("a", encoding="utf-8")
+
+    def record_solved(self, group: str, solution: Solution, inputs: dict[str, dict[str, str]]) -> None:
+        """Keep the coefficients of a group and the digests of what they were computed from."""
+        self.solved[group] = (solution, inputs)
+        self._append(
+            {
+                "kind": "solved",
+                "group": group,
+                "coefficients": _encode(solution.coefficients),
+                "geometry": asdict(solution.geometry),
+                "inputs": inputs,
+            }
+        )
+
+    def record_written(self, tensor: str, output: str, inputs: dict[str, str] | None = None) -> None:
+        """Keep the digest of a tensor that is wholly in its file (and, for a copy, of what it was copied from)."""
+        self._append({"kind": "written", "tensor": tensor, "output": output, "inputs": inputs})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def _load(self, path: Path, header: dict[str, Any]) -> int:
+        """Read all whole lines; return how many bytes they take."""
+        whole = 0
+        for number, raw in enumerate(path.read_bytes().splitlines(keepends=True)):
+            if not raw.endswith(b"\n"):
+                break
+            line = json.loads(raw)
+            if number == 0:
+                _check_header(line, header, path)
+            elif line["kind"] == "solved":
+                geometry = Geometry(**{**line["geometry"], "norms": tuple(line["geometry"]["norms"])})
+                self.solved[line["group"]] = (Solution(_decode(line["coefficients"]), geometry), line["inputs"])
+            else:
+                self.written[line["tensor"]] = line
+            whole += len(raw)
+        if not whole:
+            raise ResumeError(f"{path} holds no record of a merge. Pass --overwrite to start anew.")
+        return whole
+
+
+def _check_header(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    expected = json.loads(json.dumps(expected))
+    changed = [key for key in expected if found.get(key) != expected[key]]
+    if changed:
+        details = "; ".join(f"{key} was {found.get(key)!r} and is now {expected[key]!r}" for key in changed)
+        raise ResumeError(
+            f"The interrupted merge in {path.parent.parent} was started differently: {details}. Start it the same "
+            "way, or pass --overwrite to start anew."
+        )
+
+
+def _encode(array: NDArray[np.float64]) -> dict[str, Any]:
+    return {"shape": array.shape, "float64": base64.b64encode(array.tobytes()).decode()}
+
+
+def _decode(stored: dict[str, Any]) -> NDArray[np.float64]:
+    return np.frombuffer(base64.b64decode(stored["float64"]), dtype=np.float64).reshape(stored["shape"])

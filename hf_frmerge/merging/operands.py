@@ -1,0 +1,285 @@
+"""What the engine reads for one tensor: the base and the experts, as raw bytes or as low-rank factors."""
+
+# Shape suffixes: B = blocks, K = operands (the base first where there is one), N = experts.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+from xxhash import xxh3_128_hexdigest
+
+from hf_frmerge.checkpoints.floats import widen
+from hf_frmerge.checkpoints.reader import DTYPE_BITS, FLOAT_DTYPES
+from hf_frmerge.errors import NonFiniteError
+from hf_frmerge.kernels import Operand
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from hf_frmerge.checkpoints.lowrank import DoraWeight, LowRankDelta
+    from hf_frmerge.checkpoints.reader import Checkpoint, TensorInfo
+    from hf_frmerge.kernels import Kernels
+
+
+def digest(data: NDArray[np.uint8]) -> str:
+    """Return the XXH3-128 digest of some bytes: not against forgery, but at the speed of memory."""
+    return xxh3_128_hexdigest(data.data)
+
+
+class DenseTensor(Protocol):
+    """A tensor whose elements can be read in pieces: stored in a file, or computed from one row by row."""
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)` in row-major order."""
+        ...
+
+    def release(self, start: int, stop: int) -> None:
+        """Say that elements `[start, stop)` will not be read again soon."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in a checkpoint."""
+
+    checkpoint: Checkpoint
+    info: TensorInfo
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return DTYPE_BITS[self.info.dtype] // 8
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)`: a view of the page cache for local files, fetched bytes otherwise."""
+        size = self.itemsize
+        return Operand(self.checkpoint.read(self.info.name, start * size, stop * size), self.info.dtype)
+
+    def release(self, start: int, stop: int) -> None:
+        """Unmap the pages of elements `[start, stop)`."""
+        self.checkpoint.release(self.info.name, start * self.itemsize, stop * self.itemsize)
+
+
+@dataclass(frozen=True)
+class DoraTensor:
+    """The effective weight of a DoRA module, computed row by row from the base; float32."""
+
+    base: StoredTensor
+    weight: DoraWeight
+    cols: int
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)`."""
+        first, last = start // self.cols, -(-stop // self.cols)
+        stored = self.base.read(first * self.cols, last * self.cols)
+        rows = self.weight.rows(widen(stored.data, stored.dtype).reshape(-1, self.cols), first)
+        flat = rows.reshape(-1)[start - first * self.cols : stop - first * self.cols]
+        return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32")
+
+    def release(self, start: int, stop: int) -> None:
+        """Unmap the pages of the base."""
+        self.base.release(start, stop)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    A run of elements that is handled in one go: some whole blocks, or a part of one block.
+
+    Pieces are cut by fixed rules from the shape alone (never from memory or threads), because partial sums of a Gram
+    matrix depend on where they are cut.
+    """
+
+    start: int
+    stop: int
+    first_block: int
+    n_blocks: int
+
+    @property
+    def block_len(self) -> int:
+        """Elements of a block that lie in this piece."""
+        return (self.stop - self.start) // self.n_blocks
+
+
+class _Factors(NamedTuple):
+    left: NDArray[np.float32]
+    right: NDArray[np.float32]
+    digest: str
+
+
+@dataclass(frozen=True)
+class TensorInputs:
+    """
+    The base and the experts of one tensor.
+
+    Attributes:
+        name: tensor name, for messages.
+        cols: elements of a row, which is the unit of low-rank deltas.
+        base: the base model's tensor; needed in delta space and wherever an expert is an adapter.
+        dense: expert index -> its full tensor.
+        low_rank: expert index -> its low-rank delta. An expert in neither map equals the base here.
+        labels: a name for the base (index -1) and every expert, for messages.
+    """
+
+    name: str
+    cols: int
+    n_experts: int
+    base: DenseTensor | None
+    dense: Mapping[int, DenseTensor]
+    low_rank: Mapping[int, LowRankDelta]
+    labels: Mapping[int, str]
+    _factors: dict[int, _Factors] = field(default_factory=dict, repr=False)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the first operand of a Gram matrix is the base."""
+        return self.base is not None
+
+    @property
+    def only_low_rank(self) -> bool:
+        """Whether the base is the one tensor that has to be read."""
+        return self.has_base and not self.dense
+
+    def gram(
+        self, kernels: Kernels, piece: Piece, *, precise: bool = False
+    ) -> tuple[NDArray[np.float64], dict[int, str]]:
+        """
+        Return the difference Gram matrices `(B, K, K)` of a piece, and a digest of every stored operand.
+
+        Rows of experts that equal the base are zero. Raises `NonFiniteError` naming the expert when NaN or infinity
+        was read.
+        """
+        operands, owners = self._gram_operands(piece)
+        compact = kernels.gram(operands, piece.n_blocks, piece.block_len, precise=precise)
+        digests = {
+            owner: self._factor(owner).digest if operand.is_delta else digest(operand.data)
+            for owner, operand in zip(owners, operands)
+        }
+        if not np.isfinite(compact).all():
+            self._check_finite(kernels, operands, owners)
+            if not precise:  # finite inputs whose float32 products overflow
+                return self.gram(kernels, piece, precise=True)
+        rows = [owner + self.has_base for owner in owners]
+        size = self.n_experts + self.has_base
+        gram = np.zeros((piece.n_blocks, size, size))
+        gram[:, np.array(rows)[:, None], rows] = compact
+        return gram, digests
+
+    def combine(
+        self,
+        kernels: Kernels,
+        piece: Piece,
+        coefficients_BN: NDArray[np.float64],
+        space: str,
+        out: NDArray[np.uint8],
+        out_dtype: str,
+    ) -> None:
+        """
+        Write the merged elements of a piece into `out`, each rounded once from float64.
+
+        Args:
+            coefficients_BN: float64, on the experts' points, for the blocks of this piece.
+            space: Space the points live in; decides how much of the base goes in.
+        """
+        operands: list[Operand] = []
+        columns: list[NDArray[np.float64]] = []
+        dense = sorted(self.dense)
+        if self.base is not None:
+            share = coefficients_BN[:, dense].sum(axis=1)
+            total = 1.0 if space == "deltas" else coefficients_BN.sum(axis=1)
+            operands.append(self.base.read(piece.start, piece.stop))
+            columns.append(total - share)
+        for index in dense:
+            operands.append(self.dense[index].read(piece.start, piece.stop))
+            columns.append(coefficients_BN[:, index])
+        if self.low_rank:
+            operands.append(self._low_rank_sum(piece, coefficients_BN))
+            columns.append(np.ones(piece.n_blocks))
+        # A zero coefficient must not touch the result: 0 * x would turn -0 into +0.
+        used = [i for i, column in enumerate(columns) if np.any(column)] or [0]
+        matrix = np.ascontiguousarray(np.stack([columns[i] for i in used], axis=1))
+        kernels.combine([operands[i] for i in used], matrix, out, out_dtype, piece.n_blocks, piece.block_len)
+
+    def copy(self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str) -> NDArray[np.uint8]:
+        """
+        Return a piece of the one tensor there is, in the output's dtype: as stored, or converted into `out`.
+
+        Raises `NonFiniteError` for NaN and infinity, as `gram` does.
+        """
+        operand = self.dense[0].read(piece.start, piece.stop)
+        if operand.dtype in FLOAT_DTYPES:
+            self._check_finite(kernels, [operand], [0])
+        if operand.dtype == out_dtype:
+            return operand.data
+        kernels.combine([operand], np.ones((piece.n_blocks, 1)), out, out_dtype, piece.n_blocks, piece.block_len)
+        return out
+
+    def release(self, piece: Piece) -> None:
+        """Let go of the pages of a piece."""
+        for tensor in self._stored():
+            tensor.release(piece.start, piece.stop)
+
+    def digests(self, piece: Piece) -> dict[int, str]:
+        """Return the digests that `gram` would, without computing anything else."""
+        owners = ([-1] if self.has_base else []) + sorted(self.dense)
+        found = {
+            owner: digest(tensor.read(piece.start, piece.stop).data) for owner, tensor in zip(owners, self._stored())
+        }
+        return found | {index: self._factor(index).digest for index in self.low_rank}
+
+    def _stored(self) -> list[DenseTensor]:
+        return ([self.base] if self.base is not None else []) + [self.dense[i] for i in sorted(self.dense)]
+
+    def _gram_operands(self, piece: Piece) -> tuple[list[Operand], list[int]]:
+        operands, owners = [], []
+        if self.base is not None:
+            operands.append(self.base.read(piece.start, piece.stop))
+            owners.append(-1)
+        for index in range(self.n_experts):
+            if index in self.dense:
+                operands.append(self.dense[index].read(piece.start, piece.stop))
+            elif index in self.low_rank:
+                left, right, _ = self._factor(index)
+                rows = slice(piece.start // self.cols, -(-piece.stop // self.cols))
+                operands.append(self._delta_operand(left[rows] @ right, piece))
+            else:
+                continue
+            owners.append(index)
+        return operands, owners
+
+    def _low_rank_sum(self, piece: Piece, coefficients_BN: NDArray[np.float64]) -> Operand:
+        """Sum of the low-rank deltas, each with its coefficient, as one product of stacked factors."""
+        first_row = piece.start // self.cols
+        rows = np.arange(first_row, -(-piece.stop // self.cols))
+        rows_per_block = max(1, piece.block_len // self.cols)
+        block_of_row = np.minimum((rows - first_row) // rows_per_block, piece.n_blocks - 1)
+        scaled, rights = [], []
+        for index in sorted(self.low_rank):
+            left, right, _ = self._factor(index)
+            scaled.append(left[rows] * coefficients_BN[block_of_row, index, None].astype(np.float32))
+            rights.append(right)
+        return self._delta_operand(np.concatenate(scaled, axis=1) @ np.concatenate(rights, axis=0), piece)
+
+    def _delta_operand(self, rows: NDArray[np.float32], piece: Piece) -> Operand:
+        offset = piece.start % self.cols
+        flat = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1)[offset : offset + piece.stop - piece.start]
+        return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32", is_delta=True)
+
+    def _factor(self, index: int) -> _Factors:
+        if index not in self._factors:
+            left, right = self.low_rank[index].factors()
+            self._factors[index] = _Factors(left, right, xxh3_128_hexdigest(left.tobytes() + right.tobytes()))
+        return self._factors[index]
+
+    def _check_finite(self, kernels: Kernels, operands: list[Operand], owners: list[int]) -> None:
+        for owner, operand in zip(owners, operands):
+            count = kernels.count_nonfinite(operand)
+            if count:
+                raise NonFiniteError(
+                    f"Expected finite numbers, found {count:,} NaN or infinite values in tensor {self.name!r} of "
+                    f"{self.labels[owner]}. A merge would spread them; repair or leave out that model."
+                )

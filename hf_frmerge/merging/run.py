@@ -1,0 +1,150 @@
+"""One merge from plan to finished folder: staging, engine, record, and names given last."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
+from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
+from hf_frmerge.errors import ArgumentError, ResumeError
+from hf_frmerge.kernels import load_kernels
+from hf_frmerge.merging.engine import Engine, StepObserver, StepOutcome, summary
+from hf_frmerge.merging.journal import Journal, fingerprint
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.plan import MergePlan
+    from hf_frmerge.merging.processes import Processes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MergeOutcome:
+    """
+    A merge that ended.
+
+    Attributes:
+        complete: whether the output was finished; an observer may have stopped the merge before.
+        report: totals: tensors, bytes, seconds, angles, norm ratios, convergence, kernels, notes.
+    """
+
+    complete: bool
+    report: dict[str, Any]
+
+
+def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
+    """
+    Compute a plan into its output folder.
+
+    Until the last moment the folder has no `config.json` and its weights have temporary names, so that nothing takes
+    a torn merge for a model. After an error or an interruption, the same call with `resume_from_checkpoint` goes on.
+
+    Raises:
+        MergeError: Whatever stopped the merge.
+    """
+    started = time.perf_counter()
+    output = Path(plan.args.output_dir)
+    kernels = load_kernels(plan.args.device)
+    writer = CheckpointWriter(plan.layout, output)
+    _prepare(plan, writer, processes)
+    with closing(writer), closing(_open_journal(plan, writer, kernels, processes)) as journal:
+        processes.wait()
+        share = _gram_sharing(processes) if plan.args.block == "model" and processes.size > 1 else None
+        engine = Engine(plan, kernels, writer, journal, observer, share)
+        own, complete = engine.run(processes.share(plan.steps, plan.args.block))
+        outcomes = _all_outcomes(plan, own, processes)
+        complete = all(processes.gather([complete]))
+        if complete:
+            writer.sync()
+    seconds = time.perf_counter() - started
+    report = _report(plan, outcomes, kernels.name, seconds)
+    processes.wait()
+    if complete and processes.is_main:
+        _finish(plan, writer, outcomes, report, processes.size)
+    processes.wait()
+    return MergeOutcome(complete, report)
+
+
+def _prepare(plan: MergePlan, writer: CheckpointWriter, processes: Processes) -> None:
+    """Lay out the files: on the main process first, which alone creates them."""
+    args, output = plan.args, writer.output_dir
+    resume = args.resume_from_checkpoint
+    if resume and not writer.staging.exists():
+        if (output / MANIFEST_FILE).exists() and not args.overwrite:
+            raise ResumeError(f"The merge in {args.output_dir!r} is complete; there is nothing to resume.")
+        logger.info("Nothing to resume in %s: starting a new merge.", args.output_dir)
+    if processes.is_main:
+        if output.exists() and not output.is_dir():
+            raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
+        if not resume and writer.staging.exists():
+            shutil.rmtree(writer.staging)
+        if not writer.staging.exists():
+            check_free_space(output, plan.layout.file_bytes)
+        writer.reopen()
+    processes.wait()
+    if not processes.is_main:
+        writer.reopen()
+
+
+def _open_journal(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, processes: Processes) -> Journal:
+    header = fingerprint(plan, kernels.name)
+    return Journal(writer.staging, processes.rank, header, resume=plan.args.resume_from_checkpoint)
+
+
+def _gram_sharing(processes: Processes) -> Any:
+    def share(grams: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+        return {name: gram for part in processes.gather([grams]) for name, gram in part.items()}
+
+    return share
+
+
+def _all_outcomes(plan: MergePlan, own: list[StepOutcome], processes: Processes) -> list[StepOutcome]:
+    """Collect the outcomes of all processes in the order of the plan."""
+    if processes.size == 1:
+        return own
+    found = {outcome.step.name: outcome for outcome in processes.gather(own)}
+    return [found[step.name] for step in plan.steps if step.name in found]
+
+
+def _finish(
+    plan: MergePlan, writer: CheckpointWriter, outcomes: list[StepOutcome], report: dict[str, Any], n_processes: int
+) -> None:
+    """Give everything its name, the config last: without it no loader takes the folder for a model."""
+    output, donor = writer.output_dir, plan.donor.source
+    for stale in (CONFIG_FILE, MANIFEST_FILE):  # of a merge that is being overwritten
+        (output / stale).unlink(missing_ok=True)
+    write_coefficients(output, outcomes)
+    small = {name: output / name for name in [*copy_donor_files(donor, output), COEFFICIENTS_FILE]}
+    writer.publish()
+    config = small[CONFIG_FILE] = write_config(donor, writer.staging, dtype=plan.args.dtype)
+    write_manifest(output, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
+    config.replace(output / CONFIG_FILE)
+    shutil.rmtree(writer.staging)
+
+
+def _report(plan: MergePlan, outcomes: list[StepOutcome], kernels: str, seconds: float) -> dict[str, Any]:
+    read = sum(model.nbytes for model in plan.models)
+    return {
+        "method": plan.args.method,
+        "space": plan.space,
+        "block": plan.args.block,
+        "output_dir": plan.args.output_dir,
+        **summary(outcomes),
+        "input_bytes": read,
+        "output_bytes": sum(outcome.step.nbytes for outcome in outcomes),
+        "seconds": seconds,
+        "bytes_per_second": read / seconds,
+        "kernels": kernels,
+        "notes": plan.notes,
+    }

@@ -1,0 +1,142 @@
+"""From the Gram matrix of a block to its coefficients, and what the numbers say about the block."""
+
+# Shape suffixes: B = blocks of a tensor, K = operands, N = experts.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_frmerge.errors import AmbiguousMeanError
+from hf_frmerge.geometry.gram import delta_gram, embed, embed_differences
+from hf_frmerge.geometry.sphere import pairwise_angles
+from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """
+    What the Gram matrices of a tensor say about its experts and about the merge.
+
+    Attributes:
+        norms: norm of every expert's point over the whole tensor.
+        norm_ratio: norm of the merged point over the weighted mean norm of the experts' points; below 1 the merge
+            shrank the tensor.
+        linear_norm_ratio: the same for the plain weighted mean, the honest baseline: what averaging would have kept.
+        max_angle: largest angle between two experts in any block, in radians.
+        mean_angle: mean of those angles over pairs and blocks, in radians.
+        gap_to_nre: largest angle in any block between the merged point and the norm-rescaled mean, in radians.
+        n_iter: most steps any block took.
+        residual: worst tangent norm at the end, in radians.
+        converged: whether every block met the tolerance.
+        n_ambiguous: blocks in which no direction is preferred.
+    """
+
+    norms: tuple[float, ...]
+    norm_ratio: float
+    linear_norm_ratio: float
+    max_angle: float
+    mean_angle: float
+    gap_to_nre: float
+    n_iter: int
+    residual: float
+    converged: bool
+    n_ambiguous: int
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Coefficients `(B, N)`, float64, on the points of every block, and the geometry they come from."""
+
+    coefficients: NDArray[np.float64]
+    geometry: Geometry
+
+
+def points_of(gram_BKK: NDArray[np.float64], space: str, has_base: bool) -> NDArray[np.float64]:
+    """
+    Return the experts of every block as points `(B, N, K)` with the right lengths and angles.
+
+    Args:
+        gram_BKK: Gram matrix of the first operand and of the others' differences to it, float64. The first operand
+            is the base model if `has_base`, else the first expert.
+        space: `"weights"` (points are the tensors) or `"deltas"` (points are the differences to the base).
+        has_base: Whether the first operand is the base model, which is not a point of its own.
+    """
+    if space == "deltas":
+        return embed(delta_gram(gram_BKK))
+    points = embed_differences(gram_BKK)
+    return points[..., 1:, :] if has_base else points
+
+
+def solve(
+    points_BNK: NDArray[np.float64],
+    weights: Sequence[float],
+    method: str,
+    options: SpanOptions,
+    *,
+    tensor: str,
+    experts: Sequence[str],
+) -> Solution:
+    """
+    Run one method on the points of a tensor's blocks.
+
+    Raises:
+        AmbiguousMeanError: If the experts of a block balance out and `options.on_ambiguous` is `"raise"`.
+    """
+    weights_N = np.asarray(weights, dtype=np.float64)
+    result = SPAN_METHODS[method](points_BNK, weights_N, options)
+    n_ambiguous = int(np.count_nonzero(result.ambiguous))
+    if n_ambiguous and options.on_ambiguous == "raise":
+        raise AmbiguousMeanError(_ambiguity(points_BNK, result.ambiguous, tensor, experts))
+
+    merged = _combine(result.coefficients, points_BNK)
+    rescaled = merged
+    if method != "nre":
+        rescaled = _combine(SPAN_METHODS["nre"](points_BNK, weights_N, SpanOptions()).coefficients, points_BNK)
+    norms_BN = np.linalg.norm(points_BNK, axis=-1)
+    mean_norm = float(np.linalg.norm(norms_BN @ weights_N))
+    angles = _angles(points_BNK)
+    geometry = Geometry(
+        norms=tuple(np.linalg.norm(norms_BN, axis=0).tolist()),
+        norm_ratio=float(np.linalg.norm(merged)) / mean_norm if mean_norm > 0 else 1.0,
+        linear_norm_ratio=float(np.linalg.norm(_combine(weights_N, points_BNK))) / mean_norm if mean_norm > 0 else 1.0,
+        max_angle=float(angles.max(initial=0.0)),
+        mean_angle=float(angles.mean()) if angles.size else 0.0,
+        gap_to_nre=float(_angles(np.stack([merged, rescaled], axis=-2)).max(initial=0.0)),
+        n_iter=int(np.max(result.n_iter)),
+        residual=float(np.max(result.residual)),
+        converged=bool(np.all(result.converged)),
+        n_ambiguous=n_ambiguous,
+    )
+    return Solution(np.ascontiguousarray(result.coefficients, dtype=np.float64), geometry)
+
+
+def _combine(coefficients_BN: NDArray[np.float64], points_BNK: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.einsum("...n,...nk->...k", coefficients_BN, points_BNK)
+
+
+def _angles(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Angles of all pairs of points that have a direction, flat, in radians."""
+    first, second = np.triu_indices(points.shape[-2], k=1)
+    directed = np.linalg.norm(points, axis=-1) > 0
+    return pairwise_angles(points)[..., first, second][directed[..., first] & directed[..., second]]
+
+
+def _ambiguity(
+    points_BNK: NDArray[np.float64], ambiguous_B: NDArray[np.bool_], tensor: str, experts: Sequence[str]
+) -> str:
+    """Name the two experts that are farthest apart in the first ambiguous block."""
+    angles = pairwise_angles(points_BNK[int(np.flatnonzero(ambiguous_B)[0])])
+    i, j = np.unravel_index(int(np.argmax(angles)), angles.shape)
+    return (
+        f"The experts balance out in {tensor!r}: {experts[int(i)]!r} and {experts[int(j)]!r} are {angles[i, j]:.4f} "
+        "rad apart, so no mean direction is preferred. Give them different weights, leave one out, or set "
+        'on_ambiguous="linear" to take the plain weighted mean of such blocks.'
+    )

@@ -1,0 +1,171 @@
+"""Derive a merged model again from its experts and its coefficient table, and compare bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from xxhash import xxh3_128_hexdigest
+
+from hf_frmerge.checkpoints.reader import DTYPE_BITS, open_checkpoint
+from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.errors import CheckpointError
+from hf_frmerge.kernels import load_kernels
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.blocks import pieces
+from hf_frmerge.merging.engine import worker_count
+from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, read_coefficients, read_manifest
+from hf_frmerge.merging.plan import MergePlan, TensorStep, build_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from hf_frmerge.checkpoints.reader import Checkpoint
+    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.operands import Piece
+
+
+@dataclass
+class VerifyReport:
+    """What was checked, and every problem found as a sentence."""
+
+    checked_files: int = 0
+    checked_tensors: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as recorded."""
+        return not self.problems
+
+
+def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model: str | None = None) -> VerifyReport:
+    """
+    Check a merged model against its record and its experts.
+
+    Small files are compared by SHA-256, weight files header by header and tensor by tensor; every merged tensor is
+    computed again from the experts and the recorded coefficients, and compared bit for bit.
+
+    Args:
+        output_dir: Folder of the merged model, or its Hub id.
+        experts: Where the experts are, if they are not where they were.
+        base_model: Where the base model is, if it is not where it was.
+
+    Raises:
+        CheckpointError: If the folder holds no merge, or the experts cannot be found.
+    """
+    source = resolve(output_dir)
+    folder = Path(source.path)
+    manifest = read_manifest(folder)
+    report = VerifyReport()
+    _check_files(folder, manifest, report)
+    plan = _plan(folder, manifest, experts, base_model)
+    coefficients = read_coefficients(folder)
+    merged = open_checkpoint(source)
+    kernels = load_kernels()
+    with ThreadPoolExecutor(worker_count(plan)) as pool:
+        work = [(step, manifest["tensors"].get(step.name), coefficients.get(step.name)) for step in plan.steps]
+        found = pool.map(lambda item: _check_tensor(plan, kernels, merged, *item), work)
+        for problem in found:
+            report.checked_tensors += 1
+            report.problems += [problem] if problem else []
+    extra = sorted(set(merged.tensors) - {step.name for step in plan.steps})
+    report.problems += [f"Tensor {name!r} is in the merged model, but its experts have none." for name in extra]
+    plan.close()
+    merged.close()
+    return report
+
+
+def _check_files(folder: Path, manifest: dict[str, Any], report: VerifyReport) -> None:
+    for name, entry in manifest["files"].items():
+        report.checked_files += 1
+        path = folder / name
+        if not path.exists():
+            report.problems.append(f"File {name} is missing.")
+            continue
+        if path.stat().st_size != entry["size"]:
+            report.problems.append(f"File {name} has {path.stat().st_size} bytes, {entry['size']} were written.")
+        elif "sha256" in entry and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+            report.problems.append(f"File {name} was changed after the merge.")
+        elif "header_xxh3_128" in entry and _header_digest(path) != entry["header_xxh3_128"]:
+            report.problems.append(f"The header of {name} was changed after the merge.")
+
+
+def _header_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        length = file.read(8)
+        return xxh3_128_hexdigest(length + file.read(int.from_bytes(length, "little")))
+
+
+def _plan(folder: Path, manifest: dict[str, Any], experts: Sequence[str] | None, base_model: str | None) -> MergePlan:
+    """Rebuild the plan of the merge from its manifest."""
+    models = [*manifest["experts"], *([manifest["base_model"]] if manifest["base_model"] else [])]
+    specs = _specs(folder, models)
+    n_experts = len(manifest["experts"])
+    if experts is not None and len(experts) != n_experts:
+        raise CheckpointError(f"The merge had {n_experts} experts, but {len(experts)} were given.")
+    arguments = {name: value for name, value in manifest["arguments"].items() if not name.endswith("_token")}
+    arguments |= {"space": manifest["space"], "output_dir": str(folder)}
+    chosen = list(experts) if experts is not None else specs[:n_experts]
+    base = base_model or (specs[n_experts] if manifest["base_model"] else None)
+    missing = [models[i]["id"] for i, spec in enumerate([*chosen, *([base] if base else [])]) if spec is None]
+    if missing:
+        raise CheckpointError(
+            f"The merge used local models that are not known on this machine: {', '.join(missing)}. Say where they "
+            "are with --experts and --base-model."
+        )
+    weights = [expert["weight"] for expert in manifest["experts"]]
+    return build_plan([spec for spec in chosen if spec], MergingArguments(**arguments), weights, base)
+
+
+def _specs(folder: Path, models: list[dict[str, Any]]) -> list[str | None]:
+    local = folder / LOCAL_SOURCES_FILE
+    paths = json.loads(local.read_text())["models"] if local.exists() else [None] * len(models)
+    return [f"{m['id']}@{m['commit']}" if m["on_hub"] else path for m, path in zip(models, paths)]
+
+
+def _check_tensor(
+    plan: MergePlan,
+    kernels: Kernels,
+    merged: Checkpoint,
+    step: TensorStep,
+    entry: dict[str, Any] | None,
+    coefficients: NDArray[np.float64] | None,
+) -> str | None:
+    """Return what is wrong with a tensor, or `None`."""
+    info = merged.tensors.get(step.name)
+    if entry is None or info is None:
+        return f"Tensor {step.name!r} is missing in the {'manifest' if entry is None else 'merged model'}."
+    if (info.dtype, info.shape) != (step.dtype, step.shape):
+        return f"Tensor {step.name!r} is {info.dtype} {list(info.shape)}, expected {step.dtype} {list(step.shape)}."
+    if step.action == "merge" and entry["action"] == "skip":
+        step = plan.copied(step)
+    if step.action == "merge" and coefficients is None:
+        return f"Tensor {step.name!r} was merged, but the coefficient table does not have it."
+    inputs = plan.inputs(step)
+    size = DTYPE_BITS[step.dtype] // 8
+    for piece in pieces(step.n_blocks, step.block_len):
+        expected = np.empty((piece.stop - piece.start) * size, np.uint8)
+        if step.action == "merge":
+            assert coefficients is not None
+            inputs.combine(kernels, piece, _rows(coefficients, piece), plan.space, expected, step.dtype)
+        else:
+            expected = inputs.copy(kernels, piece, expected, step.dtype)
+        found = merged.read(step.name, piece.start * size, piece.stop * size)
+        if not np.array_equal(expected, found):
+            wrong = int(np.count_nonzero((expected != found).reshape(-1, size).any(axis=1)))
+            return f"Tensor {step.name!r} differs from what its experts and coefficients give in {wrong:,} elements."
+    return None
+
+
+def _rows(coefficients: NDArray[np.float64], piece: Piece) -> NDArray[np.float64]:
+    if len(coefficients) == 1:
+        return coefficients
+    return coefficients[piece.first_block : piece.first_block + piece.n_blocks]
