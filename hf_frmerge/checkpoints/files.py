@@ -38,9 +38,10 @@ class LocalFolder:
         self._mappings: OrderedDict[str, _Mapping] = OrderedDict()
         self._lock = Lock()
 
-    def names(self) -> list[str]:
-        """Names of the files directly in the folder, sorted."""
-        return sorted(entry.name for entry in self._root.iterdir() if entry.is_file())
+    def names(self, subfolder: str = "") -> list[str]:
+        """Names of the files directly in the folder or in a subfolder of it, sorted; none if it does not exist."""
+        folder = self._root / subfolder
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
 
     def exists(self, name: str) -> bool:
         """Whether `name` is a file; a dangling link is none."""
@@ -192,9 +193,12 @@ class RemoteFolder:
             # ValueError: no such protocol. ImportError: its package is not installed; fsspec names the package.
             raise CheckpointError(f"Cannot open {path!r}: {error}") from error
 
-    def names(self) -> list[str]:
-        """Names of the files directly in the folder, sorted; plain web servers may not be able to tell."""
-        entries = self._fs.ls(self._root, detail=True)
+    def names(self, subfolder: str = "") -> list[str]:
+        """Names of the files directly in the folder or a subfolder, sorted; plain web servers may not tell."""
+        try:
+            entries = self._fs.ls(self._join(subfolder) if subfolder else self._root, detail=True)
+        except FileNotFoundError:
+            return []
         return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
 
     def exists(self, name: str) -> bool:

@@ -12,7 +12,7 @@ from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder, open_folder
 from hf_frmerge.errors import CheckpointError, HubError
 
 # What is fetched from a Hub repository: everything transformers reads, and never a pickle.
-DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+DOWNLOAD_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*")
 # Mistral's own format: the same weights a second time.
 IGNORE_PATTERNS = ("consolidated*.safetensors",)
 
@@ -85,6 +85,8 @@ def resolve_all(specs: Iterable[str], *, token: str | bool | None = None) -> lis
 def _kind(folder: LocalFolder | RemoteFolder, spec: str) -> Literal["full", "adapter"]:
     try:
         if any(folder.exists(name) for name in _WEIGHTS):
+            if not folder.exists("config.json"):
+                raise CheckpointError(f"{spec!r} has weights but no config.json. Add the one of its model class.")
             return "full"
         if folder.exists("adapter_config.json"):
             if folder.exists("adapter_model.safetensors"):
