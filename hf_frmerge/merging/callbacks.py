@@ -115,7 +115,12 @@ class MergeCallback:
         def on_step_begin(self, args, state, control, **kwargs):
             control.should_skip_tensor = state.current_tensor == "lm_head.weight"
     ```
-    """  # noqa: D412 - a blank line before a fenced example, as in the Hugging Face docs
+    """
+
+    @property
+    def name(self) -> str:
+        """What messages call it; two callbacks of one name are probably a mistake."""
+        return type(self).__name__
 
     def on_init_end(
         self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any
@@ -207,11 +212,10 @@ class CallbackHandler:
                 f"A callback must be a MergeCallback or a class of them, but got {added!r}. To use a reporting "
                 "callback of transformers, wrap it: `ReporterBridge(callback)`."
             )
-        if type(added) in {type(present) for present in self.callbacks}:
+        names = [present.name for present in self.callbacks]
+        if added.name in names:
             logger.warning(
-                "A %s is among the callbacks already (%s); both will be called.",
-                type(added).__name__,
-                ", ".join(type(present).__name__ for present in self.callbacks),
+                "A %s is among the callbacks already (%s); both will be called.", added.name, ", ".join(names)
             )
         self.callbacks.append(added)
 

@@ -59,7 +59,7 @@ class CollapseGuardCallback(MergeCallback):
     ```python
     merger.add_callback(CollapseGuardCallback(min_norm_ratio=0.8, thresholds=["perplexity>40"]))
     ```
-    """  # noqa: D412 - a blank line before a fenced example, as in the Hugging Face docs
+    """
 
     def __init__(
         self,

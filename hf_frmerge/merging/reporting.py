@@ -33,6 +33,11 @@ class ReporterBridge(MergeCallback):
     def __init__(self, reporter: TrainerCallback) -> None:
         self.reporter: Any = reporter
 
+    @property
+    def name(self) -> str:
+        """Name of the reporting callback: bridges to different ones go together."""
+        return type(self.reporter).__name__
+
     def on_init_end(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
         """Forward."""
         self.reporter.on_init_end(_trainer_args(args), state, control, **kwargs)

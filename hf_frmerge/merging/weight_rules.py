@@ -25,7 +25,7 @@ def layer_index(name: str) -> int | None:
     (11, None)
 
     ```
-    """  # noqa: D412 - a blank line before a fenced example, as in the Hugging Face docs
+    """
     match = _LAYER.search(name)
     return int(match.group(1)) if match else None
 

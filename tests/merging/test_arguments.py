@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shlex
 import subprocess
@@ -28,6 +29,12 @@ from hf_frmerge.merging.arguments import (
 from hf_frmerge.methods.span import SPAN_METHODS
 
 
+@pytest.fixture(autouse=True)
+def _default_level(caplog: pytest.LogCaptureFixture) -> None:
+    """A merger sets the level of the package's loggers, and the level decides the default of `disable_tqdm`."""
+    caplog.set_level(logging.WARNING, logger="hf_frmerge")
+
+
 def test_importing_costs_no_heavy_library() -> None:
     modules = ["arguments", "callbacks", "guard", "progress", "reporting", "state", "values", "weight_rules"]
     code = "".join(f"import hf_frmerge.merging.{m}\n" for m in modules) + "import sys; print(' '.join(sys.modules))"
@@ -37,7 +44,7 @@ def test_importing_costs_no_heavy_library() -> None:
 
 
 def test_methods_are_those_of_the_engine() -> None:
-    assert METHODS == tuple(SPAN_METHODS)
+    assert tuple(SPAN_METHODS) == METHODS
 
 
 def test_every_field_is_documented_and_its_default_is_its_own_value() -> None:

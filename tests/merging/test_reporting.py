@@ -99,6 +99,16 @@ def test_events_reach_the_reporter_under_the_names_of_a_training() -> None:
     assert args.run_name == "r"
 
 
+def test_several_reporters_go_together_and_only_a_repeated_one_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    class Other(TrainerCallback):
+        pass
+
+    handler = CallbackHandler([ReporterBridge(Reporter()), ReporterBridge(Other())])
+    assert caplog.text == ""
+    handler.add_callback(ReporterBridge(Other()))
+    assert "A Other is among the callbacks already (Reporter, Other)" in caplog.text
+
+
 def test_names_of_integrations(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
     assert reporting_callbacks("none") == []
