@@ -19,6 +19,10 @@ from hf_frmerge.geometry.sphere import Array
 
 # A residual below this many roundings of a unit diagonal, per vector, is rounding: the vector depends on earlier ones.
 _RANK_ROUNDINGS = 4.0
+# Four times the relative error, 1e-6, that the fast kernels promise of a Gram matrix; elimination adds some. An inner
+# product may exceed what the norms allow (Cauchy and Schwarz) by this much and no more: unbounded, noise divided by a
+# pivot of noise can be of any size. The matrix of the points is never farther off than about this.
+_GRAM_NOISE = 4e-6
 # Matrix entries factored at a time, 1 MiB of float64: fits a core's second-level cache.
 _SLAB_ELEMENTS = 1 << 17
 
@@ -189,10 +193,15 @@ def _factor_slab(left_KKM: Array, first_pivot: int | None) -> Array:
             pivot_M = np.full(block_M.shape, first_pivot)
         else:
             pivot_M = np.argmax(diagonal_KM, axis=0)
-        height_M = diagonal_KM[pivot_M, block_M]
-        inverse_M = np.where(height_M > floor, 1.0 / np.sqrt(np.maximum(height_M, floor)), 0.0)
-        # The pivot's own entry goes through the same product as the others, so that equal rows stay equal bit by bit.
-        column_KM = left_KKM[:, pivot_M, block_M] * inverse_M
-        factor_KKM[:, step] = column_KM
-        left_KKM -= column_KM[:, None] * column_KM
+        height_M = np.maximum(diagonal_KM[pivot_M, block_M], 0.0)
+        safe_M = np.where(height_M > floor, height_M, np.inf)
+        inner_KM = left_KKM[:, pivot_M, block_M]
+        # Vectors that coincide with the pivot in what is left are finished: equal vectors stay equal bit by bit.
+        finished_KM = (inner_KM == height_M) & (diagonal_KM == height_M)
+        bound_KM = np.sqrt((np.maximum(diagonal_KM, 0.0) + _GRAM_NOISE) * height_M)
+        inner_KM = np.clip(inner_KM, -bound_KM, bound_KM)
+        ratio_KM = inner_KM / safe_M
+        factor_KKM[:, step] = ratio_KM * np.sqrt(height_M)
+        left_KKM -= ratio_KM[:, None] * inner_KM
+        left_KKM.swapaxes(1, 2)[finished_KM] = 0.0
     return factor_KKM * scale_KM[:, None]
