@@ -1,0 +1,155 @@
+"""Angles and norms of the experts, block by block, and whether geometry can matter for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_frmerge.kernels import load_kernels
+from hf_frmerge.merging.blocks import pieces
+from hf_frmerge.merging.engine import worker_count
+from hf_frmerge.merging.solve import points_of, solve
+from hf_frmerge.methods.span import SpanOptions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.plan import MergePlan, TensorStep
+
+BF16_ROUNDING = 1.7e-3
+"""Angle, in radians, by which rounding to bf16 turns a random vector: relative error 2**-9/sqrt(3) up to binade."""
+
+
+@dataclass(frozen=True)
+class SpaceView:
+    """
+    The experts of a tensor, or of the whole model, as points of one space.
+
+    Attributes:
+        norms: Frobenius norm of every expert's point.
+        max_angle, mean_angle: over pairs of experts and blocks, in radians.
+        karcher_nre_gap: angle between the Karcher mean and the norm-rescaled mean, in radians.
+        linear_norm_ratio: norm of the plain mean over the mean norm of the experts.
+    """
+
+    norms: tuple[float, ...]
+    max_angle: float
+    mean_angle: float
+    karcher_nre_gap: float
+    linear_norm_ratio: float
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """One tensor in weight space and, if there is a base model, in delta space."""
+
+    name: str
+    shape: tuple[int, ...]
+    weights: SpaceView
+    deltas: SpaceView | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """
+    What `inspect_experts` found.
+
+    Attributes:
+        experts: experts as the user named them.
+        tensors: every tensor that would be merged.
+        total: the whole model as one point.
+        verdict: a sentence: can geometry matter here?
+    """
+
+    experts: list[str]
+    tensors: list[TensorView]
+    total: TensorView
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in a form that can be written as JSON."""
+        return asdict(self)
+
+
+def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = None) -> Inspection:
+    """
+    Measure angles and norms of the experts of a plan; one pass over the weights, nothing is written.
+
+    Args:
+        plan: A plan; with a base model both spaces are measured, else weights only.
+        progress: Called with the bytes of every tensor when it is done.
+
+    Raises:
+        NonFiniteError: If a tensor holds NaN or infinity.
+    """
+    plan = replace(plan, space="deltas") if plan.base is not None else plan
+    kernels = load_kernels(plan.args.device)
+    steps = [step for step in plan.steps if step.action == "merge"]
+    views, total = [], None
+    with ThreadPoolExecutor(worker_count(plan)) as pool:
+        for step, gram in zip(steps, pool.map(lambda step: _gram(plan, kernels, step), steps)):
+            views.append(_view(plan, step.name, step.shape, gram))
+            whole = gram.sum(axis=0, keepdims=True)
+            total = whole if total is None else total + whole
+            if progress is not None:
+                progress(step.nbytes)
+    size = sum(step.numel for step in steps)
+    overall = _view(plan, "the whole model", (size,), total if total is not None else np.zeros((1, 1, 1)))
+    return Inspection([expert.spec for expert in plan.experts], views, overall, _verdict(views, plan))
+
+
+def _gram(plan: MergePlan, kernels: Kernels, step: TensorStep) -> NDArray[np.float64]:
+    inputs = plan.inputs(step)
+    size = inputs.n_experts + inputs.has_base
+    total = np.zeros((step.n_blocks, size, size))
+    for piece in pieces(step.n_blocks, step.block_len):
+        total[piece.first_block : piece.first_block + piece.n_blocks] += inputs.gram(kernels, piece)[0]
+        inputs.release(piece)
+    return total
+
+
+def _view(plan: MergePlan, name: str, shape: tuple[int, ...], gram: NDArray[np.float64]) -> TensorView:
+    spaces = {
+        space: _space_view(plan, name, points_of(gram, space, plan.base is not None))
+        for space in (["weights", "deltas"] if plan.base is not None else ["weights"])
+    }
+    return TensorView(name, shape, spaces["weights"], spaces.get("deltas"))
+
+
+def _space_view(plan: MergePlan, name: str, points: NDArray[np.float64]) -> SpaceView:
+    options = SpanOptions(on_ambiguous="linear")
+    experts = [expert.spec for expert in plan.experts]
+    geometry = solve(points, plan.weights, "karcher", options, tensor=name, experts=experts).geometry
+    return SpaceView(
+        geometry.norms, geometry.max_angle, geometry.mean_angle, geometry.gap_to_nre, geometry.linear_norm_ratio
+    )
+
+
+def _verdict(views: list[TensorView], plan: MergePlan) -> str:
+    """Say in words what the numbers mean for the choice of a method."""
+    parts = []
+    for space in ("weights", "deltas"):
+        found = [view.weights if space == "weights" else view.deltas for view in views]
+        measured = [view for view in found if view is not None]
+        if not measured:
+            continue
+        gap = max(view.karcher_nre_gap for view in measured)
+        angle = max(view.max_angle for view in measured)
+        kept = min(view.linear_norm_ratio for view in measured)
+        sentence = (
+            f"In {space} space experts are up to {angle:.2g} rad apart; a plain mean keeps at least {kept:.1%} of their "
+            f"norm, and the Karcher mean differs from the norm-rescaled mean by at most {gap:.1g} rad"
+        )
+        if gap < BF16_ROUNDING:
+            sentence += ", less than rounding to bf16 does: expect the same model from both."
+        else:
+            sentence += ", more than rounding to bf16 does: compare both on your data."
+        parts.append(sentence)
+    if plan.base is None and parts:
+        parts.append("Pass the base model to see the deltas, where angles are wide.")
+    return " ".join(parts) or "There is no tensor to merge."
