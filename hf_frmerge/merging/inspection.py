@@ -133,23 +133,31 @@ def _space_view(plan: MergePlan, name: str, points: NDArray[np.float64]) -> Spac
 def _verdict(views: list[TensorView], plan: MergePlan) -> str:
     """Say in words what the numbers mean for the choice of a method."""
     parts = []
-    for space in ("weights", "deltas"):
-        found = [view.weights if space == "weights" else view.deltas for view in views]
-        measured = [view for view in found if view is not None]
+    for name, found in (("weight", [v.weights for v in views]), ("delta", [v.deltas for v in views])):
+        measured = [(view, whole.weights) for view, whole in zip(found, views) if view is not None]
         if not measured:
             continue
-        gap = max(view.karcher_nre_gap for view in measured)
-        angle = max(view.max_angle for view in measured)
-        kept = min(view.linear_norm_ratio for view in measured)
+        angle = max(view.max_angle for view, _ in measured)
+        kept = min(view.linear_norm_ratio for view, _ in measured)
+        gap = max(view.karcher_nre_gap for view, _ in measured)
+        # What counts in the end are weights: an angle between deltas moves them by its share of their norm.
+        shift = max(view.karcher_nre_gap * _mean_norm(view) / (_mean_norm(whole) or 1.0) for view, whole in measured)
         sentence = (
-            f"In {space} space experts are up to {angle:.2g} rad apart; a plain mean keeps at least {kept:.1%} of their "
-            f"norm, and the Karcher mean differs from the norm-rescaled mean by at most {gap:.1g} rad"
+            f"In {name} space experts are up to {angle:.2g} rad apart and a plain mean keeps at least {kept:.1%} of "
+            f"their norm. The Karcher mean is at most {gap:.1g} rad from the norm-rescaled mean, {shift:.1g} of the "
+            "weights' norm: "
         )
-        if gap < BF16_ROUNDING:
-            sentence += ", less than rounding to bf16 does: expect the same model from both."
+        if shift < BF16_ROUNDING:
+            sentence += (
+                f"less than the {BF16_ROUNDING} that rounding to bf16 costs, so expect the same model from both."
+            )
         else:
-            sentence += ", more than rounding to bf16 does: compare both on your data."
+            sentence += f"more than the {BF16_ROUNDING} that rounding to bf16 costs, so compare both on your data."
         parts.append(sentence)
     if plan.base is None and parts:
         parts.append("Pass the base model to see the deltas, where angles are wide.")
     return " ".join(parts) or "There is no tensor to merge."
+
+
+def _mean_norm(view: SpaceView) -> float:
+    return sum(view.norms) / len(view.norms)
