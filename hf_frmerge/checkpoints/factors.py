@@ -59,14 +59,20 @@ class LowRankDelta:
         Read the factors as PEFT lays them out, without the scale.
 
         Returns:
-            `tuple`: `down` `(r, n_in)` and `up` `(n_out, r)`, float32 (float64 if stored so). Kernels of a
+            `tuple`: `up` `(n_out, r)` and `down` `(r, n_in)`, float32 (float64 if stored so). Kernels of a
             convolution are flattened into `n_in`.
 
         Raises:
+            CheckpointError: If the module is a DoRA module, which has no low-rank delta.
             NonFiniteError: If a factor holds NaN or infinity.
         """
-        down, up = self._read(self.down), self._read(self.up)
-        return down.reshape(self.rank, -1), up.reshape(-1, self.rank)
+        if self.is_dora:
+            raise CheckpointError(
+                f"Adapter {self.checkpoint.source.spec!r}, module {self.module!r}: use_dora is set. A DoRA update is "
+                'not low-rank, so it cannot be merged as factors; use adapter_output="merged", which merges the '
+                "effective weights."
+            )
+        return self._read_pair()
 
     def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """
@@ -78,20 +84,9 @@ class LowRankDelta:
 
         Raises:
             CheckpointError: If the module is a DoRA module, which has no low-rank delta.
+            NonFiniteError: If a factor holds NaN or infinity.
         """
-        if self.is_dora:
-            raise CheckpointError(
-                f"Adapter {self.checkpoint.source.spec!r}, module {self.module!r}: use_dora is set. A DoRA update is "
-                'not low-rank, so it cannot be merged as factors; use adapter_output="merged", which merges the '
-                "effective weights."
-            )
-        return self._scaled_factors()
-
-    def _scaled_factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        down, up = self.read()
-        left, right = (down.T, up.T) if self.transposed else (up, down)
-        scaled = left * np.float64(self.scale)  # in float64, so that a scale such as 1/3 is rounded in once only
-        return scaled.astype(np.float32, order="C"), np.ascontiguousarray(right, dtype=np.float32)
+        return self._lay_out(*self.read())
 
     def read_magnitude(self) -> NDArray[np.floating]:
         """Read DoRA's length of every output row, `(rows,)`."""
@@ -101,7 +96,17 @@ class LowRankDelta:
 
     def dora_weight(self) -> DoraWeight:
         """Read what is needed to compute the effective weight of a DoRA module row by row."""
-        return DoraWeight(*self._scaled_factors(), self.read_magnitude())
+        return DoraWeight(*self._lay_out(*self._read_pair()), self.read_magnitude())
+
+    def _read_pair(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        return self._read(self.up).reshape(-1, self.rank), self._read(self.down).reshape(self.rank, -1)
+
+    def _lay_out(
+        self, up: NDArray[np.floating], down: NDArray[np.floating]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        left, right = (down.T, up.T) if self.transposed else (up, down)
+        scaled = left * np.float64(self.scale)  # in float64, so that a scale such as 1/3 is rounded in once only
+        return scaled.astype(np.float32, order="C"), np.ascontiguousarray(right, dtype=np.float32)
 
     def _read(self, info: TensorInfo) -> NDArray[np.floating]:
         values = widen(self.checkpoint.read(info.name), info.dtype)

@@ -154,7 +154,7 @@ def test_factors_keep_every_stored_bit(llama: Path, tmp_path: Path, dtype: torch
     save_adapter(LlamaForCausalLM.from_pretrained(llama), tmp_path, r=4, target_modules=["q_proj"], dtype=dtype)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     for delta in read(tmp_path).deltas.values():
-        down, up = delta.read()
+        up, down = delta.read()
         np.testing.assert_array_equal(down, stored[delta.down.name].double().numpy())
         np.testing.assert_array_equal(up, stored[delta.up.name].double().numpy())
 

@@ -1,0 +1,120 @@
+"""The modules of several adapters side by side: which adapter changes which, and do they fit together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.checkpoints.adapter import Adapter
+from hf_frmerge.checkpoints.factors import LowRankDelta
+from hf_frmerge.checkpoints.reader import some
+from hf_frmerge.errors import CheckpointError
+from hf_frmerge.geometry.lowrank import Factors
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One module in all adapters; None where an adapter does not change it."""
+
+    deltas: tuple[LowRankDelta | None, ...]
+
+    @property
+    def first(self) -> LowRankDelta:
+        """Delta of the first adapter that has one; it names the module and gives the shapes."""
+        return next(delta for delta in self.deltas if delta is not None)
+
+    @property
+    def n_out(self) -> int:
+        """Rows of `up`."""
+        return self.first.up.shape[0]
+
+    @property
+    def n_in(self) -> int:
+        """Columns of `down`, a convolution's kernel included."""
+        return math.prod(self.first.down.shape[1:])
+
+    def factors(self, only: Sequence[bool] | None = None) -> list[Factors]:
+        """Read the factors; rank 0 for an adapter without the module, or not among `only`."""
+        nothing = Factors(np.zeros((self.n_out, 0)), np.zeros((0, self.n_in)))
+        wanted = only or [True] * len(self.deltas)
+        return [
+            Factors(*delta.read(), delta.scale) if delta is not None and use else nothing
+            for delta, use in zip(self.deltas, wanted)
+        ]
+
+
+def align_adapters(adapters: Sequence[Adapter]) -> list[AdapterRow]:
+    """
+    Line up the modules of all adapters, in the order they first appear.
+
+    Raises:
+        CheckpointError: If a module has different kinds or shapes.
+    """
+    targets = list(dict.fromkeys(target for adapter in adapters for target in adapter.deltas))
+    rows = [AdapterRow(tuple(adapter.deltas.get(target) for adapter in adapters)) for target in targets]
+    for row in rows:
+        first = row.first
+        expected = (first.kind, row.n_out, first.down.shape[1:])
+        for delta in row.deltas:
+            if delta is not None and (delta.kind, delta.up.shape[0], delta.down.shape[1:]) != expected:
+                names = [d.checkpoint.source.spec for d in (first, delta)]
+                raise CheckpointError(
+                    f"Module {first.module!r} is a {first.kind} of shape {first.shape} in adapter {names[0]!r} but a "
+                    f"{delta.kind} of shape {delta.shape} in {names[1]!r}. They belong to different base models."
+                )
+    return rows
+
+
+def missing_notes(adapters: Sequence[Adapter], rows: Sequence[AdapterRow], strict: bool) -> list[str]:
+    """
+    Say which adapters do not change which modules.
+
+    Raises:
+        CheckpointError: If that is not allowed (`strict`), or a module only seems missing because it has another name.
+    """
+    notes = []
+    for index, adapter in enumerate(adapters):
+        missing = [row.first.module for row in rows if row.deltas[index] is None]
+        if not missing:
+            continue
+        if strict:
+            raise CheckpointError(
+                f"Adapter {adapter.spec!r} does not change {some(missing)}, which other adapters change. Without "
+                "`strict` these count as zero deltas."
+            )
+        own = {delta.module for delta in adapter.deltas.values()}
+        for module in missing:
+            alias = next((name for name in own if name.endswith("." + module) or module.endswith("." + name)), None)
+            if alias is not None:
+                raise CheckpointError(
+                    f"Adapter {adapter.spec!r} names a module {alias!r} that others name {module!r}: they were "
+                    "trained on different classes of one model. Pass base_model, which tells what belongs together."
+                )
+        notes.append(
+            f"Adapter {adapter.spec!r} does not change {len(missing)} of {len(rows)} modules ({some(missing)}); they "
+            "count as its zero deltas."
+        )
+    return notes
+
+
+def zero_notes(
+    adapters: Sequence[Adapter], rows: Sequence[AdapterRow], grams: Sequence[NDArray[np.float64]]
+) -> list[str]:
+    """Say which adapters have zero deltas, given the Gram matrix `(N, N)` of every row."""
+    notes = []
+    for index, adapter in enumerate(adapters):
+        zero = [
+            row.first.module
+            for row, gram in zip(rows, grams)
+            if row.deltas[index] is not None and not gram[index, index]
+        ]
+        if zero:
+            notes.append(
+                f"Adapter {adapter.spec!r} has a zero delta in {len(zero)} of {len(rows)} modules ({some(zero)}): no "
+                "direction, but its weight counts in the norm."
+            )
+    return notes

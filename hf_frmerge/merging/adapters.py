@@ -1,0 +1,270 @@
+"""
+Merge LoRA adapters into one LoRA adapter, without ever building a dense delta.
+
+The Gram matrix of the deltas `s_i B_i A_i` comes exactly from their factors, a method turns it into coefficients, and
+`sum_i c_i s_i B_i A_i` is again a product of two factors, of rank `sum_i r_i`. That is exact; a smaller rank costs the
+singular values it leaves out, and the report says how much.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.checkpoints.adapter import Adapter, common_base
+from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
+from hf_frmerge.checkpoints.reader import some
+from hf_frmerge.errors import ArgumentError, CheckpointError
+from hf_frmerge.geometry.gram import embed
+from hf_frmerge.geometry.lowrank import Factors, concatenate, factor_gram, recompress
+from hf_frmerge.merging.adapter_rows import AdapterRow, align_adapters, missing_notes, zero_notes
+from hf_frmerge.merging.blocks import group_of
+from hf_frmerge.merging.solve import Geometry, solve
+from hf_frmerge.methods.span import SpanOptions
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """
+    How one module was merged.
+
+    Attributes:
+        module: path in the base model.
+        target: tensor of the base that it changes.
+        rank: rank of the written factors.
+        coefficients: one per adapter, on its delta.
+        geometry: norms, angles and convergence of its block (all modules of the block together).
+        norm: Frobenius norm of the merged delta.
+        truncation_error: norm of what recompression left out, as a share of `norm`; 0 where nothing was.
+    """
+
+    module: str
+    target: str
+    rank: int
+    coefficients: tuple[float, ...]
+    geometry: Geometry
+    norm: float
+    truncation_error: float
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """A written adapter: where it is, how every module was merged, and what should be said about the inputs."""
+
+    output_dir: Path
+    modules: list[MergedModule]
+    notes: list[str]
+
+    @property
+    def truncation_error(self) -> float:
+        """Norm of what recompression left out of the whole adapter, as a share of its norm."""
+        norms = np.array([module.norm for module in self.modules])
+        errors = norms * [module.truncation_error for module in self.modules]
+        total = float(np.linalg.norm(norms))
+        return float(np.linalg.norm(errors)) / total if total > 0 else 0.0
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    output_dir: str | Path,
+    *,
+    method: str = "karcher",
+    options: SpanOptions | None = None,
+    block: str = "tensor",
+    weights_for: Callable[[str], Sequence[float]] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    strict: bool = False,
+    num_workers: int | None = None,
+    on_module: Callable[[MergedModule], None] | None = None,
+) -> MergedAdapter:
+    """
+    Merge adapters of one base model in delta space and write the result as a PEFT adapter.
+
+    A module that an adapter does not change is a zero delta of it: no direction, but its weight counts in the norm.
+
+    Args:
+        adapters (`Sequence[Adapter]`):
+            Two or more, opened; matched to a base or all unmatched.
+        weights (`Sequence[float]`):
+            One per adapter, non-negative, summing to 1.
+        output_dir (`str` or `Path`):
+            Folder to write.
+        method (`str`, *optional*, defaults to `"karcher"`):
+            A key of `SPAN_METHODS`.
+        options (`SpanOptions`, *optional*):
+            What the method leaves open.
+        block (`str`, *optional*, defaults to `"tensor"`):
+            What one sphere covers: `"tensor"` (a module), `"layer"` or `"model"`.
+        weights_for (`Callable[[str], Sequence[float]]`, *optional*):
+            Weights of a target tensor, in place of `weights`.
+        rank (`int`, *optional*):
+            Recompress every module to at most this rank. By default ranks add up, which is exact.
+        energy (`float`, *optional*):
+            Recompress every module to the lowest rank that keeps this share of its squared norm.
+        dtype (`str`, *optional*):
+            Safetensors code of the output; by default that of the first adapter.
+        strict (`bool`, *optional*, defaults to `False`):
+            Refuse a module that an adapter lacks.
+        num_workers (`int`, *optional*):
+            Threads; by default one per available core, at most 4.
+        on_module (`Callable[[MergedModule], None]`, *optional*):
+            Called after each module is written, in order.
+
+    Returns:
+        `MergedAdapter`: the report.
+
+    Raises:
+        ArgumentError: If options contradict each other.
+        CheckpointError: If the adapters do not fit together, or hold something that no adapter can express.
+        AmbiguousMeanError: If the adapters balance out in a block and `options.on_ambiguous` is `"raise"`.
+    """
+    _check_arguments(adapters, weights, block)
+    base_model, revision = common_base(adapters)
+    rows = align_adapters(adapters)
+    notes = missing_notes(adapters, rows, strict)
+    n_workers = num_workers or min(os.cpu_count() or 1, 4)
+    with ThreadPoolExecutor(n_workers) as pool:
+        workers = _Workers(pool, n_workers)
+        grams = list(workers.map(lambda row: factor_gram(row.factors()), rows))
+        notes += zero_notes(adapters, rows, grams)
+        plans = _solve(
+            adapters, rows, grams, weights_for or (lambda _: weights), method, options or SpanOptions(), block
+        )
+        plans = list(workers.map(lambda plan: plan.with_rank(rank, energy), plans))
+
+        outputs = [plan.output for plan in plans]
+        first = next((adapter.config.raw for adapter in adapters if adapter.config.base_model), adapters[0].config.raw)
+        config = make_config(first, outputs) | {"base_model_name_or_path": base_model, "revision": revision}
+        done = []
+        with AdapterWriter(output_dir, outputs, config, dtype or rows[0].first.up.dtype) as writer:
+            for module in workers.map(lambda plan: plan.write(writer), plans):
+                done.append(module)
+                if on_module is not None:
+                    on_module(module)
+    return MergedAdapter(Path(output_dir), done, notes)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done for one module."""
+
+    row: AdapterRow
+    coefficients: NDArray[np.float64]
+    geometry: Geometry
+    norm: float
+    rank: int = 0
+
+    @property
+    def used(self) -> list[bool]:
+        """Adapters whose factors are written: those with a coefficient, or one if there is none."""
+        used = [bool(c) and delta is not None for c, delta in zip(self.coefficients, self.row.deltas)]
+        return used if any(used) else [delta is self.row.first for delta in self.row.deltas]
+
+    @property
+    def full_rank(self) -> int:
+        return sum(delta.rank for delta, use in zip(self.row.deltas, self.used) if use and delta is not None)
+
+    @property
+    def output(self) -> AdapterModule:
+        first = self.row.first
+        return AdapterModule(first.module, first.kind, self.rank, self.row.n_out, first.down.shape[1:])
+
+    def stacked(self) -> Factors:
+        return concatenate(self.row.factors(self.used), self.coefficients)
+
+    def with_rank(self, rank: int | None, energy: float | None) -> _Plan:
+        """Decide the rank. The file is laid out before it is written, so an energy bound is worked out twice."""
+        if energy is not None:
+            return replace(self, rank=recompress(self.stacked(), rank, energy)[0].A.shape[0])
+        available = min(self.full_rank, self.row.n_out, self.row.n_in)
+        return replace(self, rank=self.full_rank if rank is None else min(rank, available))
+
+    def write(self, writer: AdapterWriter) -> MergedModule:
+        pair, error = self.stacked(), 0.0
+        if self.rank < self.full_rank:
+            pair, error = recompress(pair, self.rank)
+        writer.write(self.output, pair.B, pair.A)
+        first = self.row.first
+        coefficients = tuple(self.coefficients.tolist())
+        return MergedModule(first.module, first.target, self.rank, coefficients, self.geometry, self.norm, error)
+
+
+class _Workers:
+    """Threads that hand results back in order, few at a time: memory does not grow with the number of modules."""
+
+    def __init__(self, pool: ThreadPoolExecutor, n_workers: int) -> None:
+        self.pool = pool
+        self.ahead = 2 * n_workers
+
+    def map(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+        waiting: deque[Future[_Out]] = deque()
+        for item in items:
+            waiting.append(self.pool.submit(work, item))
+            if len(waiting) > self.ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _check_arguments(adapters: Sequence[Adapter], weights: Sequence[float], block: str) -> None:
+    if len(adapters) != len(weights):
+        raise ArgumentError(f"Expected one weight per adapter, got {len(weights)} for {len(adapters)} adapters.")
+    if block not in ("tensor", "layer", "model"):
+        raise ArgumentError(
+            f"block={block!r} gives rows of one module different coefficients, which factors cannot express. Use "
+            '"tensor", "layer" or "model", or adapter_output="merged".'
+        )
+    for adapter in adapters:
+        if adapter.dense:
+            raise CheckpointError(
+                f"Adapter {adapter.spec!r} holds full tensors beside its factors (modules_to_save: "
+                f'{some(adapter.dense)}), which a merged adapter cannot carry. Use adapter_output="merged".'
+            )
+
+
+def _solve(
+    adapters: Sequence[Adapter],
+    rows: Sequence[AdapterRow],
+    grams: Sequence[NDArray[np.float64]],
+    weights_for: Callable[[str], Sequence[float]],
+    method: str,
+    options: SpanOptions,
+    block: str,
+) -> list[_Plan]:
+    """Find the coefficients of every module from the Gram matrix of its block."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(group_of(row.first.target, block), []).append(index)
+    plans: dict[int, _Plan] = {}
+    for group, members in groups.items():
+        weights = [tuple(weights_for(rows[index].first.target)) for index in members]
+        if len(set(weights)) > 1:
+            raise ArgumentError(
+                f"weight_rules give modules of one block ({group or 'the model'!r}) different weights: {weights[0]} "
+                f"and {next(w for w in weights if w != weights[0])}. Use block='tensor', or rules that keep blocks "
+                "whole."
+            )
+        points = embed(np.sum([grams[index] for index in members], axis=0))[None]
+        name = group if block == "layer" else rows[members[0]].first.target if block == "tensor" else "the whole model"
+        solution = solve(
+            points, weights[0], method, options, tensor=name, experts=[adapter.spec for adapter in adapters]
+        )
+        coefficients = solution.coefficients[0]
+        for index in members:
+            norm = float(np.sqrt(max(coefficients @ grams[index] @ coefficients, 0.0)))
+            plans[index] = _Plan(rows[index], coefficients, solution.geometry, norm)
+    return [plans[index] for index in range(len(rows))]

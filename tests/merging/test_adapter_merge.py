@@ -1,0 +1,433 @@
+"""Merging adapters in factor space, against dense float64 references and against PEFT."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_frmerge.checkpoints.adapter import Adapter, open_adapter
+from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.errors import AmbiguousMeanError, ArgumentError, CheckpointError, MergeError
+from hf_frmerge.geometry.lowrank import Factors, core_space
+from hf_frmerge.merging.adapters import merge_adapters
+from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
+
+LLAMA = LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+GPT2 = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=4)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bases")
+    LlamaForCausalLM(LLAMA).save_pretrained(folder / "llama")
+    GPT2LMHeadModel(GPT2).save_pretrained(folder / "gpt2")
+    return {"llama": folder / "llama", "gpt2": folder / "gpt2"}
+
+
+def load_base(folder: Path) -> torch.nn.Module:
+    model_class = GPT2LMHeadModel if folder.name == "gpt2" else LlamaForCausalLM
+    return model_class.from_pretrained(folder, dtype=torch.float32)
+
+
+def make_adapter(base: Path, folder: Path, seed: int, dtype: torch.dtype = torch.float32, **config) -> Path:
+    """Adapter with random factors of unequal size, written by PEFT."""
+    model = get_peft_model(load_base(base), LoraConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            values = torch.randn(parameter.shape, generator=generator) * (1 + seed % 3)
+            parameter.data = values.to(dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def read(folder: Path) -> Adapter:
+    return open_adapter(Source(str(folder), "adapter", str(folder)))
+
+
+def peft_deltas(base: Path, folder: Path) -> dict[str, np.ndarray]:
+    """Dense float64 deltas as PEFT sees the adapter when it loads it, by module path."""
+    model = PeftModel.from_pretrained(load_base(base), folder)
+    model = model.double()
+    return {
+        name: module.get_delta_weight("default").detach().numpy()
+        for name, module in model.get_base_model().named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def karcher_dense(points: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Weighted Karcher mean of directions by gradient steps on dense vectors, norm by the weighted mean of norms."""
+    norms = np.array([np.linalg.norm(point) for point in points])
+    moving = norms > 0
+    units = [point / norm for point, norm in zip(points, norms) if norm > 0]
+    shares = weights[moving] / weights[moving].sum()
+    mean = sum(share * unit for share, unit in zip(shares, units))
+    mean /= np.linalg.norm(mean)
+    for _ in range(200):
+        step = np.zeros_like(mean)
+        for share, unit in zip(shares, units):
+            angle = 2 * math.asin(min(1.0, np.linalg.norm(mean - unit) / 2))
+            step += share / np.sinc(angle / np.pi) * (unit - np.vdot(mean, unit) * mean)
+        size = np.linalg.norm(step)
+        if size < 1e-14:
+            break
+        mean = math.cos(size) * mean + math.sin(size) / size * step
+        mean /= np.linalg.norm(mean)
+    return float(weights @ norms) * mean
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+LINEAR = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+TABLE = {
+    "plain": ("llama", [LINEAR] * 3),
+    "rslora": ("llama", [LINEAR | {"use_rslora": True}, LINEAR, LINEAR | {"use_rslora": True, "r": 6}]),
+    "rank_pattern": (
+        "llama",
+        [LINEAR | {"rank_pattern": {"q_proj": 2}}, LINEAR | {"rank_pattern": {"layers.1.mlp.down_proj": 5}}],
+    ),
+    "alpha_pattern": (
+        "llama",
+        [LINEAR | {"alpha_pattern": {"q_proj": 3}}, LINEAR | {"alpha_pattern": {"down_proj": 1}}],
+    ),
+    "fan_in_fan_out": ("gpt2", [{"r": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}] * 2),
+    "embeddings": ("llama", [{"r": 3, "lora_alpha": 6, "target_modules": ["embed_tokens", "q_proj"]}] * 2),
+    "differing_ranks": ("llama", [LINEAR | {"r": r} for r in (1, 4, 7)]),
+    "missing_modules": (
+        "llama",
+        [LINEAR, LINEAR | {"target_modules": ["q_proj"]}, LINEAR | {"target_modules": ["down_proj", "v_proj"]}],
+    ),
+}
+TABLE |= {f"n_{n}": ("llama", [LINEAR | {"target_modules": ["q_proj"]}] * n) for n in range(2, 9)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", TABLE)
+def test_peft_loads_the_karcher_mean_of_the_dense_deltas(
+    bases: dict[str, Path], tmp_path: Path, case: str, dtype: torch.dtype
+) -> None:
+    architecture, configs = TABLE[case]
+    base = bases[architecture]
+    folders = [make_adapter(base, tmp_path / f"{i}", i, dtype, **config) for i, config in enumerate(configs)]
+    weights = np.arange(1, len(folders) + 1, dtype=float)
+    weights /= weights.sum()
+    report = merge_adapters([read(folder) for folder in folders], weights.tolist(), tmp_path / "merged")
+
+    sources = [peft_deltas(base, folder) for folder in folders]
+    merged = peft_deltas(base, tmp_path / "merged")
+    assert set(merged) == {name for source in sources for name in source}
+    assert {module.module for module in report.modules} == set(merged)
+    # Each written factor is rounded once: 2^-24 relative in fp32, 2^-9 in bf16.
+    tolerance = 1e-6 if dtype == torch.float32 else 2.0**-8
+    for name, found in merged.items():
+        points = [source.get(name, np.zeros_like(found)) for source in sources]
+        assert relative_error(found, karcher_dense(points, weights)) < tolerance
+    for module in report.modules:
+        assert module.geometry.converged
+        assert module.truncation_error == 0.0
+        assert module.norm == pytest.approx(np.linalg.norm(merged[module.module]), rel=tolerance)
+
+
+@pytest.mark.parametrize("method", ["linear", "nre", "task_arithmetic", "slerp"])
+def test_every_span_method_gives_its_combination_of_dense_deltas(
+    bases: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
+    weights = [0.3, 0.7]
+    options = SpanOptions(scale=0.5)
+    merge_adapters([read(folder) for folder in folders], weights, tmp_path / "merged", method=method, options=options)
+    sources = [peft_deltas(bases["llama"], folder) for folder in folders]
+    for name, found in peft_deltas(bases["llama"], tmp_path / "merged").items():
+        x, y = (source[name] for source in sources)
+        mean = 0.3 * x + 0.7 * y
+        length = 0.3 * np.linalg.norm(x) + 0.7 * np.linalg.norm(y)
+        expected = {
+            "linear": mean,
+            "nre": mean * length / np.linalg.norm(mean),
+            "task_arithmetic": 0.5 * 2 * mean,
+            "slerp": karcher_dense([x, y], np.array(weights)),
+        }[method]
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_merged_logits_equal_those_of_the_dense_merge(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["llama"]
+    folders = [make_adapter(base, tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
+    merge_adapters([read(folder) for folder in folders], [0.2, 0.3, 0.5], tmp_path / "merged")
+    dense = load_base(base)
+    # merge_and_unload of each adapter, minus the base, is a second way to its delta
+    base_weights = {name: value.double() for name, value in load_base(base).state_dict().items()}
+    points = [PeftModel.from_pretrained(load_base(base), f).merge_and_unload().state_dict() for f in folders]
+    state = dense.state_dict()
+    for name in state:
+        if "q_proj" in name or "down_proj" in name:
+            deltas = [(point[name].double() - base_weights[name]).numpy() for point in points]
+            mean = karcher_dense(deltas, np.array([0.2, 0.3, 0.5]))
+            state[name].copy_(base_weights[name] + torch.from_numpy(mean))
+    tokens = torch.arange(12)[None]
+    unmerged = PeftModel.from_pretrained(load_base(base), tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = dense.eval()(tokens).logits
+        as_adapter = unmerged(tokens).logits
+        as_weights = unmerged.merge_and_unload()(tokens).logits
+    torch.testing.assert_close(as_adapter, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(as_weights, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_recompression_loses_the_discarded_singular_values(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
+    adapters = [read(folder) for folder in folders]
+    merge_adapters(adapters, [1 / 3] * 3, tmp_path / "exact")
+    exact = peft_deltas(bases["llama"], tmp_path / "exact")
+    report = merge_adapters(adapters, [1 / 3] * 3, tmp_path / "small", rank=5)
+    small = peft_deltas(bases["llama"], tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 5
+    assert not config["rank_pattern"]
+    lost, total = 0.0, 0.0
+    for module in report.modules:
+        values = np.linalg.svd(exact[module.module], compute_uv=False)
+        discarded = math.sqrt(np.sum(values[5:] ** 2) / np.sum(values**2))
+        assert module.truncation_error == pytest.approx(discarded, rel=1e-5)
+        assert relative_error(small[module.module], exact[module.module]) == pytest.approx(discarded, rel=1e-5)
+        lost += np.sum(values[5:] ** 2)
+        total += np.sum(values**2)
+    assert report.truncation_error == pytest.approx(math.sqrt(lost / total), rel=1e-5)
+
+
+def test_an_energy_bound_chooses_the_smallest_rank_per_module(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
+    adapters = [read(folder) for folder in folders]
+    merge_adapters(adapters, [0.2, 0.3, 0.5], tmp_path / "exact")
+    exact = peft_deltas(bases["llama"], tmp_path / "exact")
+    report = merge_adapters(adapters, [0.2, 0.3, 0.5], tmp_path / "small", energy=0.9)
+    small = peft_deltas(bases["llama"], tmp_path / "small")
+    assert len({module.rank for module in report.modules}) > 1  # so that the rank pattern is put to the test
+    for module in report.modules:
+        values = np.linalg.svd(exact[module.module], compute_uv=False) ** 2
+        share = np.cumsum(values) / np.sum(values)
+        assert module.rank == 1 + np.argmax(share >= 0.9)
+        assert relative_error(small[module.module], exact[module.module]) ** 2 <= 0.1 + 1e-6
+
+
+def test_karcher_in_core_space_is_karcher_of_dense_deltas() -> None:
+    rng = np.random.default_rng(0)
+    factors = [
+        Factors(rng.normal(size=(30, r)), rng.normal(size=(r, 20)), s) for r, s in ((3, 2.0), (1, 0.5), (4, 1.0))
+    ]
+    weights = np.array([0.5, 0.2, 0.3])
+    core = core_space(factors)
+    pair = core.factors(karcher_dense(list(core.cores), weights))
+    dense = karcher_dense([f.scale * f.B @ f.A for f in factors], weights)
+    assert relative_error(pair.scale * pair.B @ pair.A, dense) < 1e-12
+
+
+def test_one_hot_weights_return_that_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, torch.bfloat16, **LINEAR) for i in range(3)]
+    report = merge_adapters([read(folder) for folder in folders], [0.0, 1.0, 0.0], tmp_path / "merged")
+    assert {module.rank for module in report.modules} == {4}
+    chosen, merged = (
+        load_file(folders[1] / "adapter_model.safetensors"),
+        load_file(tmp_path / "merged/adapter_model.safetensors"),
+    )
+    for name, tensor in chosen.items():
+        scale = 2.0 if "lora_B" in name else 1.0  # alpha / r of the source, folded in: exact
+        assert torch.equal(merged[name], tensor * scale)
+
+
+def test_identical_adapters_return_the_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = make_adapter(bases["llama"], tmp_path / "a", 1, **LINEAR)
+    report = merge_adapters([read(folder)] * 3, [0.2, 0.3, 0.5], tmp_path / "merged", rank=4)
+    source, merged = peft_deltas(bases["llama"], folder), peft_deltas(bases["llama"], tmp_path / "merged")
+    assert report.truncation_error < 1e-12
+    for name, delta in source.items():
+        assert relative_error(merged[name], delta) < 1e-6
+
+
+def edit_tensors(folder: Path, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(
+        {name: change(name, tensor) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
+    )
+
+
+def test_antipodal_adapters_are_refused_by_name_or_averaged(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / name, 1, **LINEAR) for name in "ab"]
+    edit_tensors(folders[1], lambda name, tensor: -tensor if "lora_B" in name else tensor)
+    adapters = [read(folder) for folder in folders]
+    with pytest.raises(AmbiguousMeanError, match=r"layers\.0\.mlp\.down_proj\.weight.*/a'.*/b'"):
+        merge_adapters(adapters, [0.5, 0.5], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    merge_adapters(adapters, [0.75, 0.25], tmp_path / "merged", options=SpanOptions(on_ambiguous="linear"))
+    source, merged = peft_deltas(bases["llama"], folders[0]), peft_deltas(bases["llama"], tmp_path / "merged")
+    for name, delta in source.items():
+        assert relative_error(merged[name], 0.5 * delta) < 1e-6
+
+
+def test_a_zero_adapter_has_no_direction_but_a_norm(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / name, i, **LINEAR) for i, name in enumerate("abc")]
+    edit_tensors(folders[2], lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
+    weights = np.array([0.5, 0.3, 0.2])
+    report = merge_adapters([read(folder) for folder in folders], weights.tolist(), tmp_path / "merged")
+    assert any("zero delta in 4 of 4 modules" in note and "/c'" in note for note in report.notes)
+    assert {module.rank for module in report.modules} == {8}
+    sources = [peft_deltas(bases["llama"], folder) for folder in folders]
+    for name, found in peft_deltas(bases["llama"], tmp_path / "merged").items():
+        assert relative_error(found, karcher_dense([source[name] for source in sources], weights)) < 1e-6
+
+
+def test_adapters_that_are_all_zero_give_a_zero_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / name, i, **LINEAR) for i, name in enumerate("ab")]
+    for folder in folders:
+        edit_tensors(folder, lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
+    report = merge_adapters([read(folder) for folder in folders], [0.5, 0.5], tmp_path / "merged")
+    assert all(not delta.any() for delta in peft_deltas(bases["llama"], tmp_path / "merged").values())
+    assert report.truncation_error == 0.0
+
+
+def test_missing_modules_are_noted_and_strict_refuses(bases: dict[str, Path], tmp_path: Path) -> None:
+    first = make_adapter(bases["llama"], tmp_path / "a", 0, **LINEAR)
+    second = make_adapter(bases["llama"], tmp_path / "b", 1, **LINEAR | {"target_modules": ["q_proj"]})
+    adapters = [read(first), read(second)]
+    report = merge_adapters(adapters, [0.5, 0.5], tmp_path / "merged")
+    assert any(f"{str(second)!r} does not change 2 of 4 modules" in note for note in report.notes)
+    with pytest.raises(CheckpointError, match=r"/b' does not change model\.layers\.0\.mlp\.down_proj"):
+        merge_adapters(adapters, [0.5, 0.5], tmp_path / "strict", strict=True)
+
+
+def test_one_sphere_per_layer_or_model_has_one_set_of_coefficients(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
+    adapters = [read(folder) for folder in folders]
+    sources = [peft_deltas(bases["llama"], folder) for folder in folders]
+    names = sorted(sources[0])
+    for block, keys in {"layer": ["layers.0.", "layers.1."], "model": [""]}.items():
+        merge_adapters(adapters, [0.4, 0.6], tmp_path / block, block=block)
+        merged = peft_deltas(bases["llama"], tmp_path / block)
+        for key in keys:
+            mine = [name for name in names if key in name]
+            points = [np.concatenate([source[name].ravel() for name in mine]) for source in sources]
+            found = np.concatenate([merged[name].ravel() for name in mine])
+            assert relative_error(found, karcher_dense(points, np.array([0.4, 0.6]))) < 1e-6
+
+
+def test_weights_by_module(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
+    adapters = [read(folder) for folder in folders]
+
+    def weights_for(target: str) -> list[float]:
+        return [1.0, 0.0] if "q_proj" in target else [0.0, 1.0]
+
+    report = merge_adapters(adapters, [0.5, 0.5], tmp_path / "merged", weights_for=weights_for)
+    for module in report.modules:
+        assert list(module.coefficients) == weights_for(module.target)
+    with pytest.raises(ArgumentError, match=r"one block \('model\.layers\.0'\) different weights"):
+        merge_adapters(adapters, [0.5, 0.5], tmp_path / "layer", weights_for=weights_for, block="layer")
+
+
+def test_what_no_adapter_can_express_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["llama"]
+    plain = read(make_adapter(base, tmp_path / "plain", 0, **LINEAR))
+    dora = read(make_adapter(base, tmp_path / "dora", 1, **LINEAR | {"use_dora": True}))
+    saved = read(make_adapter(base, tmp_path / "saved", 2, **LINEAR | {"modules_to_save": ["lm_head"]}))
+    gpt2 = read(make_adapter(bases["gpt2"], tmp_path / "gpt2", 2, r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    refusals = [
+        (dora, CheckpointError, r'/dora.*use_dora is set.*adapter_output="merged"'),
+        (saved, CheckpointError, r'/saved.*modules_to_save: lm_head\.weight.*adapter_output="merged"'),
+        (gpt2, CheckpointError, r"different base models"),
+    ]
+    for other, kind, message in refusals:
+        with pytest.raises(kind, match=message):
+            merge_adapters([plain, other], [0.5, 0.5], tmp_path / "merged")
+    with pytest.raises(ArgumentError, match=r"block='row'"):
+        merge_adapters([plain, plain], [0.5, 0.5], tmp_path / "merged", block="row")
+    with pytest.raises(ArgumentError, match=r"got 3 for 2 adapters"):
+        merge_adapters([plain, plain], [0.5, 0.3, 0.2], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_module_under_two_names_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / name, 0, **LINEAR) for name in "ab"]
+    path = folders[1] / "adapter_model.safetensors"
+    save_file({name.replace("model.model.", "model."): tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(CheckpointError, match=r"names a module 'model\.layers.*that others name 'layers"):
+        merge_adapters([read(folder) for folder in folders], [0.5, 0.5], tmp_path / "merged")
+
+
+def test_the_written_config_is_that_of_a_plain_lora(bases: dict[str, Path], tmp_path: Path) -> None:
+    first = LINEAR | {"use_rslora": True, "lora_dropout": 0.1, "task_type": "CAUSAL_LM", "layers_to_transform": [0]}
+    folders = [
+        make_adapter(bases["llama"], tmp_path / "a", 0, **first),
+        make_adapter(bases["llama"], tmp_path / "b", 1, **LINEAR | {"r": 2}),
+    ]
+    merge_adapters([read(folder) for folder in folders], [0.5, 0.5], tmp_path / "merged", dtype="BF16")
+    config = LoraConfig.from_pretrained(tmp_path / "merged")
+    assert config.base_model_name_or_path == str(bases["llama"])
+    assert (config.task_type, config.use_rslora, config.inference_mode) == ("CAUSAL_LM", False, True)
+    assert (config.layers_to_transform, config.lora_dropout) == (None, 0.0)
+    ranks = {f"model.layers.{i}.{name}": 6 - 4 * i for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")}
+    assert set(config.target_modules) == set(ranks)
+    for module, delta in ((delta.module, delta) for delta in read(tmp_path / "merged").deltas.values()):
+        assert (delta.rank, delta.scale) == (ranks[module], 1.0)
+        assert delta.up.dtype == "BF16"
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_failed_write_leaves_nothing_behind(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = make_adapter(bases["llama"], tmp_path / "a", 1, **LINEAR | {"lora_alpha": 400000})
+    with pytest.raises(MergeError, match=r"more than fp16 can"):
+        merge_adapters([read(folder)] * 2, [0.5, 0.5], tmp_path / "merged", dtype="F16")
+    assert not list((tmp_path / "merged").iterdir())
+
+
+def test_the_result_does_not_depend_on_threads(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
+    adapters = [read(folder) for folder in folders]
+    files = []
+    for workers in (1, 3):
+        seen: list[str] = []
+        merge_adapters(
+            adapters,
+            [0.2, 0.3, 0.5],
+            tmp_path / f"w{workers}",
+            num_workers=workers,
+            on_module=lambda m, s=seen: s.append(m.module),
+        )
+        files.append((tmp_path / f"w{workers}" / "adapter_model.safetensors").read_bytes())
+        assert seen == [delta.module for delta in adapters[0].deltas.values()]
+    assert files[0] == files[1]
+
+
+def test_every_method_of_the_table_runs_on_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapters = [read(make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR)) for i in range(2)]
+    for method in SPAN_METHODS:
+        report = merge_adapters(adapters, [0.5, 0.5], tmp_path / method, method=method)
+        gram = report.modules[0].geometry
+        assert gram.norms == pytest.approx(
+            [
+                np.linalg.norm(peft_deltas(bases["llama"], tmp_path / f"{i}")[report.modules[0].module])
+                for i in range(2)
+            ],
+            rel=1e-6,
+        )
