@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_frmerge.errors import ArgumentError
 
@@ -28,7 +28,6 @@ class LanguageModelMetrics:
     perplexity: float  # exp(loss)
     token_accuracy: float  # share of tokens that were the model's first guess
     n_tokens: int  # tokens scored
-    custom: dict[str, float] = field(default_factory=dict)  # what the user's `compute_metrics` returned
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class _BlockScore:
     loss_sum: float
     n_correct: int
     n_tokens: int
-    predictions: list[int]  # greedy guesses; empty unless someone asked for them
 
 
 def evaluate_causal_lm(
@@ -51,7 +49,7 @@ def evaluate_causal_lm(
     max_length: int | None = None,
     block_size: int = 256,
     accelerator: Accelerator | None = None,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    on_prediction_step: Callable[[DataLoader], None] | None = None,
 ) -> LanguageModelMetrics:
     r"""
     Measure how well a causal language model predicts a text.
@@ -78,9 +76,8 @@ def evaluate_causal_lm(
             Tokens a block. A model with fewer positions gets blocks of as many tokens as it has positions.
         accelerator (`accelerate.Accelerator`, *optional*):
             Defaults to a new one. Every process of a distributed run must call this function; all get the result.
-        compute_metrics (`Callable[[EvalPrediction], dict[str, float]]`, *optional*):
-            As for transformers' `Trainer` with logits reduced to their argmax: `predictions` and `label_ids` are
-            `(n_blocks, block_size)` int64, not shifted against each other, padded with -100.
+        on_prediction_step (`Callable[[DataLoader], None]`, *optional*):
+            Called after every batch with the dataloader, whose `len` is the number of batches on this process.
 
     Returns:
         `LanguageModelMetrics`: loss in nats a token, perplexity, token accuracy, and the number of tokens scored.
@@ -103,13 +100,14 @@ def evaluate_causal_lm(
     scores: list[_BlockScore] = []
     with torch.inference_mode():
         for batch in loader:
-            scores += _score_batch(model, batch, keep_predictions=compute_metrics is not None)
+            scores += _score_batch(model, batch)
+            if on_prediction_step is not None:
+                on_prediction_step(loader)
     model.train(was_training)
 
     # Processes get equally many batches, for which Accelerate repeats some blocks: keep one of each, in text order.
     unique = {score.index: score for score in gather_object(scores)}
     ordered = [unique[index] for index in range(len(blocks))]
-    custom = compute_metrics(_eval_prediction(ordered, blocks)) if compute_metrics is not None else {}
     n_tokens = sum(score.n_tokens for score in ordered)
     loss = math.fsum(score.loss_sum for score in ordered) / n_tokens
     return LanguageModelMetrics(
@@ -117,7 +115,6 @@ def evaluate_causal_lm(
         perplexity=float(np.exp(loss)),  # inf, not OverflowError, for a hopeless model
         token_accuracy=sum(score.n_correct for score in ordered) / n_tokens,
         n_tokens=n_tokens,
-        custom=custom,
     )
 
 
@@ -200,9 +197,7 @@ def _collate(items: list[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
-def _score_batch(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], *, keep_predictions: bool
-) -> list[_BlockScore]:
+def _score_batch(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[_BlockScore]:
     """Run one batch and reduce its logits, `(B, T, V)`, to one score a block."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     scores = []
@@ -210,25 +205,14 @@ def _score_batch(
     for index, row, labels in zip(batch["index"].tolist(), logits, batch["labels"].to(logits.device)):
         targets = labels[1:]
         losses = cross_entropy(row[:-1].float(), targets, reduction="none", ignore_index=IGNORED_LABEL)
-        guesses = row.argmax(dim=-1)
+        guesses = row[:-1].argmax(dim=-1)
         scores.append(
             _BlockScore(
                 index=index,
                 # To the CPU first: not every device knows float64.
                 loss_sum=float(losses.cpu().double().sum()),
-                n_correct=int((guesses[:-1] == targets).sum()),  # an ignored label equals no guess
+                n_correct=int((guesses == targets).sum()),  # an ignored label equals no guess
                 n_tokens=int((targets != IGNORED_LABEL).sum()),
-                predictions=guesses.tolist() if keep_predictions else [],
             )
         )
     return scores
-
-
-def _eval_prediction(scores: list[_BlockScore], blocks: list[torch.Tensor]) -> EvalPrediction:
-    shape = (len(blocks), len(blocks[0]))
-    predictions = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    for row, (score, block) in enumerate(zip(scores, blocks)):
-        predictions[row, : len(block)] = score.predictions[: len(block)]
-        labels[row, : len(block)] = block.numpy()
-    return EvalPrediction(predictions=predictions, label_ids=labels)

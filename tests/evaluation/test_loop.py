@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import subprocess
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import EvalPrediction, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.loop import evaluate_causal_lm, recovery
@@ -114,18 +113,17 @@ def test_log_softmax_is_float32_for_a_bf16_model(model: LlamaForCausalLM, stream
     assert metrics.loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_compute_metrics_receives_what_the_trainer_would_give(model: LlamaForCausalLM, stream: list[int]) -> None:
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        # The shift of transformers' run_clm example.
-        labels = prediction.label_ids[:, 1:].reshape(-1)
-        guesses = prediction.predictions[:, :-1].reshape(-1)
-        scored = labels != -100
-        return {"accuracy": float((guesses == labels)[scored].mean()), "scored": float(scored.sum())}
-
-    metrics = evaluate_causal_lm(
-        model, None, [{"input_ids": stream}], block_size=16, batch_size=4, compute_metrics=compute_metrics
+def test_every_batch_is_announced(model: LlamaForCausalLM, stream: list[int]) -> None:
+    sizes: list[int] = []
+    evaluate_causal_lm(
+        model,
+        None,
+        [{"input_ids": stream}],
+        block_size=16,
+        batch_size=4,
+        on_prediction_step=lambda loader: sizes.append(len(loader)),
     )
-    assert metrics.custom == {"accuracy": metrics.token_accuracy, "scored": len(stream) - 1}
+    assert sizes == [3, 3, 3]  # ten blocks overlapping by one
 
 
 def test_dropout_is_off_and_training_mode_is_given_back(model: LlamaForCausalLM, stream: list[int]) -> None:
@@ -177,7 +175,6 @@ def test_two_processes_score_every_token_once(model: LlamaForCausalLM, stream: l
             assert got["token_accuracy"] == want.token_accuracy
             assert got["loss"] == pytest.approx(want.loss, rel=1e-6)
     assert [metrics.n_tokens for metrics in expected] == [len(s) - 1 for s in streams]
-    assert dataclasses.asdict(expected[0])["custom"] == {}
 
 
 def test_recovery() -> None:
