@@ -34,27 +34,45 @@ typedef struct {
 } Operand;
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 4")
+#endif
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(f) JOIN(f, ISA)
 
+/* Compilers split some vector conversions in pieces; those are spelled out. */
 #if defined(__x86_64__)
 #define ISA _avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
 #define LANES 16
 #define HALF 8
+#define PARTS 1
 #define CROSS 4
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define HALF_TO_SINGLE(raw) _mm256_cvtph_ps((__m128i)(raw))
+#define LOAD16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define STORE16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtepi32_epi16((__m256i)(x)))
+#define LOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define STORE_F16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
+#define TO_DOUBLE(x) ((WIDE){{_mm512_cvtps_pd(x)}})
+#define TO_SINGLE(x) _mm512_cvtpd_ps(x.part[0])
 #include "native_isa.h"
 
 #define ISA _avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
 #define HALF 4
+#define PARTS 1
 #define CROSS 2
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define LOAD16(p) _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(p)))
+#define STORE16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_packus_epi32((__m128i)(x), (__m128i)(x)))
+#define LOAD_F16(p) _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(p)))
+#define STORE_F16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
+#define TO_DOUBLE(x) ((WIDE){{_mm256_cvtps_pd(x)}})
+#define TO_SINGLE(x) _mm256_cvtpd_ps(x.part[0])
 #include "native_isa.h"
 #endif
 
@@ -62,8 +80,13 @@ typedef struct {
 #define TARGET
 #define LANES 4
 #define HALF 4
+#define PARTS 2
 #define CROSS 2
 #define FMA(a, b, c) ((a) * (b) + (c))
+#define LOAD16(p) __builtin_convertvector(*(const U16H *)(p), U32H)
+#define STORE16(p, x) (*(U16H *)(p) = __builtin_convertvector(x, U16H))
+#define TO_DOUBLE(x) ((WIDE){{{(x)[0], (x)[1]}, {(x)[2], (x)[3]}}})
+#define TO_SINGLE(x) ((F32H){x.part[0][0], x.part[0][1], x.part[1][0], x.part[1][1]})
 #include "native_isa.h"
 
 typedef struct {
@@ -86,7 +109,7 @@ static const Level LEVELS[] = {
 static int is_supported(const char *level) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* F16C is older than AVX2 */
     if (!strcmp(level, "avx2")) return avx2;
     if (!strcmp(level, "avx512"))
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

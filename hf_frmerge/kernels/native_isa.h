@@ -2,43 +2,49 @@
  * The kernels at one instruction-set level, in GCC/Clang vector extensions. native.c includes this file once per
  * level, after defining
  *
- *     ISA      suffix of every name below
- *     TARGET   function attribute that turns the instructions on
- *     LANES    float32 lanes of the registers the Gram products run in
- *     HALF     lanes of one widening or float64 step
- *     CROSS    columns of a register tile off the diagonal (rows: 4); what the register file holds
- *     FMA      a * b + c on F32, fused or not
- *     HALF_TO_SINGLE   optional: float16 -> float32 in one instruction
+ *     ISA       suffix of every name below
+ *     TARGET    function attribute that turns the instructions on
+ *     LANES     float32 lanes of the registers the Gram products run in
+ *     HALF      lanes of one widening or float64 step
+ *     PARTS     registers that HALF doubles take
+ *     CROSS     columns of a register tile off the diagonal (rows: 4), as many as the register file holds
+ *     FMA       a * b + c on F32, fused or not
+ *     LOAD16, STORE16        HALF 16-bit values in memory to 32-bit lanes and back
+ *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back
+ *     LOAD_F16, STORE_F16    optional: HALF float16 values in memory to floats and back
  */
 
 #define F32 NAME(f32_)    /* LANES floats */
 #define F32H NAME(f32h_)  /* HALF floats */
-#define F64 NAME(f64_)    /* HALF doubles */
+#define F64 NAME(f64_)    /* HALF / PARTS doubles */
+#define WIDE NAME(wide_)  /* HALF doubles */
+#define I64 NAME(i64_)
 #define U16H NAME(u16h_)  /* HALF of each integer type */
 #define U32H NAME(u32h_)
 #define I32H NAME(i32h_)
-#define I64H NAME(i64h_)
 #define RUN (32 * LANES) /* elements between flushes to float64: 32 additions a lane, at most 512 elements */
 
 /* Alignment 1: a tensor starts where its file put it. */
 typedef float F32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef float F32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
-typedef double F64 __attribute__((vector_size(8 * HALF), aligned(1), may_alias));
+typedef double F64 __attribute__((vector_size(8 * HALF / PARTS), aligned(1), may_alias));
+typedef int64_t I64 __attribute__((vector_size(8 * HALF / PARTS), aligned(1), may_alias));
 typedef uint16_t U16H __attribute__((vector_size(2 * HALF), aligned(1), may_alias));
 typedef uint32_t U32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
 typedef int32_t I32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
-typedef int64_t I64H __attribute__((vector_size(8 * HALF), aligned(1), may_alias));
+typedef struct __attribute__((may_alias)) {
+    F64 part[PARTS];
+} WIDE;
 
 /* ---- widening: exact for every value, including subnormals, infinities and NaN ---- */
 
 TARGET INLINE F32H NAME(widen)(const uint8_t *p, DType dtype) {
     if (dtype == F32_) return *(const F32H *)p;
-    U16H raw = *(const U16H *)p;
-    U32H wide = __builtin_convertvector(raw, U32H);
-    if (dtype == BF16) return (F32H)(wide << 16);
-#ifdef HALF_TO_SINGLE
-    return (F32H)HALF_TO_SINGLE(raw);
+    if (dtype == BF16) return (F32H)((U32H)LOAD16(p) << 16);
+#ifdef LOAD_F16
+    return LOAD_F16(p);
 #else
+    U32H wide = (U32H)LOAD16(p);
     /* Exponent and mantissa moved into place; the product puts the bias right and normalises subnormals. */
     U32H magnitude = (wide & 0x7fff) << 13;
     U32H special = (U32H)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
@@ -47,8 +53,14 @@ TARGET INLINE F32H NAME(widen)(const uint8_t *p, DType dtype) {
 #endif
 }
 
-TARGET INLINE F64 NAME(widen64)(const uint8_t *p, DType dtype) {
-    return dtype == F64_ ? *(const F64 *)p : __builtin_convertvector(NAME(widen)(p, dtype), F64);
+TARGET INLINE WIDE NAME(widen64)(const uint8_t *p, DType dtype) {
+    if (dtype == F64_) return *(const WIDE *)p;
+    F32H single = NAME(widen)(p, dtype);
+    return TO_DOUBLE(single);
+}
+
+TARGET INLINE void NAME(add)(WIDE *sum, WIDE term) {
+    UNROLL for (int h = 0; h < PARTS; h++) sum->part[h] += term.part[h];
 }
 
 /* ---- rounding: one round-to-nearest-even from float64; every NaN becomes the one canonical NaN ---- */
@@ -56,43 +68,44 @@ TARGET INLINE F64 NAME(widen64)(const uint8_t *p, DType dtype) {
 #define SELECT(mask, a, b) (((mask) & (a)) | (~(mask) & (b)))
 
 /*
- * float64 -> float32 by round-to-odd: towards zero, then the last bit set if anything was lost. Rounding that to 16
- * bits gives what rounding the float64 would, since two spare bits remember on which side of a tie it lay.
+ * Keep `precision` significant bits, fewer below `smallest`, the least normal power of two. Beside an addend of 1.5
+ * times 2^52 units of the last place wanted, the addition rounds to that place, and the subtraction is exact.
  */
-TARGET INLINE U32H NAME(round_to_odd)(F64 value) {
-    F32H nearest = __builtin_convertvector(value, F32H);
-    F64 back = __builtin_convertvector(nearest, F64);
-    I64H magnitude = (I64H)value & INT64_MAX, rounded = (I64H)back & INT64_MAX;
-    U32H overshot = (U32H)__builtin_convertvector(rounded > magnitude, I32H);
-    U32H inexact = (U32H)__builtin_convertvector(rounded != magnitude, I32H);
-    return ((U32H)nearest + overshot) | (inexact & 1);
+TARGET INLINE F64 NAME(round)(F64 value, int precision, double smallest) {
+    F64 power = (F64)((I64)value & (INT64_C(0x7ff) << 52));
+    power = (F64)SELECT(power < smallest, (I64)((F64){0} + smallest), (I64)power);
+    power = (F64)SELECT(power > 0x1p200, (I64)((F64){0} + 0x1p200), (I64)power); /* room for the addend */
+    F64 addend = power * (1.5 * (double)(INT64_C(1) << (53 - precision)));
+    F64 rounded = value + addend - addend;
+    return (F64)((I64)rounded | ((I64)value & INT64_MIN)); /* the sign of zero */
 }
 
-TARGET INLINE void NAME(store)(F64 value, uint8_t *out, DType dtype) {
-    if (dtype == F64_) {
-        *(I64H *)out = SELECT(value == value, (I64H)value, INT64_C(0x7ff8) << 48);
-        return;
+TARGET INLINE void NAME(store)(WIDE value, uint8_t *out, DType dtype) {
+    UNROLL for (int h = 0; h < PARTS; h++) {
+        F64 *part = value.part + h;
+        if (dtype == F64_) ((I64 *)out)[h] = SELECT(*part == *part, (I64)*part, INT64_C(0x7ff8) << 48);
+        if (dtype == BF16) *part = NAME(round)(*part, 8, 0x1p-126);
+        if (dtype == F16) *part = NAME(round)(*part, 11, 0x1p-14);
     }
+    if (dtype == F64_) return;
+    F32H single = TO_SINGLE(value); /* exact, or infinity, for the 16-bit types */
+    U32H bits = (U32H)SELECT(single == single, (I32H)single, 0x7fc00000);
     if (dtype == F32_) {
-        F32H single = __builtin_convertvector(value, F32H);
-        *(I32H *)out = SELECT(single == single, (I32H)single, 0x7fc00000);
+        *(U32H *)out = bits;
         return;
     }
-    U32H bits = NAME(round_to_odd)(value);
-    U32H magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000, result;
-    U32H number = (U32H)(magnitude <= 0x7f800000);
     if (dtype == BF16) {
-        result = (magnitude + 0x7fff + (magnitude >> 16 & 1)) >> 16;
-        result = SELECT(number, result | sign, 0x7fc0);
-    } else {
-        U32H normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-        /* The last place of 0.5 is the float16 subnormal step, so this addition rounds to it. */
-        U32H subnormal = (U32H)((F32H)magnitude + 0.5f) - 0x3f000000u;
-        result = SELECT((U32H)(magnitude < 113u << 23), subnormal, normal);
-        result = SELECT((U32H)(magnitude >= 143u << 23), 0x7c00, result);
-        result = SELECT(number, result | sign, 0x7e00);
+        STORE16(out, bits >> 16);
+        return;
     }
-    *(U16H *)out = __builtin_convertvector(result, U16H);
+#ifdef STORE_F16
+    STORE_F16(out, (F32H)bits);
+#else
+    U32H magnitude = (U32H)((F32H)(bits & 0x7fffffff) * 0x1p-112f) >> 13; /* the inverse of widen() */
+    magnitude = SELECT((U32H)(magnitude > 0x7c00), 0x7c00, magnitude);
+    U32H sign = bits >> 16 & 0x8000;
+    STORE16(out, SELECT((U32H)(single == single), sign | magnitude, 0x7e00));
+#endif
 }
 
 /* ---- Gram ---- */
@@ -139,10 +152,10 @@ TARGET INLINE void NAME(tile)(const float *a, const float *b, int rows, int cols
     }
     UNROLL for (int i = 0; i < rows; i++) {
         UNROLL for (int j = diagonal ? i : 0; j < cols; j++) {
-            F32H part[LANES / HALF];
-            memcpy(part, &acc[i][j], sizeof part);
-            for (int h = 1; h < LANES / HALF; h++) part[0] += part[h];
-            *(F64 *)(sums + (i * stride + j) * HALF) += __builtin_convertvector(part[0], F64);
+            F32H half[LANES / HALF];
+            memcpy(half, &acc[i][j], sizeof half);
+            for (int h = 1; h < LANES / HALF; h++) half[0] += half[h];
+            NAME(add)((WIDE *)(sums + (i * stride + j) * HALF), TO_DOUBLE(half[0]));
         }
     }
 }
@@ -198,16 +211,19 @@ TARGET static void NAME(gram_block_precise)(const Operand *x, int n, size_t star
                 uint8_t pad[8 * HALF] = {0};
                 int whole = count - k >= HALF;
                 if (!whole) memcpy(pad, p + k * size, (count - k) * size);
-                F64 value = NAME(widen64)(whole ? p + k * size : pad, x[i].dtype);
-                *(F64 *)(runs + i * RUN + k) = value - *(const F64 *)(base + k);
+                WIDE value = NAME(widen64)(whole ? p + k * size : pad, x[i].dtype);
+                for (int h = 0; h < PARTS; h++) value.part[h] -= ((const WIDE *)(base + k))->part[h];
+                *(WIDE *)(runs + i * RUN + k) = value;
             }
         }
         for (int i = 0; i < n; i++) {
             for (int j = i; j < n; j++) {
-                F64 acc = *(F64 *)(sums + (i * n + j) * HALF);
+                const double *a = runs + i * RUN, *b = runs + j * RUN;
+                WIDE acc = *(WIDE *)(sums + (i * n + j) * HALF);
                 for (size_t k = 0; k < count; k += HALF)
-                    acc += *(F64 *)(runs + i * RUN + k) * *(F64 *)(runs + j * RUN + k);
-                *(F64 *)(sums + (i * n + j) * HALF) = acc;
+                    UNROLL for (int h = 0; h < PARTS; h++)
+                        acc.part[h] += ((const WIDE *)(a + k))->part[h] * ((const WIDE *)(b + k))->part[h];
+                *(WIDE *)(sums + (i * n + j) * HALF) = acc;
             }
         }
     }
@@ -242,13 +258,16 @@ TARGET static int NAME(gram)(const Operand *x, int n, size_t n_blocks, size_t bl
 /* Sum of c[i] * x[i] over `units` registers: float64, in order, multiplication and addition each rounded. */
 TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, size_t start, int units, uint8_t *out,
                                       DType out_dtype) {
-    F64 acc[4];
-    UNROLL for (int u = 0; u < units; u++) acc[u] = -(F64){0}; /* -0 + y is y for every y, also for -0 */
-#define ADD(dtype_)                                                                      \
-    case dtype_:                                                                         \
-        UNROLL for (int u = 0; u < units; u++) {                                         \
-            acc[u] += c[i] * NAME(widen64)(p + u * HALF * SIZE[dtype_], dtype_);         \
-        }                                                                                \
+    WIDE acc[4];
+    UNROLL for (int u = 0; u < units; u++)
+        UNROLL for (int h = 0; h < PARTS; h++) acc[u].part[h] = -(F64){0}; /* -0 + y is y for every y, also for -0 */
+#define ADD(dtype_)                                                                \
+    case dtype_:                                                                   \
+        UNROLL for (int u = 0; u < units; u++) {                                   \
+            WIDE term = NAME(widen64)(p + u * HALF * SIZE[dtype_], dtype_);        \
+            UNROLL for (int h = 0; h < PARTS; h++) term.part[h] *= c[i];           \
+            NAME(add)(acc + u, term);                                              \
+        }                                                                          \
         break
     for (int i = 0; i < n; i++) {
         const uint8_t *p = x[i].data + start * SIZE[x[i].dtype];
@@ -322,6 +341,12 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef TARGET
 #undef LANES
 #undef HALF
+#undef PARTS
 #undef CROSS
 #undef FMA
-#undef HALF_TO_SINGLE
+#undef LOAD16
+#undef STORE16
+#undef LOAD_F16
+#undef STORE_F16
+#undef TO_DOUBLE
+#undef TO_SINGLE
