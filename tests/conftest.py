@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers of the tests, such as hub_server, import by their name
+
+from hub_server import ALICE_TOKEN, HubServer
+
+# One Hub a process (so one a worker of pytest-xdist), on a free port, gone with the process.
+_HUB = HubServer().start()
 
 # Read once at import by huggingface_hub and transformers: no test may reach the real Hub or the user's cache.
+os.environ["HF_ENDPOINT"] = _HUB.endpoint
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_frmerge_test_home_")
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there; the Hub fixture replaces it
 os.environ.pop("HF_TOKEN", None)
 # Two cores are shared by the test workers: contention inside chunk-sized ops costs 10-100x.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """Empty Hub, to which `HF_ENDPOINT` points, with one user, `alice` of the organisation `lab`."""
+    _HUB.reset()
+    _HUB.add_user("alice", ALICE_TOKEN, organisations=("lab",))
+    yield _HUB
+    _HUB.reset()

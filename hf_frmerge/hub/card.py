@@ -233,18 +233,13 @@ def _gap_sentence(card: MergeCard) -> str | None:
         f"{_angle(gap)} of this merge in every block"
     )
     rounding = _ROUNDING_ANGLE.get(card.statistics.output_dtype or "")
-    if rounding is None:
-        return f"{text}."
-    if gap < rounding:
+    if rounding is not None and gap < rounding:
         return (
             f"{text}. Storing the weights as {card.statistics.output_dtype} alone turns a tensor by about "
             f"{_angle(rounding)}, so for these experts the choice between the two methods makes no practical "
             "difference."
         )
-    return (
-        f"{text}; storing the weights as {card.statistics.output_dtype} turns a tensor by about {_angle(rounding)}. "
-        "Whether that difference makes a better model, only an evaluation can tell."
-    )
+    return f"{text}. Whether that difference makes a better model, only an evaluation can tell."
 
 
 def _angle(radians: float) -> str:

@@ -132,3 +132,18 @@ def mixed() -> MergeCard:
 
 
 EXAMPLES = {"full": full, "adapter": adapter, "mixed": mixed}
+
+
+def main() -> None:
+    """Write the examples anew, after a wanted change of the card."""
+    from pathlib import Path
+
+    from hf_frmerge.hub.card import render_card
+
+    for name, example in EXAMPLES.items():
+        path = Path(__file__).parents[2] / "model_cards" / f"{name}.md"
+        path.write_text(render_card(example()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What of an output folder leaves the machine in a push, and the checks it has to pass first."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+from hf_frmerge.errors import HubError
+from hf_frmerge.hub.reproduce import hide_local_paths
+
+MANIFEST_NAME = "merge_manifest.json"
+_IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
+
+# Small files in which a path or a token could hide. Vocabularies are left out: "/root/" may be a token there.
+_TEXT_SUFFIXES = {".json", ".md", ".jinja", ".txt", ".yml", ".yaml"}
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
+
+
+def check_complete(folder: Path) -> None:
+    """
+    Check that `folder` holds a finished merge: card, manifest, configuration, all weights, nothing half written.
+
+    Raises:
+        HubError: Naming what is missing.
+    """
+    if not folder.is_dir():
+        raise HubError(f"There is no folder {folder} to push.")
+    staging = sorted(path.name for path in folder.glob(".frmerge*"))
+    if staging:
+        raise HubError(
+            f"{folder} still holds {staging[0]}: the merge was interrupted. Finish it with "
+            "`--resume-from-checkpoint`, then push."
+        )
+    if not (folder / MANIFEST_NAME).is_file():
+        raise HubError(f"{folder} has no {MANIFEST_NAME}: it is not the output of a finished merge.")
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
+        raise HubError(f"{folder} has neither config.json nor adapter_config.json, so nobody could load it.")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not is_adapter:
+        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        weights = ["adapter_model.safetensors" if is_adapter else "model.safetensors"]
+    missing = [name for name in weights if not (folder / name).is_file()]
+    if missing:
+        raise HubError(
+            f"{folder} lacks {len(missing)} of {len(weights)} weight files, {missing[0]} among them. Merge again."
+        )
+    if not (folder / "README.md").is_file():
+        raise HubError(f"{folder} has no README.md. Write the card first, with `frmerge card {folder}`.")
+
+
+def check_nothing_local(folder: Path, token: str | None) -> None:
+    """
+    Check that no configuration, manifest or card about to be pushed holds the token or a path of this machine.
+
+    Raises:
+        HubError: Naming the file and the kind of thing found; never the token itself.
+    """
+    places = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), folder.resolve().parent, folder.absolute().parent}
+    # Whole path prefixes only: not the middle of a URL or of a longer path.
+    local = [re.compile(rf"(?<![\w./:-]){re.escape(str(place))}/") for place in places if len(place.parts) > 1]
+    for name, content in outgoing_files(folder).items():
+        if Path(name).suffix not in _TEXT_SUFFIXES or Path(name).name in _VOCABULARIES:
+            continue
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        text = data.decode("utf-8", errors="replace")
+        if token and token in text:
+            raise HubError(f"{name} contains your access token. Take it out, and revoke the token if it was shared.")
+        for pattern in local:
+            match = pattern.search(text)
+            if match:
+                line = text.count("\n", 0, match.start()) + 1
+                raise HubError(
+                    f"{name}, line {line}, contains a path of this machine ({match[0]}…), which would be made public. "
+                    "Take it out of the file, then push."
+                )
+
+
+def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
+    """
+    What a push of `folder` sends.
+
+    Returns:
+        `dict[str, Path | bytes]`: Name in the repository, and the file, or its content where the public version is
+        not the local one: a manifest with local paths, which goes out with folder names in their place. The local
+        manifest keeps them, because `frmerge verify` finds local experts by them.
+    """
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files: dict[str, Path | bytes] = {
+        name: folder / name for name in filter_repo_objects(names, ignore_patterns=_IGNORED_PATTERNS)
+    }
+    if MANIFEST_NAME in files:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        public = _hide(manifest)
+        if public != manifest:
+            files[MANIFEST_NAME] = json.dumps(public, indent=2, ensure_ascii=False).encode()
+    return files
+
+
+def _hide(value: object) -> object:
+    """`value` with the local paths in its strings, at any depth, shortened to their last part."""
+    if isinstance(value, dict):
+        return {_hide(key): _hide(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_hide(item) for item in value]
+    return hide_local_paths(value) if isinstance(value, str) else value

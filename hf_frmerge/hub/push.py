@@ -1,0 +1,207 @@
+"""Push a finished merge to the Hugging Face Hub: everything in one commit, nothing that is local."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
+
+from hf_frmerge.errors import ArgumentError, HubError
+from hf_frmerge.hub.outgoing import check_complete, check_nothing_local, outgoing_files
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+logger = logging.getLogger(__name__)
+
+# Weight files of the layouts we write. Those of an earlier push that the new one does not replace are deleted with
+# it: from_pretrained prefers a leftover `model.safetensors` to new shards and would load the old model.
+_WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+
+@overload
+def push_folder(
+    output_dir: Path | str,
+    *,
+    repo_id: str,
+    token: str | None = ...,
+    private: bool | None = ...,
+    revision: str | None = ...,
+    commit_message: str = ...,
+    create_pr: bool = ...,
+    blocking: Literal[True] = ...,
+) -> CommitInfo: ...
+
+
+@overload
+def push_folder(
+    output_dir: Path | str,
+    *,
+    repo_id: str,
+    token: str | None = ...,
+    private: bool | None = ...,
+    revision: str | None = ...,
+    commit_message: str = ...,
+    create_pr: bool = ...,
+    blocking: bool,
+) -> CommitInfo | Future[CommitInfo]: ...
+
+
+def push_folder(
+    output_dir: Path | str,
+    *,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload merged model",
+    create_pr: bool = False,
+    blocking: bool = True,
+) -> CommitInfo | Future[CommitInfo]:
+    """
+    Push the folder of a finished merge, card included, as one commit.
+
+    The repository and, with `revision`, the branch are made if they do not exist. Pushing unchanged files makes no
+    commit; an interrupted push does not send again what had arrived.
+
+    Args:
+        output_dir (`Path` or `str`):
+            Folder a merge wrote, with its card and manifest.
+        repo_id (`str`):
+            Hub id; without a namespace, that of the person logged in.
+        token (`str`, *optional*):
+            Access token with write permission; else `HF_TOKEN` or the one saved by `hf auth login`.
+        private (`bool`, *optional*):
+            Whether a new repository is private; `None` leaves it to the account's or organisation's default.
+        revision (`str`, *optional*):
+            Branch to push to, `main` if not given.
+        commit_message (`str`, *optional*):
+            First line of the commit.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Open a pull request against `main` instead of committing to it.
+        blocking (`bool`, *optional*, defaults to `True`):
+            Whether to wait for the upload.
+
+    Returns:
+        `CommitInfo`, or with `blocking=False` a `Future` of it.
+
+    Raises:
+        ArgumentError: If the arguments contradict each other or `repo_id` is not a valid id.
+        HubError: If the folder is not a finished merge, would tell something local, or the Hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    from hf_frmerge import __version__
+
+    if create_pr and revision not in (None, "main"):
+        raise ArgumentError(
+            f"A pull request is opened against `main`, but `revision={revision!r}` was given. Leave one of them out."
+        )
+    folder = Path(output_dir)
+    check_complete(folder)
+    secret = token or get_token()
+    check_nothing_local(folder, secret)
+    api = HfApi(token=token, library_name="hf_frmerge", library_version=__version__)
+    with _clear_errors(repo_id, secret):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision not in (None, "main") and not create_pr:
+            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+
+    def upload() -> CommitInfo:
+        with _clear_errors(repo_id, secret):
+            return _commit(api, folder, repo_id, revision, commit_message, create_pr)
+
+    return upload() if blocking else api.run_as_future(upload)
+
+
+def _commit(
+    api: HfApi, folder: Path, repo_id: str, revision: str | None, commit_message: str, create_pr: bool
+) -> CommitInfo:
+    """
+    Upload and commit all files at once.
+
+    `create_commit` and not `upload_folder`: with Xet, the latter commits large folders in several steps, README
+    first, so that for a while, or for good if interrupted, the Hub would show a card over half a model.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    additions = [CommitOperationAdd(name, content) for name, content in outgoing_files(folder).items()]
+    new = {addition.path_in_repo for addition in additions}
+    present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
+    stale = [name for name in present if _WEIGHTS.fullmatch(name) and name not in new]
+    if stale:
+        logger.info("Deleting %d weight files of an earlier push from %s: %s.", len(stale), repo_id, ", ".join(stale))
+    return api.create_commit(
+        repo_id,
+        operations=[*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+@contextmanager
+def _clear_errors(repo_id: str, token: str | None) -> Iterator[None]:
+    """Turn what the client raises into one sentence that says what to do, without the token."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise ArgumentError(f"{repo_id!r} is not a valid Hub id: expected `namespace/name`. {error}") from error
+    except (OfflineModeIsEnabled, HTTPError, RuntimeError, ValueError) as error:
+        # The client wraps what went wrong with one large file in a RuntimeError of its own.
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OfflineModeIsEnabled):
+            sentence = f"Cannot push to {repo_id}: offline mode is on. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE."
+        elif isinstance(cause, HfHubHTTPError):
+            sentence = _http_sentence(cause, repo_id)
+        elif isinstance(cause, HTTPError):  # the base of the client's connection errors and time-outs
+            sentence = (
+                f"Cannot push to {repo_id}: the Hub could not be reached ({type(cause).__name__}). Check the "
+                "connection and push again; files that had arrived are not sent twice."
+            )
+        elif isinstance(cause, ValueError):  # what the Hub thinks of the card's front matter
+            sentence = f"The Hub refused the push to {repo_id}: {cause}"
+        else:
+            raise
+        raise HubError(sentence.replace(token, "<HUB_TOKEN>") if token else sentence) from error
+
+
+def _http_sentence(error: HfHubHTTPError, repo_id: str) -> str:
+    """What an HTTP refusal means for a push, and what to do about it."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):  # a kind of RepositoryNotFoundError: asked first
+        return f"{repo_id} is gated. Ask for access on its page on the Hub, then push again."
+    if status == 401:
+        return (
+            f"Cannot push to {repo_id}: you are not logged in, or your token is not accepted. Run `hf auth login`, "
+            "set HF_TOKEN, or pass `hub_token`."
+        )
+    if status == 403:
+        return (
+            f"Cannot push to {repo_id}: your token may not write there. Use a token with write permission, or a "
+            "`hub_model_id` in a namespace of yours."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such branch. Give an existing branch as `hub_revision`, or none."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo_id} does not exist, or it is private and your token does not reach it."
+    if status in (409, 412):
+        return f"{repo_id} was changed by someone else during the push. Push again."
+    if status == 429:
+        wait = error.response.headers.get("Retry-After")
+        when = f"in {wait} seconds" if wait else "later"
+        return f"The Hub limits the rate of requests. Push to {repo_id} again {when}; what arrived is not sent twice."
+    if status >= 500:
+        return (
+            f"The Hub failed (HTTP {status}) during the push to {repo_id}. Push again later; nothing is half visible."
+        )
+    return f"The Hub refused the push to {repo_id} (HTTP {status}): {error.server_message or error}"
