@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.geometry.sphere import Array
+from hf_frmerge.geometry.sphere import Array, norms
 
 # Shape suffixes: K = number of vectors, M = number of blocks.
 
@@ -138,7 +138,8 @@ def embed_differences(differences: Array) -> Array:
     Find coordinates of `x_0, ..., x_{K-1}` from the difference Gram, with the first axis along `x_0`.
 
     Each difference is placed to its own relative accuracy and only then added to `x_0`, so that an angle of 1e-6 rad
-    between two points comes out with about ten digits. If `x_0` is zero the first axis is empty.
+    between two points comes out with about ten digits. If `x_0` is zero the first axis is empty. A point shorter than
+    the rounding of `x_0` is zero.
 
     Args:
         differences (`np.ndarray`): Gram matrix of `(x_0, x_1 - x_0, ...)`, `(..., K, K)`, float64.
@@ -159,7 +160,11 @@ def embed_differences(differences: Array) -> Array:
     ```
     """
     placed = _pivoted_cholesky(differences, first_pivot=0)
-    placed[..., 1:, :] += placed[..., :1, :]
+    others, first = placed[..., 1:, :], placed[..., :1, :]
+    rounding = _RANK_ROUNDINGS * differences.shape[-1] * np.finfo(np.float64).eps * norms(first)
+    others += first
+    # A zero vector is x_0 and a difference that cancels it; what rounding leaves is not a direction.
+    others[norms(others) <= rounding] = 0.0
     return placed
 
 

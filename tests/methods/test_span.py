@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.geometry.gram import difference_gram, embed, embed_differences
+from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions, SpanResult
+
+DIRECTIONAL = ["karcher", "slerp", "nre"]
+NORM_KEEPING = ["karcher", "nre"]
+problems = st.tuples(st.integers(0, 2**32 - 1), st.integers(2, 6), st.floats(1e-4, 1.5))
+
+
+def solve(method: str, vectors: np.ndarray, weights: object, **options: object) -> SpanResult:
+    """Merge the rows of `vectors` by the whole path: difference Gram, coordinates, coefficients."""
+    points = embed_differences(difference_gram(list(vectors)))
+    return SPAN_METHODS[method](points, weights, SpanOptions(**options))
+
+
+def merge(method: str, vectors: np.ndarray, weights: object, **options: object) -> np.ndarray:
+    return solve(method, vectors, weights, **options).coefficients @ vectors
+
+
+def cone(seed: int, n: int, spread: float, size: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of unequal norms, pairwise about `spread` radians apart, and weights between 1 and 10 to one."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.standard_normal((size, n + 1)))[0].T
+    tilt = np.arccos(np.sqrt(np.cos(spread)))
+    around = basis[1:] + 0.2 * rng.standard_normal((n, n)) @ basis[1:]
+    around /= np.linalg.norm(around, axis=-1, keepdims=True)
+    weights = rng.uniform(1, 10, n)
+    norms = rng.uniform(0.5, 3, (n, 1))
+    return norms * (np.cos(tilt) * basis[0] + np.sin(tilt) * around), weights / weights.sum()
+
+
+def naive_karcher(vectors: np.ndarray, weights: np.ndarray, steps: int = 600) -> np.ndarray:
+    """
+    Coefficients of the mean by the published iteration over full vectors, in float64, with unit steps.
+
+    Log map, exp map and the bookkeeping of coefficients are written out; nothing is shared with the package.
+    """
+    lengths = np.sqrt(np.sum(vectors**2, axis=1))
+    units = vectors / lengths[:, None]
+    mean, coeffs = weights @ units, weights.copy()
+    coeffs, mean = coeffs / np.linalg.norm(mean), mean / np.linalg.norm(mean)
+    for _ in range(steps):
+        cosines = units @ mean
+        angles = 2 * np.arcsin(np.minimum(np.sqrt(np.sum((units - mean) ** 2, axis=1)) / 2, 1.0))
+        factors = np.array([a / np.sin(a) if a > 1e-9 else 1.0 for a in angles])
+        pulls = weights * factors
+        tangent = np.sum(pulls[:, None] * (units - cosines[:, None] * mean), axis=0)
+        length = np.linalg.norm(tangent)
+        across = np.sin(length) / length if length > 1e-12 else 1.0
+        mean = np.cos(length) * mean + across * tangent
+        coeffs = np.cos(length) * coeffs + across * (pulls - (pulls @ cosines) * coeffs)
+        coeffs, mean = coeffs / np.linalg.norm(mean), mean / np.linalg.norm(mean)
+    return coeffs * (weights @ lengths) / lengths
+
+
+# --- the Karcher mean against a full-space reference
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+@pytest.mark.parametrize("spread", [1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 1.5])
+def test_karcher_is_the_naive_iteration_over_full_vectors(n, spread):
+    vectors, weights = cone(n, n, spread)
+    result = solve("karcher", vectors, weights)
+    assert result.converged
+    np.testing.assert_allclose(result.coefficients, naive_karcher(vectors, weights), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("spread", [0.4, 1.2])
+def test_narrow_inputs_give_the_float64_result_rounded_once(dtype, spread):
+    vectors, weights = cone(11, 4, spread)
+    stored = torch.from_numpy(vectors).to(dtype)
+    arrays = list((stored.float() if dtype == torch.bfloat16 else stored).numpy())  # numpy has no bfloat16
+    points = embed_differences(difference_gram(arrays))
+    coefficients = SPAN_METHODS["karcher"](points, weights, SpanOptions()).coefficients
+    wide = stored.double().numpy()
+    expected = naive_karcher(wide, weights)
+    np.testing.assert_allclose(coefficients, expected, rtol=1e-12)
+    ours, theirs = (torch.from_numpy(c @ wide).to(dtype) for c in (coefficients, expected))
+    assert torch.equal(ours, theirs)
+
+
+def test_karcher_of_deltas_and_of_weights_are_different_means():
+    base = 5 * np.random.default_rng(0).standard_normal(200)
+    deltas, weights = cone(12, 3, 1.4)
+    in_weights = merge("karcher", base + deltas, weights)
+    in_deltas = base + merge("karcher", deltas, weights)
+    np.testing.assert_allclose(in_weights, naive_karcher(base + deltas, weights) @ (base + deltas), rtol=1e-11)
+    assert np.linalg.norm(in_deltas - in_weights) > 0.1 * np.linalg.norm(deltas)
+
+
+def test_without_the_angle_factor_the_mean_would_be_elsewhere():
+    # Orthonormal, weights .75 and .25: the normalised mean is at 18.4 degrees, the Karcher mean at 22.5.
+    karcher, nre = merge("karcher", np.eye(2), [0.75, 0.25]), merge("nre", np.eye(2), [0.75, 0.25])
+    assert np.degrees(np.arctan2(*karcher[::-1])) == pytest.approx(22.5, abs=1e-12)
+    assert np.degrees(np.arctan2(*nre[::-1])) == pytest.approx(np.degrees(np.arctan2(1, 3)), abs=1e-12)
+
+
+# --- invariants
+
+
+@settings(deadline=None, max_examples=40)
+@given(problem=problems)
+@pytest.mark.parametrize("method", NORM_KEEPING)
+def test_norm_is_the_weighted_mean_of_norms(method, problem):
+    vectors, weights = cone(*problem)
+    norms = np.linalg.norm(vectors, axis=1)
+    assert np.linalg.norm(merge(method, vectors, weights)) == pytest.approx(weights @ norms, rel=1e-11)
+
+
+@settings(deadline=None, max_examples=30)
+@given(problem=problems)
+@pytest.mark.parametrize("method", ["karcher", "nre", "linear", "task_arithmetic"])
+def test_order_of_experts_does_not_matter(method, problem):
+    vectors, weights = cone(*problem)
+    order = np.random.default_rng(problem[0]).permutation(len(weights))
+    there = solve(method, vectors, weights).coefficients
+    back = solve(method, vectors[order], weights[order]).coefficients
+    np.testing.assert_allclose(back, there[order], rtol=1e-10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(problem=problems)
+@pytest.mark.parametrize("method", list(SPAN_METHODS))
+def test_merging_turns_and_scales_with_its_inputs(method, problem):
+    seed, n, spread = problem
+    vectors, weights = cone(seed, 2 if method == "slerp" else n, spread, size=20)
+    rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((20, 20)))[0]
+    merged = merge(method, vectors, weights)
+    np.testing.assert_allclose(merge(method, 8.0 * vectors @ rotation, weights), 8.0 * merged @ rotation, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(problem=problems, factor=st.floats(0.1, 10))
+def test_scaling_one_expert_moves_only_the_norm_of_the_karcher_mean(problem, factor):
+    vectors, weights = cone(*problem)
+    scaled = vectors.copy()
+    scaled[0] *= factor
+    before, after = merge("karcher", vectors, weights), merge("karcher", scaled, weights)
+    np.testing.assert_allclose(after / np.linalg.norm(after), before / np.linalg.norm(before), atol=1e-10)
+    assert np.linalg.norm(after) == pytest.approx(weights @ np.linalg.norm(scaled, axis=1), rel=1e-10)
+
+
+@pytest.mark.parametrize("method", list(SPAN_METHODS))
+def test_results_are_the_same_bits_every_time_and_in_any_batch(method):
+    n = 2 if method == "slerp" else 9
+    vectors = [cone(seed, n, spread)[0] for seed, spread in enumerate([1e-4, 0.1, 1.0, 1.5])]
+    weights = cone(0, n, 1.0)[1]
+    grams = np.stack([difference_gram(list(v)) for v in vectors])
+    together = SPAN_METHODS[method](embed_differences(grams), weights, SpanOptions())
+    for i, gram in enumerate(grams):
+        alone = SPAN_METHODS[method](embed_differences(gram), weights, SpanOptions())
+        assert np.array_equal(alone.coefficients, together.coefficients[i])
+        assert alone.residual == together.residual[i]
+    apart = np.ascontiguousarray(embed_differences(grams))  # another memory layout
+    assert np.array_equal(SPAN_METHODS[method](apart, weights, SpanOptions()).coefficients, together.coefficients)
+
+
+@pytest.mark.parametrize("method", list(SPAN_METHODS))
+def test_weights_may_differ_from_block_to_block(method):
+    n = 2 if method == "slerp" else 3
+    points = np.stack([embed_differences(difference_gram(list(cone(s, n, 1.0)[0]))) for s in range(6)])
+    weights = np.random.default_rng(0).dirichlet(np.ones(n), 6)
+    together = SPAN_METHODS[method](points.reshape(2, 3, n, n), weights.reshape(2, 3, n), SpanOptions())
+    assert together.coefficients.shape == (2, 3, n)
+    assert together.ambiguous.shape == together.converged.shape == together.n_iter.shape == (2, 3)
+    for i in range(6):
+        alone = SPAN_METHODS[method](points[i], weights[i], SpanOptions())
+        assert np.array_equal(together.coefficients.reshape(6, n)[i], alone.coefficients)
+
+
+@pytest.mark.parametrize("method", ["linear", *NORM_KEEPING])
+def test_points_may_have_fewer_or_more_coordinates_than_there_are_experts(method):
+    # Rows of `embed_differences` without the base, and raw vectors in the plane.
+    base = np.ones(200)
+    vectors, weights = cone(3, 4, 1.0)
+    with_base = embed_differences(difference_gram([base, *vectors]))[1:]
+    found = SPAN_METHODS[method](with_base, weights, SpanOptions()).coefficients
+    np.testing.assert_allclose(found, solve(method, vectors, weights).coefficients, rtol=1e-10)
+    flat = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    found = SPAN_METHODS[method](flat, [0.2, 0.5, 0.3], SpanOptions()).coefficients
+    np.testing.assert_allclose(found, solve(method, flat, [0.2, 0.5, 0.3]).coefficients, rtol=1e-10)
+
+
+# --- exact answers
+
+
+@pytest.mark.parametrize("norm", ["mean", "median", "max"])
+@pytest.mark.parametrize("beta", [-1.0, 0.0, 0.5])
+@pytest.mark.parametrize("method", ["linear", *DIRECTIONAL])
+def test_one_expert_of_weight_one_is_returned_exactly(method, beta, norm):
+    n = 2 if method == "slerp" else 4
+    vectors, _ = cone(4, n, 1.2)
+    for i in range(n):
+        one_hot = np.eye(n)[i]
+        result = solve(method, vectors, one_hot, beta=beta, norm=norm)
+        assert np.array_equal(result.coefficients, one_hot)
+        assert result.converged and not result.ambiguous
+        sides = np.where(one_hot == 1.0, 1.0, -1.0)  # all others opposite: no obstacle, they have no weight
+        against = solve(method, sides[:, None] * vectors[i], one_hot, beta=beta, norm=norm)
+        assert np.array_equal(against.coefficients, one_hot)
+
+
+@pytest.mark.parametrize("method", ["linear", *DIRECTIONAL])
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_equal_experts_and_zero_blocks_return_the_weights_exactly(method, fill):
+    n = 2 if method == "slerp" else 3
+    weights = np.array([0.3, 0.7]) if n == 2 else np.array([0.1, 0.2, 0.7])
+    block = fill * cone(5, 2, 1.0)[0][0]
+    for options in ({}, {"norm": "max", "beta": -1.0}, {"norm": "median"}):
+        result = solve(method, np.stack([block] * n), weights, **options)
+        assert np.array_equal(result.coefficients, weights)
+        assert result.residual == 0 and result.n_iter == 0 and result.converged and not result.ambiguous
+
+
+@pytest.mark.parametrize("method", DIRECTIONAL)
+def test_a_zero_expert_has_no_direction_but_keeps_its_weight_in_the_norm(method):
+    vectors, _ = cone(6, 3, 1.0)
+    if method == "slerp":
+        result = solve(method, np.stack([vectors[0], 0 * vectors[0]]), [0.4, 0.6])
+        np.testing.assert_allclose(result.coefficients, [0.4, 0.0], rtol=1e-14)
+        return
+    weights = np.array([0.3, 0.5, 0.2])
+    result = solve(method, vectors * np.array([[1], [0], [1]]), weights)
+    alone = solve(method, vectors[[0, 2]], [0.6, 0.4])  # the others, weights made to sum to 1
+    assert result.coefficients[1] == 0.0
+    np.testing.assert_allclose(result.coefficients[[0, 2]], 0.5 * alone.coefficients, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", NORM_KEEPING)
+def test_an_expert_of_weight_zero_changes_nothing(method):
+    vectors, weights = cone(7, 3, 1.0)
+    opposite = np.concatenate([vectors, -100 * vectors[:1]])  # would be ambiguous, and the largest norm by far
+    for norm in ("mean", "median", "max"):
+        result = solve(method, opposite, np.append(weights, 0.0), norm=norm)
+        assert result.coefficients[3] == 0.0
+        expected = solve(method, vectors, weights, norm=norm).coefficients
+        np.testing.assert_allclose(result.coefficients[:3], expected, rtol=1e-10)
+
+
+# --- closed forms
+
+
+@pytest.mark.parametrize("angle", [1e-4, 0.3, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("method", ["slerp", "karcher"])
+def test_two_experts_are_merged_along_the_arc(method, t, angle):
+    vectors = np.array([[2.0, 0.0, 0.0], [3 * np.cos(angle), 0.0, 3 * np.sin(angle)]])
+    expected = ((1 - t) * 2 + t * 3) * np.array([np.cos(t * angle), 0.0, np.sin(t * angle)])
+    np.testing.assert_allclose(merge(method, vectors, [1 - t, t]), expected, rtol=0, atol=1e-11)
+
+
+def test_slerp_wants_two():
+    with pytest.raises(ArgumentError, match=r'exactly 2 experts, got 3\. Use "karcher"'):
+        solve("slerp", np.eye(3), [0.2, 0.3, 0.5])
+
+
+@pytest.mark.parametrize("n", [2, 3, 16])
+def test_orthogonal_deltas_have_closed_forms(n):
+    deltas, weights = 3.0 * np.eye(n), np.full(n, 1 / n)
+    points = embed(deltas @ deltas.T)
+    coefficients = {
+        name: method(points, weights, SpanOptions(scale=0.3)).coefficients
+        for name, method in SPAN_METHODS.items()
+        if name != "slerp"
+    }
+    np.testing.assert_allclose(coefficients["linear"], np.full(n, 1 / n), rtol=1e-15)
+    assert np.linalg.norm(coefficients["linear"] @ deltas) == pytest.approx(3.0 / np.sqrt(n), rel=1e-14)
+    np.testing.assert_allclose(coefficients["nre"], np.full(n, 1 / np.sqrt(n)), rtol=1e-13)
+    np.testing.assert_allclose(coefficients["karcher"], np.full(n, 1 / np.sqrt(n)), rtol=1e-13)
+    np.testing.assert_allclose(coefficients["task_arithmetic"], np.full(n, 0.3), rtol=1e-15)
+
+
+@pytest.mark.parametrize("n", [2, 4, 9])
+@pytest.mark.parametrize("cosine", [-0.05, 0.3, 0.99])
+def test_nre_is_karcher_when_weights_norms_and_angles_are_equal(n, cosine):
+    points = 2.0 * embed(np.full((n, n), cosine) + (1 - cosine) * np.eye(n))
+    weights = np.full(n, 1 / n)
+    nre, karcher = (SPAN_METHODS[m](points, weights, SpanOptions()).coefficients for m in NORM_KEEPING[::-1])
+    np.testing.assert_allclose(nre, karcher, rtol=1e-12)
+
+
+def test_nre_leans_towards_the_longer_expert_and_karcher_does_not():
+    vectors = np.array([[5.0, 0.0], [0.0, 1.0]])
+    nre, karcher = merge("nre", vectors, [0.5, 0.5]), merge("karcher", vectors, [0.5, 0.5])
+    assert np.degrees(np.arctan2(*nre[::-1])) == pytest.approx(np.degrees(np.arctan(0.2)), abs=1e-12)
+    assert np.degrees(np.arctan2(*karcher[::-1])) == pytest.approx(45.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [-1.0, -0.5, 0.0, 0.7, 1.0])
+@pytest.mark.parametrize("method", NORM_KEEPING)
+def test_beta_is_the_power_of_the_coherence(method, beta):
+    vectors, weights = cone(8, 4, 1.2)
+    norms = np.linalg.norm(vectors, axis=1)
+    coherence = np.linalg.norm(weights @ (vectors / norms[:, None]))
+    expected = coherence**beta * (weights @ norms)
+    assert np.linalg.norm(merge(method, vectors, weights, beta=beta)) == pytest.approx(expected, rel=1e-11)
+
+
+@settings(deadline=None, max_examples=30)
+@given(problem=problems)
+def test_beta_family_of_nre_holds_the_plain_mean_and_sum(problem):
+    # With equal norms: beta 1 is the plain mean; with orthogonal ones, beta -1 is the plain sum.
+    vectors, weights = cone(*problem)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(merge("nre", vectors, weights, beta=1.0), weights @ vectors, rtol=0, atol=1e-11)
+    n = len(weights)
+    np.testing.assert_allclose(merge("nre", np.eye(n), np.full(n, 1 / n), beta=-1.0), np.ones(n), rtol=1e-12)
+
+
+def test_beta_one_with_a_zero_expert_is_still_the_plain_mean():
+    vectors = np.array([[2.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_allclose(merge("nre", vectors, [0.5, 0.5], beta=1.0), [1.0, 0.0], rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "norm, weights, expected",
+    [
+        ("max", [0.2, 0.2, 0.6], 9.0),
+        ("max", [0.6, 0.4, 0.0], 4.0),
+        ("median", [1 / 3, 1 / 3, 1 / 3], 4.0),
+        ("median", [0.6, 0.2, 0.2], 1.0),
+        ("median", [0.1, 0.2, 0.7], 9.0),
+        ("median", [0.5, 0.1, 0.4], 2.5),  # half the weight lies at 1, half above: midway to 4
+        ("median", [0.5, 0.0, 0.5], 5.0),  # weight 0 at 4 is not there
+        ("mean", [0.5, 0.25, 0.25], 3.75),
+    ],
+)
+@pytest.mark.parametrize("method", NORM_KEEPING)
+def test_norm_policies(method, norm, weights, expected):
+    vectors = np.diag([1.0, 4.0, 9.0])
+    for order in ([0, 1, 2], [2, 0, 1]):
+        merged = merge(method, vectors[order], np.array(weights)[order], norm=norm)
+        assert np.linalg.norm(merged) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 5, 8])
+def test_median_with_equal_weights_is_the_ordinary_one(n):
+    norms = np.random.default_rng(n).uniform(1, 5, n)
+    merged = merge("nre", np.diag(norms), np.full(n, 1 / n), norm="median")
+    assert np.linalg.norm(merged) == pytest.approx(np.median(norms), rel=1e-13)
+
+
+def test_task_arithmetic_is_a_scaled_sum():
+    vectors, weights = cone(9, 3, 1.0)
+    merged = merge("task_arithmetic", vectors, weights, scale=0.4)
+    np.testing.assert_allclose(merged, 0.4 * 3 * np.sum(weights[:, None] * vectors, axis=0), rtol=1e-13)
+    np.testing.assert_allclose(solve("task_arithmetic", vectors, [1 / 3] * 3, scale=0.4).coefficients, [0.4] * 3)
+
+
+# --- ambiguity
+
+
+TRIPLE = np.stack([np.cos([0, 2 * np.pi / 3, 4 * np.pi / 3]), np.sin([0, 2 * np.pi / 3, 4 * np.pi / 3])], axis=1)
+
+
+@pytest.mark.parametrize(
+    "method, vectors, weights",
+    [
+        ("karcher", np.array([[1.0, 2.0], [-1.0, -2.0]]), [0.5, 0.5]),
+        ("karcher", np.array([[1.0, 2.0], [-3.0, -6.0]]), [0.9, 0.1]),
+        ("karcher", TRIPLE, [1 / 3, 1 / 3, 1 / 3]),
+        ("slerp", np.array([[1.0, 2.0], [-1.0, -2.0]]), [0.5, 0.5]),
+        ("slerp", np.array([[1.0, 2.0], [-3.0, -6.0]]), [0.9, 0.1]),
+        ("nre", np.array([[1.0, 2.0], [-1.0, -2.0]]), [0.5, 0.5]),
+        ("nre", np.array([[1.0, 2.0], [-3.0, -6.0]]), [0.75, 0.25]),
+        ("nre", TRIPLE, [1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_balanced_experts_are_flagged_and_never_answered_with_noise(method, vectors, weights):
+    linear = solve(method, vectors, weights, on_ambiguous="linear")
+    assert linear.ambiguous
+    assert np.array_equal(linear.coefficients, weights)
+    refused = solve(method, vectors, weights)
+    assert refused.ambiguous
+    assert np.isnan(refused.coefficients).all()
+
+
+def test_an_uneven_mean_of_opposites_has_a_direction():
+    result = solve("nre", np.array([[1.0, 2.0], [-3.0, -6.0]]), [0.5, 0.5])
+    assert not result.ambiguous
+    np.testing.assert_allclose(result.coefficients @ [1.0, -3.0], -2.0, rtol=1e-14)  # along the longer, mean norm 2
+
+
+def test_flagged_blocks_do_not_touch_their_neighbours():
+    fine, weights = cone(10, 3, 1.3)
+    blocks = [fine, np.pad(TRIPLE, ((0, 0), (0, 198))), np.zeros((3, 200)), np.stack([fine[0]] * 3), fine]
+    grams = np.stack([difference_gram(list(block)) for block in blocks])
+    result = SPAN_METHODS["karcher"](embed_differences(grams), weights, SpanOptions())
+    assert result.ambiguous.tolist() == [False, True, False, False, False]
+    assert result.converged.all()
+    alone = solve("karcher", fine, weights).coefficients
+    assert np.array_equal(result.coefficients[[0, 4]], [alone, alone])
+    assert np.array_equal(result.coefficients[[2, 3]], [weights, weights])
+    assert np.isfinite(result.residual).all()
+
+
+@pytest.mark.parametrize("method", NORM_KEEPING)
+def test_mildly_opposed_deltas_of_many_experts_are_answered(method):
+    n = 16
+    weights = np.random.default_rng(0).dirichlet(np.ones(n), 30)
+    points = np.broadcast_to(embed(np.full((n, n), -0.05) + 1.05 * np.eye(n)), (30, n, n))
+    result = SPAN_METHODS[method](points, weights, SpanOptions())
+    assert not result.ambiguous.any()
+    assert result.converged.all()
+    merged = np.einsum("bn,bnk->bk", result.coefficients, points)
+    np.testing.assert_allclose(np.linalg.norm(merged, axis=1), 1.0, rtol=1e-12)
+
+
+def test_a_mean_that_did_not_converge_says_so():
+    vectors, weights = cone(13, 5, 1.4)
+    result = solve("karcher", vectors, weights, max_iter=2)
+    assert not result.converged
+    assert result.n_iter == 2
+    assert result.residual > 1e-12
+    assert solve("karcher", vectors, weights, max_iter=2, tol=0.1).converged
