@@ -117,7 +117,7 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
             f"{checkpoint.source.spec!r} is quantised ({name}): its numbers are codes, which cannot be averaged. Load "
             "it with transformers, call `.dequantize()`, save it, and merge that."
         )
-    codes = [info for info in checkpoint.tensors.values() if info.dtype.startswith(("F4", "F6", "F8", "C64"))]
+    codes = [info for info in checkpoint.tensors.values() if info.dtype.startswith(("F4", "F6_", "F8", "C64"))]
     if codes:
         listed = some(f"{info.name} ({info.dtype})" for info in codes)
         raise CheckpointError(

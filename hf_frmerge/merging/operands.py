@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from hf_frmerge.kernels import Kernels
 
 
+_SHORT = 1 << 14
+"""Elements up to which float64 products cost nothing worth saving."""
+
+
 def digest(data: NDArray[np.uint8]) -> str:
     """Return the XXH3-128 digest of some bytes: not against forgery, but at the speed of memory."""
     return xxh3_128_hexdigest(data.data)
@@ -154,6 +158,9 @@ class TensorInputs:
         was read.
         """
         operands, owners = self._gram_operands(piece)
+        # Products of 16-bit floats are exact in float32, those of float32 are not; and on short tensors rounding has
+        # no chance to average out.
+        precise = precise or piece.stop - piece.start <= _SHORT or any(o.dtype == "F32" for o in operands)
         compact = kernels.gram(operands, piece.n_blocks, piece.block_len, precise=precise)
         digests = {
             owner: self._factor(owner).digest if operand.is_delta else digest(operand.data)
