@@ -168,7 +168,8 @@ def _libc() -> ctypes.CDLL:
 
 
 def _madvise(address: int, length: int, advice: int) -> int:
-    return int(_libc().madvise(address, length, advice))
+    # int(): offsets may be NumPy integers, which ctypes does not take.
+    return int(_libc().madvise(int(address), int(length), advice))
 
 
 @cache

@@ -93,7 +93,7 @@ class Checkpoint:
             return self.folder.view(info.file, self.files[info.file], info.offset + start, info.offset + stop)
         except OSError as error:
             raise CheckpointError(
-                f"Expert {self.source.spec!r}, tensor {name!r}: bytes {start} to {stop} of {info.nbytes} could not be "
+                f"{self.source.spec!r}, tensor {name!r}: bytes {start} to {stop} of {info.nbytes} could not be "
                 f"read from {self.folder.path}/{info.file}: {_reason(error)}. Bring the file back (or download it "
                 "again) and resume."
             ) from error
