@@ -21,7 +21,7 @@ from hf_frmerge.merging.callbacks import (
     StepResult,
 )
 from hf_frmerge.merging.engine import StepObserver, StepOutcome
-from hf_frmerge.merging.plan import MergePlan, build_plan
+from hf_frmerge.merging.planning import build_plan
 from hf_frmerge.merging.processes import Processes
 from hf_frmerge.merging.progress import ProgressCallback
 from hf_frmerge.merging.reporting import reporting_callbacks
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from hf_frmerge.merging.callbacks import MergeCallback
-    from hf_frmerge.merging.plan import TensorStep
+    from hf_frmerge.merging.plan import MergePlan, TensorStep
 
 logger = logging.getLogger(__name__)
 

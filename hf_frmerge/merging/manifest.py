@@ -72,13 +72,14 @@ def write_manifest(
 
     Args:
         report: Totals of the merge.
-        small_files: Name of every other file of the output -> where it lies now.
+        small_files: Name of every file but the shards of a full model -> where it lies now.
     """
     arguments = plan.args.to_dict()
     arguments.pop("output_dir")
     manifest = {
         "format_version": FORMAT_VERSION,
         "hf_frmerge": __version__,
+        "output_kind": plan.output_kind,
         "method": plan.args.method,
         "space": plan.space,
         "arguments": arguments,
@@ -91,7 +92,7 @@ def write_manifest(
         "files": {
             **{
                 shard.file: {"size": shard.size, "header_xxh3_128": xxh3_128_hexdigest(shard.header)}
-                for shard in plan.layout.shards
+                for shard in (plan.layout.shards if plan.layout else ())
             },
             **{name: file_entry(path) for name, path in small_files.items()},
         },

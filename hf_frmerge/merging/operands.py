@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.checkpoints.lowrank import DoraWeight, LowRankDelta
+    from hf_frmerge.checkpoints.factors import DoraWeight, LowRankDelta
     from hf_frmerge.checkpoints.reader import Checkpoint, TensorInfo
     from hf_frmerge.kernels import Kernels
 

@@ -1,4 +1,4 @@
-"""What a merge will do, tensor by tensor: decided from headers alone, before any weight is read."""
+"""What a merge will do, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -8,29 +8,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.checkpoints.adapter import open_adapter
-from hf_frmerge.checkpoints.alignment import align
-from hf_frmerge.checkpoints.donor import find_disagreements
-from hf_frmerge.checkpoints.reader import DTYPE_BITS, FLOAT_DTYPES, open_checkpoint
-from hf_frmerge.checkpoints.resolve import resolve_all
-from hf_frmerge.checkpoints.writer import STAGING, ShardLayout
-from hf_frmerge.errors import ArgumentError, MergeError
-from hf_frmerge.merging.arguments import validate_weights
-from hf_frmerge.merging.blocks import PIECE_ELEMENTS, block_shape, group_of, head_dim_of
+from hf_frmerge.checkpoints.reader import ADAPTER_FILE, DTYPE_BITS, FLOAT_DTYPES
+from hf_frmerge.errors import MergeError
+from hf_frmerge.merging.blocks import PIECE_ELEMENTS
 from hf_frmerge.merging.operands import DoraTensor, StoredTensor, TensorInputs
-from hf_frmerge.merging.weight_rules import WeightSchedule, layer_index
 from hf_frmerge.methods.span import SpanOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from hf_frmerge.checkpoints.adapter import Adapter
+    from hf_frmerge.checkpoints.layout import ShardLayout
     from hf_frmerge.checkpoints.reader import Checkpoint
     from hf_frmerge.checkpoints.resolve import Source
     from hf_frmerge.merging.arguments import MergingArguments
     from hf_frmerge.merging.operands import DenseTensor
-
-DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,11 @@ class TensorStep:
 
 @dataclass
 class MergePlan:
-    """Everything the engine needs, checked."""
+    """
+    Everything a merge needs, checked.
+
+    `layout` is where the tensors of a full model go; `None` if the output is an adapter, whose steps are its modules.
+    """
 
     args: MergingArguments
     experts: list[Expert]
@@ -119,8 +113,13 @@ class MergePlan:
     weights: list[float]
     space: str
     steps: list[TensorStep]
-    layout: ShardLayout
+    layout: ShardLayout | None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def output_kind(self) -> str:
+        """`"full"` or `"adapter"`."""
+        return "full" if self.layout else "adapter"
 
     @property
     def donor(self) -> Expert:
@@ -189,7 +188,8 @@ class MergePlan:
             "n_parameters": sum(step.numel for step in self.steps if step.dtype in FLOAT_DTYPES),
             "input_bytes": sum(model.nbytes for model in self.models),
             "output_bytes": sum(step.nbytes for step in self.steps),
-            "shards": [shard.file for shard in self.layout.shards],
+            "output_kind": self.output_kind,
+            "shards": [shard.file for shard in self.layout.shards] if self.layout else [ADAPTER_FILE],
             "disk_free": shutil.disk_usage(_existing(Path(self.args.output_dir))).free,
             "memory_estimate": self.piece_memory,
             "notes": self.notes,
@@ -206,156 +206,6 @@ class MergePlan:
         """Close all files."""
         for model in self.models:
             model.weights.close()
-
-
-def build_plan(
-    experts: Sequence[str],
-    args: MergingArguments,
-    weights: Sequence[float] | None = None,
-    base_model: str | None = None,
-) -> MergePlan:
-    """
-    Resolve, open and align the models and decide what happens to every tensor. Reads headers only.
-
-    Args:
-        experts: Two or more folders or Hub ids, full checkpoints or adapters.
-        args: Options.
-        weights: One non-negative number per expert; all alike by default.
-        base_model: Folder or Hub id of the base model; needed for deltas and adapters.
-
-    Raises:
-        ArgumentError: If options contradict each other or the models.
-        CheckpointError: If a model is missing, broken, or does not fit the others.
-    """
-    if len(experts) < 2:
-        raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
-    alphas = validate_weights(weights, len(experts))
-    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token)
-    check_output_dir(args, [source.path for source in sources])
-    opened = [_open(source) for source in sources]
-    base = opened.pop() if base_model else None
-    space = _space(args, opened, base)
-    opened = [_match_adapter(expert, base) for expert in opened]
-    steps, notes = _steps(args, opened, base, alphas, space)
-    if args.method == "slerp" and len(opened) != 2:
-        raise ArgumentError(
-            f"slerp joins exactly two experts, got {len(opened)}. Use method='karcher', its extension."
-        )
-    layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
-    notes += find_disagreements([model.source for model in ([base] if base else []) + opened])
-    return MergePlan(args, opened, base, alphas, space, steps, layout, notes)
-
-
-def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
-    """
-    Refuse an output folder that is an input, or not empty.
-
-    Raises:
-        ArgumentError: With the option that would allow it.
-    """
-    output = Path(args.output_dir)
-    for path in inputs:
-        if "://" not in path and output.resolve() == Path(path).resolve():
-            raise ArgumentError(f"The output folder {args.output_dir!r} is also an input. Choose another output_dir.")
-    if not output.exists() or args.overwrite or args.resume_from_checkpoint:
-        return
-    if not output.is_dir():
-        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
-    if (output / STAGING).exists():
-        raise ArgumentError(
-            f"{args.output_dir!r} holds an interrupted merge. Pass --resume (resume_from_checkpoint=True) to go on "
-            "with it, or --overwrite to start anew."
-        )
-    if any(output.iterdir()):
-        raise ArgumentError(
-            f"The output folder {args.output_dir!r} is not empty. Choose another, or pass --overwrite "
-            "(overwrite=True) to replace the model in it."
-        )
-
-
-def _open(source: Source) -> Expert:
-    if source.kind == "adapter":
-        return Expert(source, adapter=open_adapter(source))
-    return Expert(source, checkpoint=open_checkpoint(source))
-
-
-def _match_adapter(expert: Expert, base: Expert | None) -> Expert:
-    """Bind an adapter to the tensors of the base."""
-    if expert.adapter is None or base is None or base.checkpoint is None:
-        return expert
-    shapes = {name: info.shape for name, info in base.checkpoint.tensors.items()}
-    tied = bool(base.checkpoint.config().get("tie_word_embeddings"))
-    adapter = expert.adapter.match(shapes, tied_embeddings=tied)
-    adapter.check_base_layers(base.checkpoint)
-    return Expert(expert.source, adapter=adapter)
-
-
-def _space(args: MergingArguments, experts: list[Expert], base: Expert | None) -> str:
-    adapters = [expert for expert in experts if expert.adapter]
-    if base is not None and base.checkpoint is None:
-        raise ArgumentError(f"The base model {base.spec!r} is an adapter; a full checkpoint is needed.")
-    if adapters and base is None:
-        raise ArgumentError(
-            f"{adapters[0].spec!r} is an adapter: pass the model it was trained from as base_model "
-            f"(its config names {adapters[0].adapter.config.base_model!r})."  # type: ignore[union-attr]
-        )
-    space = args.space or ("deltas" if adapters or args.method == "task_arithmetic" else "weights")
-    if args.method == "task_arithmetic" and space != "deltas":
-        raise ArgumentError('task_arithmetic adds deltas: it needs space="deltas" and a base_model.')
-    if space == "deltas" and base is None:
-        raise ArgumentError('space="deltas" needs base_model: deltas are the differences to it.')
-    return space
-
-
-def _steps(
-    args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float], space: str
-) -> tuple[list[TensorStep], list[str]]:
-    full = [index for index, expert in enumerate(experts) if expert.checkpoint]
-    checkpoints = [experts[index].checkpoint for index in full]
-    aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
-    notes = list(aligned.notes)
-    touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
-    names = [tensor.name for tensor in aligned.tensors]
-    schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(experts))
-    notes += [f"Weight rule {rule!r} matches no tensor." for rule in schedule.unused_rules(names)]
-    n_layers = 1 + max((index for name in names if (index := layer_index(name)) is not None), default=0)
-    head_dim = None
-    if args.block == "head":
-        donor = base or experts[full[0]]
-        head_dim = head_dim_of(donor.checkpoint.config() if donor.checkpoint else {})
-
-    steps = []
-    for tensor in aligned.tensors:
-        is_float = tensor.dtype in FLOAT_DTYPES
-        merge = tensor.action == "merge" and (bool(full) or tensor.name in touched)
-        n_blocks, block_len = block_shape(tensor.name, tensor.shape, args.block if merge else "tensor", head_dim)
-        steps.append(
-            TensorStep(
-                name=tensor.name,
-                dtype=DTYPE_CODES.get(args.dtype, tensor.dtype) if is_float else tensor.dtype,
-                shape=tensor.shape,
-                action="merge" if merge else "copy",
-                donor=-1 if tensor.donor < 0 else full[tensor.donor],
-                weights=tuple(schedule.weights_for(tensor.name, n_layers)) if merge else (),
-                group=group_of(tensor.name, args.block),
-                n_blocks=n_blocks,
-                block_len=block_len,
-            )
-        )
-    _check_groups(steps)
-    return steps, notes
-
-
-def _check_groups(steps: list[TensorStep]) -> None:
-    """One sphere, one set of weights."""
-    first: dict[str, TensorStep] = {}
-    for step in steps:
-        other = first.setdefault(step.group, step) if step.action == "merge" else step
-        if other.weights != step.weights:
-            raise ArgumentError(
-                f"weight_rules give {other.name!r} and {step.name!r} different weights, but both lie on one sphere "
-                f"(group {step.group or 'model'!r}). Use block='tensor', or rules that do not divide a group."
-            )
 
 
 def _identity(expert: Expert) -> dict[str, Any]:

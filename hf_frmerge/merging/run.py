@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
+from hf_frmerge.checkpoints.reader import ADAPTER_FILE
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.kernels import load_kernels
+from hf_frmerge.merging.adapters import MergedModule, merge_adapters
 from hf_frmerge.merging.engine import Engine, StepObserver, StepOutcome, summary
 from hf_frmerge.merging.journal import Journal, fingerprint
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.solve import Solution
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from hf_frmerge.kernels import Kernels
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.processes import Processes
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> 
     Raises:
         MergeError: Whatever stopped the merge.
     """
+    if plan.layout is None:
+        return _run_adapter_merge(plan, observer, processes)
     started = time.perf_counter()
     output = Path(plan.args.output_dir)
     kernels = load_kernels(plan.args.device)
@@ -76,6 +84,50 @@ def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> 
     return MergeOutcome(complete, report)
 
 
+def _run_adapter_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
+    """Merge adapters into an adapter: seconds of work for one process, so there is nothing to resume or to share."""
+    started = time.perf_counter()
+    output, args = Path(plan.args.output_dir), plan.args
+    outcomes: list[StepOutcome] = []
+    if processes.is_main:
+        steps = {step.name: step for step in plan.steps}
+        skipped = [step.name for step in plan.steps if not observer.begin(step)]
+        if skipped:
+            raise ArgumentError(f"{skipped[0]!r} cannot be skipped in an adapter. Use adapter_output='merged'.")
+
+        def done(module: MergedModule) -> None:
+            solution = Solution(np.array([module.coefficients]), module.geometry)
+            outcomes.append(StepOutcome(steps[module.target], "merge", solution, {}, ""))
+            observer.end(outcomes[-1])
+
+        for stale in (MANIFEST_FILE, *(shard.name for shard in output.glob("adapter_model*.safetensors"))):
+            (output / stale).unlink(missing_ok=True)
+        merged = merge_adapters(
+            [expert.adapter for expert in plan.experts if expert.adapter],
+            plan.weights,
+            output,
+            method=args.method,
+            options=plan.span_options,
+            block=args.block,
+            weights_for=lambda name: steps[name].weights,
+            rank=args.adapter_rank,
+            energy=args.adapter_energy,
+            dtype=plan.steps[0].dtype,
+            strict=args.strict,
+            num_workers=args.num_workers,
+            on_module=done,
+        )
+        plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
+        write_coefficients(output, outcomes)
+        report = _report(plan, outcomes, "numpy", time.perf_counter() - started)
+        report |= {"truncation_error": merged.truncation_error}
+        report |= {"max_rank": max(module.rank for module in merged.modules)}
+        small = {name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE)}
+        write_manifest(output, plan, outcomes, report=report, n_processes=processes.size, small_files=small)
+    report = processes.gather([report] if processes.is_main else [])[0]
+    return MergeOutcome(True, report)
+
+
 def _prepare(plan: MergePlan, writer: CheckpointWriter, processes: Processes) -> None:
     """Lay out the files: on the main process first, which alone creates them."""
     args, output = plan.args, writer.output_dir
@@ -90,7 +142,7 @@ def _prepare(plan: MergePlan, writer: CheckpointWriter, processes: Processes) ->
         if not resume and writer.staging.exists():
             shutil.rmtree(writer.staging)
         if not writer.staging.exists():
-            check_free_space(output, plan.layout.file_bytes)
+            check_free_space(output, writer.layout.file_bytes)
         writer.reopen()
     processes.wait()
     if not processes.is_main:

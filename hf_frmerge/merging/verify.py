@@ -20,7 +20,8 @@ from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.blocks import pieces
 from hf_frmerge.merging.engine import worker_count
 from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, read_coefficients, read_manifest
-from hf_frmerge.merging.plan import MergePlan, TensorStep, build_plan
+from hf_frmerge.merging.plan import MergePlan, TensorStep
+from hf_frmerge.merging.planning import build_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

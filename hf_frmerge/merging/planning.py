@@ -1,0 +1,236 @@
+"""Decide what a merge will do from headers alone, and refuse what cannot work before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_frmerge.checkpoints.adapter import common_base, open_adapter
+from hf_frmerge.checkpoints.alignment import align
+from hf_frmerge.checkpoints.donor import find_disagreements
+from hf_frmerge.checkpoints.layout import ShardLayout
+from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
+from hf_frmerge.checkpoints.resolve import resolve_all
+from hf_frmerge.checkpoints.writer import STAGING
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.adapter_rows import align_adapters, missing_notes
+from hf_frmerge.merging.arguments import validate_weights
+from hf_frmerge.merging.blocks import block_shape, group_of, head_dim_of
+from hf_frmerge.merging.plan import Expert, MergePlan, TensorStep
+from hf_frmerge.merging.weight_rules import WeightSchedule, layer_index
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_frmerge.checkpoints.adapter import Adapter
+    from hf_frmerge.checkpoints.resolve import Source
+    from hf_frmerge.merging.arguments import MergingArguments
+
+DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+
+
+def build_plan(
+    experts: Sequence[str],
+    args: MergingArguments,
+    weights: Sequence[float] | None = None,
+    base_model: str | None = None,
+) -> MergePlan:
+    """
+    Resolve, open and align the models and decide what happens to every tensor. Reads headers only.
+
+    Args:
+        experts: Two or more folders or Hub ids, full checkpoints or adapters.
+        args: Options.
+        weights: One non-negative number per expert; all alike by default.
+        base_model: Folder or Hub id of the base model; needed for deltas and adapters.
+
+    Raises:
+        ArgumentError: If options contradict each other or the models.
+        CheckpointError: If a model is missing, broken, or does not fit the others.
+    """
+    if len(experts) < 2:
+        raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
+    alphas = validate_weights(weights, len(experts))
+    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token)
+    check_output_dir(args, [source.path for source in sources])
+    opened = [_open(source) for source in sources]
+    base = opened.pop() if base_model else None
+    if args.method == "slerp" and len(opened) != 2:
+        raise ArgumentError(
+            f"slerp joins exactly two experts, got {len(opened)}. Use method='karcher', its extension."
+        )
+    to_adapter = _makes_adapter(args, opened)
+    space = _space(args, opened, base, to_adapter)
+    opened = [_match_adapter(expert, base, to_adapter) for expert in opened]
+    if to_adapter:
+        steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas)
+        return MergePlan(args, opened, base, alphas, space, steps, None, notes)
+    steps, notes = _steps(args, opened, base, alphas)
+    layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
+    notes += find_disagreements([model.source for model in ([base] if base else []) + opened])
+    return MergePlan(args, opened, base, alphas, space, steps, layout, notes)
+
+
+def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
+    """
+    Refuse an output folder that is an input, or not empty.
+
+    Raises:
+        ArgumentError: With the option that would allow it.
+    """
+    output = Path(args.output_dir)
+    for path in inputs:
+        if "://" not in path and output.resolve() == Path(path).resolve():
+            raise ArgumentError(f"The output folder {args.output_dir!r} is also an input. Choose another output_dir.")
+    if not output.exists() or args.overwrite or args.resume_from_checkpoint:
+        return
+    if not output.is_dir():
+        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
+    if (output / STAGING).exists():
+        raise ArgumentError(
+            f"{args.output_dir!r} holds an interrupted merge. Pass --resume (resume_from_checkpoint=True) to go on "
+            "with it, or --overwrite to start anew."
+        )
+    if any(output.iterdir()):
+        raise ArgumentError(
+            f"The output folder {args.output_dir!r} is not empty. Choose another, or pass --overwrite "
+            "(overwrite=True) to replace the model in it."
+        )
+
+
+def _open(source: Source) -> Expert:
+    if source.kind == "adapter":
+        return Expert(source, adapter=open_adapter(source))
+    return Expert(source, checkpoint=open_checkpoint(source))
+
+
+def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
+    """Whether the output is an adapter; only adapters in delta space can make one."""
+    full = [expert.spec for expert in experts if expert.checkpoint]
+    if args.adapter_output == "adapter":
+        if full:
+            raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0]!r} is a full checkpoint.")
+        if args.space == "weights":
+            raise ArgumentError(
+                "A mean in weight space rescales the base model itself, which no adapter can express. Use "
+                "space='deltas', or adapter_output='merged'."
+            )
+        return True
+    kept_dense = any(e.adapter.dense or e.adapter.uses_dora for e in experts if e.adapter)
+    factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and not kept_dense
+    return args.adapter_output == "auto" and not full and factored
+
+
+def _match_adapter(expert: Expert, base: Expert | None, to_adapter: bool) -> Expert:
+    """Bind an adapter to the tensors of the base."""
+    if expert.adapter is None or base is None or base.checkpoint is None:
+        return expert
+    shapes = {name: info.shape for name, info in base.checkpoint.tensors.items()}
+    # Tied weights matter where deltas are added to the base: one change would act on both.
+    tied = not to_adapter and bool(base.checkpoint.config().get("tie_word_embeddings"))
+    adapter = expert.adapter.match(shapes, tied_embeddings=tied)
+    adapter.check_base_layers(base.checkpoint)
+    return Expert(expert.source, adapter=adapter)
+
+
+def _space(args: MergingArguments, experts: list[Expert], base: Expert | None, to_adapter: bool) -> str:
+    adapters = [expert for expert in experts if expert.adapter]
+    if base is not None and base.checkpoint is None:
+        raise ArgumentError(f"The base model {base.spec!r} is an adapter; a full checkpoint is needed.")
+    if adapters and base is None and not to_adapter:
+        raise ArgumentError(
+            f"{adapters[0].spec!r} is an adapter: pass the model it was trained from as base_model "
+            f"(its config names {adapters[0].adapter.config.base_model!r})."  # type: ignore[union-attr]
+        )
+    space = args.space or ("deltas" if adapters or args.method == "task_arithmetic" else "weights")
+    if args.method == "task_arithmetic" and space != "deltas":
+        raise ArgumentError('task_arithmetic adds deltas: it needs space="deltas" and a base_model.')
+    if space == "deltas" and base is None and not to_adapter:
+        raise ArgumentError('space="deltas" needs base_model: deltas are the differences to it.')
+    return space
+
+
+def _adapter_steps(
+    args: MergingArguments, adapters: list[Adapter], weights: list[float]
+) -> tuple[list[TensorStep], list[str]]:
+    """One step per module; its shape is that of the delta."""
+    common_base(adapters)
+    rows = align_adapters(adapters)
+    names = [row.first.target for row in rows]
+    weights_for, notes = _weights_for(args, weights, names)
+    dtype = DTYPE_CODES.get(args.dtype, rows[0].first.up.dtype if rows else "F32")
+    steps = [
+        TensorStep(
+            name=row.first.target,
+            dtype=dtype,
+            shape=row.first.shape,
+            action="merge",
+            donor=-1,
+            weights=weights_for[row.first.target],
+            group=group_of(row.first.target, args.block),
+            n_blocks=1,
+            block_len=row.n_out * row.n_in,
+        )
+        for row in rows
+    ]
+    _check_groups(steps)
+    return steps, notes + missing_notes(adapters, rows, args.strict)
+
+
+def _weights_for(
+    args: MergingArguments, weights: list[float], names: list[str]
+) -> tuple[dict[str, tuple[float, ...]], list[str]]:
+    """Weights of every tensor, and a note per rule that matches none."""
+    schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(weights))
+    n_layers = 1 + max((index for name in names if (index := layer_index(name)) is not None), default=0)
+    notes = [f"Weight rule {rule!r} matches no tensor." for rule in schedule.unused_rules(names)]
+    return {name: tuple(schedule.weights_for(name, n_layers)) for name in names}, notes
+
+
+def _steps(
+    args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float]
+) -> tuple[list[TensorStep], list[str]]:
+    full = [index for index, expert in enumerate(experts) if expert.checkpoint]
+    checkpoints = [experts[index].checkpoint for index in full]
+    aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
+    notes = list(aligned.notes)
+    touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
+    weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in aligned.tensors])
+    notes += rule_notes
+    head_dim = None
+    if args.block == "head":
+        donor = base or experts[full[0]]
+        head_dim = head_dim_of(donor.checkpoint.config() if donor.checkpoint else {})
+
+    steps = []
+    for tensor in aligned.tensors:
+        is_float = tensor.dtype in FLOAT_DTYPES
+        merge = tensor.action == "merge" and (bool(full) or tensor.name in touched)
+        n_blocks, block_len = block_shape(tensor.name, tensor.shape, args.block if merge else "tensor", head_dim)
+        steps.append(
+            TensorStep(
+                name=tensor.name,
+                dtype=DTYPE_CODES.get(args.dtype, tensor.dtype) if is_float else tensor.dtype,
+                shape=tensor.shape,
+                action="merge" if merge else "copy",
+                donor=-1 if tensor.donor < 0 else full[tensor.donor],
+                weights=weights_for[tensor.name] if merge else (),
+                group=group_of(tensor.name, args.block),
+                n_blocks=n_blocks,
+                block_len=block_len,
+            )
+        )
+    _check_groups(steps)
+    return steps, notes
+
+
+def _check_groups(steps: list[TensorStep]) -> None:
+    """One sphere, one set of weights."""
+    first: dict[str, TensorStep] = {}
+    for step in steps:
+        other = first.setdefault(step.group, step) if step.action == "merge" else step
+        if other.weights != step.weights:
+            raise ArgumentError(
+                f"weight_rules give {other.name!r} and {step.name!r} different weights, but both lie on one sphere "
+                f"(group {step.group or 'model'!r}). Use block='tensor', or rules that do not divide a group."
+            )
