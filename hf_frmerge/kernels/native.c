@@ -56,6 +56,7 @@ typedef struct {
 #define STORE16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtepi32_epi16((__m256i)(x)))
 #define LOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define STORE_F16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
+#define CLAMP(x, low, high) _mm512_min_pd(_mm512_max_pd(x, low), high)
 #define TO_DOUBLE(x) ((WIDE){{_mm512_cvtps_pd(x)}})
 #define TO_SINGLE(x) _mm512_cvtpd_ps(x.part[0])
 #include "native_isa.h"
@@ -71,6 +72,7 @@ typedef struct {
 #define STORE16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_packus_epi32((__m128i)(x), (__m128i)(x)))
 #define LOAD_F16(p) _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(p)))
 #define STORE_F16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
+#define CLAMP(x, low, high) _mm256_min_pd(_mm256_max_pd(x, low), high)
 #define TO_DOUBLE(x) ((WIDE){{_mm256_cvtps_pd(x)}})
 #define TO_SINGLE(x) _mm256_cvtpd_ps(x.part[0])
 #include "native_isa.h"
@@ -85,6 +87,8 @@ typedef struct {
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define LOAD16(p) __builtin_convertvector(*(const U16H *)(p), U32H)
 #define STORE16(p, x) (*(U16H *)(p) = __builtin_convertvector(x, U16H))
+#define CHOOSE(mask, a, b) ((F64)SELECT(mask, (I64)(a), (I64)(b)))
+#define CLAMP(x, low, high) CHOOSE((x) < (low), low, CHOOSE((x) > (high), high, x))
 #define TO_DOUBLE(x) ((WIDE){{{(x)[0], (x)[1]}, {(x)[2], (x)[3]}}})
 #define TO_SINGLE(x) ((F32H){x.part[0][0], x.part[0][1], x.part[1][0], x.part[1][1]})
 #include "native_isa.h"
@@ -92,7 +96,7 @@ typedef struct {
 typedef struct {
     const char *name;
     int (*gram)(const Operand *, int, size_t, size_t, int, double *);
-    int (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType);
+    void (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType);
     size_t (*count_nonfinite)(const uint8_t *, size_t, DType);
 } Level;
 
@@ -258,11 +262,10 @@ static PyObject *py_combine(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "n_blocks is too large");
     else if (!get_buffer(coefficients_object, "coefficients", table_bytes, PyBUF_C_CONTIGUOUS, &table)) {
         if (!get_buffer(out_object, "out", count * SIZE[dtype], PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) {
-            int failed;
             Py_BEGIN_ALLOW_THREADS;
-            failed = level->combine(operands->x, operands->n, n_blocks, block_len, table.buf, out.buf, dtype);
+            level->combine(operands->x, operands->n, n_blocks, block_len, table.buf, out.buf, dtype);
             Py_END_ALLOW_THREADS;
-            result = failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
+            result = Py_NewRef(Py_None);
             PyBuffer_Release(&out);
         }
         PyBuffer_Release(&table);

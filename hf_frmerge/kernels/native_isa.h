@@ -10,6 +10,7 @@
  *     CROSS     columns of a register tile off the diagonal (rows: 4), as many as the register file holds
  *     FMA       a * b + c on F32, fused or not
  *     LOAD16, STORE16        HALF 16-bit values in memory to 32-bit lanes and back
+ *     CLAMP                  F64 held between two others; none is NaN
  *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back
  *     LOAD_F16, STORE_F16    optional: HALF float16 values in memory to floats and back
  */
@@ -73,8 +74,7 @@ TARGET INLINE void NAME(add)(WIDE *sum, WIDE term) {
  */
 TARGET INLINE F64 NAME(round)(F64 value, int precision, double smallest) {
     F64 power = (F64)((I64)value & (INT64_C(0x7ff) << 52));
-    power = (F64)SELECT(power < smallest, (I64)((F64){0} + smallest), (I64)power);
-    power = (F64)SELECT(power > 0x1p200, (I64)((F64){0} + 0x1p200), (I64)power); /* room for the addend */
+    power = CLAMP(power, (F64){0} + smallest, (F64){0} + 0x1p200); /* above, room is needed for the addend */
     F64 addend = power * (1.5 * (double)(INT64_C(1) << (53 - precision)));
     F64 rounded = value + addend - addend;
     return (F64)((I64)rounded | ((I64)value & INT64_MIN)); /* the sign of zero */
@@ -114,6 +114,7 @@ TARGET INLINE void NAME(store)(WIDE value, uint8_t *out, DType dtype) {
 TARGET INLINE void NAME(fill_as)(const uint8_t *p, DType dtype, size_t count, const float *base, float *out) {
     size_t k = 0, size = SIZE[dtype];
     for (; k + HALF <= count; k += HALF) {
+        __builtin_prefetch(p + (k + 2 * RUN) * size, 0, 2); /* two runs ahead, beyond the products in between */
         F32H x = NAME(widen)(p + k * size, dtype);
         *(F32H *)(out + k) = x - *(const F32H *)(base + k);
     }
@@ -277,43 +278,42 @@ TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, 
     UNROLL for (int u = 0; u < units; u++) NAME(store)(acc[u], out + u * HALF * SIZE[out_dtype], out_dtype);
 }
 
-/* One block; `tail` holds HALF elements of up to n operands. */
-TARGET static void NAME(combine_block)(const Operand *x, const double *c, int n, size_t start, size_t length,
-                                       uint8_t *out, DType out_dtype, Operand *padded, uint8_t *tail) {
+/* One block. */
+TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, size_t start, size_t length, uint8_t *out,
+                                    DType out_dtype) {
     size_t k = 0, size = SIZE[out_dtype];
     for (; k + 4 * HALF <= length; k += 4 * HALF)
         NAME(combine_step)(x, c, n, start + k, 4, out + k * size, out_dtype);
     for (; k + HALF <= length; k += HALF) NAME(combine_step)(x, c, n, start + k, 1, out + k * size, out_dtype);
     if (k == length) return;
+    uint8_t tail[MAX_OPERANDS][8 * HALF], last[8 * HALF]; /* the rest, copied so that no read or write goes too far */
+    Operand padded[MAX_OPERANDS];
     for (int i = 0; i < n; i++) {
-        uint8_t *copy = tail + (size_t)i * HALF * 8;
-        memcpy(copy, x[i].data + (start + k) * SIZE[x[i].dtype], (length - k) * SIZE[x[i].dtype]);
-        padded[i] = (Operand){copy, x[i].dtype, 0};
+        memcpy(tail[i], x[i].data + (start + k) * SIZE[x[i].dtype], (length - k) * SIZE[x[i].dtype]);
+        padded[i] = (Operand){tail[i], x[i].dtype, 0};
     }
-    uint8_t last[HALF * 8];
     NAME(combine_step)(padded, c, n, 0, 1, last, out_dtype);
     memcpy(out + k * size, last, (length - k) * size);
 }
 
-TARGET static int NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len, const uint8_t *coefficients,
-                                uint8_t *out, DType out_dtype) {
-    struct { Operand used[MAX_OPERANDS], padded[MAX_OPERANDS]; double c[MAX_OPERANDS]; uint8_t tail[MAX_OPERANDS * HALF * 8]; } *s;
-    s = calloc(1, sizeof *s);
-    if (!s) return -1;
+TARGET static void NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len, const uint8_t *coefficients,
+                                 uint8_t *out, DType out_dtype) {
     size_t block_size = block_len * SIZE[out_dtype];
     for (size_t block = 0; block < n_blocks; block++, out += block_size) {
-        int used = 0;
+        Operand used[MAX_OPERANDS];
+        double c[MAX_OPERANDS];
+        int n_used = 0;
         for (int i = 0; i < n; i++, coefficients += sizeof(double)) {
-            memcpy(&s->c[used], coefficients, sizeof(double));
-            if (s->c[used] != 0) s->used[used++] = x[i];
+            memcpy(c + n_used, coefficients, sizeof(double));
+            if (c[n_used] != 0) used[n_used++] = x[i];
         }
-        if (used)
-            NAME(combine_block)(s->used, s->c, used, block * block_len, block_len, out, out_dtype, s->padded, s->tail);
-        else
-            memset(out, 0, block_size);
+        size_t start = block * block_len;
+        if (n_used == 0) memset(out, 0, block_size);
+        else if (out_dtype == BF16) NAME(combine_as)(used, c, n_used, start, block_len, out, BF16);
+        else if (out_dtype == F16) NAME(combine_as)(used, c, n_used, start, block_len, out, F16);
+        else if (out_dtype == F32_) NAME(combine_as)(used, c, n_used, start, block_len, out, F32_);
+        else NAME(combine_as)(used, c, n_used, start, block_len, out, F64_);
     }
-    free(s);
-    return 0;
 }
 
 /* ---- counting ---- */
@@ -349,4 +349,5 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef LOAD_F16
 #undef STORE_F16
 #undef TO_DOUBLE
+#undef CLAMP
 #undef TO_SINGLE
