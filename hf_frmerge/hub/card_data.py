@@ -66,17 +66,16 @@ class CardStatistics:
     """
     What the merge did, in numbers; `None` where it was not measured.
 
-    Angles are in radians, between the directions of two experts in one block (of their deltas in delta space).
-    `linear_norm_ratio` is the norm of the plain weighted average over the experts' mean norm, by block: what a plain
-    average would have kept. `merged_norm_ratio` is the same for the merge itself. `karcher_nre_gap` is the angle
-    between the Karcher mean and the norm-rescaled average of the same block.
+    Angles are in radians, between two experts (their deltas in delta space): the median over tensors of a tensor's
+    mean angle, and the largest of all. `linear_norm_ratio` is the norm of the plain weighted average over the
+    experts' mean norm, by tensor: what a plain average would have kept. `merged_norm_ratio` is the same for the merge
+    itself. `karcher_nre_gap` is the angle between the merge and the norm-rescaled average of the same block.
     """
 
     n_tensors_merged: int | None = None
     n_tensors_copied: int | None = None
     n_parameters: int | None = None
     output_dtype: str | None = None  # safetensors name: "BF16", "F16", "F32", "F64"
-    angle_min: float | None = None
     angle_median: float | None = None
     angle_max: float | None = None
     linear_norm_ratio_min: float | None = None

@@ -7,10 +7,11 @@ import re
 import tempfile
 from pathlib import Path
 
+from hf_frmerge.checkpoints.writer import STAGING
 from hf_frmerge.errors import HubError
 from hf_frmerge.hub.reproduce import hide_local_paths
+from hf_frmerge.merging.manifest import MANIFEST_FILE
 
-MANIFEST_NAME = "merge_manifest.json"
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 
 # Small files in which a path or a token could hide. Vocabularies are left out: "/root/" may be a token there.
@@ -27,14 +28,10 @@ def check_complete(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise HubError(f"There is no folder {folder} to push.")
-    staging = sorted(path.name for path in folder.glob(".frmerge*"))
-    if staging:
-        raise HubError(
-            f"{folder} still holds {staging[0]}: the merge was interrupted. Finish it with "
-            "`--resume-from-checkpoint`, then push."
-        )
-    if not (folder / MANIFEST_NAME).is_file():
-        raise HubError(f"{folder} has no {MANIFEST_NAME}: it is not the output of a finished merge.")
+    if (folder / STAGING).exists():
+        raise HubError(f"{folder} holds an interrupted merge. Finish it with `--resume`, then push.")
+    if not (folder / MANIFEST_FILE).is_file():
+        raise HubError(f"{folder} has no {MANIFEST_FILE}: it is not the output of a finished merge.")
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise HubError(f"{folder} has neither config.json nor adapter_config.json, so nobody could load it.")
@@ -94,11 +91,11 @@ def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         name: folder / name for name in filter_repo_objects(names, ignore_patterns=_IGNORED_PATTERNS)
     }
-    if MANIFEST_NAME in files:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    if MANIFEST_FILE in files:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         public = _hide(manifest)
         if public != manifest:
-            files[MANIFEST_NAME] = json.dumps(public, indent=2, ensure_ascii=False).encode()
+            files[MANIFEST_FILE] = json.dumps(public, indent=2, ensure_ascii=False).encode()
     return files
 
 

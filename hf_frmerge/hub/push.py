@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 # it: from_pretrained prefers a leftover `model.safetensors` to new shards and would load the old model.
 _WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
+_NOT_LOGGED_IN = (
+    "Cannot push to {}: you are not logged in, or your token is not accepted. Run `hf auth login`, set HF_TOKEN, or "
+    "pass `hub_token`."
+)
+
 
 @overload
 def push_folder(
@@ -119,6 +124,25 @@ def push_folder(
     return upload() if blocking else api.run_as_future(upload)
 
 
+def full_repo_id(repo_id: str, token: str | None = None) -> str:
+    """
+    Hub id with its namespace: a bare name belongs to the person logged in.
+
+    Raises:
+        HubError: If nobody is logged in, or the Hub cannot be reached.
+    """
+    if "/" in repo_id:
+        return repo_id
+    from huggingface_hub import get_token, whoami
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    with _clear_errors(repo_id, token or get_token()):
+        try:
+            return f"{whoami(token=token)['name']}/{repo_id}"
+        except LocalTokenNotFoundError as error:
+            raise HubError(_NOT_LOGGED_IN.format(repo_id)) from error
+
+
 def _commit(
     api: HfApi, folder: Path, repo_id: str, revision: str | None, commit_message: str, create_pr: bool
 ) -> CommitInfo:
@@ -152,6 +176,8 @@ def _clear_errors(repo_id: str, token: str | None) -> Iterator[None]:
 
     try:
         yield
+    except HubError:
+        raise
     except HFValidationError as error:
         raise ArgumentError(f"{repo_id!r} is not a valid Hub id: expected `namespace/name`. {error}") from error
     except (OfflineModeIsEnabled, HTTPError, RuntimeError, ValueError) as error:
@@ -181,10 +207,7 @@ def _http_sentence(error: HfHubHTTPError, repo_id: str) -> str:
     if isinstance(error, GatedRepoError):  # a kind of RepositoryNotFoundError: asked first
         return f"{repo_id} is gated. Ask for access on its page on the Hub, then push again."
     if status == 401:
-        return (
-            f"Cannot push to {repo_id}: you are not logged in, or your token is not accepted. Run `hf auth login`, "
-            "set HF_TOKEN, or pass `hub_token`."
-        )
+        return _NOT_LOGGED_IN.format(repo_id)
     if status == 403:
         return (
             f"Cannot push to {repo_id}: your token may not write there. Use a token with write permission, or a "

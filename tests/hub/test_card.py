@@ -127,7 +127,7 @@ def test_user_section_survives_and_the_rest_is_new(tmp_path: Path):
 
 def test_a_readme_that_is_not_ours_is_set_aside_where_no_push_sees_it(tmp_path: Path):
     (tmp_path / "README.md").write_text("# Written by hand\n")
-    write_card(full(), tmp_path)
+    write_card(adapter(), tmp_path)
     assert (tmp_path / "_README.previous.md").read_text() == "# Written by hand\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "_README.previous.md"]
 

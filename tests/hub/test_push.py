@@ -13,7 +13,7 @@ from hub_server import ALICE_TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard, create_repo, model_info, snapshot_download
 
 from hf_frmerge.errors import ArgumentError, HubError
-from hf_frmerge.hub.push import push_folder
+from hf_frmerge.hub.push import full_repo_id, push_folder
 
 REPO = "alice/reader-135m"
 
@@ -63,6 +63,15 @@ def test_a_name_without_namespace_is_the_user_s(hub: HubServer, output_dir: Path
     assert ("models", "alice/plain") in hub.repos
 
 
+def test_full_repo_id(hub: HubServer):
+    assert full_repo_id("plain", ALICE_TOKEN) == "alice/plain"
+    assert full_repo_id("lab/plain", None) == "lab/plain"
+    for token in (None, "wrong-token"):
+        with pytest.raises(HubError, match="hf auth login") as caught:
+            full_repo_id("plain", token)
+        assert "wrong-token" not in str(caught.value)
+
+
 @pytest.mark.parametrize("private", [True, False, None])
 def test_private_repositories(hub: HubServer, output_dir: Path, private: bool | None):
     push(output_dir, private=private)
@@ -103,13 +112,14 @@ def test_background_failures_are_as_clear(hub: HubServer, output_dir: Path):
 
 def test_leftovers_of_the_machine_are_not_sent(hub: HubServer, output_dir: Path):
     (output_dir / "_README.previous.md").write_text("old")
+    (output_dir / ".frmerge_sources.json").write_text(json.dumps({"models": [str(output_dir)]}))
     (output_dir / "checkpoint-1").mkdir()
     (output_dir / "checkpoint-1" / "state.json").write_text("{}")
     push(output_dir)
     names = {s.rfilename for s in model_info(REPO, token=False).siblings}
     assert names == {
-        ".gitattributes", "README.md", "config.json", "merge_coefficients.safetensors", "merge_manifest.json",
-        "model.safetensors",
+        ".gitattributes", "README.md", "config.json", "merge_coefficients.safetensors", "merge_evaluation.json",
+        "merge_manifest.json", "model.safetensors",
     }  # fmt: skip
 
 
@@ -209,7 +219,7 @@ def test_missing_shard_is_named(hub: HubServer, output_dir: Path):
 
 
 def test_interrupted_merge(hub: HubServer, output_dir: Path):
-    (output_dir / ".frmerge-journal").mkdir()
+    (output_dir / ".frmerge").mkdir()
     with pytest.raises(HubError, match="interrupted"):
         push(output_dir)
 

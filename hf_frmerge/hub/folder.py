@@ -1,0 +1,119 @@
+"""The card's facts, read from the folder of a finished merge: its manifest, its configuration, its sources' cards."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hf_frmerge.hub.card_data import CardSource, CardStatistics, EvaluationRow, MergeCard
+from hf_frmerge.hub.evaluation_file import load_evaluation
+from hf_frmerge.hub.licences import SourceMetadata, read_source_metadata
+from hf_frmerge.hub.tasks import read_task
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
+
+
+def card_of_folder(
+    output_dir: Path | str, *, evaluation: Sequence[EvaluationRow] | None = None, **card_fields: Any
+) -> MergeCard:
+    """
+    Collect what a model card says about the merge in a folder.
+
+    Args:
+        output_dir (`Path` or `str`):
+            Folder a merge wrote.
+        evaluation (`Sequence[EvaluationRow]`, *optional*):
+            Measured rows. Without any, those of the last card of this very merge are used.
+        card_fields:
+            Fields of `MergeCard` to set by hand, such as `hub_model_id`, `model_name` or `licence`.
+
+    Returns:
+        `MergeCard`: For `render_card` or `write_card`.
+
+    Raises:
+        CheckpointError: If the folder holds no finished merge.
+    """
+    folder = Path(output_dir)
+    manifest = read_manifest(folder)
+    arguments = manifest["arguments"]
+    hub_model_id = card_fields.get("hub_model_id")
+    name = hub_model_id.rpartition("/")[2] if hub_model_id else folder.resolve().name
+    facts: dict[str, Any] = {
+        "model_name": name,
+        "output_kind": "adapter" if (folder / "adapter_config.json").is_file() else "full",
+        "sources": _sources(folder, manifest),
+        "method": manifest["method"],
+        "space": manifest["space"],
+        "block": arguments["block"],
+        "norm": arguments["norm"],
+        "task": read_task(folder),
+        "non_default_arguments": _non_default(arguments),
+        "evaluation": list(evaluation or load_evaluation(folder)),
+        "statistics": _statistics(manifest["tensors"]),
+        "notes": manifest["notes"],
+        "versions": {"hf_frmerge": manifest["hf_frmerge"], **manifest["versions"]},
+        "manifest_files": [name for name in (MANIFEST_FILE, COEFFICIENTS_FILE) if (folder / name).is_file()],
+    }
+    return MergeCard(**{**facts, **card_fields})
+
+
+def _sources(folder: Path, manifest: dict[str, Any]) -> list[CardSource]:
+    entries = [*manifest["experts"], *([manifest["base_model"]] if manifest["base_model"] else [])]
+    local = folder / LOCAL_SOURCES_FILE
+    paths = json.loads(local.read_text(encoding="utf-8"))["models"] if local.is_file() else [None] * len(entries)
+    return [
+        CardSource(
+            spec=entry["id"],
+            repo_id=entry["id"] if entry["on_hub"] else None,
+            commit=entry["commit"],
+            weight=entry.get("weight"),
+            role="base" if index == len(manifest["experts"]) else "expert",
+            kind=entry["kind"],
+            metadata=read_source_metadata(path) if path is not None and "://" not in path else SourceMetadata(),
+        )
+        for index, (entry, path) in enumerate(zip(entries, paths))
+    ]
+
+
+def _non_default(arguments: dict[str, Any]) -> dict[str, object]:
+    defaults = {field.name: field.default for field in fields(MergingArguments)}
+    return {name: value for name, value in arguments.items() if name in defaults and value != defaults[name]}
+
+
+def _statistics(tensors: dict[str, dict[str, Any]]) -> CardStatistics:
+    """Summary over tensors of the per-tensor geometry in the manifest."""
+    merged = [entry for entry in tensors.values() if "geometry" in entry]
+    sizes: Counter[str] = Counter()
+    for entry in merged:
+        sizes[entry["dtype"]] += math.prod(entry["shape"])
+
+    def values(name: str) -> list[float]:
+        found = (entry["geometry"][name] for entry in merged)
+        return [value for value in found if value is not None and math.isfinite(value)]
+
+    def median(name: str) -> float | None:
+        return statistics.median(values(name)) if values(name) else None
+
+    return CardStatistics(
+        n_tensors_merged=len(merged),
+        n_tensors_copied=len(tensors) - len(merged),
+        n_parameters=sizes.total(),
+        output_dtype=max(sizes, key=sizes.__getitem__, default=None),
+        angle_median=median("mean_angle"),
+        angle_max=max(values("max_angle"), default=None),
+        linear_norm_ratio_min=min(values("linear_norm_ratio"), default=None),
+        linear_norm_ratio_median=median("linear_norm_ratio"),
+        merged_norm_ratio_min=min(values("norm_ratio"), default=None),
+        merged_norm_ratio_median=median("norm_ratio"),
+        karcher_nre_gap_median=median("gap_to_nre"),
+        karcher_nre_gap_max=max(values("gap_to_nre"), default=None),
+        worst_residual=max(values("residual"), default=None),
+        n_not_converged=sum(not entry["geometry"]["converged"] for entry in merged),
+        n_ambiguous=sum(entry["geometry"]["n_ambiguous"] for entry in merged),
+    )

@@ -1,0 +1,153 @@
+"""Cards of real merges: made from the folder alone, pushed, pulled, checked, and merged again from the Hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from card_examples import full
+from hub_server import ALICE_TOKEN, HubServer
+from huggingface_hub import ModelCard, snapshot_download
+from merge_reference import write_family
+from safetensors.numpy import load_file
+
+from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.errors import CheckpointError, HubError
+from hf_frmerge.hub.card import render_card, write_card
+from hf_frmerge.hub.evaluation_file import load_evaluation, save_evaluation
+from hf_frmerge.hub.folder import card_of_folder
+from hf_frmerge.hub.push import push_folder
+from hf_frmerge.merging.verify import verify
+
+
+def upload(hub: HubServer, repo_id: str, folder: str, front_matter: str) -> None:
+    files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    hub.add_repo(repo_id, {**files, "README.md": f"---\n{front_matter}\n---\n# {repo_id}\n".encode()})
+
+
+@pytest.fixture
+def merged(hub: HubServer, tmp_path: Path) -> Path:
+    """Merge of two experts from the Hub and a local one, in delta space."""
+    base, experts = write_family(tmp_path / "family", n=3)
+    upload(hub, "lab/base", base, "license: mit\nlanguage: en")
+    upload(hub, "lab/maths", experts[0], "license: mit\nlanguage: en\ndatasets: lab/sums")
+    upload(hub, "lab/code", experts[1], "license: mit\nlanguage: [en, code]")
+    Path(experts[2], "README.md").write_text("---\nlicense: mit\n---\n")
+    output = tmp_path / "merged"
+    FisherRaoMerger(
+        ["lab/maths", "lab/code@main", experts[2]],
+        MergingArguments(output_dir=str(output), space="deltas", disable_tqdm=True),
+        weights=[0.5, 0.3, 0.2],
+        base_model="lab/base",
+    ).merge()
+    return output
+
+
+def test_card_says_what_the_manifest_knows(hub: HubServer, merged: Path, tmp_path: Path):
+    card = card_of_folder(merged, hub_model_id="alice/three")
+    heads = {name: repo.branches["main"] for (_, name), repo in hub.repos.items()}
+    assert [(s.name, s.commit, s.weight, s.role) for s in card.sources] == [
+        ("lab/maths", heads["lab/maths"], 0.5, "expert"),
+        ("lab/code", heads["lab/code"], 0.3, "expert"),
+        ("e2", None, 0.2, "expert"),
+        ("lab/base", heads["lab/base"], None, "base"),
+    ]
+    text = render_card(card)
+    data = ModelCard(text).data
+    assert data.base_model == ["lab/maths", "lab/code", "lab/base"]
+    assert (data.license, data.language, data.datasets) == ("mit", ["en", "code"], ["lab/sums"])
+    assert str(tmp_path) not in text
+    assert "`space` | `deltas`" in text
+    assert "`output_dir`" not in text
+
+
+def test_statistics_are_those_of_the_files(merged: Path, tmp_path: Path):
+    """Angles and norms of the card against plain float64 numpy on the experts' own files."""
+    family = tmp_path / "family"
+    base = load_file(family / "base" / "model.safetensors")
+    experts = [load_file(family / f"e{i}" / "model.safetensors") for i in range(3)]
+    means, largest, kept = [], [], []
+    for name, origin in base.items():
+        deltas = [expert[name].astype(np.float64).ravel() - origin.astype(np.float64).ravel() for expert in experts]
+        norms = [np.linalg.norm(delta) for delta in deltas]
+        angles = [np.arccos(deltas[i] @ deltas[j] / norms[i] / norms[j]) for i in range(3) for j in range(i + 1, 3)]
+        means.append(np.mean(angles))
+        largest.append(max(angles))
+        weights = [0.5, 0.3, 0.2]
+        average = sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
+        kept.append(np.linalg.norm(average) / np.average(norms, weights=weights))
+    statistics = card_of_folder(merged).statistics
+    assert statistics.angle_median == pytest.approx(np.median(means), rel=1e-6)
+    assert statistics.angle_max == pytest.approx(max(largest), rel=1e-6)
+    assert statistics.linear_norm_ratio_min == pytest.approx(min(kept), rel=1e-6)
+    assert statistics.linear_norm_ratio_median == pytest.approx(np.median(kept), rel=1e-6)
+    assert statistics.merged_norm_ratio_min == pytest.approx(1.0, rel=1e-6)
+    assert statistics.n_tensors_merged == len(base)
+    assert statistics.n_parameters == sum(tensor.size for tensor in base.values())
+    assert statistics.output_dtype == "F32"
+
+
+def test_from_the_hub_to_the_hub_and_back(hub: HubServer, merged: Path, tmp_path: Path):
+    write_card(card_of_folder(merged, hub_model_id="alice/three"), merged)
+    info = push_folder(merged, repo_id="alice/three", token=ALICE_TOKEN, revision="v1")
+    assert all(str(tmp_path).encode() not in request.body for request in hub.requests)
+    source = resolve("alice/three@v1")
+    assert (source.kind, source.commit) == ("full", info.oid)
+    family = [str(tmp_path / "family" / f"e{i}") for i in range(3)]
+    copy = snapshot_download("alice/three", revision="v1", local_dir=tmp_path / "copy", token=False)
+    report = verify(copy, experts=family, base_model=str(tmp_path / "family" / "base"))
+    assert report.problems == []
+    assert report.checked_tensors == 8
+
+
+def test_merger_pushes_with_one_call(hub: HubServer, tmp_path: Path):
+    _, experts = write_family(tmp_path / "family", n=2)
+    args = MergingArguments(output_dir=str(tmp_path / "out"), disable_tqdm=True, hub_token=ALICE_TOKEN)
+    merger = FisherRaoMerger(experts, args).merge()
+    info = merger.push_to_hub("alice/one-call")
+    assert info is not None
+    assert hub.repos["models", "alice/one-call"].branches["main"] == info.oid
+    bodies = b"".join(request.body for request in hub.requests)
+    assert ALICE_TOKEN.encode() not in bodies
+    assert str(tmp_path).encode() not in bodies
+
+
+def test_writing_the_card_again_keeps_the_evaluation_of_this_merge_only(merged: Path):
+    rows = [row for row in full().evaluation if row["model"] == "merged"]
+    first = write_card(card_of_folder(merged, evaluation=rows), merged).read_text()
+    assert write_card(card_of_folder(merged), merged).read_text() == first
+    assert load_evaluation(merged) == rows
+    table = merged / "merge_coefficients.safetensors"
+    table.write_bytes(table.read_bytes() + b" ")  # another merge took its place
+    assert card_of_folder(merged).evaluation == []
+
+
+def test_evaluation_keeps_no_local_path(merged: Path, tmp_path: Path):
+    rows = [{"model": str(tmp_path / "family" / "e2"), "domain": "x", "loss": 1.0}]
+    write_card(card_of_folder(merged, evaluation=rows), merged)
+    assert load_evaluation(merged) == [{"model": "./e2", "domain": "x", "loss": 1.0}]
+    save_evaluation(merged, rows)  # put there by other means
+    with pytest.raises(HubError, match="merge_evaluation"):
+        push_folder(merged, repo_id="alice/x", token=ALICE_TOKEN)
+
+
+def test_without_the_local_sources_nothing_is_claimed(merged: Path):
+    (merged / ".frmerge_sources.json").unlink()
+    card = card_of_folder(merged)
+    assert "license" not in ModelCard(render_card(card)).data.to_dict()
+
+
+def test_folder_without_a_merge(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="merge_manifest"):
+        card_of_folder(tmp_path)
+
+
+def test_settings_of_the_card_are_those_that_differ(merged: Path):
+    manifest = json.loads((merged / "merge_manifest.json").read_text())
+    assert manifest["arguments"]["tol"] == 1e-12
+    settings = re.findall(r"^\| `(\w+)` \|", render_card(card_of_folder(merged)), re.MULTILINE)
+    assert settings == ["space"]
