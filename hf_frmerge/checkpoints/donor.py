@@ -208,7 +208,7 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if key in _IGNORED_KEYS:
             continue
         path = prefix + key
-        if key == "rope_theta":
+        if key == "rope_theta" and not prefix.endswith("rope_parameters."):
             path = f"{prefix}rope_parameters.rope_theta"
         elif key == "rope_scaling":
             path = f"{prefix}rope_parameters"

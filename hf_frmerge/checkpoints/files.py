@@ -197,14 +197,22 @@ class RemoteFolder:
     def names(self, subfolder: str = "") -> list[str]:
         """Names of the files directly in the folder or a subfolder, sorted; plain web servers may not tell."""
         try:
-            entries = self._fs.ls(self._join(subfolder) if subfolder else self._root, detail=True)
+            entries = self._ask("ls", self._join(subfolder) if subfolder else self._root, detail=True)
         except FileNotFoundError:
             return []
         return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
 
     def exists(self, name: str) -> bool:
         """Whether `name` is a file."""
-        return bool(self._fs.isfile(self._join(name)))
+        try:
+            return bool(self._info(name)["type"] == "file")
+        except FileNotFoundError as error:
+            # fsspec's HTTP file system says so of every failure and keeps the real one as the cause. Object stores
+            # answer 403 for a missing file to those who may not list the bucket.
+            cause = error.__cause__
+            if cause is None or getattr(cause, "status", None) in (403, 404, 410):
+                return False
+            raise OSError(errno.EIO, f"{type(cause).__name__}: {cause}") from error
 
     def size(self, name: str) -> int:
         """Size of `name` in bytes."""
@@ -222,8 +230,8 @@ class RemoteFolder:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes `[start, stop)` of `name`."""
         if stop is None:
-            return bytes(self._fs.cat_file(self._join(name)))
-        data = bytes(self._fs.cat_file(self._join(name), start=start, end=stop))
+            return bytes(self._ask("cat_file", self._join(name)))
+        data = bytes(self._ask("cat_file", self._join(name), start=start, end=stop))
         if len(data) > stop - start:
             raise OSError(errno.EOPNOTSUPP, "the server ignores byte ranges and sends the whole file")
         return data
@@ -245,4 +253,13 @@ class RemoteFolder:
         return f"{self._root}/{name}"
 
     def _info(self, name: str) -> dict[str, Any]:
-        return dict(self._fs.info(self._join(name)))
+        return dict(self._ask("info", self._join(name)))
+
+    def _ask(self, method: str, *args: Any, **options: Any) -> Any:
+        try:
+            return getattr(self._fs, method)(*args, **options)
+        except (OSError, NotImplementedError):
+            raise
+        except Exception as error:
+            # Each store raises the errors of its own client library; to us they all mean that it did not answer.
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error

@@ -125,6 +125,10 @@ def _no_weights(spec: str, names: list[str]) -> CheckpointError:
         return CheckpointError(
             f"{spec!r} holds no weights: expected {' or '.join(_WEIGHTS)}, found {', '.join(names[:5])}."
         )
+    if "://" in spec:
+        return CheckpointError(
+            f"{spec!r}: neither {' nor '.join(_WEIGHTS)} was found there. Check the address, and that you may read it."
+        )
     return CheckpointError(f"{spec!r} is empty: expected {' or '.join(_WEIGHTS)} and a config.json.")
 
 

@@ -1,0 +1,315 @@
+"""Finding checkpoints: folders, URLs, Hub ids online and offline, each failure by its own sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import ALICE_TOKEN
+from huggingface_hub import snapshot_download
+
+from hf_frmerge.checkpoints.reader import open_checkpoint
+from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all
+from hf_frmerge.errors import CheckpointError, HubError
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def model(tmp_path, save_model) -> Path:
+    save_model(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# Local folders
+
+
+def test_folder(model, monkeypatch):
+    assert resolve(str(model)) == Source(str(model), "full", str(model))
+    monkeypatch.chdir(model.parent)
+    for spec in ("model", "./model", "model/"):  # a folder goes before a Hub id of that name
+        source = resolve(spec)
+        assert source.repo_id is None
+        assert Path(source.path).resolve() == model.resolve()
+
+
+def test_home_is_expanded(model, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert resolve("~/model").path == str(model)
+
+
+def test_sharded_folder(tmp_path, save_model):
+    save_model(tmp_path / "m", max_shard_size="20KB")
+    assert resolve(str(tmp_path / "m")).kind == "full"
+
+
+def test_adapter_folder(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert resolve(str(tmp_path)).kind == "adapter"
+
+
+def test_model_with_an_adapter_config_beside_it_is_a_model(model):
+    (model / "adapter_config.json").write_text("{}")
+    assert resolve(str(model)).kind == "full"
+
+
+@pytest.mark.parametrize("spec", ["./nothing", "../nothing", "/no/such/folder", "~/no-such-folder", "a/b/c", "a b"])
+def test_paths_that_do_not_exist_are_not_asked_of_the_hub(hub, spec):
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        resolve(spec)
+    assert hub.requests == []
+
+
+def test_file_in_place_of_its_folder(model):
+    with pytest.raises(CheckpointError, match=r"is a file\. Pass the folder"):
+        resolve(str(model / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "is empty"),
+        (["config.json", "notes.md"], r"holds no weights: expected .*, found config.json, notes.md"),
+        (["pytorch_model.bin"], r"(?s)pickle weights only \(pytorch_model.bin\).*from_pretrained"),
+        (["consolidated.00.pth"], "pickle weights only"),
+        (["consolidated.safetensors"], r"holds neither .*, but consolidated.safetensors"),
+        (["training_args.bin"], "holds no weights"),
+        (["model.safetensors"], "has weights but no config.json"),
+        (["adapter_config.json", "adapter_model.bin"], "is an adapter without adapter_model.safetensors"),
+    ],
+)
+def test_folders_that_cannot_be_read(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=message):
+        resolve(str(tmp_path))
+
+
+def test_conversion_hint_works(tmp_path, model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wanted = AutoModelForCausalLM.from_pretrained(model)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    torch.save(wanted.state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(CheckpointError) as caught:
+        resolve(str(pickled))
+    program = str(caught.value).split("Convert it once:\n")[1].replace("    ", "")
+    program = program.replace("THIS CHECKPOINT", str(pickled)).replace('"converted"', f'"{tmp_path / "converted"}"')
+    exec(program)
+    converted = open_checkpoint(resolve(str(tmp_path / "converted")))
+    original = open_checkpoint(resolve(str(model)))
+    assert all((converted.read(name) == original.read(name)).all() for name in original.tensors)
+
+
+# URLs
+
+
+def test_file_url_is_a_folder(model):
+    assert resolve(f"file://{model}") == Source(f"file://{model}", "full", str(model))
+    with pytest.raises(CheckpointError, match="There is no folder 'file:///no/such'"):
+        resolve("file:///no/such")
+
+
+def test_memory_url(model):
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    for name, data in contents(model).items():
+        fs.pipe_file(f"/m/{name}", data)
+    assert resolve("memory://m") == Source("memory://m", "full", "memory://m")
+    fs.rm("/m/model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        resolve("memory://m")
+    fs.store.clear()
+
+
+def test_web_url(model, web):
+    source = resolve(f"{web[0]}/model")
+    assert source.kind == "full"
+    with open_checkpoint(source) as remote, open_checkpoint(resolve(str(model))) as local:
+        assert remote.read("model.norm.weight").tobytes() == local.read("model.norm.weight").tobytes()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor .* was found there"):
+        resolve(f"{web[0]}/nothing")
+
+
+def test_web_server_that_is_down():
+    with pytest.raises(CheckpointError, match=r"could not be opened: .*Cannot connect"):
+        resolve("http://127.0.0.1:9/model")
+
+
+def test_unknown_protocol():
+    with pytest.raises(CheckpointError, match="Cannot open 'nonsense://x': Protocol not known: nonsense"):
+        resolve("nonsense://x")
+
+
+def test_missing_protocol_package_is_named():
+    with pytest.raises(CheckpointError, match="s3fs"):
+        resolve("s3://bucket/model")
+
+
+# The Hub
+
+
+def test_hub_id_is_pinned_to_a_commit(hub, model):
+    repo = hub.add_repo("alice/m", contents(model))
+    source = resolve("alice/m")
+    assert (source.repo_id, source.revision, source.commit) == ("alice/m", None, repo.branches["main"])
+    assert source.path.endswith(f"snapshots/{source.commit}")
+    with open_checkpoint(source) as downloaded, open_checkpoint(resolve(str(model))) as original:
+        assert downloaded.tensors == original.tensors
+        assert downloaded.read("model.norm.weight").tobytes() == original.read("model.norm.weight").tobytes()
+
+
+def test_revision(hub, model):
+    repo = hub.add_repo("alice/revised", contents(model))
+    first = repo.branches["main"]
+    repo.branches["main"] = repo.branches["v2"] = repo.add_commit(
+        repo.commit_of("main"), "More", dict(repo.commit_of("main").files)
+    ).oid
+    for revision, commit in (("v2", repo.branches["v2"]), (first, first)):
+        source = resolve(f"alice/revised@{revision}")
+        assert (source.repo_id, source.revision, source.commit) == ("alice/revised", revision, commit)
+    with pytest.raises(HubError, match="alice/revised has no revision 'nope'"):
+        resolve("alice/revised@nope")
+
+
+def test_pickles_are_never_downloaded(hub, model):
+    files = {**contents(model), "pytorch_model.bin": b"pickle", "training_args.bin": b"pickle", "a.pt": b"pickle"}
+    hub.add_repo("alice/both", {**files, "consolidated.safetensors": b"the weights again"})
+    names = {path.name for path in Path(resolve("alice/both").path).iterdir()}
+    assert names == set(contents(model))
+    assert hub.sent("GET", r"pickle|\.bin|\.pt|consolidated") == []
+
+
+def test_pickle_only_repository_gets_the_hint(hub, model):
+    hub.add_repo("alice/old", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    with pytest.raises(CheckpointError, match=r"'alice/old' has pickle weights only \(pytorch_model.bin\)"):
+        resolve("alice/old")
+
+
+def test_who_may_see_it(hub, model):
+    hub.add_repo("lab/hidden", contents(model), private=True)
+    hub.add_repo("bob/gated", contents(model), gated=True)
+    with pytest.raises(HubError, match=r"bob/gated is gated: accept its terms"):
+        resolve("bob/gated", token=ALICE_TOKEN)
+    with pytest.raises(HubError, match=r"no model 'lab/hidden' on the Hub .* private model needs"):
+        resolve("lab/hidden", token=False)
+    with pytest.raises(HubError, match=r"no model 'lab/missing' on the Hub .* no local folder 'lab/missing'"):
+        resolve("lab/missing", token=ALICE_TOKEN)
+    assert resolve("lab/hidden", token=ALICE_TOKEN).kind == "full"
+
+
+def test_server_error(hub, model):
+    hub.add_repo("alice/down", contents(model))
+    hub.fail("GET", r"/api/models/alice/down", status=500, times=100)
+    with pytest.raises(HubError, match="alice/down"):
+        resolve("alice/down")
+
+
+def test_invalid_ids_are_not_asked_of_the_hub(hub):
+    with pytest.raises(CheckpointError, match="neither a folder nor a valid Hub id"):
+        resolve("-bad--name-")
+    assert hub.requests == []
+
+
+def test_each_spec_is_looked_up_once(hub, model):
+    hub.add_repo("alice/twice", contents(model))
+    first, local, again = resolve_all(["alice/twice", str(model), "alice/twice"])
+    assert first is again
+    assert local.repo_id is None
+    assert len(hub.sent("GET", r"/api/models/alice/twice/(revision|tree)")) <= 2
+
+
+# Offline, in a fresh process, since the Hub client reads HF_HUB_OFFLINE when it is imported
+
+_SCRIPT = """
+import json, sys
+from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.checkpoints.reader import open_checkpoint
+from hf_frmerge.errors import MergeError
+answers = []
+for spec in sys.argv[1:]:
+    try:
+        source = resolve(spec)
+        answers.append([source.repo_id, source.revision, source.commit, len(open_checkpoint(source).tensors)])
+    except MergeError as error:
+        answers.append(f"{type(error).__name__}: {error}")
+print(json.dumps(answers))
+"""
+
+
+def resolve_offline(home: Path, specs: list[str]) -> list:
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _SCRIPT, *specs]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def test_offline_cache(tmp_path, model):
+    sha, other = "a" * 40, "b" * 40
+    cache = tmp_path / "home" / "hub"
+    for repo, commit, files in (
+        ("complete", sha, contents(model)),
+        ("partial", other, {"config.json": b"{}"}),
+    ):
+        root = cache / f"models--org--{repo}"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text(commit)
+        (root / "blobs").mkdir()
+        (root / "snapshots" / commit).mkdir(parents=True)
+        for name, data in files.items():
+            (root / "blobs" / f"etag-{name}").write_bytes(data)
+            (root / "snapshots" / commit / name).symlink_to(f"../../blobs/etag-{name}")
+    specs = [
+        "org/complete",
+        f"org/complete@{sha}",
+        "org/complete@main",
+        "org/complete@v9",
+        "org/absent",
+        "org/partial",
+    ]
+    answers = resolve_offline(tmp_path / "home", specs)
+    n_tensors = len(open_checkpoint(resolve(str(model))).tensors)
+    assert answers[:3] == [["org/complete", revision, sha, n_tensors] for revision in (None, sha, "main")]
+    for spec, answer in zip(specs[3:5], answers[3:5], strict=True):
+        assert answer.startswith(f"HubError: '{spec}' is neither a local folder nor in the local cache"), answer
+        assert "HF_HUB_OFFLINE" in answer
+    assert answers[5] == (
+        "CheckpointError: 'org/partial' holds no weights: expected model.safetensors or "
+        "model.safetensors.index.json, found config.json."
+    )
+
+
+def test_offline_snapshot_that_lacks_only_what_a_merge_can_do_without(hub, tmp_path, model):
+    repo = hub.add_repo("alice/seen", {**contents(model), "README.md": b"# Card"})
+    repo.branches["index-only"] = repo.add_commit(repo.commit_of("main"), "n", dict(repo.commit_of("main").files)).oid
+    cache = tmp_path / "home" / "hub"
+    snapshot_download("alice/seen", cache_dir=cache, allow_patterns=["*.safetensors", "config.json"])
+    snapshot_download("alice/seen", revision="index-only", cache_dir=cache, allow_patterns=["config.json"])
+    found, bare = resolve_offline(tmp_path / "home", ["alice/seen", "alice/seen@index-only"])
+    assert found[2] == repo.branches["main"]
+    assert bare.startswith("HubError: 'alice/seen@index-only' is neither a local folder nor in the local cache")
+
+
+def test_local_folders_need_no_hub_client(model):
+    program = (
+        "import sys; from hf_frmerge.checkpoints.reader import open_checkpoint; "
+        "from hf_frmerge.checkpoints.resolve import resolve; from hf_frmerge.checkpoints.alignment import align; "
+        "from hf_frmerge.checkpoints import donor, writer; "
+        "c = open_checkpoint(resolve(sys.argv[1])); align([c, c]); c.read('model.norm.weight'); "
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'fsspec', 'safetensors'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(model)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
