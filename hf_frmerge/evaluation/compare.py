@@ -74,7 +74,7 @@ def compare_models(
     batch_size: int = 8,
     block_size: int = 256,
     token: str | None = None,
-    on_score: Callable[[Score], None] | None = None,
+    on_score: Callable[[Score], object] | None = None,
 ) -> list[Score]:
     """
     Evaluate every model on every text.
@@ -98,7 +98,7 @@ def compare_models(
             Tokens a block: each is predicted from at most `block_size - 1` tokens before it.
         token (`str`, *optional*):
             Token for the Hub.
-        on_score (`Callable[[Score], None]`, *optional*):
+        on_score (`Callable[[Score], object]`, *optional*):
             Called after every model and text, to show progress.
 
     Returns:

@@ -1,0 +1,127 @@
+"""One command class for all commands: errors become a sentence and an exit code, progress and logs go to stderr."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import click
+
+from hf_frmerge.errors import ArgumentError, MergeError
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+_DEBUG = "hf_frmerge.debug"
+
+
+class Failure(click.ClickException):
+    """A sentence on stderr and an exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+class SectionOption(click.Option):
+    """Option that the help lists under a heading of its own."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class FrmergeCommand(click.Command):
+    """
+    Command with `--debug`, whose errors end in a sentence.
+
+    Exit codes: 2 for wrong usage (click's own errors and `ArgumentError`), 1 for any other failure, 130 for Ctrl-C.
+    With `--debug` the exception is raised as it is.
+
+    Args:
+        on_interrupt (`str`, *optional*):
+            Sentence shown after Ctrl-C: how to go on.
+    """
+
+    def __init__(self, *args: Any, on_interrupt: str = "Nothing was written.", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.on_interrupt = on_interrupt
+        self.params.append(
+            SectionOption(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                callback=lambda ctx, param, value: ctx.meta.update({_DEBUG: value}),
+                help="Show the traceback of an error.",
+            )
+        )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, and turn what it raises into a message and an exit code."""
+        with _terminal_output():
+            try:
+                return super().invoke(ctx)
+            except (click.exceptions.Exit, click.Abort, click.ClickException):
+                raise
+            except KeyboardInterrupt:
+                raise Failure(f"Interrupted. {self.on_interrupt}", INTERRUPTED) from None
+            except Exception as error:
+                if ctx.meta[_DEBUG] or _is_closed_pipe(error):
+                    raise
+                raise _as_failure(error) from error
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options under their headings, in the order in which the headings first come up."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record is not None:
+                section = param.section if isinstance(param, SectionOption) else "Options"
+                sections.setdefault(section, []).append(record)
+        sections["Options"] = sections.pop("Options", [])  # the general ones last
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Send what libraries print to stderr, so that stdout holds the result of the command and nothing else."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+@contextmanager
+def _terminal_output() -> Iterator[None]:
+    """Show warnings and log records as plain lines on stderr, and leave both systems as they were found."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("hf_frmerge")
+    package.addHandler(handler)
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, *_, **__: click.secho(f"Warning: {message}", err=True, fg="yellow")
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+        package.removeHandler(handler)
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    """Whether the reader of our output went away, as in `frmerge inspect ... | head`; click ends quietly then."""
+    return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+def _as_failure(error: Exception) -> Failure:
+    if isinstance(error, ArgumentError):
+        return Failure(str(error), USAGE)
+    if isinstance(error, MergeError):
+        return Failure(str(error), FAILURE)
+    return Failure(
+        f"{type(error).__name__}: {error}\nThis was not expected. Run the command again with --debug to see where it "
+        "happened.",
+        FAILURE,
+    )

@@ -1,0 +1,50 @@
+"""`frmerge demo`."""
+
+from __future__ import annotations
+
+import click
+
+from hf_frmerge.cli.command import FrmergeCommand, results_only
+
+
+@click.command("demo", cls=FrmergeCommand, on_interrupt="Run it again: the converted base model is kept.")
+@click.option("--output-dir", metavar="DIR", default="./frmerge-demo", show_default=True, help="Folder for the model.")
+def demo(output_dir: str) -> None:
+    """
+    Merge three small real experts, compare the methods, and see.
+
+    Takes a few minutes on two cores, nothing is downloaded. The experts are LoRA adapters of SmolLM2-135M for Jane
+    Austen's prose, the King James Bible and Python code.
+    """
+    with results_only():
+        from tqdm import tqdm
+        from transformers.utils.logging import disable_progress_bar
+
+        from hf_frmerge.demo.run import BASE, PROMPT, conclusions, run_demo
+        from hf_frmerge.evaluation.compare import Score, recovered
+
+        disable_progress_bar()  # of weights being loaded, thirteen times in all; converting the base shows its own
+        with tqdm(desc="Evaluating", unit="text", disable=None) as bar:
+
+            def on_score(score: Score, total: int) -> None:
+                bar.total = total
+                bar.set_postfix_str(f"{score.model} on {score.domain}: {score.perplexity:.2f}", refresh=False)
+                bar.update()
+
+            result = run_demo(output_dir, tell=bar.write, on_score=on_score)
+    from hf_frmerge.cli.render import console, human_seconds, print_recovery, print_scores
+
+    out = console()
+    out.print(result.verdict)
+    print_scores(result.scores, result.merged, title="Perplexity on held-out text (lower is better)")
+    print_recovery(recovered(result.scores, result.merged, result.experts, BASE))
+    out.print("What the numbers say (perplexities are geometric means over the texts):", style="bold")
+    for sentence in conclusions(result.scores, result.angles):
+        out.print(f"- {sentence}")
+    out.print("\nThe Karcher merge of the deltas, reloaded, goes on after", repr(PROMPT))
+    out.print(f"  {PROMPT}{result.continuation}", style="italic")
+    out.print(f"\nModel, record and card: {output_dir}   Check it: frmerge verify {output_dir}", style="bold")
+    out.print(f"The demo took {human_seconds(result.seconds)}.")
+
+
+COMMANDS = {"demo": demo}

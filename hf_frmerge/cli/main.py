@@ -1,0 +1,49 @@
+"""Entry point of `frmerge`. Imports click alone; a command's module is imported when that command runs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from hf_frmerge import __version__
+
+# Command -> module that defines it, and the line `frmerge --help` shows without importing that module.
+_COMMANDS = {
+    "merge": ("merge", "Merge two or more experts into one model."),
+    "plan": ("preflight", "Show what a merge would do, from file headers alone."),
+    "inspect": ("preflight", "Measure angles and norms: can the choice of method matter here?"),
+    "evaluate": ("evaluate", "Compare a merged model with its experts on your texts."),
+    "verify": ("output", "Recompute a merge and compare it bit for bit."),
+    "card": ("output", "Write the model card of a merge again."),
+    "push": ("output", "Upload a merge to the Hugging Face Hub."),
+    "extract-lora": ("extract", "Turn a fine-tuned model into a LoRA adapter of its base."),
+    "demo": ("demo", "Merge three small real experts, compare the methods, and see."),
+}
+
+
+class LazyGroup(click.Group):
+    """Group whose commands live in modules that are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of a merge's life."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = import_module(f"hf_frmerge.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = module.COMMANDS[cmd_name]
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, package_name="hf_frmerge", prog_name="frmerge")
+def main() -> None:
+    """Merge fine-tuned language models by the weighted Karcher mean, and see what the merge did."""

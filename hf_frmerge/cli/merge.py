@@ -1,0 +1,60 @@
+"""`frmerge merge`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hf_frmerge.cli.command import FrmergeCommand, results_only
+from hf_frmerge.cli.options import EXPERTS, HUB, MEAN, OUTPUT, RUNNING, arguments_from, options_from
+
+
+@click.command(
+    "merge",
+    cls=FrmergeCommand,
+    on_interrupt="The output folder holds no finished model. Run the same command with --resume to go on.",
+)
+@click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
+@click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
+@options_from(EXPERTS, MEAN, OUTPUT, RUNNING, HUB)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options: Any) -> None:
+    """
+    Merge two or more experts into one model.
+
+    An EXPERT is a local folder or a Hub id (org/name or org/name@revision), a full checkpoint or a LoRA adapter. In
+    place of the experts a CONFIG file (.yml, .yaml, .json) can hold everything.
+    """
+    expert_arguments, args = arguments_from(experts, config, options)
+    with results_only():
+        from hf_frmerge.merger import FisherRaoMerger
+
+        merger = FisherRaoMerger(
+            expert_arguments.experts,
+            args=args,
+            weights=expert_arguments.weights,
+            base_model=expert_arguments.base_model,
+        ).merge()
+        if args.push_to_hub:
+            merger.push_to_hub()
+    if as_json:
+        click.echo(json.dumps(merger.report, indent=2))
+        return
+    from hf_frmerge.cli.render import print_merge
+
+    print_merge(merger.report, _merged_dtype(args.output_dir), args.output_dir)
+
+
+def _merged_dtype(output_dir: str) -> str | None:
+    """Dtype code of the least precise merged tensors."""
+    from hf_frmerge.merging.manifest import read_manifest
+
+    tensors = read_manifest(Path(output_dir))["tensors"].values()
+    dtypes = {entry["dtype"] for entry in tensors if entry["action"] == "merge"}
+    return next((dtype for dtype in ("BF16", "F16", "F32", "F64") if dtype in dtypes), None)
+
+
+COMMANDS = {"merge": merge}

@@ -1,0 +1,148 @@
+"""Command-line options made from the fields of `ExpertArguments` and `MergingArguments`, and config files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import click
+
+from hf_frmerge.cli.command import SectionOption
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments, read_config
+
+EXPERTS = {"Experts": ("weights", "base_model")}
+MEAN = {
+    "The mean": (
+        "method",
+        "space",
+        "block",
+        "norm",
+        "beta",
+        "scale",
+        "weight_rules",
+        "tol",
+        "max_iter",
+        "on_ambiguous",
+    )
+}
+OUTPUT = {
+    "Output": ("output_dir", "dtype", "max_shard_size", "overwrite", "resume_from_checkpoint", "strict"),
+    "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy"),
+}
+RUNNING = {
+    "Running": ("memory_budget", "num_workers", "device"),
+    "Progress and reports": (
+        "disable_tqdm",
+        "log_level",
+        "logging_steps",
+        "logging_first_step",
+        "report_to",
+        "run_name",
+    ),
+}
+HUB = {"The Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token")}
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+_FLAGS = {"resume_from_checkpoint": "--resume/--no-resume", "output_dir": "--output-dir"}
+_METAVARS = {"weights": "W,W,...", "output_dir": "DIR", "base_model": "MODEL", "weight_rules": "RULE"}
+
+
+def options_from(*groups: Mapping[str, Sequence[str]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """
+    Return a decorator that adds one option per named field: `--a-b` for `a_b`, `--x/--no-x` for a bool.
+
+    No option has a default of its own, so that a command can tell what was given from what was not; the help shows
+    the default of the field.
+
+    Args:
+        groups (`Mapping[str, Sequence[str]]`):
+            Heading in the help -> fields of `ExpertArguments` or `MergingArguments`.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        options = [_option(name, section) for group in groups for section, names in group.items() for name in names]
+        for option in reversed(options):  # decorators list their options from the innermost outwards
+            command = option(command)
+        return command
+
+    return add
+
+
+def arguments_from(
+    experts: Sequence[str], config: str | None, options: Mapping[str, Any]
+) -> tuple[ExpertArguments, MergingArguments]:
+    """
+    Build the arguments of a merge; what was given on the command line overrides the configuration file.
+
+    Args:
+        experts (`Sequence[str]`):
+            Positional arguments: the experts, or nothing but a configuration file.
+        config (`str` or `None`):
+            Configuration file.
+        options (`Mapping[str, Any]`):
+            Options by field; `None` and `()` mean not given.
+
+    Raises:
+        ArgumentError: If there are no experts, or for a key or value that is not valid.
+    """
+    if config is None and len(experts) == 1 and Path(experts[0]).suffix in CONFIG_SUFFIXES:
+        config, experts = experts[0], ()
+    values = read_config(config) if config is not None else {}
+    if experts:
+        values["experts"] = list(experts)
+    values |= {name: value for name, value in options.items() if value is not None and value != ()}
+    if "experts" not in values:
+        raise ArgumentError(
+            "No experts were named. Give two or more folders or Hub ids, or a configuration file that lists `experts`."
+        )
+    expert_names = {f.name for f in fields(ExpertArguments)}
+    return (
+        ExpertArguments(**{name: value for name, value in values.items() if name in expert_names}),
+        MergingArguments(**{name: value for name, value in values.items() if name not in expert_names}),
+    )
+
+
+def _option(name: str, section: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    field, hint = _field(name)
+    kind, is_list = _scalar(hint)
+    settings: dict[str, Any] = {"type": kind}
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        settings = {}
+        flag += "/--no" + flag.removeprefix("-")
+    elif "choices" in field.metadata:
+        settings["type"] = click.Choice(field.metadata["choices"])
+    elif is_list and kind is float:
+        settings["type"] = str  # "0.5,0.3,0.2": `ExpertArguments` takes it apart, and says what is wrong with it
+    elif is_list:
+        settings["multiple"] = True
+    if name in _METAVARS:
+        settings["metavar"] = _METAVARS[name]
+    help_text = field.metadata["help"]
+    if field.default is not MISSING and field.default is not None and kind is not bool:
+        help_text += f" [default: {field.default}]"
+    return click.option(
+        _FLAGS.get(name, flag), name, cls=SectionOption, section=section, default=None, help=help_text, **settings
+    )
+
+
+def _field(name: str) -> tuple[Field[Any], Any]:
+    for arguments in (ExpertArguments, MergingArguments):
+        for field in fields(arguments):
+            if field.name == name:
+                return field, get_type_hints(arguments)[name]
+    raise KeyError(name)
+
+
+def _scalar(hint: Any) -> tuple[type, bool]:
+    """`list[float] | None` -> `(float, True)`."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    if get_origin(hint) is list or not kinds:
+        kinds = [hint]
+    (kind,) = kinds
+    return (get_args(kind)[0], True) if get_origin(kind) is list else (kind, False)

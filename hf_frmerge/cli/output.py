@@ -1,0 +1,90 @@
+"""`frmerge verify`, `frmerge card` and `frmerge push`: what can be done with a finished merge."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only
+
+
+@click.command("verify", cls=FrmergeCommand)
+@click.argument("output_dir", metavar="DIR")
+@click.option("--experts", multiple=True, metavar="EXPERT", help="Where an expert is now; give all, in their order.")
+@click.option("--base-model", metavar="MODEL", help="Where the base model is now.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_context
+def verify(
+    ctx: click.Context, output_dir: str, experts: tuple[str, ...], base_model: str | None, as_json: bool
+) -> None:
+    """
+    Recompute a merge and compare it bit for bit.
+
+    Every tensor is derived again from the experts and the recorded coefficients, and every file checked against the
+    manifest. The exit code is 1 if anything differs.
+    """
+    with results_only():
+        from hf_frmerge.merging.verify import verify as verify_folder
+
+        report = verify_folder(output_dir, experts=experts or None, base_model=base_model)
+    if as_json:
+        click.echo(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
+    else:
+        from hf_frmerge.cli.render import print_verification
+
+        print_verification(report, output_dir)
+    ctx.exit(0 if report.ok else FAILURE)
+
+
+@click.command("card", cls=FrmergeCommand)
+@click.argument("output_dir", metavar="DIR")
+def card(output_dir: str) -> None:
+    """
+    Write the model card of a merge again.
+
+    What you wrote between the user markers of README.md is kept.
+    """
+    with results_only():
+        from hf_frmerge.hub.card import write_card
+        from hf_frmerge.hub.folder import card_of_folder
+
+        path = write_card(card_of_folder(output_dir), output_dir)
+    click.echo(f"Wrote {path}.")
+
+
+@click.command("push", cls=FrmergeCommand, on_interrupt="Push again: what has arrived is not sent twice.")
+@click.argument("output_dir", metavar="DIR")
+@click.argument("repo_id")
+@click.option("--private/--public", default=None, help="Who sees a new repository. Default: what the account says.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--revision", metavar="BRANCH", help="Branch to push to. Default: main.")
+@click.option("--token", help="Token for the Hub. Default: the one stored by `hf auth login`.")
+@click.option("--message", default="Upload merged model", show_default=True, help="Message of the commit.")
+def push(
+    output_dir: str,
+    repo_id: str,
+    private: bool | None,
+    create_pr: bool,
+    revision: str | None,
+    token: str | None,
+    message: str,
+) -> None:
+    """Upload a merge to the Hugging Face Hub: model, record and card in one commit."""
+    with results_only():
+        from hf_frmerge.hub.push import push_folder
+
+        commit = push_folder(
+            output_dir,
+            repo_id=repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            commit_message=message,
+            create_pr=create_pr,
+        )
+    click.echo(f"Pushed {output_dir}: {commit.pr_url or commit.commit_url}")
+
+
+COMMANDS = {"verify": verify, "card": card, "push": push}

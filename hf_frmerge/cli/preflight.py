@@ -1,0 +1,81 @@
+"""`frmerge plan` and `frmerge inspect`: what can be known before a merge."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+
+from hf_frmerge.cli.command import FrmergeCommand, results_only
+from hf_frmerge.cli.options import EXPERTS, MEAN, OUTPUT, arguments_from, options_from
+
+
+@click.command("plan", cls=FrmergeCommand)
+@click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
+@click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
+@options_from(EXPERTS, MEAN, OUTPUT)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options: Any) -> None:
+    """
+    Show what a merge would do, from file headers alone.
+
+    Takes the options of `frmerge merge`, makes all its checks and writes nothing.
+    """
+    expert_arguments, args = arguments_from(experts, config, options)
+    with results_only():
+        from hf_frmerge.merging.planning import build_plan
+
+        with closing(
+            build_plan(expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model)
+        ) as merge_plan:
+            description = merge_plan.describe()
+    if as_json:
+        click.echo(json.dumps(description, indent=2))
+        return
+    from hf_frmerge.cli.render import print_plan
+
+    print_plan(description, args.output_dir)
+
+
+@click.command("inspect", cls=FrmergeCommand)
+@click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
+@click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
+@options_from(EXPERTS)
+@click.option("--all", "show_all", is_flag=True, help="Show every tensor, not only those with the largest angles.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything that was measured as JSON.")
+def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_json: bool, **options: Any) -> None:
+    """
+    Measure angles and norms: can the choice of method matter here?
+
+    Reads all weights once and writes nothing. With a base model, the differences to it are measured too.
+    """
+    with results_only(), TemporaryDirectory() as unused:
+        from tqdm import tqdm
+
+        from hf_frmerge.merging.inspection import inspect_experts
+        from hf_frmerge.merging.planning import build_plan
+
+        # A plan checks its output folder, and inspecting has none.
+        expert_arguments, args = arguments_from(experts, config, {**options, "output_dir": unused})
+        with closing(
+            build_plan(expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model)
+        ) as merge_plan:
+            total = sum(step.nbytes for step in merge_plan.steps if step.action == "merge")
+            with tqdm(total=total, desc="Inspecting", unit="B", unit_scale=True) as bar:
+
+                def advance(nbytes: int) -> None:
+                    bar.update(nbytes)
+
+                inspection = inspect_experts(merge_plan, progress=advance).to_dict()
+    if as_json:
+        click.echo(json.dumps(inspection, indent=2))
+        return
+    from hf_frmerge.cli.render import print_inspection
+
+    print_inspection(inspection, top=None if show_all else 12)
+
+
+COMMANDS = {"plan": plan, "inspect": inspect}

@@ -1,0 +1,266 @@
+"""What commands print for people: tables, human units, and plain sentences about the numbers."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from hf_frmerge.evaluation.compare import Recovered, Score
+    from hf_frmerge.merging.verify import VerifyReport
+
+_SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
+_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def console() -> Console:
+    """Return a console on stdout; names and paths are never taken for markup, and pipes get room for a table."""
+    return Console(markup=False, highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+
+
+def human_bytes(count: float) -> str:
+    """`269_000_000` as "269 MB" (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def human_count(count: float) -> str:
+    """`134_515_008` as "135 M"."""
+    for unit in ("", " k", " M"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} B"
+
+
+def human_seconds(seconds: float) -> str:
+    """`75` as "1 min 15 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def radians(angle: float) -> str:
+    """`0.0123` as "0.0123 rad"; exact zeros as "0"."""
+    return f"{angle:.3g} rad" if angle else "0"
+
+
+def gap_sentence(gap: float, dtype: str) -> str:
+    """
+    Say what a gap between the Karcher and the norm-rescaled mean is worth in the output's dtype.
+
+    Args:
+        gap (`float`): Largest angle between the two answers in any block, in radians.
+        dtype (`str`): Dtype code of the output, such as `"BF16"`.
+    """
+    from hf_frmerge.merging.inspection import BF16_ROUNDING
+
+    differ = f"The Karcher mean and the norm-rescaled mean differ by at most {radians(gap)} in any block"
+    resolution = BF16_ROUNDING * 2.0 ** (_SIGNIFICAND_BITS["BF16"] - _SIGNIFICAND_BITS[dtype])
+    name = _DTYPE_NAMES[dtype]
+    if gap < resolution:
+        return f"{differ}: less than rounding to {name} ({radians(resolution)}), so expect the same model from both."
+    return f"{differ}, rounding to {name} by {radians(resolution)}: only an evaluation can tell which is better."
+
+
+def print_merge(report: Mapping[str, Any], dtype: str | None, output_dir: str) -> None:
+    """
+    Print what a merge did.
+
+    Args:
+        report (`Mapping[str, Any]`): `FisherRaoMerger.report`.
+        dtype (`str` or `None`): Dtype code of the merged tensors; `None` if nothing was merged.
+        output_dir (`str`): Where the merged model is.
+    """
+    out = console()
+    parts = [f"{report['n_merged']} tensors merged ({report['method']}, {report['space']}, block {report['block']})"]
+    parts += [f"{report[f'n_{what}']} {what}" for what in ("copied", "skipped") if report.get(f"n_{what}")]
+    out.print(", ".join(parts) + ".")
+    out.print(
+        f"{human_bytes(report['input_bytes'])} read, {human_bytes(report['output_bytes'])} written in "
+        f"{human_seconds(report['seconds'])}: {human_bytes(report['bytes_per_second'])}/s of input "
+        f"({report['kernels']} kernels)."
+    )
+    if "max_angle" in report:
+        _print_geometry(out, report, dtype)
+    out.print(f"Output: {output_dir}", style="bold")
+    out.print(f"Check it bit for bit with: frmerge verify {shlex.quote(output_dir)}")
+
+
+def _print_geometry(out: Console, report: Mapping[str, Any], dtype: str | None) -> None:
+    angle, ratio = report["max_angle"], report["norm_ratio"]
+    out.print(
+        f"Largest angle between two experts in a block: {radians(angle['median'])} in the median, "
+        f"{radians(angle['min'])} to {radians(angle['max'])}."
+    )
+    out.print(f"Norm kept: {ratio['median']:.4f} of the experts' in the median, {ratio['min']:.4f} at worst.")
+    if report["n_not_converged"]:
+        out.print(
+            f"{report['n_not_converged']} blocks did not converge (worst residual {radians(report['residual'])}): "
+            "raise --max-iter, or see the manifest for which.",
+            style="yellow",
+        )
+    if report["n_ambiguous"]:
+        out.print(
+            f"{report['n_ambiguous']} blocks have no preferred mean direction and got the linear mean.",
+            style="yellow",
+        )
+    if report["method"] in ("karcher", "slerp") and dtype in _SIGNIFICAND_BITS:
+        out.print(gap_sentence(report["gap_to_nre"]["max"], dtype))
+
+
+def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
+    """Print `MergePlan.describe()`: models, what happens to the tensors, sizes, and notes."""
+    out = console()
+    table = Table("model", "weight", "kind", "tensors", "size", "where")
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    for model in [*plan["experts"], *([plan["base"]] if plan["base"] else [])]:
+        weight = f"{model['weight']:.4g}" if "weight" in model else "base"
+        where = f"Hub, commit {model['commit'][:12]}" if model["commit"] else "local"
+        size = human_bytes(model["bytes"])
+        table.add_row(model["spec"], weight, model["kind"], str(model["n_tensors"]), size, where)
+    out.print(table)
+    out.print(
+        f"{plan['n_merge']} tensors to merge ({plan['method']}, {plan['space']}, block {plan['block']}), "
+        f"{plan['n_copy']} to copy; {human_count(plan['n_parameters'])} parameters, dtype {plan['dtype']}."
+    )
+    shards = plan["shards"]
+    files = shards[0] if len(shards) == 1 else f"{len(shards)} files, {shards[0]} to {shards[-1]}"
+    out.print(
+        f"{human_bytes(plan['input_bytes'])} to read, {human_bytes(plan['output_bytes'])} to write to {output_dir} "
+        f"({files}); {human_bytes(plan['disk_free'])} free there."
+    )
+    out.print(f"Memory: about {human_bytes(plan['memory_estimate'])} for each worker, beside the interpreter.")
+    if plan["output_bytes"] > plan["disk_free"]:
+        out.print("The output does not fit on that disk.", style="bold red")
+    for note in plan["notes"]:
+        out.print(f"Note: {note}", style="yellow")
+
+
+def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
+    """
+    Print `Inspection.to_dict()`: the tensors with the largest angles, the whole model, and the verdict.
+
+    Args:
+        inspection (`Mapping[str, Any]`): What was measured.
+        top (`int` or `None`): How many tensors to show; all if `None`.
+    """
+    out = console()
+    spaces = [space for space in ("weights", "deltas") if inspection["total"].get(space)]
+    tensors = sorted(inspection["tensors"], key=lambda row: -row[spaces[-1]]["max_angle"])
+    shown = tensors if top is None else tensors[:top]
+    table = Table()
+    table.add_column("tensor", overflow="fold")
+    for space in spaces:
+        for column in ("norm", "angle", "gap"):
+            table.add_column(f"{space}\n{column}", justify="right")
+    for row in [*shown, inspection["total"]]:
+        cells = [cell for space in spaces for cell in _view_cells(row[space])]
+        table.add_row(row["name"], *cells, end_section=row is shown[-1])
+    out.print(table)
+    out.print(
+        "norm: mean over experts; angle: largest between two of them; gap: from the Karcher to the norm-rescaled mean",
+        style="dim",
+    )
+    if len(shown) < len(tensors):
+        out.print(f"{len(shown)} of {len(tensors)} tensors, those with the largest angles; --all shows every one.")
+    out.print(inspection["verdict"], style="bold")
+
+
+def print_verification(report: VerifyReport, output_dir: str) -> None:
+    """Print what was checked and every problem."""
+    out = console()
+    for problem in report.problems:
+        out.print(problem, style="red")
+    checked = f"{report.checked_tensors} tensors recomputed, {report.checked_files} files checked"
+    if report.ok:
+        out.print(f"{output_dir} is exactly what its experts and its record give: {checked}.", style="green")
+    else:
+        count = len(report.problems)
+        out.print(f"{output_dir}: {count} problem{'s' if count > 1 else ''}; {checked}.", style="bold red")
+
+
+def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = "Perplexity (lower is better)") -> None:
+    """
+    Print a table of perplexities, models by domains, with the geometric mean over the domains at the end.
+
+    Args:
+        scores (`Sequence[Score]`): One for every model and domain.
+        merged (`Sequence[str]`): Names of the merged models; the best of them in each column is marked.
+        title (`str`, *optional*): Title of the table.
+    """
+    losses = _losses(scores)
+    domains = list(dict.fromkeys(score.domain for score in scores))
+    has_mean, has_rivals = len(domains) > 1, len(merged) > 1
+    rows = {
+        name: [*by_domain.values(), *([math.fsum(by_domain.values()) / len(domains)] if has_mean else [])]
+        for name, by_domain in losses.items()
+    }
+    best = [min(column) for column in zip(*(rows[name] for name in merged))]
+    table = Table("model")
+    for column in [*domains, *(["mean"] if has_mean else [])]:
+        table.add_column(column, justify="right")
+    for name in sorted(rows, key=lambda name: name in merged):  # stable: merges last, else as they came
+        marks = [has_rivals and name in merged and loss == lowest for loss, lowest in zip(rows[name], best)]
+        is_last_source = name not in merged and table.row_count + 1 == len(rows) - len(merged)
+        cells = [_perplexity(loss, mark) for loss, mark in zip(rows[name], marks)]
+        table.add_row(name, *cells, end_section=is_last_source)
+    legend = [*(["mean: geometric mean"] if has_mean else []), *(["* best merge"] if has_rivals else [])]
+    n_tokens = sum({score.domain: score.n_tokens for score in scores}.values())
+    out = console()
+    out.print(f"{title}, {n_tokens:,} tokens", style="bold")
+    out.print(table)
+    if legend:
+        out.print("; ".join(legend), style="dim")
+
+
+def print_recovery(rows: Iterable[Recovered]) -> None:
+    """Print how much of each expert's gain over the base the merged models keep, in nats a token and as a share."""
+    rows = list(rows)
+    experts = list(dict.fromkeys((row.expert, row.domain) for row in rows))
+    table = Table("model")
+    for expert, domain in experts:
+        table.add_column(expert if expert == domain else f"{expert} (on {domain})", justify="right")
+    gains = {row.expert: row.gain for row in rows}
+    table.add_row("the expert itself", *(f"{gains[expert]:+.3f}" for expert, _ in experts), end_section=True)
+    for model in dict.fromkeys(row.model for row in rows):
+        kept = {row.expert: row for row in rows if row.model == model}
+        table.add_row(model, *(_kept(kept[expert]) for expert, _ in experts))
+    out = console()
+    out.print("Gain over the base on each expert's text, in nats a token (share of the expert's gain)", style="bold")
+    out.print(table)
+
+
+def _view_cells(view: Mapping[str, Any]) -> list[str]:
+    norm = sum(view["norms"]) / len(view["norms"])
+    return [f"{norm:.3g}", radians(view["max_angle"]), radians(view["karcher_nre_gap"])]
+
+
+def _losses(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
+    """Model -> domain -> loss."""
+    losses: dict[str, dict[str, float]] = {}
+    for score in scores:
+        losses.setdefault(score.model, {})[score.domain] = score.loss
+    return losses
+
+
+def _perplexity(loss: float, is_best: bool) -> Text:
+    text = f"{math.exp(min(loss, 700)):.2f}"  # exp(700) is the largest power of e a float holds
+    return Text(f"{text} *" if is_best else f"{text}  ", style="bold green" if is_best else "")
+
+
+def _kept(row: Recovered) -> str:
+    share = "" if math.isnan(row.share) else f" ({row.share:.0%})"
+    return f"{row.kept:+.3f}{share}"

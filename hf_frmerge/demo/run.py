@@ -1,0 +1,256 @@
+"""The demo: three small real experts merged in two spaces by three methods, and measured on text none of them saw."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.demo.base import base_model_dir
+from hf_frmerge.demo.texts import expert_dirs, load_texts
+from hf_frmerge.merger import FisherRaoMerger
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.inspection import inspect_experts
+from hf_frmerge.merging.manifest import MANIFEST_FILE
+from hf_frmerge.merging.planning import build_plan
+from hf_frmerge.merging.progress import ProgressCallback
+
+if TYPE_CHECKING:
+    from hf_frmerge.evaluation.compare import Score
+
+BASE = "base"
+METHODS = ("linear", "nre", "karcher")
+SPACES = ("deltas", "weights")
+FINAL = "karcher of deltas"  # the merge that is kept
+# Enough text to tell methods apart by a percent, little enough for two slow cores.
+EXCERPT_CHARS = 7_000
+PROMPT = "It was a bright morning, and"
+# Differences in perplexity below this share are called none: these few thousand tokens do not show them.
+NOISE = 0.01
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """
+    What the demo measured and wrote.
+
+    Attributes:
+        scores: perplexities of base, experts and merges on every held-out text.
+        experts: names of the experts among the models; each is also the name of its own text.
+        merged: names of the merges among the models.
+        angles: largest angle between two experts in any tensor, in radians, by space.
+        verdict: what `frmerge inspect` says of the experts.
+        continuation: what the reloaded Karcher merge wrote after `PROMPT`.
+        seconds: time of the whole demo.
+    """
+
+    scores: list[Score]
+    experts: list[str]
+    merged: list[str]
+    angles: dict[str, float]
+    verdict: str
+    continuation: str
+    seconds: float
+
+
+def merge_name(method: str, space: str) -> str:
+    """Return the name of a merge in the table."""
+    return f"{method} of {space}"
+
+
+def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[Score, int], None]) -> DemoResult:
+    """
+    Merge the demo's experts, measure everything, and write the delta-space Karcher mean with its card.
+
+    Args:
+        output_dir (`str`):
+            Folder for the merged model. One that an earlier demo wrote is replaced.
+        tell (`Callable[[str], None]`):
+            Called with a sentence before every stage.
+        on_score (`Callable[[Score, int], None]`):
+            Called after every measurement, with the number of all there will be.
+
+    Raises:
+        MergeError: If the base model's weights are not installed, or the output folder holds something else.
+    """
+    import torch
+
+    started = time.perf_counter()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    tell("Base model: SmolLM2-135M-Instruct. The first run converts it, which takes a minute.")
+    base = str(base_model_dir())
+    experts = {name: str(path) for name, path in expert_dirs().items()}
+    texts = {name: [_excerpt(text)] for name, text in load_texts().items()}
+    tell(f"Experts: LoRA adapters for {', '.join(experts)}. Measuring the angles between them.")
+    verdict = _verdict(list(experts.values()), base)
+
+    tell(f"Merging their deltas into {output_dir}.")
+    final = _merge(list(experts.values()), base, _final_arguments(output_dir))
+
+    scores: list[Score] = []
+    merged, angles = [], dict.fromkeys(SPACES, 0.0)
+    n_scores = (1 + len(experts) + len(SPACES) * len(METHODS)) * len(texts)
+
+    def evaluate(models: Mapping[str, str]) -> None:
+        scores.extend(_evaluate(models, texts, base, lambda score: on_score(score, n_scores)))
+
+    tell("Perplexity on held-out text: of the base and the experts, then of every merge.")
+    evaluate({BASE: base, **experts})
+    with tempfile.TemporaryDirectory(prefix=".frmerge-demo-", dir=Path(output_dir).absolute().parent) as scratch:
+        for report in _merges(experts, base, final, Path(scratch)):
+            merged.append(merge_name(report["method"], report["space"]))
+            angles[report["space"]] = max(angles[report["space"]], report["max_angle"]["max"])
+            evaluate({merged[-1]: report["output_dir"]})
+    _write_card(output_dir, [score for score in scores if score.model not in merged or score.model == FINAL])
+    tell(f"Reloading {output_dir} with AutoModelForCausalLM.from_pretrained.")
+    continuation = generate(output_dir, PROMPT)
+    seconds = time.perf_counter() - started
+    return DemoResult(scores, list(experts), merged, angles, verdict, continuation, seconds)
+
+
+def conclusions(scores: Sequence[Score], angles: Mapping[str, float]) -> list[str]:
+    """
+    Say in sentences what the numbers show, also where they do not speak for the Karcher mean.
+
+    Args:
+        scores (`Sequence[Score]`): Scores of all models of the demo.
+        angles (`Mapping[str, float]`): Largest angle between two experts in radians, by space.
+    """
+    perplexity = _mean_perplexity(scores)
+    best = {space: min(perplexity[merge_name(method, space)] for method in METHODS) for space in SPACES}
+    karcher, nre, linear = (perplexity[merge_name(method, "deltas")] for method in ("karcher", "nre", "linear"))
+    weights = [perplexity[merge_name(method, "weights")] for method in METHODS]
+    spread = max(weights) / min(weights) - 1
+    sentences = [
+        f"Deltas (experts up to {angles['deltas']:.2g} rad apart): the Karcher mean scores {karcher:.2f}, the "
+        f"norm-rescaled mean {nre:.2f}: {_difference(karcher, nre, 'Karcher')}",
+        f"Keeping the experts' norm (nre) instead of averaging it away (linear, {linear:.2f}): "
+        f"{_difference(nre, linear, 'it')}",
+    ]
+    if spread < NOISE:
+        sentences.append(
+            f"Weights (experts up to {angles['weights']:.2g} rad apart): the three methods differ by {spread:.1%}. At "
+            "such angles all means coincide."
+        )
+    else:
+        sentences.append(
+            f"Weights (experts up to {angles['weights']:.2g} rad apart): the three methods differ by {spread:.1%}."
+        )
+    sentences.append(
+        f"Best merge of deltas against best merge of weights: {_difference(best['deltas'], best['weights'], 'deltas')}"
+    )
+    return sentences
+
+
+def generate(model_dir: str, prompt: str, max_new_tokens: int = 32) -> str:
+    """Load a model folder the way any user would, and let it go on greedily after a prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _excerpt(text: str) -> str:
+    """Cut a text after the last line that ends within `EXCERPT_CHARS`."""
+    return text if len(text) <= EXCERPT_CHARS else text[: text.rindex("\n", 0, EXCERPT_CHARS)]
+
+
+def _verdict(experts: list[str], base: str) -> str:
+    # A plan checks its output folder, and inspecting has none.
+    with (
+        tempfile.TemporaryDirectory() as unused,
+        closing(build_plan(experts, MergingArguments(output_dir=unused), base_model=base)) as plan,
+    ):
+        return inspect_experts(plan).verdict
+
+
+def _final_arguments(output_dir: str) -> MergingArguments:
+    is_earlier_demo = (Path(output_dir) / MANIFEST_FILE).exists()
+    return MergingArguments(output_dir=output_dir, adapter_output="merged", overwrite=is_earlier_demo)
+
+
+def _merges(experts: Mapping[str, str], base: str, final: dict[str, Any], scratch: Path) -> Iterator[dict[str, Any]]:
+    """
+    Merge by every method in both spaces; yields the report of each merge, whose output is there until the next.
+
+    Deltas are merged from the adapters, weights from full checkpoints that the same adapters make. `final`, the
+    report of the one merge that is made already, takes its place among them.
+    """
+    temporary = str(scratch / "merged")
+    for space in SPACES:
+        dense = [_densify(adapter, base, scratch / name) for name, adapter in experts.items() if space == "weights"]
+        for method in METHODS:
+            if merge_name(method, space) == FINAL:
+                yield final
+                continue
+            args = MergingArguments(output_dir=temporary, method=method, space=space, adapter_output="merged")
+            yield _merge(dense or list(experts.values()), None if dense else base, args)
+            shutil.rmtree(temporary)
+
+
+def _merge(experts: list[str], base: str | None, args: MergingArguments) -> dict[str, Any]:
+    args.logging_steps = 10**9  # the demo has a bar of its own
+    merger = FisherRaoMerger(experts, args=args, base_model=base)
+    merger.remove_callback(ProgressCallback)
+    return merger.merge().report
+
+
+def _densify(adapter: str, base: str, folder: Path) -> str:
+    """Put an adapter into its base with PEFT: the full checkpoint that fine-tuning all weights would have left."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # In float32, so that each weight is rounded once.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    full = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    full.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+def _evaluate(
+    models: Mapping[str, str], texts: Mapping[str, list[str]], base: str, on_score: Callable[[Score], None]
+) -> list[Score]:
+    from hf_frmerge.evaluation.compare import compare_models
+
+    return compare_models(models, texts, base_model=base, batch_size=4, on_score=on_score)
+
+
+def _write_card(output_dir: str, scores: Sequence[Score]) -> None:
+    """Write the card again, now with what was measured of the base, the experts and the merge it describes."""
+    from hf_frmerge.hub.card import write_card
+    from hf_frmerge.hub.card_data import MERGED
+    from hf_frmerge.hub.folder import card_of_folder
+
+    rows = [score.to_dict() | ({"model": MERGED} if score.model == FINAL else {}) for score in scores]
+    write_card(card_of_folder(output_dir, evaluation=rows), output_dir)
+
+
+def _mean_perplexity(scores: Sequence[Score]) -> dict[str, float]:
+    """Geometric mean over the texts, by model."""
+    losses: dict[str, list[float]] = {}
+    for score in scores:
+        losses.setdefault(score.model, []).append(score.loss)
+    return {model: math.exp(math.fsum(values) / len(values)) for model, values in losses.items()}
+
+
+def _difference(ours: float, theirs: float, name: str) -> str:
+    change = ours / theirs - 1
+    if abs(change) < NOISE:
+        return f"no difference worth the name ({change:+.2%})."
+    return f"{name} is {'better' if change < 0 else 'worse'} by {abs(change):.1%}."

@@ -1,0 +1,63 @@
+# Sourced by quickstart.sh and test.sh: makes .venv in the root of the repository and installs the package into it.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$root/.venv"
+
+say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
+
+fail() {
+    printf 'Error: %s\n' "$*" >&2
+    exit 1
+}
+
+# The first Python of at least 3.11, or the one named by $PYTHON.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true)." \
+        "Install one, or name it: PYTHON=/path/to/python3.12 bash $0"
+}
+
+make_venv() {
+    [ -x "$venv/bin/python" ] && "$venv/bin/python" -c 'import pip' 2>/dev/null && return
+    local python
+    python="$(find_python)"
+    say "Making $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv" ||
+        fail "$python could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv"
+}
+
+pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
+
+# On Linux without an NVIDIA GPU, PyPI's torch would bring gigabytes of CUDA libraries along, so the CPU build is taken
+# from PyTorch's own index if it can be reached. Everywhere else pip's configured index decides.
+install_torch() {
+    local index=https://download.pytorch.org/whl/cpu
+    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null &&
+        PIP_CONFIG_FILE=/dev/null "$venv/bin/python" -m pip --isolated --timeout 5 --retries 0 \
+            index versions torch --index-url "$index" >/dev/null 2>&1; then
+        pip_install torch --index-url "$index"
+    else
+        pip_install torch
+    fi
+}
+
+# ensure_installed NAME EXTRA [COMMAND]: install the package with an extra, and run a command of further installs.
+# A stamp of all that decides what is installed makes the next run skip this.
+ensure_installed() {
+    local stamp="$venv/.installed-$1" extra="$2" wanted
+    make_venv
+    wanted="$(cd "$root" && cat pyproject.toml constraints.txt scripts/venv.sh hf_frmerge/kernels/*.[ch] | cksum)"
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+    say "Installing PyTorch (constraints.txt pins it; a few minutes the first time)"
+    install_torch
+    say "Installing hf_frmerge[$extra] and what it needs"
+    pip_install -e "$root[$extra]"
+    if [ $# -gt 2 ]; then "${@:3}"; fi
+    echo "$wanted" >"$stamp"
+}

@@ -1,0 +1,100 @@
+"""Tiny real checkpoints, an adapter and texts, and a runner that behaves like a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_frmerge.cli.main import main
+
+WORDS = [
+    "the",
+    "house",
+    "of",
+    "wisdom",
+    "has",
+    "many",
+    "rooms",
+    "and",
+    "each",
+    "room",
+    "opens",
+    "on",
+    "another",
+    "house",
+]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Folders, as a user would type them."""
+
+    base: str
+    math: str
+    code: str
+    adapter: str
+    adapter_2: str
+    text: str
+
+    @property
+    def experts(self) -> list[str]:
+        return [self.math, self.code]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root = tmp_path_factory.mktemp("models")
+    vocabulary = {word: index for index, word in enumerate(["<unk>", *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=len(vocabulary),
+        tie_word_embeddings=True,
+    )
+    for seed, name in enumerate(("base", "math", "code")):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        generator = torch.Generator().manual_seed(seed)
+        if name != "base":
+            for parameter in model.parameters():
+                parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        model.to(torch.bfloat16).save_pretrained(root / name)
+        fast.save_pretrained(root / name)
+    for seed, name in enumerate(("adapter", "adapter_2")):
+        torch.manual_seed(seed)
+        base = LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
+        adapter = get_peft_model(
+            base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        )
+        adapter.save_pretrained(root / name, save_embedding_layers=False)
+    (root / "text.txt").write_text(" ".join(WORDS * 8), encoding="utf-8")
+    names = ("base", "math", "code", "adapter", "adapter_2", "text.txt")
+    return Models(*(str(root / name) for name in names))
+
+
+@pytest.fixture
+def frmerge() -> Callable[..., Result]:
+    """Run `frmerge` with arguments; an exception that would be a traceback fails the test."""
+
+    def run(*arguments: str | Path) -> Result:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
