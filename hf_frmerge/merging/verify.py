@@ -7,21 +7,24 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.reader import DTYPE_BITS, open_checkpoint
-from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.blocks import pieces
-from hf_frmerge.merging.engine import worker_count
+from hf_frmerge.merging.engine import StepObserver, worker_count
 from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, read_coefficients, read_manifest
 from hf_frmerge.merging.plan import MergePlan, TensorStep
 from hf_frmerge.merging.planning import build_plan
+from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.run import run_merge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +71,9 @@ def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model:
     report = VerifyReport()
     _check_files(folder, manifest, report)
     plan = _plan(folder, manifest, experts, base_model)
+    if plan.layout is None:
+        _check_adapter(folder, plan, report)
+        return report
     coefficients = read_coefficients(folder)
     merged = open_checkpoint(source)
     kernels = load_kernels()
@@ -82,6 +88,23 @@ def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model:
     plan.close()
     merged.close()
     return report
+
+
+def _check_adapter(folder: Path, plan: MergePlan, report: VerifyReport) -> None:
+    """Merge the adapters once more and compare the factors bit for bit."""
+    with TemporaryDirectory(prefix="frmerge-verify-") as again:
+        plan.args.output_dir = again
+        run_merge(plan, StepObserver(), Processes())
+        merged = [open_checkpoint(Source(str(path), "adapter", str(path))) for path in (folder, Path(again))]
+        found, expected = merged
+        for name in sorted(found.tensors.keys() | expected.tensors.keys()):
+            report.checked_tensors += 1
+            if name not in found.tensors or name not in expected.tensors:
+                report.problems.append(f"Tensor {name!r} is only in one of the merged adapter and its derivation.")
+            elif not np.array_equal(found.read(name), expected.read(name)):
+                report.problems.append(f"Tensor {name!r} differs from what its experts and options give.")
+        for checkpoint in merged:
+            checkpoint.close()
 
 
 def _check_files(folder: Path, manifest: dict[str, Any], report: VerifyReport) -> None:
@@ -113,7 +136,8 @@ def _plan(folder: Path, manifest: dict[str, Any], experts: Sequence[str] | None,
     if experts is not None and len(experts) != n_experts:
         raise CheckpointError(f"The merge had {n_experts} experts, but {len(experts)} were given.")
     arguments = {name: value for name, value in manifest["arguments"].items() if not name.endswith("_token")}
-    arguments |= {"space": manifest["space"], "output_dir": str(folder)}
+    # A folder that cannot be an input: nothing is written, but a plan wants a place to write to.
+    arguments |= {"space": manifest["space"], "output_dir": str(folder / "verify"), "push_to_hub": False}
     chosen = list(experts) if experts is not None else specs[:n_experts]
     base = base_model or (specs[n_experts] if manifest["base_model"] else None)
     missing = [models[i]["id"] for i, spec in enumerate([*chosen, *([base] if base else [])]) if spec is None]

@@ -1,0 +1,200 @@
+"""Adapters merged into full models, alone and beside full checkpoints, against PEFT's own merged weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from merge_reference import merged_reference
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_frmerge.merging import blocks
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.engine import StepObserver
+from hf_frmerge.merging.planning import build_plan
+from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.run import run_merge
+from hf_frmerge.merging.verify import verify
+
+LLAMA = LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+GPT2 = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=4)
+MODELS = {"llama": (LlamaForCausalLM, LLAMA), "gpt2": (GPT2LMHeadModel, GPT2)}
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("bases")
+    for name, (model_class, config) in MODELS.items():
+        model_class(config).save_pretrained(root / name)
+    return lambda name: root / name
+
+
+def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> str:
+    model = get_peft_model(MODELS[base.name][0].from_pretrained(base), LoraConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        elif "magnitude" in name:
+            parameter.data = parameter.data * (0.5 + torch.rand(parameter.shape, generator=generator))
+        elif "modules_to_save" in name:
+            parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def effective(base: Path, adapter: str) -> dict[str, torch.Tensor]:
+    """Weights PEFT computes with, in float64, by checkpoint name."""
+    model = PeftModel.from_pretrained(
+        MODELS[base.name][0].from_pretrained(base, dtype=torch.float64), adapter
+    ).double()
+    merged = model.merge_and_unload().state_dict()
+    stored = load_file(base / "model.safetensors")
+    return {name: merged[name if name in merged else f"transformer.{name}"] for name in stored}
+
+
+def run(experts: list[str], out: Path, base: Path, weights: list[float] | None = None, **options: Any) -> dict:
+    args = MergingArguments(output_dir=str(out), adapter_output="merged", **options)
+    run_merge(build_plan(experts, args, weights, str(base)), StepObserver(), Processes())
+    return load_file(out / "model.safetensors")
+
+
+CASES = [
+    ("llama", [{"r": 4}, {"r": 2}, {"r": 3, "lora_alpha": 9}], "tensor"),
+    ("llama", [{"r": 4, "use_rslora": True}, {"r": 2, "rank_pattern": {"q_proj": 3}}, {"r": 2}], "row"),
+    ("llama", [{"r": 4}, {"r": 4, "target_modules": ["q_proj"]}], "layer"),
+    ("llama", [{"r": 4, "use_dora": True}, {"r": 2}], "tensor"),
+    ("llama", [{"r": 4, "modules_to_save": ["lm_head"]}, {"r": 2}], "tensor"),
+    ("gpt2", [{"r": 4, "fan_in_fan_out": True}, {"r": 2, "fan_in_fan_out": True}], "tensor"),
+]
+
+
+@pytest.mark.parametrize("space", ["deltas", "weights"])
+@pytest.mark.parametrize(("family", "configs", "block"), CASES)
+def test_dense_merges_of_adapters_are_those_of_their_effective_weights(
+    base: Any,
+    tmp_path: Path,
+    family: str,
+    configs: list[dict],
+    block: str,
+    space: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 100)
+    folder = base(family)
+    experts = [
+        make_adapter(folder, tmp_path / f"a{i}", i, **({"target_modules": TARGETS[family]} | config))
+        for i, config in enumerate(configs)
+    ]
+    weights = [0.6, 0.4] if len(experts) == 2 else [0.5, 0.3, 0.2]
+    merged = run(experts, tmp_path / "out", folder, weights, space=space, block=block)
+
+    points = [effective(folder, expert) for expert in experts]
+    origin = load_file(folder / "model.safetensors")
+    names = list(origin)
+    groups = [[name] for name in names]
+    if block == "layer":
+        keys = {name: ".".join(name.split(".")[:3]) if ".layers." in name else name for name in names}
+        touched = {n for n in names if any(not torch.equal(p[n], origin[n].double()) for p in points)}
+        groups = [[n for n in names if keys[n] == key and n in touched] for key in dict.fromkeys(keys.values())]
+        groups += [[n] for n in names if n not in touched]
+    for group in filter(None, groups):
+        start = torch.cat([origin[n].flatten() for n in group]) if space == "deltas" else None
+        flat = [torch.cat([p[n].flatten() for n in group]) for p in points]
+        n_blocks = origin[group[0]].shape[0] if block == "row" and origin[group[0]].ndim == 2 else 1
+        if all(torch.equal(f.float(), torch.cat([origin[n].flatten() for n in group])) for f in flat):
+            expected = torch.cat([origin[n].flatten() for n in group]).numpy()  # untouched by every adapter
+        elif space == "deltas":
+            expected = _delta_reference(flat, start, weights, n_blocks)
+        else:
+            expected = merged_reference("karcher", flat, weights, None, n_blocks).ravel()
+        found = torch.cat([merged[n].flatten() for n in group]).double().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=2e-7)
+    assert verify(str(tmp_path / "out")).ok
+
+
+def _delta_reference(flat: list[torch.Tensor], start: torch.Tensor, weights: list[float], n_blocks: int) -> np.ndarray:
+    """Delta-space reference in which experts without a delta have no direction but count in the mean norm."""
+    blocks_of = [(f.double() - start.double()).reshape(n_blocks, -1) for f in flat]
+    rows = []
+    for b in range(n_blocks):
+        moved = [i for i in range(len(flat)) if blocks_of[i][b].abs().max() > 1e-12]
+        if not moved:
+            rows.append(np.zeros(blocks_of[0].shape[1]))
+            continue
+        mean = merged_reference("karcher", [blocks_of[i][b] for i in moved], [weights[i] for i in moved], None)
+        norm = sum(weights[i] * blocks_of[i][b].norm().item() for i in range(len(flat)))
+        rows.append(mean / np.linalg.norm(mean) * norm)
+    return start.double().numpy() + np.concatenate(rows)
+
+
+@pytest.mark.parametrize("space", ["deltas", "weights"])
+def test_adapters_and_full_checkpoints_merge_together(base: Any, tmp_path: Path, space: str) -> None:
+    folder = base("llama")
+    adapter = make_adapter(folder, tmp_path / "lora", 1, r=4, target_modules=["q_proj", "up_proj"])
+    torch.manual_seed(5)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "full")
+    merged = run([adapter, str(tmp_path / "full")], tmp_path / "out", folder, [0.4, 0.6], space=space)
+
+    origin = load_file(folder / "model.safetensors")
+    points = [effective(folder, adapter), load_file(tmp_path / "full" / "model.safetensors")]
+    for name, start in origin.items():
+        flat = [p[name].double().flatten() for p in points]
+        if space == "deltas":
+            expected = _delta_reference(flat, start.flatten(), [0.4, 0.6], 1)
+        else:
+            expected = merged_reference("karcher", flat, [0.4, 0.6], None).ravel()
+        np.testing.assert_allclose(merged[name].double().flatten().numpy(), expected, rtol=1e-6, atol=2e-7)
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_one_merge_in_three_outputs_gives_the_same_logits(base: Any, tmp_path: Path) -> None:
+    folder = base("llama")
+    experts = [make_adapter(folder, tmp_path / f"a{i}", i, r=3, target_modules=["q_proj", "o_proj"]) for i in range(3)]
+    ids = torch.arange(30).reshape(2, 15) % 40
+    logits = []
+    for name, options in (
+        ("exact", {"adapter_output": "adapter"}),
+        ("full rank", {"adapter_output": "adapter", "adapter_rank": 9}),
+        ("dense", {"adapter_output": "merged"}),
+    ):
+        out = tmp_path / name
+        args = MergingArguments(output_dir=str(out), **options)
+        run_merge(build_plan(experts, args, None, str(folder)), StepObserver(), Processes())
+        if name == "dense":
+            model = LlamaForCausalLM.from_pretrained(out)
+        else:
+            model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), out)
+        assert verify(str(out)).ok
+        with torch.no_grad():
+            logits.append(model.eval()(ids).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[0], logits[2], rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_alone_need_no_base_model(base: Any, tmp_path: Path) -> None:
+    folder = base("llama")
+    experts = [make_adapter(folder, tmp_path / f"a{i}", i, r=3, target_modules=["q_proj"]) for i in range(2)]
+    outcome = run_merge(
+        build_plan(experts, MergingArguments(output_dir=str(tmp_path / "out"))), StepObserver(), Processes()
+    )
+    assert outcome.report["max_rank"] == 6
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
