@@ -248,8 +248,8 @@ def _gap_sentence(card: MergeCard) -> str | None:
 
 
 def _angle(radians: float) -> str:
-    """`0.0123` as "0.0123 rad (0.7°)"."""
-    return f"{radians:.3g} rad ({math.degrees(radians):.2g}°)"
+    """`0.0123` as "0.0123 rad (0.705°)"."""
+    return f"{radians:.3g} rad ({math.degrees(radians):.3g}°)"
 
 
 def _cell(value: object) -> str:

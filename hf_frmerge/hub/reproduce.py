@@ -136,9 +136,9 @@ def usage_python(card: MergeCard) -> str:
 
 
 def _weights(card: MergeCard) -> list[float]:
-    """Weights of the experts in order; empty unless every expert has one."""
+    """Weights of the experts in order; empty where they are not known or all alike, which is the default."""
     weights = [source.weight for source in card.experts if source.weight is not None]
-    return weights if len(weights) == len(card.experts) else []
+    return weights if len(weights) == len(card.experts) and len(set(weights)) > 1 else []
 
 
 def _literal(value: object) -> str:

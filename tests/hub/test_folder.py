@@ -151,3 +151,35 @@ def test_settings_of_the_card_are_those_that_differ(merged: Path):
     assert manifest["arguments"]["tol"] == 1e-12
     settings = re.findall(r"^\| `(\w+)` \|", render_card(card_of_folder(merged)), re.MULTILINE)
     assert settings == ["space"]
+
+
+def test_two_adapters_become_an_adapter_that_is_pushed_and_loaded(hub: HubServer, tmp_path: Path):
+    import torch
+    from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    upload(hub, "lab/base", str(tmp_path / "base"), "license: mit")
+    adapters = []
+    for name in ("one", "two"):
+        lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        model = get_peft_model(LlamaForCausalLM.from_pretrained("lab/base", token=False), lora)
+        model.save_pretrained(tmp_path / name)
+        upload(hub, f"lab/{name}", str(tmp_path / name), "license: mit")
+        adapters.append(f"lab/{name}")
+    output = tmp_path / "out"
+    args = MergingArguments(output_dir=str(output), disable_tqdm=True, adapter_output="adapter")
+    FisherRaoMerger(adapters, args, base_model="lab/base").merge()
+    card = card_of_folder(output, hub_model_id="alice/both")
+    text = write_card(card, output).read_text()
+    push_folder(output, repo_id="alice/both", token=ALICE_TOKEN)
+    data = ModelCard.load("alice/both", token=False).data
+    assert (data.base_model, data.base_model_relation, data.library_name) == (["lab/base"], "adapter", "peft")
+    assert (data.pipeline_tag, data.license) == ("text-generation", "mit")
+    assert "one LoRA adapter made out of 2" in text
+    loaded = AutoPeftModelForCausalLM.from_pretrained("alice/both", token=False)
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
