@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.spatial import geometric_slerp
 
@@ -54,6 +54,7 @@ def test_log_of_a_close_point_keeps_relative_accuracy(length):
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(2, 9))
 def test_log_is_tangent_and_as_long_as_the_arc(seed, size):
     base, point = random_units(seed, 2, size)
+    assume(base @ point > -0.99)  # log divides by the sine of the angle: near pi it magnifies rounding
     tangent = sphere.log(base, point)
     assert abs(tangent @ base) < 1e-13
     assert np.linalg.norm(tangent) == pytest.approx(np.arccos(base @ point), rel=1e-7, abs=1e-7)
