@@ -76,7 +76,7 @@ class TorchKernels:
                 if i and not operand.is_delta:
                     points[:, i] -= points[:, 0]
             gram[span.first : span.first + span.rows] += points @ points.mT
-        return gram.cpu().numpy()
+        return (0.5 * (gram + gram.mT)).cpu().numpy()  # a product with the transpose may round its halves differently
 
     def combine(
         self,
