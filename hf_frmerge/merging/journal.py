@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.merging.plan import MergePlan
+
+logger = logging.getLogger(__name__)
 
 # Options that do not change a bit of the output: a merge may be resumed with others.
 _FREE_OPTIONS = frozenset(
@@ -38,6 +41,11 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
     return parts
 
 
+def modification_marks(plan: MergePlan) -> dict[str, Any]:
+    """Return a cheap mark of every weight file that changes when it is rewritten, by model."""
+    return {model.spec: model.weights.fingerprint() for model in plan.models}
+
+
 class Journal:
     """
     Append-only record of a merge.
@@ -46,7 +54,9 @@ class Journal:
     trusted on its own: finished bytes are digested again before they are kept.
     """
 
-    def __init__(self, folder: Path, rank: int, header: dict[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self, folder: Path, rank: int, header: dict[str, Any], marks: dict[str, Any], *, resume: bool
+    ) -> None:
         """
         Open the journal of one process of a merge.
 
@@ -54,6 +64,7 @@ class Journal:
             folder: Staging folder of the output.
             rank: Number of the process, each of which writes its own file.
             header: `fingerprint` of the merge.
+            marks: `modification_marks` of its inputs.
             resume: Whether to load what is there. Files of all processes count: there may have been more last time.
 
         Raises:
@@ -64,11 +75,11 @@ class Journal:
         own = folder / f"journal-{rank}.jsonl"
         if resume:
             for path in sorted(folder.glob("journal-*.jsonl")):
-                whole = self._load(path, header)
+                whole = self._load(path, header, marks)
                 if path == own:
                     os.truncate(path, whole)
         if not resume or not own.exists():
-            own.write_text(json.dumps({"kind": "merge", **header}) + "\n", encoding="utf-8")
+            own.write_text(json.dumps({"kind": "merge", "marks": marks, **header}) + "\n", encoding="utf-8")
         self._file = own.open("a", encoding="utf-8")
 
     def record_solved(self, group: str, solution: Solution, inputs: dict[str, dict[str, str]]) -> None:
@@ -96,7 +107,7 @@ class Journal:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def _load(self, path: Path, header: dict[str, Any]) -> int:
+    def _load(self, path: Path, header: dict[str, Any], marks: dict[str, Any]) -> int:
         """Read all whole lines; return how many bytes they take."""
         whole = 0
         for number, raw in enumerate(path.read_bytes().splitlines(keepends=True)):
@@ -105,6 +116,7 @@ class Journal:
             line = json.loads(raw)
             if number == 0:
                 _check_header(line, header, path)
+                _warn_of_rewritten(line["marks"], marks)
             elif line["kind"] == "solved":
                 geometry = Geometry(**{**line["geometry"], "norms": tuple(line["geometry"]["norms"])})
                 self.solved[line["group"]] = (Solution(_decode(line["coefficients"]), geometry), line["inputs"])
@@ -125,6 +137,17 @@ def _check_header(found: dict[str, Any], expected: dict[str, Any], path: Path) -
             f"The interrupted merge in {path.parent.parent} was started differently: {details}. Start it the same "
             "way, or pass --overwrite to start anew."
         )
+
+
+def _warn_of_rewritten(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """What was read so far is digested again; of the rest only the time of its file is known."""
+    for spec, mark in json.loads(json.dumps(expected)).items():
+        if found.get(spec) != mark:
+            logger.warning(
+                "A weight file of %r was rewritten since the merge was interrupted. Tensors merged before are "
+                "compared with their digests; others are taken as they are now.",
+                spec,
+            )
 
 
 def _encode(array: NDArray[np.float64]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.merging.adapters import MergedModule, merge_adapters
 from hf_frmerge.merging.engine import Engine, StepObserver, StepOutcome, summary
-from hf_frmerge.merging.journal import Journal, fingerprint
+from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
 from hf_frmerge.merging.solve import Solution
 
@@ -151,7 +151,8 @@ def _prepare(plan: MergePlan, writer: CheckpointWriter, processes: Processes) ->
 
 def _open_journal(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, processes: Processes) -> Journal:
     header = fingerprint(plan, kernels.name)
-    return Journal(writer.staging, processes.rank, header, resume=plan.args.resume_from_checkpoint)
+    marks = modification_marks(plan)
+    return Journal(writer.staging, processes.rank, header, marks, resume=plan.args.resume_from_checkpoint)
 
 
 def _gram_sharing(processes: Processes) -> Any:

@@ -1,0 +1,235 @@
+"""A merge that dies anywhere leaves no model, and goes on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merge_reference import SHAPES, write_family, write_model
+
+from hf_frmerge.checkpoints.writer import STAGING, CheckpointWriter
+from hf_frmerge.errors import ArgumentError, CheckpointError, MergeError, ResumeError
+from hf_frmerge.merging import blocks
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.planning import build_plan
+from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.run import run_merge
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process between two tensors."""
+
+
+class KillAfter(StepObserver):
+    def __init__(self, tensors: int) -> None:
+        self.left = tensors
+
+    def end(self, outcome: StepOutcome) -> bool:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return True
+
+
+def merge(experts: list[str], out: Path, observer: StepObserver | None = None, **options: Any) -> None:
+    args = MergingArguments(output_dir=str(out), space="deltas", **options)
+    plan = build_plan(experts[1:], args, [0.5, 0.3, 0.2], experts[0])
+    run_merge(plan, observer or StepObserver(), Processes())
+
+
+def output(folder: Path) -> dict[str, bytes]:
+    names = ("model.safetensors", "merge_coefficients.safetensors", "config.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def assert_no_model(folder: Path) -> None:
+    """Nothing a loader would accept, and nothing that looks like weights."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    assert not {n for n in names if n.endswith(".safetensors") and n != "merge_coefficients.safetensors"}
+    assert "config.json" not in names
+
+
+@pytest.fixture
+def experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 200)
+    base, experts = write_family(tmp_path, dtype=torch.bfloat16)
+    return [base, *experts]
+
+
+@pytest.mark.parametrize("block", ["tensor", "row", "layer", "model"])
+def test_resuming_after_any_tensor_gives_the_same_bits(experts: list[str], tmp_path: Path, block: str) -> None:
+    merge(experts, tmp_path / "whole", block=block)
+    for after in range(len(SHAPES)):
+        out = tmp_path / f"killed{after}"
+        with pytest.raises(Killed):
+            merge(experts, out, KillAfter(after), block=block)
+        assert_no_model(out)
+        merge(experts, out, block=block, resume_from_checkpoint=True)
+        assert output(out) == output(tmp_path / "whole")
+        assert not (out / STAGING).exists()
+
+
+@pytest.mark.parametrize("block", ["tensor", "model"])
+def test_resuming_within_a_tensor_gives_the_same_bits(
+    experts: list[str], tmp_path: Path, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(experts, tmp_path / "whole", block=block)
+    write = CheckpointWriter.write
+    for calls in (1, 7, 16, 29):
+        out, seen = tmp_path / f"killed{calls}", iter(range(10_000))
+
+        def full_disk(self: CheckpointWriter, *args: Any, seen: Any = seen, calls: int = calls) -> None:
+            if next(seen) >= calls:
+                raise MergeError("no space left")
+            write(self, *args)
+
+        monkeypatch.setattr(CheckpointWriter, "write", full_disk)
+        with pytest.raises(MergeError, match="no space left"):
+            merge(experts, out, block=block)
+        monkeypatch.setattr(CheckpointWriter, "write", write)
+        assert_no_model(out)
+        merge(experts, out, block=block, resume_from_checkpoint=True)
+        assert output(out) == output(tmp_path / "whole")
+
+
+def interrupted(experts: list[str], out: Path) -> None:
+    with pytest.raises(Killed):
+        merge(experts, out, KillAfter(5))
+
+
+def test_a_changed_input_is_refused_by_name_even_with_its_old_time(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    path = Path(experts[2]) / "model.safetensors"
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # one bit of one number of the first tensor
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ResumeError, match=r"Tensor .* of expert '.*e1' is not what it was"):
+        merge(experts, out, resume_from_checkpoint=True)
+    assert_no_model(out)
+
+
+def test_a_rewritten_input_is_warned_about(
+    experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tensors that were not merged yet cannot be compared with anything, so a new time is all there is to tell."""
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    path = Path(experts[2]) / "model.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    merge(experts, out, resume_from_checkpoint=True)
+    assert [r.message for r in caplog.records if "e1" in r.message and "rewritten" in r.message]
+
+
+def test_a_changed_option_is_refused_by_name(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    with pytest.raises(ResumeError, match=r"option beta was 0.0 and is now 0.5"):
+        merge(experts, out, beta=0.5, resume_from_checkpoint=True)
+    merge(experts, out, resume_from_checkpoint=True, num_workers=1, memory_budget="1GiB")  # these change no bit
+
+
+def test_damaged_results_are_computed_again(experts: list[str], tmp_path: Path) -> None:
+    merge(experts, tmp_path / "whole")
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    staged = next((out / STAGING).glob("*.partial"))
+    data = bytearray(staged.read_bytes())
+    data[-4000:] = bytes(4000)
+    staged.write_bytes(data)
+    merge(experts, out, resume_from_checkpoint=True)
+    assert output(out) == output(tmp_path / "whole")
+
+
+def test_a_torn_last_line_of_the_journal_is_dropped(experts: list[str], tmp_path: Path) -> None:
+    merge(experts, tmp_path / "whole")
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    journal = next((out / STAGING).glob("journal-*.jsonl"))
+    journal.write_bytes(journal.read_bytes()[:-9])
+    merge(experts, out, resume_from_checkpoint=True)
+    assert output(out) == output(tmp_path / "whole")
+
+
+def test_an_interrupted_folder_asks_what_to_do_and_overwrite_starts_anew(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    with pytest.raises(ArgumentError, match=r"holds an interrupted merge. Pass --resume"):
+        merge(experts, out)
+    merge(experts, out, overwrite=True, method="linear")
+    merge(experts, tmp_path / "linear", method="linear")
+    assert output(out) == output(tmp_path / "linear")
+
+
+def test_a_finished_merge_has_nothing_to_resume(experts: list[str], tmp_path: Path) -> None:
+    merge(experts, tmp_path / "out")
+    with pytest.raises(ResumeError, match="is complete"):
+        merge(experts, tmp_path / "out", resume_from_checkpoint=True)
+
+
+def test_overwriting_leaves_no_file_of_the_old_merge(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(experts, out, max_shard_size="2KB")
+    assert len(list(out.glob("model-*.safetensors"))) > 3
+    merge(experts, out, overwrite=True)
+    assert [p.name for p in out.glob("model*")] == ["model.safetensors"]
+
+
+def test_a_vanished_input_is_named_and_the_merge_can_go_on(experts: list[str], tmp_path: Path) -> None:
+    merge(experts, tmp_path / "whole")
+    out, path = tmp_path / "out", Path(experts[1]) / "model.safetensors"
+    data = path.read_bytes()
+    args = MergingArguments(output_dir=str(out), space="deltas")
+    plan = build_plan(experts[1:], args, [0.5, 0.3, 0.2], experts[0])
+    os.truncate(path, len(data) // 2)  # behind the back of the plan, which has read the header
+    with pytest.raises(CheckpointError, match=r"e0"):
+        run_merge(plan, StepObserver(), Processes())
+    assert_no_model(out)
+    path.write_bytes(data)
+    merge(experts, out, resume_from_checkpoint=True)
+    assert output(out) == output(tmp_path / "whole")
+
+
+MERGE = """
+import sys
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.engine import StepObserver
+from hf_frmerge.merging.planning import build_plan
+from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.run import run_merge
+args = MergingArguments(output_dir=sys.argv[1], resume_from_checkpoint=True)
+print("ready", flush=True)
+run_merge(build_plan(sys.argv[2:], args), StepObserver(), Processes())
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_leaves_no_model_and_resumes_to_the_same_bits(tmp_path: Path, signum: int) -> None:
+    large = {f"layers.{i}.weight": torch.randn(600, 600) for i in range(40)}
+    experts = [write_model(tmp_path / f"e{k}", {n: t + k for n, t in large.items()}) for k in range(3)]
+    run = [sys.executable, "-c", MERGE]
+    subprocess.run([*run, str(tmp_path / "whole"), *experts], check=True, capture_output=True)
+    out = tmp_path / "out"
+    for delay in (0.0, 0.01, 0.03, 0.06):
+        process = subprocess.Popen(
+            [*run, str(out), *experts], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signum)
+        process.communicate(timeout=60)
+        if process.returncode != 0:
+            assert_no_model(out)
+    if not (out / "config.json").exists():
+        subprocess.run([*run, str(out), *experts], check=True, capture_output=True)
+    assert output(out) == output(tmp_path / "whole")
