@@ -1,0 +1,182 @@
+"""Every command on tiny real checkpoints: what it prints, what it writes, how it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from hub_server import ALICE_TOKEN, HubServer
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Frmerge = Callable[..., Result]
+
+
+def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).state_dict()
+
+
+def test_merge_writes_the_mean_and_says_what_it_did(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    result = frmerge(
+        "merge", *models.experts, "--output-dir", tmp_path / "out", "--method", "linear", "--weights", "3,1"
+    )
+    assert result.exit_code == 0, result.stderr
+    math_weights, code_weights, merged = (weights_of(x) for x in (models.math, models.code, tmp_path / "out"))
+    for name, tensor in merged.items():
+        expected = (0.75 * math_weights[name] + 0.25 * code_weights[name]).to(torch.bfloat16).double()
+        assert torch.equal(tensor, expected), name
+    assert f"{len(load_file(tmp_path / 'out' / 'merge_coefficients.safetensors'))} tensors merged" in result.stdout
+    assert f"frmerge verify {tmp_path / 'out'}" in result.stdout
+    assert "Merging" in result.stderr and "Merging" not in result.stdout
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_merge_says_when_karcher_and_nre_are_the_same_model(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    apart = frmerge("merge", *models.experts, "--output-dir", tmp_path / "apart")
+    assert "only an evaluation can tell" in apart.stdout.replace("\n", " ")
+    twins = frmerge("merge", models.math, models.math, "--output-dir", tmp_path / "twins")
+    assert "expect the same model from both" in twins.stdout.replace("\n", " ")
+
+
+def test_merge_json_is_the_report_and_nothing_else(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    result = frmerge("merge", *models.experts, "--output-dir", tmp_path / "out", "--json", "--disable-tqdm")
+    report = json.loads(result.stdout)
+    assert report["complete"] is True
+    assert report["n_merged"] == len(load_file(tmp_path / "out" / "merge_coefficients.safetensors"))
+
+
+def test_merge_of_adapters_is_an_adapter(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    result = frmerge(
+        "merge", models.adapter, models.adapter_2, "--base-model", models.base, "--output-dir", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert frmerge("verify", tmp_path / "out").exit_code == 0
+
+
+def test_plan_reads_headers_and_writes_nothing(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["plan", *models.experts, "--base-model", models.base, "--output-dir", output]
+    plan = json.loads(frmerge(*arguments, "--json").stdout)
+    sizes = [tensor.nbytes for tensor in load_bf16(models.math).values()]
+    assert plan["output_bytes"] == sum(sizes) and plan["n_merge"] == len(sizes)
+    assert [expert["spec"] for expert in plan["experts"]] == models.experts
+    assert plan["base"]["spec"] == models.base
+    assert not output.exists()
+    for_people = frmerge(*arguments).stdout
+    assert f"{len(sizes)} tensors to merge" in for_people and "model.safetensors" in for_people
+
+
+def load_bf16(folder: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file as load_torch
+
+    return load_torch(Path(folder) / "model.safetensors")
+
+
+def test_inspect_measures_angles(frmerge: Frmerge, models) -> None:
+    arguments = ["inspect", *models.experts, "--base-model", models.base]
+    found = json.loads(frmerge(*arguments, "--json").stdout)
+    first, second, base = (load_bf16(folder) for folder in (models.math, models.code, models.base))
+    for row in found["tensors"]:
+        x, y, zero = (tensors[row["name"]].double().numpy() for tensors in (first, second, base))
+        for space, (a, b) in {"weights": (x, y), "deltas": (x - zero, y - zero)}.items():
+            cosine = np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+            assert row[space]["max_angle"] == pytest.approx(math.acos(cosine), abs=1e-6), (row["name"], space)
+            assert row[space]["norms"] == pytest.approx([np.linalg.norm(a), np.linalg.norm(b)], rel=1e-6)
+    table = frmerge(*arguments).stdout
+    assert found["verdict"] in " ".join(table.split())
+    assert "12 of" in table and "12 of" not in frmerge(*arguments, "--all").stdout
+
+
+def test_inspect_does_not_mind_an_output_folder(frmerge: Frmerge, models, tmp_path: Path, monkeypatch) -> None:
+    """`merged` is the default output folder, and may well be one of the models to look at."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").symlink_to(models.math)
+    assert frmerge("inspect", "merged", models.code).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_evaluate_compares_and_adds_to_the_card(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    frmerge("merge", *models.experts, "--output-dir", output)
+    arguments = ["evaluate", output, "--experts", models.math, "--experts", models.adapter]
+    arguments += ["--base-model", models.base, "--data", models.text, "--data", f"math={models.text}"]
+    result = json.loads(frmerge(*arguments, "--json", "--card").stdout)
+    by_model = {score["model"]: score for score in result["scores"] if score["domain"] == "math"}
+    assert list(by_model) == ["base", "math", "adapter", "out"]
+
+    tokenizer = AutoTokenizer.from_pretrained(models.base)
+    tokens = torch.tensor([tokenizer(Path(models.text).read_text())["input_ids"]])
+    model = AutoModelForCausalLM.from_pretrained(output)  # its own loss, over one block, is the reference
+    assert by_model["out"]["loss"] == pytest.approx(model(tokens, labels=tokens).loss.item(), abs=1e-3)
+
+    recovered = {row["expert"]: row for row in result["recovery"]}
+    assert recovered["math"]["domain"] == "math", "a text named like an expert is its own"
+    kept = by_model["base"]["loss"] - by_model["out"]["loss"]
+    assert recovered["math"]["kept"] == pytest.approx(kept, abs=1e-12)
+
+    card = (output / "README.md").read_text()
+    assert f"{by_model['adapter']['perplexity']:.2f}" in card and "adapter" in card
+    table = frmerge(*arguments).stdout
+    assert f"{by_model['base']['perplexity']:.2f}" in table and "Gain over the base" in table
+    assert frmerge("card", output).exit_code == 0
+    assert (output / "README.md").read_text() == card, "writing the card again keeps the scores"
+
+
+def test_evaluate_refuses_what_it_cannot_do(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    same = frmerge("evaluate", models.math, "--data", models.text, "--data", models.text)
+    assert same.exit_code == 2 and "NAME=FILE" in same.stderr
+    missing = frmerge("evaluate", models.math, "--data", tmp_path / "none.txt")
+    assert missing.exit_code == 2 and "none.txt" in missing.stderr
+    orphan = frmerge("evaluate", models.adapter, "--data", models.text)
+    assert orphan.exit_code == 2 and "base_model" in orphan.stderr
+
+
+def test_verify_finds_a_flipped_bit(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    frmerge("merge", *models.experts, "--output-dir", output)
+    good = json.loads(frmerge("verify", output, "--json").stdout)
+    assert good["ok"] is True and good["problems"] == []
+    weights = bytearray((output / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (output / "model.safetensors").write_bytes(weights)
+    bad = frmerge("verify", output)
+    assert bad.exit_code == 1
+    assert "1 problem" in bad.stdout and "1 elements" in bad.stdout
+
+
+def test_verify_can_be_told_where_the_experts_went(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    frmerge("merge", *models.experts, "--output-dir", output)
+    (output / ".frmerge_sources.json").unlink()
+    lost = frmerge("verify", output)
+    assert lost.exit_code == 1 and "--experts" in lost.stderr
+    assert frmerge("verify", output, "--experts", models.math, "--experts", models.code).exit_code == 0
+    swapped = frmerge("verify", output, "--experts", models.code, "--experts", models.math, "--json")
+    assert swapped.exit_code == 1 and json.loads(swapped.stdout)["ok"] is False
+
+
+def test_push_says_where_it_went(frmerge: Frmerge, models, hub: HubServer, tmp_path: Path) -> None:
+    output = tmp_path / "reader"
+    frmerge("merge", *models.experts, "--output-dir", output)
+    refused = frmerge("push", output, "alice/reader", "--token", "hf_unknown")
+    assert refused.exit_code == 1 and "log" in refused.stderr and "hf_unknown" not in refused.stderr
+    done = frmerge("push", output, "alice/reader", "--private", "--token", ALICE_TOKEN, "--message", "Two experts")
+    assert done.exit_code == 0, done.stderr
+    assert "alice/reader" in done.stdout
+    repo = hub.repos["models", "alice/reader"]
+    assert repo.private and [commit.title for commit in repo.commits.values()][-1] == "Two experts"
+
+
+def test_merge_can_push_at_once(frmerge: Frmerge, models, hub: HubServer, tmp_path: Path) -> None:
+    options = ["--push-to-hub", "--hub-model-id", "alice/at-once", "--hub-token", ALICE_TOKEN, "--json"]
+    done = frmerge("merge", *models.experts, "--output-dir", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.stderr
+    assert ALICE_TOKEN not in done.stdout + done.stderr
+    assert ("models", "alice/at-once") in hub.repos
