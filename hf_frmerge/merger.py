@@ -18,9 +18,8 @@ from hf_frmerge.merging.callbacks import (
     DefaultFlowCallback,
     MergeControl,
     PrinterCallback,
-    StepResult,
 )
-from hf_frmerge.merging.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.observer import CallbackObserver
 from hf_frmerge.merging.planning import build_plan
 from hf_frmerge.merging.processes import Processes
 from hf_frmerge.merging.progress import ProgressCallback
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from hf_frmerge.merging.callbacks import MergeCallback
-    from hf_frmerge.merging.plan import MergePlan, TensorStep
+    from hf_frmerge.merging.plan import MergePlan
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,8 @@ class FisherRaoMerger:
         self.compute_metrics = compute_metrics
         self.report: dict[str, Any] = {}
         self._evaluation: list[dict[str, Any]] = []
-        logging.getLogger("hf_frmerge").setLevel(self.args.get_process_log_level())
+        if self.args.log_level != "passive":
+            logging.getLogger("hf_frmerge").setLevel(self.args.get_process_log_level())
 
         self.processes = Processes()
         self.state = MergeState(
@@ -157,13 +157,18 @@ class FisherRaoMerger:
         if resume_from_checkpoint is not None:
             self.args.resume_from_checkpoint = resume_from_checkpoint
         plan = self.plan()
+        self._check_licences(plan)
         for note in plan.notes:
             logger.warning("%s", note)
         self._begin(plan)
+        if self.args.eval_on_start:
+            self.evaluate_experts()
+        observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
         try:
-            outcome = run_merge(plan, _CallbackObserver(self), self.processes)
+            outcome = run_merge(plan, observer, self.processes)
         finally:
             plan.close()
+        self.control = observer.control
         self.report = {**outcome.report, "complete": outcome.complete}
         if not outcome.complete:
             reason = self.control.stop_reason or "a callback asked for it"
@@ -199,11 +204,7 @@ class FisherRaoMerger:
             for name, part in dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        from hf_frmerge.evaluation.loop import evaluate_causal_lm
-
-        measured = asdict(
-            evaluate_causal_lm(self.model, self._tokenizer, dataset, batch_size=self.args.per_device_eval_batch_size)
-        )
+        measured = self._measure(dataset)
         if self.compute_metrics is not None:
             measured |= self.compute_metrics(measured)
         domain = metric_key_prefix.removeprefix("eval").lstrip("_") or "text"
@@ -213,6 +214,41 @@ class FisherRaoMerger:
         }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def evaluate_experts(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Measure every expert, and the base model if there is one, on the same text as `evaluate`, one at a time.
+
+        Returns:
+            `dict[str, float]`: `<prefix>_<model>_<dataset>_loss` and so on; models are `base` and `expert0`, ...
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ArgumentError("evaluate_experts needs a dataset: pass eval_dataset here or to FisherRaoMerger.")
+        from hf_frmerge.evaluation.compare import compare_models
+
+        models = {f"expert{index}": spec for index, spec in enumerate(self.experts)}
+        if self.base_model is not None:
+            models = {"base": self.base_model, **models}
+        scores = compare_models(
+            models,
+            dataset if isinstance(dataset, Mapping) else {"text": dataset},
+            base_model=self.base_model,
+            processing_class=self.processing_class,
+            dtype=self._eval_dtype or "auto",
+            batch_size=self.args.per_device_eval_batch_size,
+            token=self.args.hub_token,
+        )
+        metrics: dict[str, float] = {}
+        for score in scores:
+            shown = score.model if score.model == "base" else Path(models[score.model]).name
+            self._evaluation.append({**score.to_dict(), "model": shown})
+            prefix = f"{metric_key_prefix}_{score.model}_{score.domain}"
+            metrics[f"{prefix}_loss"] = score.loss
+            metrics[f"{prefix}_perplexity"] = score.perplexity
+            metrics[f"{prefix}_token_accuracy"] = score.token_accuracy
+        self.log(metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -247,6 +283,7 @@ class FisherRaoMerger:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        create_pr: bool = False,
         **card_fields: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
         """
@@ -261,6 +298,8 @@ class FisherRaoMerger:
                 Wait for the upload.
             token, revision, private (*optional*):
                 As `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Open a pull request instead of committing to the branch.
             card_fields:
                 As for `create_model_card`.
 
@@ -272,20 +311,25 @@ class FisherRaoMerger:
             HubError: If the Hub refuses.
         """
         self._require_merge("push_to_hub")
+        if self.control.should_merge_stop:
+            raise MergeError(f"Not pushed: {self.control.stop_reason or 'a callback asked to stop'}.")
         self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.processes.is_main:
             return None
-        from hf_frmerge.hub.push import push_folder
+        from hf_frmerge.hub.push import full_repo_id, push_folder
 
+        token = token or self.args.hub_token
         target = repo_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+        target = full_repo_id(target, token)
         self.create_model_card(hub_model_id=target, **card_fields)
         return push_folder(
             self.args.output_dir,
             repo_id=target,
-            token=token or self.args.hub_token,
+            token=token,
             private=self.args.hub_private_repo if private is None else private,
             revision=revision or self.args.hub_revision,
             commit_message=commit_message,
+            create_pr=create_pr,
             blocking=blocking,
         )
 
@@ -305,6 +349,37 @@ class FisherRaoMerger:
         """Add to `state.log_history` and tell the callbacks."""
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _measure(self, dataset: Any) -> dict[str, float]:
+        """Run the merged model over one dataset."""
+        from accelerate import Accelerator
+
+        from hf_frmerge.evaluation.loop import evaluate_causal_lm
+
+        if self._eval_dtype is not None:
+            self.model.to(self._eval_dtype)
+
+        def heard(loader: Any) -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control, loader)
+
+        metrics = evaluate_causal_lm(
+            self.model,
+            self._tokenizer,
+            dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            accelerator=Accelerator(cpu=self.args.use_cpu),
+            on_prediction_step=heard,
+        )
+        return asdict(metrics)
+
+    @property
+    def _eval_dtype(self) -> Any:
+        """Dtype asked for by `bf16_full_eval` or `fp16_full_eval`; `None` for the model's own."""
+        import torch
+
+        if self.args.bf16_full_eval:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16_full_eval else None
 
     @property
     def _tokenizer(self) -> Any:
@@ -331,48 +406,14 @@ class FisherRaoMerger:
         self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})
         self.control = self.callback_handler.on_merge_end(self.args, self.state, self.control)
 
+    def _check_licences(self, plan: MergePlan) -> None:
+        """Refuse licences that forbid derivatives, unless the user takes responsibility for them."""
+        from hf_frmerge.hub.licences import combine, read_source_metadata
+
+        local = [model for model in plan.models if "://" not in model.source.path]
+        sources = [(model.spec, read_source_metadata(model.source.path)) for model in local]
+        combine(sources, allowed=(self.args.allow_license or "").split(",")).raise_if_refused()
+
     def _require_merge(self, call: str) -> None:
         if not self.is_merged:
             raise RuntimeError(f"`{call}` needs a merged model: call `merge()` first.")
-
-
-class _CallbackObserver(StepObserver):
-    """Turns what the engine does into events."""
-
-    def __init__(self, merger: FisherRaoMerger) -> None:
-        self._merger = merger
-
-    def begin(self, step: TensorStep) -> bool:
-        merger = self._merger
-        merger.state.current_tensor = step.name
-        merger.control = merger.callback_handler.on_step_begin(merger.args, merger.state, merger.control)
-        return not merger.control.should_skip_tensor
-
-    def end(self, outcome: StepOutcome) -> bool:
-        merger = self._merger
-        result = _step_result(outcome)
-        merger.state.record(result)
-        merger.control = merger.callback_handler.on_step_end(merger.args, merger.state, merger.control, result)
-        if merger.control.should_log:
-            merger.log({"norm_ratio": result.norm_ratio, "max_angle": result.max_angle, "n_iter": result.n_iter})
-        return not merger.control.should_merge_stop
-
-
-def _step_result(outcome: StepOutcome) -> StepResult:
-    step, solution = outcome.step, outcome.solution
-    if solution is None:
-        return StepResult(step.name, outcome.action, step.nbytes, (), 1.0, 0.0, 0, 0.0, True, 0)  # type: ignore[arg-type]
-    geometry = solution.geometry
-    return StepResult(
-        name=step.name,
-        action="merge",
-        nbytes=step.nbytes,
-        norms=geometry.norms,
-        norm_ratio=geometry.norm_ratio,
-        max_angle=geometry.max_angle,
-        n_iter=geometry.n_iter,
-        residual=geometry.residual,
-        converged=geometry.converged,
-        ambiguous=geometry.n_ambiguous,
-        n_blocks=step.n_blocks,
-    )

@@ -149,6 +149,12 @@ class MergingArguments:
     resume_from_checkpoint: bool = field(
         default=False, metadata=_describe("Continue a merge that was interrupted in the same output folder.")
     )
+    allow_license: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Comma-separated licences without derivatives, such as cc-by-nd-4.0, that you have permission to merge."
+        ),
+    )
     strict: bool = field(
         default=False, metadata=_describe("Raise where experts differ in a way that is otherwise only warned about.")
     )

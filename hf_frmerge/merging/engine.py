@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
@@ -56,7 +56,7 @@ class StepOutcome:
     """
 
     step: TensorStep
-    action: str
+    action: Literal["merge", "copy", "skip"]
     solution: Solution | None
     inputs: dict[str, str]
     output: str
@@ -284,7 +284,7 @@ class Engine:
         solution = None
         if tensor.step.action == "merge":
             solution = self._journal.solved[tensor.step.group][0]
-        action = "skip" if tensor.skipped else tensor.step.action
+        action: Literal["merge", "copy", "skip"] = "skip" if tensor.skipped else tensor.step.action
         return StepOutcome(tensor.step, action, solution, tensor.inputs_digest(), tensor.output_digest())
 
     # Jobs: everything below runs on the pool's threads.

@@ -24,7 +24,16 @@ logger = logging.getLogger(__name__)
 
 # Options that do not change a bit of the output: a merge may be resumed with others.
 _FREE_OPTIONS = frozenset(
-    {"output_dir", "overwrite", "resume_from_checkpoint", "strict", "memory_budget", "num_workers", "device"}
+    {
+        "output_dir",
+        "overwrite",
+        "resume_from_checkpoint",
+        "allow_license",
+        "strict",
+        "memory_budget",
+        "num_workers",
+        "device",
+    }
 )
 
 

@@ -6,7 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE, DTYPE_BITS, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
@@ -76,7 +76,7 @@ class TensorStep:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    action: str
+    action: Literal["merge", "copy"]
     donor: int
     weights: tuple[float, ...]
     group: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,9 +183,19 @@ def _weights_for(
 ) -> tuple[dict[str, tuple[float, ...]], list[str]]:
     """Weights of every tensor, and a note per rule that matches none."""
     schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(weights))
-    n_layers = 1 + max((index for name in names if (index := layer_index(name)) is not None), default=0)
-    notes = [f"Weight rule {rule!r} matches no tensor." for rule in schedule.unused_rules(names)]
-    return {name: tuple(schedule.weights_for(name, n_layers)) for name in names}, notes
+    notes = [f"Weight rule {rule!r} decides no tensor's weights." for rule in schedule.unused_rules(names)]
+    # An encoder and a decoder may have different depths: a gradient runs over the stack a tensor belongs to.
+    depth: dict[str, int] = {}
+    for name in names:
+        index = layer_index(name)
+        if index is not None:
+            depth[_stack(name)] = max(depth.get(_stack(name), 0), index + 1)
+    return {name: tuple(schedule.weights_for(name, depth.get(_stack(name), 1))) for name in names}, notes
+
+
+def _stack(name: str) -> str:
+    """Part of a tensor's name before its layer index."""
+    return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
 
 
 def _steps(
