@@ -143,7 +143,8 @@ static int parse_dtype(PyObject *name, DType *dtype) {
 /* Get a contiguous buffer of exactly `size` bytes. */
 static int get_buffer(PyObject *object, const char *what, size_t size, int flags, Py_buffer *view) {
     if (PyObject_GetBuffer(object, view, flags)) {
-        PyErr_Format(PyExc_ValueError, "%s must be a contiguous%s buffer", what, flags & PyBUF_WRITABLE ? " writable" : "");
+        const char *writable = flags & PyBUF_WRITABLE ? " writable" : "";
+        PyErr_Format(PyExc_ValueError, "%s must be a contiguous%s buffer", what, writable);
         return -1;
     }
     if ((size_t)view->len != size) {
@@ -218,7 +219,8 @@ static PyObject *py_gram(PyObject *module, PyObject *args) {
     PyObject *tuple, *out_object;
     Py_ssize_t n_blocks, block_len, count, out_bytes;
     int precise;
-    if (!PyArg_ParseTuple(args, "sO!nnpO", &level_name, &PyTuple_Type, &tuple, &n_blocks, &block_len, &precise, &out_object))
+    if (!PyArg_ParseTuple(args, "sO!nnpO", &level_name, &PyTuple_Type, &tuple, &n_blocks, &block_len, &precise,
+                          &out_object))
         return NULL;
     const Level *level = find_level(level_name);
     if (!level || (count = count_elements(n_blocks, block_len)) < 0) return NULL;

@@ -279,8 +279,8 @@ TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, 
 }
 
 /* One block. */
-TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, size_t start, size_t length, uint8_t *out,
-                                    DType out_dtype) {
+TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, size_t start, size_t length,
+                                    uint8_t *out, DType out_dtype) {
     size_t k = 0, size = SIZE[out_dtype];
     for (; k + 4 * HALF <= length; k += 4 * HALF)
         NAME(combine_step)(x, c, n, start + k, 4, out + k * size, out_dtype);
@@ -296,8 +296,8 @@ TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, si
     memcpy(out + k * size, last, (length - k) * size);
 }
 
-TARGET static void NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len, const uint8_t *coefficients,
-                                 uint8_t *out, DType out_dtype) {
+TARGET static void NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len,
+                                 const uint8_t *coefficients, uint8_t *out, DType out_dtype) {
     size_t block_size = block_len * SIZE[out_dtype];
     for (size_t block = 0; block < n_blocks; block++, out += block_size) {
         Operand used[MAX_OPERANDS];
