@@ -8,13 +8,9 @@ singular values it leaves out, and the report says how much.
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +23,9 @@ from hf_frmerge.geometry.gram import embed
 from hf_frmerge.geometry.lowrank import Factors, concatenate, factor_gram, recompress
 from hf_frmerge.merging.adapter_rows import AdapterRow, align_adapters, missing_notes, zero_notes
 from hf_frmerge.merging.blocks import group_of
+from hf_frmerge.merging.ordered import ordered_pool
 from hf_frmerge.merging.solve import Geometry, solve
 from hf_frmerge.methods.span import SpanOptions
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -136,9 +130,7 @@ def merge_adapters(
     base_model, revision = common_base(adapters)
     rows = align_adapters(adapters)
     notes = missing_notes(adapters, rows, strict)
-    n_workers = num_workers or min(os.cpu_count() or 1, 4)
-    with ThreadPoolExecutor(n_workers) as pool:
-        workers = _Workers(pool, n_workers)
+    with ordered_pool(num_workers) as workers:
         grams = list(workers.map(lambda row: factor_gram(row.factors()), rows))
         notes += zero_notes(adapters, rows, grams)
         plans = _solve(
@@ -193,31 +185,26 @@ class _Plan:
         available = min(self.full_rank, self.row.n_out, self.row.n_in)
         return replace(self, rank=self.full_rank if rank is None else min(rank, available))
 
+    def exact(self) -> Factors:
+        """Like `stacked`, but float32 where the inputs are: half the memory traffic for what is rounded next."""
+        parts = [
+            (pair.B * np.float64(c * pair.scale), pair.A)
+            for c, pair, use in zip(self.coefficients, self.row.factors(self.used), self.used)
+            if use
+        ]
+        dtype = np.result_type(*(down for _, down in parts))
+        up = np.concatenate([up for up, _ in parts], axis=1, dtype=dtype, casting="same_kind")
+        return Factors(up, np.concatenate([down for _, down in parts]))
+
     def write(self, writer: AdapterWriter) -> MergedModule:
-        pair, error = self.stacked(), 0.0
         if self.rank < self.full_rank:
-            pair, error = recompress(pair, self.rank)
+            pair, error = recompress(self.stacked(), self.rank)
+        else:
+            pair, error = self.exact(), 0.0
         writer.write(self.output, pair.B, pair.A)
         first = self.row.first
         coefficients = tuple(self.coefficients.tolist())
         return MergedModule(first.module, first.target, self.rank, coefficients, self.geometry, self.norm, error)
-
-
-class _Workers:
-    """Threads that hand results back in order, few at a time: memory does not grow with the number of modules."""
-
-    def __init__(self, pool: ThreadPoolExecutor, n_workers: int) -> None:
-        self.pool = pool
-        self.ahead = 2 * n_workers
-
-    def map(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-        waiting: deque[Future[_Out]] = deque()
-        for item in items:
-            waiting.append(self.pool.submit(work, item))
-            if len(waiting) > self.ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _check_arguments(adapters: Sequence[Adapter], weights: Sequence[float], block: str) -> None:
