@@ -81,13 +81,10 @@ def donor_files(source: Source) -> list[str]:
     """
     folder = open_folder(source.path)
     try:
-        names = folder.names()
-        templates = [f"{_TEMPLATES}/{name}" for name in folder.names(_TEMPLATES) if name.endswith(".jinja")]
-    except (OSError, NotImplementedError) as error:
-        if isinstance(folder, LocalFolder):
-            raise CheckpointError(f"{source.spec!r} cannot be listed: {error}.") from error
-        names, templates = [name for name in _KNOWN if folder.exists(name)], []
-    return [name for name in names if _is_copied(name)] + templates
+        names = _list(folder)
+    except OSError as error:
+        raise CheckpointError(f"{source.spec!r} cannot be listed: {error}.") from error
+    return [name for name in names if name.startswith(f"{_TEMPLATES}/") or _is_copied(name)]
 
 
 def copy_donor_files(source: Source, output_dir: str | Path) -> list[str]:
@@ -145,11 +142,24 @@ def find_disagreements(sources: Sequence[Source]) -> list[str]:
         `list[str]`: One sentence per difference; empty if all agree.
     """
     folders = [(source, open_folder(source.path)) for source in dict.fromkeys(sources)]
-    found = _differing_configs(folders, CONFIG_FILE) + _differing_configs(folders, "generation_config.json")
-    return found + _differing_vocabularies(folders) + _differing_templates(folders)
+    try:
+        found = _differing_configs(folders, CONFIG_FILE) + _differing_configs(folders, "generation_config.json")
+        return found + _differing_vocabularies(folders) + _differing_templates(folders)
+    except OSError as error:
+        raise CheckpointError(f"Configs and tokenizers could not be compared: {error}.") from error
 
 
 _Folders = list[tuple[Source, LocalFolder | RemoteFolder]]
+
+
+def _list(folder: LocalFolder | RemoteFolder) -> list[str]:
+    try:
+        templates = [name for name in folder.names(_TEMPLATES) if name.endswith(".jinja")]
+        return folder.names() + [f"{_TEMPLATES}/{name}" for name in templates]
+    except (OSError, NotImplementedError):
+        if isinstance(folder, LocalFolder):
+            raise
+        return [name for name in _KNOWN if folder.exists(name)]
 
 
 def _is_copied(name: str) -> bool:
@@ -250,7 +260,7 @@ def _differing_vocabularies(folders: _Folders) -> list[str]:
         for source, folder in holders[1:]:
             content = _read(folder, name, source)
             if content != reference:
-                difference = _vocabulary_difference(name, reference, content)
+                difference = _vocabulary_difference(name, (first, reference), (source, content))
                 different += [f"{source.spec!r} ({difference})"] if difference else []
         if different:
             return [f"{name}: the vocabulary of {first.spec!r} (taken) differs from that of {some(different)}."]
@@ -258,16 +268,16 @@ def _differing_vocabularies(folders: _Folders) -> list[str]:
     return []
 
 
-def _vocabulary_difference(name: str, reference: bytes, other: bytes) -> str:
+def _vocabulary_difference(name: str, reference: tuple[Source, bytes], other: tuple[Source, bytes]) -> str:
     """Say how many tokens have another id; empty if only settings around the vocabulary differ."""
     if name != "tokenizer.json":
         return "other bytes"
-    ours, theirs = _token_ids(reference), _token_ids(other)
+    ours, theirs = _token_ids(*reference), _token_ids(*other)
     count = sum(theirs.get(token) != index for token, index in ours.items()) + len(theirs.keys() - ours.keys())
     return f"{count} tokens differ; sizes {len(ours)} and {len(theirs)}" if count else ""
 
 
-def _token_ids(content: bytes) -> dict[str, int]:
+def _token_ids(source: Source, content: bytes) -> dict[str, int]:
     try:
         tokenizer = json.loads(content)
         vocabulary = tokenizer["model"]["vocab"]
@@ -275,7 +285,7 @@ def _token_ids(content: bytes) -> dict[str, int]:
             vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
         return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"A tokenizer.json is not one that can be read: {error!r}.") from error
+        raise CheckpointError(f"{source.spec!r}: tokenizer.json makes no sense: {error!r}.") from error
 
 
 def _differing_templates(folders: _Folders) -> list[str]:

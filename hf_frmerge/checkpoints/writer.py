@@ -150,10 +150,11 @@ class CheckpointWriter:
         Call once, after every process has called `sync`. Calling it again after a crash half-way is safe.
         """
         for index, shard in enumerate(self.layout.shards):
-            staged = self._staged(index)
-            # Absent only when an earlier call came this far: `reopen` would have created it otherwise.
+            staged, final = self._staged(index), self.output_dir / shard.file
             if staged.exists():
-                staged.replace(self.output_dir / shard.file)
+                staged.replace(final)
+            elif not final.exists():  # if it does, an earlier call came this far
+                raise MergeError(f"{staged} is missing: another program removed it. Start the merge afresh.")
         text = self.layout.index_json()
         if text is not None:
             write_file(self.output_dir / INDEX_FILE, text)

@@ -197,6 +197,12 @@ def test_unigram_vocabularies(tmp_path):
     assert "'b' (2 tokens differ; sizes 2 and 2)" in found
 
 
+def test_broken_tokenizer_is_named(donor, twin):
+    (twin / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(CheckpointError, match=r"'twin': tokenizer\.json makes no sense: KeyError\('vocab'\)"):
+        find_disagreements([source(donor), source(twin)])
+
+
 def test_chat_templates(donor, twin, tmp_path):
     save_tokenizer(twin, ["a", "b"], "other")
     assert find_disagreements([source(donor), source(twin)]) == [

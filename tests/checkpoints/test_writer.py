@@ -247,6 +247,15 @@ def test_killed_between_two_renames(tmp_path, tensors):
     assert len(load_file(tmp_path / layout.shards[0].file)) == 1
 
 
+def test_publish_refuses_when_a_shard_is_gone(tmp_path, tensors):
+    writer = write(tensors, tmp_path, 3010)
+    writer.sync()
+    (tmp_path / STAGING / f"{writer.layout.shards[2].file}.partial").unlink()
+    with pytest.raises(MergeError, match=r"model-00003-of-00005\.safetensors\.partial is missing"):
+        writer.publish()
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
 def test_processes_write_their_own_shards(tmp_path, tensors):
     layout = plan(tensors, 3010)
     ranks = [CheckpointWriter(layout, tmp_path, shards=range(rank, 5, 2)) for rank in (0, 1)]
