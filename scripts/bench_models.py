@@ -3,8 +3,8 @@ Synthetic Llama checkpoints for the benchmarks: one base and N fine-tunes of it,
 
     python scripts/bench_models.py --size 0.5b --experts 8 --output-dir /tmp/bench/0.5b
 
-Weights are pseudo-random; what matters is that shapes, dtypes and angles are those of real fine-tunes (relative norm of
-a delta 0.01 to 0.30).
+Weights are pseudo-random; what matters is that shapes, dtypes and angles are those of real fine-tunes (norm of a delta
+0.01 to 0.30 of the weights').
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 
 from hf_frmerge.errors import AmbiguousMeanError
 from hf_frmerge.geometry.gram import delta_gram, embed, embed_differences
-from hf_frmerge.geometry.sphere import pairwise_angles
+from hf_frmerge.geometry.sphere import norms, pairwise_angles
 from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
 
 if TYPE_CHECKING:
@@ -96,20 +96,19 @@ def solve(
     if n_ambiguous and options.on_ambiguous == "raise":
         raise AmbiguousMeanError(_ambiguity(points_BNK, result.ambiguous, tensor, experts))
 
-    merged = _combine(result.coefficients, points_BNK)
-    rescaled = merged
-    if method != "nre":
-        rescaled = _combine(SPAN_METHODS["nre"](points_BNK, weights_N, SpanOptions()).coefficients, points_BNK)
-    norms_BN = np.linalg.norm(points_BNK, axis=-1)
+    merged, linear = _combine(result.coefficients, points_BNK), _combine(weights_N, points_BNK)
+    norms_BN = norms(points_BNK)
     mean_norm = float(np.linalg.norm(norms_BN @ weights_N))
-    angles = _angles(points_BNK)
+    angles = _angles(points_BNK, norms_BN)
+    # The norm-rescaled mean points where the plain mean does, so their gaps to the merged point are one.
+    pair = np.stack([merged, linear], axis=-2)
     geometry = Geometry(
         norms=tuple(np.linalg.norm(norms_BN, axis=0).tolist()),
         norm_ratio=float(np.linalg.norm(merged)) / mean_norm if mean_norm > 0 else 1.0,
-        linear_norm_ratio=float(np.linalg.norm(_combine(weights_N, points_BNK))) / mean_norm if mean_norm > 0 else 1.0,
+        linear_norm_ratio=float(np.linalg.norm(linear)) / mean_norm if mean_norm > 0 else 1.0,
         max_angle=float(angles.max(initial=0.0)),
         mean_angle=float(angles.mean()) if angles.size else 0.0,
-        gap_to_nre=float(_angles(np.stack([merged, rescaled], axis=-2)).max(initial=0.0)),
+        gap_to_nre=float(_angles(pair, norms(pair)).max(initial=0.0)),
         n_iter=int(np.max(result.n_iter)),
         residual=float(np.max(result.residual)),
         converged=bool(np.all(result.converged)),
@@ -122,10 +121,10 @@ def _combine(coefficients_BN: NDArray[np.float64], points_BNK: NDArray[np.float6
     return np.einsum("...n,...nk->...k", coefficients_BN, points_BNK)
 
 
-def _angles(points: NDArray[np.float64]) -> NDArray[np.float64]:
+def _angles(points: NDArray[np.float64], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
     """Angles of all pairs of points that have a direction, flat, in radians."""
     first, second = np.triu_indices(points.shape[-2], k=1)
-    directed = np.linalg.norm(points, axis=-1) > 0
+    directed = lengths > 0
     return pairwise_angles(points)[..., first, second][directed[..., first] & directed[..., second]]
 
 
