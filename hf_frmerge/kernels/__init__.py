@@ -126,7 +126,9 @@ def load_kernels(device: str = "cpu") -> Kernels:
         except ImportError as error:
             from hf_frmerge.kernels.torch_backend import TorchKernels
 
-            logger.info("The native kernels were not built (%s): falling back to torch, several times slower.", error)
+            logger.info(
+                "The native kernels were not built (%s): falling back to torch, ten times slower or more.", error
+            )
             kernels = TorchKernels(device)
     else:
         from hf_frmerge.kernels.torch_backend import TorchKernels

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels import ITEMSIZE, Operand
 
+_PRECISION = {"BF16": (8, 2.0**-126), "F16": (11, 2.0**-14)}  # significant bits, least normal number
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Elements of one operand in a chunk. CPU: where float64 products were fastest. Accelerator: 8 MiB of bf16, so that a
 # copy takes long against the launch of the operations that use it.
@@ -96,13 +97,16 @@ class TorchKernels:
             raise ValueError("out must be writable")
         table = torch.tensor(coefficients, dtype=torch.float64, device=self.device)
         for span, chunk in self._stream(operands, n_blocks, block_len):
-            rows = table[span.first : span.first + span.rows]
+            blocks = slice(span.first, span.first + span.rows)
             total = torch.full_like(chunk[0], -0.0, dtype=torch.float64)  # -0 + y is y for every y, also for -0
             for k, x in enumerate(chunk):
-                factor = rows[:, k : k + 1]
                 # Two operations, two roundings: a fused one would give other bits.
-                total = torch.where(factor == 0, total, total + factor * x.to(torch.float64))
-            total = torch.where((rows == 0).all(dim=1, keepdim=True), 0.0, total)
+                term = x.to(torch.float64).mul_(table[blocks, k : k + 1])
+                if (coefficients[blocks, k] == 0).any():
+                    term[table[blocks, k] == 0] = -0.0
+                total.add_(term)
+            if not coefficients[blocks].any(axis=1).all():
+                total[(table[blocks] == 0).all(dim=1)] = 0.0
             start = (span.first * block_len + span.offset) * ITEMSIZE[out_dtype]
             rounded = _round(total, out_dtype).reshape(-1).view(torch.uint8).cpu().numpy()
             out[start : start + rounded.size] = rounded
@@ -185,20 +189,22 @@ def _spans(n_blocks: int, block_len: int, chunk: int) -> Iterator[_Span]:
 
 def _round(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """Round float64 to nearest even, once; 16-bit results are returned as int16 bits."""
+    if dtype in _PRECISION:
+        # As in native_isa.h: beside an addend of 1.5 times 2^52 units of the last place wanted, adding rounds to that
+        # place. torch's own conversion goes by the nearest float32 and so rounds twice.
+        precision, smallest = _PRECISION[dtype]
+        power = (values.view(torch.int64) & (0x7FF << 52)).view(torch.float64)
+        addend = power.clamp_(smallest, 2.0**200).mul_(1.5 * 2.0 ** (53 - precision))
+        values = (values + addend).sub_(addend).copysign_(values)  # the sign of zero
     if dtype == "F64":
-        return torch.where(values.isnan(), torch.nan, values)
-    nearest = values.to(torch.float32)
+        return values.masked_fill(values.isnan(), torch.nan)
+    single = values.to(torch.float32)
+    single.masked_fill_(single.isnan(), torch.nan)
     if dtype == "F32":
-        return torch.where(nearest.isnan(), torch.nan, nearest)
-    # Round to odd first: towards zero, then the last bit set if anything was lost. torch's own float64 -> bfloat16
-    # goes by the nearest float32 and so rounds twice; its float32 -> bfloat16 may flush subnormals on some CPUs.
-    back = nearest.to(torch.float64)
-    odd = (nearest.view(torch.int32) - (back.abs() > values.abs()).int()) | (back != values).int()
+        return single
     if dtype == "F16":
-        bits = odd.view(torch.float32).to(torch.float16).view(torch.int16)
-        return torch.where(values.isnan(), 0x7E00, bits)
-    bits = ((odd + 0x7FFF + ((odd >> 16) & 1)) >> 16).to(torch.int16)
-    return torch.where(values.isnan(), 0x7FC0, bits)
+        return single.to(torch.float16).view(torch.int16).masked_fill_(single.isnan(), 0x7E00)
+    return (single.view(torch.int32) >> 16).to(torch.int16)
 
 
 def _check(operands: Sequence[Operand], n_blocks: int, block_len: int) -> None:
