@@ -14,6 +14,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.compare import Recovered, Score
+    from hf_frmerge.merging.extract import ExtractedAdapter
     from hf_frmerge.merging.verify import VerifyReport
 
 _SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
@@ -190,6 +191,23 @@ def print_verification(report: VerifyReport, output_dir: str) -> None:
     else:
         count = len(report.problems)
         out.print(f"{output_dir}: {count} problem{'s' if count > 1 else ''}; {checked}.", style="bold red")
+
+
+def print_extracted(extracted: ExtractedAdapter) -> None:
+    """Print the ranks of an extracted adapter, what it does not hold, and where that is lost."""
+    out = console()
+    ranks = [module.rank for module in extracted.modules]
+    worst = max(extracted.modules, key=lambda module: module.error)
+    out.print(f"{len(ranks)} modules of rank {min(ranks)} to {max(ranks)}; {len(extracted.unchanged)} unchanged.")
+    out.print(
+        f"The adapter lacks {extracted.error:.2%} of the norm of the difference to the base; worst module: "
+        f"{worst.module}, {worst.error:.2%}."
+    )
+    if extracted.left_out:
+        names = sorted(extracted.left_out, key=lambda name: -extracted.left_out[name])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        out.print(f"Not in any chosen module, so left as in the base: {', '.join(names[:3])}{more}.", style="yellow")
+    out.print(f"Output: {extracted.output_dir}", style="bold")
 
 
 def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = "Perplexity (lower is better)") -> None:

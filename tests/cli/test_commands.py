@@ -180,3 +180,26 @@ def test_merge_can_push_at_once(frmerge: Frmerge, models, hub: HubServer, tmp_pa
     assert done.exit_code == 0, done.stderr
     assert ALICE_TOKEN not in done.stdout + done.stderr
     assert ("models", "alice/at-once") in hub.repos
+
+
+def test_extract_lora_gives_back_what_was_put_in(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.float32)
+    full = PeftModel.from_pretrained(base, models.adapter).merge_and_unload()
+    full.save_pretrained(tmp_path / "full")
+    arguments = ["extract-lora", tmp_path / "full", "--base-model", models.base, "--rank", "2"]
+    result = json.loads(frmerge(*arguments, "--output-dir", tmp_path / "lora", "--json").stdout)
+    assert {module["rank"] for module in result["modules"]} == {2}
+    assert result["error"] < 1e-5
+    again = AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.float32)
+    again = PeftModel.from_pretrained(again, str(tmp_path / "lora")).merge_and_unload()
+    for name, tensor in full.state_dict().items():
+        assert torch.allclose(again.state_dict()[name], tensor, atol=1e-5), name
+    for_people = frmerge(*arguments, "--output-dir", tmp_path / "lora2").stdout
+    assert "modules of rank 2 to 2" in for_people
+    in_use = frmerge(*arguments, "--output-dir", tmp_path / "lora")
+    assert in_use.exit_code == 2 and "--overwrite" in in_use.stderr
+    assert frmerge(*arguments, "--output-dir", tmp_path / "lora", "--overwrite").exit_code == 0
+    refused = frmerge("extract-lora", models.adapter, "--base-model", models.base, "--output-dir", tmp_path / "x")
+    assert refused.exit_code == 2 and "adapter already" in refused.stderr
