@@ -127,7 +127,7 @@ def load_kernels(device: str = "cpu") -> Kernels:
             from hf_frmerge.kernels.torch_backend import TorchKernels
 
             logger.info(
-                "The native kernels were not built (%s): falling back to torch, ten times slower or more.", error
+                "Native kernels were not built (%s): using torch, ten or more times slower.", error
             )
             kernels = TorchKernels(device)
     else:
