@@ -103,6 +103,15 @@ def test_equal_vectors_get_bit_equal_points_and_zero_vectors_zero():
     assert np.linalg.matrix_rank(points, tol=1e-9) == 2
 
 
+def test_dependent_vectors_use_no_more_axes_than_they_span():
+    # What rounding leaves after two pivots must not become a third axis of 1e-8.
+    plane = random_points(12, 500, 2, 40)
+    vectors = np.einsum("bij,bjk->bik", random_points(13, 500, 5, 2), plane)
+    points = embed(gram_of(vectors))
+    assert np.array_equal(points[:, :, 2:], np.zeros((500, 5, 3)))
+    np.testing.assert_allclose(gram_of(points), gram_of(vectors), rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("noise, allowed", [(1e-6, 5e-5), (1e-9, 1e-5), (0.0, 1e-13)])
 def test_embed_keeps_noise_at_its_own_size(noise, allowed):
     # Single-precision kernels give Gram matrices that are indefinite by 1e-6: nothing may blow up. Without the bound

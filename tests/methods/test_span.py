@@ -368,6 +368,7 @@ TRIPLE = np.stack([np.cos([0, 2 * np.pi / 3, 4 * np.pi / 3]), np.sin([0, 2 * np.
         ("karcher", np.array([[1.0, 2.0], [-1.0, -2.0]]), [0.5, 0.5]),
         ("karcher", np.array([[1.0, 2.0], [-3.0, -6.0]]), [0.9, 0.1]),
         ("karcher", TRIPLE, [1 / 3, 1 / 3, 1 / 3]),
+        ("karcher", TRIPLE, [0.7, 0.2, 0.1]),
         ("slerp", np.array([[1.0, 2.0], [-1.0, -2.0]]), [0.5, 0.5]),
         ("slerp", np.array([[1.0, 2.0], [-3.0, -6.0]]), [0.9, 0.1]),
         ("nre", np.array([[1.0, 2.0], [-1.0, -2.0]]), [0.5, 0.5]),
@@ -378,6 +379,7 @@ TRIPLE = np.stack([np.cos([0, 2 * np.pi / 3, 4 * np.pi / 3]), np.sin([0, 2 * np.
 def test_balanced_experts_are_flagged_and_never_answered_with_noise(method, vectors, weights):
     linear = solve(method, vectors, weights, on_ambiguous="linear")
     assert linear.ambiguous
+    assert linear.n_iter == 0
     assert np.array_equal(linear.coefficients, weights)
     refused = solve(method, vectors, weights)
     assert refused.ambiguous
