@@ -126,9 +126,7 @@ def load_kernels(device: str = "cpu") -> Kernels:
         except ImportError as error:
             from hf_frmerge.kernels.torch_backend import TorchKernels
 
-            logger.info(
-                "Native kernels were not built (%s): using torch, ten or more times slower.", error
-            )
+            logger.info("Native kernels were not built (%s): using torch, ten or more times slower.", error)
             kernels = TorchKernels(device)
     else:
         from hf_frmerge.kernels.torch_backend import TorchKernels
