@@ -1,0 +1,27 @@
+"""The demo's shipped material: held-out texts of three domains and the LoRA expert trained for each."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from hf_frmerge.errors import MergeError
+
+DOMAINS = ("austen", "kjv", "python")
+
+
+def load_texts() -> dict[str, str]:
+    """Return a held-out excerpt of every domain; no expert saw it, or its book or module, in training."""
+    data = files("hf_frmerge.demo") / "data"
+    return {domain: (data / f"{domain}.txt").read_text(encoding="utf-8") for domain in DOMAINS}
+
+
+def expert_dirs() -> dict[str, Path]:
+    """Return the adapter folder of every domain's expert, in PEFT's layout."""
+    experts = files("hf_frmerge.demo") / "data" / "experts"
+    if not isinstance(experts, Path):
+        raise MergeError(
+            f"The demo's experts must be ordinary files, but hf_frmerge is imported from {experts}, an archive. "
+            "Install it with pip instead."
+        )
+    return {domain: experts / domain for domain in DOMAINS}
