@@ -46,7 +46,7 @@ def karcher_mean(units: Array, weights: ArrayLike, *, tol: float = 1e-12, max_it
     Where the gradient vanishes the mean *is* proportional to the sum of the pulls, and this gives the coefficients.
     They are unique even where the vectors are dependent: equal vectors share in proportion to their weights.
 
-    A finished block leaves the iteration, and its bits do not depend on the blocks beside it.
+    A finished block leaves the iteration.
 
     Args:
         units (`np.ndarray`):
@@ -141,11 +141,7 @@ def _blocks_last(units: Array, weights: ArrayLike) -> tuple[Array, Array]:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    # Sum over the first axis in a fixed order (see `sphere.dot`, which does so over the last).
-    total: Array = a[0] * b[0]
-    for i in range(1, len(a)):
-        total = total + a[i] * b[i]
-    return total
+    return np.einsum("i...,i...->...", a, b)
 
 
 def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> tuple[Array, Array, NDArray[np.int64]]:
