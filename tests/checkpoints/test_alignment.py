@@ -181,6 +181,19 @@ def test_untied_head_is_refused(tied, open_folder_as):
         align([open_folder_as(tied[1], "b"), open_folder_as(tied[0], "a")])
 
 
+def test_head_that_differs_in_its_last_element_only_is_not_tied(tmp_path, save_model, open_folder_as):
+    for place, name in enumerate("ab"):
+        save_model(tmp_path / name, seed=place, tie_word_embeddings=True, vocab_size=4096)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    rewrite(tmp_path / "b", change)
+    with pytest.raises(CheckpointError, match=r"it has 1 others \(lm_head\.weight\)"):
+        align([open_folder_as(tmp_path / "a"), open_folder_as(tmp_path / "b")])
+
+
 def test_copy_in_one_and_own_values_in_another_is_refused(tmp_path, tied, save_model, open_folder_as):
     save_model(tmp_path / "c", seed=5, tie_word_embeddings=True)
     store_head(tied[1])
