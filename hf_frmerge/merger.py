@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -82,6 +83,8 @@ class FisherRaoMerger:
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         callbacks: list[MergeCallback | type[MergeCallback]] | None = None,
     ) -> None:
+        if isinstance(experts, str):
+            raise ArgumentError(f"experts must be a list of two or more models, but got the one name {experts!r}.")
         self.experts = list(experts)
         self.args = args if args is not None else MergingArguments()
         self.weights = weights
@@ -90,7 +93,7 @@ class FisherRaoMerger:
         self.eval_dataset = eval_dataset
         self.compute_metrics = compute_metrics
         self.report: dict[str, Any] = {}
-        self._evaluation: list[dict[str, Any]] = []
+        self._evaluation: dict[tuple[str, str], dict[str, Any]] = {}  # (model, domain) -> row of the card
         if self.args.log_level != "passive":
             logging.getLogger("hf_frmerge").setLevel(self.args.get_process_log_level())
 
@@ -156,27 +159,31 @@ class FisherRaoMerger:
         """
         if resume_from_checkpoint is not None:
             self.args.resume_from_checkpoint = resume_from_checkpoint
-        plan = self.plan()
-        self._check_licences(plan)
-        for note in plan.notes:
-            logger.warning("%s", note)
-        self._begin(plan)
-        if self.args.eval_on_start:
-            self.evaluate_experts()
-        observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
-        try:
+        if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
+            raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
+        with closing(self.plan()) as plan:
+            self._check_licences(plan)
+            for note in plan.notes:
+                logger.warning("%s", note)
+            self._begin(plan)
+            if self.args.eval_on_start:
+                self.evaluate_experts()
+            observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
             outcome = run_merge(plan, observer, self.processes)
-        finally:
-            plan.close()
         self.control = observer.control
         self.report = {**outcome.report, "complete": outcome.complete}
         if not outcome.complete:
+            # Reporters close their run and bars their line here, so a stopped merge has an end too.
+            self.control = self.callback_handler.on_merge_end(self.args, self.state, self.control)
             reason = self.control.stop_reason or "a callback asked for it"
             raise MergeError(
                 f"The merge was stopped after {self.state.global_step} of {self.state.max_steps} tensors: {reason}. "
                 f"{self.args.output_dir!r} holds no model; pass resume_from_checkpoint=True to go on."
             )
         self._end()
+        # Only the main process has callbacks, but all take part in an evaluation.
+        if any(self.processes.gather([self.control.should_evaluate])):
+            self.evaluate()
         return self
 
     def evaluate(
@@ -207,8 +214,8 @@ class FisherRaoMerger:
         measured = self._measure(dataset)
         if self.compute_metrics is not None:
             measured |= self.compute_metrics(measured)
-        domain = metric_key_prefix.removeprefix("eval").lstrip("_") or "text"
-        self._evaluation.append({"model": "merged", "domain": domain, **measured})
+        domain = "text" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
+        self._evaluation["merged", domain] = {"model": "merged", "domain": domain, **measured}
         metrics = {
             f"{metric_key_prefix}_{name}": value for name, value in measured.items() if name not in (ignore_keys or [])
         }
@@ -243,7 +250,7 @@ class FisherRaoMerger:
         metrics: dict[str, float] = {}
         for score in scores:
             shown = score.model if score.model == "base" else Path(models[score.model]).name
-            self._evaluation.append({**score.to_dict(), "model": shown})
+            self._evaluation[score.model, score.domain] = {**score.to_dict(), "model": shown}
             prefix = f"{metric_key_prefix}_{score.model}_{score.domain}"
             metrics[f"{prefix}_loss"] = score.loss
             metrics[f"{prefix}_perplexity"] = score.perplexity
@@ -272,7 +279,7 @@ class FisherRaoMerger:
         from hf_frmerge.hub.card import write_card
         from hf_frmerge.hub.folder import card_of_folder
 
-        card = card_of_folder(self.args.output_dir, evaluation=self._evaluation, **card_fields)
+        card = card_of_folder(self.args.output_dir, evaluation=list(self._evaluation.values()), **card_fields)
         return write_card(card, self.args.output_dir)
 
     def push_to_hub(
@@ -390,6 +397,12 @@ class FisherRaoMerger:
         return self.processing_class
 
     def _begin(self, plan: MergePlan) -> None:
+        """Forget an earlier merge, then announce this one."""
+        self.report = {}
+        self.__dict__.pop("model", None)
+        self.callback_handler.model = None
+        self._evaluation = {key: row for key, row in self._evaluation.items() if key[0] != "merged"}
+        self.state.start()
         self.state.max_steps = len(plan.steps)
         self.state.bytes_total = sum(step.nbytes for step in plan.steps)
         self.state.logging_steps = self.args.logging_steps
@@ -400,7 +413,8 @@ class FisherRaoMerger:
         self.control = self.callback_handler.on_merge_begin(self.args, self.state, self.control)
 
     def _end(self) -> None:
-        self.create_model_card()
+        if self.processes.is_main:
+            self.create_model_card()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
         self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})

@@ -61,8 +61,6 @@ def main() -> None:
         base_model=expert_args.base_model,
         eval_dataset=texts or None,
     ).merge()
-    if merging_args.do_eval:
-        merger.evaluate()
     if merging_args.push_to_hub:
         merger.push_to_hub()
 

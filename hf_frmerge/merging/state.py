@@ -65,6 +65,11 @@ class MergeState:
     trial_name: str | None = None
     trial_params: dict[str, str | float | int | bool] | None = None
 
+    def start(self) -> None:
+        """Count from zero: a merge begins, perhaps one that goes on where an earlier one stopped."""
+        self.global_step = self.bytes_done = self.n_not_converged = 0
+        self.epoch = self.worst_residual = 0.0
+
     def record(self, result: StepResult) -> None:
         """Count one finished tensor, whether it was merged, copied or skipped."""
         self.current_tensor = result.name
