@@ -201,7 +201,7 @@ class MergingArguments:
         default="passive",
         metadata=_describe("Level of the package's log messages; passive leaves it alone.", LOG_LEVELS),
     )
-    logging_steps: int = field(default=10, metadata=_describe("Log every this many tensors."))
+    logging_steps: int = field(default=500, metadata=_describe("Log every this many tensors."))
     logging_first_step: bool = field(default=False, metadata=_describe("Log the first tensor too."))
 
     # 4. Evaluation

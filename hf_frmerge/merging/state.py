@@ -57,7 +57,7 @@ class MergeState:
     sources: list[dict[str, str | float | None]] = field(default_factory=list)
     log_history: list[dict[str, float | int | str]] = field(default_factory=list)
     best_metric: float | None = None
-    logging_steps: int = 10
+    logging_steps: int = 500
     is_world_process_zero: bool = True
     is_local_process_zero: bool = True
     total_flos: float = 0
