@@ -18,12 +18,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.reader import DTYPE_BITS
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.blocks import PIECE_ELEMENTS, pieces
-from hf_frmerge.merging.operands import digest
+from hf_frmerge.merging.operands import digest, join_digests
 from hf_frmerge.merging.solve import Solution, points_of, solve
 
 if TYPE_CHECKING:
@@ -94,10 +93,10 @@ class _Tensor:
 
     def inputs_digest(self) -> dict[str, str]:
         owners = self.input_digests[0] if self.input_digests else {}
-        return {str(owner): _join([piece[owner] for piece in self.input_digests]) for owner in owners}
+        return {str(owner): join_digests([piece[owner] for piece in self.input_digests]) for owner in owners}
 
     def output_digest(self) -> str:
-        return _join(self.output_digests)
+        return join_digests(self.output_digests)
 
 
 @dataclass
@@ -383,11 +382,6 @@ def _sum_pieces(tensor: _Tensor) -> NDArray[np.float64]:
 def _byte_range(step: TensorStep, piece: Piece) -> tuple[int, int]:
     bits = DTYPE_BITS[step.dtype]
     return piece.start * bits // 8, piece.stop * bits // 8
-
-
-def _join(digests: list[str]) -> str:
-    """Digest of a tensor: of the digests of its pieces, which are fixed by its shape."""
-    return digests[0] if len(digests) == 1 else xxh3_128_hexdigest("".join(digests).encode())
 
 
 def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def write_coefficients(output_dir: Path, outcomes: Sequence[StepOutcome]) -> Non
 
 def read_coefficients(output_dir: Path) -> dict[str, NDArray[np.float64]]:
     """Read the coefficient table."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     path = output_dir / COEFFICIENTS_FILE
@@ -55,7 +56,10 @@ def read_coefficients(output_dir: Path) -> dict[str, NDArray[np.float64]]:
         raise CheckpointError(
             f"{output_dir} has no {COEFFICIENTS_FILE}: it was not written by hf_frmerge, or is torn."
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Merge again.") from error
 
 
 def write_manifest(
@@ -88,7 +92,7 @@ def write_manifest(
         "n_processes": n_processes,
         "report": {name: value for name, value in report.items() if name not in ("output_dir", "notes")},
         "versions": package_versions(),
-        "notes": plan.notes,
+        "notes": [_without_paths(note, plan.models) for note in plan.notes],
         "files": {
             **{
                 shard.file: {"size": shard.size, "header_xxh3_128": xxh3_128_hexdigest(shard.header)}
@@ -152,6 +156,15 @@ def _source(expert: Expert) -> dict[str, Any]:
         "kind": source.kind,
         "files": expert.weights.files,
     }
+
+
+def _without_paths(note: str, models: Sequence[Expert]) -> str:
+    """Call local models by the names of their folders."""
+    local = [model.source for model in models if model.source.repo_id is None]
+    for source in sorted(local, key=lambda source: len(source.spec), reverse=True):
+        if "/" in source.spec or "\\" in source.spec:  # a bare name hides nothing, and may be an ordinary word
+            note = note.replace(source.spec, Path(source.path).name)
+    return note
 
 
 def _tensor(outcome: StepOutcome) -> dict[str, Any]:

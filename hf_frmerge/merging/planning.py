@@ -83,10 +83,10 @@ def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
     for path in inputs:
         if "://" not in path and output.resolve() == Path(path).resolve():
             raise ArgumentError(f"The output folder {args.output_dir!r} is also an input. Choose another output_dir.")
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
     if not output.exists() or args.overwrite or args.resume_from_checkpoint:
         return
-    if not output.is_dir():
-        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
     if (output / STAGING).exists():
         raise ArgumentError(
             f"{args.output_dir!r} holds an interrupted merge. Pass --resume (resume_from_checkpoint=True) to go on "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.blocks import pieces
 from hf_frmerge.merging.engine import StepObserver, worker_count
 from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, read_coefficients, read_manifest
+from hf_frmerge.merging.operands import join_digests
 from hf_frmerge.merging.plan import MergePlan, TensorStep
 from hf_frmerge.merging.planning import build_plan
 from hf_frmerge.merging.processes import Processes
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.reader import Checkpoint
     from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.operands import Piece
+    from hf_frmerge.merging.operands import Piece, TensorInputs
 
 
 @dataclass
@@ -65,17 +67,33 @@ def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model:
     Raises:
         CheckpointError: If the folder holds no merge, or the experts cannot be found.
     """
-    source = resolve(output_dir)
-    folder = Path(source.path)
+    # A local folder is not resolved: that one of its files is missing is for the report to say.
+    folder = Path(output_dir) if Path(output_dir).is_dir() else Path(resolve(output_dir).path)
     manifest = read_manifest(folder)
     report = VerifyReport()
     _check_files(folder, manifest, report)
-    plan = _plan(folder, manifest, experts, base_model)
-    if plan.layout is None:
-        _check_adapter(folder, plan, report)
+    try:
+        coefficients = read_coefficients(folder)
+        merged = open_checkpoint(Source(output_dir, manifest["output_kind"], str(folder)))
+    except CheckpointError as error:  # nothing to compare with; what is wrong with the files is known
+        report.problems.append(str(error))
         return report
-    coefficients = read_coefficients(folder)
-    merged = open_checkpoint(source)
+    with closing(merged), closing(_plan(folder, manifest, experts, base_model)) as plan:
+        if plan.layout is None:
+            _check_adapter(merged, plan, report)
+        else:
+            _check_model(merged, coefficients, manifest, plan, report)
+    return report
+
+
+def _check_model(
+    merged: Checkpoint,
+    coefficients: dict[str, NDArray[np.float64]],
+    manifest: dict[str, Any],
+    plan: MergePlan,
+    report: VerifyReport,
+) -> None:
+    """Derive every tensor again and compare it bit for bit."""
     kernels = load_kernels()
     with ThreadPoolExecutor(worker_count(plan)) as pool:
         work = [(step, manifest["tensors"].get(step.name), coefficients.get(step.name)) for step in plan.steps]
@@ -85,26 +103,20 @@ def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model:
             report.problems += [problem] if problem else []
     extra = sorted(set(merged.tensors) - {step.name for step in plan.steps})
     report.problems += [f"Tensor {name!r} is in the merged model, but its experts have none." for name in extra]
-    plan.close()
-    merged.close()
-    return report
 
 
-def _check_adapter(folder: Path, plan: MergePlan, report: VerifyReport) -> None:
+def _check_adapter(found: Checkpoint, plan: MergePlan, report: VerifyReport) -> None:
     """Merge the adapters once more and compare the factors bit for bit."""
     with TemporaryDirectory(prefix="frmerge-verify-") as again:
         plan.args.output_dir = again
         run_merge(plan, StepObserver(), Processes())
-        merged = [open_checkpoint(Source(str(path), "adapter", str(path))) for path in (folder, Path(again))]
-        found, expected = merged
-        for name in sorted(found.tensors.keys() | expected.tensors.keys()):
-            report.checked_tensors += 1
-            if name not in found.tensors or name not in expected.tensors:
-                report.problems.append(f"Tensor {name!r} is only in one of the merged adapter and its derivation.")
-            elif not np.array_equal(found.read(name), expected.read(name)):
-                report.problems.append(f"Tensor {name!r} differs from what its experts and options give.")
-        for checkpoint in merged:
-            checkpoint.close()
+        with open_checkpoint(Source(again, "adapter", again)) as expected:
+            for name in sorted(found.tensors.keys() | expected.tensors.keys()):
+                report.checked_tensors += 1
+                if name not in found.tensors or name not in expected.tensors:
+                    report.problems.append(f"Tensor {name!r} is only in one of the merged adapter and its derivation.")
+                elif not np.array_equal(found.read(name), expected.read(name)):
+                    report.problems.append(f"Tensor {name!r} differs from what its experts and options give.")
 
 
 def _check_files(folder: Path, manifest: dict[str, Any], report: VerifyReport) -> None:
@@ -172,8 +184,8 @@ def _check_tensor(
         return f"Tensor {step.name!r} is {info.dtype} {list(info.shape)}, expected {step.dtype} {list(step.shape)}."
     if step.action == "merge" and entry["action"] == "skip":
         step = plan.copied(step)
-    if step.action == "merge" and coefficients is None:
-        return f"Tensor {step.name!r} was merged, but the coefficient table does not have it."
+    if step.action == "merge" and (coefficients is None or coefficients.shape not in _shapes(plan, step)):
+        return f"Tensor {step.name!r} was merged, but the coefficient table has no coefficients that fit it."
     inputs = plan.inputs(step)
     size = DTYPE_BITS[step.dtype] // 8
     for piece in pieces(step.n_blocks, step.block_len):
@@ -186,8 +198,30 @@ def _check_tensor(
         found = merged.read(step.name, piece.start * size, piece.stop * size)
         if not np.array_equal(expected, found):
             wrong = int(np.count_nonzero((expected != found).reshape(-1, size).any(axis=1)))
-            return f"Tensor {step.name!r} differs from what its experts and coefficients give in {wrong:,} elements."
+            sentence = (
+                f"Tensor {step.name!r} differs from what its experts and coefficients give in {wrong:,} elements"
+            )
+            changed = _changed_inputs(inputs, step, entry["inputs_xxh3_128"])
+            return (
+                f"{sentence}; it was changed in {' and '.join(changed)} after the merge."
+                if changed
+                else f"{sentence}."
+            )
+        inputs.release(piece)
+        merged.release(step.name, piece.start * size, piece.stop * size)
     return None
+
+
+def _changed_inputs(inputs: TensorInputs, step: TensorStep, recorded: dict[str, str]) -> list[str]:
+    """Name the models whose tensor is not the one that was merged."""
+    parts = [inputs.digests(piece) for piece in pieces(step.n_blocks, step.block_len)]
+    found = {owner: join_digests([part[owner] for part in parts]) for owner in parts[0]}
+    return [inputs.labels[owner] for owner, value in found.items() if recorded.get(str(owner)) != value]
+
+
+def _shapes(plan: MergePlan, step: TensorStep) -> list[tuple[int, int]]:
+    """Shapes a tensor's coefficients may have: a group of tensors shares one row."""
+    return [(1, len(plan.experts)), (step.n_blocks, len(plan.experts))]
 
 
 def _rows(coefficients: NDArray[np.float64], piece: Piece) -> NDArray[np.float64]:
