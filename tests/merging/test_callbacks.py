@@ -110,9 +110,9 @@ def test_events_fire_in_the_documented_order() -> None:
 
 def test_no_evaluation_and_few_logs_by_default() -> None:
     recorder = Recorder()
-    run(CallbackHandler([DefaultFlowCallback, recorder]), MergingArguments(), n_tensors=25)
+    run(CallbackHandler([DefaultFlowCallback, recorder]), MergingArguments(), n_tensors=1005)
     steps_before = [recorder.events[:i].count("on_step_end") for i, e in enumerate(recorder.events) if e == "on_log"]
-    assert steps_before == [10, 20, 25]
+    assert steps_before == [500, 1000, 1005]
     assert "on_evaluate" not in recorder.events
 
 
