@@ -204,14 +204,14 @@ def _score_batch(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list
     # Row by row: the float32 copy of all logits would take more memory than a small model itself.
     for index, row, labels in zip(batch["index"].tolist(), logits, batch["labels"].to(logits.device)):
         targets = labels[1:]
-        losses = cross_entropy(row[:-1].float(), targets, reduction="none", ignore_index=IGNORED_LABEL)
-        guesses = row[:-1].argmax(dim=-1)
+        row_logits = row[:-1].float()
+        losses = cross_entropy(row_logits, targets, reduction="none", ignore_index=IGNORED_LABEL)
         scores.append(
             _BlockScore(
                 index=index,
                 # To the CPU first: not every device knows float64.
                 loss_sum=float(losses.cpu().double().sum()),
-                n_correct=int((guesses == targets).sum()),  # an ignored label equals no guess
+                n_correct=int((row_logits.argmax(dim=-1) == targets).sum()),  # an ignored label equals no guess
                 n_tokens=int((targets != IGNORED_LABEL).sum()),
             )
         )
