@@ -152,7 +152,7 @@ def _plan(folder: Path, manifest: dict[str, Any], experts: Sequence[str] | None,
     arguments |= {"space": manifest["space"], "output_dir": str(folder / "verify"), "push_to_hub": False}
     chosen = list(experts) if experts is not None else specs[:n_experts]
     base = base_model or (specs[n_experts] if manifest["base_model"] else None)
-    missing = [models[i]["id"] for i, spec in enumerate([*chosen, *([base] if base else [])]) if spec is None]
+    missing = [model["id"] for model, spec in zip(models, [*chosen, base]) if spec is None]
     if missing:
         raise CheckpointError(
             f"The merge used local models that are not known on this machine: {', '.join(missing)}. Say where they "

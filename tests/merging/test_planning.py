@@ -120,8 +120,8 @@ def test_a_method_that_needs_a_base_or_two_experts(plan: Plan, family: Path, tmp
     three, out = [family / f"e{i}" for i in range(3)], tmp_path / "out"
     assert "exactly two experts, got 3" in refused(ArgumentError, lambda: plan(three, method="slerp"), out)
     assert "needs base_model" in refused(ArgumentError, lambda: plan(three, space="deltas"), out)
-    for options in ({}, {"space": "weights"}):
-        message = refused(ArgumentError, lambda: plan(three, method="task_arithmetic", **options), out)
+    for space in (None, "weights", "deltas"):
+        message = refused(ArgumentError, lambda s=space: plan(three, method="task_arithmetic", space=s), out)
         assert "base_model" in message
     with_base = {"base": family / "base", "method": "task_arithmetic"}
     assert "deltas" in refused(ArgumentError, lambda: plan(three, space="weights", **with_base), out)
