@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels import load_kernels
+from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.blocks import pieces
 from hf_frmerge.merging.engine import worker_count
 from hf_frmerge.merging.solve import points_of, solve
@@ -85,13 +87,22 @@ def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = No
         progress: Called with the bytes of every tensor when it is done.
 
     Raises:
+        ArgumentError: If an expert is an adapter and there is no base model.
         NonFiniteError: If a tensor holds NaN or infinity.
     """
-    plan = replace(plan, space="deltas") if plan.base is not None else plan
+    adapter = next((expert for expert in plan.experts if expert.adapter), None)
+    if adapter is not None and plan.base is None:
+        raise ArgumentError(
+            f"{adapter.spec!r} is an adapter: pass the model it was trained from as base_model, so that its deltas can "
+            "be measured beside the weights they change."
+        )
+    if plan.base is not None:
+        # One Gram matrix serves both spaces if the base is in it, as it is in delta space and where there are adapters.
+        plan = replace(plan, space="weights" if any(expert.adapter for expert in plan.experts) else "deltas")
     kernels = load_kernels(plan.args.device)
     steps = [step for step in plan.steps if step.action == "merge"]
     views, total = [], None
-    with ThreadPoolExecutor(worker_count(plan)) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(worker_count(plan)) as pool:
         for step, gram in zip(steps, pool.map(lambda step: _gram(plan, kernels, step), steps)):
             views.append(_view(plan, step.name, step.shape, gram))
             whole = gram.sum(axis=0, keepdims=True)
