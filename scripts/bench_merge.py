@@ -141,7 +141,7 @@ def candidates(experts: list[Path], work: Path, mergekit: str | None) -> list[Ca
 
 def read_tensor(folder: Path, name: str) -> np.ndarray:
     """Read one bf16 tensor as float32, without any code under test."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

@@ -248,7 +248,7 @@ class Engine:
         return any(
             np.any(grams[tensor.step.name][:, 0, 0] < _TINY_MEAN_SQUARE * max(1, tensor.step.block_len))
             for tensor in group.tensors
-            if not tensor.inputs.only_low_rank
+            if not tensor.inputs.factored
         )
 
     def _wrote(self, group: _Group) -> None:

@@ -13,10 +13,11 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge.checkpoints.floats import widen
 from hf_frmerge.checkpoints.reader import DTYPE_BITS, FLOAT_DTYPES
 from hf_frmerge.errors import NonFiniteError
+from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
 from hf_frmerge.kernels import Operand
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -132,6 +133,9 @@ class TensorInputs:
         dense: expert index -> its full tensor.
         low_rank: expert index -> its low-rank delta. An expert in neither map equals the base here.
         labels: a name for the base (index -1) and every expert, for messages.
+        space: `"weights"` or `"deltas"`.
+        factored: whether the Gram matrix of the tensor comes from the factors, with no dense delta ever formed: all
+            experts are low-rank and the tensor is one block.
     """
 
     name: str
@@ -141,17 +145,14 @@ class TensorInputs:
     dense: Mapping[int, DenseTensor]
     low_rank: Mapping[int, LowRankDelta]
     labels: Mapping[int, str]
+    space: str = "weights"
+    factored: bool = False
     _factors: dict[int, _Factors] = field(default_factory=dict, repr=False)
 
     @property
     def has_base(self) -> bool:
         """Whether the first operand of a Gram matrix is the base."""
         return self.base is not None
-
-    @property
-    def only_low_rank(self) -> bool:
-        """Whether the base is the one tensor that has to be read."""
-        return self.has_base and not self.dense
 
     def gram(
         self, kernels: Kernels, piece: Piece, *, precise: bool = False
@@ -162,6 +163,9 @@ class TensorInputs:
         Rows of experts that equal the base are zero. Raises `NonFiniteError` naming the expert when NaN or infinity
         was read.
         """
+        if self.factored:
+            whole = self._factored_gram(kernels) if piece.start == 0 else np.zeros(1)
+            return whole, self.digests(piece)
         operands, owners = self._gram_operands(piece)
         # Products of 16-bit floats are exact in float32, those of float32 are not; and on short tensors rounding has
         # no chance to average out.
@@ -242,6 +246,31 @@ class TensorInputs:
             owner: digest(tensor.read(piece.start, piece.stop).data) for owner, tensor in zip(owners, self._stored())
         }
         return found | {index: self._factor(index).digest for index in self.low_rank}
+
+    def _factored_gram(self, kernels: Kernels) -> NDArray[np.float64]:
+        """Difference Gram `(1, K, K)` of the whole tensor; in delta space the base's own part is not needed, and 0."""
+        owners = sorted(self.low_rank)
+        factors = [Factors(self._factor(index).left, self._factor(index).right) for index in owners]
+        gram = np.zeros((1, self.n_experts + 1, self.n_experts + 1))
+        inner = np.array([index + 1 for index in owners])
+        if self.space == "deltas":
+            gram[0, inner[:, None], inner] = factor_gram(factors)
+        else:
+            rows = np.concatenate([[0], inner])
+            gram[0, rows[:, None], rows] = base_gram(self._base_rows(kernels), factors)
+        return gram
+
+    def _base_rows(self, kernels: Kernels) -> Iterator[NDArray[np.float64]]:
+        """Yield the base in chunks of whole rows, as float64."""
+        assert self.base is not None
+        n_rows = len(next(iter(self._factors.values())).left)
+        step = max(1, _SHORT * 16 // self.cols)
+        for row in range(0, n_rows, step):
+            start, stop = row * self.cols, min(row + step, n_rows) * self.cols
+            operand = self.base.read(start, stop)
+            self._check_finite(kernels, [operand], [-1])
+            yield widen(operand.data, operand.dtype).reshape(-1, self.cols).astype(np.float64)
+            self.base.release(start, stop)
 
     def _stored(self) -> list[DenseTensor]:
         return ([self.base] if self.base is not None else []) + [self.dense[i] for i in sorted(self.dense)]

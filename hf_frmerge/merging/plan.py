@@ -171,7 +171,10 @@ class MergePlan:
                 dense[index] = weights
             elif expert.adapter is not None and step.name in expert.adapter.deltas:
                 low_rank[index] = expert.adapter.deltas[step.name]
-        return TensorInputs(step.name, step.cols, len(self.experts), base, dense, low_rank, labels)
+        factored = base is not None and not dense and step.n_blocks == 1
+        return TensorInputs(
+            step.name, step.cols, len(self.experts), base, dense, low_rank, labels, self.space, factored
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return a summary that can be written as JSON: what will be merged and copied, sizes, disk and memory."""

@@ -17,6 +17,7 @@ from hf_frmerge.checkpoints.reader import ADAPTER_FILE
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.kernels import load_kernels
+from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.adapters import MergedModule, merge_adapters
 from hf_frmerge.merging.engine import Engine, StepObserver, StepOutcome, summary
 from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
@@ -70,7 +71,8 @@ def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> 
         processes.wait()
         share = _gram_sharing(processes) if plan.args.block == "model" and processes.size > 1 else None
         engine = Engine(plan, kernels, writer, journal, observer, share)
-        own, complete = engine.run(processes.share(plan.steps, plan.args.block))
+        with one_blas_thread():  # rows of low-rank deltas are formed on our own threads
+            own, complete = engine.run(processes.share(plan.steps, plan.args.block))
         outcomes = _all_outcomes(plan, own, processes)
         complete = all(processes.gather([complete]))
         if complete:
