@@ -93,11 +93,11 @@ def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = No
     adapter = next((expert for expert in plan.experts if expert.adapter), None)
     if adapter is not None and plan.base is None:
         raise ArgumentError(
-            f"{adapter.spec!r} is an adapter: pass the model it was trained from as base_model, so that its deltas can "
-            "be measured beside the weights they change."
+            f"{adapter.spec!r} is an adapter: pass the model it was trained from as base_model, so that its deltas "
+            "can be measured beside the weights they change."
         )
     if plan.base is not None:
-        # One Gram matrix serves both spaces if the base is in it, as it is in delta space and where there are adapters.
+        # One Gram matrix serves both spaces if the base is in it: in delta space, and where there are adapters.
         plan = replace(plan, space="weights" if any(expert.adapter for expert in plan.experts) else "deltas")
     kernels = load_kernels(plan.args.device)
     steps = [step for step in plan.steps if step.action == "merge"]

@@ -119,7 +119,10 @@ def read_manifest(output_dir: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{output_dir} has no {MANIFEST_FILE}. Expected a folder that `frmerge merge` wrote, complete."
         )
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}. Merge again.") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}. Update "
