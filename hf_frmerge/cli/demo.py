@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from hf_frmerge.cli.command import FrmergeCommand, results_only
+from hf_frmerge.cli.command import FrmergeCommand, results_only, yield_idle_cores
 
 
 @click.command("demo", cls=FrmergeCommand, on_interrupt="Run it again: the converted base model is kept.")
@@ -16,6 +18,7 @@ def demo(output_dir: str) -> None:
     Takes a few minutes on two cores, nothing is downloaded. The experts are LoRA adapters of SmolLM2-135M for Jane
     Austen's prose, the King James Bible and Python code.
     """
+    yield_idle_cores()
     with results_only():
         from tqdm import tqdm
         from transformers.utils.logging import disable_progress_bar
@@ -24,14 +27,19 @@ def demo(output_dir: str) -> None:
         from hf_frmerge.evaluation.compare import Score, recovered
 
         disable_progress_bar()  # of weights being loaded, thirteen times in all; converting the base shows its own
-        with tqdm(desc="Evaluating", unit="text", disable=None) as bar:
+        bars: list[tqdm[Any]] = []  # opened late: converting the base model shows bars of its own
 
-            def on_score(score: Score, total: int) -> None:
-                bar.total = total
-                bar.set_postfix_str(f"{score.model} on {score.domain}: {score.perplexity:.2f}", refresh=False)
-                bar.update()
+        def on_score(score: Score, total: int) -> None:
+            if not bars:
+                bars.append(tqdm(total=total, desc="Evaluating", unit="text"))
+            bars[0].set_postfix_str(f"{score.model} on {score.domain}: {score.perplexity:.2f}", refresh=False)
+            bars[0].update()
 
-            result = run_demo(output_dir, tell=bar.write, on_score=on_score)
+        try:
+            result = run_demo(output_dir, tell=tqdm.write, on_score=on_score)
+        finally:
+            for bar in bars:
+                bar.close()
     from hf_frmerge.cli.render import console, human_seconds, print_recovery, print_scores
 
     out = console()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hf_frmerge.cli.command import FrmergeCommand, results_only
+from hf_frmerge.cli.command import FrmergeCommand, results_only, yield_idle_cores
 from hf_frmerge.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def evaluate(
     """
     files = _named_files(data)
     names = _names([*([base_model] if base_model else []), *experts, model])
+    yield_idle_cores()
     with results_only():
         from tqdm import tqdm
         from transformers.utils.logging import disable_progress_bar

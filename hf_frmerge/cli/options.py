@@ -30,7 +30,15 @@ MEAN = {
     )
 }
 OUTPUT = {
-    "Output": ("output_dir", "dtype", "max_shard_size", "overwrite", "resume_from_checkpoint", "strict"),
+    "Output": (
+        "output_dir",
+        "dtype",
+        "max_shard_size",
+        "overwrite",
+        "resume_from_checkpoint",
+        "strict",
+        "allow_license",
+    ),
     "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy"),
 }
 RUNNING = {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.verify import VerifyReport
 
 _SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
+_TIE = math.log(1.01)  # a few thousand tokens do not tell perplexities apart that differ by less than 1%
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -216,7 +217,7 @@ def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = "P
 
     Args:
         scores (`Sequence[Score]`): One for every model and domain.
-        merged (`Sequence[str]`): Names of the merged models; the best of them in each column is marked.
+        merged (`Sequence[str]`): Names of the merged models; the best of each column are marked.
         title (`str`, *optional*): Title of the table.
     """
     losses = _losses(scores)
@@ -231,11 +232,14 @@ def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = "P
     for column in [*domains, *(["mean"] if has_mean else [])]:
         table.add_column(column, justify="right")
     for name in sorted(rows, key=lambda name: name in merged):  # stable: merges last, else as they came
-        marks = [has_rivals and name in merged and loss == lowest for loss, lowest in zip(rows[name], best)]
+        marks = [has_rivals and name in merged and loss < lowest + _TIE for loss, lowest in zip(rows[name], best)]
         is_last_source = name not in merged and table.row_count + 1 == len(rows) - len(merged)
         cells = [_perplexity(loss, mark) for loss, mark in zip(rows[name], marks)]
         table.add_row(name, *cells, end_section=is_last_source)
-    legend = [*(["mean: geometric mean"] if has_mean else []), *(["* best merge"] if has_rivals else [])]
+    legend = [
+        *(["mean: geometric mean"] if has_mean else []),
+        *(["* best merge, and those within 1% of it"] if has_rivals else []),
+    ]
     n_tokens = sum({score.domain: score.n_tokens for score in scores}.values())
     out = console()
     out.print(f"{title}, {n_tokens:,} tokens", style="bold")

@@ -96,10 +96,11 @@ def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[S
 
     scores: list[Score] = []
     merged, angles = [], dict.fromkeys(SPACES, 0.0)
+    dtype = _faster_dtype()
     n_scores = (1 + len(experts) + len(SPACES) * len(METHODS)) * len(texts)
 
     def evaluate(models: Mapping[str, str]) -> None:
-        scores.extend(_evaluate(models, texts, base, lambda score: on_score(score, n_scores)))
+        scores.extend(_evaluate(models, texts, base, dtype, lambda score: on_score(score, n_scores)))
 
     tell("Perplexity on held-out text: of the base and the experts, then of every merge.")
     evaluate({BASE: base, **experts})
@@ -124,29 +125,23 @@ def conclusions(scores: Sequence[Score], angles: Mapping[str, float]) -> list[st
         angles (`Mapping[str, float]`): Largest angle between two experts in radians, by space.
     """
     perplexity = _mean_perplexity(scores)
-    best = {space: min(perplexity[merge_name(method, space)] for method in METHODS) for space in SPACES}
-    karcher, nre, linear = (perplexity[merge_name(method, "deltas")] for method in ("karcher", "nre", "linear"))
-    weights = [perplexity[merge_name(method, "weights")] for method in METHODS]
-    spread = max(weights) / min(weights) - 1
-    sentences = [
-        f"Deltas (experts up to {angles['deltas']:.2g} rad apart): the Karcher mean scores {karcher:.2f}, the "
-        f"norm-rescaled mean {nre:.2f}: {_difference(karcher, nre, 'Karcher')}",
-        f"Keeping the experts' norm (nre) instead of averaging it away (linear, {linear:.2f}): "
-        f"{_difference(nre, linear, 'it')}",
+    merged = {
+        space: {merge_name(method, space): perplexity[merge_name(method, space)] for method in METHODS}
+        for space in SPACES
+    }
+    linear, nre, karcher = merged["deltas"].values()
+    spread = max(merged["weights"].values()) / min(merged["weights"].values()) - 1
+    best = min((name for names in merged.values() for name in names), key=perplexity.__getitem__)
+    coincide = ": at such angles all means are one" if spread < NOISE else ""
+    return [
+        f"Deltas lie up to {angles['deltas']:.2g} rad apart. There the Karcher mean scores {karcher:.2f} and the "
+        f"norm-rescaled mean (nre) {nre:.2f}: {_difference(karcher, nre, 'Karcher')}.",
+        f"Keeping the norm of the deltas (nre, {nre:.2f}) against averaging it away (linear, {linear:.2f}): "
+        f"{_difference(nre, linear, 'keeping it')}.",
+        f"Weights lie up to {angles['weights']:.2g} rad apart. There all methods agree to {spread:.2%}{coincide}.",
+        f"Best of all merges: {best}, {perplexity[best]:.2f}; the base scores {perplexity[BASE]:.2f}. Against the "
+        f"Karcher mean of the deltas: {_difference(perplexity[best], perplexity[FINAL], best)}.",
     ]
-    if spread < NOISE:
-        sentences.append(
-            f"Weights (experts up to {angles['weights']:.2g} rad apart): the three methods differ by {spread:.1%}. At "
-            "such angles all means coincide."
-        )
-    else:
-        sentences.append(
-            f"Weights (experts up to {angles['weights']:.2g} rad apart): the three methods differ by {spread:.1%}."
-        )
-    sentences.append(
-        f"Best merge of deltas against best merge of weights: {_difference(best['deltas'], best['weights'], 'deltas')}"
-    )
-    return sentences
 
 
 def generate(model_dir: str, prompt: str, max_new_tokens: int = 32) -> str:
@@ -224,11 +219,30 @@ def _densify(adapter: str, base: str, folder: Path) -> str:
 
 
 def _evaluate(
-    models: Mapping[str, str], texts: Mapping[str, list[str]], base: str, on_score: Callable[[Score], None]
+    models: Mapping[str, str],
+    texts: Mapping[str, list[str]],
+    base: str,
+    dtype: str,
+    on_score: Callable[[Score], None],
 ) -> list[Score]:
     from hf_frmerge.evaluation.compare import compare_models
 
-    return compare_models(models, texts, base_model=base, batch_size=4, on_score=on_score)
+    return compare_models(models, texts, base_model=base, dtype=dtype, batch_size=4, on_score=on_score)
+
+
+def _faster_dtype() -> str:
+    """Return `"auto"` (the models are bf16) or, where the processor has no bf16 instructions, `"float32"`."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        torch.mm(left, right)  # the first call sets up
+        started = time.perf_counter()
+        for _ in range(5):
+            torch.mm(left, right)
+        seconds[dtype] = time.perf_counter() - started
+    return "auto" if seconds[torch.bfloat16] <= seconds[torch.float32] else "float32"
 
 
 def _write_card(output_dir: str, scores: Sequence[Score]) -> None:
@@ -252,5 +266,5 @@ def _mean_perplexity(scores: Sequence[Score]) -> dict[str, float]:
 def _difference(ours: float, theirs: float, name: str) -> str:
     change = ours / theirs - 1
     if abs(change) < NOISE:
-        return f"no difference worth the name ({change:+.2%})."
-    return f"{name} is {'better' if change < 0 else 'worse'} by {abs(change):.1%}."
+        return f"no difference worth the name ({change:+.2%})"
+    return f"{name} is {'better' if change < 0 else 'worse'} by {abs(change):.1%}"
