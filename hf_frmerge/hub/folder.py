@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def _sources(folder: Path, manifest: dict[str, Any]) -> list[CardSource]:
     entries = [*manifest["experts"], *([manifest["base_model"]] if manifest["base_model"] else [])]
     local = folder / LOCAL_SOURCES_FILE
     paths = json.loads(local.read_text(encoding="utf-8"))["models"] if local.is_file() else [None] * len(entries)
-    return [
+    sources = [
         CardSource(
             spec=entry["id"],
             repo_id=entry["id"] if entry["on_hub"] else None,
@@ -79,6 +80,19 @@ def _sources(folder: Path, manifest: dict[str, Any]) -> list[CardSource]:
         )
         for index, (entry, path) in enumerate(zip(entries, paths))
     ]
+    trained_on = _base_of_adapter(folder)
+    if trained_on is not None and not manifest["base_model"]:
+        sources.append(CardSource(spec=trained_on, repo_id=trained_on, role="base"))
+    return sources
+
+
+def _base_of_adapter(folder: Path) -> str | None:
+    """Return the Hub id an adapter names as its base; `None` for a full model, and for what may be a local folder."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return None
+    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def _non_default(arguments: dict[str, Any]) -> dict[str, object]:
