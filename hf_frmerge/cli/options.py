@@ -30,15 +30,8 @@ MEAN = {
     )
 }
 OUTPUT = {
-    "Output": (
-        "output_dir",
-        "dtype",
-        "max_shard_size",
-        "overwrite",
-        "resume_from_checkpoint",
-        "strict",
-        "allow_license",
-    ),
+    "Output": ("output_dir", "dtype", "max_shard_size", "overwrite", "resume_from_checkpoint"),
+    "What is accepted": ("strict", "allow_license"),
     "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy"),
 }
 RUNNING = {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_frmerge.cli.command import FrmergeCommand, results_only
 from hf_frmerge.cli.options import EXPERTS, MEAN, OUTPUT, arguments_from, options_from
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.plan import MergePlan
 
 
 @click.command("plan", cls=FrmergeCommand)
@@ -31,13 +34,32 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
         with closing(
             build_plan(expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model)
         ) as merge_plan:
-            description = merge_plan.describe()
+            description = merge_plan.describe() | {"licences": _licences(merge_plan)}
     if as_json:
         click.echo(json.dumps(description, indent=2))
         return
     from hf_frmerge.cli.render import print_plan
 
     print_plan(description, args.output_dir)
+
+
+def _licences(merge_plan: MergePlan) -> dict[str, Any]:
+    """
+    Return what the models' cards say about licences, and what follows for the merge.
+
+    Raises:
+        MergeError: If a licence forbids derived works and was not allowed by name.
+    """
+    from hf_frmerge.hub.licences import combine, read_source_metadata
+
+    found = {m.spec: read_source_metadata(m.source.path) for m in merge_plan.models if "://" not in m.source.path}
+    decision = combine(list(found.items()), allowed=(merge_plan.args.allow_license or "").split(","))
+    decision.raise_if_refused()
+    return {
+        "models": {spec: metadata.licence for spec, metadata in found.items()},
+        "output": decision.licence,
+        "notes": [decision.reason, *decision.flags],
+    }
 
 
 @click.command("inspect", cls=FrmergeCommand)

@@ -123,16 +123,16 @@ def _print_geometry(out: Console, report: Mapping[str, Any], dtype: str | None) 
 
 
 def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
-    """Print `MergePlan.describe()`: models, what happens to the tensors, sizes, and notes."""
+    """Print `MergePlan.describe()` and `licences`: models, what happens to the tensors, sizes, and notes."""
     out = console()
-    table = Table("model", "weight", "kind", "tensors", "size", "where")
+    table = Table("model", "weight", "kind", "tensors", "size", "licence", "where")
     for column in table.columns[1:5]:
         column.justify = "right"
     for model in [*plan["experts"], *([plan["base"]] if plan["base"] else [])]:
         weight = f"{model['weight']:.4g}" if "weight" in model else "base"
         where = f"Hub, commit {model['commit'][:12]}" if model["commit"] else "local"
-        size = human_bytes(model["bytes"])
-        table.add_row(model["spec"], weight, model["kind"], str(model["n_tensors"]), size, where)
+        size, licence = human_bytes(model["bytes"]), plan["licences"]["models"].get(model["spec"]) or "not given"
+        table.add_row(model["spec"], weight, model["kind"], str(model["n_tensors"]), size, licence, where)
     out.print(table)
     out.print(
         f"{plan['n_merge']} tensors to merge ({plan['method']}, {plan['space']}, block {plan['block']}), "
@@ -147,7 +147,7 @@ def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
     out.print(f"Memory: about {human_bytes(plan['memory_estimate'])} for each worker, beside the interpreter.")
     if plan["output_bytes"] > plan["disk_free"]:
         out.print("The output does not fit on that disk.", style="bold red")
-    for note in plan["notes"]:
+    for note in [*plan["licences"]["notes"], *plan["notes"]]:
         out.print(f"Note: {note}", style="yellow")
 
 

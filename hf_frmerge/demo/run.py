@@ -133,14 +133,17 @@ def conclusions(scores: Sequence[Score], angles: Mapping[str, float]) -> list[st
     spread = max(merged["weights"].values()) / min(merged["weights"].values()) - 1
     best = min((name for names in merged.values() for name in names), key=perplexity.__getitem__)
     coincide = ": at such angles all means are one" if spread < NOISE else ""
+    best_sentence = f"Best of all merges: {best}, {perplexity[best]:.2f}; the base scores {perplexity[BASE]:.2f}."
+    if best != FINAL:
+        compared = _difference(perplexity[best], perplexity[FINAL], best)
+        best_sentence += f" Against the Karcher mean of the deltas: {compared}."
     return [
         f"Deltas lie up to {angles['deltas']:.2g} rad apart. There the Karcher mean scores {karcher:.2f} and the "
         f"norm-rescaled mean (nre) {nre:.2f}: {_difference(karcher, nre, 'Karcher')}.",
         f"Keeping the norm of the deltas (nre, {nre:.2f}) against averaging it away (linear, {linear:.2f}): "
         f"{_difference(nre, linear, 'keeping it')}.",
         f"Weights lie up to {angles['weights']:.2g} rad apart. There all methods agree to {spread:.2%}{coincide}.",
-        f"Best of all merges: {best}, {perplexity[best]:.2f}; the base scores {perplexity[BASE]:.2f}. Against the "
-        f"Karcher mean of the deltas: {_difference(perplexity[best], perplexity[FINAL], best)}.",
+        best_sentence,
     ]
 
 

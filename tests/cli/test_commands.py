@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,22 @@ def test_plan_reads_headers_and_writes_nothing(frmerge: Frmerge, models, tmp_pat
     assert not output.exists()
     for_people = frmerge(*arguments).stdout
     assert f"{len(sizes)} tensors to merge" in for_people and "model.safetensors" in for_people
+
+
+def test_plan_shows_licences_and_refuses_those_without_derivatives(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    licensed = {"free": "apache-2.0", "closed": "cc-by-nd-4.0"}
+    for name, licence in licensed.items():
+        shutil.copytree(models.math, tmp_path / name)
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    free, closed = (str(tmp_path / name) for name in licensed)
+    plan = json.loads(frmerge("plan", free, models.code, "--json").stdout)
+    assert plan["licences"]["models"] == {free: "apache-2.0", models.code: None}
+    assert plan["licences"]["output"] is None
+    assert json.loads(frmerge("plan", free, free, "--json").stdout)["licences"]["output"] == "apache-2.0"
+    assert "apache-2.0" in frmerge("plan", free, models.code).stdout
+    refused = frmerge("plan", free, closed)
+    assert refused.exit_code == 1 and "cc-by-nd-4.0" in refused.stderr
+    assert frmerge("plan", free, closed, "--allow-license", "cc-by-nd-4.0").exit_code == 0
 
 
 def load_bf16(folder: str) -> dict[str, torch.Tensor]:
