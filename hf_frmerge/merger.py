@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import (
@@ -346,9 +348,13 @@ class FisherRaoMerger:
         self._require_merge("model")
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(self.args.output_dir)
+        config = transformers.AutoConfig.from_pretrained(self._whole_model)
         architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-        model = architecture.from_pretrained(self.args.output_dir)
+        model = architecture.from_pretrained(self._whole_model)
+        if self._adapter_config.is_file():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.args.output_dir)
         self.callback_handler.model = model
         return model
 
@@ -389,11 +395,26 @@ class FisherRaoMerger:
         return torch.float16 if self.args.fp16_full_eval else None
 
     @property
+    def _adapter_config(self) -> Path:
+        """File that only a merge into an adapter writes."""
+        return Path(self.args.output_dir) / "adapter_config.json"
+
+    @property
+    def _whole_model(self) -> str:
+        """Folder of the merged model or, if that is an adapter, of the base it goes on."""
+        if not self._adapter_config.is_file():
+            return self.args.output_dir
+        base = (
+            self.base_model or json.loads(self._adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        )
+        return resolve(base, token=self.args.hub_token).path
+
+    @property
     def _tokenizer(self) -> Any:
         if self.processing_class is None:
             from transformers import AutoTokenizer
 
-            self.processing_class = AutoTokenizer.from_pretrained(self.args.output_dir)
+            self.processing_class = AutoTokenizer.from_pretrained(self._whole_model)
         return self.processing_class
 
     def _begin(self, plan: MergePlan) -> None:
@@ -426,7 +447,8 @@ class FisherRaoMerger:
 
         local = [model for model in plan.models if "://" not in model.source.path]
         sources = [(model.spec, read_source_metadata(model.source.path)) for model in local]
-        combine(sources, allowed=(self.args.allow_license or "").split(",")).raise_if_refused()
+        allowed = [licence.strip() for licence in (self.args.allow_license or "").split(",")]
+        combine(sources, allowed=allowed).raise_if_refused()
 
     def _require_merge(self, call: str) -> None:
         if not self.is_merged:

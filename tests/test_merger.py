@@ -15,6 +15,7 @@ import torch
 from hub_server import ALICE_TOKEN, HubServer
 from huggingface_hub import ModelCard
 from merge_reference import write_family
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -379,7 +380,7 @@ def test_licences_without_derivatives_are_refused_unless_allowed(make: Any, mode
     with pytest.raises(MergeError, match=r"closed \(cc-by-nc-nd-4.0\) does not allow derived works"):
         make(experts=experts).merge()
     assert not (tmp_path / "merged").exists()
-    assert make(experts=experts, allow_license="cc-by-nc-nd-4.0").merge().is_merged
+    assert make(experts=experts, allow_license="cc-by-nd-4.0, cc-by-nc-nd-4.0").merge().is_merged
     assert "cc-by-nc-nd-4.0" in (tmp_path / "merged" / "README.md").read_text()
 
 
@@ -415,3 +416,46 @@ def test_merging_local_checkpoints_imports_neither_torch_nor_transformers(tmp_pa
 def test_experts_must_be_a_list_not_one_name(make: Any) -> None:
     with pytest.raises(ArgumentError, match=r"experts .*list"):
         make(experts="org/model")
+
+
+@pytest.fixture(scope="module")
+def adapters(models: Path) -> list[str]:
+    """Two LoRA adapters of `base`."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float32)
+        get_peft_model(base, lora).save_pretrained(models / f"adapter{seed}")
+    return [str(models / f"adapter{seed}") for seed in range(2)]
+
+
+def test_merged_adapters_are_evaluated_on_their_base(
+    make: Any, models: Path, adapters: list[str], tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    options = {"experts": adapters, "base_model": str(models / "base"), "eval_dataset": TEXTS["proverb"]}
+    merger = make(**options, callbacks=[recorder]).merge()
+    assert (tmp_path / "merged" / "adapter_config.json").is_file()
+    assert (merger.state.global_step, merger.state.max_steps) == (4, 4)  # modules
+    metrics = merger.evaluate()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "base"), tmp_path / "merged")
+    ids = AutoTokenizer.from_pretrained(models / "base")(TEXTS["proverb"][0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(ids).logits.float()
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=2e-3)
+    card = ModelCard.load(merger.create_model_card())
+    assert card.data.library_name == "peft"
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results}["loss"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_stops_are_obeyed_in_merges_of_adapters(make: Any, adapters: list[str], tmp_path: Path) -> None:
+    recorder = Recorder()
+    merger = make(experts=adapters, callbacks=[StopAfter(2), recorder])
+    with pytest.raises(MergeError, match=r"stopped after 2 of 4 tensors: the kettle boils"):
+        merger.merge()
+    assert recorder.events[-1] == "on_merge_end" and not merger.is_merged
+    assert not [path.name for path in (tmp_path / "merged").iterdir() if not path.name.startswith(".")]
+    merger.remove_callback(StopAfter)
+    assert merger.merge(resume_from_checkpoint=True).is_merged
+    assert verify(str(tmp_path / "merged")).ok

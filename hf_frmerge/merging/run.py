@@ -15,18 +15,19 @@ import numpy as np
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
-from hf_frmerge.errors import ArgumentError, ResumeError
+from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.adapters import MergedModule, merge_adapters
-from hf_frmerge.merging.engine import Engine, StepObserver, StepOutcome, summary
+from hf_frmerge.merging.engine import Engine, StepObserver, StepOutcome
 from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.shared import SharedObserver
 from hf_frmerge.merging.solve import Solution
+from hf_frmerge.merging.summary import summary
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+    from hf_frmerge.checkpoints.layout import ShardLayout
     from hf_frmerge.kernels import Kernels
     from hf_frmerge.merging.plan import MergePlan
     from hf_frmerge.merging.processes import Processes
@@ -50,6 +51,10 @@ class MergeOutcome:
     report: dict[str, Any]
 
 
+class _StoppedError(Exception):
+    """The observer asked a merge of adapters to stop."""
+
+
 def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
     """
     Compute a plan into its output folder.
@@ -60,21 +65,29 @@ def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> 
     Raises:
         MergeError: Whatever stopped the merge.
     """
-    if plan.layout is None:
-        return _run_adapter_merge(plan, observer, processes)
+    with processes.sharing_errors():
+        if plan.layout is None:
+            return _run_adapter_merge(plan, observer, processes)
+        return _run_full_merge(plan, plan.layout, observer, processes)
+
+
+def _run_full_merge(
+    plan: MergePlan, layout: ShardLayout, observer: StepObserver, processes: Processes
+) -> MergeOutcome:
     started = time.perf_counter()
-    output = Path(plan.args.output_dir)
     kernels = load_kernels(plan.args.device)
-    writer = CheckpointWriter(plan.layout, output)
-    _prepare(plan, writer, processes)
-    with closing(writer), closing(_open_journal(plan, writer, kernels, processes)) as journal:
-        processes.wait()
+    writer = CheckpointWriter(layout, plan.args.output_dir)
+    with closing(writer), closing(_prepare(plan, writer, kernels, processes)) as journal:
+        if processes.size > 1:
+            observer = SharedObserver(observer, plan, processes)
         share = _gram_sharing(processes) if plan.args.block == "model" and processes.size > 1 else None
         engine = Engine(plan, kernels, writer, journal, observer, share)
         with one_blas_thread():  # rows of low-rank deltas are formed on our own threads
             own, complete = engine.run(processes.share(plan.steps, plan.args.block))
-        outcomes = _all_outcomes(plan, own, processes)
-        complete = all(processes.gather([complete]))
+        outcomes = own
+        if isinstance(observer, SharedObserver):
+            outcomes = observer.all_outcomes(own)
+            complete = all(processes.gather([complete and observer.go_on]))
         if complete:
             writer.sync()
     seconds = time.perf_counter() - started
@@ -88,22 +101,28 @@ def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> 
 
 def _run_adapter_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
     """Merge adapters into an adapter: seconds of work for one process, so there is nothing to resume or to share."""
+    own = [_merge_adapters_here(plan, observer, processes.size)] if processes.is_main else []
+    return processes.gather(own)[0]
+
+
+def _merge_adapters_here(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOutcome:
     started = time.perf_counter()
     output, args = Path(plan.args.output_dir), plan.args
     outcomes: list[StepOutcome] = []
-    if processes.is_main:
-        steps = {step.name: step for step in plan.steps}
-        skipped = [step.name for step in plan.steps if not observer.begin(step)]
-        if skipped:
-            raise ArgumentError(f"{skipped[0]!r} cannot be skipped in an adapter. Use adapter_output='merged'.")
+    steps = {step.name: step for step in plan.steps}
+    skipped = [step.name for step in plan.steps if not observer.begin(step)]
+    if skipped:
+        raise ArgumentError(f"{skipped[0]!r} cannot be skipped in an adapter. Use adapter_output='merged'.")
 
-        def done(module: MergedModule) -> None:
-            solution = Solution(np.array([module.coefficients]), module.geometry)
-            outcomes.append(StepOutcome(steps[module.target], "merge", solution, {}, ""))
-            observer.end(outcomes[-1])
+    def done(module: MergedModule) -> None:
+        solution = Solution(np.array([module.coefficients]), module.geometry)
+        outcomes.append(StepOutcome(steps[module.target], "merge", solution, {}, ""))
+        if not observer.end(outcomes[-1]):
+            raise _StoppedError  # from within the writer, which then leaves no file
 
-        for stale in (MANIFEST_FILE, *(shard.name for shard in output.glob("adapter_model*.safetensors"))):
-            (output / stale).unlink(missing_ok=True)
+    for stale in (MANIFEST_FILE, *(shard.name for shard in output.glob("adapter_model*.safetensors"))):
+        (output / stale).unlink(missing_ok=True)
+    try:
         merged = merge_adapters(
             [expert.adapter for expert in plan.experts if expert.adapter],
             plan.weights,
@@ -119,57 +138,66 @@ def _run_adapter_merge(plan: MergePlan, observer: StepObserver, processes: Proce
             num_workers=args.num_workers,
             on_module=done,
         )
-        plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
-        write_coefficients(output, outcomes)
-        report = _report(plan, outcomes, "numpy", time.perf_counter() - started)
-        report |= {"truncation_error": merged.truncation_error}
-        report |= {"max_rank": max(module.rank for module in merged.modules)}
-        small = {name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE)}
-        write_manifest(output, plan, outcomes, report=report, n_processes=processes.size, small_files=small)
-    report = processes.gather([report] if processes.is_main else [])[0]
+    except _StoppedError:
+        return MergeOutcome(False, _report(plan, outcomes, "numpy", time.perf_counter() - started))
+    plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
+    write_coefficients(output, outcomes)
+    report = _report(plan, outcomes, "numpy", time.perf_counter() - started)
+    report |= {"truncation_error": merged.truncation_error}
+    report |= {"max_rank": max(module.rank for module in merged.modules)}
+    small = {name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE)}
+    write_manifest(output, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
     return MergeOutcome(True, report)
 
 
-def _prepare(plan: MergePlan, writer: CheckpointWriter, processes: Processes) -> None:
-    """Lay out the files: on the main process first, which alone creates them."""
-    args, output = plan.args, writer.output_dir
-    resume = args.resume_from_checkpoint
-    if resume and not writer.staging.exists():
-        if (output / MANIFEST_FILE).exists() and not args.overwrite:
-            raise ResumeError(f"The merge in {args.output_dir!r} is complete; there is nothing to resume.")
-        logger.info("Nothing to resume in %s: starting a new merge.", args.output_dir)
+def _prepare(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, processes: Processes) -> Journal:
+    """Check what is there, then lay out the files: the main process removes and creates, the others only open."""
+    resume = plan.args.resume_from_checkpoint
+    processes.wait()  # until all have planned: what is created here must not look to them like another merge
     if processes.is_main:
-        if output.exists() and not output.is_dir():
-            raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
-        if not resume and writer.staging.exists():
-            shutil.rmtree(writer.staging)
+        _clear(plan, writer)
+    processes.wait()
+    header, marks = fingerprint(plan, kernels.name), modification_marks(plan)
+    journal = Journal(writer.staging, processes.rank, header, marks, resume=resume)
+    processes.wait()
+    if processes.is_main:
         if not writer.staging.exists():
-            check_free_space(output, writer.layout.file_bytes)
+            check_free_space(writer.output_dir, writer.layout.file_bytes)
         writer.reopen()
     processes.wait()
-    if not processes.is_main:
-        writer.reopen()
+    if not processes.is_main and writer.reopen():
+        raise MergeError(
+            f"Process {processes.rank} does not see the files that the main process made in {plan.args.output_dir!r}. "
+            "Choose an output_dir on a file system that all processes share."
+        )
+    journal.start()
+    return journal
 
 
-def _open_journal(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, processes: Processes) -> Journal:
-    header = fingerprint(plan, kernels.name)
-    marks = modification_marks(plan)
-    return Journal(writer.staging, processes.rank, header, marks, resume=plan.args.resume_from_checkpoint)
+def _clear(plan: MergePlan, writer: CheckpointWriter) -> None:
+    """Refuse what cannot be resumed, and remove what would make an unfinished merge look finished."""
+    output, name = writer.output_dir, plan.args.output_dir
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(f"The output folder {name!r} is a file. Choose another output_dir.")
+    finished = (output / MANIFEST_FILE).exists() and (output / CONFIG_FILE).exists()
+    if plan.args.resume_from_checkpoint and not plan.args.overwrite:
+        if finished:  # what is still staged was left by a process that died while it cleaned up
+            shutil.rmtree(writer.staging, ignore_errors=True)
+            raise ResumeError(f"The merge in {name!r} is complete; there is nothing to resume.")
+        if not writer.staging.exists():
+            logger.info("Nothing to resume in %s: starting a new merge.", name)
+        return
+    if not (plan.args.resume_from_checkpoint and writer.staging.exists()):
+        for stale in (CONFIG_FILE, MANIFEST_FILE):
+            (output / stale).unlink(missing_ok=True)
+        shutil.rmtree(writer.staging, ignore_errors=True)
 
 
 def _gram_sharing(processes: Processes) -> Any:
-    def share(grams: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+    def share(grams: dict[str, Any]) -> dict[str, Any]:
         return {name: gram for part in processes.gather([grams]) for name, gram in part.items()}
 
     return share
-
-
-def _all_outcomes(plan: MergePlan, own: list[StepOutcome], processes: Processes) -> list[StepOutcome]:
-    """Collect the outcomes of all processes in the order of the plan."""
-    if processes.size == 1:
-        return own
-    found = {outcome.step.name: outcome for outcome in processes.gather(own)}
-    return [found[step.name] for step in plan.steps if step.name in found]
 
 
 def _finish(
@@ -177,8 +205,6 @@ def _finish(
 ) -> None:
     """Give everything its name, the config last: without it no loader takes the folder for a model."""
     output, donor = writer.output_dir, plan.donor.source
-    for stale in (CONFIG_FILE, MANIFEST_FILE):  # of a merge that is being overwritten
-        (output / stale).unlink(missing_ok=True)
     write_coefficients(output, outcomes)
     small = {name: output / name for name in [*copy_donor_files(donor, output), COEFFICIENTS_FILE]}
     writer.publish()

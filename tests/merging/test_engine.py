@@ -174,6 +174,20 @@ def test_tiny_and_huge_values_keep_their_geometry(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_tiny_and_huge_values_of_long_16_bit_tensors_keep_their_geometry(tmp_path: Path, scale: float) -> None:
+    """Too long for products in float64 from the start: those in float32 have to be noticed and taken again."""
+    name, weights = "model.embed_tokens.weight", [0.6, 0.3, 0.1]
+    experts = []
+    for i in range(3):
+        large = torch.randn(160, 160, generator=torch.Generator().manual_seed(i)) * scale
+        experts.append(write_model(tmp_path / f"e{i}", {name: large.bfloat16()}))
+    merge(experts, tmp_path / "out", weights, dtype="float64")
+    merged, sources = weights_of(tmp_path / "out")[name], [weights_of(e)[name] for e in experts]
+    expected = merged_reference("karcher", sources, weights, None)
+    np.testing.assert_allclose(merged.numpy() / scale, expected / scale, rtol=1e-9, atol=1e-9)
+
+
 def test_mixed_dtypes_merge_and_are_noted(tmp_path: Path) -> None:
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     experts = [write_model(tmp_path / f"e{i}", random_model(i, dtype)) for i, dtype in enumerate(dtypes)]
@@ -255,6 +269,16 @@ def test_a_skipped_tensor_comes_from_the_base(tmp_path: Path) -> None:
     outcome = merge(experts, tmp_path / "out", base=base, observer=SkipHead())
     assert torch.equal(weights_of(tmp_path / "out")["lm_head.weight"], weights_of(base)["lm_head.weight"])
     assert (outcome.report["n_skipped"], outcome.report["n_merged"]) == (1, len(SHAPES) - 1)
+
+
+def test_a_skipped_tensor_is_checked_like_a_merged_one(tmp_path: Path) -> None:
+    base, experts = write_family(tmp_path)
+    bad = weights_of(base)
+    bad["lm_head.weight"][0, :3] = float("nan")
+    write_model(Path(base), bad)
+    with pytest.raises(NonFiniteError, match=r"3 NaN or infinite values in tensor 'lm_head.weight' of base model"):
+        merge(experts, tmp_path / "out", base=base, observer=SkipHead())
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 class Recorder(StepObserver):
