@@ -12,10 +12,10 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import count
+from queue import PriorityQueue, SimpleQueue
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 # with float64 products. It is far below the weights of any trained model, so the second pass is paid by zeros only.
 _TINY_MEAN_SQUARE = 1e-24
 
+_STOP, _SOON, _LATER = range(3)
+"""Urgency of a job; to stop comes before everything that is queued."""
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -59,6 +62,10 @@ class StepOutcome:
     solution: Solution | None
     inputs: dict[str, str]
     output: str
+
+
+_Gram = tuple["NDArray[np.float64]", dict[str, str]]
+_Job = Callable[["_Group", "_Tensor", int], None]
 
 
 class StepObserver:
@@ -81,12 +88,13 @@ class _Tensor:
     inputs: TensorInputs
     pieces: list[Piece]
     skipped: bool = False
+    precise: bool = False
     grams: list[NDArray[np.float64] | None] = field(default_factory=list)
     input_digests: list[dict[int, str]] = field(default_factory=list)
     output_digests: list[str] = field(default_factory=list)
     done: bool = False
 
-    def reset(self) -> None:
+    def __post_init__(self) -> None:
         self.grams = [None] * len(self.pieces)
         self.input_digests = [{} for _ in self.pieces]
         self.output_digests = [""] * len(self.pieces)
@@ -107,9 +115,7 @@ class _Group:
     tensors: list[_Tensor]
     then: Callable[[_Group], None]
     remaining: int = 0
-    precise: bool = False
     solution: Solution | None = None
-    done: bool = False
 
 
 class Engine:
@@ -122,8 +128,9 @@ class Engine:
         writer: Where results go; its files exist already.
         journal: Record of finished work; what it holds is checked and kept.
         observer: Told about every tensor.
-        share_grams: With several processes and `block="model"`, gathers this process's Gram matrices
-            `{tensor: (1, K, K)}` from all of them; by default there is one process.
+        share_grams: With several processes and `block="model"`, gathers from all of them what each holds:
+            `{tensor: (its Gram matrix, (1, K, K), and the digests of its inputs)}`. Every process calls it once. By
+            default there is one process.
     """
 
     def __init__(
@@ -133,7 +140,7 @@ class Engine:
         writer: CheckpointWriter,
         journal: Journal,
         observer: StepObserver,
-        share_grams: Callable[[dict[str, NDArray[np.float64]]], dict[str, NDArray[np.float64]]] | None = None,
+        share_grams: Callable[[dict[str, _Gram]], dict[str, _Gram]] | None = None,
     ) -> None:
         self._plan = plan
         self._kernels = kernels
@@ -143,9 +150,11 @@ class Engine:
         self._share_grams = share_grams
         self._workers = worker_count(plan)
         self._events: SimpleQueue[_Group | BaseException] = SimpleQueue()
+        # By urgency, then by age.
+        self._jobs: PriorityQueue[tuple[int, int, tuple[_Job, _Group, _Tensor, int] | None]] = PriorityQueue()
+        self._age = count()
         self._queued = 0
         self._local = threading.local()
-        self._pool: ThreadPoolExecutor
 
     def run(self, steps: Sequence[TensorStep]) -> tuple[list[StepOutcome], bool]:
         """
@@ -158,40 +167,51 @@ class Engine:
             MergeError: Whatever went wrong, after all threads have stopped; finished tensors stay in the journal.
         """
         todo = deque(_grouped(steps))
-        window: deque[_Group] = deque()
+        window: deque[_Tensor] = deque()
         outcomes: list[StepOutcome] = []
-        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="frmerge")
+        threads = [threading.Thread(target=self._work, name=f"frmerge-{i}", daemon=True) for i in range(self._workers)]
+        for thread in threads:
+            thread.start()
         go_on = True
         try:
             while (todo and go_on) or window:
                 while todo and go_on and self._queued < 2 * self._workers:
-                    window.append(self._admit(*todo.popleft()))
+                    window.extend(self._admit(todo.popleft()))
                 if not window[0].done:
                     self._handle(self._events.get())
                 while window and window[0].done:
-                    for tensor in window.popleft().tensors:
-                        outcomes.append(self._outcome(tensor))
-                        go_on = self._observer.end(outcomes[-1]) and go_on
+                    outcomes.append(self._outcome(window.popleft()))
+                    go_on = self._observer.end(outcomes[-1]) and go_on
         finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            for _ in threads:
+                self._jobs.put((_STOP, next(self._age), None))
+            for thread in threads:
+                thread.join()
+        if self._share_grams is not None and "" not in self._journal.solved:
+            self._share_grams({})  # nothing to merge here: the others wait for this process all the same
         return outcomes, go_on and not todo
 
     # Scheduling: everything below until the jobs runs on the calling thread.
 
-    def _admit(self, name: str, steps: list[TensorStep]) -> _Group:
-        group = _Group(name, [self._open(step) for step in steps], self._solve)
-        for tensor in group.tensors:
-            tensor.reset()
-        if group.tensors[0].step.action == "copy":
-            known = steps[0].name in self._journal.written
-            self._start(
-                group, self._check_piece if known else self._copy_piece, self._checked if known else self._wrote
-            )
-        elif name in self._journal.solved:
-            self._start(group, self._check_piece, self._checked)
-        else:
-            self._start(group, self._gram_piece, self._solve)
-        return group
+    def _admit(self, steps: list[TensorStep]) -> list[_Tensor]:
+        """Start on a group; tensors of it that are skipped go their own way."""
+        opened = [self._open(step) for step in steps]
+        kept = [tensor for tensor in opened if not tensor.skipped]
+        for tensors in [[tensor] for tensor in opened if tensor.skipped] + ([kept] if kept else []):
+            if tensors[0].step.action == "copy":
+                group = _Group("", tensors, self._wrote)
+                known = self._journal.written.get(tensors[0].step.name, {}).get("inputs")
+                self._start(
+                    group, self._check_piece if known else self._copy_piece, self._checked if known else self._wrote
+                )
+                continue
+            group = _Group(tensors[0].step.group, tensors, self._solve)
+            _, recorded = self._journal.solved.get(group.name, (None, {}))
+            if all(tensor.step.name in recorded for tensor in tensors):
+                self._start(group, self._check_piece, self._checked)
+            else:
+                self._start(group, self._gram_piece, self._solve)
+        return opened
 
     def _open(self, step: TensorStep) -> _Tensor:
         skipped = not self._observer.begin(step) and step.action == "merge"
@@ -201,15 +221,18 @@ class Engine:
         return _Tensor(step, inputs, list(pieces(step.n_blocks, step.block_len)), skipped)
 
     def _start(
-        self, group: _Group, job: Callable[[_Group, _Tensor, int], None], then: Callable[[_Group], None]
+        self, group: _Group, job: _Job, then: Callable[[_Group], None], only: list[_Tensor] | None = None
     ) -> None:
-        """Queue one job per piece of the tensors that are not done; `then` follows when all have ended."""
+        """Queue one job per piece of the tensors not yet done, or of `only`; `then` follows when all have ended."""
         group.then = then
-        work = [(tensor, index) for tensor in group.tensors if not tensor.done for index in range(len(tensor.pieces))]
+        tensors = [tensor for tensor in group.tensors if not tensor.done] if only is None else only
+        work = [(job, group, tensor, index) for tensor in tensors for index in range(len(tensor.pieces))]
         group.remaining = len(work)
         self._queued += len(work)
-        for tensor, index in work:
-            self._pool.submit(self._guarded, job, group, tensor, index)
+        # What the first pass read may still be in the cache.
+        urgency = _SOON if job == self._combine_piece else _LATER
+        for item in work:
+            self._jobs.put((urgency, next(self._age), item))
         if not work:
             then(group)
 
@@ -223,33 +246,29 @@ class Engine:
 
     def _solve(self, group: _Group) -> None:
         grams = {tensor.step.name: _sum_pieces(tensor) for tensor in group.tensors}
-        if not group.precise and self._needs_precision(group, grams):
-            group.precise = True
-            self._start(group, self._gram_piece, self._solve)
+        rough = [t for t in group.tensors if not t.precise and _needs_precision(t, grams[t.step.name])]
+        if rough:
+            for tensor in rough:
+                tensor.precise = True
+            self._start(group, self._gram_piece, self._solve, rough)
             return
+        found = {tensor.step.name: (grams[tensor.step.name], tensor.inputs_digest()) for tensor in group.tensors}
         if self._share_grams is not None:
-            grams = self._share_grams(grams)
-        gram = sum(grams[name] for name in sorted(grams)) if len(grams) > 1 else next(iter(grams.values()))
+            found = self._share_grams(found)
+        names = sorted(found)
+        gram = sum((found[name][0] for name in names[1:]), start=found[names[0]][0])
         step = group.tensors[0].step
-        points = points_of(np.asarray(gram), self._plan.space, group.tensors[0].inputs.has_base)
+        points = points_of(gram, self._plan.space, group.tensors[0].inputs.has_base)
         group.solution = solve(
             points,
             step.weights,
             self._plan.args.method,
             self._plan.span_options,
-            tensor=step.name if len(grams) == 1 else (group.name or "the whole model"),
+            tensor=step.name if len(found) == 1 else (group.name or "the whole model"),
             experts=[expert.spec for expert in self._plan.experts],
         )
-        digests = {tensor.step.name: tensor.inputs_digest() for tensor in group.tensors}
-        self._journal.record_solved(group.name, group.solution, digests)
+        self._journal.record_solved(group.name, group.solution, {name: found[name][1] for name in names})
         self._start(group, self._combine_piece, self._wrote)
-
-    def _needs_precision(self, group: _Group, grams: dict[str, NDArray[np.float64]]) -> bool:
-        return any(
-            np.any(grams[tensor.step.name][:, 0, 0] < _TINY_MEAN_SQUARE * max(1, tensor.step.block_len))
-            for tensor in group.tensors
-            if not tensor.inputs.factored
-        )
 
     def _wrote(self, group: _Group) -> None:
         for tensor in group.tensors:
@@ -257,17 +276,16 @@ class Engine:
                 inputs = tensor.inputs_digest() if tensor.step.action == "copy" else None
                 self._journal.record_written(tensor.step.name, tensor.output_digest(), inputs)
                 tensor.done = True
-        group.done = True
 
     def _checked(self, group: _Group) -> None:
         """Keep what is still good, write again what is not, refuse if an input is not what it was."""
         recorded: dict[str, dict[str, str]] = {}
-        if group.name in self._journal.solved:
+        if group.tensors[0].step.action == "merge":
             group.solution, recorded = self._journal.solved[group.name]
         for tensor in group.tensors:
             name = tensor.step.name
             written = self._journal.written.get(name, {})
-            expected = recorded.get(name) or written.get("inputs") or {}
+            expected = recorded[name] if group.solution else written["inputs"]
             found = tensor.inputs_digest()
             for owner, value in found.items():
                 if expected.get(owner) != value:
@@ -286,20 +304,20 @@ class Engine:
         action: Literal["merge", "copy", "skip"] = "skip" if tensor.skipped else tensor.step.action
         return StepOutcome(tensor.step, action, solution, tensor.inputs_digest(), tensor.output_digest())
 
-    # Jobs: everything below runs on the pool's threads.
+    # Jobs: everything below runs on the engine's threads.
 
-    def _guarded(
-        self, job: Callable[[_Group, _Tensor, int], None], group: _Group, tensor: _Tensor, index: int
-    ) -> None:
-        try:
-            job(group, tensor, index)
-        except BaseException as error:  # handed to the thread that runs the engine, which raises it
-            self._events.put(error)
-        else:
-            self._events.put(group)
+    def _work(self) -> None:
+        while (item := self._jobs.get()[2]) is not None:
+            job, group, tensor, index = item
+            try:
+                job(group, tensor, index)
+            except BaseException as error:  # handed to the thread that runs the engine, which raises it
+                self._events.put(error)
+            else:
+                self._events.put(group)
 
     def _gram_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
-        gram, digests = tensor.inputs.gram(self._kernels, tensor.pieces[index], precise=group.precise)
+        gram, digests = tensor.inputs.gram(self._kernels, tensor.pieces[index], precise=tensor.precise)
         tensor.grams[index] = gram
         tensor.input_digests[index] = digests
 
@@ -360,12 +378,17 @@ def worker_count(plan: MergePlan) -> int:
     return int(min(wanted, affordable))
 
 
-def _grouped(steps: Sequence[TensorStep]) -> list[tuple[str, list[TensorStep]]]:
+def _grouped(steps: Sequence[TensorStep]) -> list[list[TensorStep]]:
     """Gather the steps of each group; copies stand alone."""
     groups: dict[str, list[TensorStep]] = {}
     for step in steps:
         groups.setdefault(step.group if step.action == "merge" else f"copy {step.name}", []).append(step)
-    return list(groups.items())
+    return list(groups.values())
+
+
+def _needs_precision(tensor: _Tensor, gram: NDArray[np.float64]) -> bool:
+    tiny = _TINY_MEAN_SQUARE * max(1, tensor.step.block_len)
+    return not tensor.inputs.factored and bool(np.any(gram[:, 0, 0] < tiny))
 
 
 def _sum_pieces(tensor: _Tensor) -> NDArray[np.float64]:
@@ -382,27 +405,3 @@ def _sum_pieces(tensor: _Tensor) -> NDArray[np.float64]:
 def _byte_range(step: TensorStep, piece: Piece) -> tuple[int, int]:
     bits = DTYPE_BITS[step.dtype]
     return piece.start * bits // 8, piece.stop * bits // 8
-
-
-def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
-    """Return totals over all merged tensors: angles in radians, norm ratios, iterations, residuals."""
-    merged = {o.step.group: o.solution.geometry for o in outcomes if o.solution is not None}
-    geometry = list(merged.values())
-    counts = {action: sum(o.action == action for o in outcomes) for action in ("merge", "copy", "skip")}
-    totals: dict[str, Any] = {"n_merged": counts["merge"], "n_copied": counts["copy"], "n_skipped": counts["skip"]}
-    if not geometry:
-        return totals
-    angles = [g.max_angle for g in geometry]
-    ratios = [g.norm_ratio for g in geometry]
-    linear = [g.linear_norm_ratio for g in geometry]
-    gaps = [g.gap_to_nre for g in geometry]
-    return totals | {
-        "max_angle": {"min": min(angles), "median": float(np.median(angles)), "max": max(angles)},
-        "norm_ratio": {"min": min(ratios), "median": float(np.median(ratios))},
-        "linear_norm_ratio": {"min": min(linear), "median": float(np.median(linear))},
-        "gap_to_nre": {"median": float(np.median(gaps)), "max": max(gaps)},
-        "n_iter": max(g.n_iter for g in geometry),
-        "residual": max(g.residual for g in geometry),
-        "n_not_converged": sum(not g.converged for g in geometry),
-        "n_ambiguous": sum(g.n_ambiguous for g in geometry),
-    }

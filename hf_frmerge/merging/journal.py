@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_frmerge.errors import ResumeError
+from hf_frmerge.errors import MergeError, ResumeError
 from hf_frmerge.merging.solve import Geometry, Solution
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Journal:
         self, folder: Path, rank: int, header: dict[str, Any], marks: dict[str, Any], *, resume: bool
     ) -> None:
         """
-        Open the journal of one process of a merge.
+        Read what is there, and write nothing before `start`.
 
         Args:
             folder: Staging folder of the output.
@@ -81,15 +80,17 @@ class Journal:
         """
         self.solved: dict[str, tuple[Solution, dict[str, dict[str, str]]]] = {}
         self.written: dict[str, dict[str, Any]] = {}
-        own = folder / f"journal-{rank}.jsonl"
-        if resume:
-            for path in sorted(folder.glob("journal-*.jsonl")):
-                whole = self._load(path, header, marks)
-                if path == own:
-                    os.truncate(path, whole)
-        if not resume or not own.exists():
-            own.write_text(json.dumps({"kind": "merge", "marks": marks, **header}) + "\n", encoding="utf-8")
-        self._file = own.open("a", encoding="utf-8")
+        self._path = folder / f"journal-{rank}.jsonl"
+        self._first = {"kind": "merge", "marks": marks, **header}
+        loaded = {path: self._load(path, header, marks) for path in sorted(folder.glob("journal-*.jsonl")) if resume}
+        self._whole = loaded.get(self._path, 0)
+
+    def start(self) -> None:
+        """Open this process's file, cut to its whole lines; all processes must have read it before."""
+        self._file = self._path.open("ab", buffering=0)
+        self._file.truncate(self._whole)
+        if not self._whole:
+            self._append(self._first)
 
     def record_solved(self, group: str, solution: Solution, inputs: dict[str, dict[str, str]]) -> None:
         """Keep the coefficients of a group and the digests of what they were computed from."""
@@ -113,8 +114,18 @@ class Journal:
         self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        data = json.dumps(line).encode() + b"\n"
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            raise self._failure(error.strerror) from error
+        if written != len(data):
+            raise self._failure("no room for a whole line")
+
+    def _failure(self, reason: str | None) -> MergeError:
+        return MergeError(
+            f"{self._path} could not be written: {reason}. What was written so far is kept; make room and resume."
+        )
 
     def _load(self, path: Path, header: dict[str, Any], marks: dict[str, Any]) -> int:
         """Read all whole lines; return how many bytes they take."""
@@ -132,8 +143,6 @@ class Journal:
             else:
                 self.written[line["tensor"]] = line
             whole += len(raw)
-        if not whole:
-            raise ResumeError(f"{path} holds no record of a merge. Pass --overwrite to start anew.")
         return whole
 
 

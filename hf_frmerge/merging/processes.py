@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.errors import MergeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hf_frmerge.merging.plan import TensorStep
+
+
+# How long a process may wait for a slower one. By default gloo gives up after half an hour.
+_PATIENCE = timedelta(days=7)
 
 
 class Processes:
@@ -21,10 +30,11 @@ class Processes:
     def __init__(self) -> None:
         self.rank = 0
         self.size = 1
+        self._heard = True  # whether the others still take part
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            state = PartialState(cpu=True)
+            state = PartialState(cpu=True, timeout=_PATIENCE)
             self.rank, self.size = state.process_index, state.num_processes
 
     @property
@@ -34,18 +44,45 @@ class Processes:
 
     def wait(self) -> None:
         """Wait for all processes."""
-        if self.size > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
+        self.gather([])
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """Return the items of all processes, in the order of the processes."""
-        if self.size == 1:
-            return items
+        """
+        Return the items of all processes, in the order of the processes.
+
+        Raises:
+            MergeError: If another process failed, with its message.
+        """
+        return items if self.size == 1 else self._exchange(items)
+
+    @contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """
+        Raise an error of one process on all of them.
+
+        A process that fails takes part in the next `gather` or `wait` of the others with its error in place of items,
+        whichever it is, so nobody waits for it in vain.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.size > 1 and self._heard:
+                self._exchange([], f"{error}" if isinstance(error, MergeError) else f"{type(error).__name__}: {error}")
+            raise
+
+    def _exchange(self, items: list[Any], failure: str | None = None) -> list[Any]:
         from accelerate.utils import gather_object
 
-        return list(gather_object(items))
+        self._heard = False
+        try:
+            parts = gather_object([(items, failure)])
+        except RuntimeError as error:
+            raise MergeError(f"Another process of this merge died: {error}. Start the job again to resume.") from error
+        failures = [(rank, text) for rank, (_, text) in enumerate(parts) if text is not None]
+        if failures and failure is None:
+            raise MergeError(f"Process {failures[0][0]} of {self.size} failed: {failures[0][1]}")
+        self._heard = not failures
+        return [item for part, _ in parts for item in part]
 
     def share(self, steps: Sequence[TensorStep], block: str) -> list[TensorStep]:
         """

@@ -176,21 +176,24 @@ def _prepare(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, proces
 
 def _clear(plan: MergePlan, writer: CheckpointWriter) -> None:
     """Refuse what cannot be resumed, and remove what would make an unfinished merge look finished."""
-    output, name = writer.output_dir, plan.args.output_dir
+    args, output, staging = plan.args, writer.output_dir, writer.staging
     if output.exists() and not output.is_dir():
-        raise ArgumentError(f"The output folder {name!r} is a file. Choose another output_dir.")
-    finished = (output / MANIFEST_FILE).exists() and (output / CONFIG_FILE).exists()
-    if plan.args.resume_from_checkpoint and not plan.args.overwrite:
-        if finished:  # what is still staged was left by a process that died while it cleaned up
-            shutil.rmtree(writer.staging, ignore_errors=True)
-            raise ResumeError(f"The merge in {name!r} is complete; there is nothing to resume.")
-        if not writer.staging.exists():
-            logger.info("Nothing to resume in %s: starting a new merge.", name)
-        return
-    if not (plan.args.resume_from_checkpoint and writer.staging.exists()):
-        for stale in (CONFIG_FILE, MANIFEST_FILE):
-            (output / stale).unlink(missing_ok=True)
-        shutil.rmtree(writer.staging, ignore_errors=True)
+        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
+    if not args.resume_from_checkpoint:
+        shutil.rmtree(staging, ignore_errors=True)
+    elif not args.overwrite:
+        if (output / MANIFEST_FILE).exists() and (output / CONFIG_FILE).exists():
+            shutil.rmtree(staging, ignore_errors=True)  # left by a process that died while it cleaned up
+            raise ResumeError(f"The merge in {args.output_dir!r} is complete; there is nothing to resume.")
+        if not staging.exists() and output.exists() and any(output.iterdir()):
+            raise ResumeError(
+                f"{args.output_dir!r} holds files, but no interrupted merge. Choose another output_dir, or pass "
+                "--overwrite (overwrite=True) to replace the model in it."
+            )
+    if args.resume_from_checkpoint and not staging.exists():
+        logger.info("Nothing to resume in %s: starting a new merge.", args.output_dir)
+    for stale in (CONFIG_FILE, MANIFEST_FILE):
+        (output / stale).unlink(missing_ok=True)
 
 
 def _gram_sharing(processes: Processes) -> Any:

@@ -1,0 +1,36 @@
+"""Totals over the tensors of a merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_frmerge.merging.engine import StepOutcome
+
+
+def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
+    """Return totals over all merged tensors: angles in radians, norm ratios, iterations, residuals."""
+    merged = {o.step.group: o.solution.geometry for o in outcomes if o.solution is not None}
+    geometry = list(merged.values())
+    counts = {action: sum(o.action == action for o in outcomes) for action in ("merge", "copy", "skip")}
+    totals: dict[str, Any] = {"n_merged": counts["merge"], "n_copied": counts["copy"], "n_skipped": counts["skip"]}
+    if not geometry:
+        return totals
+    angles = [g.max_angle for g in geometry]
+    ratios = [g.norm_ratio for g in geometry]
+    linear = [g.linear_norm_ratio for g in geometry]
+    gaps = [g.gap_to_nre for g in geometry]
+    return totals | {
+        "max_angle": {"min": min(angles), "median": float(np.median(angles)), "max": max(angles)},
+        "norm_ratio": {"min": min(ratios), "median": float(np.median(ratios))},
+        "linear_norm_ratio": {"min": min(linear), "median": float(np.median(linear))},
+        "gap_to_nre": {"median": float(np.median(gaps)), "max": max(gaps)},
+        "n_iter": max(g.n_iter for g in geometry),
+        "residual": max(g.residual for g in geometry),
+        "n_not_converged": sum(not g.converged for g in geometry),
+        "n_ambiguous": sum(g.n_ambiguous for g in geometry),
+    }
