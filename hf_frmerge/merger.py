@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import (
@@ -346,15 +344,9 @@ class FisherRaoMerger:
     def model(self) -> Any:
         """The merged model, loaded from `args.output_dir` when first asked for."""
         self._require_merge("model")
-        import transformers
+        from hf_frmerge.evaluation.merged import load_merged
 
-        config = transformers.AutoConfig.from_pretrained(self._whole_model)
-        architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-        model = architecture.from_pretrained(self._whole_model)
-        if self._adapter_config.is_file():
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, self.args.output_dir)
+        model = load_merged(self.args.output_dir, self.base_model, self.args.hub_token)
         self.callback_handler.model = model
         return model
 
@@ -395,26 +387,14 @@ class FisherRaoMerger:
         return torch.float16 if self.args.fp16_full_eval else None
 
     @property
-    def _adapter_config(self) -> Path:
-        """File that only a merge into an adapter writes."""
-        return Path(self.args.output_dir) / "adapter_config.json"
-
-    @property
-    def _whole_model(self) -> str:
-        """Folder of the merged model or, if that is an adapter, of the base it goes on."""
-        if not self._adapter_config.is_file():
-            return self.args.output_dir
-        base = (
-            self.base_model or json.loads(self._adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        )
-        return resolve(base, token=self.args.hub_token).path
-
-    @property
     def _tokenizer(self) -> Any:
         if self.processing_class is None:
             from transformers import AutoTokenizer
 
-            self.processing_class = AutoTokenizer.from_pretrained(self._whole_model)
+            from hf_frmerge.evaluation.merged import whole_model
+
+            folder = whole_model(self.args.output_dir, self.base_model, self.args.hub_token)
+            self.processing_class = AutoTokenizer.from_pretrained(folder)
         return self.processing_class
 
     def _begin(self, plan: MergePlan) -> None:

@@ -160,6 +160,18 @@ def test_a_torn_last_line_of_the_journal_is_dropped(experts: list[str], tmp_path
     assert output(out) == output(tmp_path / "whole")
 
 
+def test_a_journal_torn_once_can_be_interrupted_again(experts: list[str], tmp_path: Path) -> None:
+    merge(experts, tmp_path / "whole")
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    journal = next((out / STAGING).glob("journal-*.jsonl"))
+    journal.write_bytes(journal.read_bytes()[:-9])
+    with pytest.raises(Killed):  # the torn line must be gone before the next one is written
+        merge(experts, out, KillAfter(6), resume_from_checkpoint=True)
+    merge(experts, out, resume_from_checkpoint=True)
+    assert output(out) == output(tmp_path / "whole")
+
+
 def test_an_interrupted_folder_asks_what_to_do_and_overwrite_starts_anew(experts: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(experts, out)
