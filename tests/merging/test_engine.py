@@ -117,7 +117,8 @@ def test_bits_do_not_depend_on_threads_or_memory(tmp_path: Path, block: str, mon
 def test_one_hot_weights_return_that_expert_bit_for_bit(tmp_path: Path) -> None:
     _, experts = write_family(tmp_path, dtype=torch.bfloat16)
     third = weights_of(experts[2])
-    third["lm_head.weight"][0, :3] = torch.tensor([-0.0, 0.0, 1e-40])  # a lost sign of zero would show
+    third["lm_head.weight"][0, :3] = torch.tensor([-0.0, 0.0, 1e-40])
+    third["lm_head.weight"][1] = -0.0  # a lost sign of zero shows, whatever the signs of the other experts
     write_model(Path(experts[2]), third)
     merge(experts, tmp_path / "out", [0, 0, 1])
     merged = weights_of(tmp_path / "out")
