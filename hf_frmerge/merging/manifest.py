@@ -18,7 +18,7 @@ from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -70,6 +70,7 @@ def write_manifest(
     report: dict[str, Any],
     n_processes: int,
     small_files: dict[str, Path],
+    details: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """
     Write `merge_manifest.json`.
@@ -77,6 +78,7 @@ def write_manifest(
     Args:
         report: Totals of the merge.
         small_files: Name of every file but the shards of a full model -> where it lies now.
+        details: What else is to be recorded of a tensor, by its name.
     """
     arguments = plan.args.to_dict()
     arguments.pop("output_dir")
@@ -100,7 +102,7 @@ def write_manifest(
             },
             **{name: file_entry(path) for name, path in small_files.items()},
         },
-        "tensors": {o.step.name: _tensor(o) for o in outcomes},
+        "tensors": {o.step.name: _tensor(o) | (details or {}).get(o.step.name, {}) for o in outcomes},
     }
     write_file(output_dir / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     paths = [m.source.path if "://" in m.source.path else str(Path(m.source.path).resolve()) for m in plan.models]

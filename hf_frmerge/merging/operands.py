@@ -215,10 +215,8 @@ class TensorInputs:
         if self.low_rank:
             operands.append(self._low_rank_sum(piece, coefficients_BN))
             columns.append(np.ones(piece.n_blocks))
-        # A zero coefficient must not touch the result: 0 * x would turn -0 into +0.
-        used = [i for i, column in enumerate(columns) if np.any(column)] or [0]
-        matrix = np.ascontiguousarray(np.stack([columns[i] for i in used], axis=1))
-        kernels.combine([operands[i] for i in used], matrix, out, out_dtype, piece.n_blocks, piece.block_len)
+        matrix = np.ascontiguousarray(np.stack(columns, axis=1))
+        kernels.combine(operands, matrix, out, out_dtype, piece.n_blocks, piece.block_len)
 
     def copy(self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str) -> NDArray[np.uint8]:
         """

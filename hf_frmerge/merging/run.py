@@ -6,53 +6,28 @@ import logging
 import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
-from hf_frmerge.checkpoints.reader import ADAPTER_FILE
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.kernels.blas import one_blas_thread
-from hf_frmerge.merging.adapters import MergedModule, merge_adapters
-from hf_frmerge.merging.engine import Engine, StepObserver, StepOutcome
+from hf_frmerge.merging.engine import Engine
 from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.run_adapters import run_adapter_merge
 from hf_frmerge.merging.shared import SharedObserver
-from hf_frmerge.merging.solve import Solution
-from hf_frmerge.merging.summary import summary
+from hf_frmerge.merging.summary import MergeOutcome, make_report
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.layout import ShardLayout
     from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.engine import StepObserver, StepOutcome
     from hf_frmerge.merging.plan import MergePlan
     from hf_frmerge.merging.processes import Processes
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class MergeOutcome:
-    """
-    A merge that ended.
-
-    Attributes:
-        complete: whether the output was finished; an observer may have stopped the merge before.
-        report: totals: tensors, bytes, seconds, angles, norm ratios, convergence, kernels, notes.
-    """
-
-    complete: bool
-    report: dict[str, Any]
-
-
-class _StoppedError(Exception):
-    """The observer asked a merge of adapters to stop."""
 
 
 def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
@@ -67,7 +42,7 @@ def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> 
     """
     with processes.sharing_errors():
         if plan.layout is None:
-            return _run_adapter_merge(plan, observer, processes)
+            return run_adapter_merge(plan, observer, processes)
         return _run_full_merge(plan, plan.layout, observer, processes)
 
 
@@ -91,63 +66,13 @@ def _run_full_merge(
         if complete:
             writer.sync()
     seconds = time.perf_counter() - started
-    report = _report(plan, outcomes, kernels.name, seconds)
+    written = sum(outcome.step.nbytes for outcome in outcomes)
+    report = make_report(plan, outcomes, kernels.name, seconds, written)
     processes.wait()
     if complete and processes.is_main:
         _finish(plan, writer, outcomes, report, processes.size)
     processes.wait()
     return MergeOutcome(complete, report)
-
-
-def _run_adapter_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
-    """Merge adapters into an adapter: seconds of work for one process, so there is nothing to resume or to share."""
-    own = [_merge_adapters_here(plan, observer, processes.size)] if processes.is_main else []
-    return processes.gather(own)[0]
-
-
-def _merge_adapters_here(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOutcome:
-    started = time.perf_counter()
-    output, args = Path(plan.args.output_dir), plan.args
-    outcomes: list[StepOutcome] = []
-    steps = {step.name: step for step in plan.steps}
-    skipped = [step.name for step in plan.steps if not observer.begin(step)]
-    if skipped:
-        raise ArgumentError(f"{skipped[0]!r} cannot be skipped in an adapter. Use adapter_output='merged'.")
-
-    def done(module: MergedModule) -> None:
-        solution = Solution(np.array([module.coefficients]), module.geometry)
-        outcomes.append(StepOutcome(steps[module.target], "merge", solution, {}, ""))
-        if not observer.end(outcomes[-1]):
-            raise _StoppedError  # from within the writer, which then leaves no file
-
-    for stale in (MANIFEST_FILE, *(shard.name for shard in output.glob("adapter_model*.safetensors"))):
-        (output / stale).unlink(missing_ok=True)
-    try:
-        merged = merge_adapters(
-            [expert.adapter for expert in plan.experts if expert.adapter],
-            plan.weights,
-            output,
-            method=args.method,
-            options=plan.span_options,
-            block=args.block,
-            weights_for=lambda name: steps[name].weights,
-            rank=args.adapter_rank,
-            energy=args.adapter_energy,
-            dtype=plan.steps[0].dtype,
-            strict=args.strict,
-            num_workers=args.num_workers,
-            on_module=done,
-        )
-    except _StoppedError:
-        return MergeOutcome(False, _report(plan, outcomes, "numpy", time.perf_counter() - started))
-    plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
-    write_coefficients(output, outcomes)
-    report = _report(plan, outcomes, "numpy", time.perf_counter() - started)
-    report |= {"truncation_error": merged.truncation_error}
-    report |= {"max_rank": max(module.rank for module in merged.modules)}
-    small = {name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE)}
-    write_manifest(output, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
-    return MergeOutcome(True, report)
 
 
 def _prepare(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, processes: Processes) -> Journal:
@@ -215,20 +140,3 @@ def _finish(
     write_manifest(output, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
     config.replace(output / CONFIG_FILE)
     shutil.rmtree(writer.staging)
-
-
-def _report(plan: MergePlan, outcomes: list[StepOutcome], kernels: str, seconds: float) -> dict[str, Any]:
-    read = sum(model.nbytes for model in plan.models)
-    return {
-        "method": plan.args.method,
-        "space": plan.space,
-        "block": plan.args.block,
-        "output_dir": plan.args.output_dir,
-        **summary(outcomes),
-        "input_bytes": read,
-        "output_bytes": sum(outcome.step.nbytes for outcome in outcomes),
-        "seconds": seconds,
-        "bytes_per_second": read / seconds,
-        "kernels": kernels,
-        "notes": plan.notes,
-    }

@@ -1,7 +1,8 @@
-"""Totals over the tensors of a merge."""
+"""How a merge ended, and totals over its tensors."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,41 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hf_frmerge.merging.engine import StepOutcome
+    from hf_frmerge.merging.plan import MergePlan
+
+
+@dataclass(frozen=True)
+class MergeOutcome:
+    """
+    A merge that ended.
+
+    Attributes:
+        complete: whether the output was finished; an observer may have stopped the merge before.
+        report: totals: tensors, bytes, seconds, angles, norm ratios, convergence, kernels, notes.
+    """
+
+    complete: bool
+    report: dict[str, Any]
+
+
+def make_report(
+    plan: MergePlan, outcomes: Sequence[StepOutcome], kernels: str, seconds: float, output_bytes: int
+) -> dict[str, Any]:
+    """Return what a finished merge tells: what was asked, totals over the tensors, bytes and speed."""
+    read = sum(model.nbytes for model in plan.models)
+    return {
+        "method": plan.args.method,
+        "space": plan.space,
+        "block": plan.args.block,
+        "output_dir": plan.args.output_dir,
+        **summary(outcomes),
+        "input_bytes": read,
+        "output_bytes": output_bytes,
+        "seconds": seconds,
+        "bytes_per_second": read / seconds,
+        "kernels": kernels,
+        "notes": plan.notes,
+    }
 
 
 def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:

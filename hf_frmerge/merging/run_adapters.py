@@ -1,0 +1,97 @@
+"""Merge adapters into an adapter: seconds of work for one process, so there is nothing to resume or to share."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_frmerge.checkpoints.reader import ADAPTER_FILE
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.adapters import MergedAdapter, MergedModule, merge_adapters
+from hf_frmerge.merging.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.solve import Solution
+from hf_frmerge.merging.summary import MergeOutcome, make_report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hf_frmerge.merging.plan import MergePlan
+    from hf_frmerge.merging.processes import Processes
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class _StoppedError(Exception):
+    """The observer asked the merge to stop."""
+
+
+def run_adapter_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
+    """
+    Merge the adapters of a plan on the main process, and write the adapter with its record.
+
+    Raises:
+        MergeError: Whatever stopped the merge; nothing is left then.
+    """
+    own = [_merge(plan, observer, processes.size)] if processes.is_main else []
+    return processes.gather(own)[0]
+
+
+def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOutcome:
+    started = time.perf_counter()
+    output = Path(plan.args.output_dir)
+    steps = {step.name: step for step in plan.steps}
+    skipped = [step.name for step in plan.steps if not observer.begin(step)]
+    if skipped:
+        raise ArgumentError(f"{skipped[0]!r} cannot be skipped in an adapter. Use adapter_output='merged'.")
+    outcomes: list[StepOutcome] = []
+
+    def done(module: MergedModule) -> None:
+        solution = Solution(np.array([module.coefficients]), module.geometry)
+        outcomes.append(StepOutcome(steps[module.target], "merge", solution, {}, ""))
+        if not observer.end(outcomes[-1]):
+            raise _StoppedError  # from within the writer, which then leaves no file
+
+    for stale in (MANIFEST_FILE, *(shard.name for shard in output.glob("adapter_model*.safetensors"))):
+        (output / stale).unlink(missing_ok=True)
+    try:
+        merged = _merge_factors(plan, output, done)
+    except _StoppedError:
+        return MergeOutcome(False, make_report(plan, outcomes, "numpy", time.perf_counter() - started, 0))
+    plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
+    write_coefficients(output, outcomes)
+    written = (output / ADAPTER_FILE).stat().st_size
+    report = make_report(plan, outcomes, "numpy", time.perf_counter() - started, written)
+    report |= {"truncation_error": merged.truncation_error, "max_rank": max(m.rank for m in merged.modules)}
+    write_manifest(
+        output,
+        plan,
+        outcomes,
+        report=report,
+        n_processes=n_processes,
+        small_files={name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE)},
+        details={m.target: {"rank": m.rank, "truncation_error": m.truncation_error} for m in merged.modules},
+    )
+    return MergeOutcome(True, report)
+
+
+def _merge_factors(plan: MergePlan, output: Path, done: Callable[[MergedModule], None]) -> MergedAdapter:
+    weights = {step.name: step.weights for step in plan.steps}
+    return merge_adapters(
+        [expert.adapter for expert in plan.experts if expert.adapter],
+        plan.weights,
+        output,
+        method=plan.args.method,
+        options=plan.span_options,
+        block=plan.args.block,
+        weights_for=weights.__getitem__,
+        rank=plan.args.adapter_rank,
+        energy=plan.args.adapter_energy,
+        dtype=plan.steps[0].dtype,
+        strict=plan.args.strict,
+        num_workers=plan.args.num_workers,
+        on_module=done,
+    )
