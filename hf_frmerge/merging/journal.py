@@ -116,16 +116,13 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         data = json.dumps(line).encode() + b"\n"
         try:
-            written = self._file.write(data)
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
-            raise self._failure(error.strerror) from error
-        if written != len(data):
-            raise self._failure("no room for a whole line")
-
-    def _failure(self, reason: str | None) -> MergeError:
-        return MergeError(
-            f"{self._path} could not be written: {reason}. What was written so far is kept; make room and resume."
-        )
+            raise MergeError(
+                f"{self._path} could not be written: {error.strerror}. What was written so far is kept; see to the "
+                "disk and resume."
+            ) from error
 
     def _load(self, path: Path, header: dict[str, Any], marks: dict[str, Any]) -> int:
         """Read all whole lines; return how many bytes they take."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,58 @@ def test_overwriting_leaves_no_file_of_the_old_merge(experts: list[str], tmp_pat
     assert [p.name for p in out.glob("model*")] == ["model.safetensors"]
 
 
+def test_overwriting_makes_the_old_model_unloadable_at_once(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    merge(experts, out)
+    with pytest.raises(Killed):
+        merge(experts, out, KillAfter(3), overwrite=True)
+    assert_no_model(out)
+    merge(experts, out, resume_from_checkpoint=True)
+    merge(experts, tmp_path / "whole")
+    assert output(out) == output(tmp_path / "whole")
+
+
+def test_a_finished_merge_that_died_while_it_cleaned_up_is_finished(experts: list[str], tmp_path: Path) -> None:
+    interrupted(experts, tmp_path / "interrupted")
+    out = tmp_path / "out"
+    merge(experts, out)
+    shutil.copytree(tmp_path / "interrupted" / STAGING, out / STAGING)
+    before = output(out)
+    with pytest.raises(ResumeError, match="is complete"):
+        merge(experts, out, resume_from_checkpoint=True)
+    assert output(out) == before
+    assert not (out / STAGING).exists()
+
+
+def test_resuming_does_not_replace_a_model_that_is_no_merge(experts: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    write_model(out, {"a": torch.ones(3)})
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ResumeError, match="no interrupted merge"):
+        merge(experts, out, resume_from_checkpoint=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_refused_resume_loses_nothing(experts: list[str], tmp_path: Path) -> None:
+    """Another dtype means files of another size: they must not be laid out before the record has been read."""
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    before = {path.name: path.read_bytes() for path in (out / STAGING).iterdir()}
+    with pytest.raises(ResumeError, match="option dtype"):
+        merge(experts, out, dtype="float32", resume_from_checkpoint=True)
+    assert {path.name: path.read_bytes() for path in (out / STAGING).iterdir()} == before
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_a_kill_in_the_first_line_of_the_journal_is_no_obstacle(experts: list[str], tmp_path: Path, kept: int) -> None:
+    merge(experts, tmp_path / "whole")
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    os.truncate(next((out / STAGING).glob("journal-*.jsonl")), kept)
+    merge(experts, out, resume_from_checkpoint=True)
+    assert output(out) == output(tmp_path / "whole")
+
+
 def test_a_vanished_input_is_named_and_the_merge_can_go_on(experts: list[str], tmp_path: Path) -> None:
     merge(experts, tmp_path / "whole")
     out, path = tmp_path / "out", Path(experts[1]) / "model.safetensors"
@@ -222,6 +275,54 @@ args = MergingArguments(output_dir=sys.argv[1], resume_from_checkpoint=True)
 print("ready", flush=True)
 run_merge(build_plan(sys.argv[2:], args), StepObserver(), Processes())
 """
+
+FULL_DISK = """
+import resource, sys
+from hf_frmerge.errors import MergeError
+from hf_frmerge.merging.engine import Engine
+from hf_frmerge.merging.journal import Journal
+run, when = Engine.run, sys.argv.pop(1)
+def full():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+def run_on_full_disk(self, steps):
+    full()
+    if when == "journal":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+        self._writer.write = lambda *args: None  # only the record is written
+    return run(self, steps)
+if when == "start":
+    full()
+Engine.run = run_on_full_disk
+try:
+    exec(open(sys.argv.pop(1)).read())
+except MergeError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "sentence"),
+    [
+        ("start", "model.safetensors.partial could not be created: File too large."),
+        ("data", "model.safetensors.partial could not be written: File too large. What was written so far is kept"),
+        ("journal", "journal-0.jsonl could not be written: File too large. What was written so far is kept"),
+    ],
+)
+def test_a_full_disk_is_named_and_the_merge_can_go_on(tmp_path: Path, when: str, sentence: str) -> None:
+    """The kernel refuses to write: a file size limit stands for a full disk, which only root could make."""
+    large = {f"layers.{i}.weight": torch.randn(300, 300) for i in range(10)}
+    experts = [write_model(tmp_path / f"e{k}", {n: t + k for n, t in large.items()}) for k in range(2)]
+    out, merge_script = tmp_path / "out", tmp_path / "merge.py"
+    merge_script.write_text(MERGE)
+    failed = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, when, str(merge_script), str(out), *experts],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert failed.returncode == 1 and failed.stderr.startswith(f"{out / STAGING}/{sentence}"), failed.stderr
+    assert_no_model(out)
+    for folder in (out, tmp_path / "whole"):
+        subprocess.run([sys.executable, "-c", MERGE, str(folder), *experts], check=True, capture_output=True)
+    assert output(out) == output(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
