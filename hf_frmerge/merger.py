@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.hub.licences import licences_of_plan
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import (
     CallbackHandler,
@@ -162,7 +163,7 @@ class FisherRaoMerger:
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
         with closing(self.plan()) as plan:
-            self._check_licences(plan)
+            licences_of_plan(plan).raise_if_refused()
             for note in plan.notes:
                 logger.warning("%s", note)
             self._begin(plan)
@@ -420,15 +421,6 @@ class FisherRaoMerger:
         totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
         self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})
         self.control = self.callback_handler.on_merge_end(self.args, self.state, self.control)
-
-    def _check_licences(self, plan: MergePlan) -> None:
-        """Refuse licences that forbid derivatives, unless the user takes responsibility for them."""
-        from hf_frmerge.hub.licences import combine, read_source_metadata
-
-        local = [model for model in plan.models if "://" not in model.source.path]
-        sources = [(model.spec, read_source_metadata(model.source.path)) for model in local]
-        allowed = [licence.strip() for licence in (self.args.allow_license or "").split(",")]
-        combine(sources, allowed=allowed).raise_if_refused()
 
     def _require_merge(self, call: str) -> None:
         if not self.is_merged:

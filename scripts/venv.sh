@@ -35,13 +35,11 @@ make_venv() {
 pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
 
 # On Linux without an NVIDIA GPU, PyPI's torch would bring gigabytes of CUDA libraries along, so the CPU build is taken
-# from PyTorch's own index if it can be reached. Everywhere else pip's configured index decides.
+# from PyTorch's own index. Where pip was told to look elsewhere (a mirror, a folder of wheels), that decides.
 install_torch() {
-    local index=https://download.pytorch.org/whl/cpu
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null &&
-        PIP_CONFIG_FILE=/dev/null "$venv/bin/python" -m pip --isolated --timeout 5 --retries 0 \
-            index versions torch --index-url "$index" >/dev/null 2>&1; then
-        pip_install torch --index-url "$index"
+        ! "$venv/bin/python" -m pip config list | grep -qE 'index-url|find-links'; then
+        pip_install torch --index-url https://download.pytorch.org/whl/cpu
     else
         pip_install torch
     fi

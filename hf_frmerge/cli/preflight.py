@@ -50,13 +50,12 @@ def _licences(merge_plan: MergePlan) -> dict[str, Any]:
     Raises:
         MergeError: If a licence forbids derived works and was not allowed by name.
     """
-    from hf_frmerge.hub.licences import combine, read_source_metadata
+    from hf_frmerge.hub.licences import licences_of_plan
 
-    found = {m.spec: read_source_metadata(m.source.path) for m in merge_plan.models if "://" not in m.source.path}
-    decision = combine(list(found.items()), allowed=(merge_plan.args.allow_license or "").split(","))
+    decision = licences_of_plan(merge_plan)
     decision.raise_if_refused()
     return {
-        "models": {spec: metadata.licence for spec, metadata in found.items()},
+        "models": {spec: metadata.licence for spec, metadata in decision.table},
         "output": decision.licence,
         "notes": [decision.reason, *decision.flags],
     }

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.extract import ExtractedAdapter
     from hf_frmerge.merging.verify import VerifyReport
 
-_SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 _TIE = math.log(1.01)  # a few thousand tokens do not tell perplexities apart that differ by less than 1%
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
@@ -58,22 +57,22 @@ def radians(angle: float) -> str:
     return f"{angle:.3g} rad" if angle else "0"
 
 
-def gap_sentence(gap: float, dtype: str) -> str:
+def gap_sentence(gap: float, space: str, dtype: str) -> str:
     """
-    Say what a gap between the Karcher and the norm-rescaled mean is worth in the output's dtype.
+    Say what a gap between the Karcher and the norm-rescaled mean is worth.
 
     Args:
         gap (`float`): Largest angle between the two answers in any block, in radians.
+        space (`str`): Space the angle was measured in.
         dtype (`str`): Dtype code of the output, such as `"BF16"`.
     """
-    from hf_frmerge.merging.inspection import BF16_ROUNDING
+    from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
 
     differ = f"The Karcher mean and the norm-rescaled mean differ by at most {radians(gap)} in any block"
-    resolution = BF16_ROUNDING * 2.0 ** (_SIGNIFICAND_BITS["BF16"] - _SIGNIFICAND_BITS[dtype])
-    name = _DTYPE_NAMES[dtype]
-    if gap < resolution:
-        return f"{differ}: less than rounding to {name} ({radians(resolution)}), so expect the same model from both."
-    return f"{differ}, rounding to {name} by {radians(resolution)}: only an evaluation can tell which is better."
+    if is_below_rounding(gap, space, dtype):
+        rounding = f"{_DTYPE_NAMES[dtype]} ({radians(ROUNDING_ANGLE[dtype])})"
+        return f"{differ}: less than rounding to {rounding}, so expect the same model from both."
+    return f"{differ}: only an evaluation can tell which is better."
 
 
 def print_merge(report: Mapping[str, Any], dtype: str | None, output_dir: str) -> None:
@@ -118,8 +117,8 @@ def _print_geometry(out: Console, report: Mapping[str, Any], dtype: str | None) 
             f"{report['n_ambiguous']} blocks have no preferred mean direction and got the linear mean.",
             style="yellow",
         )
-    if report["method"] in ("karcher", "slerp") and dtype in _SIGNIFICAND_BITS:
-        out.print(gap_sentence(report["gap_to_nre"]["max"], dtype))
+    if report["method"] in ("karcher", "slerp") and dtype in _DTYPE_NAMES:
+        out.print(gap_sentence(report["gap_to_nre"]["max"], report["space"], dtype))
 
 
 def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:

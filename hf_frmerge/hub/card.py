@@ -22,6 +22,7 @@ from hf_frmerge.hub.reproduce import (
     result_arguments,
     usage_python,
 )
+from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -37,12 +38,6 @@ _SET_ASIDE = "_README.previous.md"
 
 # A tag of a source that a merge of it must carry on.
 _INHERITED_TAGS = ("not-for-all-audiences",)
-
-# Angle, in radians, by which rounding alone turns a tensor of spread-out values: 2^-p / sqrt(3 * 1.5 / ln 2) for a
-# significand of p bits (rounding error uniform in a unit in the last place, values log-uniform within a binade).
-_ROUNDING_ANGLE = {
-    dtype: 2.0**-bits / math.sqrt(4.5 / math.log(2)) for dtype, bits in (("BF16", 8), ("F16", 11), ("F32", 24))
-}
 
 
 def render_card(card: MergeCard, *, user_section: str = "") -> str:
@@ -237,12 +232,12 @@ def _gap_sentence(card: MergeCard) -> str | None:
         "A simpler method, the plain average stretched back to the experts' length, comes within "
         f"{_angle(gap)} of this merge in every block"
     )
-    rounding = _ROUNDING_ANGLE.get(card.statistics.output_dtype or "")
-    if rounding is not None and gap < rounding:
+    dtype = card.statistics.output_dtype
+    if dtype is not None and is_below_rounding(gap, card.space, dtype):
         return (
-            f"{text}. Storing the weights as {card.statistics.output_dtype} alone turns a tensor by about "
-            f"{_angle(rounding)}, so for these experts the choice between the two methods makes no practical "
-            "difference."
+            f"{text}. Storing the weights as {dtype} alone turns a tensor by about "
+            f"{_angle(ROUNDING_ANGLE[dtype])}, so for these experts the choice between the two methods makes no "
+            "practical difference."
         )
     return f"{text}. Whether that difference makes a better model, only an evaluation can tell."
 

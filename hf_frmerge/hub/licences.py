@@ -10,8 +10,12 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_frmerge.errors import MergeError
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.plan import MergePlan
 
 _NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
 
@@ -145,6 +149,13 @@ def combine(sources: Sequence[tuple[str, SourceMetadata]], *, allowed: Collectio
         flags=tuple(_flags(sources)),
         table=tuple(sources),
     )
+
+
+def licences_of_plan(plan: MergePlan) -> LicenceDecision:
+    """Decide for the models of a plan, from their cards on this machine and `allow_license`."""
+    local = [model for model in plan.models if "://" not in model.source.path]
+    allowed = [licence.strip() for licence in (plan.args.allow_license or "").split(",")]
+    return combine([(model.spec, read_source_metadata(model.source.path)) for model in local], allowed=allowed)
 
 
 def _identity(metadata: SourceMetadata) -> tuple[str | None, str | None, str | None]:

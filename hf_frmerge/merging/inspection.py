@@ -15,6 +15,7 @@ from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.blocks import pieces
 from hf_frmerge.merging.engine import worker_count
 from hf_frmerge.merging.solve import points_of, solve
+from hf_frmerge.merging.summary import ROUNDING_ANGLE
 from hf_frmerge.methods.span import SpanOptions
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
     from hf_frmerge.kernels import Kernels
     from hf_frmerge.merging.plan import MergePlan, TensorStep
-
-BF16_ROUNDING = 1.7e-3
-"""Angle, in radians, by which rounding to bf16 turns a random vector: relative error 2**-9/sqrt(3) up to binade."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +156,13 @@ def _verdict(views: list[TensorView], plan: MergePlan) -> str:
             f"their norm. The Karcher mean is at most {gap:.1g} rad from the norm-rescaled mean, {shift:.1g} of the "
             "weights' norm: "
         )
-        if shift < BF16_ROUNDING:
+        rounding = ROUNDING_ANGLE["BF16"]
+        if shift < rounding:
             sentence += (
-                f"less than the {BF16_ROUNDING} that rounding to bf16 costs, so expect the same model from both."
+                f"less than the {rounding:.1g} that rounding to bf16 costs, so expect the same model from both."
             )
         else:
-            sentence += f"more than the {BF16_ROUNDING} that rounding to bf16 costs, so compare both on your data."
+            sentence += f"more than the {rounding:.1g} that rounding to bf16 costs, so compare both on your data."
         parts.append(sentence)
     if plan.base is None and parts:
         parts.append("Pass the base model to see the deltas, where angles are wide.")

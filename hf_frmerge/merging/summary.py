@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,22 @@ if TYPE_CHECKING:
 
     from hf_frmerge.merging.engine import StepOutcome
     from hf_frmerge.merging.plan import MergePlan
+
+
+# Angle, in radians, by which rounding alone turns a tensor of spread-out values: 2^-p / sqrt(3 * 1.5 / ln 2) for a
+# significand of p bits (rounding error uniform in a unit in the last place, values log-uniform within a binade).
+ROUNDING_ANGLE = {
+    dtype: 2.0**-bits / math.sqrt(4.5 / math.log(2)) for dtype, bits in (("BF16", 8), ("F16", 11), ("F32", 24))
+}
+
+
+def is_below_rounding(gap: float, space: str, dtype: str | None) -> bool:
+    """
+    Tell whether two merges that are `gap` radians apart are one model once stored as `dtype`.
+
+    In delta space the answer is never yes: how far an angle between deltas moves the weights is not known from it.
+    """
+    return space == "weights" and gap < ROUNDING_ANGLE.get(dtype or "", 0.0)
 
 
 @dataclass(frozen=True)

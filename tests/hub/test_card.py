@@ -10,10 +10,10 @@ import yaml
 from card_examples import EXAMPLES, adapter, full, mixed
 from huggingface_hub import ModelCard
 
-from hf_frmerge.hub import card as card_module
 from hf_frmerge.hub.card import USER_BEGIN, USER_END, licence_of, render_card, write_card
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata
+from hf_frmerge.merging.summary import ROUNDING_ANGLE
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -178,7 +178,7 @@ def test_rounding_angle_is_that_of_gaussian_tensors(dtype: str, bits: int):
     rounded = np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
     u, v = x / np.linalg.norm(x), rounded / np.linalg.norm(rounded)
     measured = 2 * np.arcsin(np.linalg.norm(u - v) / 2)
-    assert card_module._ROUNDING_ANGLE[dtype] == pytest.approx(measured, rel=0.1)
+    assert ROUNDING_ANGLE[dtype] == pytest.approx(measured, rel=0.1)
 
 
 def test_unknown_methods_and_blocks_are_named_not_explained():
