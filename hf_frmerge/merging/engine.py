@@ -114,6 +114,7 @@ class _Group:
     name: str
     tensors: list[_Tensor]
     then: Callable[[_Group], None]
+    is_large: bool = False
     remaining: int = 0
     solution: Solution | None = None
 
@@ -206,6 +207,8 @@ class Engine:
                 )
                 continue
             group = _Group(tensors[0].step.group, tensors, self._solve)
+            nbytes = sum(tensor.step.nbytes for tensor in tensors) * len(self._plan.models)
+            group.is_large = nbytes > self._plan.args.memory_budget_bytes
             _, recorded = self._journal.solved.get(group.name, (None, {}))
             if all(tensor.step.name in recorded for tensor in tensors):
                 self._start(group, self._check_piece, self._checked)
@@ -320,6 +323,8 @@ class Engine:
         gram, digests = tensor.inputs.gram(self._kernels, tensor.pieces[index], precise=tensor.precise)
         tensor.grams[index] = gram
         tensor.input_digests[index] = digests
+        if group.is_large:  # else its pages stay mapped for the second pass, which is faster
+            tensor.inputs.release(tensor.pieces[index])
 
     def _combine_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
         assert group.solution is not None

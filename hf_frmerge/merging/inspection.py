@@ -158,11 +158,9 @@ def _verdict(views: list[TensorView], plan: MergePlan) -> str:
         )
         rounding = ROUNDING_ANGLE["BF16"]
         if shift < rounding:
-            sentence += (
-                f"less than the {rounding:.1g} that rounding to bf16 costs, so expect the same model from both."
-            )
+            sentence += f"less than rounding to bf16 costs ({rounding:.2g}), so expect the same model from both."
         else:
-            sentence += f"more than the {rounding:.1g} that rounding to bf16 costs, so compare both on your data."
+            sentence += f"more than rounding to bf16 costs ({rounding:.2g}), so compare both on your data."
         parts.append(sentence)
     if plan.base is None and parts:
         parts.append("Pass the base model to see the deltas, where angles are wide.")

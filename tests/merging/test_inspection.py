@@ -116,7 +116,7 @@ def test_siblings_are_seen_but_said_to_make_no_difference(tmp_path: Path, spread
     weights, deltas = found.verdict.split(" In delta space ")
     for part in (weights, deltas):
         assert "expect the same model from both" in part
-        assert "less than rounding to bf16 costs (0.002)" in part
+        assert "less than rounding to bf16 costs (0.0015)" in part
     assert f"up to {max(v.weights.max_angle for v in found.tensors):.2g} rad apart" in weights
 
 
@@ -129,7 +129,7 @@ def test_wide_experts_are_worth_a_comparison(tmp_path: Path) -> None:
     assert gap > 2.0**-9  # half a unit in the last place of bf16
     weights, deltas = found.verdict.split(" In delta space ")
     for part in (weights, deltas):
-        assert "more than rounding to bf16 costs (0.002), so compare both on your data" in part
+        assert "more than rounding to bf16 costs (0.0015), so compare both on your data" in part
     assert f"keeps at least {kept:.1%} of their norm" in weights
     assert f"at most {gap:.1g} rad from the norm-rescaled mean" in weights
 
