@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.hub.licences import licences_of_plan
 from hf_frmerge.merging.arguments import MergingArguments
@@ -417,6 +418,7 @@ class FisherRaoMerger:
     def _end(self) -> None:
         if self.processes.is_main:
             self.create_model_card()
+            upload(self.args.output_dir)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
         self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})

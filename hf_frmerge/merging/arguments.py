@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.values import coerce, did_you_mean, parse_size, validate_weights
 
@@ -92,7 +93,9 @@ class MergingArguments:
         ArgumentError: If a value has the wrong type, is out of range or unknown, or contradicts another.
     """
 
-    output_dir: str = field(default="merged", metadata=_describe("Folder the merged model is written to."))
+    output_dir: str = field(
+        default="merged", metadata=_describe("Folder the merged model is written to, or its fsspec URL.")
+    )
 
     # 1. The mean
     method: str = field(default="karcher", metadata=_describe("How the experts are combined.", METHODS))
@@ -247,7 +250,7 @@ class MergingArguments:
             self.report_to = ",".join(self.report_to or ["none"])
         for name, hint in get_type_hints(type(self)).items():
             setattr(self, name, coerce(name, self.__dict__[name], hint))
-        self.output_dir = str(Path(self.output_dir).expanduser())
+        self.output_dir = local_folder(self.output_dir)
         self._validate()
         if self.disable_tqdm is None:
             self.disable_tqdm = self._default_disable_tqdm()

@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
+from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
 from hf_frmerge.kernels import load_kernels
@@ -105,6 +106,8 @@ def _clear(plan: MergePlan, writer: CheckpointWriter) -> None:
     if output.exists() and not output.is_dir():
         raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
     if not args.resume_from_checkpoint:
+        if not args.overwrite:
+            check_vacant(output)
         shutil.rmtree(staging, ignore_errors=True)
     elif not args.overwrite:
         if (output / MANIFEST_FILE).exists() and (output / CONFIG_FILE).exists():
