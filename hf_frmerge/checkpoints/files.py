@@ -137,6 +137,9 @@ class _Mapping:
         self._size = size
         self.array = np.frombuffer(self._map, np.uint8)
         self._address = self.array.ctypes.data
+        # Ranges faulted in and not given back. The combine pass reads what the Gram pass read a moment ago; walking
+        # those pages again would cost as much as a fifth of all reading.
+        self._held: set[tuple[int, int]] = set()
 
     def populate(self, start: int, stop: int) -> bool:
         """Fault in `[start, stop)`; False if this system cannot, or met an error that a plain read will name."""
@@ -145,10 +148,16 @@ class _Mapping:
             raise _shrunk(self._size, found)
         if stop == start:
             return True
+        if (start, stop) in self._held:
+            return True
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        return _populate_supported() and _madvise(self._address + first, stop - first, _MADV_POPULATE_READ) == 0
+        done = _populate_supported() and _madvise(self._address + first, stop - first, _MADV_POPULATE_READ) == 0
+        if done:
+            self._held.add((start, stop))
+        return done
 
     def drop(self, start: int, stop: int) -> None:
+        self._held.discard((start, stop))
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = stop // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first and sys.platform == "linux":
