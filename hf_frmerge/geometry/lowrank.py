@@ -1,5 +1,5 @@
 """
-Low-rank matrices held as factors, `x = scale * B @ A`: inner products, sums, recompression, a common small space.
+Low-rank matrices held as factors, `x = scale * B @ A`: inner products, sums, recompression.
 
 Nothing here builds a dense `(m, n)` matrix. Factors of any floating dtype are widened to float64 first. A module that
 an adapter does not touch is a pair of rank 0.
@@ -8,7 +8,6 @@ an adapter does not touch is a pair of rank 0.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from hf_frmerge.geometry.sphere import Array
 
 # Shape suffixes: N = number of low-rank matrices, R = sum of their ranks, r = one rank, m and n = rows and columns of
-# the product, P and Q = dimensions of the common column and row spaces (at most R).
+# the product.
 
 
 class Factors(NamedTuple):
@@ -26,23 +25,6 @@ class Factors(NamedTuple):
     B: NDArray[np.floating]  # (m, r)
     A: NDArray[np.floating]  # (r, n)
     scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class CoreSpace:
-    """
-    Small matrices with the same inner products as the low-rank ones they stand for.
-
-    Orthonormal columns make `M -> U_B @ M @ V_A.T` an isometry, so norms, angles and means agree with the dense ones.
-    """
-
-    U_B: Array  # (m, P): orthonormal basis of all columns, leading left singular vectors of [B_1 ... B_N]
-    V_A: Array  # (n, Q): orthonormal basis of all rows, leading right singular vectors of [A_1; ...; A_N]
-    cores: Array  # (N, P, Q): x_i = U_B @ cores[i] @ V_A.T
-
-    def factors(self, core: Array) -> Factors:
-        """Return the low-rank matrix that a `(P, Q)` core stands for."""
-        return Factors(self.U_B @ core, self.V_A.T)
 
 
 def factor_gram(factors: Sequence[Factors]) -> Array:
@@ -70,7 +52,7 @@ def factor_gram(factors: Sequence[Factors]) -> Array:
 
     ```
     """
-    B_mR, A_Rn, owner_NR = _stack(factors)
+    B_mR, A_Rn, owner_NR = stack_factors(factors)
     return owner_NR @ ((B_mR.T @ B_mR) * (A_Rn @ A_Rn.T)) @ owner_NR.T
 
 
@@ -91,7 +73,7 @@ def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Facto
     Raises:
         ValueError: If the chunks do not have `m` rows of `n` elements in all.
     """
-    B_mR, A_Rn, owner_NR = _stack(factors)
+    B_mR, A_Rn, owner_NR = stack_factors(factors)
     gram = np.zeros((len(factors) + 1, len(factors) + 1))
     gram[1:, 1:] = factor_gram(factors)
     inner_R = np.zeros(len(A_Rn))
@@ -126,7 +108,7 @@ def concatenate(factors: Sequence[Factors], coefficients: Array) -> Factors:
     Raises:
         ValueError: If the shapes do not fit.
     """
-    B_mR, A_Rn, owner_NR = _stack(factors)
+    B_mR, A_Rn, owner_NR = stack_factors(factors)
     return Factors(B_mR * (np.asarray(coefficients, dtype=np.float64) @ owner_NR), A_Rn)
 
 
@@ -163,7 +145,7 @@ def recompress(pair: Factors, rank: int | None = None, energy: float | None = No
 
     ```
     """
-    B_mR, A_Rn, _ = _stack([pair])
+    B_mR, A_Rn, _ = stack_factors([pair])
     available = min(*B_mR.shape, *A_Rn.shape)
     if available < 1 or (rank is not None and rank < 1):
         raise ValueError(f"`rank` must be at least 1, got rank={rank} for factors {B_mR.shape} and {A_Rn.shape}.")
@@ -182,29 +164,7 @@ def recompress(pair: Factors, rank: int | None = None, energy: float | None = No
     return Factors(Q_B @ (U[:, :keep] * root), (Vt[:keep] * root[:, None]) @ Q_A.T), error
 
 
-def core_space(factors: Sequence[Factors]) -> CoreSpace:
-    """
-    Represent low-rank matrices in the smallest common space of their columns and rows (arXiv 2509.17786).
-
-    Lossless for any ranks: every `x_i` is `U_B @ cores[i] @ V_A.T`.
-
-    Args:
-        factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
-
-    Returns:
-        `CoreSpace`: Bases and one core per matrix.
-
-    Raises:
-        ValueError: If there is no pair, or the shapes do not fit.
-    """
-    B_mR, A_Rn, owner_NR = _stack(factors)
-    U_B = np.linalg.svd(B_mR, full_matrices=False)[0]
-    V_A = np.linalg.svd(A_Rn, full_matrices=False)[2].T
-    left_PR, right_RQ = U_B.T @ B_mR, A_Rn @ V_A
-    return CoreSpace(U_B, V_A, np.stack([(left_PR * owner_R) @ right_RQ for owner_R in owner_NR]))
-
-
-def _stack(factors: Sequence[Factors]) -> tuple[Array, Array, Array]:
+def stack_factors(factors: Sequence[Factors]) -> tuple[Array, Array, Array]:
     """Stack to `B` `(m, R)` and `A` `(R, n)`, with `owner[i, k]` the scale of `i` where it owns rank `k`, else 0."""
     if not factors:
         raise ValueError("`factors` must hold at least one pair, got none.")

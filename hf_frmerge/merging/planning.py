@@ -178,6 +178,19 @@ def _adapter_steps(
     return steps, notes + missing_notes(adapters, rows, args.strict)
 
 
+def _adapter_notes(experts: list[Expert], base: Expert | None, strict: bool) -> list[str]:
+    """Check that adapters going into a full model belong together; say what they lack and which base they name."""
+    adapters = [expert.adapter for expert in experts if expert.adapter]
+    if not adapters:
+        return []
+    name, _ = common_base(adapters)
+    notes = missing_notes(adapters, align_adapters(adapters), strict)
+    given = base.source.repo_id if base is not None else None
+    if given is not None and name is not None and "/" in name and given != name and not Path(name).exists():
+        notes.append(f"The adapters were trained on {name!r}, and are added to {given!r}.")
+    return notes
+
+
 def _weights_for(
     args: MergingArguments, weights: list[float], names: list[str]
 ) -> tuple[dict[str, tuple[float, ...]], list[str]]:
@@ -204,7 +217,7 @@ def _steps(
     full = [index for index, expert in enumerate(experts) if expert.checkpoint]
     checkpoints = [experts[index].checkpoint for index in full]
     aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
-    notes = list(aligned.notes)
+    notes = list(aligned.notes) + _adapter_notes(experts, base, args.strict)
     touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
     weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in aligned.tensors])
     notes += rule_notes

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_frmerge.geometry.core_space import core_space
 from hf_frmerge.geometry.gram import difference_gram, embed, embed_differences
 from hf_frmerge.geometry.karcher import karcher_mean
-from hf_frmerge.geometry.lowrank import Factors, base_gram, concatenate, core_space, factor_gram, recompress
+from hf_frmerge.geometry.lowrank import Factors, base_gram, concatenate, factor_gram, recompress
 from hf_frmerge.geometry.sphere import normalise
 
 

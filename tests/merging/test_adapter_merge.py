@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_frmerge.checkpoints.adapter import Adapter, open_adapter
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import AmbiguousMeanError, ArgumentError, CheckpointError, MergeError
-from hf_frmerge.geometry.lowrank import Factors, core_space
+from hf_frmerge.geometry.core_space import core_space
+from hf_frmerge.geometry.lowrank import Factors
 from hf_frmerge.merging.adapters import merge_adapters
 from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
 

@@ -1,0 +1,53 @@
+"""Low-rank matrices as small dense ones with the same inner products (Core Space, arXiv 2509.17786)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_frmerge.geometry.lowrank import Factors
+from hf_frmerge.geometry.sphere import Array
+
+# Shape suffixes: N = number of low-rank matrices, R = sum of their ranks, m and n = rows and columns of the products,
+# P and Q = dimensions of the common column and row spaces (at most R).
+
+
+@dataclass(frozen=True)
+class CoreSpace:
+    """
+    Small matrices with the same inner products as the low-rank ones they stand for.
+
+    Orthonormal columns make `M -> U_B @ M @ V_A.T` an isometry, so norms, angles and means agree with the dense ones.
+    """
+
+    U_B: Array  # (m, P): orthonormal basis of all columns, leading left singular vectors of [B_1 ... B_N]
+    V_A: Array  # (n, Q): orthonormal basis of all rows, leading right singular vectors of [A_1; ...; A_N]
+    cores: Array  # (N, P, Q): x_i = U_B @ cores[i] @ V_A.T
+
+    def factors(self, core: Array) -> Factors:
+        """Return the low-rank matrix that a `(P, Q)` core stands for."""
+        return Factors(self.U_B @ core, self.V_A.T)
+
+
+def core_space(factors: Sequence[Factors]) -> CoreSpace:
+    """
+    Represent low-rank matrices in the smallest common space of their columns and rows (arXiv 2509.17786).
+
+    Lossless for any ranks: every `x_i` is `U_B @ cores[i] @ V_A.T`.
+
+    Args:
+        factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
+
+    Returns:
+        `CoreSpace`: Bases and one core per matrix.
+
+    Raises:
+        ValueError: If there is no pair, or the shapes do not fit.
+    """
+    B_mR, A_Rn, owner_NR = stack_factors(factors)
+    U_B = np.linalg.svd(B_mR, full_matrices=False)[0]
+    V_A = np.linalg.svd(A_Rn, full_matrices=False)[2].T
+    left_PR, right_RQ = U_B.T @ B_mR, A_Rn @ V_A
+    return CoreSpace(U_B, V_A, np.stack([(left_PR * owner_R) @ right_RQ for owner_R in owner_NR]))
