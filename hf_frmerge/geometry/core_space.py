@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_frmerge.geometry.lowrank import Factors
+from hf_frmerge.geometry.lowrank import Factors, stack_factors
 from hf_frmerge.geometry.sphere import Array
 
 # Shape suffixes: N = number of low-rank matrices, R = sum of their ranks, m and n = rows and columns of the products,
