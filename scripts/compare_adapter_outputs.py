@@ -39,10 +39,10 @@ def main() -> None:
     print("|---|---:|---:|---:|")
     for name, options in OUTPUTS.items():
         with tempfile.TemporaryDirectory() as folder:
-            args = MergingArguments(
-                output_dir=str(Path(folder) / "out"), dtype="float32", disable_tqdm=True, **options
-            )
-            merger = FisherRaoMerger(experts, args, base_model=base, callbacks=[]).merge()
+            args = MergingArguments(output_dir=str(Path(folder) / "out"), dtype="float32", **options)
+            merger = FisherRaoMerger(experts, args, base_model=base)
+            merger.remove_callback(ProgressCallback)
+            merger.merge()
             if options["adapter_output"] == "merged":
                 model = AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=torch.float32)
             else:
