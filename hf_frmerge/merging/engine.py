@@ -22,8 +22,9 @@ import numpy as np
 from hf_frmerge.checkpoints.reader import DTYPE_BITS
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.blocks import PIECE_ELEMENTS, pieces
-from hf_frmerge.merging.operands import digest, join_digests
-from hf_frmerge.merging.solve import Solution, points_of, solve
+from hf_frmerge.merging.operands import Piece, digest, join_digests
+from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
+from hf_frmerge.merging.solve import points_of, solve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.writer import CheckpointWriter
     from hf_frmerge.kernels import Kernels
     from hf_frmerge.merging.journal import Journal
-    from hf_frmerge.merging.operands import Piece, TensorInputs
+    from hf_frmerge.merging.operands import TensorInputs
     from hf_frmerge.merging.plan import MergePlan, TensorStep
+    from hf_frmerge.merging.solve import Solution
 
 logger = logging.getLogger(__name__)
 
@@ -46,38 +48,8 @@ _STOP, _SOON, _LATER = range(3)
 """Urgency of a job; to stop comes before everything that is queued."""
 
 
-@dataclass(frozen=True)
-class StepOutcome:
-    """
-    What happened to one tensor.
-
-    Attributes:
-        solution: coefficients and geometry; shared by the tensors of a group, `None` for copies.
-        inputs: digest of every stored input by role (`"-1"` is the base, `"0"`, `"1"`, ... the experts).
-        output: digest of the written bytes.
-    """
-
-    step: TensorStep
-    action: Literal["merge", "copy", "skip"]
-    solution: Solution | None
-    inputs: dict[str, str]
-    output: str
-
-
 _Gram = tuple["NDArray[np.float64]", dict[str, str]]
 _Job = Callable[["_Group", "_Tensor", int], None]
-
-
-class StepObserver:
-    """Told about every tensor, in the order of the plan, on the thread that runs the engine."""
-
-    def begin(self, step: TensorStep) -> bool:
-        """Return whether the tensor is to be merged; if not, it is copied from the base or the first expert."""
-        return True
-
-    def end(self, outcome: StepOutcome) -> bool:
-        """Return whether to go on."""
-        return True
 
 
 @dataclass
@@ -89,15 +61,22 @@ class _Tensor:
     pieces: list[Piece]
     skipped: bool = False
     precise: bool = False
-    grams: list[NDArray[np.float64] | None] = field(default_factory=list)
     input_digests: list[dict[int, str]] = field(default_factory=list)
     output_digests: list[str] = field(default_factory=list)
     done: bool = False
 
     def __post_init__(self) -> None:
-        self.grams = [None] * len(self.pieces)
+        # Of blocks, or of parts of blocks. One array: small ones that outlive the buffers allocated beside them would
+        # leave holes of that size, 20 kB a piece.
+        size = self.inputs.n_experts + self.inputs.has_base
+        self.grams: NDArray[np.float64] = np.zeros((max(self.step.n_blocks, len(self.pieces)), size, size))
         self.input_digests = [{} for _ in self.pieces]
         self.output_digests = [""] * len(self.pieces)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the pieces are parts of blocks, not runs of them."""
+        return len(self.pieces) > self.step.n_blocks
 
     def inputs_digest(self) -> dict[str, str]:
         owners = self.input_digests[0] if self.input_digests else {}
@@ -301,6 +280,8 @@ class Engine:
         self._start(group, job, self._wrote)
 
     def _outcome(self, tensor: _Tensor) -> StepOutcome:
+        # Faulting in a piece maps some pages around it, which may belong to one that was released before.
+        tensor.inputs.release(Piece(0, tensor.step.numel, 0, tensor.step.n_blocks))
         solution = None
         if tensor.step.action == "merge":
             solution = self._journal.solved[tensor.step.group][0]
@@ -320,11 +301,13 @@ class Engine:
                 self._events.put(group)
 
     def _gram_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
-        gram, digests = tensor.inputs.gram(self._kernels, tensor.pieces[index], precise=tensor.precise)
-        tensor.grams[index] = gram
+        piece = tensor.pieces[index]
+        gram, digests = tensor.inputs.gram(self._kernels, piece, precise=tensor.precise)
+        first = index if tensor.is_cut else piece.first_block
+        tensor.grams[first : first + piece.n_blocks] = gram
         tensor.input_digests[index] = digests
         if group.is_large:  # else its pages stay mapped for the second pass, which is faster
-            tensor.inputs.release(tensor.pieces[index])
+            tensor.inputs.release(piece)
 
     def _combine_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
         assert group.solution is not None
@@ -397,13 +380,12 @@ def _needs_precision(tensor: _Tensor, gram: NDArray[np.float64]) -> bool:
 
 
 def _sum_pieces(tensor: _Tensor) -> NDArray[np.float64]:
-    """Add up the pieces' Gram matrices, always in the same order."""
-    first = tensor.grams[0] if tensor.grams else None
-    size = first.shape[-1] if first is not None else tensor.inputs.n_experts + tensor.inputs.has_base
-    total = np.zeros((tensor.step.n_blocks, size, size))
+    """Add up the Gram matrices of the parts of each block, always in the same order."""
+    if not tensor.is_cut:
+        return tensor.grams
+    total = np.zeros((tensor.step.n_blocks, *tensor.grams.shape[1:]))
     for piece, gram in zip(tensor.pieces, tensor.grams):
-        assert gram is not None
-        total[piece.first_block : piece.first_block + piece.n_blocks] += gram
+        total[piece.first_block] += gram
     return total
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.merging.engine import StepOutcome
+    from hf_frmerge.merging.outcomes import StepOutcome
     from hf_frmerge.merging.plan import Expert, MergePlan
 
 MANIFEST_FILE = "merge_manifest.json"

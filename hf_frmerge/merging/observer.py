@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.merging.callbacks import CallbackHandler, MergeControl, StepResult
-from hf_frmerge.merging.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.arguments import MergingArguments

@@ -24,7 +24,7 @@ from hf_frmerge.merging.summary import MergeOutcome, make_report
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.layout import ShardLayout
     from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.engine import StepObserver, StepOutcome
+    from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
     from hf_frmerge.merging.plan import MergePlan
     from hf_frmerge.merging.processes import Processes
 

@@ -11,8 +11,8 @@ import numpy as np
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapters import MergedAdapter, MergedModule, merge_adapters
-from hf_frmerge.merging.engine import StepObserver, StepOutcome
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.solve import Solution
 from hf_frmerge.merging.summary import MergeOutcome, make_report
 

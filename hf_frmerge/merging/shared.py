@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_frmerge.merging.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.plan import MergePlan, TensorStep

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_frmerge.merging.engine import StepOutcome
+    from hf_frmerge.merging.outcomes import StepOutcome
     from hf_frmerge.merging.plan import MergePlan
 
 
