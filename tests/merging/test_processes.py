@@ -95,7 +95,8 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, hub: HubServer, lau
         assert [manifest["n_processes"] for manifest in manifests] == [1, 2]
         assert manifests[0]["tensors"] == manifests[1]["tensors"]
         if name.endswith("skip"):
-            assert manifests[1]["tensors"][SKIPPED]["action"] == "skip"
+            actions = {tensor: entry["action"] for tensor, entry in manifests[1]["tensors"].items()}
+            assert actions == dict.fromkeys(SHAPES, "merge") | {SKIPPED: "skip"}
     for block in BLOCKS:
         assert contents(tmp_path / "resumed" / block) == contents(tmp_path / "one" / block)
 
@@ -116,6 +117,8 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, hub: HubServer, lau
         assert all(f"NaN or infinite values in tensor {name!r}" in error for error in errors)
         assert sum(error.startswith("Process ") for error in errors) == 1
         assert not list((tmp_path / models).glob("*.safetensors")) and not (tmp_path / models / "config.json").exists()
+
+    assert all("Process 1 does not see the files that the main process made" in e["errors"][2] for e in (main, other))
 
     # The job fails when a process vanishes, and one process alone goes on with what two have left.
     out = tmp_path / "killed" / killed
