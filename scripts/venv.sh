@@ -37,8 +37,10 @@ pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c
 # On Linux without an NVIDIA GPU, PyPI's torch would bring gigabytes of CUDA libraries along, so the CPU build is taken
 # from PyTorch's own index. Where pip was told to look elsewhere (a mirror, a folder of wheels), that decides.
 install_torch() {
-    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null &&
-        ! "$venv/bin/python" -m pip config list | grep -qE 'index-url|find-links'; then
+    local configured
+    configured="$("$venv/bin/python" -m pip config list)"
+    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! [[ "$configured" =~ index-url|find-links ]]
+    then
         pip_install torch --index-url https://download.pytorch.org/whl/cpu
     else
         pip_install torch
