@@ -26,6 +26,10 @@ _OPEN_MAPPINGS = 32
 
 def open_folder(path: str) -> LocalFolder | RemoteFolder:
     """Open a checkpoint folder given as a local path or as an fsspec URL."""
+    if path.startswith("hub://"):
+        from hf_frmerge.checkpoints.hub_folder import HubFolder
+
+        return HubFolder(path)
     return RemoteFolder(path) if "://" in path else LocalFolder(path)
 
 

@@ -39,7 +39,7 @@ class Source:
     commit: str | None = None
 
 
-def resolve(spec: str, *, token: str | bool | None = None) -> Source:
+def resolve(spec: str, *, token: str | bool | None = None, download: bool = True) -> Source:
     """
     Find the folder a user means, downloading it from the Hub if need be.
 
@@ -48,6 +48,8 @@ def resolve(spec: str, *, token: str | bool | None = None) -> Source:
             Local folder, fsspec URL (`s3://bucket/model`), or Hub id (`org/name`, `name`, `org/name@revision`).
         token (`str` or `bool`, *optional*):
             Hub token; by default the one `hf auth login` stored, `False` for none.
+        download (`bool`, *optional*, defaults to `True`):
+            Fetch the files of a Hub id. If not, its path is `hub://org/name@commit`, to be read by ranges.
 
     Returns:
         `Source`: Folder, kind, and for a Hub id the commit.
@@ -68,16 +70,16 @@ def resolve(spec: str, *, token: str | bool | None = None) -> Source:
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "~")):
         raise CheckpointError(f"There is no folder {spec!r} (looked for {path.absolute()}).")
-    return _resolve_on_hub(spec, hub_id["repo"], hub_id["revision"], token)
+    return _resolve_on_hub(spec, hub_id["repo"], hub_id["revision"], token, download)
 
 
-def resolve_all(specs: Iterable[str], *, token: str | bool | None = None) -> list[Source]:
+def resolve_all(specs: Iterable[str], *, token: str | bool | None = None, download: bool = True) -> list[Source]:
     """Resolve each spec, in order; one that is listed twice is looked up once."""
     found: dict[str, Source] = {}
     sources = []
     for spec in specs:
         if spec not in found:
-            found[spec] = resolve(spec, token=token)
+            found[spec] = resolve(spec, token=token, download=download)
         sources.append(found[spec])
     return sources
 
@@ -140,8 +142,8 @@ def _convert_hint() -> str:
     )
 
 
-def _resolve_on_hub(spec: str, repo_id: str, revision: str | None, token: str | bool | None) -> Source:
-    from huggingface_hub import snapshot_download
+def _resolve_on_hub(spec: str, repo_id: str, revision: str | None, token: str | bool | None, download: bool) -> Source:
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -152,6 +154,10 @@ def _resolve_on_hub(spec: str, repo_id: str, revision: str | None, token: str | 
     )
 
     try:
+        if not download:
+            commit = str(HfApi(token=token).model_info(repo_id, revision=revision).sha)
+            path = f"hub://{repo_id}@{commit}"
+            return Source(spec, _kind(open_folder(path), spec), path, repo_id, revision, commit)
         path = snapshot_download(
             repo_id,
             revision=revision,

@@ -32,7 +32,9 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
         from hf_frmerge.merging.planning import build_plan
 
         with closing(
-            build_plan(expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model)
+            build_plan(
+                expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
+            )
         ) as merge_plan:
             description = merge_plan.describe() | {"licences": _licences(merge_plan)}
     if as_json:

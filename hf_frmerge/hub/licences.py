@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_frmerge.checkpoints.files import open_folder
 from hf_frmerge.errors import MergeError
 
 if TYPE_CHECKING:
@@ -76,11 +77,11 @@ class LicenceDecision:
 
 def read_source_metadata(folder: Path | str) -> SourceMetadata:
     """
-    Read licence, languages, datasets and tags from the front matter of `README.md` in a local folder.
+    Read licence, languages, datasets and tags from the front matter of `README.md` of a source.
 
     Args:
         folder (`Path` or `str`):
-            Folder of the source: a checkpoint, an adapter, or a snapshot of a Hub repository.
+            Folder of the source: a checkpoint, an adapter, a snapshot of a Hub repository, or its URL.
 
     Returns:
         `SourceMetadata`: Empty if there is no `README.md`, no front matter, or one that is not valid YAML: a source
@@ -88,10 +89,10 @@ def read_source_metadata(folder: Path | str) -> SourceMetadata:
     """
     import yaml
 
-    path = Path(folder) / "README.md"
-    if not path.is_file():
+    opened = open_folder(str(folder))
+    if not opened.exists("README.md"):
         return SourceMetadata()
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = opened.read("README.md").decode("utf-8-sig", errors="replace")
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if match is None:
         return SourceMetadata()
@@ -153,9 +154,9 @@ def combine(sources: Sequence[tuple[str, SourceMetadata]], *, allowed: Collectio
 
 def licences_of_plan(plan: MergePlan) -> LicenceDecision:
     """Decide for the models of a plan, from their cards on this machine and `allow_license`."""
-    local = [model for model in plan.models if "://" not in model.source.path]
+    readable = [m for m in plan.models if "://" not in m.source.path or m.source.path.startswith("hub://")]
     allowed = [licence.strip() for licence in (plan.args.allow_license or "").split(",")]
-    return combine([(model.spec, read_source_metadata(model.source.path)) for model in local], allowed=allowed)
+    return combine([(model.spec, read_source_metadata(model.source.path)) for model in readable], allowed=allowed)
 
 
 def _identity(metadata: SourceMetadata) -> tuple[str | None, str | None, str | None]:

@@ -35,6 +35,8 @@ def build_plan(
     args: MergingArguments,
     weights: Sequence[float] | None = None,
     base_model: str | None = None,
+    *,
+    download: bool = True,
 ) -> MergePlan:
     """
     Resolve, open and align the models and decide what happens to every tensor. Reads headers only.
@@ -44,6 +46,7 @@ def build_plan(
         args: Options.
         weights: One non-negative number per expert; all alike by default.
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
+        download: Fetch models from the Hub. A plan that is only looked at reads their headers by ranges instead.
 
     Raises:
         ArgumentError: If options contradict each other or the models.
@@ -52,7 +55,7 @@ def build_plan(
     if len(experts) < 2:
         raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
     alphas = validate_weights(weights, len(experts))
-    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token)
+    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=download)
     check_output_dir(args, [source.path for source in sources])
     opened = [_open(source) for source in sources]
     base = opened.pop() if base_model else None

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer
 from merge_reference import SHAPES, random_model, write_family, write_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge.errors import ArgumentError, CheckpointError, HubError, MergeError
+from hf_frmerge.hub.licences import licences_of_plan
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.plan import MergePlan
 from hf_frmerge.merging.planning import build_plan
@@ -292,3 +295,21 @@ def test_notes_of_a_plan_say_what_differs(plan: Plan, family: Path, tmp_path: Pa
     assert any("model_type" in note and "mistral" in note for note in notes)
     assert any("listed twice" in note for note in notes)
     assert any("'nothing=1,0,0' decides no tensor's weights" in note for note in notes)
+
+
+def test_a_plan_of_hub_models_downloads_no_weights(hub: HubServer, tmp_path: Path) -> None:
+    size, repos = 0, []
+    for seed, name in enumerate(("e0", "e1")):
+        folder = Path(write_model(tmp_path / name, random_model(seed)))
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        repos.append(hub.add_repo(f"ann/{name}", files | {"README.md": b"---\nlicense: mit\n---\n"}))
+        size += len(files["model.safetensors"])
+    args = MergingArguments(output_dir=str(tmp_path / "out"))
+    with closing(build_plan(["ann/e0", "ann/e1@main"], args, download=False)) as plan:
+        found = plan.describe()
+        assert (found["n_merge"], found["n_copy"]) == (len(SHAPES), 0)
+        assert [expert["commit"] for expert in found["experts"]] == [repo.branches["main"] for repo in repos]
+        assert licences_of_plan(plan).licence == "mit"
+    ranges = [request.headers["range"] for request in hub.sent("GET", r"model\.safetensors")]
+    spans = [tuple(map(int, text.removeprefix("bytes=").split("-"))) for text in ranges]
+    assert 0 < sum(stop - start + 1 for start, stop in spans) < size / 10
