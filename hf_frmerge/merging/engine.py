@@ -312,11 +312,8 @@ class Engine:
     def _combine_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
         assert group.solution is not None
         piece = tensor.pieces[index]
-        coefficients = group.solution.coefficients
-        if len(coefficients) > 1:
-            coefficients = coefficients[piece.first_block : piece.first_block + piece.n_blocks]
         out = self._buffer(tensor.step, piece)
-        tensor.inputs.combine(self._kernels, piece, coefficients, self._plan.space, out, tensor.step.dtype)
+        tensor.inputs.combine(self._kernels, piece, group.solution.coefficients, out, tensor.step.dtype)
         self._write(tensor, index, out)
         tensor.inputs.release(piece)
 

@@ -133,7 +133,7 @@ class TensorInputs:
         dense: expert index -> its full tensor.
         low_rank: expert index -> its low-rank delta. An expert in neither map equals the base here.
         labels: a name for the base (index -1) and every expert, for messages.
-        space: `"weights"` or `"deltas"`.
+        space: `"weights"` or `"deltas"`: where the points lie, which decides how much of the base a merge takes.
         factored: whether the Gram matrix of the tensor comes from the factors, with no dense delta ever formed: all
             experts are low-rank and the tensor is one block.
     """
@@ -164,7 +164,9 @@ class TensorInputs:
         was read.
         """
         if self.factored:
-            whole = self._factored_gram(kernels) if piece.start == 0 else np.zeros(1)
+            assert self.base is not None
+            self._check_finite(kernels, [self.base.read(piece.start, piece.stop)], [-1])
+            whole = self._factored_gram() if piece.start == 0 else np.zeros(1)
             return whole, self.digests(piece)
         operands, owners = self._gram_operands(piece)
         # Products of 16-bit floats are exact in float32, those of float32 are not; and on short tensors rounding has
@@ -190,7 +192,6 @@ class TensorInputs:
         kernels: Kernels,
         piece: Piece,
         coefficients_BN: NDArray[np.float64],
-        space: str,
         out: NDArray[np.uint8],
         out_dtype: str,
     ) -> None:
@@ -198,15 +199,16 @@ class TensorInputs:
         Write the merged elements of a piece into `out`, each rounded once from float64.
 
         Args:
-            coefficients_BN: float64, on the experts' points, for the blocks of this piece.
-            space: Space the points live in; decides how much of the base goes in.
+            coefficients_BN: float64, on the experts' points, for all blocks of the tensor, or one row for them all.
         """
+        if len(coefficients_BN) > 1:
+            coefficients_BN = coefficients_BN[piece.first_block : piece.first_block + piece.n_blocks]
         operands: list[Operand] = []
         columns: list[NDArray[np.float64]] = []
         dense = sorted(self.dense)
         if self.base is not None:
             share = coefficients_BN[:, dense].sum(axis=1)
-            total = 1.0 if space == "deltas" else coefficients_BN.sum(axis=1)
+            total = 1.0 if self.space == "deltas" else coefficients_BN.sum(axis=1)
             operands.append(self.base.read(piece.start, piece.stop))
             columns.append(total - share)
         for index in dense:
@@ -245,7 +247,7 @@ class TensorInputs:
         }
         return found | {index: self._factor(index).digest for index in self.low_rank}
 
-    def _factored_gram(self, kernels: Kernels) -> NDArray[np.float64]:
+    def _factored_gram(self) -> NDArray[np.float64]:
         """Difference Gram `(1, K, K)` of the whole tensor; in delta space the base's own part is not needed, and 0."""
         owners = sorted(self.low_rank)
         factors = [Factors(self._factor(index).left, self._factor(index).right) for index in owners]
@@ -255,10 +257,10 @@ class TensorInputs:
             gram[0, inner[:, None], inner] = factor_gram(factors)
         else:
             rows = np.concatenate([[0], inner])
-            gram[0, rows[:, None], rows] = base_gram(self._base_rows(kernels), factors)
+            gram[0, rows[:, None], rows] = base_gram(self._base_rows(), factors)
         return gram
 
-    def _base_rows(self, kernels: Kernels) -> Iterator[NDArray[np.float64]]:
+    def _base_rows(self) -> Iterator[NDArray[np.float64]]:
         """Yield the base in chunks of whole rows, as float64."""
         assert self.base is not None
         n_rows = len(next(iter(self._factors.values())).left)
@@ -266,7 +268,6 @@ class TensorInputs:
         for row in range(0, n_rows, step):
             start, stop = row * self.cols, min(row + step, n_rows) * self.cols
             operand = self.base.read(start, stop)
-            self._check_finite(kernels, [operand], [-1])
             yield widen(operand.data, operand.dtype).reshape(-1, self.cols).astype(np.float64)
             self.base.release(start, stop)
 

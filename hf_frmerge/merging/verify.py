@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.reader import Checkpoint
     from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.operands import Piece, TensorInputs
+    from hf_frmerge.merging.operands import TensorInputs
 
 
 @dataclass
@@ -193,7 +193,7 @@ def _check_tensor(
         expected = np.empty((piece.stop - piece.start) * size, np.uint8)
         if step.action == "merge":
             assert coefficients is not None
-            inputs.combine(kernels, piece, _rows(coefficients, piece), plan.space, expected, step.dtype)
+            inputs.combine(kernels, piece, coefficients, expected, step.dtype)
         else:
             expected = inputs.copy(kernels, piece, expected, step.dtype)
         found = merged.read(step.name, piece.start * size, piece.stop * size)
@@ -223,9 +223,3 @@ def _changed_inputs(inputs: TensorInputs, step: TensorStep, recorded: dict[str, 
 def _shapes(plan: MergePlan, step: TensorStep) -> list[tuple[int, int]]:
     """Shapes a tensor's coefficients may have: a group of tensors shares one row."""
     return [(1, len(plan.experts)), (step.n_blocks, len(plan.experts))]
-
-
-def _rows(coefficients: NDArray[np.float64], piece: Piece) -> NDArray[np.float64]:
-    if len(coefficients) == 1:
-        return coefficients
-    return coefficients[piece.first_block : piece.first_block + piece.n_blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from merge_reference import merged_reference
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.merging import blocks
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.engine import StepObserver
@@ -198,3 +200,17 @@ def test_adapters_alone_need_no_base_model(base: Any, tmp_path: Path) -> None:
     )
     assert outcome.report["max_rank"] == 6
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("space", ["deltas", "weights"])
+def test_nonfinite_values_of_the_base_are_found_where_only_factors_are_merged(
+    base: Any, tmp_path: Path, space: str
+) -> None:
+    experts = [make_adapter(base("llama"), tmp_path / f"a{i}", i, r=2, target_modules=["q_proj"]) for i in range(2)]
+    shutil.copytree(base("llama"), tmp_path / "base")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors[name][3, :2] = float("nan")
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=rf"found 2 NaN or infinite values in tensor '{name}' of base model"):
+        run(experts, tmp_path / "out", tmp_path / "base", space=space)
