@@ -17,10 +17,8 @@ from huggingface_hub import ModelCard
 from merge_reference import write_family
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import save_llama_family
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_frmerge import (
     CollapseGuardCallback,
@@ -42,27 +40,7 @@ EVENTS = [name for name in vars(MergeCallback) if name.startswith("on_")]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with `base`, `math` and `code`: bfloat16, tied, 20 tensors; the experts at wide angles in delta space."""
     root = tmp_path_factory.mktemp("models")
-    vocabulary = {word: index for index, word in enumerate(["<unk>", *dict.fromkeys(WORDS)])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=len(vocabulary),
-        tie_word_embeddings=True,
-    )
-    for seed, name in enumerate(("base", "math", "code")):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        generator = torch.Generator().manual_seed(seed)
-        if name != "base":
-            for parameter in model.parameters():
-                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-        model.to(torch.bfloat16).save_pretrained(root / name)
-        fast.save_pretrained(root / name)
+    save_llama_family(root, WORDS, 0.05)
     return root
 
 

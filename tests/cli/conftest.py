@@ -10,10 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import save_llama_family
+from transformers import LlamaForCausalLM
 
 from hf_frmerge.cli.main import main
 
@@ -54,27 +52,7 @@ class Models:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("models")
-    vocabulary = {word: index for index, word in enumerate(["<unk>", *dict.fromkeys(WORDS)])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=len(vocabulary),
-        tie_word_embeddings=True,
-    )
-    for seed, name in enumerate(("base", "math", "code")):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        generator = torch.Generator().manual_seed(seed)
-        if name != "base":
-            for parameter in model.parameters():
-                parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        model.to(torch.bfloat16).save_pretrained(root / name)
-        fast.save_pretrained(root / name)
+    save_llama_family(root, WORDS, 0.02)
     for seed, name in enumerate(("adapter", "adapter_2")):
         torch.manual_seed(seed)
         base = LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
