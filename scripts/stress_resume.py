@@ -216,7 +216,7 @@ def report(counts: Counts) -> Iterator[str]:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=200, help="stop after the merge in which this many is reached")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=8, help="size of the models: 3 million parameters a layer")
     parser.add_argument("--work-dir", type=Path, help="where models and outputs go; by default a temporary folder")

@@ -19,8 +19,9 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
     found = [
         int(line.split("|")[2]) for line in run.stdout.splitlines() if line.startswith("| ") and line[-3].isdigit()
     ]
-    assert sum(found) == 10 and sum(found[:-1]) > 0
-    merges = int(run.stdout.split("10 kills in ")[1].split()[0])
+    kills = sum(found)
+    assert kills >= 10 and sum(found[:-1]) > 0  # a merge killed for the tenth time may be killed again before its end
+    merges = int(run.stdout.split(f"{kills} kills in ")[1].split()[0])
     assert f"bit-identical: {merges} of {merges}." in run.stdout
     assert f"asks for: 0 of {sum(found[:-1])}." in run.stdout
     assert "transformers loaded: 0 of " in run.stdout and "0 of 0 tried" not in run.stdout
