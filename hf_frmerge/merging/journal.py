@@ -135,7 +135,8 @@ class Journal:
                 _check_header(line, header, path)
                 _warn_of_rewritten(line["marks"], marks)
             elif line["kind"] == "solved":
-                geometry = Geometry(**{**line["geometry"], "norms": tuple(line["geometry"]["norms"])})
+                lists = {name: tuple(value) for name, value in line["geometry"].items() if isinstance(value, list)}
+                geometry = Geometry(**{**line["geometry"], **lists})
                 self.solved[line["group"]] = (Solution(_decode(line["coefficients"]), geometry), line["inputs"])
             else:
                 self.written[line["tensor"]] = line

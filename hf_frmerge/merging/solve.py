@@ -1,6 +1,6 @@
 """From the Gram matrix of a block to its coefficients, and what the numbers say about the block."""
 
-# Shape suffixes: B = blocks of a tensor, K = operands, N = experts.
+# Shape suffixes: B = blocks of a tensor, K = operands, N = experts, P = pairs of experts.
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class Geometry:
         residual: worst tangent norm at the end, in radians.
         converged: whether every block met the tolerance.
         n_ambiguous: blocks in which no direction is preferred.
+        pair_angles: median over blocks of the angle between two experts, in radians, to four digits, of the pairs
+            (0, 1), (0, 2), ..., (1, 2), ...; `None` where one of the two is zero. Not in records of older versions.
     """
 
     norms: tuple[float, ...]
@@ -49,6 +51,7 @@ class Geometry:
     residual: float
     converged: bool
     n_ambiguous: int
+    pair_angles: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def solve(
     merged, linear = _combine(result.coefficients, points_BNK), _combine(weights_N, points_BNK)
     norms_BN = norms(points_BNK)
     mean_norm = float(np.linalg.norm(norms_BN @ weights_N))
-    angles = _angles(points_BNK, norms_BN)
+    angles_BP = _angles(points_BNK, norms_BN)
+    angles = angles_BP[~np.isnan(angles_BP)]
     # The norm-rescaled mean points where the plain mean does, so their gaps to the merged point are one.
     pair = np.stack([merged, linear], axis=-2)
     geometry = Geometry(
@@ -108,11 +112,12 @@ def solve(
         linear_norm_ratio=float(np.linalg.norm(linear)) / mean_norm if mean_norm > 0 else 1.0,
         max_angle=float(angles.max(initial=0.0)),
         mean_angle=float(angles.mean()) if angles.size else 0.0,
-        gap_to_nre=float(_angles(pair, norms(pair)).max(initial=0.0)),
+        gap_to_nre=float(np.nan_to_num(_angles(pair, norms(pair))).max(initial=0.0)),
         n_iter=int(np.max(result.n_iter)),
         residual=float(np.max(result.residual)),
         converged=bool(np.all(result.converged)),
         n_ambiguous=n_ambiguous,
+        pair_angles=tuple(_medians(angles_BP)),
     )
     return Solution(np.ascontiguousarray(result.coefficients, dtype=np.float64), geometry)
 
@@ -122,10 +127,20 @@ def _combine(coefficients_BN: NDArray[np.float64], points_BNK: NDArray[np.float6
 
 
 def _angles(points: NDArray[np.float64], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Angles of all pairs of points that have a direction, flat, in radians."""
+    """Angles of all pairs of points, `(..., P)`, in radians; NaN where one of the two has no direction."""
     first, second = np.triu_indices(points.shape[-2], k=1)
     directed = lengths > 0
-    return pairwise_angles(points)[..., first, second][directed[..., first] & directed[..., second]]
+    return np.where(directed[..., first] & directed[..., second], pairwise_angles(points)[..., first, second], np.nan)
+
+
+def _medians(angles_BP: NDArray[np.float64]) -> list[float | None]:
+    """Median over the blocks that have one, to four digits: a figure shows no more, and the manifest stays small."""
+    known = ~np.isnan(angles_BP)
+    if known.all() and len(angles_BP):
+        medians = np.median(angles_BP, axis=0).tolist()
+    else:
+        medians = [np.median(column[rows]) if rows.any() else None for column, rows in zip(angles_BP.T, known.T)]
+    return [None if median is None else float(f"{median:.4g}") for median in medians]
 
 
 def _ambiguity(

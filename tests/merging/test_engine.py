@@ -313,9 +313,24 @@ def test_statistics_are_those_of_the_tensors(tmp_path: Path) -> None:
     found = read_manifest(tmp_path / "out")["tensors"][name]["geometry"]
     np.testing.assert_allclose(found["norms"], norms, rtol=1e-7)
     np.testing.assert_allclose([found["max_angle"], found["mean_angle"]], [angles.max(), angles.mean()], rtol=1e-6)
+    np.testing.assert_allclose(found["pair_angles"], angles, rtol=1e-3)  # recorded to four digits
     np.testing.assert_allclose(found["norm_ratio"], np.linalg.norm(linear) / (norms @ [0.2, 0.3, 0.5]), rtol=1e-7)
     np.testing.assert_allclose(found["gap_to_nre"], nre_gap, atol=1e-7)
     np.testing.assert_allclose(read_coefficients(tmp_path / "out")[name], [[0.2, 0.3, 0.5]], rtol=1e-15)
+
+
+def test_angles_of_pairs_are_medians_over_the_blocks_that_have_one(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    models = [random_model(seed) for seed in (1, 2, 3)]
+    models[1][name][:30] = 0  # 30 of 40 rows of the second expert have no direction
+    models[2][name] = torch.zeros(40, 24)
+    experts = [write_model(tmp_path / f"e{i}", model) for i, model in enumerate(models)]
+    merge(experts, tmp_path / "out", block="row", on_ambiguous="linear")
+    first, second = (model[name][30:].double().numpy() for model in models[:2])
+    cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
+    found = read_manifest(tmp_path / "out")["tensors"][name]["geometry"]["pair_angles"]
+    assert found[1:] == [None, None]
+    np.testing.assert_allclose(found[0], np.median(np.arccos(cosines)), rtol=1e-3)
 
 
 def test_a_budget_too_small_for_one_piece_is_refused(tmp_path: Path) -> None:
