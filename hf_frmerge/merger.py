@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.evaluation.names import models_of_merge
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Score, save_record
 from hf_frmerge.hub.licences import licences_of_plan
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import (
@@ -95,7 +97,7 @@ class FisherRaoMerger:
         self.eval_dataset = eval_dataset
         self.compute_metrics = compute_metrics
         self.report: dict[str, Any] = {}
-        self._evaluation: dict[tuple[str, str], dict[str, Any]] = {}  # (model, domain) -> row of the card
+        self.evaluation = EvaluationRecord()
         if self.args.log_level != "passive":
             logging.getLogger("hf_frmerge").setLevel(self.args.get_process_log_level())
 
@@ -217,7 +219,9 @@ class FisherRaoMerger:
         if self.compute_metrics is not None:
             measured |= self.compute_metrics(measured)
         domain = "text" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
-        self._evaluation["merged", domain] = {"model": "merged", "domain": domain, **measured}
+        n_tokens = int(measured.get("n_tokens", 0))
+        score = Score(MERGED, domain, {k: v for k, v in measured.items() if k != "n_tokens"}, n_tokens)
+        self._keep(EvaluationRecord(models={MERGED: "merged"}, scores=[score]))
         metrics = {
             f"{metric_key_prefix}_{name}": value for name, value in measured.items() if name not in (ignore_keys or [])
         }
@@ -237,9 +241,7 @@ class FisherRaoMerger:
             raise ArgumentError("evaluate_experts needs a dataset: pass eval_dataset here or to FisherRaoMerger.")
         from hf_frmerge.evaluation.compare import compare_models
 
-        models = {f"expert{index}": spec for index, spec in enumerate(self.experts)}
-        if self.base_model is not None:
-            models = {"base": self.base_model, **models}
+        models, roles = models_of_merge(self.experts, self.base_model)
         scores = compare_models(
             models,
             dataset if isinstance(dataset, Mapping) else {"text": dataset},
@@ -250,13 +252,12 @@ class FisherRaoMerger:
             token=self.args.hub_token,
         )
         metrics: dict[str, float] = {}
+        record = EvaluationRecord(models=dict(roles))
         for score in scores:
-            shown = score.model if score.model == "base" else Path(models[score.model]).name
-            self._evaluation[score.model, score.domain] = {**score.to_dict(), "model": shown}
-            prefix = f"{metric_key_prefix}_{score.model}_{score.domain}"
-            metrics[f"{prefix}_loss"] = score.loss
-            metrics[f"{prefix}_perplexity"] = score.perplexity
-            metrics[f"{prefix}_token_accuracy"] = score.token_accuracy
+            values = {name: getattr(score, name) for name in ("loss", "perplexity", "token_accuracy")}
+            record.scores.append(Score(score.model, score.domain, values, score.n_tokens))
+            metrics |= {f"{metric_key_prefix}_{score.model}_{score.domain}_{k}": v for k, v in values.items()}
+        self._keep(record)
         self.log(metrics)
         return metrics
 
@@ -281,8 +282,7 @@ class FisherRaoMerger:
         from hf_frmerge.hub.card import write_card
         from hf_frmerge.hub.folder import card_of_folder
 
-        card = card_of_folder(self.args.output_dir, evaluation=list(self._evaluation.values()), **card_fields)
-        return write_card(card, self.args.output_dir)
+        return write_card(card_of_folder(self.args.output_dir, **card_fields), self.args.output_dir)
 
     def push_to_hub(
         self,
@@ -404,7 +404,7 @@ class FisherRaoMerger:
         self.report = {}
         self.__dict__.pop("model", None)
         self.callback_handler.model = None
-        self._evaluation = {key: row for key, row in self._evaluation.items() if key[0] != "merged"}
+        self.evaluation = EvaluationRecord()
         self.state.start()
         self.state.max_steps = len(plan.steps)
         self.state.bytes_total = sum(step.nbytes for step in plan.steps)
@@ -415,8 +415,16 @@ class FisherRaoMerger:
         ]
         self.control = self.callback_handler.on_merge_begin(self.args, self.state, self.control)
 
+    def _keep(self, record: EvaluationRecord) -> None:
+        """Add to the record, and save it once there are weights to lay it beside."""
+        self.evaluation.update(record)
+        if self.is_merged and self.processes.is_main:
+            save_record(self.args.output_dir, self.evaluation)
+
     def _end(self) -> None:
         if self.processes.is_main:
+            if self.evaluation.models:
+                save_record(self.args.output_dir, self.evaluation)
             self.create_model_card()
             upload(self.args.output_dir)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)

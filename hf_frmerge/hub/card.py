@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.hub import wording
 from hf_frmerge.hub.card_data import CardSource, EvaluationRow, MergeCard
-from hf_frmerge.hub.evaluation_file import save_evaluation
 from hf_frmerge.hub.evaluation_tables import eval_results, metric_tables
 from hf_frmerge.hub.licences import LicenceDecision, SourceMetadata, combine
 from hf_frmerge.hub.reproduce import (
@@ -97,8 +96,6 @@ def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool
     """
     Write `README.md` into `output_dir`, keeping what a person wrote between the user markers.
 
-    Evaluation rows are kept beside it, for the next time the card is written.
-
     A `README.md` without the markers was not written by this function: it is set aside as `_README.previous.md`,
     which a push leaves out.
 
@@ -125,8 +122,6 @@ def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool
     temporary = path.with_name(f".frmerge-{CARD_NAME}")
     temporary.write_text(render_card(card, user_section=user_section), encoding="utf-8")
     temporary.replace(path)
-    if card.evaluation:
-        save_evaluation(path.parent, _without_local_paths(card).evaluation)
     return path
 
 

@@ -12,7 +12,6 @@ from hf_frmerge.hub.tasks import Task
 # One row of an evaluation: the keys `model` and `domain` name it, every other key is a number, e.g. `perplexity`.
 # The merged model's rows say `model="merged"`.
 EvaluationRow = dict[str, str | float]
-MERGED = "merged"
 
 
 @dataclass(frozen=True)

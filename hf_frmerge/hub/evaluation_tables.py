@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_frmerge.hub.card_data import MERGED, EvaluationRow
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
+from hf_frmerge.hub.card_data import EvaluationRow
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -43,6 +44,19 @@ class MetricTable:
     domains: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]  # (model, cells); best cell of a column in bold
     weakest: str | None  # sentence on the domain where the merge falls furthest behind the best other model
+
+
+def rows_of_record(record: EvaluationRecord) -> list[EvaluationRow]:
+    """Return the scores of an evaluation as rows; what JSON could not hold is not a number again."""
+    return [
+        {
+            "model": score.model,
+            "domain": score.domain,
+            **{name: math.nan if value is None else value for name, value in score.metrics.items()},
+            **({"n_tokens": score.n_tokens} if score.n_tokens else {}),
+        }
+        for score in record.scores
+    ]
 
 
 def metric_tables(rows: Sequence[EvaluationRow]) -> list[MetricTable]:

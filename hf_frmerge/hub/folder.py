@@ -7,30 +7,26 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hf_frmerge.hub.card_data import CardSource, CardStatistics, EvaluationRow, MergeCard
-from hf_frmerge.hub.evaluation_file import load_evaluation
+from hf_frmerge.evaluation.record import EvaluationRecord, load_record
+from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
+from hf_frmerge.hub.evaluation_tables import rows_of_record
 from hf_frmerge.hub.licences import SourceMetadata, read_source_metadata
 from hf_frmerge.hub.tasks import read_task
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
 
 
-def card_of_folder(
-    output_dir: Path | str, *, evaluation: Sequence[EvaluationRow] | None = None, **card_fields: Any
-) -> MergeCard:
+def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
     """
-    Collect what a model card says about the merge in a folder.
+    Collect what a model card says about the merge in a folder, and what the record of an evaluation there says.
 
     Args:
         output_dir (`Path` or `str`):
             Folder a merge wrote.
-        evaluation (`Sequence[EvaluationRow]`, *optional*):
-            Measured rows. Without any, those of the last card of this very merge are used.
         card_fields:
             Fields of `MergeCard` to set by hand, such as `hub_model_id`, `model_name` or `licence`.
 
@@ -55,7 +51,7 @@ def card_of_folder(
         "norm": arguments["norm"],
         "task": read_task(folder),
         "non_default_arguments": _non_default(arguments),
-        "evaluation": list(evaluation or load_evaluation(folder)),
+        "evaluation": rows_of_record(load_record(folder) or EvaluationRecord()),
         "statistics": _statistics(manifest["tensors"]),
         "notes": manifest["notes"],
         "versions": {"hf_frmerge": manifest["hf_frmerge"], **manifest["versions"]},

@@ -171,7 +171,12 @@ class MergeCallback:
         metrics: dict[str, Any],
         **kwargs: Any,
     ) -> MergeControl | None:
-        """Called after an evaluation, with a copy of its `metrics`."""
+        """
+        Called after an evaluation, with a copy of its `metrics`.
+
+        Of several datasets each is told for itself and then, with `is_last=True`, what was measured over all of them.
+        `places` names the layer, dataset or expert in which the value of a metric was found.
+        """
 
     def on_push_begin(
         self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any
@@ -278,11 +283,11 @@ class CallbackHandler:
         return self.call_event("on_prediction_step", args, state, control, eval_dataloader=eval_dataloader)
 
     def on_evaluate(
-        self, args: MergingArguments, state: MergeState, control: MergeControl, metrics: dict[str, Any]
+        self, args: MergingArguments, state: MergeState, control: MergeControl, metrics: dict[str, Any], **details: Any
     ) -> MergeControl:
         """Note that evaluation is done, then fire `on_evaluate`."""
         control.should_evaluate = False
-        return self.call_event("on_evaluate", args, state, control, metrics=metrics)
+        return self.call_event("on_evaluate", args, state, control, metrics=metrics, **details)
 
     def on_push_begin(self, args: MergingArguments, state: MergeState, control: MergeControl) -> MergeControl:
         """Fire `on_push_begin`."""

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.callbacks import MergeCallback, MergeControl, StepResult
+from hf_frmerge.merging.thresholds import Trip, parse_threshold
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.arguments import MergingArguments
     from hf_frmerge.merging.state import MergeState
 
 logger = logging.getLogger(__name__)
-
-_THRESHOLD = re.compile(r"\s*([^\s<>=]+)\s*([<>])\s*(\S+)\s*")
-
-
-@dataclass(frozen=True)
-class Trip:
-    """One value out of bounds: `where` (a tensor, or `"evaluation"`), which value, and the bound it broke."""
-
-    where: str
-    name: str
-    value: float
-    bound: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.name} is {self.value:.4g} (guard: {self.bound})"
 
 
 class CollapseGuardCallback(MergeCallback):
@@ -47,7 +31,7 @@ class CollapseGuardCallback(MergeCallback):
             The plain mean of N orthogonal deltas has `1 / sqrt(N)`; norm-preserving methods have 1.
         thresholds (`Iterable[str]`, *optional*):
             Metrics of an evaluation that mean collapse, such as `"effective_rank<0.9"` or `"perplexity>40"`. Names
-            may leave out the prefix `eval_`.
+            may leave out the prefix `eval_` and the name of a dataset.
         action (`str`, *optional*, defaults to `"stop"`):
             `"stop"`, or `"warn"` to log and go on.
 
@@ -68,9 +52,10 @@ class CollapseGuardCallback(MergeCallback):
         action: Literal["stop", "warn"] = "stop",
     ) -> None:
         self.min_norm_ratio = min_norm_ratio
-        self.thresholds = [_parse_threshold(text) for text in thresholds]
+        self.thresholds = [parse_threshold(text) for text in thresholds]
         self.action = action
         self.trips: list[Trip] = []
+        self._found: set[str] = set()  # thresholds whose metric an earlier dataset of this evaluation had
         if min_norm_ratio is None and not self.thresholds:
             raise ArgumentError("A collapse guard needs `min_norm_ratio`, `thresholds` or both: it watches nothing.")
         if action not in ("stop", "warn"):
@@ -99,18 +84,23 @@ class CollapseGuardCallback(MergeCallback):
         control: MergeControl,
         *,
         metrics: dict[str, Any],
+        places: Mapping[str, str] | None = None,
+        is_last: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Check the metrics of an evaluation."""
-        for name, sign, bound in self.thresholds:
-            found = name if name in metrics else f"eval_{name}"
-            if found not in metrics:
+        """Check the metrics of an evaluation; the last of several datasets ends it."""
+        for threshold in self.thresholds:
+            if threshold.find(metrics):
+                self._found.add(threshold.name)
+            elif is_last and threshold.name not in self._found:
                 # A guard that looks at nothing would be taken for a merge that is fine.
-                logger.warning("The collapse guard watches %r, but the metrics are %s.", name, ", ".join(metrics))
-                continue
-            value = float(metrics[found])
-            if math.isnan(value) or (value < bound if sign == "<" else value > bound):
-                self._trip(Trip("evaluation", found, value, f"{name}{sign}{bound:g}"), control)
+                logger.warning(
+                    "The collapse guard watches %r, but the metrics are %s.", threshold.name, ", ".join(metrics)
+                )
+            for trip in threshold.trips(metrics, places or {}):
+                self._trip(trip, control, is_measured=True)
+        if is_last:
+            self._found.clear()
 
     def on_merge_end(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
         """Say how many tensors broke the bound, when they were only to be warned about."""
@@ -118,24 +108,11 @@ class CollapseGuardCallback(MergeCallback):
             worst = min(self.trips, key=lambda trip: -math.inf if math.isnan(trip.value) else trip.value)
             logger.warning("Collapse guard: %d tensors in all; the worst is %s", len(self.trips), worst)
 
-    def _trip(self, trip: Trip, control: MergeControl) -> None:
+    def _trip(self, trip: Trip, control: MergeControl, *, is_measured: bool = False) -> None:
         self.trips.append(trip)
         if self.action == "stop":
             control.should_merge_stop = True
             control.stop_reason = f"collapse guard: {trip}"
-        elif trip.where == "evaluation" or len(self.trips) == 1:
+        elif is_measured or len(self.trips) == 1:
             # One line for the first tensor and one at the end; a collapsing merge has hundreds of them.
             logger.warning("Collapse guard: %s", trip)
-
-
-def _parse_threshold(text: str) -> tuple[str, str, float]:
-    match = _THRESHOLD.fullmatch(text)
-    if match is not None:
-        name, sign, number = match.groups()
-        try:
-            bound = float(number)
-        except ValueError:
-            bound = math.nan
-        if not math.isnan(bound):
-            return name, sign, bound
-    raise ArgumentError(f"A threshold reads NAME<VALUE or NAME>VALUE, such as 'effective_rank<0.9', but got {text!r}.")

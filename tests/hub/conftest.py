@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for card_examples
 
 from card_examples import full
 
+from hf_frmerge.evaluation.record import EvaluationRecord, Score, save_record
 from hf_frmerge.hub.card import write_card
 
 
@@ -26,5 +27,6 @@ def output_dir(tmp_path: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
     manifest = {"experts": [{"spec": str(tmp_path / "experts" / "math"), "weight": 1.0}], "files": {}}
     (folder / "merge_manifest.json").write_text(json.dumps(manifest))
+    save_record(folder, EvaluationRecord(scores=[Score("merged", "sums", {"loss": 1.0})]))
     write_card(full(), folder)
     return folder

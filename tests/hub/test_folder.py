@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from card_examples import full
 from hub_server import ALICE_TOKEN, HubServer
 from huggingface_hub import ModelCard, snapshot_download
 from merge_reference import write_family
@@ -17,8 +16,8 @@ from safetensors.numpy import load_file
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import CheckpointError, HubError
+from hf_frmerge.evaluation.record import EvaluationRecord, Score, save_record
 from hf_frmerge.hub.card import render_card, write_card
-from hf_frmerge.hub.evaluation_file import load_evaluation, save_evaluation
 from hf_frmerge.hub.folder import card_of_folder
 from hf_frmerge.hub.push import push_folder
 from hf_frmerge.merging.verify import verify
@@ -117,20 +116,19 @@ def test_merger_pushes_with_one_call(hub: HubServer, tmp_path: Path):
 
 
 def test_writing_the_card_again_keeps_the_evaluation_of_this_merge_only(merged: Path):
-    rows = [row for row in full().evaluation if row["model"] == "merged"]
-    first = write_card(card_of_folder(merged, evaluation=rows), merged).read_text()
+    save_record(merged, EvaluationRecord(scores=[Score("merged", "sums", {"perplexity": 4.25}, 100)]))
+    first = write_card(card_of_folder(merged), merged).read_text()
+    assert "4.25" in first and "Not measured" not in first
     assert write_card(card_of_folder(merged), merged).read_text() == first
-    assert load_evaluation(merged) == rows
+    row = {"model": "merged", "domain": "sums", "perplexity": 4.25, "n_tokens": 100}
+    assert card_of_folder(merged).evaluation == [row]
     table = merged / "merge_coefficients.safetensors"
     table.write_bytes(table.read_bytes() + b" ")  # another merge took its place
     assert card_of_folder(merged).evaluation == []
 
 
-def test_evaluation_keeps_no_local_path(merged: Path, tmp_path: Path):
-    rows = [{"model": str(tmp_path / "family" / "e2"), "domain": "x", "loss": 1.0}]
-    write_card(card_of_folder(merged, evaluation=rows), merged)
-    assert load_evaluation(merged) == [{"model": "./e2", "domain": "x", "loss": 1.0}]
-    save_evaluation(merged, rows)  # put there by other means
+def test_a_local_path_in_the_evaluation_is_not_pushed(hub: HubServer, merged: Path, tmp_path: Path):
+    save_record(merged, EvaluationRecord(scores=[Score(str(tmp_path / "family" / "e2"), "x", {"loss": 1.0})]))
     with pytest.raises(HubError, match="merge_evaluation"):
         push_folder(merged, repo_id="alice/x", token=ALICE_TOKEN)
 

@@ -9,8 +9,9 @@ import pytest
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import CallbackHandler, MergeControl, StepResult
-from hf_frmerge.merging.guard import CollapseGuardCallback, Trip
+from hf_frmerge.merging.guard import CollapseGuardCallback
 from hf_frmerge.merging.state import MergeState
+from hf_frmerge.merging.thresholds import Trip, parse_threshold
 
 ARGS = MergingArguments()
 
@@ -73,6 +74,26 @@ def test_metric_that_is_not_there_is_said(caplog: pytest.LogCaptureFixture) -> N
     control = after_evaluation(CollapseGuardCallback(thresholds=["rank<1"]), {"eval_loss": 1.0})
     assert not control.should_merge_stop
     assert "watches 'rank', but the metrics are eval_loss" in caplog.text
+
+
+def test_a_bound_holds_for_every_dataset_and_for_no_other_metric() -> None:
+    metrics = {"eval_math_accuracy": 0.4, "eval_code_accuracy": 0.9, "eval_math_token_accuracy": 0.1}
+    assert parse_threshold("accuracy<0.5").find(metrics) == {"eval_math_accuracy": 0.4, "eval_code_accuracy": 0.9}
+    assert parse_threshold("token_accuracy<0.5").find(metrics) == {"eval_math_token_accuracy": 0.1}
+    assert parse_threshold("math_accuracy<0.5").find(metrics) == {"eval_math_accuracy": 0.4}
+    trips = parse_threshold("accuracy<0.5").trips(metrics, {"eval_math_accuracy": "math"})
+    assert [str(trip) for trip in trips] == ["math: eval_math_accuracy is 0.4 (guard: accuracy<0.5)"]
+
+
+def test_only_the_last_dataset_tells_that_a_metric_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    guard = CollapseGuardCallback(thresholds=["effective_rank<0.9", "perplexity>9", "rank_of_none<1"])
+    handler, control = CallbackHandler([guard]), MergeControl()
+    handler.on_evaluate(ARGS, MergeState(), control, {"eval_math_perplexity": 8.0}, is_last=False)
+    assert not caplog.records
+    places = {"eval_effective_rank": "layer 4"}
+    handler.on_evaluate(ARGS, MergeState(), control, {"eval_effective_rank": 0.6}, places=places)
+    assert [record.args[0] for record in caplog.records] == ["rank_of_none"]
+    assert control.stop_reason == "collapse guard: layer 4: eval_effective_rank is 0.6 (guard: effective_rank<0.9)"
 
 
 def test_warning_goes_on_and_counts(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,117 @@
+"""The few numbers of an evaluation that are logged, guarded and compared with thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
+from hf_frmerge.merging.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Headline:
+    """
+    One number about the merged model, the worst of all it was measured on.
+
+    Attributes:
+        name: such as `perplexity`, `fisher_rao` (radians), `effective_rank` (ratio to the mean of the experts).
+        value: the number.
+        place: where it was found, in words: a layer, a dataset, an expert, a tensor.
+        domain: the dataset it is about; `None` for what is about the whole model.
+    """
+
+    name: str
+    value: float
+    place: str
+    domain: str | None = None
+
+
+def headlines(record: EvaluationRecord) -> list[Headline]:
+    """
+    Return the headlines of a record, those of one dataset after the other and then those of the whole model.
+
+    Of each dataset: every metric of the merged model there; `fisher_rao`, the largest mean distance to an expert, and
+    `top1_agreement`, the smallest share of equal first guesses; `objective` (Eq. 3 of arXiv 2603.04972) and
+    `to_barycentre`, the mean distance to the barycentre of the experts' outputs.
+    Of the whole model: `recovery_<expert>` and `recovery`, the smallest of them; `effective_rank` and
+    `activation_variance`, the ratios to the experts' mean in the layer where they are smallest; `repetition`, the
+    largest, and `entropy`, the smallest, of its continuations.
+    """
+    found = [headline for domain in record.domains for headline in _of_domain(record, domain)]
+    shares = [
+        Headline(f"recovery_{row.expert}", row.share, f"on {row.domain}")
+        for row in record.recovery
+        if row.model == MERGED and row.share is not None
+    ]
+    found += shares
+    named = [Headline("recovery", h.value, f"{h.name.removeprefix('recovery_')} {h.place}") for h in shares]
+    layers = record.collapse()
+    written = [row for row in record.generations if row.model == MERGED]
+    found += _lowest(named)
+    found += _lowest([Headline("effective_rank", row.effective_rank, f"layer {row.layer}") for row in layers])
+    found += _lowest(
+        [Headline("activation_variance", row.activation_variance, f"layer {row.layer}") for row in layers]
+    )
+    found += _highest([Headline("repetition", row.repetition, f"continuing {row.domain}") for row in written])
+    found += _lowest([Headline("entropy", row.entropy, f"continuing {row.domain}") for row in written])
+    return found
+
+
+def norm_headline(output_dir: str | Path) -> list[Headline]:
+    """`norm_ratio`: the merged tensor that kept least of its experts' norm, from the manifest of a merge."""
+    tensors: Mapping[str, Mapping[str, Any]] = read_manifest(Path(output_dir))["tensors"]
+    ratios = [
+        Headline("norm_ratio", math.nan if ratio is None else ratio, name)
+        for name, entry in tensors.items()
+        if any(entry.get("geometry", {}).get("norms", ()))  # an all-zero tensor has no norm to lose
+        for ratio in [entry["geometry"]["norm_ratio"]]
+    ]
+    return _lowest(ratios)
+
+
+def by_key(found: Iterable[Headline], prefix: str = "", *, name_domains: bool = True) -> dict[str, Headline]:
+    """
+    Return headlines by the names metrics have: `<prefix>_<domain>_<name>`, or `<prefix>_<name>`.
+
+    Args:
+        found (`Iterable[Headline]`): The headlines.
+        prefix (`str`, *optional*): Put before every name.
+        name_domains (`bool`, *optional*, defaults to `True`): Whether the names hold the domain.
+    """
+    return {
+        "_".join(part for part in (prefix, headline.domain if name_domains else None, headline.name) if part): headline
+        for headline in found
+    }
+
+
+def _of_domain(record: EvaluationRecord, domain: str) -> list[Headline]:
+    found = [
+        Headline(name, math.nan if value is None else value, domain, domain)
+        for score in record.scores
+        if score.model == MERGED and score.domain == domain
+        for name, value in score.metrics.items()
+    ]
+    pairs = [row for row in record.distances if row.model == MERGED and row.domain == domain]
+    pairs = [row for row in pairs if row.other in record.experts]
+    found += _highest([Headline("fisher_rao", r.fisher_rao.mean, f"{domain}, to {r.other}", domain) for r in pairs])
+    found += _lowest(
+        [Headline("top1_agreement", r.top1_agreement, f"{domain}, with {r.other}", domain) for r in pairs]
+    )
+    for row in record.objectives:
+        if row.domain == domain:
+            found.append(Headline("objective", row.value, domain, domain))
+            found.append(Headline("to_barycentre", row.to_barycentre.mean, domain, domain))
+    return found
+
+
+def _lowest(found: list[Headline]) -> list[Headline]:
+    """Return the one with the lowest value; one that is no number is worse than any."""
+    return [min(found, key=lambda h: -math.inf if math.isnan(h.value) else h.value)] if found else []
+
+
+def _highest(found: list[Headline]) -> list[Headline]:
+    return [max(found, key=lambda h: math.inf if math.isnan(h.value) else h.value)] if found else []

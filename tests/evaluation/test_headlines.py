@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from evaluation_records import make_record
+
+from hf_frmerge.evaluation.headlines import by_key, headlines, norm_headline
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, LayerActivations, Recovered, Score
+
+
+def test_headlines_are_the_worst_of_what_was_measured() -> None:
+    # The record: layer 4 has 0.6 of the experts' rank; code recovers least; expert-code is the farther one.
+    found = by_key(headlines(make_record()), "eval")
+    assert {key: (h.value, h.place) for key, h in found.items() if h.domain is None} == {
+        "eval_recovery_expert-math": (0.7, "on math"),
+        "eval_recovery_expert-code": (0.5, "on code"),
+        "eval_recovery": (0.5, "expert-code on code"),
+        "eval_effective_rank": (pytest.approx(0.6), "layer 4"),
+        "eval_activation_variance": (pytest.approx(0.6), "layer 4"),
+        "eval_repetition": (0.1, "continuing math"),
+        "eval_entropy": (1.5, "continuing math"),
+    }
+    assert (found["eval_math_loss"].value, found["eval_code_loss"].value) == (2.3, 2.0)
+    assert (found["eval_code_fisher_rao"].value, found["eval_code_fisher_rao"].place) == (0.5, "code, to expert-code")
+    assert (found["eval_math_objective"].value, found["eval_math_to_barycentre"].value) == (0.25, 0.2)
+    assert list(by_key(headlines(make_record()), name_domains=False))[:3] == ["loss", "perplexity", "token_accuracy"]
+
+
+def test_what_is_no_number_is_the_worst() -> None:
+    record = EvaluationRecord(
+        models={"a": "expert", MERGED: "merged"},
+        scores=[Score(MERGED, "x", {"perplexity": None})],  # type: ignore[dict-item]  # infinite, from a file
+        recovery=[Recovered(MERGED, "a", "x", -1.0, 0.0, None)],
+        layers=[
+            LayerActivations(model, layer, variance, rank)
+            for model, layer, variance, rank in [("a", 0, 0.0, 1.0), (MERGED, 0, 1.0, 1.0), ("a", 1, 2.0, 9.0),
+                                                 (MERGED, 1, 1.0, 3.0)]
+        ],
+    )  # fmt: skip
+    found = by_key(headlines(record))
+    assert math.isnan(found["activation_variance"].value) and found["activation_variance"].place == "layer 0"
+    assert found["effective_rank"].value == pytest.approx(1 / 3)
+    assert math.isnan(found["x_perplexity"].value)
+    assert "recovery" not in found, "an expert that gained nothing has nothing to recover"
+
+
+def test_the_norm_is_that_of_the_worst_tensor_of_the_manifest(tmp_path: Path) -> None:
+    def tensor(ratio: float, *norms: float) -> dict:
+        return {"action": "merge", "geometry": {"norm_ratio": ratio, "norms": norms}}
+
+    tensors = {"a": tensor(0.9, 1, 2), "b": tensor(0.7, 1, 2), "zero": tensor(math.nan, 0, 0), "c": {"action": "copy"}}
+    (tmp_path / "merge_manifest.json").write_text(json.dumps({"format_version": 1, "tensors": tensors}))
+    [headline] = norm_headline(tmp_path)
+    assert (headline.name, headline.value, headline.place) == ("norm_ratio", 0.7, "b")
