@@ -46,6 +46,11 @@ class HubFolder(RemoteFolder):
         """Hash of the contents of `name`."""
         return str(self._entries()[name].blob_id)
 
+    def known_sha256(self, name: str) -> str | None:
+        """SHA-256 of `name` where it is known without reading: the Hub tells that of large files."""
+        lfs = self._entries()[name].lfs
+        return str(lfs.sha256) if lfs else None
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes `[start, stop)` of `name`, by one ranged request."""
         from huggingface_hub import get_session, hf_hub_url

@@ -15,6 +15,8 @@ _COMMANDS = {
     "inspect": ("preflight", "Measure angles and norms: can the choice of method matter here?"),
     "evaluate": ("evaluate", "Compare a merged model with its experts on your texts."),
     "verify": ("output", "Recompute a merge and compare it bit for bit."),
+    "reproduce": ("reproduce", "Make a pushed merge again from its record, and compare."),
+    "diff": ("diff", "Explain how two merges differ."),
     "card": ("output", "Write the model card of a merge again."),
     "push": ("output", "Upload a merge to the Hugging Face Hub."),
     "extract-lora": ("extract", "Turn a fine-tuned model into a LoRA adapter of its base."),

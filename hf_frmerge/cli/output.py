@@ -14,10 +14,18 @@ from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only
 @click.argument("output_dir", metavar="DIR")
 @click.option("--experts", multiple=True, metavar="EXPERT", help="Where an expert is now; give all, in their order.")
 @click.option("--base-model", metavar="MODEL", help="Where the base model is now.")
+@click.option(
+    "--sha256", is_flag=True, help="Compare weight files by SHA-256 too, and record those that the manifest lacks."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def verify(
-    ctx: click.Context, output_dir: str, experts: tuple[str, ...], base_model: str | None, as_json: bool
+    ctx: click.Context,
+    output_dir: str,
+    experts: tuple[str, ...],
+    base_model: str | None,
+    sha256: bool,
+    as_json: bool,
 ) -> None:
     """
     Recompute a merge and compare it bit for bit.
@@ -28,7 +36,7 @@ def verify(
     with results_only():
         from hf_frmerge.merging.verify import verify as verify_folder
 
-        report = verify_folder(output_dir, experts=experts or None, base_model=base_model)
+        report = verify_folder(output_dir, experts=experts or None, base_model=base_model, sha256=sha256)
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
     else:

@@ -15,6 +15,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.compare import Recovered, Score
     from hf_frmerge.merging.extract import ExtractedAdapter
+    from hf_frmerge.merging.reproduce import Reproduction
     from hf_frmerge.merging.verify import VerifyReport
 
 _TIE = math.log(1.01)  # a few thousand tokens do not tell perplexities apart that differ by less than 1%
@@ -191,6 +192,30 @@ def print_verification(report: VerifyReport, output_dir: str) -> None:
     else:
         count = len(report.problems)
         out.print(f"{output_dir}: {count} problem{'s' if count > 1 else ''}; {checked}.", style="bold red")
+    if report.without_sha256:
+        files = ", ".join(report.without_sha256)
+        out.print(f"No SHA-256 was recorded of inputs that are not here as they were merged: {files}.", style="yellow")
+
+
+def print_reproduction(found: Reproduction, model: str) -> None:
+    """Print whether a merge made again is the same, what is not, and what may be the cause."""
+    out = console()
+    shown = 20
+    for difference in found.differences[:shown]:
+        out.print(difference, style="red")
+    if len(found.differences) > shown:
+        out.print(f"... and {len(found.differences) - shown} more; --json lists all.", style="red")
+    compared = f"{found.n_tensors} tensors and {found.n_files} files compared"
+    if found.identical:
+        out.print(f"{model} was made again, identical bit for bit: {compared}.", style="green")
+    else:
+        out.print(f"{model} was made again and is not the same: {compared}.", style="bold red")
+    if found.causes:
+        out.print("Not as it was then:")
+        for cause in found.causes:
+            out.print(f"  {cause}")
+    if found.output_dir is not None:
+        out.print(f"Output: {found.output_dir}", style="bold")
 
 
 def print_extracted(extracted: ExtractedAdapter) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_frmerge.checkpoints.files import open_folder
 from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE
@@ -290,27 +291,29 @@ def save_record(folder: Path | str, record: EvaluationRecord) -> None:
 
 def load_record(folder: Path | str) -> EvaluationRecord | None:
     """
-    Read the record beside the merged weights; `None` if there is none, or it is of a merge that was since replaced.
+    Read the record beside the merged weights, in a folder or behind a URL (`hub://org/name@commit`).
+
+    `None` if there is none, or it is of a merge that was since replaced.
 
     Raises:
         CheckpointError: If the file is damaged.
     """
-    path = Path(folder) / EVALUATION_FILE
-    if not path.is_file():
+    opened = open_folder(str(folder))
+    if not opened.exists(EVALUATION_FILE):
         return None
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry = json.loads(opened.read(EVALUATION_FILE))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}. Evaluate again.") from error
-    if entry.get("format_version") != FORMAT_VERSION or entry["merge"] != merge_digest(path.parent):
+        raise CheckpointError(f"{folder}/{EVALUATION_FILE} is not valid JSON: {error}. Evaluate again.") from error
+    if entry.get("format_version") != FORMAT_VERSION or entry["merge"] != merge_digest(folder):
         return None
     return EvaluationRecord.from_dict(entry)
 
 
-def merge_digest(folder: Path) -> str | None:
+def merge_digest(folder: Path | str) -> str | None:
     """The coefficient table identifies a merge of given experts."""
-    path = folder / COEFFICIENTS_FILE
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    opened = open_folder(str(folder))
+    return hashlib.sha256(opened.read(COEFFICIENTS_FILE)).hexdigest() if opened.exists(COEFFICIENTS_FILE) else None
 
 
 def _distance(row: dict[str, Any]) -> FunctionDistance:

@@ -124,6 +124,6 @@ def _statistics(tensors: dict[str, dict[str, Any]]) -> CardStatistics:
         karcher_nre_gap_median=median("gap_to_nre"),
         karcher_nre_gap_max=max(values("gap_to_nre"), default=None),
         worst_residual=max(values("residual"), default=None),
-        n_not_converged=sum(not entry["geometry"]["converged"] for entry in merged),
+        n_not_converged=sum(bool(entry["geometry"]["unconverged"]) for entry in merged),
         n_ambiguous=sum(entry["geometry"]["n_ambiguous"] for entry in merged),
     )

@@ -54,12 +54,17 @@ def hide_local_paths(text: str, sources: Sequence[CardSource] = ()) -> str:
     return _ABSOLUTE_PATH.sub(lambda match: "./" + re.split(r"[\\/]", match[0].rstrip("\\/"))[-1], text)
 
 
+def is_about_the_result(argument: str) -> bool:
+    """Whether an argument can change the merged model: not if it says where to run, what to print or where to push."""
+    return not (argument in _NOT_THE_MERGE or argument.startswith("hub_") or argument.endswith("_token"))
+
+
 def result_arguments(card: MergeCard) -> dict[str, object]:
     """Non-default arguments that decide the result, with local paths hidden; never a token."""
     return {
         name: _hide(value, card.sources)
         for name, value in card.non_default_arguments.items()
-        if name not in _NOT_THE_MERGE and not name.startswith("hub_") and not name.endswith("_token")
+        if is_about_the_result(name)
     }
 
 

@@ -36,6 +36,7 @@ class MergedModule:
     Attributes:
         module: path in the base model.
         target: tensor of the base that it changes.
+        keys: names of the written factors, down and up.
         rank: rank of the written factors.
         coefficients: one per adapter, on its delta.
         geometry: norms, angles and convergence of its block (all modules of the block together).
@@ -45,6 +46,7 @@ class MergedModule:
 
     module: str
     target: str
+    keys: tuple[str, str]
     rank: int
     coefficients: tuple[float, ...]
     geometry: Geometry
@@ -202,9 +204,9 @@ class _Plan:
         else:
             pair, error = self.exact(), 0.0
         writer.write(self.output, pair.B, pair.A)
-        first = self.row.first
+        first, keys = self.row.first, self.output.keys
         coefficients = tuple(self.coefficients.tolist())
-        return MergedModule(first.module, first.target, self.rank, coefficients, self.geometry, self.norm, error)
+        return MergedModule(first.module, first.target, keys, self.rank, coefficients, self.geometry, self.norm, error)
 
 
 def _check_arguments(adapters: Sequence[Adapter], weights: Sequence[float], block: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,18 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge import __version__
+from hf_frmerge.checkpoints.files import open_folder
 from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.errors import CheckpointError
+from hf_frmerge.merging import checksums
+from hf_frmerge.merging.checksums import file_entry, input_files, is_unchanged, modification_marks, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from hf_frmerge.checkpoints.layout import Shard
     from hf_frmerge.merging.outcomes import StepOutcome
     from hf_frmerge.merging.plan import Expert, MergePlan
 
@@ -30,7 +34,10 @@ COEFFICIENTS_FILE = "merge_coefficients.safetensors"
 LOCAL_SOURCES_FILE = ".frmerge_sources.json"
 """Where the models lie on this machine. Kept beside the manifest, and never pushed."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SCHEMA_FILE = "merge_manifest.schema.json"
+"""JSON schema of the manifest, beside this module."""
+
 _PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 
 
@@ -46,20 +53,20 @@ def write_coefficients(output_dir: Path, outcomes: Sequence[StepOutcome]) -> Non
     write_file(output_dir / COEFFICIENTS_FILE, save(table, metadata={"format": "np"}))
 
 
-def read_coefficients(output_dir: Path) -> dict[str, NDArray[np.float64]]:
-    """Read the coefficient table."""
+def read_coefficients(output_dir: Path | str) -> dict[str, NDArray[np.float64]]:
+    """Read the coefficient table, from a folder as `read_manifest` does."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
-    path = output_dir / COEFFICIENTS_FILE
-    if not path.exists():
+    folder = open_folder(str(output_dir))
+    if not folder.exists(COEFFICIENTS_FILE):
         raise CheckpointError(
             f"{output_dir} has no {COEFFICIENTS_FILE}: it was not written by hf_frmerge, or is torn."
         )
     try:
-        return load_file(path)
+        return load(folder.read(COEFFICIENTS_FILE))
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Merge again.") from error
+        raise CheckpointError(f"{output_dir}/{COEFFICIENTS_FILE} is damaged: {error}. Merge again.") from error
 
 
 def write_manifest(
@@ -82,47 +89,91 @@ def write_manifest(
     """
     arguments = plan.args.to_dict()
     arguments.pop("output_dir")
-    manifest = {
+    shards = plan.layout.shards if plan.layout else ()
+    manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "hf_frmerge": __version__,
         "output_kind": plan.output_kind,
         "method": plan.args.method,
         "space": plan.space,
         "arguments": arguments,
-        "experts": [{**_source(e), "weight": w} for e, w in zip(plan.experts, plan.weights)],
-        "base_model": _source(plan.base) if plan.base else None,
+        "experts": [{**_source(e, plan), "weight": w} for e, w in zip(plan.experts, plan.weights)],
+        "base_model": _source(plan.base, plan) if plan.base else None,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "n_processes": n_processes,
+        "machine": {"architecture": platform.machine(), "system": platform.system()},
         "report": {name: value for name, value in report.items() if name not in ("output_dir", "notes")},
         "versions": package_versions(),
         "notes": [_without_paths(note, plan.models) for note in plan.notes],
         "files": {
-            **{
-                shard.file: {"size": shard.size, "header_xxh3_128": xxh3_128_hexdigest(shard.header)}
-                for shard in (plan.layout.shards if plan.layout else ())
-            },
+            **{shard.file: _shard_entry(output_dir / shard.file, shard) for shard in shards},
             **{name: file_entry(path) for name, path in small_files.items()},
         },
         "tensors": {o.step.name: _tensor(o) | (details or {}).get(o.step.name, {}) for o in outcomes},
     }
-    write_file(output_dir / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+    write_file(output_dir / MANIFEST_FILE, _as_text(manifest))
     paths = [m.source.path if "://" in m.source.path else str(Path(m.source.path).resolve()) for m in plan.models]
-    write_file(output_dir / LOCAL_SOURCES_FILE, json.dumps({"models": paths}) + "\n")
+    marks = [modification_marks(path, entry["files"]) for path, entry in zip(paths, recorded_models(manifest))]
+    write_file(output_dir / LOCAL_SOURCES_FILE, json.dumps({"models": paths, "marks": marks}) + "\n")
 
 
-def read_manifest(output_dir: Path) -> dict[str, Any]:
+def record_checksums(output_dir: Path, known: Mapping[str, str] | None = None) -> list[str]:
     """
-    Read `merge_manifest.json`.
+    Fill in the SHA-256 that the manifest of a finished merge lacks.
+
+    Args:
+        output_dir: Folder of the merge.
+        known: SHA-256 of its files that somebody computed already, such as the client that uploads them.
+
+    Returns:
+        Inputs that stay without one, as `model: file`: they are not on this machine, or were rewritten since.
+    """
+    manifest = read_manifest(output_dir)
+    for name, entry in manifest["files"].items():
+        if entry["sha256"] is None:
+            entry["sha256"] = (known or {}).get(name) or sha256_of(output_dir / name)
+    missing = []
+    paths, marks = local_sources(output_dir, manifest)
+    for model, path, unchanged in zip(recorded_models(manifest), paths, marks):
+        for name, entry in model["files"].items():
+            if entry["sha256"] is None and path is not None and is_unchanged(path, name, unchanged):
+                entry["sha256"] = sha256_of(Path(path) / name)
+            if entry["sha256"] is None:
+                missing.append(f"{model['id']}: {name}")
+    if _as_text(manifest) != (output_dir / MANIFEST_FILE).read_text(encoding="utf-8"):
+        write_file(output_dir / MANIFEST_FILE, _as_text(manifest))
+    return missing
+
+
+def recorded_models(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of the experts, then that of the base model if there is one."""
+    return [*manifest["experts"], *([manifest["base_model"]] if manifest["base_model"] else [])]
+
+
+def local_sources(output_dir: Path, manifest: dict[str, Any]) -> tuple[list[str | None], list[dict[str, str]]]:
+    """Where the recorded models lie on this machine (`None` if that is not known here), and marks of their files."""
+    file = output_dir / LOCAL_SOURCES_FILE
+    if not file.exists():
+        n_models = len(recorded_models(manifest))
+        return [None] * n_models, [{} for _ in range(n_models)]
+    known = json.loads(file.read_text(encoding="utf-8"))
+    return known["models"], known["marks"]
+
+
+def read_manifest(output_dir: Path | str) -> dict[str, Any]:
+    """
+    Read `merge_manifest.json` from a folder, local or behind a URL (`hub://org/name@commit`: only this file).
 
     Raises:
-        CheckpointError: If there is none, or it is of a later format.
+        CheckpointError: If there is none, or it is of another format.
     """
-    path = output_dir / MANIFEST_FILE
-    if not path.exists():
+    folder, path = open_folder(str(output_dir)), f"{output_dir}/{MANIFEST_FILE}"
+    if not folder.exists(MANIFEST_FILE):
         raise CheckpointError(
             f"{output_dir} has no {MANIFEST_FILE}. Expected a folder that `frmerge merge` wrote, complete."
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}. Merge again.") from error
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -131,12 +182,6 @@ def read_manifest(output_dir: Path) -> dict[str, Any]:
             "hf_frmerge."
         )
     return manifest
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a small file."""
-    data = path.read_bytes()
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def package_versions() -> dict[str, str]:
@@ -150,16 +195,26 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def _source(expert: Expert) -> dict[str, Any]:
+def _as_text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
+
+
+def _shard_entry(path: Path, shard: Shard) -> dict[str, Any]:
+    sha256 = sha256_of(path) if shard.size <= checksums.SMALL_FILE else None
+    return {"size": shard.size, "sha256": sha256, "header_xxh3_128": xxh3_128_hexdigest(shard.header)}
+
+
+def _source(expert: Expert, plan: MergePlan) -> dict[str, Any]:
     """Identity of a model. Local folders are known by their name only: the manifest is pushed."""
     source = expert.source
+    is_donor = plan.layout is not None and expert is plan.donor
     return {
         "id": source.repo_id or Path(source.path).name,
         "on_hub": source.repo_id is not None,
         "revision": source.revision,
         "commit": source.commit,
         "kind": source.kind,
-        "files": expert.weights.files,
+        "files": input_files(expert, is_donor=is_donor),
     }
 
 

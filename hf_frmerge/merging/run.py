@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
+from hf_frmerge.checkpoints.reader import INDEX_FILE
 from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
@@ -139,6 +140,8 @@ def _finish(
     write_coefficients(output, outcomes)
     small = {name: output / name for name in [*copy_donor_files(donor, output), COEFFICIENTS_FILE]}
     writer.publish()
+    if writer.layout.index_json() is not None:
+        small[INDEX_FILE] = output / INDEX_FILE
     config = small[CONFIG_FILE] = write_config(donor, writer.staging, dtype=plan.args.dtype)
     write_manifest(output, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
     config.replace(output / CONFIG_FILE)

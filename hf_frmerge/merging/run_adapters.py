@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from xxhash import xxh3_128_hexdigest
 
-from hf_frmerge.checkpoints.reader import ADAPTER_FILE
+from hf_frmerge.checkpoints.reader import ADAPTER_FILE, open_checkpoint
+from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapters import MergedAdapter, MergedModule, merge_adapters
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
@@ -73,9 +75,23 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOu
         report=report,
         n_processes=n_processes,
         small_files={name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE)},
-        details={m.target: {"rank": m.rank, "truncation_error": m.truncation_error} for m in merged.modules},
+        details=_details(merged),
     )
     return MergeOutcome(True, report)
+
+
+def _details(merged: MergedAdapter) -> dict[str, dict[str, Any]]:
+    """What the record says of a module beside its geometry; the digest is that of its factors, down then up."""
+    folder = str(merged.output_dir)
+    with open_checkpoint(Source(folder, "adapter", folder)) as written:
+        return {
+            module.target: {
+                "rank": module.rank,
+                "truncation_error": module.truncation_error,
+                "output_xxh3_128": xxh3_128_hexdigest(b"".join(written.read(key).data for key in module.keys)),
+            }
+            for module in merged.modules
+        }
 
 
 def _merge_factors(plan: MergePlan, output: Path, done: Callable[[MergedModule], None]) -> MergedAdapter:

@@ -35,10 +35,10 @@ class Geometry:
         gap_to_nre: largest angle in any block between the merged point and the norm-rescaled mean, in radians.
         n_iter: most steps any block took.
         residual: worst tangent norm at the end, in radians.
-        converged: whether every block met the tolerance.
+        unconverged: indices of the blocks that did not meet the tolerance.
         n_ambiguous: blocks in which no direction is preferred.
         pair_angles: median over blocks of the angle between two experts, in radians, to four digits, of the pairs
-            (0, 1), (0, 2), ..., (1, 2), ...; `None` where one of the two is zero. Not in records of older versions.
+            (0, 1), (0, 2), ..., (1, 2), ...; `None` where one of the two is zero.
     """
 
     norms: tuple[float, ...]
@@ -49,9 +49,14 @@ class Geometry:
     gap_to_nre: float
     n_iter: int
     residual: float
-    converged: bool
+    unconverged: tuple[int, ...]
     n_ambiguous: int
     pair_angles: tuple[float | None, ...] = ()
+
+    @property
+    def converged(self) -> bool:
+        """Whether every block met the tolerance."""
+        return not self.unconverged
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def solve(
         gap_to_nre=float(np.nan_to_num(_angles(pair, norms(pair))).max(initial=0.0)),
         n_iter=int(np.max(result.n_iter)),
         residual=float(np.max(result.residual)),
-        converged=bool(np.all(result.converged)),
+        unconverged=tuple(np.flatnonzero(~np.atleast_1d(result.converged)).tolist()),
         n_ambiguous=n_ambiguous,
         pair_angles=tuple(_medians(angles_BP)),
     )

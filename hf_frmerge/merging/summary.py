@@ -84,6 +84,6 @@ def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
         "gap_to_nre": {"median": float(np.median(gaps)), "max": max(gaps)},
         "n_iter": max(g.n_iter for g in geometry),
         "residual": max(g.residual for g in geometry),
-        "n_not_converged": sum(not g.converged for g in geometry),
+        "n_not_converged": sum(len(g.unconverged) for g in geometry),
         "n_ambiguous": sum(g.n_ambiguous for g in geometry),
     }

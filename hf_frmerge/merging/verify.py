@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,14 +17,13 @@ from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.kernels.blas import one_blas_thread
-from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.blocks import pieces
+from hf_frmerge.merging.checksums import sha256_of
 from hf_frmerge.merging.engine import StepObserver, worker_count
-from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, read_coefficients, read_manifest
+from hf_frmerge.merging.manifest import local_sources, read_coefficients, read_manifest, record_checksums
 from hf_frmerge.merging.operands import join_digests
-from hf_frmerge.merging.plan import MergePlan, TensorStep
-from hf_frmerge.merging.planning import build_plan
 from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.recorded import find_models, plan_again
 from hf_frmerge.merging.run import run_merge
 
 if TYPE_CHECKING:
@@ -37,15 +34,22 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.reader import Checkpoint
     from hf_frmerge.kernels import Kernels
     from hf_frmerge.merging.operands import TensorInputs
+    from hf_frmerge.merging.plan import MergePlan, TensorStep
 
 
 @dataclass
 class VerifyReport:
-    """What was checked, and every problem found as a sentence."""
+    """
+    What was checked, and every problem found as a sentence.
+
+    Attributes:
+        without_sha256: inputs whose SHA-256 was to be recorded but cannot be: `model: file`.
+    """
 
     checked_files: int = 0
     checked_tensors: int = 0
     problems: list[str] = field(default_factory=list)
+    without_sha256: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -53,7 +57,13 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model: str | None = None) -> VerifyReport:
+def verify(
+    output_dir: str,
+    *,
+    experts: Sequence[str] | None = None,
+    base_model: str | None = None,
+    sha256: bool = False,
+) -> VerifyReport:
     """
     Check a merged model against its record and its experts.
 
@@ -64,6 +74,8 @@ def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model:
         output_dir: Folder of the merged model, or its Hub id.
         experts: Where the experts are, if they are not where they were.
         base_model: Where the base model is, if it is not where it was.
+        sha256: Whether to compare weight files by SHA-256 too, and, if all is well, to record those that the manifest
+            lacks.
 
     Raises:
         CheckpointError: If the folder holds no merge, or the experts cannot be found.
@@ -72,7 +84,7 @@ def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model:
     folder = Path(output_dir) if Path(output_dir).is_dir() else Path(resolve(output_dir).path)
     manifest = read_manifest(folder)
     report = VerifyReport()
-    _check_files(folder, manifest, report)
+    _check_files(folder, manifest, report, sha256)
     try:
         coefficients = read_coefficients(folder)
         merged = open_checkpoint(Source(output_dir, manifest["output_kind"], str(folder)))
@@ -84,6 +96,8 @@ def verify(output_dir: str, *, experts: Sequence[str] | None = None, base_model:
             _check_adapter(merged, plan, report)
         else:
             _check_model(merged, coefficients, manifest, plan, report)
+    if sha256 and report.ok:
+        report.without_sha256 = record_checksums(folder)
     return report
 
 
@@ -120,19 +134,21 @@ def _check_adapter(found: Checkpoint, plan: MergePlan, report: VerifyReport) -> 
                     report.problems.append(f"Tensor {name!r} differs from what its experts and options give.")
 
 
-def _check_files(folder: Path, manifest: dict[str, Any], report: VerifyReport) -> None:
+def _check_files(folder: Path, manifest: dict[str, Any], report: VerifyReport, sha256: bool) -> None:
     for name, entry in manifest["files"].items():
         report.checked_files += 1
         path = folder / name
         if not path.exists():
             report.problems.append(f"File {name} is missing.")
             continue
+        # All bytes of weights are compared anyway: the header here, the tensors later.
+        is_hashed = entry["sha256"] is not None and (sha256 or "header_xxh3_128" not in entry)
         if path.stat().st_size != entry["size"]:
             report.problems.append(f"File {name} has {path.stat().st_size} bytes, {entry['size']} were written.")
-        elif "sha256" in entry and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
-            report.problems.append(f"File {name} was changed after the merge.")
         elif "header_xxh3_128" in entry and _header_digest(path) != entry["header_xxh3_128"]:
             report.problems.append(f"The header of {name} was changed after the merge.")
+        elif is_hashed and sha256_of(path) != entry["sha256"]:
+            report.problems.append(f"File {name} was changed after the merge.")
 
 
 def _header_digest(path: Path) -> str:
@@ -143,30 +159,14 @@ def _header_digest(path: Path) -> str:
 
 def _plan(folder: Path, manifest: dict[str, Any], experts: Sequence[str] | None, base_model: str | None) -> MergePlan:
     """Rebuild the plan of the merge from its manifest."""
-    models = [*manifest["experts"], *([manifest["base_model"]] if manifest["base_model"] else [])]
-    specs = _specs(folder, models)
     n_experts = len(manifest["experts"])
     if experts is not None and len(experts) != n_experts:
         raise CheckpointError(f"The merge had {n_experts} experts, but {len(experts)} were given.")
-    arguments = {name: value for name, value in manifest["arguments"].items() if not name.endswith("_token")}
+    given: list[str | None] = [*experts] if experts is not None else [None] * n_experts
+    here, _ = local_sources(folder, manifest)
+    models = find_models(manifest, [*given, base_model], here, option="--experts and --base-model")
     # A folder that cannot be an input: nothing is written, but a plan wants a place to write to.
-    arguments |= {"space": manifest["space"], "output_dir": str(folder / "verify"), "push_to_hub": False}
-    chosen = list(experts) if experts is not None else specs[:n_experts]
-    base = base_model or (specs[n_experts] if manifest["base_model"] else None)
-    missing = [model["id"] for model, spec in zip(models, [*chosen, base]) if spec is None]
-    if missing:
-        raise CheckpointError(
-            f"The merge used local models that are not known on this machine: {', '.join(missing)}. Say where they "
-            "are with --experts and --base-model."
-        )
-    weights = [expert["weight"] for expert in manifest["experts"]]
-    return build_plan([spec for spec in chosen if spec], MergingArguments(**arguments), weights, base)
-
-
-def _specs(folder: Path, models: list[dict[str, Any]]) -> list[str | None]:
-    local = folder / LOCAL_SOURCES_FILE
-    paths = json.loads(local.read_text())["models"] if local.exists() else [None] * len(models)
-    return [f"{m['id']}@{m['commit']}" if m["on_hub"] else path for m, path in zip(models, paths)]
+    return plan_again(manifest, models, output_dir=str(folder / "verify"))
 
 
 def _check_tensor(

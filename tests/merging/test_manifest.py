@@ -34,6 +34,11 @@ def tensor_bytes(folder: Path | str, name: str) -> bytes:
     return load_file(Path(folder) / "model.safetensors")[name].contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def entry_of(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def test_models_on_the_hub_are_pinned_to_their_commits(hub: HubServer, tmp_path: Path) -> None:
     base, experts = write_family(tmp_path, 2)
     repos = {}
@@ -44,15 +49,19 @@ def test_models_on_the_hub_are_pinned_to_their_commits(hub: HubServer, tmp_path:
     newer = repos["e0"].add_commit(repos["e0"].commit_of("main"), "newer", dict(repos["e0"].commit_of("main").files))
     repos["e0"].branches["main"], repos["e0"].branches["v1"] = newer.oid, old
     found = merge(["ann/e0@v1", "ann/e1"], tmp_path / "out", [3, 1], "ann/base", hub_token=ALICE_TOKEN)
-    size = (Path(base) / "model.safetensors").stat().st_size
-    common = {"on_hub": True, "kind": "full", "files": {"model.safetensors": size}}
-    assert found["experts"] == [
-        {"id": "ann/e0", "revision": "v1", "commit": old, "weight": 0.75} | common,
-        {"id": "ann/e1", "revision": None, "commit": repos["e1"].branches["main"], "weight": 0.25} | common,
+    common = {"on_hub": True, "kind": "full"}
+    files = [
+        {name: entry_of(Path(folder) / name) for name in ("model.safetensors", "config.json")} for folder in experts
     ]
-    assert (
-        found["base_model"] == {"id": "ann/base", "revision": None, "commit": repos["base"].branches["main"]} | common
-    )
+    assert found["experts"] == [
+        {"id": "ann/e0", "revision": "v1", "commit": old, "weight": 0.75, "files": files[0]} | common,
+        {"id": "ann/e1", "revision": None, "commit": repos["e1"].branches["main"], "weight": 0.25, "files": files[1]}
+        | common,
+    ]
+    head = repos["base"].branches["main"]
+    assert {name: found["base_model"][name] for name in ("id", "revision", "commit")} == {
+        "id": "ann/base", "revision": None, "commit": head,
+    }  # fmt: skip
     assert ALICE_TOKEN not in (tmp_path / "out" / "merge_manifest.json").read_text()
     card = (tmp_path / "out" / "README.md").read_text()
     assert ALICE_TOKEN not in card and old in card
@@ -65,7 +74,7 @@ def test_arguments_versions_and_totals(tmp_path: Path) -> None:
     assert {name: found["arguments"][name] for name in options} == options
     assert found["arguments"]["hub_token"] == "<HUB_TOKEN>"
     assert (found["format_version"], found["method"], found["space"], found["output_kind"]) == (
-        1, "nre", "weights", "full",
+        2, "nre", "weights", "full",
     )  # fmt: skip
     # What was recorded makes the same arguments again.
     again = MergingArguments(**{k: v for k, v in found["arguments"].items() if k != "hub_token"})
@@ -95,13 +104,9 @@ def test_digests_are_those_of_the_bytes(tmp_path: Path) -> None:
         assert (entry["action"], entry["dtype"], entry["shape"]) == ("merge", "BF16", list(SHAPES[name]))
     weights = (out / "model.safetensors").read_bytes()
     header = weights[: 8 + int.from_bytes(weights[:8], "little")]
-    assert found["files"].pop("model.safetensors") == {
-        "size": len(weights), "header_xxh3_128": xxh3_128_hexdigest(header),
-    }  # fmt: skip
-    assert set(found["files"]) == {"config.json", "merge_coefficients.safetensors"}
-    for name, entry in found["files"].items():
-        data = (out / name).read_bytes()
-        assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert found["files"]["model.safetensors"].pop("header_xxh3_128") == xxh3_128_hexdigest(header)
+    assert set(found["files"]) == {"model.safetensors", "config.json", "merge_coefficients.safetensors"}
+    assert found["files"] == {name: entry_of(out / name) for name in found["files"]}
 
 
 def test_copies_say_where_they_come_from(tmp_path: Path) -> None:
@@ -193,7 +198,7 @@ def test_reading_refuses_what_is_not_a_record(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"merge_coefficients.safetensors is damaged"):
         read_coefficients(tmp_path)
     (tmp_path / "merge_manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"has format None, this version reads 1"):
+    with pytest.raises(CheckpointError, match=r"has format None, this version reads 2"):
         read_manifest(tmp_path)
     (tmp_path / "merge_manifest.json").write_text('{"format_version"')
     with pytest.raises(CheckpointError, match=r"merge_manifest.json is not valid JSON"):

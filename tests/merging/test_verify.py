@@ -256,7 +256,7 @@ def test_a_folder_without_a_merge_and_one_of_a_later_format(merged: Path) -> Non
         verify(str(merged.parent / "nowhere"))
     manifest = json.loads((merged / "merge_manifest.json").read_text())
     (merged / "merge_manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match=r"has format 99, this version reads 2"):
         verify(str(merged))
 
 

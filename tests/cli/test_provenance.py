@@ -1,0 +1,57 @@
+"""`frmerge reproduce` and `frmerge diff`: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import Result
+
+Frmerge = Callable[..., Result]
+
+
+def test_reproduce_says_identical_and_keeps_the_model_if_asked(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    frmerge("merge", *models.experts, "--output-dir", tmp_path / "out", "--beta", "0.5", "--weights", "3,1")
+    done = frmerge("reproduce", tmp_path / "out", "--output-dir", tmp_path / "again")
+    assert done.exit_code == 0, done.stderr
+    assert "identical bit for bit: 20 tensors" in " ".join(done.stdout.split()) and "Merging" not in done.stdout
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert (tmp_path / "again" / "README.md").is_file()
+    assert frmerge("diff", tmp_path / "out", tmp_path / "again").exit_code == 0
+    assert frmerge("verify", tmp_path / "again").exit_code == 0
+
+
+def test_reproduce_exits_with_1_if_a_bit_is_another(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    frmerge("merge", *models.experts, "--output-dir", out)
+    (out / ".frmerge_sources.json").unlink()
+    lost = frmerge("reproduce", out)
+    assert lost.exit_code == 1 and "--expert NAME=PATH" in lost.stderr
+    right = ["--expert", f"math={models.math}", "--expert", f"code={models.code}"]
+    assert json.loads(frmerge("reproduce", out, *right, "--json").stdout)["identical"] is True
+    swapped = frmerge("reproduce", out, "--expert", f"math={models.code}", "--expert", f"code={models.math}")
+    assert swapped.exit_code == 1
+    text = " ".join(swapped.stdout.split())
+    assert "is not the same" in text and "math is not what was merged then" in text
+    assert frmerge("reproduce", out, "--expert", "math").exit_code == 2
+    assert frmerge("reproduce", tmp_path).exit_code == 1
+
+
+def test_diff_is_read_from_left_to_right(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    for name, weights in (("a", "1,1"), ("b", "3,1")):
+        frmerge("merge", *models.experts, "--output-dir", tmp_path / name, "--weights", weights)
+    done = frmerge("diff", tmp_path / "a", tmp_path / "b")
+    assert done.exit_code == 1, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "math: weight │ 0.5 │ 0.75" in text and "20 of 20 tensors differ" in text
+    found = json.loads(frmerge("diff", tmp_path / "a", tmp_path / "b", "--json").stdout)
+    assert found["same_model"] is False and len(found["different_tensors"]) == 20
+    assert frmerge("diff", tmp_path / "a", tmp_path).exit_code == 1
+
+
+def test_verify_records_checksums(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    frmerge("merge", *models.experts, "--output-dir", out)
+    assert frmerge("verify", out, "--sha256").exit_code == 0
