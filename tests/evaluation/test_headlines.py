@@ -9,6 +9,7 @@ from evaluation_records import make_record
 
 from hf_frmerge.evaluation.headlines import by_key, headlines, norm_headline
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, LayerActivations, Recovered, Score
+from hf_frmerge.merging.manifest import FORMAT_VERSION
 
 
 def test_headlines_are_the_worst_of_what_was_measured() -> None:
@@ -52,6 +53,6 @@ def test_the_norm_is_that_of_the_worst_tensor_of_the_manifest(tmp_path: Path) ->
         return {"action": "merge", "geometry": {"norm_ratio": ratio, "norms": norms}}
 
     tensors = {"a": tensor(0.9, 1, 2), "b": tensor(0.7, 1, 2), "zero": tensor(math.nan, 0, 0), "c": {"action": "copy"}}
-    (tmp_path / "merge_manifest.json").write_text(json.dumps({"format_version": 1, "tensors": tensors}))
+    (tmp_path / "merge_manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "tensors": tensors}))
     [headline] = norm_headline(tmp_path)
     assert (headline.name, headline.value, headline.place) == ("norm_ratio", 0.7, "b")

@@ -57,7 +57,8 @@ def write_experts(folder: Path, hub: HubServer) -> None:
 
 
 def launch(launcher: list[str], root: Path, block: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(SCRIPT.parent)}
+    here = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])  # this checkout, whatever is installed
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": here}
     command = [sys.executable, "-m", *launcher, str(SCRIPT), str(root), block]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
