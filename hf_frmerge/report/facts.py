@@ -1,0 +1,122 @@
+"""What a report is drawn from: the record of a merge and, if there is one, of its evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.evaluation.record import EvaluationRecord, load_record
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, read_coefficients, read_manifest
+from hf_frmerge.merging.weight_rules import layer_index
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """
+    One tensor of the merge.
+
+    Attributes:
+        layer: index of the layer it belongs to; `None` for what is outside of the layers.
+        kind: its name without the layer's number and what all layers' tensors have in common: `mlp.up_proj`.
+        geometry: as the manifest has it, see `hf_frmerge.merging.solve.Geometry`; `None` if it was copied.
+        coefficients: `(experts,)`, float64, mean over its blocks; `None` if it was copied.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    action: str
+    n_blocks: int
+    geometry: dict[str, Any] | None
+    coefficients: NDArray[np.float64] | None
+
+
+@dataclass(frozen=True)
+class MergeFacts:
+    """
+    A merge and its evaluation.
+
+    Attributes:
+        name: of the folder.
+        experts: short names, each another one, in the order of the weights.
+        record: `None` if the merge was not evaluated.
+    """
+
+    name: str
+    manifest: dict[str, Any]
+    experts: list[str]
+    tensors: list[TensorFacts]
+    record: EvaluationRecord | None
+
+    @property
+    def merged_tensors(self) -> list[TensorFacts]:
+        """Tensors that are a combination of the experts'."""
+        return [tensor for tensor in self.tensors if tensor.geometry is not None]
+
+    def geometry(self, name: str) -> NDArray[np.float64]:
+        """One number of the geometry of every merged tensor, float64, NaN where it is not known."""
+        return np.array([tensor.geometry[name] for tensor in self.merged_tensors if tensor.geometry], dtype=np.float64)
+
+
+def read_facts(folder: Path | str) -> MergeFacts:
+    """
+    Read what a merge and an evaluation left in a folder.
+
+    Raises:
+        CheckpointError: If the folder holds no finished merge, or a damaged record.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    coefficients = read_coefficients(folder) if (folder / COEFFICIENTS_FILE).exists() else {}
+    kinds = _kinds(manifest["tensors"])
+    tensors = [
+        TensorFacts(
+            name,
+            layer_index(name),
+            kinds[name],
+            entry["action"],
+            entry.get("n_blocks", 0),
+            entry.get("geometry"),
+            coefficients[name].mean(axis=0) if name in coefficients else None,
+        )
+        for name, entry in manifest["tensors"].items()
+    ]
+    experts = short_names([expert["id"] for expert in manifest["experts"]])
+    return MergeFacts(folder.resolve().name, manifest, experts, tensors, load_record(folder))
+
+
+def short_names(ids: Sequence[str]) -> list[str]:
+    """Last parts of Hub ids where these tell the models apart; equal ids get a number."""
+    last = [re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name for name in ids]
+    names = [short if last.count(short) == 1 else name for short, name in zip(last, ids)]
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        seen[name] += 1
+        if names.count(name) > 1 and seen[name] > 1:
+            names[index] = f"{name} ({seen[name]})"
+    return names
+
+
+def _kinds(names: Iterable[str]) -> dict[str, str]:
+    """Tensor -> kind; numbers behind the layer's, such as those of a mixture's experts, become `*`."""
+    parts = {name: name.removesuffix(".weight").split(".") for name in names}
+    layered = [part for name, part in parts.items() if layer_index(name) is not None]
+    heads = {tuple(part[: _first_number(part)]) for part in layered}
+    kinds = {}
+    for name, part in parts.items():
+        index = _first_number(part)
+        head = part[:index] if len(heads) > 1 or index == len(part) else []
+        tail = ["*" if piece.isdigit() else piece for piece in part[index + 1 :]]
+        kinds[name] = ".".join([*head, *tail]) or "layer"
+    return kinds
+
+
+def _first_number(parts: Sequence[str]) -> int:
+    return next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))

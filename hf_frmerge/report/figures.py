@@ -1,0 +1,71 @@
+"""All figures of a merge: drawn by name, and saved as PNG files."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_frmerge.errors import MergeError
+from hf_frmerge.report.facts import MergeFacts, read_facts
+from hf_frmerge.report.function_figures import distances_figure, recovery_figure
+from hf_frmerge.report.geometry_figures import angles_figure, coefficients_figure
+from hf_frmerge.report.representation_figures import layers_figure
+from hf_frmerge.report.style import WIDE, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURES = {
+    "recovery": recovery_figure,
+    "distances": distances_figure,
+    "layers": layers_figure,
+    "angles": angles_figure,
+    "coefficients": coefficients_figure,
+}
+"""Name -> function of the facts and the width in inches; each returns `None` where there is nothing to draw."""
+
+_DPI = 200
+
+
+def draw_figures(facts: MergeFacts, width: float = WIDE) -> dict[str, Figure]:
+    """
+    Draw every figure there is data for.
+
+    Raises:
+        MergeError: If matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise MergeError("Figures are drawn by matplotlib, which is not installed: pip install 'hf_frmerge[report]'")
+    figures = {name: draw(facts, width) for name, draw in FIGURES.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+@styled
+def save_figures(folder: Path | str, into: Path | str) -> dict[str, Path]:
+    """
+    Save the figures of the merge in `folder` as PNG files on white.
+
+    Args:
+        folder (`Path` or `str`):
+            Folder a merge wrote, with or without the record of an evaluation.
+        into (`Path` or `str`):
+            Folder for the files; made if it is not there.
+
+    Returns:
+        `dict[str, Path]`: Name of a figure -> its file. Those there is no data for are left out: `recovery`,
+        `distances` and `layers` need an evaluation.
+
+    Raises:
+        CheckpointError: If `folder` holds no finished merge.
+        MergeError: If matplotlib is not installed.
+    """
+    figures = draw_figures(read_facts(folder))
+    into = Path(into)
+    into.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, figure in figures.items():
+        files[name] = into / f"{name}.png"
+        # Without the version of matplotlib in it, one record gives one file.
+        figure.savefig(files[name], dpi=_DPI, metadata={"Software": None})
+    return files

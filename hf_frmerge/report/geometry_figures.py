@@ -1,0 +1,215 @@
+"""Figures of the geometry: angles between the experts, and the coefficients they came in with."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.report.facts import MergeFacts, TensorFacts
+from hf_frmerge.report.style import HEAT_MAP, INK, MUTED, WIDE, compact, layer_ticks, new_figure, shorten, styled, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+_MAX_KINDS = 14  # rows of a heat map that can still be read
+_MAX_NUMBERED = 7  # experts in a row of the triangle that leave room for numbers
+_LEVEL_CHARACTERS = 24  # of names that fit below the triangle side by side
+_OVER_CELLS = ("#10131a", "#fdfdfd")  # text on light and on dark cells; the cells are the same on any paper
+
+
+@styled
+def angles_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
+    """
+    Draw the angle between every two experts, median over tensors, and how angles run over the layers.
+
+    Returns:
+        `Figure`: A heat map if there are more than two experts, then a scatter plot if there are layers. `None` if
+        the manifest knows neither.
+    """
+    table = pair_angles(facts)
+    has_pairs = table is not None and len(table) > 2
+    has_layers = any(tensor.layer is not None for tensor in facts.merged_tensors)
+    if not has_pairs and not has_layers:
+        return None
+    n = len(facts.experts)
+    side = min(1.9 + 0.13 * n, width - 0.4)  # of the heat map, in inches, with its labels
+    if has_pairs and has_layers and width >= WIDE:
+        figure = new_figure(width, max(2.5, side))
+        places = figure.add_gridspec(1, 2, width_ratios=[side, width - side])
+    elif has_pairs and has_layers:
+        figure = new_figure(width, side + 2.8)
+        places = figure.add_gridspec(2, 1, height_ratios=[side, 2.5])
+    else:
+        figure = new_figure(width, side if has_pairs else 2.6)
+        places = figure.add_gridspec(1, 1)
+    if has_pairs and table is not None:
+        _draw_pairs(figure.add_subplot(places[0]), table, facts.experts)
+    if has_layers:
+        _draw_angles_by_layer(figure.add_subplot(places[-1]), facts.merged_tensors)
+    return figure
+
+
+def pair_angles(facts: MergeFacts) -> NDArray[np.float64] | None:
+    """Median over tensors of the angle of two experts, `(experts, experts)`, in radians; `None` in old records."""
+    rows = [tensor.geometry.get("pair_angles") for tensor in facts.merged_tensors if tensor.geometry]
+    known = np.array([row for row in rows if row], dtype=np.float64)
+    if not known.size:
+        return None
+    n = len(facts.experts)
+    table = np.full((n, n), np.nan)
+    for column, (first, second) in zip(known.T, zip(*np.triu_indices(n, 1))):
+        if not np.isnan(column).all():
+            table[first, second] = table[second, first] = np.nanmedian(column)
+    return table
+
+
+def _draw_pairs(axes: Axes, table: NDArray[np.float64], experts: Sequence[str]) -> None:
+    """Draw the triangle below the diagonal: each pair once, with its number where there is room."""
+    shown = np.where(np.tri(len(table), k=-1, dtype=bool), table, np.nan)[1:, :-1]
+    size = len(shown)
+    highest = max(float(np.nanmax(shown)), 1e-12)
+    image = axes.imshow(shown, cmap=HEAT_MAP, vmin=0, vmax=highest, interpolation="none")
+    if size <= _MAX_NUMBERED:
+        for row, column in np.argwhere(np.tri(size)).tolist():
+            value = shown[row, column]
+            colour = _OVER_CELLS[0] if value > 0.6 * highest else _OVER_CELLS[1]
+            text = "" if math.isnan(value) else f"{value:.{3 if highest < 0.1 else 2}f}"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7.5)
+    else:
+        _colour_bar(axes, image, "rad")
+    names = compact(experts, 12)
+    level = size * max(map(len, names)) <= _LEVEL_CHARACTERS
+    slant: dict[str, Any] = {} if level else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(size), names[:-1], **slant)
+    axes.set_yticks(range(size), names[1:])
+    axes.set_title("Angle of two experts (rad)")
+    tidy(axes, grid="")
+    axes.spines["bottom"].set_visible(False)
+
+
+def _draw_angles_by_layer(axes: Axes, tensors: Sequence[TensorFacts]) -> None:
+    inside = [tensor for tensor in tensors if tensor.layer is not None]
+    layers = np.array([tensor.layer for tensor in inside], dtype=np.float64)
+    angles = np.array([tensor.geometry["mean_angle"] for tensor in inside if tensor.geometry], dtype=np.float64)
+    axes.plot(layers, angles, "o", color=MUTED, alpha=0.45, markersize=2.6, markeredgewidth=0, label="tensors")
+    levels = np.unique(layers)
+    medians = [np.median(angles[layers == level]) for level in levels]
+    axes.plot(levels, medians, color=INK, linewidth=1.8, label="median")
+    axes.set_ylim(0, 1.12 * max(float(angles.max()), 1e-12))
+    axes.margins(x=0.03)
+    axes.set_title("Angle by layer")
+    tidy(axes, "layer", "rad, mean over pairs")
+    layer_ticks(axes)
+    top = int(np.argmax(angles))
+    right = layers[top] > (levels[0] + levels[-1]) / 2
+    axes.annotate(
+        f"{angles[top]:.3g} rad: {shorten(inside[top].kind, 26)}",
+        (layers[top], angles[top]),
+        (-5 if right else 5, 4),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        fontsize=7.5,
+        color=INK,
+    )
+
+
+@styled
+def coefficients_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
+    """
+    Draw the coefficient of every expert over its weight, tensor by tensor: kinds of tensors down, layers across.
+
+    Over its weight, because a plain average is 1 everywhere then, and experts of little weight are seen as well.
+
+    Returns:
+        `Figure`: One heat map an expert, on one scale. `None` if there are no coefficients.
+    """
+    rows, table = coefficient_table(facts)
+    if not rows:
+        return None
+    n = len(facts.experts)
+    most = (3 if n <= 9 else 4) if width >= WIDE else (1 if n <= 6 else 2)
+    columns = 2 if n == 4 and most > 2 else min(n, most)
+    lines = math.ceil(n / columns)
+    figure = new_figure(width, lines * (0.14 * len(rows) + 0.45) + 0.8)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    weights = np.array([expert["weight"] for expert in facts.manifest["experts"]])
+    relative = np.divide(
+        table, weights[:, None, None], out=np.full_like(table, np.nan), where=weights[:, None, None] > 0
+    )
+    low, high = _scale(relative)
+    layers = [tensor.layer for tensor in facts.merged_tensors if tensor.layer is not None]
+    extent = (min(layers, default=0) - 0.5, max(layers, default=0) + 0.5, len(rows) - 0.5, -0.5)
+    names = compact(facts.experts, 26 // columns + 8)
+    for index, axes in enumerate(grid.flat):
+        if index >= n:
+            axes.set_visible(False)
+            continue
+        image = axes.imshow(
+            relative[index], cmap=HEAT_MAP, vmin=low, vmax=high, aspect="auto", interpolation="none", extent=extent
+        )
+        axes.set_title(names[index], fontsize=8.5)
+        tidy(axes, "layer" if index + columns >= n else "", grid="")
+        axes.set_yticks(range(len(rows)), [shorten(row, 24 if columns < 3 else 20) for row in rows])
+        axes.tick_params(axis="y", labelsize=7)
+        axes.tick_params(axis="x", labelbottom=index + columns >= n)
+        axes.spines["bottom"].set_visible(False)
+        layer_ticks(axes)
+    _colour_bar(grid, image, "coefficient ÷ weight of the expert", location="bottom")
+    return figure
+
+
+def coefficient_table(facts: MergeFacts) -> tuple[list[str], NDArray[np.float64]]:
+    """
+    Arrange coefficients by kind of tensor and layer.
+
+    Returns:
+        `tuple`: Names of the rows, and `(experts, rows, layers)`, float64, means over the tensors of a cell. A kind
+        that is in no layer, such as the embedding, has the same value all along its row.
+    """
+    known = [tensor for tensor in facts.merged_tensors if tensor.coefficients is not None]
+    layers = [tensor.layer for tensor in known if tensor.layer is not None]
+    first, width = min(layers, default=0), max(layers, default=0) - min(layers, default=0) + 1
+    kinds = Counter(tensor.kind for tensor in known)
+    kept = {kind for kind, _ in kinds.most_common(_MAX_KINDS if len(kinds) <= _MAX_KINDS else _MAX_KINDS - 1)}
+    other = f"{len(kinds) - len(kept)} other kinds"
+    rows = [kind for kind in kinds if kind in kept] + ([other] if len(kinds) > len(kept) else [])
+    total = np.zeros((len(facts.experts), len(rows), width))
+    count = np.zeros((len(rows), width))
+    for tensor in known:
+        row = rows.index(tensor.kind if tensor.kind in kept else other)
+        columns = range(width) if tensor.layer is None else [tensor.layer - first]
+        total[:, row, columns] += np.reshape(tensor.coefficients, (-1, 1))  # type: ignore[arg-type]  # none is None
+        count[row, columns] += 1
+    with np.errstate(invalid="ignore"):
+        return _short(rows), total / count
+
+
+def _short(rows: list[str]) -> list[str]:
+    last = Counter(row.rpartition(".")[2] for row in rows)
+    return [row.rpartition(".")[2] if last[row.rpartition(".")[2]] == 1 else row for row in rows]
+
+
+def _scale(table: NDArray[np.float64]) -> tuple[float, float]:
+    """Range of the colours: at least 2 % of the largest value, so that noise is not painted as a pattern."""
+    low, high = float(np.nanmin(table)), float(np.nanmax(table))
+    least = 0.02 * max(abs(low), abs(high), 1e-12)
+    missing = max(0.0, least - (high - low)) / 2
+    return low - missing, high + missing
+
+
+def _colour_bar(axes: Any, image: AxesImage, label: str, location: str = "right") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    figure = np.ravel(axes)[0].figure
+    length = 0.7 if location == "right" else min(1.0, 3.0 / figure.get_figwidth())
+    bar = figure.colorbar(image, ax=axes, location=location, shrink=length, aspect=26, pad=0.02, ticks=MaxNLocator(4))
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_label(label, color=MUTED, fontsize=8)
+    bar.ax.tick_params(labelsize=7.5, labelcolor=MUTED, length=0)

@@ -1,0 +1,180 @@
+"""How the figures look: colours, sizes, and the few marks all of them share. Text is black or white paper's ink."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Role -> on light paper, on dark paper. The experts' hues are those of Okabe and Ito (2008), which people with any
+# kind of colour vision tell apart, darkened or lightened to a contrast of at least 3:1 with the paper.
+PALETTE = {
+    "paper": ("#ffffff", "#16181d"),
+    "ink": ("#1c2026", "#eceef2"),
+    "muted": ("#646c78", "#a0a8b4"),
+    "grid": ("#dfe3e8", "#333942"),
+    "expert-1": ("#0072b2", "#58b0ea"),
+    "expert-2": ("#cf5a02", "#ff9453"),
+    "expert-3": ("#008f68", "#3ecb9e"),
+    "expert-4": ("#b5548c", "#eba0cb"),
+    "expert-5": ("#977000", "#e2b53e"),
+    "expert-6": ("#2f8fa8", "#7fdcf0"),
+}
+INK, MUTED, GRID = (PALETTE[role][0] for role in ("ink", "muted", "grid"))
+N_HUES = 6
+"""Experts that get a colour of their own; more cannot be told apart."""
+
+HEAT_MAP = "cividis"  # even steps of lightness, and the same to eyes with and without red and green
+WIDE, NARROW = 7.4, 3.7
+"""Widths of a figure in inches: for a page, and for a phone."""
+
+SIZE = 8.5
+_SETTINGS: Any = {  # matplotlib's stubs list the name of every setting
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures are the same everywhere
+    "font.size": SIZE,
+    "text.color": INK,
+    "text.usetex": False,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelsize": SIZE,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.unicode_minus": True,
+    "figure.dpi": 100,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hf_frmerge",
+}
+
+
+def styled(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function under the settings of this module, whatever the user's are, and put those back."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        import matplotlib
+
+        with matplotlib.rc_context(_SETTINGS):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of a size in inches that belongs to no window and to no global list of figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.03)
+    figure = Figure(figsize=(width, height), layout=layout, facecolor=PALETTE["paper"][0])
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(axes: Axes, x_label: str = "", y_label: str = "", grid: str = "y") -> None:
+    """Leave of a frame what helps to read a value."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(labelsize=8, labelcolor=MUTED, color=GRID, length=0, which="both")
+    if grid:
+        axes.grid(axis=grid, color=GRID, linewidth=0.6)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+
+
+def layer_ticks(axes: Axes) -> None:
+    """Mark whole layers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+
+
+def expert_colour(index: int, n_experts: int) -> str:
+    """Colour of an expert; all have one colour where there are too many to tell apart."""
+    return PALETTE[f"expert-{index + 1}"][0] if n_experts <= N_HUES else PALETTE["expert-1"][0]
+
+
+def shorten(text: str, length: int = 22) -> str:
+    """Cut a name in the middle: both ends tell models apart."""
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
+
+
+def compact(names: Sequence[str], length: int) -> list[str]:
+    """
+    Return names that fit; where one is too long, what all begin with is left out.
+
+    Example:
+
+    ```python
+    >>> compact(["Qwen2.5-7B-math", "Qwen2.5-7B-code"], 20), compact(["Qwen2.5-7B-math", "Qwen2.5-7B-code"], 10)
+    (['Qwen2.5-7B-math', 'Qwen2.5-7B-code'], ['math', 'code'])
+
+    ```
+    """
+    if len(names) > 1 and any(len(name) > length for name in names):
+        first, last = min(names), max(names)  # what these two begin with, all in between begin with
+        common = first[: next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))]
+        start = max(common.rfind(separator) for separator in "-_./ ") + 1
+        names = [name[start:] for name in names]
+    return [shorten(name, length) for name in names]
+
+
+def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], height: float) -> None:
+    """
+    Write `(value, text, colour)` right of where lines end, moved apart until none covers another.
+
+    Args:
+        height: Of the axes, in inches, about.
+    """
+    to_fraction = axes.transScale + axes.transLimits
+    wanted = [
+        (float(np.clip(to_fraction.transform((0.0, value))[1], 0, 1)), text, colour)
+        for value, text, colour in labels
+        if np.isfinite(value)
+    ]
+    wanted.sort(key=lambda label: label[0])
+    gap = 1.25 * 8 / 72 / height
+    places = spread([place for place, _, _ in wanted], gap)
+    for index in reversed(range(len(places))):  # not into the title
+        places[index] = min(places[index], 1 - gap * (len(places) - 1 - index))
+    for place, (_, text, colour) in zip(places, wanted):
+        axes.text(1.03, place, text, color=colour, transform=axes.transAxes, va="center", fontsize=8)
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """
+    Move ascending places to be at least `gap` apart, as little as possible in the sum of squares.
+
+    Example:
+
+    ```python
+    >>> [round(place, 3) for place in spread([0.0, 0.1, 1.0], 0.2)]
+    [-0.05, 0.15, 1.0]
+
+    ```
+    """
+    # Pool adjacent violators: after `i * gap` is taken off, the answer is the closest ascending sequence.
+    pools: list[tuple[float, int]] = []
+    for index, place in enumerate(places):
+        pools.append((place - index * gap, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (mean, count), (last, last_count) = pools[-2:]
+            pools[-2:] = [((mean * count + last * last_count) / (count + last_count), count + last_count)]
+    flat = [mean for mean, count in pools for _ in range(count)]
+    return [place + index * gap for index, place in enumerate(flat)]
