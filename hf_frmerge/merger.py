@@ -30,6 +30,7 @@ from hf_frmerge.merging.processes import Processes
 from hf_frmerge.merging.progress import ProgressCallback
 from hf_frmerge.merging.reporting import reporting_callbacks
 from hf_frmerge.merging.run import run_merge
+from hf_frmerge.merging.space import check_space
 from hf_frmerge.merging.state import MergeState
 
 if TYPE_CHECKING:
@@ -139,13 +140,14 @@ class FisherRaoMerger:
 
     def plan(self) -> MergePlan:
         """
-        Decide what will happen to every tensor, from headers alone.
+        Decide what will happen to every tensor, from headers alone; then download what is on the Hub.
 
         Raises:
             ArgumentError: If options contradict each other or the models.
             CheckpointError: If a model is missing, broken, or does not fit the others.
+            MergeError: If a licence forbids the merge, or a disk is too small.
         """
-        return build_plan(self.experts, self.args, self.weights, self.base_model)
+        return build_plan(self.experts, self.args, self.weights, self.base_model, check=_check_permitted_and_fitting)
 
     def merge(self, resume_from_checkpoint: bool | None = None) -> Self:
         """
@@ -166,7 +168,6 @@ class FisherRaoMerger:
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
         with closing(self.plan()) as plan:
-            licences_of_plan(plan).raise_if_refused()
             for note in plan.notes:
                 logger.warning("%s", note)
             self._begin(plan)
@@ -435,3 +436,8 @@ class FisherRaoMerger:
     def _require_merge(self, call: str) -> None:
         if not self.is_merged:
             raise RuntimeError(f"`{call}` needs a merged model: call `merge()` first.")
+
+
+def _check_permitted_and_fitting(plan: MergePlan) -> None:
+    licences_of_plan(plan).raise_if_refused()
+    check_space(plan)

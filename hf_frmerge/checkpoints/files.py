@@ -28,9 +28,9 @@ _OPEN_MAPPINGS = 32
 def open_folder(path: str) -> LocalFolder | RemoteFolder:
     """Open a checkpoint folder given as a local path or as an fsspec URL."""
     if path.startswith("hub://"):
-        from hf_frmerge.checkpoints.hub_folder import HubFolder
+        from hf_frmerge.checkpoints.hub_folder import found_folder
 
-        return HubFolder(path)
+        return found_folder(path)
     return RemoteFolder(path) if "://" in path else LocalFolder(path)
 
 

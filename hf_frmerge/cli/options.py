@@ -14,7 +14,7 @@ from hf_frmerge.cli.command import SectionOption
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments, read_config
 
-EXPERTS = {"Experts": ("weights", "base_model")}
+EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub")}
 MEAN = {
     "The mean": (
         "method",

@@ -25,24 +25,29 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
     """
     Show what a merge would do, from file headers alone.
 
-    Takes the options of `frmerge merge`, makes all its checks and writes nothing.
+    Takes the options of `frmerge merge`, makes all its checks, and neither writes nor downloads anything.
     """
     expert_arguments, args = arguments_from(experts, config, options)
     with results_only():
         from hf_frmerge.merging.planning import build_plan
+        from hf_frmerge.merging.space import check_space, download_bytes
 
-        with closing(
-            build_plan(
-                expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
-            )
-        ) as merge_plan:
-            description = merge_plan.describe() | {"licences": _licences(merge_plan)}
-    if as_json:
-        click.echo(json.dumps(description, indent=2))
-        return
-    from hf_frmerge.cli.render import print_plan
+        merge_plan = build_plan(
+            expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
+        )
+    with closing(merge_plan):
+        with results_only():
+            description = merge_plan.describe() | {
+                "licences": _licences(merge_plan),
+                "download_bytes": download_bytes(merge_plan),
+            }
+        if as_json:
+            click.echo(json.dumps(description, indent=2))
+        else:
+            from hf_frmerge.cli.render import print_plan
 
-    print_plan(description, args.output_dir)
+            print_plan(description, args.output_dir)
+        check_space(merge_plan)
 
 
 def _licences(merge_plan: MergePlan) -> dict[str, Any]:

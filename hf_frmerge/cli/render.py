@@ -145,8 +145,8 @@ def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
         f"({files}); {human_bytes(plan['disk_free'])} free there."
     )
     out.print(f"Memory: about {human_bytes(plan['memory_estimate'])} for each worker, beside the interpreter.")
-    if plan["output_bytes"] > plan["disk_free"]:
-        out.print("The output does not fit on that disk.", style="bold red")
+    if plan["download_bytes"]:
+        out.print(f"{human_bytes(plan['download_bytes'])} to download from the Hub.")
     for note in [*plan["licences"]["notes"], *plan["notes"]]:
         out.print(f"Note: {note}", style="yellow")
 

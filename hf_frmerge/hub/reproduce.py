@@ -17,7 +17,7 @@ _NOT_THE_MERGE = {
     "output_dir", "overwrite", "resume_from_checkpoint", "num_workers", "memory_budget", "device", "use_cpu",
     "run_name", "report_to", "disable_tqdm", "log_level", "logging_steps", "logging_first_step", "push_to_hub",
     "do_eval", "eval_on_start", "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size",
-    "bf16_full_eval", "fp16_full_eval", "dataloader_num_workers",
+    "bf16_full_eval", "fp16_full_eval", "dataloader_num_workers", "stream_from_hub",
 }  # fmt: skip
 
 _PART = r"[^\s/\\'\"`,;:)\]}|]+"

@@ -161,6 +161,13 @@ class MergingArguments:
     strict: bool = field(
         default=False, metadata=_describe("Raise where experts differ in a way that is otherwise only warned about.")
     )
+    stream_from_hub: bool = field(
+        default=False,
+        metadata=_describe(
+            "Read models of the Hub by byte ranges while they are merged, without downloading them: for a disk that "
+            "cannot hold them."
+        ),
+    )
     memory_budget: str = field(
         default="512MiB", metadata=_describe("Memory for the pieces of tensors in flight, such as 2GiB.")
     )

@@ -29,6 +29,7 @@ _FREE_OPTIONS = frozenset(
         "resume_from_checkpoint",
         "allow_license",
         "strict",
+        "stream_from_hub",
         "memory_budget",
         "num_workers",
         "device",

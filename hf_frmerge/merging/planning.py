@@ -11,7 +11,8 @@ from hf_frmerge.checkpoints.alignment import align
 from hf_frmerge.checkpoints.donor import find_disagreements
 from hf_frmerge.checkpoints.layout import ShardLayout
 from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
-from hf_frmerge.checkpoints.resolve import resolve_all
+from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
+from hf_frmerge.checkpoints.source import is_on_hub
 from hf_frmerge.checkpoints.writer import STAGING
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapter_rows import align_adapters, missing_notes
@@ -21,7 +22,7 @@ from hf_frmerge.merging.plan import Expert, MergePlan, TensorStep
 from hf_frmerge.merging.weight_rules import WeightSchedule, layer_index
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from hf_frmerge.checkpoints.adapter import Adapter
     from hf_frmerge.checkpoints.resolve import Source
@@ -37,16 +38,21 @@ def build_plan(
     base_model: str | None = None,
     *,
     download: bool = True,
+    check: Callable[[MergePlan], None] | None = None,
 ) -> MergePlan:
     """
     Resolve, open and align the models and decide what happens to every tensor. Reads headers only.
+
+    Models of the Hub that are not in the cache are planned from their headers there, and downloaded after that: what
+    cannot be merged is refused before the download.
 
     Args:
         experts: Two or more folders or Hub ids, full checkpoints or adapters.
         args: Options.
         weights: One non-negative number per expert; all alike by default.
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
-        download: Fetch models from the Hub. A plan that is only looked at reads their headers by ranges instead.
+        download: Fetch models from the Hub, unless `args.stream_from_hub`. A plan that is only looked at needs none.
+        check: Called with the plan before anything is downloaded; may raise.
 
     Raises:
         ArgumentError: If options contradict each other or the models.
@@ -55,10 +61,24 @@ def build_plan(
     if len(experts) < 2:
         raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
     alphas = validate_weights(weights, len(experts))
-    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=download)
+    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
     check_output_dir(args, [source.path for source in sources])
+    plan = _plan(sources, args, alphas, base_model is not None)
+    try:
+        if check is not None:
+            check(plan)
+        if not download or args.stream_from_hub or not any(is_on_hub(source) for source in sources):
+            return plan
+    except BaseException:
+        plan.close()
+        raise
+    plan.close()
+    return _plan(fetch_all(sources, token=args.hub_token), args, alphas, base_model is not None)
+
+
+def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float], with_base: bool) -> MergePlan:
     opened = [_open(source) for source in sources]
-    base = opened.pop() if base_model else None
+    base = opened.pop() if with_base else None
     if args.method == "slerp" and len(opened) != 2:
         raise ArgumentError(
             f"slerp joins exactly two experts, got {len(opened)}. Use method='karcher', its extension."

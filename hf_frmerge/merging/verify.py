@@ -80,8 +80,7 @@ def verify(
     Raises:
         CheckpointError: If the folder holds no merge, or the experts cannot be found.
     """
-    # A local folder is not resolved: that one of its files is missing is for the report to say.
-    folder = Path(output_dir) if Path(output_dir).is_dir() else Path(resolve(output_dir).path)
+    folder = _folder(output_dir)
     manifest = read_manifest(folder)
     report = VerifyReport()
     _check_files(folder, manifest, report, sha256)
@@ -99,6 +98,17 @@ def verify(
     if sha256 and report.ok:
         report.without_sha256 = record_checksums(folder)
     return report
+
+
+def _folder(output_dir: str) -> Path:
+    """Return the folder; from the Hub, all files of the record are fetched. A missing one is for the report to say."""
+    if Path(output_dir).is_dir():
+        return Path(output_dir)
+    found = resolve(output_dir)
+    if found.commit is None:
+        return Path(found.path)
+    files = read_manifest(Path(found.path))["files"]
+    return Path(resolve(f"{found.repo_id}@{found.commit}", extra=tuple(files)).path)
 
 
 def _check_model(

@@ -1,0 +1,106 @@
+"""A checkpoint that was found, and what kind of checkpoint a folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hf_frmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+HUB_SCHEME = "hub://"
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """
+    One checkpoint, found.
+
+    `spec` is what the user wrote. `path` is a local folder or a URL; that of a Hub checkpoint that is not on this
+    machine is `hub://org/name@commit`. Of a Hub checkpoint, `repo_id`, the requested `revision` (None: the default
+    branch) and the `commit` it stood for are known as well.
+    """
+
+    spec: str
+    kind: Literal["full", "adapter"]
+    path: str
+    repo_id: str | None = None
+    revision: str | None = None
+    commit: str | None = None
+
+
+def is_on_hub(source: Source) -> bool:
+    """Whether a source is on the Hub and not on this machine."""
+    return source.path.startswith(HUB_SCHEME)
+
+
+def kind_of(folder: LocalFolder | RemoteFolder, spec: str) -> Literal["full", "adapter"]:
+    """
+    Tell a full checkpoint from an adapter.
+
+    Raises:
+        CheckpointError: If the folder is neither, saying what it holds instead.
+    """
+    try:
+        if any(folder.exists(name) for name in WEIGHTS):
+            if not folder.exists("config.json"):
+                raise CheckpointError(f"{spec!r} has weights but no config.json. Add the one of its model class.")
+            return "full"
+        if folder.exists("adapter_config.json"):
+            if folder.exists("adapter_model.safetensors"):
+                return "adapter"
+            raise CheckpointError(f"{spec!r} is an adapter without adapter_model.safetensors. {_convert_hint()}")
+        names = _names(folder)
+    except OSError as error:
+        raise CheckpointError(f"{spec!r} could not be opened: {error}.") from error
+    raise _no_weights(spec, names)
+
+
+def _names(folder: LocalFolder | RemoteFolder) -> Iterable[str]:
+    try:
+        return folder.names()
+    except (OSError, NotImplementedError):
+        # A web server need not list its folders; without a list the message just cannot say what is there.
+        if "://" in folder.path:
+            return []
+        raise
+
+
+def _no_weights(spec: str, names: Iterable[str]) -> CheckpointError:
+    names = list(names)
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"]
+    others = [name for name in names if name.endswith(".safetensors")]
+    if pickles:
+        return CheckpointError(
+            f"{spec!r} has pickle weights only ({', '.join(pickles[:3])}). Pickles can run code when opened, so they "
+            f"are not read. {_convert_hint()}"
+        )
+    if others:
+        return CheckpointError(
+            f"{spec!r} holds neither {' nor '.join(WEIGHTS)}, but {', '.join(others[:3])}. Pass a folder that "
+            "`save_pretrained` wrote."
+        )
+    if names:
+        return CheckpointError(
+            f"{spec!r} holds no weights: expected {' or '.join(WEIGHTS)}, found {', '.join(names[:5])}."
+        )
+    if "://" in spec:
+        return CheckpointError(
+            f"{spec!r}: neither {' nor '.join(WEIGHTS)} was found there. Check the address, and that you may read it."
+        )
+    return CheckpointError(f"{spec!r} is empty: expected {' or '.join(WEIGHTS)} and a config.json.")
+
+
+def _convert_hint() -> str:
+    return (
+        "Convert it once:\n"
+        "    from transformers import AutoModelForCausalLM  # or the class you use\n"
+        '    AutoModelForCausalLM.from_pretrained("THIS CHECKPOINT").save_pretrained("converted")'
+    )
