@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.manifest import recorded_models
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, recorded_models
 from hf_frmerge.merging.planning import build_plan
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def record_folder(model: str, token: str | None = None) -> str:
         HubError: If the Hub cannot be reached or refuses.
     """
     # A local folder is not resolved: that one of its files is missing is for others to say.
-    return model if Path(model).is_dir() else resolve(model, token=token, download=False).path
+    if Path(model).is_dir():
+        return model
+    return resolve(model, token=token, download=False, extra=(COEFFICIENTS_FILE,)).path
 
 
 def by_name(manifest: dict[str, Any], chosen: Mapping[str, Sequence[str]]) -> list[str | None]:
