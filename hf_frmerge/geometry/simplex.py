@@ -1,0 +1,179 @@
+r"""
+Categorical distributions, as points of the sphere of their square roots.
+
+\(p \mapsto \sqrt p\) maps the simplex onto the positive orthant of the unit sphere; there the Fisher-Rao metric is four
+times the sphere's own, so that distances are twice the angles. Everything starts from the squared chord
+\(h = \sum_v (\sqrt{p_v} - \sqrt{q_v})^2 = 2 - 2 \sum_v \sqrt{p_v q_v}\), which knows small distances to full relative
+accuracy where the sum of products has long been rounded to 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_frmerge.geometry import sphere
+from hf_frmerge.geometry.gram import embed_differences
+from hf_frmerge.geometry.karcher import karcher_mean
+from hf_frmerge.geometry.sphere import Array
+
+# Shape suffixes: N = number of distributions, V = number of outcomes; `...` = tokens.
+
+
+class Divergences(NamedTuple):
+    """
+    Terms of four divergences of `p` and `q`, none of them negative: summed over the outcomes they are the divergences.
+
+    Attributes:
+        chord: of the squared chord, `sum (sqrt(p) - sqrt(q))**2`, in `[0, 2]`.
+        kl_pq: of `KL(p || q)`, in nats.
+        kl_qp: of `KL(q || p)`, in nats.
+        jensen_shannon: of `(KL(p || m) + KL(q || m)) / 2`, `m` the mean of both, in `[0, ln 2]` nats.
+    """
+
+    chord: Array
+    kl_pq: Array
+    kl_qp: Array
+    jensen_shannon: Array
+
+
+def divergence_terms(log_p: Array, log_q: Array) -> Divergences:
+    r"""
+    Terms of the divergences between distributions, outcome by outcome.
+
+    They are the f-divergences' own terms with \(\pm(q_v - p_v)\) added, which sums to zero and makes every term
+    non-negative: also the sum over some of the outcomes then is a lower bound, and a sample of them has little noise.
+
+    Args:
+        log_p (`np.ndarray`): Log-probabilities, `(...)`, float64; `-inf` for outcomes that cannot happen.
+        log_q (`np.ndarray`): The same of the other distribution.
+
+    Returns:
+        `Divergences`: Arrays of the shape of `log_p`, float64.
+    """
+    p, q = np.exp(log_p), np.exp(log_q)
+    with np.errstate(invalid="ignore", over="ignore"):
+        ratio = log_p - log_q
+        kl_pq = np.where(p > 0, p * ratio, 0.0) + (q - p)
+        kl_qp = np.where(q > 0, -q * ratio, 0.0) + (p - q)
+        # log(2p / (p + q)) and log(2q / (p + q))
+        above, below = (
+            -np.logaddexp(-np.log(2.0), -ratio - np.log(2.0)),
+            -np.logaddexp(-np.log(2.0), ratio - np.log(2.0)),
+        )
+        middle = 0.5 * (np.where(p > 0, p * above, 0.0) + np.where(q > 0, q * below, 0.0))
+    chord = (np.exp(0.5 * log_p) - np.exp(0.5 * log_q)) ** 2
+    # Rounding of terms that cancel: 1e-16 of the probability they belong to.
+    return Divergences(chord, np.maximum(kl_pq, 0.0), np.maximum(kl_qp, 0.0), np.maximum(middle, 0.0))
+
+
+def lumped_divergences(p: Array, q: Array) -> Divergences:
+    r"""
+    Least that outcomes of which only the sums are known can add to the divergences of two distributions.
+
+    Lumping outcomes into one never raises a divergence (data processing; Chentsov 1972 for Fisher-Rao).
+
+    Args:
+        p (`np.ndarray`): Probability of the outcomes under one distribution, `(...)`, float64.
+        q (`np.ndarray`): The same under the other.
+    """
+    with np.errstate(divide="ignore"):
+        return divergence_terms(np.log(p), np.log(q))
+
+
+def chord_to_distance(chord: ArrayLike) -> Array:
+    r"""
+    Fisher-Rao distance \(2\arccos\sum_v\sqrt{p_v q_v}\) from the squared chord, to full relative accuracy near 0.
+
+    Args:
+        chord (`ArrayLike`): Squared chord, `(...)`, in `[0, 2]`.
+
+    Returns:
+        `np.ndarray`: Radians, `(...)`, in `[0, pi]`.
+
+    Example:
+    ```python
+    >>> chord_to_distance([0.0, 2.0]).round(6).tolist()  # equal, and without a common outcome
+    [0.0, 3.141593]
+
+    ```
+    """
+    return 4.0 * np.arcsin(np.minimum(0.5 * np.sqrt(chord), np.sqrt(0.5)))
+
+
+def fisher_rao_distance(p: Array, q: Array) -> Array:
+    r"""
+    Fisher-Rao distance of distributions, \(2\arccos\sum_v\sqrt{p_v q_v}\).
+
+    Args:
+        p (`np.ndarray`): Probabilities, `(..., V)`, float64, summing to 1.
+        q (`np.ndarray`): The same, broadcast against `p`.
+
+    Returns:
+        `np.ndarray`: Radians, `(...)`, in `[0, pi]`.
+
+    Example:
+    ```python
+    >>> import numpy as np
+    >>> float(fisher_rao_distance(np.array([1.0, 0.0]), np.array([0.5, 0.5])).round(6))  # 2 arccos(1 / sqrt 2)
+    1.570796
+
+    ```
+    """
+    return chord_to_distance(np.sum((np.sqrt(p) - np.sqrt(q)) ** 2, axis=-1))
+
+
+def barycentre(p: Array, weights: ArrayLike) -> Array:
+    r"""
+    Fisher-Rao barycentre: the distribution \(q\) that minimises \(\sum_i w_i d(q, p_i)^2\).
+
+    It is the square of the Karcher mean of the square roots. All distributions lie within a quarter turn of each
+    other, so it is unique; and a combination of the square roots with coefficients that are not negative, so it is a
+    distribution.
+
+    Args:
+        p (`np.ndarray`): Probabilities, `(..., N, V)`, float64.
+        weights (`ArrayLike`): Non-negative, `(N,)`, summing to 1.
+
+    Returns:
+        `np.ndarray`: `(..., V)`, float64.
+
+    Example:
+    ```python
+    >>> import numpy as np
+    >>> barycentre(np.array([[1.0, 0.0], [0.0, 1.0]]), [0.5, 0.5]).round(6).tolist()
+    [0.5, 0.5]
+
+    ```
+    """
+    roots = sphere.normalise(np.sqrt(p))
+    coeffs = karcher_mean(roots, weights).coeffs
+    return np.einsum("...n,...nv->...v", coeffs, roots) ** 2
+
+
+def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Array]:
+    r"""
+    Distances to the Fisher-Rao barycentre of distributions of which only the mutual chords are known.
+
+    The barycentre lies in the span of the square roots, so the chords hold all there is to know: no distribution is
+    needed, only N + 1 choose 2 numbers a token.
+
+    Args:
+        chords (`np.ndarray`):
+            Squared chords between a point of interest (index 0) and N distributions, `(..., 1 + N, 1 + N)`, float64,
+            symmetric with a zero diagonal. Chords that are estimates need not fit together exactly.
+        weights (`ArrayLike`): Non-negative, `(N,)`, summing to 1.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Fisher-Rao distance of the point from the barycentre, `(...)`, and of each of
+        the distributions from it, `(..., N)`; radians.
+    """
+    gram = 0.5 * (chords[..., :1, :] + chords[..., :, :1] - chords)
+    gram[..., 0, :] = gram[..., :, 0] = -0.5 * chords[..., 0, :]
+    gram[..., 0, 0] = 1.0
+    points = sphere.normalise(embed_differences(gram))
+    roots = points[..., 1:, :]
+    mean = np.einsum("...n,...nk->...k", karcher_mean(roots, weights).coeffs, roots)
+    return 2.0 * sphere.distance(points[..., 0, :], mean), 2.0 * sphere.distance(mean[..., None, :], roots)
