@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.blocks import Rows
 from hf_frmerge.evaluation.loop import evaluate_causal_lm, recovery
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 # Suffix -> builder of `datasets.load_dataset`. Every other file is read as one text.
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-Rows = Iterable[str | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

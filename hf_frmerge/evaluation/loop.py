@@ -1,23 +1,22 @@
-"""Loss, perplexity and token accuracy of causal language models, run through Accelerate."""
+"""Run causal language models over blocks of tokens, on one process or many; loss, perplexity and token accuracy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch.nn.functional import cross_entropy
+from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from hf_frmerge.errors import ArgumentError
-
-IGNORED_LABEL = -100  # what transformers and torch's cross entropy leave out
+from hf_frmerge.evaluation.blocks import Rows, TokenBlocks, collate, cut, token_stream
+from hf_frmerge.evaluation.loading import predicts_next_token
+from hf_frmerge.evaluation.predictions import predictions
 
 
 @dataclass(frozen=True)
@@ -30,20 +29,10 @@ class LanguageModelMetrics:
     n_tokens: int  # tokens scored
 
 
-@dataclass(frozen=True)
-class _BlockScore:
-    """What one block contributes. `index` tells the copies apart that distributed sampling adds."""
-
-    index: int
-    loss_sum: float
-    n_correct: int
-    n_tokens: int
-
-
 def evaluate_causal_lm(
     model: torch.nn.Module,
     processing_class: PreTrainedTokenizerBase | None,
-    dataset: Iterable[str | Mapping[str, Any]],
+    dataset: Rows,
     *,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -86,36 +75,94 @@ def evaluate_causal_lm(
         ArgumentError: If the rows hold neither text nor tokens, fewer than two tokens in all, or token ids beyond the
             model's vocabulary.
     """
-    stream = _token_stream(processing_class, dataset, max_length)
-    block_size = _block_size_that_fits(model, stream, block_size)
-    blocks = [stream[start : start + block_size] for start in range(0, len(stream) - 1, block_size - 1)]
-
+    blocks = blocks_for(model, token_stream(processing_class, dataset, max_length), block_size)
     accelerator = accelerator or Accelerator()
-    items: Any = list(enumerate(blocks))  # torch takes any sequence for a dataset; its annotations do not
-    loader = accelerator.prepare_data_loader(DataLoader(items, batch_size=batch_size, collate_fn=_collate))
+    log_probs, hits = {}, {}
+
+    def keep(batch: dict[str, torch.Tensor], output: Any) -> None:
+        for index, logits, targets in rows_of(batch, output.logits):
+            parts = list(predictions(logits, targets))
+            log_probs[index] = np.concatenate([part.log_prob for part in parts])
+            hits[index] = sum(int((part.first == part.targets).sum()) for part in parts)
+
+    forward_blocks(
+        model,
+        blocks,
+        keep,
+        batch_size=batch_size,
+        accelerator=accelerator,
+        on_prediction_step=on_prediction_step,
+    )
+    # A list, for that is what gather_object joins.
+    gathered = {index: (lp, hit) for index, lp, hit in gather_object([(i, log_probs[i], hits[i]) for i in log_probs])}
+    ordered = [gathered[index] for index in range(len(blocks))]
+    n_tokens = blocks.n_predictions
+    return metrics_of(np.concatenate([lp for lp, _ in ordered]), sum(hit for _, hit in ordered) / n_tokens)
+
+
+def metrics_of(log_probs: np.ndarray, token_accuracy: float) -> LanguageModelMetrics:
+    """Return the metrics of a text from the log-probabilities of its tokens, `(T,)` float64."""
+    loss = -math.fsum(log_probs) / len(log_probs)
+    # numpy: inf, not OverflowError, for a hopeless model
+    return LanguageModelMetrics(loss, float(np.exp(loss)), token_accuracy, len(log_probs))
+
+
+def forward_blocks(
+    model: torch.nn.Module,
+    blocks: TokenBlocks,
+    on_batch: Callable[[dict[str, torch.Tensor], Any], None],
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+    on_prediction_step: Callable[[DataLoader], None] | None = None,
+    output_hidden_states: bool = False,
+) -> None:
+    """
+    Run a model over blocks, this process's share of them, in inference mode.
+
+    Batches are formed first and dealt to the processes in turn: a block is read in the same company however many
+    processes there are, so that the model rounds the same, and no block is repeated to even out the shares.
+
+    Args:
+        model (`torch.nn.Module`): Moved to the accelerator's device unless it was dispatched over several.
+        blocks (`TokenBlocks`): What it reads.
+        on_batch (`Callable`): Called with every batch (see `collate`) and the model's output for it.
+        batch_size (`int`): Blocks a batch.
+        accelerator (`accelerate.Accelerator`): Knows the device, and which process this is.
+        on_prediction_step (`Callable[[DataLoader], None]`, *optional*): Called after every batch.
+        output_hidden_states (`bool`, *optional*, defaults to `False`): Have the output hold them.
+    """
+    batches = [range(start, min(start + batch_size, len(blocks))) for start in range(0, len(blocks), batch_size)]
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    loader: Any = DataLoader(blocks, batch_sampler=mine, collate_fn=collate)  # type: ignore[arg-type]
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
     was_training = model.training
     model.eval()
-    scores: list[_BlockScore] = []
+    extra = {"output_hidden_states": True} if output_hidden_states else {}
+    if predicts_next_token(model):
+        extra["use_cache"] = False
     with torch.inference_mode():
         for batch in loader:
-            scores += _score_batch(model, batch)
+            here = send_to_device(batch, accelerator.device)
+            on_batch(here, model(input_ids=here["input_ids"], attention_mask=here["attention_mask"], **extra))
             if on_prediction_step is not None:
                 on_prediction_step(loader)
     model.train(was_training)
 
-    # Processes get equally many batches, for which Accelerate repeats some blocks: keep one of each, in text order.
-    unique = {score.index: score for score in gather_object(scores)}
-    ordered = [unique[index] for index in range(len(blocks))]
-    n_tokens = sum(score.n_tokens for score in ordered)
-    loss = math.fsum(score.loss_sum for score in ordered) / n_tokens
-    return LanguageModelMetrics(
-        loss=loss,
-        perplexity=float(np.exp(loss)),  # inf, not OverflowError, for a hopeless model
-        token_accuracy=sum(score.n_correct for score in ordered) / n_tokens,
-        n_tokens=n_tokens,
-    )
+
+def rows_of(batch: dict[str, torch.Tensor], logits: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Yield the number of every block of a batch, its `(n, V)` logits and the `(n,)` tokens they are to predict."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    for index, length, row, tokens in zip(batch["index"].tolist(), lengths, logits, batch["input_ids"]):
+        yield index, row[: length - 1], tokens[1:length].to(logits.device)
+
+
+def blocks_for(model: torch.nn.Module, tokens: torch.Tensor, block_size: int) -> TokenBlocks:
+    """Cut a stream for one model, by its embedding and its configuration."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    # Models with relative positions, and those that extrapolate without limit, have no such entry.
+    return cut(tokens, block_size, vocab_size, getattr(model.config, "max_position_embeddings", None))
 
 
 def recovery(base_loss: float, expert_loss: float, merged_loss: float) -> float:
@@ -133,86 +180,3 @@ def recovery(base_loss: float, expert_loss: float, merged_loss: float) -> float:
     """
     gain = base_loss - expert_loss
     return (base_loss - merged_loss) / gain if gain > 0 else math.nan
-
-
-def _token_stream(
-    processing_class: PreTrainedTokenizerBase | None, rows: Iterable[str | Mapping[str, Any]], max_length: int | None
-) -> torch.Tensor:
-    """Join the tokens of all rows, `(M,)` int64."""
-    tokens: list[int] = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, str) and "input_ids" in row:
-            row_tokens = [int(token) for token in row["input_ids"]]
-        else:
-            row_tokens = _tokenize(processing_class, row, number)
-        tokens += row_tokens[:max_length]
-    if len(tokens) < 2:
-        raise ArgumentError(
-            f"The evaluation data has {len(tokens)} token(s) in all; at least 2 are needed, for the first is never "
-            "scored. Check that the file or the dataset split is not empty."
-        )
-    return torch.tensor(tokens, dtype=torch.int64)
-
-
-def _tokenize(
-    processing_class: PreTrainedTokenizerBase | None, row: str | Mapping[str, Any], number: int
-) -> list[int]:
-    text = row if isinstance(row, str) else row.get("text")
-    if not isinstance(text, str):
-        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ArgumentError(
-            f"Row {number} of the evaluation data needs a column `text` (a string) or `input_ids`, found {found}. "
-            "Rename the column, or tokenize the data first."
-        )
-    if processing_class is None:
-        raise ArgumentError("The evaluation data is text, so a tokenizer is needed: pass `processing_class`.")
-    # verbose=False: the warning about texts longer than the model's context does not apply, they are cut below.
-    return processing_class(text, verbose=False)["input_ids"]
-
-
-def _block_size_that_fits(model: torch.nn.Module, stream: torch.Tensor, block_size: int) -> int:
-    """Limit the block to the model's positions, and refuse tokens it has no embedding for."""
-    if block_size < 2:
-        raise ArgumentError(f"`block_size` must be at least 2 (one token predicts the next), got {block_size}.")
-    vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    largest = int(stream.max())
-    if largest >= vocab_size:
-        raise ArgumentError(
-            f"The data holds token id {largest}, but the model's vocabulary has {vocab_size} entries: the tokenizer "
-            "belongs to another model."
-        )
-    # Models with relative positions, and those that extrapolate without limit, have no such entry.
-    return min(block_size, getattr(model.config, "max_position_embeddings", None) or block_size)
-
-
-def _collate(items: list[tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Pad on the right. Only the last block of a stream can be short, and causal attention never looks there."""
-    blocks = [block for _, block in items]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "index": torch.tensor([index for index, _ in items]),
-        "input_ids": pad(blocks, batch_first=True, padding_value=0),
-        "labels": pad(blocks, batch_first=True, padding_value=IGNORED_LABEL),
-        "attention_mask": pad([torch.ones_like(block) for block in blocks], batch_first=True),
-    }
-
-
-def _score_batch(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[_BlockScore]:
-    """Run one batch and reduce its logits, `(B, T, V)`, to one score a block."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    scores = []
-    # Row by row: the float32 copy of all logits would take more memory than a small model itself.
-    for index, row, labels in zip(batch["index"].tolist(), logits, batch["labels"].to(logits.device)):
-        targets = labels[1:]
-        row_logits = row[:-1].float()
-        losses = cross_entropy(row_logits, targets, reduction="none", ignore_index=IGNORED_LABEL)
-        scores.append(
-            _BlockScore(
-                index=index,
-                # To the CPU first: not every device knows float64.
-                loss_sum=float(losses.cpu().double().sum()),
-                n_correct=int((row_logits.argmax(dim=-1) == targets).sum()),  # an ignored label equals no guess
-                n_tokens=int((targets != IGNORED_LABEL).sum()),
-            )
-        )
-    return scores

@@ -64,8 +64,8 @@ class FunctionDistance:
         kl_model_other: mean `KL(model || other)`.
         jensen_shannon: mean Jensen-Shannon divergence, nats a token, in `[0, ln 2]`.
         top1_agreement: share of tokens on which both have the same first guess.
-        error: bound on how far the mean of `fisher_rao` may be below the exact one, in radians; 0 if the whole
-            distributions were compared.
+        error: how far the mean of `fisher_rao` may be from the exact one, in radians: three standard errors of the
+            outcomes that were drawn beyond the `top_k` likeliest; 0 if whole distributions were compared.
         histogram: `(edge, count)`: tokens whose distance lies between an edge and the next, equal bins over `[0, pi]`.
     """
 
@@ -92,7 +92,7 @@ class Objective:
         value: `sum_i weight_i * E[d(merged, expert_i)^2]`, in squared radians.
         lowest: the same for the exact Fisher-Rao barycentre of the experts' outputs: no model can be below it.
         to_barycentre: distance of the merged model to that barycentre, in radians.
-        error: bound on the error of `to_barycentre`'s mean, in radians.
+        error: how far the mean of `to_barycentre` may be from the exact one, in radians; as in `FunctionDistance`.
     """
 
     domain: str
