@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -136,8 +137,11 @@ def _field(name: str) -> tuple[Field[Any], Any]:
     for arguments in (ExpertArguments, MergingArguments):
         for field in fields(arguments):
             if field.name == name:
-                return field, get_type_hints(arguments)[name]
+                return field, _hints(arguments)[name]
     raise KeyError(name)
+
+
+_hints = cache(get_type_hints)  # evaluates every annotation of the class each time
 
 
 def _scalar(hint: Any) -> tuple[type, bool]:

@@ -24,7 +24,8 @@ _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "
 
 def console() -> Console:
     """Return a console on stdout; names and paths are never taken for markup, and pipes get room for a table."""
-    return Console(markup=False, highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    width = None if sys.stdout.isatty() else 120
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=False, width=width)
 
 
 def human_bytes(count: float) -> str:

@@ -53,8 +53,12 @@ typedef struct {
 #define CROSS 4
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define LOAD16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define LOAD16_ALL(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
+#define STORE16_ALL(p, x) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtepi32_epi16((__m512i)(x)))
+#define ANY(mask) (_mm512_movepi32_mask((__m512i)(mask)) != 0)
 #define STORE16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtepi32_epi16((__m256i)(x)))
 #define LOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define LOAD_F16_ALL(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define STORE_F16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
 #define CLAMP(x, low, high) _mm512_min_pd(_mm512_max_pd(x, low), high)
 #define TO_DOUBLE(x) ((WIDE){{_mm512_cvtps_pd(x)}})
@@ -69,8 +73,14 @@ typedef struct {
 #define CROSS 2
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define LOAD16(p) _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(p)))
+#define LOAD16_ALL(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define STORE16_ALL(p, x)                                                                                     \
+    _mm_storeu_si128((__m128i *)(p), _mm_packus_epi32(_mm256_castsi256_si128((__m256i)(x)),                   \
+                                                      _mm256_extracti128_si256((__m256i)(x), 1)))
+#define ANY(mask) (_mm256_movemask_ps((__m256)(mask)) != 0)
 #define STORE16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_packus_epi32((__m128i)(x), (__m128i)(x)))
 #define LOAD_F16(p) _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(p)))
+#define LOAD_F16_ALL(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define STORE_F16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
 #define CLAMP(x, low, high) _mm256_min_pd(_mm256_max_pd(x, low), high)
 #define TO_DOUBLE(x) ((WIDE){{_mm256_cvtps_pd(x)}})
@@ -86,6 +96,9 @@ typedef struct {
 #define CROSS 2
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define LOAD16(p) __builtin_convertvector(*(const U16H *)(p), U32H)
+#define LOAD16_ALL(p) LOAD16(p) /* LANES are HALF here */
+#define STORE16_ALL(p, x) STORE16(p, x)
+#define ANY(mask) ((mask)[0] | (mask)[1] | (mask)[2] | (mask)[3])
 #define STORE16(p, x) (*(U16H *)(p) = __builtin_convertvector(x, U16H))
 #define CHOOSE(mask, a, b) ((F64)SELECT(mask, (I64)(a), (I64)(b)))
 #define CLAMP(x, low, high) CHOOSE((x) < (low), low, CHOOSE((x) > (high), high, x))

@@ -9,10 +9,11 @@
  *     PARTS     registers that HALF doubles take
  *     CROSS     columns of a register tile off the diagonal (rows: 4), as many as the register file holds
  *     FMA       a * b + c on F32, fused or not
- *     LOAD16, STORE16        HALF 16-bit values in memory to 32-bit lanes and back
+ *     LOAD16, STORE16        HALF 16-bit values in memory to 32-bit lanes and back; LOAD16_ALL, STORE16_ALL for LANES
+ *     ANY                    whether any lane of a mask of LANES is set
  *     CLAMP                  F64 held between two others; none is NaN
  *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back
- *     LOAD_F16, STORE_F16    optional: HALF float16 values in memory to floats and back
+ *     LOAD_F16, STORE_F16    optional: HALF float16 values in memory to floats and back; LOAD_F16_ALL for LANES
  */
 
 #define F32 NAME(f32_)    /* LANES floats */
@@ -23,6 +24,8 @@
 #define U16H NAME(u16h_)  /* HALF of each integer type */
 #define U32H NAME(u32h_)
 #define I32H NAME(i32h_)
+#define U32 NAME(u32_)    /* LANES of each integer type */
+#define I32 NAME(i32_)
 #define RUN (32 * LANES) /* elements between flushes to float64: 32 additions a lane, at most 512 elements */
 
 /* Alignment 1: a tensor starts where its file put it. */
@@ -33,6 +36,8 @@ typedef int64_t I64 __attribute__((vector_size(8 * HALF / PARTS), aligned(1), ma
 typedef uint16_t U16H __attribute__((vector_size(2 * HALF), aligned(1), may_alias));
 typedef uint32_t U32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
 typedef int32_t I32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
+typedef uint32_t U32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int32_t I32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef struct __attribute__((may_alias)) {
     F64 part[PARTS];
 } WIDE;
@@ -51,6 +56,17 @@ TARGET INLINE F32H NAME(widen)(const uint8_t *p, DType dtype) {
     U32H special = (U32H)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
     F32H value = (F32H)magnitude * 0x1p112f;
     return (F32H)((U32H)value | special | (wide & 0x8000) << 16);
+#endif
+}
+
+/* LANES values, for the loops that matter most. */
+TARGET INLINE F32 NAME(widen_all)(const uint8_t *p, DType dtype) {
+    if (dtype == F32_) return *(const F32 *)p;
+    if (dtype == BF16) return (F32)((U32)LOAD16_ALL(p) << 16);
+#ifdef LOAD_F16_ALL
+    return LOAD_F16_ALL(p);
+#else
+    return NAME(widen)(p, dtype);
 #endif
 }
 
@@ -113,19 +129,16 @@ TARGET INLINE void NAME(store)(WIDE value, uint8_t *out, DType dtype) {
 /* Widen `count` elements, minus `base`, into `out`, and pad with zeros to whole registers. */
 TARGET INLINE void NAME(fill_as)(const uint8_t *p, DType dtype, size_t count, const float *base, float *out) {
     size_t k = 0, size = SIZE[dtype];
-    for (; k + HALF <= count; k += HALF) {
+    for (; k + LANES <= count; k += LANES) {
         __builtin_prefetch(p + (k + 2 * RUN) * size, 0, 2); /* two runs ahead, beyond the products in between */
-        F32H x = NAME(widen)(p + k * size, dtype);
-        *(F32H *)(out + k) = x - *(const F32H *)(base + k);
+        *(F32 *)(out + k) = NAME(widen_all)(p + k * size, dtype) - *(const F32 *)(base + k);
     }
     if (k < count) {
-        uint8_t pad[4 * HALF] = {0};
+        uint8_t pad[4 * LANES] = {0};
         memcpy(pad, p + k * size, (count - k) * size);
-        F32H x = NAME(widen)(pad, dtype);
-        *(F32H *)(out + k) = x - *(const F32H *)(base + k);
-        k += HALF;
+        *(F32 *)(out + k) = NAME(widen_all)(pad, dtype) - *(const F32 *)(base + k);
+        memset(out + count, 0, (k + LANES - count) * sizeof *out);
     }
-    for (; k % LANES; k += HALF) *(F32H *)(out + k) = (F32H){0};
 }
 
 TARGET static void NAME(fill)(const Operand *x, size_t start, size_t count, const float *base, float *out) {
@@ -278,10 +291,53 @@ TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, 
     UNROLL for (int u = 0; u < units; u++) NAME(store)(acc[u], out + u * HALF * SIZE[out_dtype], out_dtype);
 }
 
+/*
+ * The same for LANES values, 16-bit in and bfloat16 out, in float32 where that cannot change the answer. Returns 0,
+ * and writes nothing, if some lane is in doubt.
+ *
+ * Float32 and float64 sums differ by less than 2 n + 2 roundings of the sum of magnitudes: one for every coefficient,
+ * product and addition. Where the numbers that far below and above round to the same bfloat16 number, so do both sums.
+ */
+TARGET INLINE int NAME(combine_quickly)(const Operand *x, const float *c, int n, size_t start, uint8_t *out) {
+    F32 sum = -(F32){0}, magnitude = {0};
+    for (int i = 0; i < n; i++) {
+        const uint8_t *p = x[i].data + start * 2;
+        __builtin_prefetch(p + 1024, 0, 2); /* the hardware's own stops at every page */
+        F32 value = x[i].dtype == BF16 ? NAME(widen_all)(p, BF16) : NAME(widen_all)(p, F16);
+        F32 size = (F32)((U32)value & 0x7fffffff);
+        sum = FMA(value, c[i] - (F32){0}, sum);
+        magnitude = FMA(size, c[MAX_OPERANDS + i] - (F32){0}, magnitude);
+    }
+    F32 doubt = magnitude * ((2 * n + 2) * 0x1p-24f);
+    U32 low = ((U32)(sum - doubt) + 0x8000) >> 16, high = ((U32)(sum + doubt) + 0x8000) >> 16;
+    /* Products neither vanish nor overflow; zeros are exact, with their signs. */
+    I32 plain = (I32)((U32)magnitude - 0x08800000 < (U32){0} + (0x7b800000 - 0x08800000)); /* 2^-110 to 2^120 */
+    I32 certain = (I32)(low == high) & (plain | (magnitude == 0.0f));
+    if (ANY(~certain)) return 0;
+    STORE16_ALL(out, high);
+    return 1;
+}
+
 /* One block. */
 TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, size_t start, size_t length,
                                     uint8_t *out, DType out_dtype) {
     size_t k = 0, size = SIZE[out_dtype];
+    if (out_dtype == BF16) {
+        float quick[2 * MAX_OPERANDS]; /* coefficients, and behind them their magnitudes */
+        int narrow = 1;
+        for (int i = 0; i < n; i++) {
+            narrow &= SIZE[x[i].dtype] == 2;
+            quick[i] = (float)c[i];
+            quick[MAX_OPERANDS + i] = c[i] < 0 ? -quick[i] : quick[i];
+        }
+        /* Coefficients such as 1/2 give midpoints by the million: then trying is a waste. */
+        for (size_t doubts = 0; narrow && k + LANES <= length && doubts < 64 + k / (4 * LANES); k += LANES) {
+            if (NAME(combine_quickly)(x, quick, n, start + k, out + 2 * k)) continue;
+            doubts++;
+            for (size_t u = k; u < k + LANES; u += HALF)
+                NAME(combine_step)(x, c, n, start + u, 1, out + 2 * u, BF16);
+        }
+    }
     for (; k + 4 * HALF <= length; k += 4 * HALF)
         NAME(combine_step)(x, c, n, start + k, 4, out + k * size, out_dtype);
     for (; k + HALF <= length; k += HALF) NAME(combine_step)(x, c, n, start + k, 1, out + k * size, out_dtype);
@@ -345,8 +401,12 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef CROSS
 #undef FMA
 #undef LOAD16
+#undef LOAD16_ALL
 #undef STORE16
+#undef STORE16_ALL
+#undef ANY
 #undef LOAD_F16
+#undef LOAD_F16_ALL
 #undef STORE_F16
 #undef TO_DOUBLE
 #undef CLAMP

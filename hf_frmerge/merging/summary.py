@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,10 +77,10 @@ def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
     linear = [g.linear_norm_ratio for g in geometry]
     gaps = [g.gap_to_nre for g in geometry]
     return totals | {
-        "max_angle": {"min": min(angles), "median": float(np.median(angles)), "max": max(angles)},
-        "norm_ratio": {"min": min(ratios), "median": float(np.median(ratios))},
-        "linear_norm_ratio": {"min": min(linear), "median": float(np.median(linear))},
-        "gap_to_nre": {"median": float(np.median(gaps)), "max": max(gaps)},
+        "max_angle": {"min": min(angles), "median": median(angles), "max": max(angles)},
+        "norm_ratio": {"min": min(ratios), "median": median(ratios)},
+        "linear_norm_ratio": {"min": min(linear), "median": median(linear)},
+        "gap_to_nre": {"median": median(gaps), "max": max(gaps)},
         "n_iter": max(g.n_iter for g in geometry),
         "residual": max(g.residual for g in geometry),
         "n_not_converged": sum(len(g.unconverged) for g in geometry),

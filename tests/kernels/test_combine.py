@@ -206,3 +206,28 @@ def test_the_midpoint_of_bf16_neighbours_is_a_tie_and_goes_to_even(kernels):
     operands = [Operand(bits.view(np.uint8), "BF16") for bits in (low, low + 1)]
     result = combine(kernels, operands, [[0.5, 0.5]], "BF16", 1, low.size)
     np.testing.assert_array_equal(result, low + low % 2)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize(
+    "coefficients",
+    [
+        [0.5, 0.5],  # midpoints everywhere
+        [0.5 + 2.0**-30, 0.5],  # beside them, nearer than float32 can tell
+        [0.5 - 2.0**-30, 0.5],
+        [1.0, -1.0 + 2.0**-24],  # sums far below their terms
+        [2.0**-60, 2.0**-70],  # products that vanish in float32
+        [2.0**70, -(2.0**69)],  # and that overflow
+        [0.3, 0.7000001],
+    ],
+)
+def test_float32_is_used_only_where_it_cannot_change_the_answer(kernels, dtype, coefficients):
+    rng = np.random.default_rng(11)
+    low = rng.integers(0, 0x7000, 8_000).astype(np.uint16)  # every magnitude, zeros among them
+    low[rng.random(low.size) < 0.1] = 0
+    near = np.maximum(low.astype(np.int32) + rng.integers(-2, 3, low.size), 0).astype(np.uint16)
+    sign = (rng.integers(0, 2, low.size) << 15).astype(np.uint16)
+    operands = [Operand((bits | sign).view(np.uint8), dtype) for bits in (low, near)]
+    total = sum_in_order(operands, [coefficients], low.size)
+    result = combine(kernels, operands, [coefficients], "BF16", 1, low.size)
+    np.testing.assert_array_equal(result, round_once(total, "BF16"))
