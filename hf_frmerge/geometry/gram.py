@@ -204,7 +204,7 @@ def _factor_slab(left_KKM: Array, first_pivot: int | None) -> Array:
         # Vectors that coincide with the pivot in what is left are finished: equal vectors stay equal bit by bit.
         finished_KM = (inner_KM == height_M) & (diagonal_KM == height_M)
         bound_KM = np.sqrt((np.maximum(diagonal_KM, 0.0) + _GRAM_NOISE) * height_M)
-        inner_KM = np.clip(inner_KM, -bound_KM, bound_KM)
+        inner_KM = np.minimum(np.maximum(inner_KM, -bound_KM), bound_KM)
         ratio_KM = inner_KM / safe_M
         factor_KKM[:, step] = ratio_KM * np.sqrt(height_M)
         left_KKM -= ratio_KM[:, None] * inner_KM

@@ -160,7 +160,7 @@ def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> 
     for step in range(max_iter + 1):
         cos_NM = _dot(units_NKM.swapaxes(0, 1), mean_KM[:, None])
         # arccos is blind below 1.5e-8 rad, but theta / sin(theta) is 1 there to the last bit.
-        pull_NM = weights_NM / sinc(np.arccos(np.clip(cos_NM, -1.0, 1.0)))
+        pull_NM = weights_NM / sinc(np.arccos(np.minimum(np.maximum(cos_NM, -1.0), 1.0)))
         pulled_KM = _dot(pull_NM[:, None], units_NKM)
         along_M = _dot(pulled_KM, mean_KM)  # = sum_i w_i theta_i cot(theta_i), the softest curvature there can be
         gradient_KM = pulled_KM - along_M * mean_KM
@@ -180,8 +180,8 @@ def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> 
         fall_M = before_sq_M - _dot(before_KM, gradient_KM)
         grew_M = (gradient_sq_M >= before_sq_M) | (fall_M <= 0.0) | (step == 0)
         secant_M = eta_M * before_sq_M / np.where(grew_M, 1.0, fall_M)
-        longest_M = 1.0 / np.clip(along_M, 0.1, 1.0)
-        eta_M = np.where(grew_M, 1.0, np.clip(secant_M, 1.0, longest_M))
+        longest_M = 1.0 / np.minimum(np.maximum(along_M, 0.1), 1.0)
+        eta_M = np.where(grew_M, 1.0, np.minimum(np.maximum(secant_M, 1.0), longest_M))
         arc_M = eta_M * length_M
         next_KM = np.cos(arc_M) * mean_KM + (eta_M * sinc(arc_M)) * gradient_KM
         next_KM /= np.sqrt(_dot(next_KM, next_KM))  # against the slow drift of rounding

@@ -129,6 +129,7 @@ class Engine:
         self._observer = observer
         self._share_grams = share_grams
         self._workers = worker_count(plan)
+        self._budget = plan.args.memory_budget_bytes
         self._events: SimpleQueue[_Group | BaseException] = SimpleQueue()
         # By urgency, then by age.
         self._jobs: PriorityQueue[tuple[int, int, tuple[_Job, _Group, _Tensor, int] | None]] = PriorityQueue()
@@ -187,7 +188,7 @@ class Engine:
                 continue
             group = _Group(tensors[0].step.group, tensors, self._solve)
             nbytes = sum(tensor.step.nbytes for tensor in tensors) * len(self._plan.models)
-            group.is_large = nbytes > self._plan.args.memory_budget_bytes
+            group.is_large = nbytes > self._budget
             _, recorded = self._journal.solved.get(group.name, (None, {}))
             if all(tensor.step.name in recorded for tensor in tensors):
                 self._start(group, self._check_piece, self._checked)

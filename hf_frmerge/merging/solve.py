@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -131,9 +132,14 @@ def _combine(coefficients_BN: NDArray[np.float64], points_BNK: NDArray[np.float6
     return np.einsum("...n,...nk->...k", coefficients_BN, points_BNK)
 
 
+@cache
+def _pairs(n: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    return np.triu_indices(n, k=1)
+
+
 def _angles(points: NDArray[np.float64], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
     """Angles of all pairs of points, `(..., P)`, in radians; NaN where one of the two has no direction."""
-    first, second = np.triu_indices(points.shape[-2], k=1)
+    first, second = _pairs(points.shape[-2])
     directed = lengths > 0
     return np.where(directed[..., first] & directed[..., second], pairwise_angles(points)[..., first, second], np.nan)
 
@@ -142,7 +148,7 @@ def _medians(angles_BP: NDArray[np.float64]) -> list[float | None]:
     """Median over the blocks that have one, to four digits: a figure shows no more, and the manifest stays small."""
     known = ~np.isnan(angles_BP)
     if known.all() and len(angles_BP):
-        medians = np.median(angles_BP, axis=0).tolist()
+        medians = (np.median(angles_BP, axis=0) if len(angles_BP) > 1 else angles_BP[0]).tolist()
     else:
         medians = [np.median(column[rows]) if rows.any() else None for column, rows in zip(angles_BP.T, known.T)]
     return [None if median is None else float(f"{median:.4g}") for median in medians]
