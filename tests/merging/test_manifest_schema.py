@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
+from hub_server import ALICE_TOKEN, HubServer
 from jsonschema import Draft202012Validator
 from merge_reference import write_family
 from tiny_models import save_llama_family
@@ -30,7 +30,7 @@ def schema() -> Draft202012Validator:
 
 
 def merge(experts: list[str], out: Path, base: str | None = None, callbacks: Any = None, **options: Any) -> Manifest:
-    args = MergingArguments(output_dir=str(out), disable_tqdm=True, hub_token="hf_secret", **options)
+    args = MergingArguments(output_dir=str(out), disable_tqdm=True, hub_token=ALICE_TOKEN, **options)
     FisherRaoMerger(experts, args, None, base, callbacks=callbacks).merge()
     return json.loads((out / "merge_manifest.json").read_text())
 
@@ -107,7 +107,7 @@ REFUSED = {
     "another format": put(1, "format_version"),
     "no versions": remove("versions"),
     "no seed": remove("arguments", "seed"),
-    "a token": put("hf_secret", "arguments", "hub_token"),
+    "a token": put(ALICE_TOKEN, "arguments", "hub_token"),
     "a folder": put("/home/ann/out", "arguments", "output_dir"),
     "a path for a name": put("/home/ann/e0", "experts", 0, "id"),
     "an address for a name": put("s3://bucket/e0", "experts", 0, "id"),
