@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_hexdigest
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,17 @@ class Kernels(Protocol):
         """
         ...
 
+    def gram_and_digests(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
+    ) -> tuple[NDArray[np.float64], list[str]]:
+        """
+        Return what `gram` returns, and the XXH3-128 digest of every operand's bytes as hexadecimal text.
+
+        One call, because a backend that digests what it has just read saves a pass over memory. The digest of an
+        operand with `is_delta`, which no file holds, is empty.
+        """
+        ...
+
     def combine(
         self,
         operands: Sequence[Operand],
@@ -104,6 +116,11 @@ class Kernels(Protocol):
     def count_nonfinite(self, operand: Operand) -> int:
         """Return how many values are NaN or infinite."""
         ...
+
+
+def digests_of(operands: Sequence[Operand]) -> list[str]:
+    """Return the digests of `Kernels.gram_and_digests`, by a pass of their own."""
+    return ["" if operand.is_delta else xxh3_128_hexdigest(operand.data.data) for operand in operands]
 
 
 def load_kernels(device: str = "cpu") -> Kernels:

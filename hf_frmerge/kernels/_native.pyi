@@ -9,7 +9,14 @@ _Operands = tuple[tuple[NDArray[uint8], str, bool], ...]  # (data, dtype, is_del
 
 def levels() -> list[str]: ...
 def gram(
-    level: str, operands: _Operands, n_blocks: int, block_len: int, precise: bool, out: NDArray[float64], /
+    level: str,
+    operands: _Operands,
+    n_blocks: int,
+    block_len: int,
+    precise: bool,
+    out: NDArray[float64],
+    digests: NDArray[uint8] | None = None,
+    /,
 ) -> None: ...
 def combine(
     level: str,

@@ -21,6 +21,8 @@
 #include <immintrin.h>
 #endif
 
+#include "native_digest.h"
+
 #define MAX_OPERANDS 256
 
 typedef enum { BF16, F16, F32_, F64_ } DType;
@@ -56,6 +58,8 @@ typedef struct {
 #define LOAD16_ALL(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
 #define STORE16_ALL(p, x) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtepi32_epi16((__m512i)(x)))
 #define ANY(mask) (_mm512_movepi32_mask((__m512i)(mask)) != 0)
+#define MUL32(a, b) ((U64)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
+#define SWAP64(x) ((U64)_mm512_shuffle_epi32((__m512i)(x), 0x4e))
 #define STORE16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtepi32_epi16((__m256i)(x)))
 #define LOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define LOAD_F16_ALL(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
@@ -78,6 +82,8 @@ typedef struct {
     _mm_storeu_si128((__m128i *)(p), _mm_packus_epi32(_mm256_castsi256_si128((__m256i)(x)),                   \
                                                       _mm256_extracti128_si256((__m256i)(x), 1)))
 #define ANY(mask) (_mm256_movemask_ps((__m256)(mask)) != 0)
+#define MUL32(a, b) ((U64)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
+#define SWAP64(x) ((U64)_mm256_shuffle_epi32((__m256i)(x), 0x4e))
 #define STORE16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_packus_epi32((__m128i)(x), (__m128i)(x)))
 #define LOAD_F16(p) _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(p)))
 #define LOAD_F16_ALL(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
@@ -99,6 +105,8 @@ typedef struct {
 #define LOAD16_ALL(p) LOAD16(p) /* LANES are HALF here */
 #define STORE16_ALL(p, x) STORE16(p, x)
 #define ANY(mask) ((mask)[0] | (mask)[1] | (mask)[2] | (mask)[3])
+#define MUL32(a, b) (((a) & 0xffffffff) * ((b) & 0xffffffff))
+#define SWAP64(x) ((U64){(x)[1], (x)[0]})
 #define STORE16(p, x) (*(U16H *)(p) = __builtin_convertvector(x, U16H))
 #define CHOOSE(mask, a, b) ((F64)SELECT(mask, (I64)(a), (I64)(b)))
 #define CLAMP(x, low, high) CHOOSE((x) < (low), low, CHOOSE((x) > (high), high, x))
@@ -108,7 +116,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    int (*gram)(const Operand *, int, size_t, size_t, int, double *);
+    int (*gram)(const Operand *, int, size_t, size_t, int, double *, uint8_t *);
     void (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType);
     size_t (*count_nonfinite)(const uint8_t *, size_t, DType);
 } Level;
@@ -229,11 +237,11 @@ static PyObject *py_levels(PyObject *module, PyObject *unused) {
 
 static PyObject *py_gram(PyObject *module, PyObject *args) {
     const char *level_name;
-    PyObject *tuple, *out_object;
+    PyObject *tuple, *out_object, *digests_object = Py_None;
     Py_ssize_t n_blocks, block_len, count, out_bytes;
     int precise;
-    if (!PyArg_ParseTuple(args, "sO!nnpO", &level_name, &PyTuple_Type, &tuple, &n_blocks, &block_len, &precise,
-                          &out_object))
+    if (!PyArg_ParseTuple(args, "sO!nnpO|O", &level_name, &PyTuple_Type, &tuple, &n_blocks, &block_len, &precise,
+                          &out_object, &digests_object))
         return NULL;
     const Level *level = find_level(level_name);
     if (!level || (count = count_elements(n_blocks, block_len)) < 0) return NULL;
@@ -241,19 +249,29 @@ static PyObject *py_gram(PyObject *module, PyObject *args) {
     if (!operands) return NULL;
 
     PyObject *result = NULL;
-    Py_buffer out;
-    int n = operands->n;
-    if (__builtin_mul_overflow(n_blocks, (Py_ssize_t)n * n * 8, &out_bytes))
+    Py_buffer out, digests = {0};
+    int n = operands->n, wanted = digests_object != Py_None;
+    for (int i = 0; i < n; i++)
+        if (wanted && !operands->x[i].is_delta && count * SIZE[operands->x[i].dtype] < DIGEST_LEAST) {
+            PyErr_Format(PyExc_ValueError, "digests are of operands of at least %d bytes", DIGEST_LEAST);
+            goto end;
+        }
+    if (__builtin_mul_overflow(n_blocks, (Py_ssize_t)n * n * 8, &out_bytes)) {
         PyErr_SetString(PyExc_ValueError, "n_blocks is too large");
-    else if (!get_buffer(out_object, "out", out_bytes, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) {
+        goto end;
+    }
+    if (get_buffer(out_object, "out", out_bytes, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) goto end;
+    if (!wanted || !get_buffer(digests_object, "digests", 16 * n, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &digests)) {
         for (int i = 0; i < n; i++) precise |= operands->x[i].dtype == F64_;
         int failed;
         Py_BEGIN_ALLOW_THREADS;
-        failed = level->gram(operands->x, n, n_blocks, block_len, precise, out.buf);
+        failed = level->gram(operands->x, n, n_blocks, block_len, precise, out.buf, digests.buf);
         Py_END_ALLOW_THREADS;
         result = failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
-        PyBuffer_Release(&out);
+        if (wanted) PyBuffer_Release(&digests);
     }
+    PyBuffer_Release(&out);
+end:
     release_operands(operands);
     return result;
 }
@@ -315,7 +333,7 @@ static PyObject *py_count_nonfinite(PyObject *module, PyObject *args) {
 
 static PyMethodDef METHODS[] = {
     {"levels", py_levels, METH_NOARGS, "levels() -> list of the instruction-set levels this machine has, best first"},
-    {"gram", py_gram, METH_VARARGS, "gram(level, ((data, dtype, is_delta), ...), n_blocks, block_len, precise, out)"},
+    {"gram", py_gram, METH_VARARGS, "gram(level, ((data, dtype, is_delta), ...), n_blocks, block_len, precise, out, digests=None)"},
     {"combine", py_combine, METH_VARARGS,
      "combine(level, ((data, dtype, is_delta), ...), coefficients, n_blocks, block_len, out, out_dtype)"},
     {"count_nonfinite", py_count_nonfinite, METH_VARARGS, "count_nonfinite(level, data, dtype) -> int"},

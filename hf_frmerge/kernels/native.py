@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.kernels import Operand, _native
+from hf_frmerge.kernels import Operand, _native, digests_of
+
+_SHORT = 240
+"""Bytes up to which XXH3 is another function, which the extension does not have."""
 
 
 class NativeKernels:
@@ -42,6 +45,17 @@ class NativeKernels:
         gram = np.empty((n_blocks, len(operands), len(operands)))
         _native.gram(self.level, _as_tuples(operands), n_blocks, block_len, precise, gram)
         return gram
+
+    def gram_and_digests(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
+    ) -> tuple[NDArray[np.float64], list[str]]:
+        """Return Gram matrices and digests in one pass, as [`~kernels.Kernels.gram_and_digests`] says."""
+        if any(operand.data.size <= _SHORT and not operand.is_delta for operand in operands):
+            return self.gram(operands, n_blocks, block_len, precise=precise), digests_of(operands)
+        gram = np.empty((n_blocks, len(operands), len(operands)))
+        digests = np.empty((len(operands), 16), np.uint8)
+        _native.gram(self.level, _as_tuples(operands), n_blocks, block_len, precise, gram, digests)
+        return gram, ["" if operand.is_delta else row.tobytes().hex() for operand, row in zip(operands, digests)]
 
     def combine(
         self,

@@ -11,6 +11,7 @@
  *     FMA       a * b + c on F32, fused or not
  *     LOAD16, STORE16        HALF 16-bit values in memory to 32-bit lanes and back; LOAD16_ALL, STORE16_ALL for LANES
  *     ANY                    whether any lane of a mask of LANES is set
+ *     MUL32                  products of the low halves of two U64; SWAP64 exchanges neighbouring lanes of one
  *     CLAMP                  F64 held between two others; none is NaN
  *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back
  *     LOAD_F16, STORE_F16    optional: HALF float16 values in memory to floats and back; LOAD_F16_ALL for LANES
@@ -21,6 +22,7 @@
 #define F64 NAME(f64_)    /* HALF / PARTS doubles */
 #define WIDE NAME(wide_)  /* HALF doubles */
 #define I64 NAME(i64_)
+#define U64 NAME(u64_)
 #define U16H NAME(u16h_)  /* HALF of each integer type */
 #define U32H NAME(u32h_)
 #define I32H NAME(i32h_)
@@ -33,6 +35,7 @@ typedef float F32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias))
 typedef float F32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
 typedef double F64 __attribute__((vector_size(8 * HALF / PARTS), aligned(1), may_alias));
 typedef int64_t I64 __attribute__((vector_size(8 * HALF / PARTS), aligned(1), may_alias));
+typedef uint64_t U64 __attribute__((vector_size(8 * HALF / PARTS), aligned(1), may_alias));
 typedef uint16_t U16H __attribute__((vector_size(2 * HALF), aligned(1), may_alias));
 typedef uint32_t U32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
 typedef int32_t I32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
@@ -124,7 +127,66 @@ TARGET INLINE void NAME(store)(WIDE value, uint8_t *out, DType dtype) {
 #endif
 }
 
+/* ---- digests: see native_digest.h ---- */
+
+#define U64_LANES (HALF / PARTS)
+
+TARGET INLINE void NAME(digest_stripes)(U64 *acc, const uint8_t *data, size_t stripes) {
+    for (size_t s = 0; s < stripes; s++) {
+        UNROLL for (int v = 0; v < 8 / U64_LANES; v++) {
+            U64 value = *(const U64 *)(data + s * STRIPE + 8 * U64_LANES * v);
+            U64 key = value ^ *(const U64 *)(SECRET + 8 * s + 8 * U64_LANES * v);
+            acc[v] += SWAP64(value) + MUL32(key, key >> 32);
+        }
+    }
+}
+
+/* Take in the blocks that lie wholly before byte `upto`; the last one, whole or not, is left for the end. */
+TARGET INLINE void NAME(digest_advance)(Digest *digest, const uint8_t *data, size_t size, size_t upto) {
+    size_t last = (size - 1) / DIGEST_BLOCK, end = upto / DIGEST_BLOCK < last ? upto / DIGEST_BLOCK : last;
+    if (digest->blocks >= end) return;
+    U64 acc[8 / U64_LANES], prime = (U64){0} + PRIME32_1;
+    memcpy(acc, digest->acc, sizeof acc);
+    for (; digest->blocks < end; digest->blocks++) {
+        NAME(digest_stripes)(acc, data + digest->blocks * DIGEST_BLOCK, DIGEST_BLOCK / STRIPE);
+        UNROLL for (int v = 0; v < 8 / U64_LANES; v++) {
+            U64 key = acc[v] ^ acc[v] >> 47 ^ *(const U64 *)(SECRET + sizeof SECRET - STRIPE + 8 * U64_LANES * v);
+            acc[v] = MUL32(key, prime) + (MUL32(key >> 32, prime) << 32);
+        }
+    }
+    memcpy(digest->acc, acc, sizeof acc);
+}
+
+TARGET static void NAME(digest_end)(Digest *digest, const uint8_t *data, size_t size, uint8_t out[16]) {
+    NAME(digest_advance)(digest, data, size, size);
+    size_t done = digest->blocks * DIGEST_BLOCK;
+    U64 acc[8 / U64_LANES];
+    memcpy(acc, digest->acc, sizeof acc);
+    NAME(digest_stripes)(acc, data + done, (size - 1 - done) / STRIPE);
+    UNROLL for (int v = 0; v < 8 / U64_LANES; v++) { /* the last stripe, with the secret of its own */
+        U64 value = *(const U64 *)(data + size - STRIPE + 8 * U64_LANES * v);
+        U64 key = value ^ *(const U64 *)(SECRET + sizeof SECRET - STRIPE - 7 + 8 * U64_LANES * v);
+        acc[v] += SWAP64(value) + MUL32(key, key >> 32);
+    }
+    memcpy(digest->acc, acc, sizeof acc);
+    finish_digest(digest->acc, size, out);
+}
+
 /* ---- Gram ---- */
+
+/* What every block of a Gram pass works on: room for widened runs and partial sums, and digests if they are wanted. */
+typedef struct {
+    double *zeros, *runs, *sums;
+    Digest *digests;
+    size_t count; /* elements of an operand, all blocks together */
+} NAME(Scratch);
+
+/* Digest what lies before element `upto` and was read a moment ago. */
+TARGET INLINE void NAME(digest_run)(const Operand *x, int i, size_t upto, const NAME(Scratch) *scratch) {
+    size_t size = SIZE[x[i].dtype];
+    if (scratch->digests && !x[i].is_delta)
+        NAME(digest_advance)(scratch->digests + i, x[i].data, scratch->count * size, upto * size);
+}
 
 /* Widen `count` elements, minus `base`, into `out`, and pad with zeros to whole registers. */
 TARGET INLINE void NAME(fill_as)(const uint8_t *p, DType dtype, size_t count, const float *base, float *out) {
@@ -195,12 +257,17 @@ TARGET static void NAME(cross_tile)(const float *a, const float *b, int n, size_
 }
 
 /* Upper triangle of one block, as HALF partial sums a pair. */
-TARGET static void NAME(gram_block)(const Operand *x, int n, size_t start, size_t length, const float *zeros,
-                             float *runs, double *sums) {
+TARGET static void NAME(gram_block)(const Operand *x, int n, size_t start, size_t length,
+                                    const NAME(Scratch) *scratch) {
+    const float *zeros = (const float *)scratch->zeros;
+    float *runs = (float *)scratch->runs;
+    double *sums = scratch->sums;
     for (size_t done = 0; done < length; done += RUN) {
         size_t count = length - done < RUN ? length - done : RUN;
-        for (int i = 0; i < n; i++)
+        for (int i = 0; i < n; i++) {
             NAME(fill)(x + i, start + done, count, i && !x[i].is_delta ? runs : zeros, runs + i * RUN);
+            NAME(digest_run)(x, i, start + done + count, scratch);
+        }
         for (int i = 0; i < n; i += 4) {
             int rows = n - i < 4 ? n - i : 4;
             NAME(diagonal_tile)(runs + i * RUN, rows, count, sums + (i * n + i) * HALF, n);
@@ -214,7 +281,9 @@ TARGET static void NAME(gram_block)(const Operand *x, int n, size_t start, size_
 
 /* The same with values widened to float64 before the subtraction and the product. */
 TARGET static void NAME(gram_block_precise)(const Operand *x, int n, size_t start, size_t length,
-                                     const double *zeros, double *runs, double *sums) {
+                                            const NAME(Scratch) *scratch) {
+    const double *zeros = scratch->zeros;
+    double *runs = scratch->runs, *sums = scratch->sums;
     for (size_t done = 0; done < length; done += RUN) {
         size_t count = length - done < RUN ? length - done : RUN;
         for (int i = 0; i < n; i++) {
@@ -229,6 +298,7 @@ TARGET static void NAME(gram_block_precise)(const Operand *x, int n, size_t star
                 for (int h = 0; h < PARTS; h++) value.part[h] -= ((const WIDE *)(base + k))->part[h];
                 *(WIDE *)(runs + i * RUN + k) = value;
             }
+            NAME(digest_run)(x, i, start + done + count, scratch);
         }
         for (int i = 0; i < n; i++) {
             for (int j = i; j < n; j++) {
@@ -243,27 +313,35 @@ TARGET static void NAME(gram_block_precise)(const Operand *x, int n, size_t star
     }
 }
 
-TARGET static int NAME(gram)(const Operand *x, int n, size_t n_blocks, size_t block_len, int precise, double *out) {
+/* `digest_bytes` has room for 16 bytes an operand, or is NULL. */
+TARGET static int NAME(gram)(const Operand *x, int n, size_t n_blocks, size_t block_len, int precise, double *out,
+                             uint8_t *digest_bytes) {
     size_t n_sums = (size_t)n * n * HALF, n_runs = (size_t)n * RUN;
-    double *zeros = aligned_alloc(64, ((RUN + n_runs + n_sums) * sizeof(double) + 63) / 64 * 64);
-    if (!zeros) return -1;
-    memset(zeros, 0, RUN * sizeof(double));
-    double *runs = zeros + RUN, *sums = runs + n_runs;
+    NAME(Scratch) scratch = {.count = n_blocks * block_len};
+    Digest digests[MAX_OPERANDS];
+    scratch.zeros = aligned_alloc(64, ((RUN + n_runs + n_sums) * sizeof(double) + 63) / 64 * 64);
+    if (!scratch.zeros) return -1;
+    memset(scratch.zeros, 0, RUN * sizeof(double));
+    scratch.runs = scratch.zeros + RUN;
+    scratch.sums = scratch.runs + n_runs;
+    if (digest_bytes) scratch.digests = digests;
+    for (int i = 0; i < n; i++) digests[i] = DIGEST_START;
     for (size_t block = 0; block < n_blocks; block++, out += n * n) {
-        memset(sums, 0, n_sums * sizeof(double));
-        if (precise)
-            NAME(gram_block_precise)(x, n, block * block_len, block_len, zeros, runs, sums);
-        else
-            NAME(gram_block)(x, n, block * block_len, block_len, (float *)zeros, (float *)runs, sums);
+        memset(scratch.sums, 0, n_sums * sizeof(double));
+        if (precise) NAME(gram_block_precise)(x, n, block * block_len, block_len, &scratch);
+        else NAME(gram_block)(x, n, block * block_len, block_len, &scratch);
         for (int i = 0; i < n; i++) {
             for (int j = i; j < n; j++) {
                 double total = 0;
-                for (int h = 0; h < HALF; h++) total += sums[(i * n + j) * HALF + h];
+                for (int h = 0; h < HALF; h++) total += scratch.sums[(i * n + j) * HALF + h];
                 out[i * n + j] = out[j * n + i] = total;
             }
         }
     }
-    free(zeros);
+    free(scratch.zeros);
+    for (int i = 0; digest_bytes && i < n; i++)
+        if (!x[i].is_delta)
+            NAME(digest_end)(digests + i, x[i].data, scratch.count * SIZE[x[i].dtype], digest_bytes + 16 * i);
     return 0;
 }
 
@@ -405,6 +483,8 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef STORE16
 #undef STORE16_ALL
 #undef ANY
+#undef MUL32
+#undef SWAP64
 #undef LOAD_F16
 #undef LOAD_F16_ALL
 #undef STORE_F16

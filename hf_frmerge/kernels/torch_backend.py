@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.kernels import ITEMSIZE, Operand
+from hf_frmerge.kernels import ITEMSIZE, Operand, digests_of
 
 _PRECISION = {"BF16": (8, 2.0**-126), "F16": (11, 2.0**-14)}  # significant bits, least normal number
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -78,6 +78,12 @@ class TorchKernels:
                     points[:, i] -= points[:, 0]
             gram[span.first : span.first + span.rows] += points @ points.mT
         return (0.5 * (gram + gram.mT)).cpu().numpy()  # a product with the transpose may round its halves differently
+
+    def gram_and_digests(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
+    ) -> tuple[NDArray[np.float64], list[str]]:
+        """Return Gram matrices and digests, as [`~kernels.Kernels.gram_and_digests`] says."""
+        return self.gram(operands, n_blocks, block_len, precise=precise), digests_of(operands)
 
     def combine(
         self,

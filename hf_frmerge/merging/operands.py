@@ -172,11 +172,8 @@ class TensorInputs:
         # Products of 16-bit floats are exact in float32, those of float32 are not; and on short tensors rounding has
         # no chance to average out.
         precise = precise or piece.stop - piece.start <= _SHORT or any(o.dtype == "F32" for o in operands)
-        compact = kernels.gram(operands, piece.n_blocks, piece.block_len, precise=precise)
-        digests = {
-            owner: self._factor(owner).digest if operand.is_delta else digest(operand.data)
-            for owner, operand in zip(owners, operands)
-        }
+        compact, found = kernels.gram_and_digests(operands, piece.n_blocks, piece.block_len, precise=precise)
+        digests = {owner: value or self._factor(owner).digest for owner, value in zip(owners, found)}
         if not np.isfinite(compact).all():
             self._check_finite(kernels, operands, owners)
             if not precise:  # finite inputs whose float32 products overflow

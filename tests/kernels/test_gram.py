@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xxhash
 
 from hf_frmerge.kernels import Kernels, Operand
 
@@ -168,3 +169,18 @@ def test_count_nonfinite(kernels, dtype):
         operand, held = encode(values.astype(np.float64), dtype, offset=3)
     assert kernels.count_nonfinite(operand) == np.count_nonzero(~np.isfinite(held)) > 0
     assert kernels.count_nonfinite(Operand(np.zeros(0, np.uint8), dtype)) == 0
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize(
+    ("n_blocks", "block_len"),
+    # Around what XXH3 treats apart: 240 bytes, whole stripes of 64, whole blocks of 1024, and one byte pair more.
+    [(1, 1), (1, 120), (1, 121), (1, 128), (1, 511), (1, 512), (1, 513), (7, 73), (3, 1024), (1, 4097), (40, 1000)],
+)
+def test_digests_are_xxh3_of_the_bytes_and_cost_the_gram_matrix_nothing(kernels, n_blocks, block_len, precise):
+    rng = np.random.default_rng(12)
+    operands, _ = experts(rng, [*DTYPES[:3], "BF16"], n_blocks * block_len)
+    delta, _ = encode(rng.standard_normal(n_blocks * block_len), "F32", is_delta=True)
+    gram, digests = kernels.gram_and_digests([*operands, delta], n_blocks, block_len, precise=precise)
+    assert digests == [*(xxhash.xxh3_128(operand.data.tobytes()).hexdigest() for operand in operands), ""]
+    np.testing.assert_array_equal(gram, kernels.gram([*operands, delta], n_blocks, block_len, precise=precise))
