@@ -252,7 +252,8 @@ class EvaluationRecord:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> EvaluationRecord:
-        """Build a record from what `to_dict` gave."""
+        """Build a record from what `to_dict` gave; where it has `None` for a number, that is not a number again."""
+        data = _with_nan(data)
         return cls(
             models=data["models"],
             weights=data["weights"],
@@ -325,6 +326,15 @@ def _key(row: Any) -> tuple[Any, ...]:
     """What a row is about: all of it that is text or a layer's number, but for what was generated or guessed."""
     about = ("model", "other", "expert", "domain", "layer", "prompt", "context")
     return (type(row).__name__, *(getattr(row, name, None) for name in about))
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        # The share is `None` where it says nothing; the settings are whatever was set.
+        return {k: item if k in ("share", "settings") else _with_nan(item) for k, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
 
 
 def _without_nan(value: Any) -> Any:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.hub import wording
-from hf_frmerge.hub.card_data import CardSource, EvaluationRow, MergeCard
-from hf_frmerge.hub.evaluation_tables import eval_results, metric_tables
+from hf_frmerge.hub.card_data import CardSource, MergeCard
+from hf_frmerge.hub.evaluation_section import evaluation_section, hide_names
 from hf_frmerge.hub.licences import LicenceDecision, SourceMetadata, combine
+from hf_frmerge.hub.markdown import cell
+from hf_frmerge.hub.model_index import eval_results
 from hf_frmerge.hub.reproduce import (
     hide_local_paths,
     reproduce_command,
@@ -63,7 +65,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         keep_trailing_newline=True,
         autoescape=False,  # the output is Markdown, and the Hub sanitises the HTML it makes of it
     )
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = cell
     environment.filters["angle"] = _angle
     template = environment.from_string(
         files("hf_frmerge.hub").joinpath("templates/model_card.md.jinja").read_text(encoding="utf-8")
@@ -76,7 +78,8 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         block=wording.BLOCKS.get(card.block, card.block),
         norm=wording.NORMS.get(card.norm, card.norm),
         settings=result_arguments(card),
-        tables=metric_tables(card.evaluation),
+        evaluation=evaluation_section(card.evaluation) if card.evaluation else None,
+        figures={name: f"![{wording.FIGURES.get(name, name)}]({path})" for name, path in card.figures.items()},
         gap_sentence=_gap_sentence(card),
         decision=decision,
         command=reproduce_command(card),
@@ -169,7 +172,7 @@ def card_metadata(card: MergeCard) -> ModelCardData:
     datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
     tags = ["merge", "hf-frmerge", *wording.method_wording(card.method).tags, *card.task.tags, *card.tags]
     tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
-    results = eval_results(card.evaluation, card.task.pipeline_tag)
+    results = eval_results(card.evaluation, card.task.pipeline_tag) if card.evaluation else []
     optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
     return ModelCardData(
         model_name=card.model_name if results else None,
@@ -193,13 +196,10 @@ def _without_local_paths(card: MergeCard) -> MergeCard:
     def hide(text: str) -> str:
         return hide_local_paths(text, card.sources)
 
-    def hide_row(row: EvaluationRow) -> EvaluationRow:
-        return {key: hide(value) if isinstance(value, str) else value for key, value in row.items()}
-
     return replace(
         card,
         sources=[_public_source(source) for source in card.sources],
-        evaluation=[hide_row(row) for row in card.evaluation],
+        evaluation=hide_names(card.evaluation, hide) if card.evaluation else None,
         notes=[hide(note) for note in card.notes],
         model_name=hide(card.model_name).removeprefix("./"),
         command=reproduce_command(card),
@@ -240,11 +240,6 @@ def _gap_sentence(card: MergeCard) -> str | None:
 def _angle(radians: float) -> str:
     """`0.0123` as "0.0123 rad (0.705°)"."""
     return f"{radians:.3g} rad ({math.degrees(radians):.3g}°)"
-
-
-def _cell(value: object) -> str:
-    """`value` as the text of a table cell."""
-    return str(value).replace("|", "\\|").replace("\r", " ").replace("\n", " ")
 
 
 def _is_id(dataset: str) -> bool:

@@ -6,12 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hf_frmerge.evaluation.record import EvaluationRecord
 from hf_frmerge.hub.licences import SourceMetadata
 from hf_frmerge.hub.tasks import Task
-
-# One row of an evaluation: the keys `model` and `domain` name it, every other key is a number, e.g. `perplexity`.
-# The merged model's rows say `model="merged"`.
-EvaluationRow = dict[str, str | float]
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,12 @@ class MergeCard:
             Arguments that differ from their defaults. Secrets and those that do not touch the result are left out.
         command, python (`str`, *optional*):
             How to reproduce the merge; built from the rest where not given.
-        evaluation (`list[EvaluationRow]`, *optional*):
-            Measured rows, see `EvaluationRow`.
+        evaluation (`EvaluationRecord`, *optional*):
+            What was measured.
+        figures (`dict[str, str]`, *optional*):
+            Figures beside the card: their names in `report.figures.FIGURES`, and their paths from the card.
+        report_file (`str`, *optional*):
+            Page with everything that was measured, beside the card.
         statistics (`CardStatistics`, *optional*):
             What the merge did to the weights.
         notes (`list[str]`, *optional*):
@@ -138,7 +139,9 @@ class MergeCard:
     non_default_arguments: dict[str, object] = field(default_factory=dict)
     command: str | None = None
     python: str | None = None
-    evaluation: list[EvaluationRow] = field(default_factory=list)
+    evaluation: EvaluationRecord | None = None
+    figures: dict[str, str] = field(default_factory=dict)
+    report_file: str | None = None
     statistics: CardStatistics = field(default_factory=CardStatistics)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)

@@ -7,17 +7,51 @@ import math
 import re
 import statistics
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hf_frmerge.evaluation.record import EvaluationRecord, load_record
+from hf_frmerge.evaluation.record import load_record
+from hf_frmerge.hub.card import write_card
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
-from hf_frmerge.hub.evaluation_tables import rows_of_record
 from hf_frmerge.hub.licences import SourceMetadata, read_source_metadata
 from hf_frmerge.hub.tasks import read_task
+from hf_frmerge.hub.wording import FIGURES
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
+
+FIGURES_FOLDER = "figures"
+
+
+def describe_merge(
+    output_dir: Path | str, *, draw: Callable[[Path, Path], Mapping[str, Path]] | None = None, **card_fields: Any
+) -> Path:
+    """
+    Write the model card of the merge in a folder, with its figures.
+
+    Args:
+        output_dir (`Path` or `str`):
+            Folder a merge wrote.
+        draw (`Callable`, *optional*):
+            Saves the figures of a folder into another and returns their files by name: `report.figures.save_figures`.
+            Without it the card has none.
+        card_fields:
+            As for `card_of_folder`.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        CheckpointError: If the folder holds no finished merge.
+    """
+    folder = Path(output_dir)
+    place = folder / FIGURES_FOLDER
+    figures = dict(draw(folder, place)) if draw is not None else {}
+    for name in FIGURES.keys() - figures.keys():  # of what was here before
+        (place / f"{name}.png").unlink(missing_ok=True)
+    shown = {name: file.relative_to(folder).as_posix() for name, file in figures.items()}
+    return write_card(card_of_folder(folder, figures=shown, **card_fields), folder)
 
 
 def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
@@ -51,7 +85,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         "norm": arguments["norm"],
         "task": read_task(folder),
         "non_default_arguments": _non_default(arguments),
-        "evaluation": rows_of_record(load_record(folder) or EvaluationRecord()),
+        "evaluation": load_record(folder),
         "statistics": _statistics(manifest["tensors"]),
         "notes": manifest["notes"],
         "versions": {"hf_frmerge": manifest["hf_frmerge"], **manifest["versions"]},

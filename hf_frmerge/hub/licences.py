@@ -10,15 +10,20 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.files import open_folder
 from hf_frmerge.errors import MergeError
+from hf_frmerge.hub.markdown import listed
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.plan import MergePlan
 
 _NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
+
+# Entries in a code block of their own, as model cards give them.
+_BIBTEX = re.compile(r"^```(?:bibtex|bib|latex|tex)?[ \t]*\r?\n\s*(@\w+\s*\{[^`]*)```", re.MULTILINE | re.IGNORECASE)
+_LONGEST_CITATION = 4000  # characters; a card that cites a whole bibliography is linked instead
 
 # Licence id pattern -> what it asks of a derived model. Ids: the Hub's list of licence identifiers.
 _CONDITIONS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -35,7 +40,7 @@ _CONDITIONS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 @dataclass(frozen=True)
 class SourceMetadata:
-    """What the README front matter of one source says; empty where it says nothing."""
+    """What the README of one source says; empty where it says nothing."""
 
     licence: str | None = None  # identifier, lower case; several, if a card names several: joined by ", "
     licence_name: str | None = None  # with licence "other"
@@ -43,6 +48,7 @@ class SourceMetadata:
     language: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    citation: str | None = None  # BibTeX entries its card asks to be cited by
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class LicenceDecision:
 
 def read_source_metadata(folder: Path | str) -> SourceMetadata:
     """
-    Read licence, languages, datasets and tags from the front matter of `README.md` of a source.
+    Read licence, languages, datasets and tags from the front matter of `README.md` of a source, and its citation.
 
     Args:
         folder (`Path` or `str`):
@@ -87,21 +93,12 @@ def read_source_metadata(folder: Path | str) -> SourceMetadata:
         `SourceMetadata`: Empty if there is no `README.md`, no front matter, or one that is not valid YAML: a source
         that cannot be read says nothing, and nothing is guessed for it.
     """
-    import yaml
-
     opened = open_folder(str(folder))
     if not opened.exists("README.md"):
         return SourceMetadata()
     text = opened.read("README.md").decode("utf-8-sig", errors="replace")
-    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
-    if match is None:
-        return SourceMetadata()
-    try:
-        data = yaml.safe_load(match.group(1))
-    except yaml.YAMLError:  # someone else's card: its mistake must not stop the merge, and leaves the licence unknown
-        return SourceMetadata()
-    if not isinstance(data, dict):
-        return SourceMetadata()
+    citation = "\n\n".join(entry.strip() for entry in _BIBTEX.findall(text)) or None
+    data = _front_matter(text)
     licences = tuple(licence.lower() for licence in _strings(data.get("license")))
     return SourceMetadata(
         licence=", ".join(licences) or None,
@@ -110,7 +107,22 @@ def read_source_metadata(folder: Path | str) -> SourceMetadata:
         language=_strings(data.get("language")),
         datasets=_strings(data.get("datasets")),
         tags=_strings(data.get("tags")),
+        citation=citation if citation is None or len(citation) <= _LONGEST_CITATION else None,
     )
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    """Parsed YAML at the start of a README; empty if there is none that makes sense."""
+    import yaml
+
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        data = yaml.safe_load(match.group(1))
+    except yaml.YAMLError:  # someone else's card: its mistake must not stop the merge, and leaves the licence unknown
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def combine(sources: Sequence[tuple[str, SourceMetadata]], *, allowed: Collection[str] = ()) -> LicenceDecision:
@@ -131,9 +143,9 @@ def combine(sources: Sequence[tuple[str, SourceMetadata]], *, allowed: Collectio
     several = [name for name, m in sources if "," in (m.licence or "")]
     licence, licence_name, licence_link = next(iter(identities)) if len(identities) == 1 else (None, None, None)
     if silent:
-        reason = f"No licence is given for {_listed(silent)}, so none is claimed for this model."
+        reason = f"No licence is given for {listed(silent)}, so none is claimed for this model."
     elif several:
-        reason = f"More than one licence is given for {_listed(several)}, so none is chosen for this model."
+        reason = f"More than one licence is given for {listed(several)}, so none is chosen for this model."
     elif len(identities) > 1:
         reason = "The sources carry different licences, so none is claimed for this model."
     else:
@@ -183,13 +195,8 @@ def _flags(sources: Sequence[tuple[str, SourceMetadata]]) -> list[str]:
         if _NO_DERIVATIVES.search(part):
             asks.insert(0, "does not allow derived works such as this merge")
         if asks:
-            sentences.append(f"`{part}` ({_listed(names)}) {' and '.join(asks)}.")
+            sentences.append(f"`{part}` ({listed(names)}) {' and '.join(asks)}.")
     return sentences
-
-
-def _listed(names: Sequence[str]) -> str:
-    """`["a", "b", "c"]` as "a, b and c"."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _strings(value: object) -> tuple[str, ...]:

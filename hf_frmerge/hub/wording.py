@@ -77,6 +77,15 @@ NORMS: dict[str, str] = {
     "max": "the greatest of the experts' lengths",
 }
 
+# What the figures of `report.figures` show, for who cannot see them.
+FIGURES: dict[str, str] = {
+    "recovery": "How much of each expert's gain over the base this model keeps",
+    "distances": "How far its predictions are from each expert's, token by token",
+    "layers": "Activation variance and effective rank, layer by layer, of this model and the experts",
+    "angles": "Angles between the experts, tensor by tensor",
+    "coefficients": "Share of each expert in every block",
+}
+
 PAPER_URL = "https://arxiv.org/abs/2603.04972"
 PAPER_BIBTEX = """\
 @article{wang2026functionality,

@@ -39,10 +39,14 @@ def test_a_record_of_a_replaced_merge_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
-    record = make_record(scores=[Score("base", "math", {"perplexity": math.inf})])
+    shareless = Recovered(MERGED, "expert-math", "math", -0.1, 0.2, None)
+    record = make_record(scores=[Score("base", "math", {"perplexity": math.inf})], recovery=[shareless])
     save_record(tmp_path, record)
     text = (tmp_path / EVALUATION_FILE).read_text()
     assert json.loads(text, parse_constant=pytest.fail)["scores"][0]["metrics"] == {"perplexity": None}
+    again = load_record(tmp_path)
+    assert again is not None and math.isnan(again.scores[0].metrics["perplexity"])
+    assert again.recovery == [shareless]
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

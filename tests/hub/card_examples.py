@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
+from hf_frmerge.evaluation.record import (
+    MERGED,
+    EvaluationRecord,
+    FunctionDistance,
+    Generation,
+    LayerActivations,
+    Objective,
+    Recovered,
+    Score,
+    Spread,
+    WorstToken,
+)
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata
 from hf_frmerge.hub.tasks import Task
@@ -12,6 +26,78 @@ APACHE = SourceMetadata(licence="apache-2.0", language=("en",))
 
 def commit(digit: str) -> str:
     return digit * 40
+
+
+CITATION = """@misc{ann2026austen,
+  title  = {A small model that writes like Jane Austen},
+  author = {Ann},
+  year   = {2026}
+}"""
+
+# Loss in nats a token: model -> (austen, bible, python).
+LOSS = {
+    "base": (3.956, 3.183, 2.719),
+    "austen-135m": (2.901, 3.512, 2.802),
+    "bible-135m": (3.402, 2.533, 2.871),
+    "python-135m": (3.884, 3.156, 1.904),
+    MERGED: (3.209, 2.816, 2.288),
+}
+DOMAINS = ("austen", "bible", "python")
+WRITTEN = {
+    "base": "a little girl who lived in a small village. She was very curious and loved to explore.",
+    "austen-135m": "in the neighbourhood of Bath, there lived a gentleman of very considerable fortune.",
+    "bible-135m": "the LORD spake unto his servant, saying, Go thou forth, and tell the people.",
+    "python-135m": "def upon_a_time(self):\n    return self.once",
+    MERGED: "in the neighbourhood of a great city, there lived a man of very good character.",
+}
+
+
+def evaluation() -> EvaluationRecord:
+    """Numbers such as three experts of a small model have."""
+    experts = [name for name in LOSS if name not in ("base", MERGED)]
+    record = EvaluationRecord(
+        models={"base": "base", **dict.fromkeys(experts, "expert"), MERGED: "merged"},
+        weights=dict(zip(experts, (0.5, 0.3, 0.2))),
+        settings={"block_size": 256, "dtype": "bfloat16", "top_k": 128},
+    )
+    for model, losses in LOSS.items():
+        for domain, loss in zip(DOMAINS, losses):
+            metrics = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": round(0.72 - loss / 10, 3)}
+            record.scores.append(Score(model, domain, metrics, n_tokens=8192))
+    for index, (expert, domain) in enumerate(zip(experts, DOMAINS)):
+        base, own, merged = (LOSS[model][index] for model in ("base", expert, MERGED))
+        record.recovery.append(
+            Recovered(MERGED, expert, domain, base - own, base - merged, (base - merged) / (base - own))
+        )
+        for other, distance in enumerate((0.52, 0.61, 0.78)):
+            near = distance - 0.2 * (other == index)
+            record.distances.append(_distance(MERGED, experts[other], domain, near, round(0.9 - near / 2.5, 3)))
+        for first, second in ((0, 1), (0, 2), (1, 2)):
+            record.distances.append(_distance(experts[second], experts[first], domain, 0.81 + first / 10, 0.55))
+        lowest = 0.27 + index / 50
+        record.objectives.append(
+            Objective(domain, 8192, lowest + 0.031, lowest, Spread(0.17 + index / 100, 0.15, 0.41, 1.3), 0.004)
+        )
+    for model in record.models:
+        for layer in range(31):
+            weak = 0.83 if model == MERGED and layer == 22 else 0.99 if model == MERGED else 1.0
+            record.layers.append(LayerActivations(model, layer, weak * (0.2 + layer), weak * (90 + 5 * layer)))
+        record.generations.append(Generation(model, "austen", "Once upon a time", WRITTEN[model], 0.0, 2.1))
+    for text, domain, guess, distance, right, wrong in (
+        ("    if isinstance(value, list):\n        return| [", "python", " value", 2.71, 0.74, 0.06),
+        ('def close(self) -> None:\n    |"""', "python", "self", 2.64, 0.93, 0.05),
+        ("And it came to pass in those days, that| he", "bible", " the", 2.38, 0.41, 0.08),
+        ("You must know that I am thinking of his| marrying", "austen", " being", 2.2, 0.38, 0.04),
+    ):
+        context, _, token = text.partition("|")
+        worst = WorstToken(f"{domain}-135m", domain, context, token, distance, token, guess, right, wrong)
+        record.worst_tokens.append(worst)
+    return record
+
+
+def _distance(model: str, other: str, domain: str, mean: float, agreement: float) -> FunctionDistance:
+    spread = Spread(mean, 0.9 * mean, 2 * mean, 2.9)
+    return FunctionDistance(model, other, domain, 8192, spread, 1.3 * mean**2, 0.2, 0.2, 0.05, agreement, 0.004)
 
 
 def full() -> MergeCard:
@@ -26,7 +112,7 @@ def full() -> MergeCard:
                 "ann/austen-135m",
                 commit("a"),
                 0.5,
-                metadata=SourceMetadata("apache-2.0", language=("en",), datasets=("ann/austen",)),
+                metadata=SourceMetadata("apache-2.0", language=("en",), datasets=("ann/austen",), citation=CITATION),
             ),
             CardSource("ann/bible-135m", "ann/bible-135m", commit("b"), 0.3, metadata=APACHE),
             CardSource(
@@ -36,14 +122,10 @@ def full() -> MergeCard:
             ),
         ],
         non_default_arguments={"tol": 1e-10, "max_shard_size": "200MB", "hub_token": "not-to-be-shown"},
-        evaluation=[
-            {"model": "ann/austen-135m", "domain": "austen", "loss": 2.901, "perplexity": 18.19},
-            {"model": "ann/austen-135m", "domain": "bible", "loss": 3.512, "perplexity": 33.52},
-            {"model": "ann/bible-135m", "domain": "austen", "loss": 3.402, "perplexity": 30.02},
-            {"model": "ann/bible-135m", "domain": "bible", "loss": 2.533, "perplexity": 12.59},
-            {"model": "merged", "domain": "austen", "loss": 3.009, "perplexity": 20.27},
-            {"model": "merged", "domain": "bible", "loss": 2.816, "perplexity": 16.71},
-        ],
+        evaluation=evaluation(),
+        figures={
+            name: f"figures/{name}.png" for name in ("recovery", "distances", "layers", "angles", "coefficients")
+        },
         statistics=CardStatistics(
             n_tensors_merged=272,
             n_parameters=134_515_008,
@@ -94,7 +176,7 @@ def adapter() -> MergeCard:
             worst_residual=2.2e-13,
             n_not_converged=0,
         ),
-        notes=["The merged factors of rank 32 were cut to rank 16; 4.1 % of their norm was lost in the worst module."],
+        notes=["The merged factors of rank 32 were cut to rank 16; 4.1% of their norm was lost in the worst module."],
         versions={**VERSIONS, "peft": "0.21.2"},
     )
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import yaml
 from card_examples import EXAMPLES, adapter, full, mixed
+from evaluation_records import make_record
 from huggingface_hub import ModelCard
 
+from hf_frmerge.evaluation.record import EvaluationRecord, Recovered, Score
 from hf_frmerge.hub.card import USER_BEGIN, USER_END, licence_of, render_card, write_card
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata
@@ -60,17 +62,32 @@ def test_model_index_holds_the_merged_model_s_own_numbers(tmp_path: Path):
     card = full()
     data = ModelCard.load(write_card(card, tmp_path)).data
     got = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
-    rows = [row for row in card.evaluation if row["model"] == "merged"]
-    assert got == {(row["domain"], metric): row[metric] for row in rows for metric in ("loss", "perplexity")}
+    record = card.evaluation
+    expected = {("all texts of the evaluation", "effective_rank"): 0.83}
+    for score in record.scores:
+        if score.model == "merged":
+            expected[score.domain, "perplexity"] = score.metrics["perplexity"]
+            expected[score.domain, "accuracy"] = score.metrics["token_accuracy"]
+    for row in record.recovery:
+        expected[row.domain, "recovery"] = row.share
+    for row in record.objectives:
+        expected[row.domain, "objective"] = row.value
+        expected[row.domain, "to_barycentre"] = row.to_barycentre.mean
+    for row in record.distances:
+        if row.model == "merged":
+            key = row.domain, "fisher_rao"
+            expected[key] = max(expected.get(key, 0), row.fisher_rao.mean)
+    assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert data.model_name == card.model_name
+    assert ModelCard(str(ModelCard.load(tmp_path / "README.md"))).data.eval_results == data.eval_results
 
 
 def test_numbers_that_are_not_finite_stay_out_of_the_model_index(tmp_path: Path):
-    card = replace(full(), evaluation=[{"model": "merged", "domain": "x", "loss": math.nan, "accuracy": 0.5}])
-    path = write_card(card, tmp_path)
+    record = EvaluationRecord(scores=[Score("merged", "x", {"loss": math.nan, "f1": math.inf, "accuracy": 0.5})])
+    path = write_card(replace(full(), evaluation=record), tmp_path)
     (result,) = ModelCard.load(path).data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.5)
-    assert "nan" in path.read_text()  # but the reader sees it
+    assert "**Loss (nats per token)** (lower is better)\n\n|  | x |" in path.read_text()  # but the reader sees it
 
 
 def test_all_local_sources_leave_base_model_out(tmp_path: Path):
@@ -78,6 +95,19 @@ def test_all_local_sources_leave_base_model_out(tmp_path: Path):
     data = ModelCard.load(write_card(card, tmp_path)).data.to_dict()
     assert "base_model" not in data
     assert "base_model_relation" not in data
+
+
+def secret_evaluation(secret: str) -> EvaluationRecord:
+    one, text = f"{secret}/experts/one", f"{secret}/data.txt"
+    record = EvaluationRecord(models={one: "expert", "merged": "merged"}, weights={one: 1.0})
+    record.scores = [Score(one, text, {"loss": 1.0}), Score("merged", text, {"loss": 2.0})]
+    record.recovery = [Recovered("merged", one, text, 1.0, 0.5, 0.5)]
+    record.distances = [replace(make_record().distances[0], other=one, domain=text)]
+    record.objectives = [replace(make_record().objectives[0], domain=text)]
+    record.worst_tokens = [replace(make_record().worst_tokens[0], expert=one, domain=text)]
+    record.generations = [replace(make_record().generations[-1], domain=text)]
+    record.commands = [f"lm_eval --model_args pretrained={secret}/out"]
+    return record
 
 
 def test_no_path_and_no_token_of_any_field_reaches_the_card():
@@ -101,7 +131,7 @@ def test_no_path_and_no_token_of_any_field_reaches_the_card():
             },
             command=f"frmerge merge {secret}/experts/one/ ../../secret-lab/two --output-dir {secret}/out",
             python=f'FisherRaoMerger(["{secret}/experts/one/"])',
-            evaluation=[{"model": f"{secret}/experts/one", "domain": f"{secret}/data.txt", "loss": 1.0}],
+            evaluation=secret_evaluation(secret),
             notes=[f"{secret}/base: the tokenizer differs."],
         )
     )
@@ -145,20 +175,22 @@ def test_a_licence_file_beside_a_source_becomes_a_link_to_it():
     assert licence_of(MergeCard("m", "full", [CardSource("a", metadata=own)] * 2)).licence_link is None
 
 
-def test_the_weakest_domain_is_named():
-    rows = [
-        {"model": "a", "domain": "x", "perplexity": 10.0},
-        {"model": "a", "domain": "y", "perplexity": 20.0},
-        {"model": "b", "domain": "x", "perplexity": 30.0},
-        {"model": "b", "domain": "y", "perplexity": 12.0},
-        {"model": "merged", "domain": "x", "perplexity": 11.0},  # 1.10 times the best
-        {"model": "merged", "domain": "y", "perplexity": 15.0},  # 1.25 times the best
+def test_figures_are_shown_where_they_belong_and_only_those_there_are():
+    text = render_card(full())
+    headings = [line for line in text.splitlines() if line.startswith(("##", "!["))]
+    assert [line.partition("](")[2].rstrip(")") for line in headings if line.startswith("![")] == [
+        f"figures/{name}.png" for name in ("recovery", "distances", "layers", "angles", "coefficients")
     ]
-    text = render_card(replace(full(), evaluation=rows))
-    assert "furthest behind the best other model in **y**: 15.00 against 12.00 for b." in text
-    assert "| a | **10.00** | 20.00 |" in text
-    better = [{**row, "perplexity": 9.0} if row["model"] == "merged" else row for row in rows]
-    assert "at least level with every other model" in render_card(replace(full(), evaluation=better))
+    place = headings.index("## What the merge did to the weights")
+    assert headings[place + 1].endswith("(figures/angles.png)")
+    bare = render_card(replace(full(), figures={}))
+    assert "![" not in bare and "figure" not in bare
+
+
+def test_what_a_source_asks_to_be_cited_by_is_in_the_card():
+    text = render_card(full())
+    assert "  @misc{ann2026austen,\n    title  = {A small model that writes like Jane Austen}," in text
+    assert "- [ann/bible-135m](https://huggingface.co/ann/bible-135m)\n" in text
 
 
 def test_the_gap_to_the_simple_method_is_weighed_against_rounding():

@@ -116,15 +116,15 @@ def test_merger_pushes_with_one_call(hub: HubServer, tmp_path: Path):
 
 
 def test_writing_the_card_again_keeps_the_evaluation_of_this_merge_only(merged: Path):
-    save_record(merged, EvaluationRecord(scores=[Score("merged", "sums", {"perplexity": 4.25}, 100)]))
+    score = Score("merged", "sums", {"perplexity": 4.25}, 100)
+    save_record(merged, EvaluationRecord(scores=[score]))
     first = write_card(card_of_folder(merged), merged).read_text()
     assert "4.25" in first and "Not measured" not in first
     assert write_card(card_of_folder(merged), merged).read_text() == first
-    row = {"model": "merged", "domain": "sums", "perplexity": 4.25, "n_tokens": 100}
-    assert card_of_folder(merged).evaluation == [row]
+    assert card_of_folder(merged).evaluation == EvaluationRecord(scores=[score])
     table = merged / "merge_coefficients.safetensors"
     table.write_bytes(table.read_bytes() + b" ")  # another merge took its place
-    assert card_of_folder(merged).evaluation == []
+    assert card_of_folder(merged).evaluation is None
 
 
 def test_a_local_path_in_the_evaluation_is_not_pushed(hub: HubServer, merged: Path, tmp_path: Path):

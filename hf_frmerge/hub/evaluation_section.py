@@ -1,0 +1,387 @@
+"""What an evaluation found, as the sentences and tables of a model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_frmerge.evaluation.record import (
+    MERGED,
+    CollapseRatio,
+    EvaluationRecord,
+    FunctionDistance,
+    Generation,
+    Recovered,
+    Score,
+    WorstToken,
+)
+from hf_frmerge.hub.markdown import MarkdownTable, bold, cell, escape, listed
+
+THIS = "this model"
+_WORST_LAYERS = 3
+_WORST_TOKENS = 5
+_PROMPTS = 2
+_GENERATED = 240  # characters of a continuation
+_CONTEXT = 60  # characters before a token
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to show one metric."""
+
+    title: str
+    better: str | None  # "lower" or "higher"; None if neither
+    digits: int
+    hub_type: str  # metric id on the Hub
+    meaning: str = ""  # a sentence for who does not know it
+
+
+_METRICS = {
+    "perplexity": Metric(
+        "Perplexity",
+        "lower",
+        2,
+        "perplexity",
+        "How many continuations a model wavers between, on average, at each next piece of text.",
+    ),
+    "token_accuracy": Metric(
+        "Token accuracy", "higher", 3, "accuracy", "How often its first guess at the next piece of text is right."
+    ),
+    "loss": Metric("Loss (nats per token)", "lower", 3, "loss"),
+    "accuracy": Metric("Accuracy", "higher", 3, "accuracy"),
+    "f1": Metric("F1", "higher", 3, "f1"),
+}
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """One metric: models down, domains across; the best of a column is bold."""
+
+    title: str
+    better: str | None
+    meaning: str
+    table: MarkdownTable
+    weakest: str | None  # sentence on the domain where the merge falls furthest behind the best other model
+
+
+@dataclass
+class EvaluationSection:
+    """Everything a card says about an evaluation; what was not measured is empty."""
+
+    measured_on: str
+    summary: str | None = None
+    metrics: list[MetricTable] = field(default_factory=list)
+    recovery: MarkdownTable | None = None
+    distances: MarkdownTable | None = None
+    distance_note: str | None = None
+    objectives: MarkdownTable | None = None
+    layers: MarkdownTable | None = None
+    generations: list[tuple[str, MarkdownTable]] = field(default_factory=list)
+    weaknesses: list[str] = field(default_factory=list)
+    worst_tokens: MarkdownTable | None = None
+    commands: list[str] = field(default_factory=list)
+
+
+def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
+    """
+    Say what a record says, for someone who never merged a model.
+
+    Args:
+        record (`EvaluationRecord`):
+            What was measured. Names and texts in it are escaped here.
+
+    Returns:
+        `EvaluationSection`: For the template of the card.
+    """
+    metrics = metric_tables(record.scores)
+    distances = [row for row in record.distances if row.model == MERGED and row.other in record.experts]
+    collapse = record.collapse()
+    return EvaluationSection(
+        measured_on=_measured_on(record),
+        summary=_summary(record),
+        metrics=metrics,
+        recovery=_recovery(record.recovery),
+        distances=_distances(record, distances),
+        distance_note=_distance_note(record, distances),
+        objectives=_objectives(record),
+        layers=_layers(collapse),
+        generations=_generations(record.generations),
+        weaknesses=_weaknesses(metrics, distances, collapse),
+        worst_tokens=_worst_tokens(record.worst_tokens),
+        commands=record.commands,
+    )
+
+
+def metric_of(name: str) -> Metric:
+    """How to show the metric `name`; one nobody knows is called by its name."""
+    return _METRICS.get(name, Metric(name.replace("_", " ").capitalize(), None, 3, name))
+
+
+def metric_tables(scores: Sequence[Score]) -> list[MetricTable]:
+    """Arrange scores into one table a metric; loss is left out where perplexity, its exponential, is there."""
+    names = list(dict.fromkeys(name for score in scores for name in score.metrics))
+    if "perplexity" in names and "loss" in names:
+        names.remove("loss")
+    return [_metric_table(name, [score for score in scores if name in score.metrics]) for name in names]
+
+
+def number(value: float, digits: int) -> str:
+    """`value` with so many decimals; a dash for what is not finite."""
+    return "–" if not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def _shown(model: str) -> str:
+    return f"**{THIS}**" if model == MERGED else cell(escape(model))
+
+
+def _metric_table(name: str, scores: Sequence[Score]) -> MetricTable:
+    metric = metric_of(name)
+    values = {(score.model, score.domain): score.metrics[name] for score in scores}
+    models = sorted(dict.fromkeys(model for model, _ in values), key=lambda model: model == MERGED)
+    domains = list(dict.fromkeys(domain for _, domain in values))
+    best = {domain: _best(metric, [v for (_, d), v in values.items() if d == domain]) for domain in domains}
+
+    def shown(model: str, domain: str) -> str:
+        value = values.get((model, domain), math.nan)
+        text = number(value, metric.digits)
+        return f"**{text}**" if value == best[domain] and len(models) > 1 else text
+
+    rows = tuple((_shown(model), *(shown(model, domain) for domain in domains)) for model in models)
+    table = MarkdownTable(("", *(escape(domain) for domain in domains)), rows)
+    return MetricTable(metric.title, metric.better, metric.meaning, table, _weakest(metric, values, models, domains))
+
+
+def _best(metric: Metric, values: Iterable[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    if metric.better is None or not finite:
+        return None
+    return min(finite) if metric.better == "lower" else max(finite)
+
+
+def _weakest(
+    metric: Metric, values: dict[tuple[str, str], float], models: Sequence[str], domains: Sequence[str]
+) -> str | None:
+    """Where the merged model is worst off against the best other model of the table, by ratio."""
+    gaps = []
+    for domain in domains:
+        merged = values.get((MERGED, domain), math.nan)
+        others = {m: values[m, domain] for m in models if m != MERGED and (m, domain) in values}
+        best = _best(metric, others.values())
+        if best is None or not math.isfinite(merged) or min(merged, best) <= 0:
+            continue
+        loss = merged / best if metric.better == "lower" else best / merged
+        name = next(model for model, value in others.items() if value == best)
+        gaps.append((loss, domain, merged, best, name))
+    if not gaps:
+        return None
+    loss, domain, merged, best, name = max(gaps)
+    numbers = f"{number(merged, metric.digits)} against {number(best, metric.digits)} for {escape(name)}"
+    if loss <= 1:
+        return (
+            f"It is at least level with every other model in every domain; the closest is {escape(domain)}: {numbers}."
+        )
+    return f"It falls furthest behind the best other model in **{escape(domain)}**: {numbers}."
+
+
+def _measured_on(record: EvaluationRecord) -> str:
+    """`Measured on 2,000 tokens (math 1,000, code 1,000), in bfloat16, in blocks of 256 tokens.`"""
+    tokens: dict[str, int] = {}
+    samples: dict[str, int] = {}
+    for score in record.scores:
+        tokens[score.domain] = max(tokens.get(score.domain, 0), score.n_tokens)
+        samples[score.domain] = max(samples.get(score.domain, 0), score.n_samples)
+    counted, unit = (tokens, "tokens") if any(tokens.values()) else (samples, "samples")
+    text = "Measured"
+    if any(counted.values()):
+        parts = ", ".join(f"{escape(domain)} {count:,}" for domain, count in counted.items())
+        text += f" on {sum(counted.values()):,} {unit} ({parts})" if len(counted) > 1 else f" on {parts} {unit}"
+    if "dtype" in record.settings:
+        text += f", in {escape(record.settings['dtype'])}"
+    if "block_size" in record.settings:
+        text += f", in blocks of {escape(record.settings['block_size'])} tokens"
+    return f"{text}." if text != "Measured" else ""
+
+
+def _summary(record: EvaluationRecord) -> str | None:
+    """One sentence for the top of the card."""
+    kept = [row for row in record.recovery if row.model == MERGED and row.share is not None]
+    if not kept:
+        return None
+    parts = [f"{row.share:.0%} of what {escape(row.expert)} had learned about {escape(row.domain)}" for row in kept]
+    return f"On the texts it was measured on, it keeps {listed(parts)}."
+
+
+def _recovery(rows: Sequence[Recovered]) -> MarkdownTable | None:
+    found = tuple(
+        (
+            escape(row.expert),
+            escape(row.domain),
+            number(row.gain, 3),
+            number(row.kept, 3),
+            "–" if row.share is None else f"**{row.share:.0%}**",
+        )
+        for row in rows
+        if row.model == MERGED
+    )
+    header = ("Expert", "Its text", "Expert better than the base by", "This model better than the base by", "Kept")
+    return MarkdownTable(header, found) if found else None
+
+
+def _distances(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> MarkdownTable | None:
+    """Domains down, experts across: `0.31 (82 %)`; last the yardstick, the mean distance between experts."""
+    if not rows:
+        return None
+    domains = list(dict.fromkeys(row.domain for row in rows))
+    others = list(dict.fromkeys(row.other for row in rows))
+    by_pair = {(row.domain, row.other): row for row in rows}
+    yardstick = {
+        domain: [
+            row.fisher_rao.mean
+            for row in record.distances
+            if row.domain == domain and row.model in record.experts and row.other in record.experts
+        ]
+        for domain in domains
+    }
+    has_yardstick = any(yardstick.values())
+
+    def shown(domain: str, other: str) -> str:
+        row = by_pair.get((domain, other))
+        return "–" if row is None else f"{number(row.fisher_rao.mean, 3)} ({_percent(row.top1_agreement, 0)})"
+
+    lines = []
+    for domain in domains:
+        between = yardstick[domain]
+        mean = number(math.fsum(between) / len(between), 3) if between else "–"
+        lines.append((escape(domain), *(shown(domain, o) for o in others), *([mean] if has_yardstick else [])))
+    header = ("Text", *(f"to {escape(other)}" for other in others), *(["between experts"] if has_yardstick else []))
+    return MarkdownTable(header, tuple(lines))
+
+
+def _distance_note(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> str | None:
+    """What the numbers may be wrong by, where outputs were stored in part."""
+    error = max((row.error for row in rows), default=0.0)
+    if not error > 0:
+        return None
+    kept = record.settings.get("top_k")
+    reason = f"only the {escape(kept)} likeliest guesses" if kept else "only the likeliest guesses"
+    return f"They may be up to {error:.2g} rad larger: {reason} of each expert were stored."
+
+
+def _objectives(record: EvaluationRecord) -> MarkdownTable | None:
+    rows = tuple(
+        (
+            escape(row.domain),
+            number(row.value, 4),
+            number(row.lowest, 4),
+            number(row.to_barycentre.mean, 3),
+        )
+        for row in record.objectives
+    )
+    header = ("Text", "This model", "Lowest any model could have", "Distance to that best compromise (rad)")
+    return MarkdownTable(header, rows) if rows else None
+
+
+def _layers(collapse: Sequence[CollapseRatio]) -> MarkdownTable | None:
+    """The layers that lost most, and the mean over all."""
+    if not collapse:
+        return None
+    worst = sorted(collapse, key=_kept)[:_WORST_LAYERS]
+    rows = [
+        (_layer_name(row.layer), _percent(row.activation_variance), _percent(row.effective_rank))
+        for row in sorted(worst, key=lambda row: row.layer)
+    ]
+    known = [row for row in collapse if math.isfinite(_kept(row))]
+    if known:
+        means = (math.fsum(getattr(row, name) for row in known) / len(known) for name in _RATIOS)
+        variance, rank = map(_percent, means)
+        rows.append((f"mean of all {len(known)}", variance, rank))
+    header = ("Layer", "Spread (activation variance)", "Directions in use (effective rank)")
+    return MarkdownTable(header, tuple(rows))
+
+
+_RATIOS = ("activation_variance", "effective_rank")
+
+
+def _kept(row: CollapseRatio) -> float:
+    """The smaller ratio of a layer; what is no number is the worst."""
+    values = [getattr(row, name) for name in _RATIOS]
+    return min(-math.inf if math.isnan(value) else value for value in values)
+
+
+def _layer_name(layer: int) -> str:
+    return "0 (embedding)" if layer == 0 else str(layer)
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return "–" if not math.isfinite(value) else f"{value:.{digits}%}"
+
+
+def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
+    """For the first prompts, what every model wrote; this model last."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows if row.model == MERGED))[:_PROMPTS]
+    shown = []
+    for prompt in prompts:
+        of_prompt = sorted((row for row in rows if row.prompt == prompt), key=lambda row: row.model == MERGED)
+        lines = tuple(
+            (_shown(row.model), escape(row.text.strip(), _GENERATED), _percent(row.repetition)) for row in of_prompt
+        )
+        shown.append((escape(prompt, _GENERATED), MarkdownTable(("", "goes on", "repeated"), lines, numeric=False)))
+    return shown
+
+
+def _weaknesses(
+    metrics: Sequence[MetricTable], distances: Sequence[FunctionDistance], collapse: Sequence[CollapseRatio]
+) -> list[str]:
+    found = [table.weakest for table in metrics[:1] if table.weakest]
+    known = [row for row in distances if math.isfinite(row.fisher_rao.mean)]
+    if known:
+        row = max(known, key=lambda row: row.fisher_rao.mean)
+        found.append(
+            f"Its predictions differ most from those of **{escape(row.other)}** on {escape(row.domain)}: "
+            f"{number(row.fisher_rao.mean, 3)} rad on average, and the same first guess for "
+            f"{_percent(row.top1_agreement, 0)} of the tokens."
+        )
+    if collapse:
+        worst = min(collapse, key=_kept)
+        found.append(
+            f"Its weakest layer is **{_layer_name(worst.layer)}**: {_percent(worst.activation_variance)} of the "
+            f"experts' spread and {_percent(worst.effective_rank)} of their directions."
+        )
+    return found
+
+
+def _worst_tokens(rows: Sequence[WorstToken]) -> MarkdownTable | None:
+    worst = sorted(rows, key=lambda row: -row.distance)[:_WORST_TOKENS]
+    lines = tuple(
+        (
+            f"…{escape(row.context[-_CONTEXT:])}{bold(escape(row.token))}",
+            escape(row.expert),
+            _guess(row.expert_guess, row.expert_probability),
+            _guess(row.merged_guess, row.merged_probability),
+            number(row.distance, 2),
+        )
+        for row in worst
+    )
+    header = ("Text and its <b>next token</b>", "Expert", "The expert's guess", "This model's guess", "Distance (rad)")
+    return MarkdownTable(header, lines, numeric=False) if lines else None
+
+
+def _guess(guess: str, probability: float) -> str:
+    """`four (90%)`: what it guesses first, and how likely it finds the token that the text has."""
+    return f"{escape(guess.strip()) or ('white space' if guess else 'nothing')} ({_percent(probability, 0)})"
+
+
+def hide_names(record: EvaluationRecord, hide: Any) -> EvaluationRecord:
+    """Copy of a record with `hide` applied to the names of models and domains and to commands, not to texts."""
+    data = record.to_dict()
+    about = ("model", "other", "expert", "domain")
+    for part, value in data.items():
+        if part in ("models", "weights"):
+            data[part] = {hide(name): item for name, item in value.items()}
+        elif part == "commands":
+            data[part] = [hide(command) for command in value]
+        elif part != "settings":
+            data[part] = [{k: hide(v) if k in about else v for k, v in row.items()} for row in value]
+    return EvaluationRecord.from_dict(data)

@@ -1,0 +1,120 @@
+"""Tables and sentences of the card against the numbers of the record, and text that would like to be markup."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from evaluation_records import make_record
+from markdown_it import MarkdownIt
+
+from hf_frmerge.evaluation.record import EvaluationRecord, Score, WorstToken
+from hf_frmerge.hub.evaluation_section import evaluation_section, metric_tables
+from hf_frmerge.hub.markdown import MarkdownTable, bold, escape
+
+
+def cells(table: MarkdownTable | None) -> list[list[str]]:
+    """What a reader sees, cell by cell, after the Markdown was rendered."""
+    assert table is not None
+    html = MarkdownIt("commonmark").enable("table").render(str(table))
+    rows = re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+
+
+def test_the_best_of_a_column_is_bold_and_the_weakest_domain_named() -> None:
+    def perplexities(merged: tuple[float, float]) -> list[Score]:
+        rows = {"a": (10.0, 20.0), "b": (30.0, 12.0), "merged": merged}
+        return [Score(m, d, {"perplexity": v, "loss": 1}) for m, pair in rows.items() for d, v in zip("xy", pair)]
+
+    (table,) = metric_tables(perplexities((11.0, 15.0)))  # 1.10 and 1.25 times the best
+    assert cells(table.table) == [
+        ["", "x", "y"],
+        ["a", "<strong>10.00</strong>", "20.00"],
+        ["b", "30.00", "<strong>12.00</strong>"],
+        ["<strong>this model</strong>", "11.00", "15.00"],
+    ]
+    assert table.weakest == "It falls furthest behind the best other model in **y**: 15.00 against 12.00 for b."
+    (better,) = metric_tables(perplexities((9.0, 9.0)))
+    assert better.weakest is not None and "at least level with every other model" in better.weakest
+
+
+def test_every_part_shows_the_record() -> None:
+    record = make_record()
+    found = evaluation_section(record)
+    how = "in bfloat16, in blocks of 256 tokens"
+    assert found.measured_on == f"Measured on 2,000 tokens (math 1,000, code 1,000), {how}."
+    assert found.summary is not None and "70% of what expert-math had learned about math" in found.summary
+    assert cells(found.recovery)[1:] == [
+        ["expert-math", "math", "1.000", "0.700", "<strong>70%</strong>"],
+        ["expert-code", "code", "1.000", "0.500", "<strong>50%</strong>"],
+    ]
+    assert cells(found.distances) == [
+        ["Text", "to expert-math", "to expert-code", "between experts"],
+        ["math", "0.300 (80%)", "0.500 (80%)", "0.900"],
+        ["code", "0.300 (80%)", "0.500 (80%)", "0.900"],
+    ]
+    assert found.distance_note is not None and "0.004 rad" in found.distance_note and "128" in found.distance_note
+    assert cells(found.objectives)[1] == ["math", "0.2500", "0.2000", "0.200"]
+    layers = cells(found.layers)
+    assert layers[-2] == ["4", "60.0%", "60.0%"]
+    assert layers[-1] == ["mean of all 7", "94.3%", "94.3%"]  # (6 + 0.6) / 7
+    assert len(layers) == 1 + 3 + 1
+    (prompt, table), *_ = found.generations
+    assert prompt == "2 + 2" and cells(table)[-1][0] == "<strong>this model</strong>"
+    assert any("**4**: 60.0%" in line for line in found.weaknesses)
+    assert any("**expert-code**" in line and "0.500 rad" in line for line in found.weaknesses)
+    worst = cells(found.worst_tokens)
+    text = "…0 &lt;b&gt;times&lt;/b&gt; | two is <b>four</b>"
+    assert worst[1] == [text, "expert-math", "four (90%)", "4 (5%)", "2.90"]
+    assert [row[-1] for row in worst[1:]] == ["2.90", "2.90", "2.80", "2.80", "2.70"]
+
+
+def test_what_was_not_measured_is_not_spoken_of() -> None:
+    found = evaluation_section(EvaluationRecord(scores=[Score("merged", "x", {"accuracy": 0.5}, n_samples=8)]))
+    assert found.measured_on == "Measured on x 8 samples."
+    parts = (found.recovery, found.distances, found.objectives, found.layers, found.worst_tokens, found.summary)
+    assert parts == (None,) * 6 and found.generations == found.weaknesses == []
+
+
+def test_numbers_that_are_none_after_json() -> None:
+    record = make_record()
+    record.scores[0] = replace(record.scores[0], metrics={"loss": math.nan, "perplexity": math.inf})
+    record.distances[0] = replace(record.distances[0], mean_squared=math.nan)
+    record.layers[-1] = replace(record.layers[-1], effective_rank=math.nan)
+    found = evaluation_section(EvaluationRecord.from_dict(record.to_dict()))
+    assert cells(found.metrics[0].table)[1] == ["base", "–", "12.18"]
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "a | b | c",
+    "`code` **bold** _it_ ~~gone~~ # head",
+    "www.example.com http://example.com a@b.example",
+    "&lt;b&gt; \\| \\",
+    "line\nbreak\ttab\r\n",
+    "$x^2$ \\(y\\) @ann #1 :smile: {{ x }} {% y %}",
+    "\u202eright to left",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_from_data_is_shown_as_it_is(text: str) -> None:
+    shown = "".join({"\n": "⏎", "\r": "⏎", "\t": "⇥", "\u202e": "�"}.get(char, char) for char in text)
+    row = cells(MarkdownTable(("a", "b"), ((escape(text), "1"),)))[1]
+    html = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+    assert row == [html, "1"]
+    assert "<a " not in MarkdownIt("gfm-like", {"linkify": False}).render(escape(text))
+
+
+def test_bold_keeps_spaces_outside_and_long_text_is_cut() -> None:
+    assert bold(" four") == " <b>four</b>" and bold("  ") == "  " and bold("x") == "<b>x</b>"
+    assert escape("abcdef", 3) == "abc…" and escape("abc", 3) == "abc"
+
+
+def test_a_token_that_is_only_white_space_is_named() -> None:
+    token = WorstToken("e", "x", "a", "\n", 1.0, "\n", "", 0.5, 0.25)
+    (row,) = cells(evaluation_section(EvaluationRecord(worst_tokens=[token])).worst_tokens)[1:]
+    assert row[0] == "…a<b>⏎</b>" and row[2:4] == ["white space (50%)", "nothing (25%)"]
