@@ -273,17 +273,17 @@ class FisherRaoMerger:
 
     def create_model_card(self, **card_fields: Any) -> Path:
         """
-        Write the model card, `README.md`, into `args.output_dir`.
+        Write the model card, `README.md`, into `args.output_dir`, with figures if matplotlib is installed.
 
         Args:
             card_fields:
                 Fields of `hf_frmerge.hub.card_data.MergeCard` to set by hand, such as `model_name` or `licence`.
         """
         self._require_merge("create_model_card")
-        from hf_frmerge.hub.card import write_card
-        from hf_frmerge.hub.folder import card_of_folder
+        from hf_frmerge.hub.folder import describe_merge
+        from hf_frmerge.report.figures import figure_drawer
 
-        return write_card(card_of_folder(self.args.output_dir, **card_fields), self.args.output_dir)
+        return describe_merge(self.args.output_dir, draw=figure_drawer(), **card_fields)
 
     def push_to_hub(
         self,
@@ -426,12 +426,18 @@ class FisherRaoMerger:
         if self.processes.is_main:
             if self.evaluation.models:
                 save_record(self.args.output_dir, self.evaluation)
-            self.create_model_card()
+            self._describe()
             upload(self.args.output_dir)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
         self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})
         self.control = self.callback_handler.on_merge_end(self.args, self.state, self.control)
+
+    def _describe(self) -> None:
+        """Write the card without figures, which take longer than a small merge."""
+        from hf_frmerge.hub.folder import describe_merge
+
+        describe_merge(self.args.output_dir)
 
     def _require_merge(self, call: str) -> None:
         if not self.is_merged:

@@ -99,15 +99,15 @@ def evaluate(
 def _write_card(model: str, name: str, scores: Iterable[Score]) -> None:
     from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, save_record
     from hf_frmerge.evaluation.record import Score as Row
-    from hf_frmerge.hub.card import write_card
-    from hf_frmerge.hub.folder import card_of_folder
+    from hf_frmerge.hub.folder import describe_merge
+    from hf_frmerge.report.figures import figure_drawer
 
     rows = []
     for score in scores:
         metrics = {key: getattr(score, key) for key in ("loss", "perplexity", "token_accuracy")}
         rows.append(Row(MERGED if score.model == name else score.model, score.domain, metrics, score.n_tokens))
     save_record(model, EvaluationRecord(scores=rows))
-    write_card(card_of_folder(model), model)
+    describe_merge(model, draw=figure_drawer())
 
 
 def _named_files(data: Iterable[str]) -> dict[str, str]:

@@ -50,15 +50,15 @@ def verify(
 @click.argument("output_dir", metavar="DIR")
 def card(output_dir: str) -> None:
     """
-    Write the model card of a merge again.
+    Write the model card of a merge again, with figures if matplotlib is installed.
 
     What you wrote between the user markers of README.md is kept.
     """
     with results_only():
-        from hf_frmerge.hub.card import write_card
-        from hf_frmerge.hub.folder import card_of_folder
+        from hf_frmerge.hub.folder import describe_merge
+        from hf_frmerge.report.figures import figure_drawer
 
-        path = write_card(card_of_folder(output_dir), output_dir)
+        path = describe_merge(output_dir, draw=figure_drawer())
     click.echo(f"Wrote {path}.")
 
 

@@ -60,10 +60,9 @@ def reproduce(
 
             found = make_again(model, output_dir, experts=places, device=device, token=token, observer=Advance())
         if output_dir is not None:
-            from hf_frmerge.hub.card import write_card
-            from hf_frmerge.hub.folder import card_of_folder
+            from hf_frmerge.hub.folder import describe_merge
 
-            write_card(card_of_folder(output_dir), output_dir)
+            describe_merge(output_dir)
     if as_json:
         click.echo(json.dumps({"identical": found.identical, **asdict(found)}, indent=2))
     else:

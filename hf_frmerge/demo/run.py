@@ -252,15 +252,15 @@ def _write_card(output_dir: str, scores: Sequence[Score]) -> None:
     """Write the card again, now with what was measured of the base, the experts and the merge it describes."""
     from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, save_record
     from hf_frmerge.evaluation.record import Score as Row
-    from hf_frmerge.hub.card import write_card
-    from hf_frmerge.hub.folder import card_of_folder
+    from hf_frmerge.hub.folder import describe_merge
+    from hf_frmerge.report.figures import figure_drawer
 
     rows = []
     for score in scores:
         metrics = {"loss": score.loss, "perplexity": score.perplexity, "token_accuracy": score.token_accuracy}
         rows.append(Row(MERGED if score.model == FINAL else score.model, score.domain, metrics, score.n_tokens))
     save_record(output_dir, EvaluationRecord(scores=rows))
-    write_card(card_of_folder(output_dir), output_dir)
+    describe_merge(output_dir, draw=figure_drawer())
 
 
 def _mean_perplexity(scores: Sequence[Score]) -> dict[str, float]:

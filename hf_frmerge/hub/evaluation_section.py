@@ -108,7 +108,7 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
         objectives=_objectives(record),
         layers=_layers(collapse),
         generations=_generations(record.generations),
-        weaknesses=_weaknesses(metrics, distances, collapse),
+        weaknesses=_weaknesses(metrics, _on_own_text(record, distances), collapse),
         worst_tokens=_worst_tokens(record.worst_tokens),
         commands=record.commands,
     )
@@ -329,6 +329,12 @@ def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
         )
         shown.append((escape(prompt, _GENERATED), MarkdownTable(("", "goes on", "repeated"), lines, numeric=False)))
     return shown
+
+
+def _on_own_text(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> list[FunctionDistance]:
+    """Distances to experts on the texts they know best, where that is known: elsewhere nobody should be like them."""
+    own = {(row.expert, row.domain) for row in record.recovery}
+    return [row for row in rows if (row.other, row.domain) in own] or list(rows)
 
 
 def _weaknesses(

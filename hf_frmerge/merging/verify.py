@@ -95,7 +95,7 @@ def verify(
             _check_adapter(merged, plan, report)
         else:
             _check_model(merged, coefficients, manifest, plan, report)
-    if sha256 and report.ok:
+    if sha256 and report.ok and folder == Path(output_dir):  # never in the cache of the Hub
         report.without_sha256 = record_checksums(folder)
     return report
 

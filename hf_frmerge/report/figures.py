@@ -14,6 +14,8 @@ from hf_frmerge.report.representation_figures import layers_figure
 from hf_frmerge.report.style import WIDE, styled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.figure import Figure
 
 FIGURES = {
@@ -39,6 +41,11 @@ def draw_figures(facts: MergeFacts, width: float = WIDE) -> dict[str, Figure]:
         raise MergeError("Figures are drawn by matplotlib, which is not installed: pip install 'hf_frmerge[report]'")
     figures = {name: draw(facts, width) for name, draw in FIGURES.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def figure_drawer() -> Callable[[Path, Path], dict[str, Path]] | None:
+    """Return `save_figures`, or `None` where matplotlib is not installed: a model card then has no figures."""
+    return save_figures if find_spec("matplotlib") is not None else None
 
 
 @styled

@@ -64,7 +64,7 @@ def test_every_part_shows_the_record() -> None:
     (prompt, table), *_ = found.generations
     assert prompt == "2 + 2" and cells(table)[-1][0] == "<strong>this model</strong>"
     assert any("**4**: 60.0%" in line for line in found.weaknesses)
-    assert any("**expert-code**" in line and "0.500 rad" in line for line in found.weaknesses)
+    assert any("**expert-code** on code: 0.500 rad" in line for line in found.weaknesses)
     worst = cells(found.worst_tokens)
     text = "…0 &lt;b&gt;times&lt;/b&gt; | two is <b>four</b>"
     assert worst[1] == [text, "expert-math", "four (90%)", "4 (5%)", "2.90"]

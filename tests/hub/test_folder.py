@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_records import make_record
 from hub_server import ALICE_TOKEN, HubServer
 from huggingface_hub import ModelCard, snapshot_download
 from merge_reference import write_family
@@ -15,12 +16,13 @@ from safetensors.numpy import load_file
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.checkpoints.resolve import resolve
-from hf_frmerge.errors import CheckpointError, HubError
+from hf_frmerge.errors import CheckpointError, HubError, MergeError
 from hf_frmerge.evaluation.record import EvaluationRecord, Score, save_record
 from hf_frmerge.hub.card import render_card, write_card
-from hf_frmerge.hub.folder import card_of_folder
+from hf_frmerge.hub.folder import card_of_folder, describe_merge
 from hf_frmerge.hub.push import push_folder
 from hf_frmerge.merging.verify import verify
+from hf_frmerge.report.figures import save_figures
 
 
 def upload(hub: HubServer, repo_id: str, folder: str, front_matter: str) -> None:
@@ -181,3 +183,43 @@ def test_two_adapters_become_an_adapter_that_is_pushed_and_loaded(hub: HubServer
     assert "one LoRA adapter made out of 2" in text
     loaded = AutoPeftModelForCausalLM.from_pretrained("alice/both", token=False)
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+def test_figures_are_drawn_beside_the_card_and_pushed_with_it(hub: HubServer, merged: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    save_record(merged, make_record())
+    described = describe_merge(merged, draw=save_figures, hub_model_id="alice/three").read_text()
+    drawn = sorted(path.name for path in (merged / "figures").iterdir())
+    assert drawn == ["angles.png", "coefficients.png", "distances.png", "layers.png", "recovery.png"]
+    shown = re.findall(r"!\[[^]]+\]\((.*?)\)", described)
+    assert sorted(shown) == [f"figures/{name}" for name in drawn]
+    push_folder(merged, repo_id="alice/three", token=ALICE_TOKEN)
+    copy = Path(snapshot_download("alice/three", local_dir=tmp_path / "copy", token=False))
+    assert all((copy / path).read_bytes() == (merged / path).read_bytes() for path in shown)
+    # The same again is the same to the byte, or every push would be another commit.
+    before = {path: (merged / path).read_bytes() for path in shown}
+    assert describe_merge(merged, draw=save_figures, hub_model_id="alice/three").read_text() == described
+    assert {path: (merged / path).read_bytes() for path in shown} == before
+    # Of what is no longer measured no figure is left behind.
+    (merged / "merge_evaluation.json").unlink()
+    describe_merge(merged, draw=save_figures)
+    assert sorted(path.name for path in (merged / "figures").iterdir()) == ["angles.png", "coefficients.png"]
+    (merged / "figures" / "mine.png").write_bytes(b"png")
+    assert "![" not in describe_merge(merged).read_text()
+    assert [path.name for path in (merged / "figures").iterdir()] == ["mine.png"]
+
+
+def test_licences_without_derivatives_need_permission_by_name(tmp_path: Path):
+    _, experts = write_family(tmp_path / "family", n=2)
+    for expert in experts:
+        Path(expert, "README.md").write_text("---\nlicense: cc-by-nd-4.0\n---\n")
+    args = MergingArguments(output_dir=str(tmp_path / "out"), disable_tqdm=True)
+    with pytest.raises(MergeError, match=r"--allow-license cc-by-nd-4\.0"):
+        FisherRaoMerger(experts, args).merge()
+    assert not (tmp_path / "out").exists()
+    args.allow_license = "cc-by-nd-4.0"
+    FisherRaoMerger(experts, args).merge()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "cc-by-nd-4.0"
+    assert "`cc-by-nd-4.0` (e0 and e1) does not allow derived works such as this merge" in card.text
+    assert "states to have permission" in card.text
