@@ -9,16 +9,14 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 
 from hf_frmerge.hub.card_data import CardSource, MergeCard
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.journal import result_options
 
-# Arguments that say where to run, what to print or where to push: they do not touch the result.
-_NOT_THE_MERGE = {
-    "output_dir", "overwrite", "resume_from_checkpoint", "num_workers", "memory_budget", "device", "use_cpu",
-    "run_name", "report_to", "disable_tqdm", "log_level", "logging_steps", "logging_first_step", "push_to_hub",
-    "do_eval", "eval_on_start", "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size",
-    "bf16_full_eval", "fp16_full_eval", "dataloader_num_workers", "stream_from_hub",
-}  # fmt: skip
+# Arguments that change no bit of the result, but without which it might not be made.
+_NEEDED = ("strict", "allow_license", "seed")
 
 _PART = r"[^\s/\\'\"`,;:)\]}|]+"
 # An absolute POSIX path of two parts or more, `~/...`, `file:///...` or a Windows path; not the path of a URL.
@@ -55,8 +53,9 @@ def hide_local_paths(text: str, sources: Sequence[CardSource] = ()) -> str:
 
 
 def is_about_the_result(argument: str) -> bool:
-    """Whether an argument can change the merged model: not if it says where to run, what to print or where to push."""
-    return not (argument in _NOT_THE_MERGE or argument.startswith("hub_") or argument.endswith("_token"))
+    """Whether it takes this argument to make the same model: not if it says where to run, what to print or to push."""
+    is_known = argument in {field.name for field in fields(MergingArguments)}
+    return argument in (*result_options(), *_NEEDED) or not (is_known or argument.endswith("_token"))
 
 
 def result_arguments(card: MergeCard) -> dict[str, object]:

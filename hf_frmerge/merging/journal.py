@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_frmerge.errors import MergeError, ResumeError
+from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.solve import Geometry, Solution
 
 if TYPE_CHECKING:
@@ -37,11 +38,16 @@ _FREE_OPTIONS = frozenset(
 )
 
 
+def result_options() -> list[str]:
+    """Return the names of the options that can change a bit of the output."""
+    names = [f.name for f in fields(MergingArguments)]
+    return [name for name in names[: names.index("seed")] if name not in _FREE_OPTIONS]
+
+
 def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
     """Return everything the output depends on and that can be told without reading weights, part by part."""
-    own = [f.name for f in fields(plan.args)]
-    options = {name: plan.args.to_dict()[name] for name in own[: own.index("seed")] if name not in _FREE_OPTIONS}
-    parts: dict[str, Any] = {f"option {name}": value for name, value in options.items()}
+    options = plan.args.to_dict()
+    parts: dict[str, Any] = {f"option {name}": options[name] for name in result_options()}
     parts["weights"] = plan.weights
     parts["compute kernels"] = kernels
     models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]

@@ -15,6 +15,7 @@ from hf_frmerge.evaluation.record import EvaluationRecord, Recovered, Score
 from hf_frmerge.hub.card import USER_BEGIN, USER_END, licence_of, render_card, write_card
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata
+from hf_frmerge.hub.reproduce import result_arguments
 from hf_frmerge.merging.summary import ROUNDING_ANGLE
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
@@ -224,3 +225,13 @@ def test_pipes_and_line_breaks_do_not_break_tables():
     sources = [CardSource("a|b\nc", weight=1.0, metadata=SourceMetadata("mit|x"))]
     text = render_card(MergeCard("m", "full", sources))
     assert r"| `a\|b c` (a local folder) | 1 |" in text
+
+
+def test_settings_of_the_card_are_those_that_make_the_model():
+    """What only says where to run, what to measure or where to push is nobody's business."""
+    shown = {"method": "linear", "beta": 0.5, "dtype": "float32", "allow_license": "cc-by-nd-4.0", "from_later": 1}
+    hidden = {
+        "num_workers": 3, "device": "cuda:1", "report_to": "wandb", "do_eval": True, "hub_model_id": "a/b",
+        "hub_token": "secret", "per_device_eval_batch_size": 2, "output_dir": "x", "overwrite": True,
+    }  # fmt: skip
+    assert result_arguments(replace(full(), non_default_arguments={**shown, **hidden})) == shown
