@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from hf_frmerge.evaluation.record import load_record
+from hf_frmerge.evaluation.record import EVALUATION_FILE, load_record
 from hf_frmerge.hub.card import write_card
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata, read_source_metadata
@@ -22,6 +22,7 @@ from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
 
 FIGURES_FOLDER = "figures"
+REPORT_PAGE = "merge_report.html"
 
 
 def describe_merge(
@@ -86,6 +87,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         "task": read_task(folder),
         "non_default_arguments": _non_default(arguments),
         "evaluation": load_record(folder),
+        "report_file": REPORT_PAGE if _is_current(folder / REPORT_PAGE) else None,
         "statistics": _statistics(manifest["tensors"]),
         "notes": manifest["notes"],
         "versions": {"hf_frmerge": manifest["hf_frmerge"], **manifest["versions"]},
@@ -106,7 +108,7 @@ def _sources(folder: Path, manifest: dict[str, Any]) -> list[CardSource]:
             weight=entry.get("weight"),
             role="base" if index == len(manifest["experts"]) else "expert",
             kind=entry["kind"],
-            metadata=read_source_metadata(path) if path is not None and "://" not in path else SourceMetadata(),
+            metadata=read_source_metadata(path) if _is_readable(path) else SourceMetadata(),
         )
         for index, (entry, path) in enumerate(zip(entries, paths))
     ]
@@ -114,6 +116,19 @@ def _sources(folder: Path, manifest: dict[str, Any]) -> list[CardSource]:
     if trained_on is not None and not manifest["base_model"]:
         sources.append(CardSource(spec=trained_on, repo_id=trained_on, role="base"))
     return sources
+
+
+def _is_readable(path: str | None) -> TypeGuard[str]:
+    """Whether the card of a source can be read there; that of a source behind another URL is not looked for."""
+    return path is not None and ("://" not in path or path.startswith("hub://"))
+
+
+def _is_current(page: Path) -> bool:
+    """Whether a page is of this merge and of its last evaluation."""
+    records = [page.with_name(name) for name in (COEFFICIENTS_FILE, EVALUATION_FILE)]
+    return page.is_file() and all(
+        page.stat().st_mtime_ns >= record.stat().st_mtime_ns for record in records if record.is_file()
+    )
 
 
 def _base_of_adapter(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -223,3 +224,13 @@ def test_licences_without_derivatives_need_permission_by_name(tmp_path: Path):
     assert card.data.license == "cc-by-nd-4.0"
     assert "`cc-by-nd-4.0` (e0 and e1) does not allow derived works such as this merge" in card.text
     assert "states to have permission" in card.text
+
+
+def test_a_page_with_everything_is_linked_while_it_is_current(merged: Path):
+    assert card_of_folder(merged).report_file is None
+    page = merged / "merge_report.html"
+    page.write_text("<!doctype html>")
+    assert "[merge_report.html](merge_report.html)" in render_card(card_of_folder(merged))
+    save_record(merged, make_record())
+    os.utime(page, ns=(1, 1))
+    assert card_of_folder(merged).report_file is None
