@@ -26,7 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from bench_models import SIZES, ensure_models
+from bench_models import SIZES, ensure_models, shapes
+
+from hf_frmerge.geometry.karcher import karcher_mean
 
 FLOOR = r"""
 import mmap, os, sys, threading
@@ -84,6 +86,7 @@ def run(candidate: Candidate, inputs: list[Path]) -> None:
                 pass
     os.sync()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what pip installs is compiled; so is everything timed here
     before = os.times()
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -201,17 +204,31 @@ def exactness(experts: list[Path], folders: dict[str, Path]) -> None:
 def report(found: list[Candidate], input_bytes: int, n: int) -> None:
     """Print one table row per candidate."""
     median = {c.name: statistics.median(c.seconds) for c in found}
-    print(f"\nN = {n}, {input_bytes / 1e9:.2f} GB of input, median of {len(found[0].seconds)}")
-    print("| | wall s (min..max) | CPU s | x floor+fsync | x frmerge karcher | GB/s in | anonymous MB |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\nN = {n}, {input_bytes / 1e9:.2f} GB of input, medians")
+    print("| | runs | wall s (min..max) | CPU s | x floor+fsync | x frmerge karcher | GB/s in | anonymous MB |")
+    print("|---|---|---|---|---|---|---|---|")
     for c in found:
         print(
-            f"| {c.name} | {median[c.name]:.2f} ({min(c.seconds):.2f}..{max(c.seconds):.2f}) "
+            f"| {c.name} | {len(c.seconds)} | {median[c.name]:.2f} ({min(c.seconds):.2f}..{max(c.seconds):.2f}) "
             f"| {statistics.median(c.cpu):.2f} | {median[c.name] / median['floor + fsync']:.2f} "
             f"| {median[c.name] / median['frmerge karcher']:.2f} | {input_bytes / median[c.name] / 1e9:.2f} "
             f"| {max(c.anonymous) / 1e6:.0f} |",
             flush=True,
         )
+
+
+def fixed_point(n: int, n_tensors: int, whole: float) -> None:
+    """Print what the Karcher iteration takes of a merge of `whole` CPU seconds: random directions 0.3 rad apart."""
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal(n) + 0.2 * rng.standard_normal((n_tensors, n, n))
+    units = points / np.linalg.norm(points, axis=-1, keepdims=True)
+    start = time.process_time()
+    for block in units:
+        karcher_mean(block[None], np.full(n, 1 / n))
+    seconds = time.process_time() - start
+    print(
+        f"The fixed point itself, {n_tensors} tensors: {seconds:.3f} s of CPU, {seconds / whole:.1%} of the merge's."
+    )
 
 
 def main() -> None:
@@ -222,6 +239,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work-dir", type=Path, default=Path("bench"))
     parser.add_argument("--mergekit", help="path of mergekit-yaml, in an environment of its own")
+    parser.add_argument("--mergekit-repeats", type=int, default=1, help="its runs take minutes; at most --repeats")
     parser.add_argument("--no-exactness", action="store_true")
     options = parser.parse_args()
     print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} at the start")
@@ -232,13 +250,17 @@ def main() -> None:
             experts = models[:n]
             inputs = [path for expert in experts for path in expert.glob("*.safetensors")]
             found = candidates(experts, folder, options.mergekit)
-            for _ in range(options.repeats):
+            for repeat in range(options.repeats):
                 for candidate in found:
+                    if candidate.name.startswith("mergekit") and repeat >= options.mergekit_repeats:
+                        continue
                     if candidate.name.startswith("floor") and candidate.out.exists():
                         candidate.out.unlink()
                     run(candidate, inputs)
             print(f"\n## {size}")
             report(found, sum(path.stat().st_size for path in inputs), n)
+            [karcher] = [c for c in found if c.name == "frmerge karcher"]
+            fixed_point(n, len(shapes(size)), statistics.median(karcher.cpu))
             if not options.no_exactness:
                 exactness(experts, {c.name: c.out for c in found if "karcher" in c.name})
             for candidate in found:
