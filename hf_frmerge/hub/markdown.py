@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # What starts emphasis, code, links, HTML, tables, headings, mathematics, mentions or entities somewhere in a line.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$&!@:{}])")
 _WHITE = {"\n": "⏎", "\r": "⏎", "\t": "⇥"}
+_JOINERS = "\u200c\u200d"  # belong to the spelling of Persian and to emoji; other format characters turn text around
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,17 @@ def escape(text: object, limit: int | None = None) -> str:
         limit (`int`, *optional*):
             Characters kept; what is cut off is marked by `…`.
     """
-    shown = "".join(_WHITE.get(char, char if char.isprintable() else "�") for char in str(text))
+    shown = "".join(_WHITE.get(char) or _printable(char) for char in str(text))
     if limit is not None and len(shown) > limit:
         shown = shown[:limit].rstrip() + "…"
     shown = _SPECIAL.sub(r"\\\1", shown)
     return re.sub(r"\bwww\.", r"www\\.", shown)  # else a link
+
+
+def _printable(char: str) -> str:
+    if char.isprintable() or char in _JOINERS:
+        return char
+    return " " if unicodedata.category(char) == "Zs" else "�"
 
 
 def cell(text: object) -> str:

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import Result
+from hub_server import ALICE_TOKEN, HubServer
 
 Frmerge = Callable[..., Result]
 
@@ -55,3 +57,23 @@ def test_verify_records_checksums(frmerge: Frmerge, models, tmp_path: Path) -> N
     out = tmp_path / "out"
     frmerge("merge", *models.experts, "--output-dir", out)
     assert frmerge("verify", out, "--sha256").exit_code == 0
+
+
+def test_from_the_hub_to_the_hub_and_made_again(
+    frmerge: Frmerge, models, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "math", "adapter"):
+        folder = Path(getattr(models, name))
+        hub.add_repo(f"lab/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
+    monkeypatch.setenv("HF_TOKEN", ALICE_TOKEN)
+    out = tmp_path / "out"
+    push = ["--push-to-hub", "--hub-model-id", "alice/mixed", "--hub-private-repo"]
+    merged = frmerge("merge", "lab/math", "lab/adapter", "--base-model", "lab/base", "--output-dir", out, *push)
+    assert merged.exit_code == 0, merged.stderr
+    pushed = json.loads(hub.repos["models", "alice/mixed"].commit_of("main").files["merge_manifest.json"].data)
+    assert all(len(entry["sha256"]) == 64 for entry in pushed["files"].values())
+    for command in (["reproduce"], ["verify"], ["diff", out]):
+        done = frmerge(*command, "alice/mixed")
+        assert done.exit_code == 0, (command, done.output)
+    card = (out / "README.md").read_text()
+    assert "frmerge reproduce alice/mixed\n" in card and "frmerge verify alice/mixed\n" in card

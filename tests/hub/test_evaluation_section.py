@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from dataclasses import replace
 
 import pytest
 from evaluation_records import make_record
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_frmerge.evaluation.record import EvaluationRecord, Score, WorstToken
@@ -18,8 +21,8 @@ from hf_frmerge.hub.markdown import MarkdownTable, bold, escape
 def cells(table: MarkdownTable | None) -> list[list[str]]:
     """What a reader sees, cell by cell, after the Markdown was rendered."""
     assert table is not None
-    html = MarkdownIt("commonmark").enable("table").render(str(table))
-    rows = re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)
+    page = MarkdownIt("commonmark").enable("table").render(str(table))
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
 
 
@@ -97,16 +100,24 @@ HOSTILE = [
     "line\nbreak\ttab\r\n",
     "$x^2$ \\(y\\) @ann #1 :smile: {{ x }} {% y %}",
     "\u202eright to left",
+    "full\u3000width",
 ]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_from_data_is_shown_as_it_is(text: str) -> None:
-    shown = "".join({"\n": "⏎", "\r": "⏎", "\t": "⇥", "\u202e": "�"}.get(char, char) for char in text)
+    shown = "".join({"\n": "⏎", "\r": "⏎", "\t": "⇥", "\u202e": "�", "\u3000": " "}.get(char, char) for char in text)
     row = cells(MarkdownTable(("a", "b"), ((escape(text), "1"),)))[1]
-    html = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-    assert row == [html, "1"]
+    assert [html.unescape(part) for part in row] == [shown, "1"]
+    assert "<" not in row[0]
     assert "<a " not in MarkdownIt("gfm-like", {"linkify": False}).render(escape(text))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet=[*map(chr, range(32, 127)), "é", "漢", "\u200c"], min_size=1).filter(str.strip))
+def test_any_text_is_shown_as_it_is(text: str) -> None:
+    row = cells(MarkdownTable(("a", "b"), ((escape(text), "1"),)))[1]
+    assert [html.unescape(shown).strip() for shown in row] == [text.strip(), "1"]
 
 
 def test_bold_keeps_spaces_outside_and_long_text_is_cut() -> None:
