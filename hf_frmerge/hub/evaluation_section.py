@@ -197,7 +197,7 @@ def _measured_on(record: EvaluationRecord) -> str:
     if any(counted.values()):
         parts = ", ".join(f"{escape(domain)} {count:,}" for domain, count in counted.items())
         text += f" on {sum(counted.values()):,} {unit} ({parts})" if len(counted) > 1 else f" on {parts} {unit}"
-    if "dtype" in record.settings:
+    if record.settings.get("dtype", "auto") != "auto":
         text += f", in {escape(record.settings['dtype'])}"
     if "block_size" in record.settings:
         text += f", in blocks of {escape(record.settings['block_size'])} tokens"

@@ -77,6 +77,8 @@ def test_every_part_shows_the_record() -> None:
 def test_what_was_not_measured_is_not_spoken_of() -> None:
     found = evaluation_section(EvaluationRecord(scores=[Score("merged", "x", {"accuracy": 0.5}, n_samples=8)]))
     assert found.measured_on == "Measured on x 8 samples."
+    auto = EvaluationRecord(scores=[Score("merged", "x", {}, n_tokens=9)], settings={"dtype": "auto"})
+    assert evaluation_section(auto).measured_on == "Measured on x 9 tokens."
     parts = (found.recovery, found.distances, found.objectives, found.layers, found.worst_tokens, found.summary)
     assert parts == (None,) * 6 and found.generations == found.weaknesses == []
 
