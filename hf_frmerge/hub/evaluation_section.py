@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,56 +14,16 @@ from hf_frmerge.evaluation.record import (
     FunctionDistance,
     Generation,
     Recovered,
-    Score,
     WorstToken,
 )
-from hf_frmerge.hub.markdown import MarkdownTable, bold, cell, escape, listed
+from hf_frmerge.hub.markdown import MarkdownTable, bold, escape, listed, number, percent
+from hf_frmerge.hub.metrics import MetricTable, metric_tables, shown_model
 
-THIS = "this model"
 _WORST_LAYERS = 3
 _WORST_TOKENS = 5
 _PROMPTS = 2
 _GENERATED = 240  # characters of a continuation
 _CONTEXT = 60  # characters before a token
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How to show one metric."""
-
-    title: str
-    better: str | None  # "lower" or "higher"; None if neither
-    digits: int
-    hub_type: str  # metric id on the Hub
-    meaning: str = ""  # a sentence for who does not know it
-
-
-_METRICS = {
-    "perplexity": Metric(
-        "Perplexity",
-        "lower",
-        2,
-        "perplexity",
-        "How many continuations a model wavers between, on average, at each next piece of text.",
-    ),
-    "token_accuracy": Metric(
-        "Token accuracy", "higher", 3, "accuracy", "How often its first guess at the next piece of text is right."
-    ),
-    "loss": Metric("Loss (nats per token)", "lower", 3, "loss"),
-    "accuracy": Metric("Accuracy", "higher", 3, "accuracy"),
-    "f1": Metric("F1", "higher", 3, "f1"),
-}
-
-
-@dataclass(frozen=True)
-class MetricTable:
-    """One metric: models down, domains across; the best of a column is bold."""
-
-    title: str
-    better: str | None
-    meaning: str
-    table: MarkdownTable
-    weakest: str | None  # sentence on the domain where the merge falls furthest behind the best other model
 
 
 @dataclass
@@ -112,77 +72,6 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
         worst_tokens=_worst_tokens(record.worst_tokens),
         commands=record.commands,
     )
-
-
-def metric_of(name: str) -> Metric:
-    """How to show the metric `name`; one nobody knows is called by its name."""
-    return _METRICS.get(name, Metric(name.replace("_", " ").capitalize(), None, 3, name))
-
-
-def metric_tables(scores: Sequence[Score]) -> list[MetricTable]:
-    """Arrange scores into one table a metric; loss is left out where perplexity, its exponential, is there."""
-    names = list(dict.fromkeys(name for score in scores for name in score.metrics))
-    if "perplexity" in names and "loss" in names:
-        names.remove("loss")
-    return [_metric_table(name, [score for score in scores if name in score.metrics]) for name in names]
-
-
-def number(value: float, digits: int) -> str:
-    """`value` with so many decimals; a dash for what is not finite."""
-    return "–" if not math.isfinite(value) else f"{value:,.{digits}f}"
-
-
-def _shown(model: str) -> str:
-    return f"**{THIS}**" if model == MERGED else cell(escape(model))
-
-
-def _metric_table(name: str, scores: Sequence[Score]) -> MetricTable:
-    metric = metric_of(name)
-    values = {(score.model, score.domain): score.metrics[name] for score in scores}
-    models = sorted(dict.fromkeys(model for model, _ in values), key=lambda model: model == MERGED)
-    domains = list(dict.fromkeys(domain for _, domain in values))
-    best = {domain: _best(metric, [v for (_, d), v in values.items() if d == domain]) for domain in domains}
-
-    def shown(model: str, domain: str) -> str:
-        value = values.get((model, domain), math.nan)
-        text = number(value, metric.digits)
-        return f"**{text}**" if value == best[domain] and len(models) > 1 else text
-
-    rows = tuple((_shown(model), *(shown(model, domain) for domain in domains)) for model in models)
-    table = MarkdownTable(("", *(escape(domain) for domain in domains)), rows)
-    return MetricTable(metric.title, metric.better, metric.meaning, table, _weakest(metric, values, models, domains))
-
-
-def _best(metric: Metric, values: Iterable[float]) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    if metric.better is None or not finite:
-        return None
-    return min(finite) if metric.better == "lower" else max(finite)
-
-
-def _weakest(
-    metric: Metric, values: dict[tuple[str, str], float], models: Sequence[str], domains: Sequence[str]
-) -> str | None:
-    """Where the merged model is worst off against the best other model of the table, by ratio."""
-    gaps = []
-    for domain in domains:
-        merged = values.get((MERGED, domain), math.nan)
-        others = {m: values[m, domain] for m in models if m != MERGED and (m, domain) in values}
-        best = _best(metric, others.values())
-        if best is None or not math.isfinite(merged) or min(merged, best) <= 0:
-            continue
-        loss = merged / best if metric.better == "lower" else best / merged
-        name = next(model for model, value in others.items() if value == best)
-        gaps.append((loss, domain, merged, best, name))
-    if not gaps:
-        return None
-    loss, domain, merged, best, name = max(gaps)
-    numbers = f"{number(merged, metric.digits)} against {number(best, metric.digits)} for {escape(name)}"
-    if loss <= 1:
-        return (
-            f"It is at least level with every other model in every domain; the closest is {escape(domain)}: {numbers}."
-        )
-    return f"It falls furthest behind the best other model in **{escape(domain)}**: {numbers}."
 
 
 def _measured_on(record: EvaluationRecord) -> str:
@@ -248,7 +137,7 @@ def _distances(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> Ma
 
     def shown(domain: str, other: str) -> str:
         row = by_pair.get((domain, other))
-        return "–" if row is None else f"{number(row.fisher_rao.mean, 3)} ({_percent(row.top1_agreement, 0)})"
+        return "–" if row is None else f"{number(row.fisher_rao.mean, 3)} ({percent(row.top1_agreement, 0)})"
 
     lines = []
     for domain in domains:
@@ -289,13 +178,13 @@ def _layers(collapse: Sequence[CollapseRatio]) -> MarkdownTable | None:
         return None
     worst = sorted(collapse, key=_kept)[:_WORST_LAYERS]
     rows = [
-        (_layer_name(row.layer), _percent(row.activation_variance), _percent(row.effective_rank))
+        (_layer_name(row.layer), percent(row.activation_variance), percent(row.effective_rank))
         for row in sorted(worst, key=lambda row: row.layer)
     ]
     known = [row for row in collapse if math.isfinite(_kept(row))]
     if known:
         means = (math.fsum(getattr(row, name) for row in known) / len(known) for name in _RATIOS)
-        variance, rank = map(_percent, means)
+        variance, rank = map(percent, means)
         rows.append((f"mean of all {len(known)}", variance, rank))
     header = ("Layer", "Spread (activation variance)", "Directions in use (effective rank)")
     return MarkdownTable(header, tuple(rows))
@@ -314,10 +203,6 @@ def _layer_name(layer: int) -> str:
     return "0 (embedding)" if layer == 0 else str(layer)
 
 
-def _percent(value: float, digits: int = 1) -> str:
-    return "–" if not math.isfinite(value) else f"{value:.{digits}%}"
-
-
 def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
     """For the first prompts, what every model wrote; this model last."""
     prompts = list(dict.fromkeys(row.prompt for row in rows if row.model == MERGED))[:_PROMPTS]
@@ -325,7 +210,8 @@ def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
     for prompt in prompts:
         of_prompt = sorted((row for row in rows if row.prompt == prompt), key=lambda row: row.model == MERGED)
         lines = tuple(
-            (_shown(row.model), escape(row.text.strip(), _GENERATED), _percent(row.repetition)) for row in of_prompt
+            (shown_model(row.model), escape(row.text.strip(), _GENERATED), percent(row.repetition))
+            for row in of_prompt
         )
         shown.append((escape(prompt, _GENERATED), MarkdownTable(("", "goes on", "repeated"), lines, numeric=False)))
     return shown
@@ -347,13 +233,13 @@ def _weaknesses(
         found.append(
             f"Its predictions differ most from those of **{escape(row.other)}** on {escape(row.domain)}: "
             f"{number(row.fisher_rao.mean, 3)} rad on average, and the same first guess for "
-            f"{_percent(row.top1_agreement, 0)} of the tokens."
+            f"{percent(row.top1_agreement, 0)} of the tokens."
         )
     if collapse:
         worst = min(collapse, key=_kept)
         found.append(
-            f"Its weakest layer is **{_layer_name(worst.layer)}**: {_percent(worst.activation_variance)} of the "
-            f"experts' spread and {_percent(worst.effective_rank)} of their directions."
+            f"Its weakest layer is **{_layer_name(worst.layer)}**: {percent(worst.activation_variance)} of the "
+            f"experts' spread and {percent(worst.effective_rank)} of their directions."
         )
     return found
 
@@ -376,7 +262,7 @@ def _worst_tokens(rows: Sequence[WorstToken]) -> MarkdownTable | None:
 
 def _guess(guess: str, probability: float) -> str:
     """`four (90%)`: what it guesses first, and how likely it finds the token that the text has."""
-    return f"{escape(guess.strip()) or ('white space' if guess else 'nothing')} ({_percent(probability, 0)})"
+    return f"{escape(guess.strip()) or ('white space' if guess else 'nothing')} ({percent(probability, 0)})"
 
 
 def hide_names(record: EvaluationRecord, hide: Any) -> EvaluationRecord:

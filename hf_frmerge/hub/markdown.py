@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -63,3 +64,13 @@ def bold(text: str) -> str:
 def listed(names: Sequence[str]) -> str:
     """`["a", "b", "c"]` as "a, b and c"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def number(value: float, digits: int) -> str:
+    """`value` with so many decimals; a dash for what is not finite."""
+    return "–" if not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """`value` in percent, with so many decimals; a dash for what is not finite."""
+    return "–" if not math.isfinite(value) else f"{value:.{digits}%}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.evaluation.headlines import headlines
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
-from hf_frmerge.hub.evaluation_section import metric_of
+from hf_frmerge.hub.metrics import metric_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

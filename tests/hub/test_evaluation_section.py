@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_frmerge.evaluation.record import EvaluationRecord, Score, WorstToken
-from hf_frmerge.hub.evaluation_section import evaluation_section, metric_tables
+from hf_frmerge.hub.evaluation_section import evaluation_section
 from hf_frmerge.hub.markdown import MarkdownTable, bold, escape
+from hf_frmerge.hub.metrics import metric_tables
 
 
 def cells(table: MarkdownTable | None) -> list[list[str]]:

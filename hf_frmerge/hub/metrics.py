@@ -1,0 +1,116 @@
+"""Scores as a card shows them: one table a metric, and where the merged model is furthest behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hf_frmerge.evaluation.record import MERGED, Score
+from hf_frmerge.hub.markdown import MarkdownTable, escape, number
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to show one metric."""
+
+    title: str
+    better: str | None  # "lower" or "higher"; None if neither
+    digits: int
+    hub_type: str  # metric id on the Hub
+    meaning: str = ""  # a sentence for who does not know it
+
+
+_METRICS = {
+    "perplexity": Metric(
+        "Perplexity",
+        "lower",
+        2,
+        "perplexity",
+        "How many continuations a model wavers between, on average, at each next piece of text.",
+    ),
+    "token_accuracy": Metric(
+        "Token accuracy", "higher", 3, "accuracy", "How often its first guess at the next piece of text is right."
+    ),
+    "loss": Metric("Loss (nats per token)", "lower", 3, "loss"),
+    "accuracy": Metric("Accuracy", "higher", 3, "accuracy"),
+    "f1": Metric("F1", "higher", 3, "f1"),
+}
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """One metric: models down, domains across; the best of a column is bold."""
+
+    title: str
+    better: str | None
+    meaning: str
+    table: MarkdownTable
+    weakest: str | None  # sentence on the domain where the merge falls furthest behind the best other model
+
+
+def metric_of(name: str) -> Metric:
+    """How to show the metric `name`; one nobody knows is called by its name."""
+    return _METRICS.get(name, Metric(name.replace("_", " ").capitalize(), None, 3, name))
+
+
+def metric_tables(scores: Sequence[Score]) -> list[MetricTable]:
+    """Arrange scores into one table a metric; loss is left out where perplexity, its exponential, is there."""
+    names = list(dict.fromkeys(name for score in scores for name in score.metrics))
+    if "perplexity" in names and "loss" in names:
+        names.remove("loss")
+    return [_metric_table(name, [score for score in scores if name in score.metrics]) for name in names]
+
+
+def shown_model(model: str) -> str:
+    """Name of a model in a table."""
+    return "**this model**" if model == MERGED else escape(model)
+
+
+def _metric_table(name: str, scores: Sequence[Score]) -> MetricTable:
+    metric = metric_of(name)
+    values = {(score.model, score.domain): score.metrics[name] for score in scores}
+    models = sorted(dict.fromkeys(model for model, _ in values), key=lambda model: model == MERGED)
+    domains = list(dict.fromkeys(domain for _, domain in values))
+    best = {domain: _best(metric, [v for (_, d), v in values.items() if d == domain]) for domain in domains}
+
+    def shown(model: str, domain: str) -> str:
+        value = values.get((model, domain), math.nan)
+        text = number(value, metric.digits)
+        return f"**{text}**" if value == best[domain] and len(models) > 1 else text
+
+    rows = tuple((shown_model(model), *(shown(model, domain) for domain in domains)) for model in models)
+    table = MarkdownTable(("", *(escape(domain) for domain in domains)), rows)
+    return MetricTable(metric.title, metric.better, metric.meaning, table, _weakest(metric, values, models, domains))
+
+
+def _best(metric: Metric, values: Iterable[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    if metric.better is None or not finite:
+        return None
+    return min(finite) if metric.better == "lower" else max(finite)
+
+
+def _weakest(
+    metric: Metric, values: dict[tuple[str, str], float], models: Sequence[str], domains: Sequence[str]
+) -> str | None:
+    """Where the merged model is worst off against the best other model of the table, by ratio."""
+    gaps = []
+    for domain in domains:
+        merged = values.get((MERGED, domain), math.nan)
+        others = {m: values[m, domain] for m in models if m != MERGED and (m, domain) in values}
+        best = _best(metric, others.values())
+        if best is None or not math.isfinite(merged) or min(merged, best) <= 0:
+            continue
+        loss = merged / best if metric.better == "lower" else best / merged
+        name = next(model for model, value in others.items() if value == best)
+        gaps.append((loss, domain, merged, best, name))
+    if not gaps:
+        return None
+    loss, domain, merged, best, name = max(gaps)
+    numbers = f"{number(merged, metric.digits)} against {number(best, metric.digits)} for {escape(name)}"
+    if loss <= 1:
+        return (
+            f"It is at least level with every other model in every domain; the closest is {escape(domain)}: {numbers}."
+        )
+    return f"It falls furthest behind the best other model in **{escape(domain)}**: {numbers}."
