@@ -98,7 +98,11 @@ def _summary(record: EvaluationRecord) -> str | None:
     kept = [row for row in record.recovery if row.model == MERGED and row.share is not None]
     if not kept:
         return None
-    parts = [f"{row.share:.0%} of what {escape(row.expert)} had learned about {escape(row.domain)}" for row in kept]
+    parts = [
+        f"{row.share:.0%} of what {escape(row.expert)} had learned"
+        + (f" about {escape(row.domain)}" if row.domain != row.expert else "")
+        for row in kept
+    ]
     return f"On the texts it was measured on, it keeps {listed(parts)}."
 
 
