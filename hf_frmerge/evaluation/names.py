@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from hf_frmerge.evaluation.record import MERGED, Role
@@ -32,7 +33,7 @@ def models_of_merge(
     for spec in experts:
         short = _last_part(spec)
         taken = {BASE, MERGED, *models}
-        name = next(name for name in (short, *(f"{short}-{n}" for n in range(2, 10**6))) if name not in taken)
+        name = next(name for name in chain([short], (f"{short}-{n}" for n in count(2))) if name not in taken)
         models[name], roles[name] = spec, "expert"
     if merged is not None:
         models[MERGED], roles[MERGED] = merged, "merged"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_frmerge.evaluation.names import models_of_merge
 from hf_frmerge.evaluation.record import EvaluationRecord, load_record
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, read_coefficients, read_manifest
 from hf_frmerge.merging.weight_rules import layer_index
@@ -45,7 +44,7 @@ class MergeFacts:
 
     Attributes:
         name: of the folder.
-        experts: short names, each another one, in the order of the weights.
+        experts: names as an evaluation gives them, in the order of the weights.
         record: `None` if the merge was not evaluated.
     """
 
@@ -88,20 +87,8 @@ def read_facts(folder: Path | str) -> MergeFacts:
         )
         for name, entry in manifest["tensors"].items()
     ]
-    experts = short_names([expert["id"] for expert in manifest["experts"]])
+    experts = list(models_of_merge([expert["id"] for expert in manifest["experts"]])[0])
     return MergeFacts(folder.resolve().name, manifest, experts, tensors, load_record(folder))
-
-
-def short_names(ids: Sequence[str]) -> list[str]:
-    """Last parts of Hub ids where these tell the models apart; equal ids get a number."""
-    last = [re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name for name in ids]
-    names = [short if last.count(short) == 1 else name for short, name in zip(last, ids)]
-    seen: Counter[str] = Counter()
-    for index, name in enumerate(names):
-        seen[name] += 1
-        if names.count(name) > 1 and seen[name] > 1:
-            names[index] = f"{name} ({seen[name]})"
-    return names
 
 
 def _kinds(names: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.evaluation.record import MERGED, FunctionDistance
-from hf_frmerge.report.facts import MergeFacts, short_names
+from hf_frmerge.report.facts import MergeFacts
 from hf_frmerge.report.style import GRID, INK, MUTED, WIDE, compact, expert_colour, new_figure, styled, tidy
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def distances_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     rows = math.ceil(len(experts) / columns)
     figure = new_figure(width, 1.2 * rows + 0.6)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    labels = dict(zip(record.experts, compact(short_names(record.experts), 30)))
+    labels = dict(zip(record.experts, compact(record.experts, 30)))
     last = 0.0
     for axes, name in zip(grid.flat, experts):
         own, yardstick = pooled(_rows(record, name)), _yardstick(record, name)
@@ -71,7 +71,7 @@ def distances_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
 
 
 def _rows(record: EvaluationRecord, expert: str) -> list[FunctionDistance]:
-    return [row for row in record.distances if (row.model, row.other) == (MERGED, expert) and row.histogram]
+    return [row for row in record.distances if (row.model, row.other) == (MERGED, expert) and row.n_tokens]
 
 
 def _yardstick(record: EvaluationRecord, expert: str) -> list[FunctionDistance]:
@@ -79,7 +79,7 @@ def _yardstick(record: EvaluationRecord, expert: str) -> list[FunctionDistance]:
     return [
         row
         for row in record.distances
-        if row.histogram and expert in (row.model, row.other) and others & {row.model, row.other}
+        if row.n_tokens and expert in (row.model, row.other) and others & {row.model, row.other}
     ]
 
 
@@ -131,7 +131,7 @@ def recovery_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
         return None
     figure = new_figure(width, 0.34 * len(rows) + 0.85)
     axes = figure.subplots()
-    labels = dict(zip(record.experts, compact(short_names(record.experts), 22 if width >= WIDE else 13)))
+    labels = dict(zip(record.experts, compact(record.experts, 22 if width >= WIDE else 13)))
     shares = np.clip([np.nan if row.share is None else row.share for row in rows], *_CLIP)
     places = np.arange(len(rows))
     colours = [expert_colour(_index(record, row), len(record.experts)) for row in rows]

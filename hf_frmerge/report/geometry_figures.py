@@ -74,13 +74,13 @@ def _draw_pairs(axes: Axes, table: NDArray[np.float64], experts: Sequence[str]) 
     """Draw the triangle below the diagonal: each pair once, with its number where there is room."""
     shown = np.where(np.tri(len(table), k=-1, dtype=bool), table, np.nan)[1:, :-1]
     size = len(shown)
-    highest = max(float(np.nanmax(shown)), 1e-12)
-    image = axes.imshow(shown, cmap=HEAT_MAP, vmin=0, vmax=highest, interpolation="none")
+    low, high = _scale(shown, least=0.25)
+    image = axes.imshow(shown, cmap=HEAT_MAP, vmin=low, vmax=high, interpolation="none")
     if size <= _MAX_NUMBERED:
         for row, column in np.argwhere(np.tri(size)).tolist():
             value = shown[row, column]
-            colour = _OVER_CELLS[0] if value > 0.6 * highest else _OVER_CELLS[1]
-            text = "" if math.isnan(value) else f"{value:.{3 if highest < 0.1 else 2}f}"
+            colour = _OVER_CELLS[0] if value > low + 0.55 * (high - low) else _OVER_CELLS[1]
+            text = "" if math.isnan(value) else f"{value:.{3 if high < 0.2 else 2}f}"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7.5)
     else:
         _colour_bar(axes, image, "rad")
@@ -143,7 +143,7 @@ def coefficients_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None
     relative = np.divide(
         table, weights[:, None, None], out=np.full_like(table, np.nan), where=weights[:, None, None] > 0
     )
-    low, high = _scale(relative)
+    low, high = _scale(relative, least=0.02)
     layers = [tensor.layer for tensor in facts.merged_tensors if tensor.layer is not None]
     extent = (min(layers, default=0) - 0.5, max(layers, default=0) + 0.5, len(rows) - 0.5, -0.5)
     names = compact(facts.experts, 26 // columns + 8)
@@ -196,11 +196,10 @@ def _short(rows: list[str]) -> list[str]:
     return [row.rpartition(".")[2] if last[row.rpartition(".")[2]] == 1 else row for row in rows]
 
 
-def _scale(table: NDArray[np.float64]) -> tuple[float, float]:
-    """Range of the colours: at least 2 % of the largest value, so that noise is not painted as a pattern."""
+def _scale(table: NDArray[np.float64], least: float) -> tuple[float, float]:
+    """Range of the colours: no less than a share of the largest value, so that noise is not painted as a pattern."""
     low, high = float(np.nanmin(table)), float(np.nanmax(table))
-    least = 0.02 * max(abs(low), abs(high), 1e-12)
-    missing = max(0.0, least - (high - low)) / 2
+    missing = max(0.0, least * max(abs(low), abs(high), 1e-12) - (high - low)) / 2
     return low - missing, high + missing
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.evaluation.record import MERGED
-from hf_frmerge.report.facts import MergeFacts, short_names
+from hf_frmerge.report.facts import MergeFacts
 from hf_frmerge.report.style import (
     INK,
     MUTED,
@@ -94,7 +94,7 @@ def _draw_values(axes: Axes, record: EvaluationRecord, measure: str) -> None:
         axes.plot(layers, every.mean(0), color=colour, linewidth=1.2, label="mean of the experts")
         labels.append((every.mean(0)[-1], f"{len(every)} experts", colour))
     else:
-        for index, (name, label) in enumerate(zip(experts, compact(short_names(experts), 13))):
+        for index, (name, label) in enumerate(zip(experts, compact(experts, 13))):
             if name in measured:
                 colour = expert_colour(index, len(experts))
                 axes.plot(*lines[name], color=colour, linewidth=1.3, label=name)

@@ -54,7 +54,6 @@ _SETTINGS: Any = {  # matplotlib's stubs list the name of every setting
     "figure.dpi": 100,
     "lines.solid_capstyle": "round",
     "svg.fonttype": "none",
-    "svg.hashsalt": "hf_frmerge",
 }
 
 

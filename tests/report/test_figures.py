@@ -18,7 +18,7 @@ from hf_frmerge.errors import CheckpointError, MergeError
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, LayerActivations, Recovered
 from hf_frmerge.merging.manifest import read_coefficients, read_manifest
 from hf_frmerge.report import figures
-from hf_frmerge.report.facts import read_facts, short_names
+from hf_frmerge.report.facts import read_facts
 from hf_frmerge.report.figures import draw_figures, save_figures
 from hf_frmerge.report.function_figures import distances_figure, recovery_figure
 from hf_frmerge.report.geometry_figures import angles_figure, coefficients_figure
@@ -241,12 +241,6 @@ def test_colours_stand_out_from_the_paper(paper: int) -> None:
             light = luminance(colours[paper])
             contrast = (max(light, ground) + 0.05) / (min(light, ground) + 0.05)
             assert contrast >= (4.5 if role in ("ink", "muted") else 3.0), role
-
-
-def test_short_names_stay_apart() -> None:
-    assert short_names(["a/math", "a/code"]) == ["math", "code"]
-    assert short_names(["a/math", "b/math", "code"]) == ["a/math", "b/math", "code"]
-    assert short_names(["lora", "lora"]) == ["lora", "lora (2)"]
 
 
 def test_long_names_lose_what_all_begin_with() -> None:

@@ -1,0 +1,159 @@
+"""One HTML page about a merge that needs nothing but itself: no network, no fonts, no images beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from hf_frmerge.checkpoints.writer import write_file
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, WorstToken
+from hf_frmerge.report.facts import MergeFacts, read_facts
+from hf_frmerge.report.figures import draw_figures
+from hf_frmerge.report.style import NARROW, PALETTE, WIDE
+from hf_frmerge.report.svg import inline_svg
+from hf_frmerge.report.tables import block_table, distance_table, layer_table, objective_table, score_tables
+from hf_frmerge.report.verdicts import verdicts
+from hf_frmerge.report.words import number, percent, visible
+
+REPORT_FILE = "merge_report.html"
+_MAX_TOKENS = 200
+_LONG = 16  # characters of a cell
+_CONTEXT = 160  # characters before a token that tell where it stands
+
+_CAPTIONS = {
+    "recovery": "How much of each expert’s gain over the base is kept, on that expert’s own text. 0 % is as good as "
+    "the base, 100 % as good as the expert.",
+    "distances": "How far predictions are from each expert’s, token by token: filled, those of the merged model; the "
+    "line, those of the other experts. Dashes mark the means. 0 is the same prediction, π nothing in common.",
+    "layers": "Variance of the activations and the number of directions they spread over, layer by layer; below, both "
+    "over the experts’ mean. A merged model that falls far below 1 has collapsed there.",
+    "angles": "How far apart the experts point: each pair, and each tensor by its layer. At 0 rad they agree; at 1.57 "
+    "(a right angle) they have nothing in common.",
+    "coefficients": "What every expert counts for in every tensor, over its weight. 1 everywhere is a plain average; "
+    "above 1 lengths are made up for. Tensors outside the layers run along their whole row.",
+}
+
+
+def write_page(folder: Path | str, output: Path | str | None = None) -> Path:
+    """
+    Write the report of the merge in `folder`.
+
+    Args:
+        folder (`Path` or `str`):
+            Folder a merge wrote, with or without the record of an evaluation.
+        output (`Path` or `str`, *optional*):
+            File to write. Defaults to `merge_report.html` in the folder.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        CheckpointError: If the folder holds no finished merge.
+        MergeError: If matplotlib is not installed.
+    """
+    page = render_page(read_facts(folder))
+    path = Path(folder) / REPORT_FILE if output is None else Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, page)
+    return path
+
+
+def render_page(facts: MergeFacts) -> str:
+    """
+    Return the page as HTML. The same records give the same text.
+
+    Raises:
+        MergeError: If matplotlib is not installed.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "percent": percent, "visible": visible, "breakable": _breakable}
+    record = facts.record or EvaluationRecord()
+    script = _template("page.js")
+    return environment.from_string(_template("page.html.jinja")).render(
+        facts=facts,
+        record=facts.record,
+        verdicts=verdicts(facts),
+        figures=_figures(facts),
+        captions=_CAPTIONS,
+        score_tables=score_tables(record),
+        distance_table=distance_table(record),
+        objective_table=objective_table(record),
+        layer_table=layer_table(record),
+        block_table=block_table(facts),
+        worst_tokens=_worst_tokens(record),
+        n_worst_tokens=len(record.worst_tokens),
+        generations=list(_generations(record)),
+        evaluate_command=_evaluate_command(facts),
+        merged=MERGED,
+        style=_colours() + _template("page.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What all models wrote after one prompt, the merged model first."""
+
+    domain: str
+    text: str
+    answers: list[Generation]
+
+
+def _breakable(text: str) -> Markup:
+    """Let a long name be broken behind its points, lines and strokes."""
+    return Markup(re.sub(r"([._/])(?=\w)", r"\1<wbr>", str(escape(text)))) if len(text) > _LONG else escape(text)
+
+
+def _template(name: str) -> str:
+    return files("hf_frmerge.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _figures(facts: MergeFacts) -> dict[str, tuple[str, str]]:
+    """Every figure twice, for a wide page and for a phone."""
+    wide, narrow = draw_figures(facts, WIDE), draw_figures(facts, NARROW)
+    return {
+        name: (inline_svg(figure, name), inline_svg(narrow[name], f"{name}-narrow")) for name, figure in wide.items()
+    }
+
+
+def _colours() -> str:
+    """Return the palette as CSS variables, those for dark paper where the reader's system is dark."""
+    light, dark = ("".join(f"--{role}:{both[paper]};" for role, both in PALETTE.items()) for paper in (0, 1))
+    return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
+
+
+def _worst_tokens(record: EvaluationRecord) -> list[WorstToken]:
+    worst = sorted(record.worst_tokens, key=lambda token: -token.distance)[:_MAX_TOKENS]
+    return [replace(token, context=_end_of(token.context)) for token in worst]
+
+
+def _end_of(context: str) -> str:
+    return context if len(context) <= _CONTEXT else f"…{context[-_CONTEXT:]}"
+
+
+def _generations(record: EvaluationRecord) -> Iterator[Prompt]:
+    order = {name: index for index, name in enumerate([MERGED, *record.experts])}
+    for domain, prompt in dict.fromkeys((row.domain, row.prompt) for row in record.generations):
+        answers = [row for row in record.generations if (row.domain, row.prompt) == (domain, prompt)]
+        yield Prompt(domain, prompt, sorted(answers, key=lambda row: order.get(row.model, len(order))))
+
+
+def _evaluate_command(facts: MergeFacts) -> str:
+    """Return what to type to evaluate this merge; local models are known by name only."""
+    experts = [part for expert in facts.manifest["experts"] for part in ("--experts", expert["id"])]
+    base = facts.manifest["base_model"]
+    parts = ["frmerge", "evaluate", facts.name, *experts, *(["--base-model", base["id"]] if base else [])]
+    return shlex.join([*parts, "--data", "heldout.txt"])

@@ -1,0 +1,275 @@
+"""Tables of a report: what stands in the cells, and by what they are sorted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
+from hf_frmerge.report.facts import MergeFacts, TensorFacts
+from hf_frmerge.report.words import number, percent
+
+MAX_ROWS = 2000
+"""A browser can take more, a person cannot: tensors of one kind in one layer are put together beyond."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, and the number to sort by; `None` for text, NaN where there is no number."""
+
+    text: str
+    value: float | None = None
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, and a longer explanation of it."""
+
+    title: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    Rows under headings.
+
+    Attributes:
+        key: fit for an id of HTML.
+        shown: rows that are shown before a reader asks for all.
+    """
+
+    key: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+    shown: int = 12
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether a column holds numbers, for every column."""
+        return [any(row[index].value is not None for row in self.rows) for index in range(len(self.columns))]
+
+
+def score_tables(record: EvaluationRecord) -> list[Table]:
+    """Return one table a metric: models down, domains across, the best of every domain marked."""
+    metrics = list(dict.fromkeys(name for score in record.scores for name in score.metrics))
+    tables: list[Table] = []
+    for metric in metrics:
+        values = {(s.model, s.domain): s.metrics[metric] for s in record.scores if metric in s.metrics}
+        domains = [domain for domain in record.domains if any(d == domain for _, d in values)]
+        best = {domain: _best(metric, [v for (_, d), v in values.items() if d == domain]) for domain in domains}
+        rows = []
+        for model in sorted(dict.fromkeys(m for m, _ in values), key=lambda m: (m != MERGED, m in record.experts)):
+            cells = [_score(values.get((model, domain)), best[domain]) for domain in domains]
+            rows.append((Cell(_label(record, model)), *cells))
+        title, note = _METRICS.get(metric, (metric.replace("_", " ").capitalize(), ""))
+        columns = (Column("Model"), *(Column(domain) for domain in domains))
+        tables.append(Table(f"scores-{len(tables)}", title, columns, tuple(rows), note))
+    return tables
+
+
+_METRICS = {
+    "loss": ("Loss", "Nats a token; lower is better."),
+    "perplexity": ("Perplexity", "Lower is better."),
+    "token_accuracy": ("Token accuracy", "Share of tokens that were the first guess; higher is better."),
+    "accuracy": ("Accuracy", "Higher is better."),
+}
+
+
+def _best(metric: str, values: Iterable[float | None]) -> float | None:
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if metric not in _METRICS or len(finite) < 2:
+        return None
+    return min(finite) if metric in ("loss", "perplexity") else max(finite)
+
+
+def _score(value: float | None, best: float | None) -> Cell:
+    cell = _number(value, 4)
+    return Cell(cell.text, cell.value, is_best=best is not None and value == best)
+
+
+def _number(value: float | None, digits: int = 3) -> Cell:
+    return Cell(number(value, digits), math.nan if value is None else float(value))
+
+
+def _percent(value: float | None) -> Cell:
+    return Cell(percent(value), math.nan if value is None else float(value))
+
+
+def _count(value: int) -> Cell:
+    return Cell(f"{value:,}", float(value))
+
+
+def _label(record: EvaluationRecord, name: str) -> str:
+    return f"{name} (base)" if record.models.get(name) == "base" and name != "base" else name
+
+
+def distance_table(record: EvaluationRecord) -> Table | None:
+    """Return distances of outputs, those of the merged model first, then the yardstick between experts."""
+    if not record.distances:
+        return None
+    rows = sorted(record.distances, key=lambda row: row.model != MERGED)
+    error = max(row.error for row in rows)
+    bound = f" Stored outputs are cut short: the means may be up to {number(error)} rad too low." if error else ""
+    return Table(
+        "distances",
+        "Distances of the outputs, in numbers",
+        (
+            Column("From"),
+            Column("To"),
+            Column("Text"),
+            Column("Mean", "Fisher–Rao distance of the predictions, in radians"),
+            Column("Median", "Fisher–Rao distance, in radians"),
+            Column("95 %", "95 of 100 tokens are closer, in radians"),
+            Column("Largest", "Fisher–Rao distance, in radians"),
+            Column(
+                "KL", "Kullback–Leibler divergence of the model from the other, KL(other ‖ model), in nats a token"
+            ),
+            Column("KL back", "KL(model ‖ other), in nats a token"),
+            Column("JS", "Jensen–Shannon divergence, in nats a token"),
+            Column("Same guess", "Share of tokens on which both have the same first guess"),
+            Column("Tokens"),
+        ),
+        tuple(
+            (
+                Cell(row.model),
+                Cell(row.other),
+                Cell(row.domain),
+                _number(row.fisher_rao.mean),
+                _number(row.fisher_rao.median),
+                _number(row.fisher_rao.p95),
+                _number(row.fisher_rao.max),
+                _number(row.kl_other_model),
+                _number(row.kl_model_other),
+                _number(row.jensen_shannon),
+                _percent(row.top1_agreement),
+                _count(row.n_tokens),
+            )
+            for row in rows
+        ),
+        f"Fisher–Rao distances are in radians, from 0 to π.{bound}",
+    )
+
+
+def objective_table(record: EvaluationRecord) -> Table | None:
+    """Return what the merge set out to make small, against the least it could be."""
+    if not record.objectives:
+        return None
+    return Table(
+        "objectives",
+        "The objective of the merge",
+        (
+            Column("Text"),
+            Column("Reached", "Weighted mean squared Fisher–Rao distance to the experts, in squared radians"),
+            Column("Lowest possible", "The same for the exact barycentre of the experts' outputs"),
+            Column("To the barycentre", "Mean Fisher–Rao distance to it, in radians"),
+            Column("95 %", "95 of 100 tokens are closer to it, in radians"),
+        ),
+        tuple(
+            (
+                Cell(row.domain),
+                _number(row.value),
+                _number(row.lowest),
+                _number(row.to_barycentre.mean),
+                _number(row.to_barycentre.p95),
+            )
+            for row in record.objectives
+        ),
+        "Weighted mean of the squared distances to the experts (rad²; arXiv 2603.04972, Eq. 3). No model can be below "
+        "the lowest.",
+    )
+
+
+def layer_table(record: EvaluationRecord) -> Table | None:
+    """Return variance and effective rank of the merged model's layers, and what they are of the experts' mean."""
+    ratios = record.collapse()
+    if not ratios:
+        return None
+    merged = {row.layer: row for row in record.layers if row.model == MERGED}
+    return Table(
+        "layers",
+        "Layers, in numbers",
+        (
+            Column("Layer", "0 is the output of the embedding"),
+            Column("Variance", "Activation variance, mean over features"),
+            Column("÷ experts", "Over the mean of the experts"),
+            Column("Effective rank", "exp of the entropy of the spectrum of the centred covariance"),
+            Column("÷ experts ", "Over the mean of the experts"),
+        ),
+        tuple(
+            (
+                Cell(str(row.layer), float(row.layer)),
+                _number(merged[row.layer].activation_variance),
+                _number(row.activation_variance),
+                _number(merged[row.layer].effective_rank),
+                _number(row.effective_rank),
+            )
+            for row in ratios
+        ),
+        "Of the merged model. Effective rank: the exponential of the entropy of the eigenvalues of the centred "
+        "covariance of the activations.",
+    )
+
+
+def block_table(facts: MergeFacts) -> Table | None:
+    """Return statistics of the merge, a row a tensor; of a kind in a layer, where there are very many tensors."""
+    if not facts.merged_tensors:
+        return None
+    groups: dict[str, list[TensorFacts]] = {}
+    together = len(facts.merged_tensors) > MAX_ROWS
+    for tensor in facts.merged_tensors:
+        name = tensor.name if not together or tensor.layer is None else f"layer {tensor.layer}: {tensor.kind}"
+        groups.setdefault(name, []).append(tensor)
+    note = "Angles in radians; lengths are Euclidean norms."
+    if together:
+        note += f" {len(facts.merged_tensors):,} tensors, those of a kind in a layer together: means, and the worst."
+    return Table(
+        "blocks",
+        "Statistics of the merge, tensor by tensor",
+        (
+            Column("Tensor"),
+            Column("Blocks", "Spheres it was cut into"),
+            Column("Lengths", "Norms of the experts, smallest to largest"),
+            Column("Angle", "Mean angle of two experts, in radians"),
+            Column("Largest", "Largest angle of two experts in any block, in radians"),
+            Column("Average keeps", "Length of the plain weighted average over the experts' mean length"),
+            Column("Merge keeps", "Length of the merged tensor over the experts' mean length"),
+            Column("To rescaled", "Largest angle to the norm-rescaled average in any block, in radians"),
+            Column("Steps", "Most steps of the iteration in any block"),
+            Column("Left", "Residual: the largest tangent norm at the end, in radians"),
+            Column("Not converged", "Blocks that did not meet the tolerance"),
+        ),
+        tuple(_block_row(name, group) for name, group in groups.items()),
+        note,
+        shown=16,
+    )
+
+
+def _block_row(name: str, group: Sequence[TensorFacts]) -> tuple[Cell, ...]:
+    geometry = [tensor.geometry for tensor in group if tensor.geometry is not None]
+
+    def of(key: str, choose: str) -> float:
+        values = [math.nan if entry[key] is None else float(entry[key]) for entry in geometry]
+        if choose == "mean":
+            return math.fsum(values) / len(values)
+        return max(values) if choose == "max" else min(values)
+
+    norms = [norm for entry in geometry for norm in entry["norms"]]
+    lengths = number(min(norms)) if min(norms) == max(norms) else f"{number(min(norms))} to {number(max(norms))}"
+    return (
+        Cell(name),
+        _count(sum(tensor.n_blocks for tensor in group)),
+        Cell(lengths, max(norms)),
+        _number(of("mean_angle", "mean")),
+        _number(of("max_angle", "max")),
+        _number(of("linear_norm_ratio", "min"), 4),
+        _number(of("norm_ratio", "min"), 4),
+        _number(of("gap_to_nre", "max"), 2),
+        _count(int(of("n_iter", "max"))),
+        _number(of("residual", "max"), 2),
+        _count(sum(len(entry["unconverged"]) for entry in geometry)),
+    )
