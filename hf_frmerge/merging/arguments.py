@@ -164,8 +164,8 @@ class MergingArguments:
     stream_from_hub: bool = field(
         default=False,
         metadata=_describe(
-            "Read models of the Hub by byte ranges while they are merged, without downloading them: for a disk that "
-            "cannot hold them."
+            "Read full models of the Hub by byte ranges while they are merged, without downloading them: for a disk "
+            "that cannot hold them."
         ),
     )
     memory_budget: str = field(

@@ -67,13 +67,20 @@ def build_plan(
     try:
         if check is not None:
             check(plan)
-        if not download or args.stream_from_hub or not any(is_on_hub(source) for source in sources):
-            return plan
+        missing = [source for source in sources if download and is_downloaded(source, args)]
+        fetched = dict(zip(missing, fetch_all(missing, token=args.hub_token)))
     except BaseException:
         plan.close()
         raise
+    if not fetched:
+        return plan
     plan.close()
-    return _plan(fetch_all(sources, token=args.hub_token), args, alphas, base_model is not None)
+    return _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
+
+
+def is_downloaded(source: Source, args: MergingArguments) -> bool:
+    """Whether a merge fetches a source before it begins. An adapter is small, and read whole: it is not streamed."""
+    return is_on_hub(source) and (source.kind == "adapter" or not args.stream_from_hub)
 
 
 def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float], with_base: bool) -> MergePlan:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_frmerge.checkpoints.source import is_on_hub
 from hf_frmerge.checkpoints.writer import STAGING, check_free_space
 from hf_frmerge.errors import MergeError
+from hf_frmerge.merging.planning import is_downloaded
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.plan import MergePlan
@@ -23,13 +23,14 @@ def check_space(plan: MergePlan) -> None:
     output = Path(plan.args.output_dir)
     begun = plan.args.resume_from_checkpoint and (output / STAGING).exists()
     needed = plan.layout.file_bytes if plan.layout and not begun else 0
-    check_free_space(output, needed)
     download = download_bytes(plan)
     if download == 0:
+        check_free_space(output, needed)
         return
     from hf_frmerge.checkpoints.hub_source import cache_folder, check_cache_space
 
     check_cache_space(download)
+    check_free_space(output, needed)
     if cache_folder().stat().st_dev == _existing(output).stat().st_dev:
         try:
             check_free_space(output, needed + download)
@@ -43,8 +44,8 @@ def check_space(plan: MergePlan) -> None:
 
 def download_bytes(plan: MergePlan) -> int:
     """Bytes that the merge would download: none where it streams, or where the cache has everything."""
-    sources = [model.source for model in plan.models if is_on_hub(model.source)]
-    if plan.args.stream_from_hub or not sources:
+    sources = [model.source for model in plan.models if is_downloaded(model.source, plan.args)]
+    if not sources:
         return 0
     from hf_frmerge.checkpoints.hub_source import download_size
 

@@ -32,7 +32,7 @@ class Fault:
     times: int
     headers: dict[str, str]
     after_bytes: int | None  # send so much of the true answer, then drop
-    do: Callable[[], object]  # when it strikes
+    skip: int  # let so many requests pass first
 
 
 class Refusal(Exception):
@@ -79,8 +79,6 @@ class Handler(BaseHTTPRequestHandler):
         self.request_headers = {name.lower(): value for name, value in self.headers.items()}
         self.body = self._read_body()
         fault = self.hub.take_fault(self.command, self.path)
-        if fault is not None:
-            fault.do()
         if fault is not None and fault.status is None and fault.after_bytes is None:
             self._log(None)
             self.close_connection = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 
 from hub_server.handler import Fault, Handler, LoggedRequest, Refusal
@@ -99,15 +98,18 @@ class HubServer:
         times: int = 1,
         headers: dict[str, str] | None = None,
         after_bytes: int | None = None,
-        do: Callable[[], object] = lambda: None,
+        skip: int = 0,
     ) -> None:
-        """Let the next `times` requests that match fail: with `status`, or by dropping the connection; `do` before."""
-        self.faults.append(Fault(method, re.compile(pattern), status, times, headers or {}, after_bytes, do))
+        """Let `times` requests that match fail, after `skip` of them: with `status`, or by dropping the connection."""
+        self.faults.append(Fault(method, re.compile(pattern), status, times, headers or {}, after_bytes, skip))
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and fault.method == method and fault.pattern.search(path):
+                    if fault.skip > 0:
+                        fault.skip -= 1
+                        continue
                     fault.times -= 1
                     return fault
         return None
