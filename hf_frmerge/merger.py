@@ -340,6 +340,7 @@ class FisherRaoMerger:
             revision=revision or self.args.hub_revision,
             commit_message=commit_message,
             create_pr=create_pr,
+            collection=self.args.hub_collection,
             blocking=blocking,
         )
 

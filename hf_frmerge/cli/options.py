@@ -46,7 +46,7 @@ RUNNING = {
         "run_name",
     ),
 }
-HUB = {"The Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_token")}
+HUB = {"The Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_collection", "hub_token")}
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 

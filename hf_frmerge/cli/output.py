@@ -69,6 +69,7 @@ def card(output_dir: str) -> None:
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to. Default: main.")
 @click.option("--token", help="Token for the Hub. Default: the one stored by `hf auth login`.")
+@click.option("--collection", metavar="SLUG", help="Collection to which the model is added.")
 @click.option("--message", default="Upload merged model", show_default=True, help="Message of the commit.")
 def push(
     output_dir: str,
@@ -77,6 +78,7 @@ def push(
     create_pr: bool,
     revision: str | None,
     token: str | None,
+    collection: str | None,
     message: str,
 ) -> None:
     """Upload a merge to the Hugging Face Hub: model, record and card in one commit."""
@@ -91,6 +93,7 @@ def push(
             revision=revision,
             commit_message=message,
             create_pr=create_pr,
+            collection=collection,
         )
     click.echo(f"Pushed {output_dir}: {commit.pr_url or commit.commit_url}")
 

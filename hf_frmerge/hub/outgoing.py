@@ -10,12 +10,12 @@ from pathlib import Path
 from hf_frmerge.checkpoints.writer import STAGING
 from hf_frmerge.errors import HubError
 from hf_frmerge.hub.reproduce import hide_local_paths
-from hf_frmerge.merging.manifest import MANIFEST_FILE
+from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 
 # Small files in which a path or a token could hide. Vocabularies are left out: "/root/" may be a token there.
-_TEXT_SUFFIXES = {".json", ".md", ".jinja", ".txt", ".yml", ".yaml"}
+_TEXT_SUFFIXES = {".json", ".md", ".jinja", ".txt", ".yml", ".yaml", ".py", ".svg"}
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 
 
@@ -51,19 +51,17 @@ def check_complete(folder: Path) -> None:
 
 def check_nothing_local(folder: Path, token: str | None) -> None:
     """
-    Check that no configuration, manifest or card about to be pushed holds the token or a path of this machine.
+    Check that no text and no header of weights about to be pushed holds the token or a path of this machine.
 
     Raises:
         HubError: Naming the file and the kind of thing found; never the token itself.
     """
     places = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), folder.resolve().parent, folder.absolute().parent}
+    places |= _places_of_sources(folder)
     # Whole path prefixes only: not the middle of a URL or of a longer path.
     local = [re.compile(rf"(?<![\w./:-]){re.escape(str(place))}/") for place in places if len(place.parts) > 1]
     for name, content in outgoing_files(folder).items():
-        if Path(name).suffix not in _TEXT_SUFFIXES or Path(name).name in _VOCABULARIES:
-            continue
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        text = data.decode("utf-8", errors="replace")
+        text = _readable_part(name, content)
         if token and token in text:
             raise HubError(f"{name} contains your access token. Take it out, and revoke the token if it was shared.")
         for pattern in local:
@@ -74,6 +72,25 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
                     f"{name}, line {line}, contains a path of this machine ({match[0]}…), which would be made public. "
                     "Take it out of the file, then push."
                 )
+
+
+def _places_of_sources(folder: Path) -> set[Path]:
+    """Folders in which the merged models lie on this machine."""
+    file = folder / LOCAL_SOURCES_FILE
+    paths = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else []
+    return {Path(path).parent for path in paths if "://" not in path}
+
+
+def _readable_part(name: str, content: Path | bytes) -> str:
+    """What of a file may hold a path or a token: small texts whole, of weights the header, nothing of the rest."""
+    path = Path(name)
+    if path.suffix == ".safetensors" and isinstance(content, Path):
+        with content.open("rb") as file:
+            return file.read(int.from_bytes(file.read(8), "little")).decode("utf-8", errors="replace")
+    if path.suffix not in _TEXT_SUFFIXES or path.name in _VOCABULARIES:
+        return ""
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return data.decode("utf-8", errors="replace")
 
 
 def outgoing_files(folder: Path) -> dict[str, Path | bytes]:

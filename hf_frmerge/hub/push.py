@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from hf_frmerge.errors import ArgumentError, HubError
+from hf_frmerge.hub.integrity import check_unaltered
 from hf_frmerge.hub.outgoing import check_complete, check_nothing_local, outgoing_files
+from hf_frmerge.merging.manifest import MANIFEST_FILE, record_checksums
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, HfApi
+    from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def push_folder(
     revision: str | None = ...,
     commit_message: str = ...,
     create_pr: bool = ...,
+    collection: str | None = ...,
     blocking: Literal[True] = ...,
 ) -> CommitInfo: ...
 
@@ -53,6 +56,7 @@ def push_folder(
     revision: str | None = ...,
     commit_message: str = ...,
     create_pr: bool = ...,
+    collection: str | None = ...,
     blocking: bool,
 ) -> CommitInfo | Future[CommitInfo]: ...
 
@@ -66,10 +70,14 @@ def push_folder(
     revision: str | None = None,
     commit_message: str = "Upload merged model",
     create_pr: bool = False,
+    collection: str | None = None,
     blocking: bool = True,
 ) -> CommitInfo | Future[CommitInfo]:
     """
     Push the folder of a finished merge, card included, as one commit.
+
+    Everything is checked before the first request: that the merge is finished, that its files are those the merge
+    wrote, and that nothing local is in them. The manifest gets the SHA-256 it lacks.
 
     The repository and, with `revision`, the branch are made if they do not exist. Pushing unchanged files makes no
     commit; an interrupted push does not send again what had arrived.
@@ -89,6 +97,8 @@ def push_folder(
             First line of the commit.
         create_pr (`bool`, *optional*, defaults to `False`):
             Open a pull request against `main` instead of committing to it.
+        collection (`str`, *optional*):
+            Slug of a collection, such as `me/merges-64f9a2`, to which the model is added.
         blocking (`bool`, *optional*, defaults to `True`):
             Whether to wait for the upload.
 
@@ -97,7 +107,8 @@ def push_folder(
 
     Raises:
         ArgumentError: If the arguments contradict each other or `repo_id` is not a valid id.
-        HubError: If the folder is not a finished merge, would tell something local, or the Hub refuses.
+        HubError: If the folder is not a finished merge or was changed since, would tell something local, or the Hub
+            refuses.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -111,6 +122,7 @@ def push_folder(
     check_complete(folder)
     secret = token or get_token()
     check_nothing_local(folder, secret)
+    additions = _checked_additions(folder)
     api = HfApi(token=token, library_name="hf_frmerge", library_version=__version__)
     with _clear_errors(repo_id, secret):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -119,7 +131,10 @@ def push_folder(
 
     def upload() -> CommitInfo:
         with _clear_errors(repo_id, secret):
-            return _commit(api, folder, repo_id, revision, commit_message, create_pr)
+            commit = _commit(api, additions, repo_id, revision, commit_message, create_pr)
+        if collection is not None:
+            _add_to_collection(api, collection, repo_id, secret)
+        return commit
 
     return upload() if blocking else api.run_as_future(upload)
 
@@ -143,8 +158,30 @@ def full_repo_id(repo_id: str, token: str | None = None) -> str:
             raise HubError(_NOT_LOGGED_IN.format(repo_id)) from error
 
 
+def _checked_additions(folder: Path) -> list[CommitOperationAdd]:
+    """
+    Return what the commit adds, if it is what the merge wrote.
+
+    The client hashes every file to upload it; the check and the manifest use that.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    files = outgoing_files(folder)
+    additions = {name: CommitOperationAdd(name, content) for name, content in files.items() if name != MANIFEST_FILE}
+    sha256 = {name: addition.upload_info.sha256.hex() for name, addition in additions.items()}
+    check_unaltered(folder, sha256)
+    record_checksums(folder, sha256)
+    manifest = outgoing_files(folder)[MANIFEST_FILE]
+    return [*additions.values(), CommitOperationAdd(MANIFEST_FILE, manifest)]
+
+
 def _commit(
-    api: HfApi, folder: Path, repo_id: str, revision: str | None, commit_message: str, create_pr: bool
+    api: HfApi,
+    additions: list[CommitOperationAdd],
+    repo_id: str,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
 ) -> CommitInfo:
     """
     Upload and commit all files at once.
@@ -152,9 +189,8 @@ def _commit(
     `create_commit` and not `upload_folder`: with Xet, the latter commits large folders in several steps, README
     first, so that for a while, or for good if interrupted, the Hub would show a card over half a model.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationDelete
 
-    additions = [CommitOperationAdd(name, content) for name, content in outgoing_files(folder).items()]
     new = {addition.path_in_repo for addition in additions}
     present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
     stale = [name for name in present if _WEIGHTS.fullmatch(name) and name not in new]
@@ -167,6 +203,14 @@ def _commit(
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def _add_to_collection(api: HfApi, collection: str, repo_id: str, secret: str | None) -> None:
+    try:
+        with _clear_errors(collection, secret):
+            api.add_collection_item(collection, item_id=repo_id, item_type="model", exists_ok=True)
+    except HubError as error:
+        raise HubError(f"{repo_id} was pushed, but not added to the collection {collection}: {error}") from error
 
 
 @contextmanager

@@ -248,6 +248,9 @@ class MergingArguments:
         default=None, metadata=_describe("Make the repository private. Default: what the organization says.")
     )
     hub_revision: str | None = field(default=None, metadata=_describe("Branch to push to."))
+    hub_collection: str | None = field(
+        default=None, metadata=_describe("Slug of a collection on the Hub to which the pushed model is added.")
+    )
     hub_strategy: str = field(
         default="end", metadata=_describe("When to push. A merge is saved once, so there is only end.", ("end",))
     )

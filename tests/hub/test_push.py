@@ -4,16 +4,25 @@ import base64
 import getpass
 import hashlib
 import json
+import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
 from card_examples import full
 from hub_server import ALICE_TOKEN, HubServer
+from hub_server.state import Collection
 from huggingface_hub import HfApi, ModelCard, create_repo, model_info, snapshot_download
+from merge_reference import random_model, write_model
+from safetensors.numpy import save_file
+from tiny_models import save_llama_family
 
+from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.demo.texts import expert_dirs
 from hf_frmerge.errors import ArgumentError, HubError
 from hf_frmerge.hub.push import full_repo_id, push_folder
+from hf_frmerge.merging.callbacks import MergeCallback
 
 REPO = "alice/reader-135m"
 
@@ -34,7 +43,7 @@ def test_push_arrives_whole_in_one_commit(hub: HubServer, output_dir: Path, tmp_
     assert remote.card_data.base_model == ["ann/austen-135m", "ann/bible-135m"]
     copy = Path(snapshot_download(REPO, local_dir=tmp_path / "copy", token=False))
     for path in output_dir.iterdir():
-        if path.name != "merge_manifest.json":  # its local paths are shortened on the way
+        if not path.name.startswith("."):
             assert (copy / path.name).read_bytes() == path.read_bytes()
 
 
@@ -111,28 +120,37 @@ def test_background_failures_are_as_clear(hub: HubServer, output_dir: Path):
 
 def test_leftovers_of_the_machine_are_not_sent(hub: HubServer, output_dir: Path):
     (output_dir / "_README.previous.md").write_text("old")
-    (output_dir / ".frmerge_sources.json").write_text(json.dumps({"models": [str(output_dir)]}))
+    assert (output_dir / ".frmerge_sources.json").exists()
     (output_dir / "checkpoint-1").mkdir()
     (output_dir / "checkpoint-1" / "state.json").write_text("{}")
     push(output_dir)
     names = {s.rfilename for s in model_info(REPO, token=False).siblings}
     assert names == {
-        ".gitattributes", "README.md", "config.json", "merge_coefficients.safetensors", "merge_evaluation.json",
+        ".gitattributes", "README.md", "config.json", "merge_coefficients.safetensors",
         "merge_manifest.json", "model.safetensors",
     }  # fmt: skip
 
 
-def test_weights_of_an_earlier_push_that_would_be_loaded_instead_are_deleted(hub: HubServer, output_dir: Path):
+def test_weights_of_an_earlier_push_that_would_be_loaded_instead_are_deleted(
+    hub: HubServer, output_dir: Path, sharded_dir: Path
+):
     push(output_dir)
-    shard = "model-00001-of-00001.safetensors"
-    (output_dir / "model.safetensors").rename(output_dir / shard)
-    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}}
-    (output_dir / "model.safetensors.index.json").write_text(json.dumps(index))
     HfApi(token=ALICE_TOKEN).upload_file(path_or_fileobj=b"mine", path_in_repo="extra/model.safetensors", repo_id=REPO)
-    push(output_dir)
+    push(sharded_dir)
     names = {s.rfilename for s in model_info(REPO, token=False).siblings}
     assert "model.safetensors" not in names
-    assert {shard, "model.safetensors.index.json", "extra/model.safetensors"} <= names
+    assert {"model.safetensors.index.json", "extra/model.safetensors"} <= names
+    assert {path.name for path in sharded_dir.glob("model-*")} <= names
+
+
+@pytest.mark.parametrize("create_pr", [False, True])
+def test_collection(hub: HubServer, output_dir: Path, create_pr: bool):
+    collection = hub.collections["alice/merges-64f9"] = Collection("alice/merges-64f9")
+    for _ in range(2):  # it may be there already
+        push(output_dir, collection="alice/merges-64f9", create_pr=create_pr)
+        assert collection.items == [{"id": REPO, "type": "model"}]
+    with pytest.raises(HubError, match=f"{REPO} was pushed, but not added to the collection alice/none: .*not found"):
+        push(output_dir, collection="alice/none")
 
 
 # Nothing local leaves the machine
@@ -152,27 +170,65 @@ def everything_sent(hub: HubServer) -> str:
     return "\n".join(texts)
 
 
-def test_no_path_no_user_and_no_token_is_sent(hub: HubServer, output_dir: Path, tmp_path: Path):
-    push(output_dir)
+def test_no_path_no_user_and_no_token_is_sent(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A whole merge, as a person with an unusual name makes it at home, and everything that goes over the wire."""
+    home = tmp_path / "home" / "quibbleson"
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("USER", "LOGNAME", "USERNAME"):
+        monkeypatch.setenv(name, "quibbleson")
+    assert getpass.getuser() == "quibbleson"
+    save_llama_family(home / "models", ["some", "words", "that", "people", "say", "to", "each", "other"], spread=0.1)
+    (home / "models" / "code" / "README.md").write_text("---\nlicense: mit\ndatasets: /home/quibbleson/data\n---\n")
+    config = json.loads((home / "models" / "code" / "config.json").read_text())
+    (home / "models" / "code" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))  # makes a note
+    hub.add_repo("lab/math", {path.name: path.read_bytes() for path in (home / "models" / "math").iterdir()})
+    monkeypatch.chdir(home)
+    args = MergingArguments(output_dir="out", disable_tqdm=True, hub_token=ALICE_TOKEN, run_name="first")
+    merger = FisherRaoMerger(["lab/math", "models/code", "~/models/math"], args, base_model=str(home / "models/base"))
+    merger.merge().evaluate(["words that people say"])
+    assert merger.push_to_hub("alice/home-made") is not None
+
     sent = everything_sent(hub)
-    assert "one model made out of" in sent  # the decoding works
-    assert '"./math"' in sent  # the manifest's local expert, by name
-    assert str(tmp_path) not in sent
-    assert str(Path.home()) + "/" not in sent
-    assert f"/{getpass.getuser()}/" not in sent
-    assert ALICE_TOKEN not in sent
+    headers = [(name, value) for request in hub.requests for name, value in request.headers.items()]
+    sent += "\n".join(f"{name}: {value}" for name, value in headers if name != "authorization")
+    weights = (home / "out" / "model.safetensors").read_bytes().decode("latin-1")
+    assert all(part in sent for part in ("rms_norm_eps is", "WordLevel", weights))  # notes, small files, large ones
+    for local in ("quibbleson", str(tmp_path), "/tmp/", "/root/", "/home/", tempfile.gettempdir(), ALICE_TOKEN):
+        assert local.lower() not in sent.lower(), local
     for request in hub.requests:
-        others = {name: value for name, value in request.headers.items() if name != "authorization"}
-        assert ALICE_TOKEN not in str(others)
         if "lfs-storage" in request.path:  # not the Hub's own host: signed links, no token
             assert "authorization" not in request.headers
+        elif request.method in ("POST", "PUT"):
+            assert request.headers["authorization"] == f"Bearer {ALICE_TOKEN}"
 
 
-def test_the_local_manifest_keeps_its_paths(hub: HubServer, output_dir: Path, tmp_path: Path):
-    before = (output_dir / "merge_manifest.json").read_bytes()
+def test_a_local_path_that_got_into_the_manifest_is_shortened_on_the_way(
+    hub: HubServer, output_dir: Path, tmp_path: Path
+):
+    path = output_dir / "merge_manifest.json"
+    noted = {**json.loads(path.read_text()), "notes": [f"{tmp_path}/math differs."]}
+    path.write_text(json.dumps(noted, indent=1) + "\n")
+    before = path.read_bytes()
     push(output_dir)
-    assert (output_dir / "merge_manifest.json").read_bytes() == before
-    assert str(tmp_path).encode() in before
+    assert path.read_bytes() == before  # `frmerge verify` finds local experts by what is kept here
+    public = json.loads(hub.repos["models", REPO].commit_of("main").files["merge_manifest.json"].data)
+    assert public == {**json.loads(before), "notes": ["./math differs."]}
+
+
+def test_a_path_in_the_header_of_weights_stops_the_push(hub: HubServer, output_dir: Path, tmp_path: Path):
+    save_file({"a": np.ones(1)}, output_dir / "extra.safetensors", metadata={"made_from": f"{tmp_path}/data"})
+    with pytest.raises(HubError, match=r"extra\.safetensors, line 1, contains a path of this machine"):
+        push(output_dir)
+    assert hub.requests == []
+
+
+def test_the_place_of_an_expert_stops_the_push_wherever_it_is(hub: HubServer, output_dir: Path):
+    sources = json.loads((output_dir / ".frmerge_sources.json").read_text())
+    sources["models"][0] = "/data/team-x/secret/e0"
+    (output_dir / ".frmerge_sources.json").write_text(json.dumps(sources))
+    (output_dir / "notes.md").write_text("from /data/team-x/secret/e0")
+    with pytest.raises(HubError, match=r"notes\.md, line 1, contains a path of this machine \(/data/team-x/secret/"):
+        push(output_dir)
 
 
 def test_a_local_path_in_another_file_stops_the_push(hub: HubServer, output_dir: Path, tmp_path: Path):
@@ -228,11 +284,74 @@ def test_no_folder(hub: HubServer, tmp_path: Path):
         push(tmp_path / "nowhere")
 
 
-def test_adapter_folder_is_complete_with_its_own_files(hub: HubServer, output_dir: Path):
-    (output_dir / "model.safetensors").rename(output_dir / "adapter_model.safetensors")
-    (output_dir / "config.json").rename(output_dir / "adapter_config.json")
-    push(output_dir)
+def test_adapter_folder_is_complete_with_its_own_files(hub: HubServer, tmp_path: Path):
+    experts = [str(folder) for folder in expert_dirs().values()][:2]
+    args = MergingArguments(output_dir=str(tmp_path / "adapter"), disable_tqdm=True)
+    FisherRaoMerger(experts, args).merge()
+    push(tmp_path / "adapter")
     assert "adapter_model.safetensors" in {s.rfilename for s in model_info(REPO, token=False).siblings}
+    table = tmp_path / "adapter" / "adapter_model.safetensors"
+    table.write_bytes(table.read_bytes()[:-1] + b"!")
+    with pytest.raises(HubError, match=r"adapter_model\.safetensors was changed after the merge"):
+        push(tmp_path / "adapter")
+
+
+# What was changed since the merge is not pushed
+
+
+def flip_last_byte(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "merge_coefficients.safetensors"])
+def test_a_changed_file_is_not_pushed(hub: HubServer, output_dir: Path, name: str):
+    flip_last_byte(output_dir / name)
+    with pytest.raises(HubError, match=rf"is not what the merge wrote: {name} was changed after the merge"):
+        push(output_dir)
+    (output_dir / name).write_bytes((output_dir / name).read_bytes() + b"x")
+    with pytest.raises(HubError, match=rf"{name} has another size than the merge gave it"):
+        push(output_dir)
+    assert hub.requests == []
+
+
+def test_large_files_are_checked_by_their_tensors(hub: HubServer, sharded_dir: Path):
+    shard = sorted(sharded_dir.glob("model-*"))[0]
+    whole = shard.read_bytes()
+    flip_last_byte(shard)
+    with pytest.raises(HubError, match=rf"tensor '[\w.]+' in {shard.name} was changed after the merge"):
+        push(sharded_dir)
+    shard.write_bytes(whole.replace(b'"pt"', b'"np"'))
+    with pytest.raises(HubError, match=rf"the header of {shard.name} was changed after the merge"):
+        push(sharded_dir)
+    assert hub.requests == []
+    shard.write_bytes(whole)
+    push(sharded_dir)
+    public = json.loads(hub.repos["models", REPO].commit_of("main").files["merge_manifest.json"].data)
+    for name, entry in public["files"].items():  # what the merge left out, the push has filled in
+        assert entry["sha256"] == hashlib.sha256((sharded_dir / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("block", ["row", "head", "layer", "model"])
+def test_tensors_are_checked_however_they_were_cut(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: str
+):
+    monkeypatch.setattr("hf_frmerge.merging.blocks.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("hf_frmerge.merging.checksums.SMALL_FILE", 0)
+    experts = [write_model(tmp_path / f"s{seed}", random_model(seed)) for seed in range(2)]
+    skipped = "model.layers.0.mlp.up_proj.weight"
+
+    class Skip(MergeCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            control.should_skip_tensor = state.current_tensor == skipped
+            return control
+
+    args = MergingArguments(output_dir=str(tmp_path / "out"), block=block, disable_tqdm=True)
+    FisherRaoMerger(experts, args, callbacks=[Skip]).merge()
+    manifest = json.loads((tmp_path / "out" / "merge_manifest.json").read_text())
+    assert manifest["tensors"][skipped]["action"] == "skip"
+    assert manifest["files"]["model.safetensors"]["sha256"] is None
+    push(tmp_path / "out")
 
 
 # What the Hub refuses, in sentences

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -33,6 +34,7 @@ class Fault:
     headers: dict[str, str]
     after_bytes: int | None  # send so much of the true answer, then drop
     skip: int  # let so many requests pass first
+    hold: threading.Event | None  # wait for it before failing
 
 
 class Refusal(Exception):
@@ -79,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
         self.request_headers = {name.lower(): value for name, value in self.headers.items()}
         self.body = self._read_body()
         fault = self.hub.take_fault(self.command, self.path)
+        if fault is not None and fault.hold is not None:
+            fault.hold.wait()
         if fault is not None and fault.status is None and fault.after_bytes is None:
             self._log(None)
             self.close_connection = True

@@ -99,9 +99,10 @@ class HubServer:
         headers: dict[str, str] | None = None,
         after_bytes: int | None = None,
         skip: int = 0,
+        hold: threading.Event | None = None,
     ) -> None:
         """Let `times` requests that match fail, after `skip` of them: with `status`, or by dropping the connection."""
-        self.faults.append(Fault(method, re.compile(pattern), status, times, headers or {}, after_bytes, skip))
+        self.faults.append(Fault(method, re.compile(pattern), status, times, headers or {}, after_bytes, skip, hold))
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
