@@ -2,6 +2,7 @@
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
+constraints="$root/constraints.txt"
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
 
@@ -32,7 +33,7 @@ make_venv() {
         fail "$python could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv"
 }
 
-pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
+pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check -c "$constraints" "$@"; }
 
 # On Linux without an NVIDIA GPU, PyPI's torch would bring gigabytes of CUDA libraries along, so the CPU build is taken
 # from PyTorch's own index. Where pip was told to look elsewhere (a mirror, a folder of wheels), that decides.

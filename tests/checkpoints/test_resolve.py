@@ -209,11 +209,98 @@ def test_who_may_see_it(hub, model):
     assert resolve("lab/hidden", token=ALICE_TOKEN).kind == "full"
 
 
-def test_server_error(hub, model):
+@pytest.fixture
+def no_waits(monkeypatch) -> list[float]:
+    """The client's waits between its tries, which nobody waits for."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    return waits
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"status": 500}, r"The Hub failed \(HTTP 500\) at alice/down\. Try again later"),
+        ({"status": 429}, r"limits the rate of requests\. Try alice/down again in a few minutes"),
+        ({"status": 429, "headers": {"Retry-After": "9"}}, r"Try alice/down again in 9 seconds"),
+        ({}, r"could not be reached for alice/down \(RemoteProtocolError\)\. Check the connection"),
+        ({"status": 403}, r"Your token may not read alice/down"),
+        ({"status": 451}, r"The Hub refused alice/down \(HTTP 451\): .*Ordered failure"),
+    ],
+)
+@pytest.mark.parametrize("asked", [r"^/api/models/alice/down$", r"^/api/models/alice/down/tree/"])
+def test_a_hub_that_does_not_answer(hub, model, no_waits, fault, message, asked):
     hub.add_repo("alice/down", contents(model))
-    hub.fail("GET", r"/api/models/alice/down", status=500, times=100)
-    with pytest.raises(HubError, match="alice/down"):
+    hub.fail("GET", asked, times=100, **fault)
+    with pytest.raises(HubError, match=message):
         resolve("alice/down")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"status": 503}, r"The Hub failed \(HTTP 503\) at alice/files\. .*files that were downloaded are kept"),
+        ({"status": 429, "headers": {"Retry-After": "9"}}, r"Try alice/files again in 9 seconds"),
+        ({}, r"could not be reached for alice/files"),
+    ],
+)
+def test_a_download_that_fails_goes_on_with_what_is_missing(
+    hub, model, no_waits, monkeypatch, tmp_path, fault, message
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.add_repo("alice/files", contents(model))
+    hub.fail("GET", "/lfs-storage/", times=100, **fault)
+    with pytest.raises(HubError, match=message):
+        resolve("alice/files")
+    if "headers" in fault:
+        assert set(no_waits) == {10.0}  # what the Hub asked for, and a second more
+    hub.faults.clear()
+    hub.requests.clear()
+    with open_checkpoint(resolve("alice/files")) as downloaded, open_checkpoint(resolve(str(model))) as original:
+        assert downloaded.read("model.norm.weight").tobytes() == original.read("model.norm.weight").tobytes()
+    got = {request.path for request in hub.sent("GET", "/resolve/")}
+    assert [path for path in got if not path.endswith("model.safetensors")] == []  # the small files were kept
+
+
+def test_a_download_cut_short_goes_on_from_where_it_was(hub, model, no_waits, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.add_repo("alice/cut", contents(model))
+    hub.fail("GET", "/lfs-storage/", after_bytes=40_000)
+    resolve("alice/cut")
+    first, second = hub.sent("GET", "/lfs-storage/")
+    assert "range" not in first.headers
+    assert second.headers["range"].startswith("bytes=40000-")
+
+
+def test_a_hub_that_is_down_is_not_needed_for_what_is_in_the_cache(hub, model, no_waits, caplog):
+    repo = hub.add_repo("alice/kept", contents(model))
+    found = resolve("alice/kept")
+    for fault in ({"status": 503}, {"status": 429}, {}):
+        hub.fail("GET", "/api/models/alice/kept", times=6, **fault)
+        assert resolve("alice/kept") == found
+        assert f"alice/kept is taken from the cache, at {repo.branches['main']}" in caplog.text
+        hub.faults.clear()
+        caplog.clear()
+    hub.repos["models", "alice/kept"].private = True  # an answer is an answer, cache or not
+    with pytest.raises(HubError, match="There is no model 'alice/kept'"):
+        resolve("alice/kept", token=False)
+
+
+def test_a_token_the_hub_does_not_know(hub, model):
+    hub.add_repo("alice/any", contents(model))
+    with pytest.raises(HubError, match="The Hub does not accept your token") as caught:
+        resolve("alice/any", token="hf_of_nobody")
+    assert "hf_of_nobody" not in str(caught.value)
+
+
+def test_a_gated_model_whose_terms_were_accepted(hub, model):
+    repo = hub.add_repo("bob/open-gate", contents(model), gated=True)
+    hub.add_user("carol", "token-of-carol")
+    with pytest.raises(HubError, match=r"bob/open-gate is gated: accept its terms at .* and wait for access"):
+        resolve("bob/open-gate", token="token-of-carol")
+    repo.granted.add("carol")
+    assert resolve("bob/open-gate", token="token-of-carol").kind == "full"
 
 
 def test_invalid_ids_are_not_asked_of_the_hub(hub):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from hub_server import ALICE_TOKEN, HubServer
 from merge_reference import random_model, write_family, write_model
 from safetensors.torch import load_file, save_file
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.cli.main import main
 from hf_frmerge.demo.texts import expert_dirs
 from hf_frmerge.errors import CheckpointError, HubError, MergeError
 from hf_frmerge.merging import blocks
@@ -219,6 +222,50 @@ def test_what_cannot_be_merged_is_refused_before_the_download(
     sizes = [stop - start for ranges in spans(hub).values() for start, stop in ranges]
     assert sum(sizes) <= 2 * 1500  # headers
     assert not (tmp_path / "out").exists()
+
+
+def plan(*models: str) -> Result:
+    return CliRunner().invoke(main, ["plan", *models])
+
+
+def test_plan_reads_headers_and_small_files_and_says_what_a_merge_would_do(
+    hub: HubServer, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._FIRST_BYTES", 1500)
+    monkeypatch.chdir(tmp_path)
+    result = plan("lab/e0", "lab/e1@main", "--base-model", "lab/base")
+    assert result.exit_code == 0, result.stderr
+    assert "8 tensors to merge" in result.stdout
+    assert "to download from the Hub" in result.stdout
+    assert sum(stop - start for ranges in spans(hub).values() for start, stop in ranges) <= 3 * 1500
+    assert hub.sent("HEAD", ".*") == []
+    small = {request.path.rpartition("/")[2] for request in hub.sent("GET", "/resolve/") if "range" in request.headers}
+    assert small <= {"config.json", "README.md", "model.safetensors"}
+    assert list((tmp_path / "cache").glob("*")) == []  # nothing is kept
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_plan_tells_what_would_fail(
+    hub: HubServer, family: Path, tmp_path: Path, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cause, _, message = PROBLEMS[problem]
+    cause(hub, tmp_path)
+    result = plan(*MODELS)
+    assert result.exit_code == 1
+    assert re.search(message, result.stderr), result.stderr
+    assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_plan_tells_of_a_disk_that_is_too_small(
+    hub: HubServer, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**12, 0, 5_000))
+    result = plan(*MODELS)
+    assert result.exit_code == 1
+    assert "8 tensors to merge" in result.stdout  # the plan all the same
+    assert "The download needs" in result.stderr
 
 
 class Usage(NamedTuple):

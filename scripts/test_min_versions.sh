@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Install the lowest versions pyproject.toml allows (constraints-min.txt) into a fresh .venv-min, build the package as a
+# user would, and run a part of the tests that touches every library: half of it is about what they changed last.
+#
+#     bash scripts/test_min_versions.sh [options of pytest]
+#
+# Takes some minutes, most of them for pip. The tests import the installed package, not this checkout.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+venv="$root/.venv-min"
+constraints="$root/constraints-min.txt"
+tests=(
+    tests/checkpoints
+    tests/cli/test_commands.py
+    tests/evaluation/test_loop.py
+    tests/hub/test_hub_server.py
+    tests/hub/test_push.py
+    tests/hub/test_round_trip.py
+    tests/kernels
+    tests/merging/test_adapter_merge.py
+    tests/merging/test_hub_inputs.py
+    tests/merging/test_reporting.py
+    tests/methods
+    tests/test_merger.py
+)
+
+make_venv
+say "Installing the lowest versions"
+install_torch
+pip_install "$root[tensorboard]" hypothesis pytest pytest-timeout pytest-xdist scipy
+
+# Away from the checkout, so that `import hf_frmerge` finds what was installed.
+away="$(mktemp -d)"
+trap 'rm -rf "$away"' EXIT
+cp -r "$root/tests" "$root/model_cards" "$root/scripts" "$root/pyproject.toml" "$away"
+cd "$away"
+say "Running the tests"
+"$venv/bin/python" -m pytest -n 2 -q "$@" "${tests[@]}"
