@@ -167,7 +167,10 @@ class FisherRaoMerger:
             self.args.resume_from_checkpoint = resume_from_checkpoint
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
-        with closing(self.plan()) as plan:
+        with self.processes.sharing_errors():
+            plan = self.plan()
+            _check_same_commits(plan, self.processes)
+        with closing(plan):
             for note in plan.notes:
                 logger.warning("%s", note)
             self._begin(plan)
@@ -448,3 +451,15 @@ class FisherRaoMerger:
 def _check_permitted_and_fitting(plan: MergePlan) -> None:
     licences_of_plan(plan).raise_if_refused()
     check_space(plan)
+
+
+def _check_same_commits(plan: MergePlan, processes: Processes) -> None:
+    """Refuse to merge parts of different commits, where a branch moved between two processes' look at it."""
+    ours = [(model.spec, model.source.commit) for model in plan.models]
+    everyones = processes.gather(ours)
+    for spec, commit in everyones:
+        if (spec, commit) not in ours:
+            raise MergeError(
+                f"{spec} was changed on the Hub while the processes of this merge looked it up (one found {commit}). "
+                "Start it again, or name a commit, as in org/name@commit."
+            )

@@ -20,16 +20,19 @@ SCRIPT = Path(__file__).with_name("push_from_process.py")
 REPO = ("models", "alice/from-processes")
 
 
-def start(root: Path, *launcher: str) -> subprocess.Popen[str]:
-    write_family(root, n=2)
-    command = [sys.executable, *launcher, str(SCRIPT), str(root), ALICE_TOKEN]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def start(root: Path, *launcher: str, experts: list[str] | None = None) -> subprocess.Popen[str]:
+    _, local = write_family(root, n=2)
+    command = [sys.executable, *launcher, str(SCRIPT), str(root), ALICE_TOKEN, *(experts or local)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(SCRIPT.parents[2])}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
 def test_only_the_main_process_talks(hub: HubServer, tmp_path: Path) -> None:
-    process = start(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    process = start(tmp_path, *TWO)
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr[-3000:]
     main, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
@@ -38,6 +41,30 @@ def test_only_the_main_process_talks(hub: HubServer, tmp_path: Path) -> None:
     assert len(hub.repos[REPO].commits) == 2
     to_hub = [request for request in hub.requests if "lfs-storage" not in request.path]
     assert {request.headers["user-agent"].rpartition("origin/")[2] for request in to_hub} == {"rank0"}
+
+
+@pytest.mark.slow
+def test_a_branch_that_moves_between_two_processes_is_not_merged_from_two_commits(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    _, experts = write_family(tmp_path, n=2)
+    for index, folder in enumerate(experts):
+        hub.add_repo(f"lab/e{index}", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+    (tmp_path / "wait").touch()
+    process = start(tmp_path, *TWO, experts=["lab/e0", "lab/e1"])
+    deadline = time.monotonic() + 200
+    while not hub.sent("GET", "/lfs-storage/") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    repo = hub.repos["models", "lab/e0"]  # the main process has looked it up; the other has not
+    moved = repo.add_commit(repo.commit_of("main"), "Move", dict(repo.commit_of("main").files))
+    repo.branches["main"] = moved.oid
+    (tmp_path / "go").touch()
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr[-3000:]
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert "lab/e0 was changed on the Hub while the processes" in seen["error"]
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_killed_push_leaves_nothing_visible_and_its_uploads_are_not_sent_again(
