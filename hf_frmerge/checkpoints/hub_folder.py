@@ -128,8 +128,8 @@ class HubFolder(RemoteFolder):
 
     def close(self) -> None:
         """Forget all ranges."""
-        for name in self._entries():
-            self.release(name, 0, self.size(name))
+        for name, _, stop in list(self._kept):
+            self.release(name, 0, stop)
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
         """Ask for one range; the client tries again after rate limits, failures of the Hub and lost connections."""

@@ -72,8 +72,9 @@ def download_size(sources: Iterable[Source]) -> int:
     size = 0
     for source in {source.path: source for source in sources if is_on_hub(source)}.values():
         folder = found_folder(source.path)
-        snapshot = _snapshot(str(source.repo_id), str(source.commit))
-        size += sum(folder.size(name) for name in _needed(folder) if not (snapshot / name).exists())
+        blobs = _repo_cache(str(source.repo_id)) / "blobs"
+        missing = [n for n in _needed(folder) if not (blobs / (folder.known_sha256(n) or folder.identity(n))).exists()]
+        size += sum(map(folder.size, missing))
     return size
 
 

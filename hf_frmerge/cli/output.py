@@ -11,7 +11,7 @@ from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only
 
 
 @click.command("verify", cls=FrmergeCommand)
-@click.argument("output_dir", metavar="DIR")
+@click.argument("output_dir", metavar="DIR | HUB_ID")
 @click.option("--experts", multiple=True, metavar="EXPERT", help="Where an expert is now; give all, in their order.")
 @click.option("--base-model", metavar="MODEL", help="Where the base model is now.")
 @click.option(
@@ -29,6 +29,9 @@ def verify(
 ) -> None:
     """
     Recompute a merge and compare it bit for bit.
+
+    A pushed merge is named by its Hub id (org/name or org/name@revision): it is downloaded, and its experts are taken
+    at the commits in its manifest.
 
     Every tensor is derived again from the experts and the recorded coefficients, and every file checked against the
     manifest. The exit code is 1 if anything differs.

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from hub_server import ALICE_TOKEN
+from hub_server.state import Blob
 from huggingface_hub import snapshot_download
 
+from hf_frmerge.checkpoints.hub_source import download_size
 from hf_frmerge.checkpoints.reader import open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all
 from hf_frmerge.errors import CheckpointError, HubError
@@ -285,6 +287,16 @@ def test_a_hub_that_is_down_is_not_needed_for_what_is_in_the_cache(hub, model, n
     hub.repos["models", "alice/kept"].private = True  # an answer is an answer, cache or not
     with pytest.raises(HubError, match="There is no model 'alice/kept'"):
         resolve("alice/kept", token=False)
+
+
+def test_files_that_another_commit_brought_are_not_counted_as_missing(hub, model, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repo = hub.add_repo("alice/grown", contents(model))
+    first = repo.commit_of("main")
+    resolve("alice/grown")
+    repo.branches["main"] = repo.add_commit(first, "n", {**first.files, "notes.txt": Blob(b"12345", False)}).oid
+    assert download_size([resolve("alice/grown", download=False)]) == 5
+    assert download_size([resolve("alice/grown")]) == 0
 
 
 def test_a_token_the_hub_does_not_know(hub, model):
