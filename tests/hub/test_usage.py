@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 from card_examples import full
-from hub_server import ALICE_TOKEN, HubServer
+from hub_server import HubServer
 
 from hf_frmerge.hub.card import write_card
 from hf_frmerge.hub.card_data import CardSource, MergeCard
-from hf_frmerge.hub.push import push_folder
 from hf_frmerge.hub.tasks import read_task
 
 
@@ -32,12 +30,11 @@ def save_tiny_llama(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>").save_pretrained(folder)
 
 
-def finish(folder: Path, card: MergeCard) -> str:
-    """Manifest, card, push; the first Python block of the card."""
-    (folder / "merge_manifest.json").write_text(json.dumps({"experts": []}))
+def finish(hub: HubServer, folder: Path, card: MergeCard) -> str:
+    """Put the model on the Hub with its card; return the first Python block of the card."""
     text = write_card(card, folder).read_text()
     assert card.hub_model_id is not None
-    push_folder(folder, repo_id=card.hub_model_id, token=ALICE_TOKEN)
+    hub.add_repo(card.hub_model_id, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
     return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
 
 
@@ -55,7 +52,7 @@ def test_first_code_block_of_a_full_model(
         assert (tmp_path / "model.safetensors.index.json").is_file()
     card = MergeCard("tiny", "full", full().sources, hub_model_id="alice/tiny", task=read_task(tmp_path))
     capsys.readouterr()
-    exec(finish(tmp_path, card), {})
+    exec(finish(hub, tmp_path, card), {})
     assert capsys.readouterr().out.startswith("Once upon a time")
 
 
@@ -80,7 +77,7 @@ def test_first_code_block_of_an_adapter(hub: HubServer, tmp_path: Path, capsys: 
         hub_model_id="alice/tiny-lora",
         task=read_task(adapter),
     )
-    code = finish(adapter, card)
+    code = finish(hub, adapter, card)
     capsys.readouterr()
     exec(code, {})
     assert capsys.readouterr().out.startswith("Once upon a time")
