@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from hf_frmerge.evaluation.headlines import Headline, headlines
-from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Score
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Recovered, Score
 from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
 from hf_frmerge.report.facts import MergeFacts
 from hf_frmerge.report.words import listed, number, percent, visible
@@ -85,7 +85,7 @@ def _recovery(record: EvaluationRecord) -> list[Verdict]:
     shares = {row.expert: float(row.share) for row in rows if row.share is not None}
     weakest, best = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
     if len(rows) <= _NAMED:
-        text = listed([f"{percent(row.share)} of what {row.expert} gained on {row.domain}" for row in rows])
+        text = listed([f"{percent(row.share)} of what {row.expert} gained{_on(row)}" for row in rows])
     else:
         text = f"{percent(shares[weakest])} ({weakest}) to {percent(shares[best])} ({best}) of what each expert gained"
     level = _level(shares[weakest], 0.8, 0.5)
@@ -93,6 +93,10 @@ def _recovery(record: EvaluationRecord) -> list[Verdict]:
     return [
         Verdict(level, title.get(level, "It loses much of what an expert can do"), f"It keeps {text} over the base.")
     ]
+
+
+def _on(row: Recovered) -> str:
+    return "" if row.domain == row.expert else f" on {row.domain}"
 
 
 def _weakest_domain(record: EvaluationRecord) -> list[Verdict]:
