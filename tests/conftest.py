@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers of the tests, such as hub_server, import by their name
 
@@ -26,6 +27,11 @@ os.environ.pop("HF_TOKEN", None)
 # Two cores are shared by the test workers: contention inside chunk-sized ops costs 10-100x.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# New examples are for those who develop; what was right yesterday must not fail a stranger's build today.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture
