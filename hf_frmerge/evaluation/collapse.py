@@ -65,14 +65,14 @@ class ActivationStatistics:
         for layer, states in enumerate(hidden_states):
             tokens = states.flatten(0, 1) if is_full else states[mask.to(states.device)]
             tokens = tokens.to("cpu" if tokens.device.type == "mps" else tokens.device, torch.float32)
-            mean = tokens.mean(dim=0, dtype=torch.float64)
-            centred = tokens - mean.float()
-            # What rounding the mean to float32 left is a shift common to all tokens: Chan's rule takes care of it.
-            rest = centred.mean(dim=0, dtype=torch.float64)
+            shift = tokens.mean(dim=0)
+            centred = tokens - shift
+            # The mean of what rounding the first mean to float32 left.
+            rest = centred.mean(dim=0).double()
             scatter = (centred.T @ centred).double().addr_(rest, rest, alpha=-len(tokens))
             if layer == len(self._layers):
-                self._layers.append(_Moments(0, torch.zeros_like(mean), torch.zeros_like(scatter)))
-            self._layers[layer].add(len(tokens), mean, scatter)
+                self._layers.append(_Moments(0, torch.zeros_like(rest), torch.zeros_like(scatter)))
+            self._layers[layer].add(len(tokens), shift.double() + rest, scatter)
 
     def reduce(self, accelerator: Accelerator) -> None:
         """Join the moments of all processes; each must call it, and has them all afterwards."""

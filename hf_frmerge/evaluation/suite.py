@@ -348,20 +348,23 @@ class _Suite:
         self.accelerator.wait_for_everyone()
 
     def _generate(self, name: str, model: torch.nn.Module) -> list[Generation]:
-        rows = []
+        """Let the model go on after the first tokens of every text, and of as many more places as are asked for."""
+        if self.options.n_prompts == 0:
+            return []
+        # All of one length, so that they are one batch without padding.
+        shortest = min(min(len(blocks.tokens), blocks.block_size // 2) for blocks in self.texts.values())
+        length = min(self.options.max_new_tokens, shortest)
+        domains, prompts = [], []
         for domain, blocks in self.texts.items():
-            length = min(self.options.max_new_tokens, blocks.block_size // 2, len(blocks.tokens))
-            stride = len(blocks.tokens) // max(self.options.n_prompts, 1)
-            starts = range(0, len(blocks.tokens) - length + 1, max(stride, 1))[: self.options.n_prompts]
-            if not starts or length == 0:
-                continue
-            prompts = torch.stack([blocks.tokens[start : start + length] for start in starts])
-            for prompt, (added, entropy) in zip(
-                prompts.tolist(), continue_greedily(model, prompts, self.options.max_new_tokens)
-            ):
-                text, continuation = self.decode(prompt), self.decode(added)
-                rows.append(Generation(name, domain, text, continuation, repetition(added), entropy))
-        return rows
+            stride = max(len(blocks.tokens) // self.options.n_prompts, 1)
+            for start in range(0, len(blocks.tokens) - length + 1, stride)[: self.options.n_prompts]:
+                domains.append(domain)
+                prompts.append(blocks.tokens[start : start + length])
+        continuations = continue_greedily(model, torch.stack(prompts), self.options.max_new_tokens)
+        return [
+            Generation(name, domain, self.decode(prompt.tolist()), self.decode(added), repetition(added), entropy)
+            for domain, prompt, (added, entropy) in zip(domains, prompts, continuations)
+        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return tokens as text; without a tokenizer, their numbers."""
