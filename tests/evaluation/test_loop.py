@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -12,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from two_processes import run_on_two_processes
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.loop import evaluate_causal_lm, recovery
@@ -163,17 +162,12 @@ def test_two_processes_score_every_token_once(model: LlamaForCausalLM, stream: l
     # 22 blocks (batches of 4 on two ranks: 6 blocks on the last round), one block only, and 9 blocks
     streams = [stream, stream[:5], stream[: 8 * 7 + 2]]
     (tmp_path / "streams.json").write_text(json.dumps(streams))
-    program = Path(__file__).with_name("two_process_evaluation.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*command, str(program), str(tmp_path)], check=True, timeout=240)
-
-    expected = [evaluate_causal_lm(model, None, [{"input_ids": s}], block_size=8) for s in streams]
-    for rank in range(2):
-        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+    expected = [evaluate_causal_lm(model, None, [{"input_ids": s}], block_size=8, batch_size=4) for s in streams]
+    for found in run_on_two_processes("streams", tmp_path):
         for got, want in zip(found, expected, strict=True):
             assert got["n_tokens"] == want.n_tokens
             assert got["token_accuracy"] == want.token_accuracy
-            assert got["loss"] == pytest.approx(want.loss, rel=1e-6)
+            assert got["loss"] == pytest.approx(want.loss, rel=1e-12)
     assert [metrics.n_tokens for metrics in expected] == [len(s) - 1 for s in streams]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.special import log_softmax
 from tiny_models import save_llama_family
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from two_processes import run_on_two_processes
 
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
@@ -301,3 +303,23 @@ def test_refuses_what_it_cannot_measure(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="different sizes"):
         run(folder, tmp_path, models=specs(folder) | {"code": tmp_path / "larger"}, on_model=ran.append)
     assert ran == []
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_to_1e_9(folder: Path, tmp_path: Path) -> None:
+    # 9 and 4 blocks, in batches of 2: the second process has fewer; and a text of which it has nothing at all.
+    texts = TEXTS | {"short": ["w1 w2 w3 w4 w5 w6"]}
+    exact = {"block_size": BLOCK, "top_k": 0, "dtype": "float32", "batch_size": 2, "max_new_tokens": 4}
+    options = [exact, exact | {"top_k": 5}]
+    models = {name: str(path) for name, path in specs(folder).items()}
+    arguments = {"models": models, "domains": texts, "roles": ROLES, "weights": WEIGHTS, "options": options}
+    (tmp_path / "suite.json").write_text(json.dumps(arguments))
+    ranks = run_on_two_processes("suites", tmp_path)
+    assert ranks[0] == ranks[1]
+    for found, option in zip(ranks[0], options, strict=True):
+        assert found["settings"].pop("n_processes") == 2
+        alone = run(folder, tmp_path / "alone", domains=texts, options=SuiteOptions(**option))
+        assert alone.settings.pop("n_processes") == 1
+        n_tokens = {score.domain: score.n_tokens for score in alone.scores}
+        assert n_tokens == {name: len(" ".join(rows).split()) - 1 for name, rows in texts.items()}
+        assert_close(EvaluationRecord.from_dict(found), alone, 1e-9)
