@@ -98,6 +98,16 @@ class ActivationStatistics:
         mine.scatter = accelerator.reduce(scatter.addr(apart, apart, alpha=mine.count), reduction="sum")
         mine.mean, mine.count = joint, int(total[0])
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens seen, padding left out."""
+        return max((moments.count for moments in self._layers), default=0)
+
+    @property
+    def n_features(self) -> int:
+        """Width of the widest layer."""
+        return max((len(moments.mean) for moments in self._layers), default=0)
+
     def results(self, model: str) -> list[LayerActivations]:
         """Return variance and effective rank of every layer."""
         rows = []

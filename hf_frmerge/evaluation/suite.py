@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,8 @@ from hf_frmerge.evaluation.results import recovery_rows, worst_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of what is kept in the cache; raised whenever the same inputs would give other figures or other files."""
@@ -144,9 +147,11 @@ def evaluate_suite(
     suite.open_cache(Path(cache_dir) if cache_dir is not None else default_cache_dir())
     try:
         suite.measure_all(on_model, on_prediction_step)
-        return suite.record(weights)
+        record = suite.record(weights)
+        suite.accelerator.wait_for_everyone()  # all have read what is removed next
     finally:
-        suite.close()
+        suite.clean_up()
+    return record
 
 
 def default_cache_dir() -> Path:
@@ -339,6 +344,8 @@ class _Suite:
             if key in missing:
                 measured = {
                     "causal": causal,
+                    "n_tokens": statistics.n_tokens,
+                    "n_features": statistics.n_features,
                     "layers": [asdict(row) for row in statistics.results(name)],
                     "generations": [asdict(row) for row in generations],
                 }
@@ -389,6 +396,15 @@ class _Suite:
             record.generations += [Generation(**{**row, "model": name}) for row in measured["generations"]]
             if measured["causal"]:
                 causal.append(name)
+        # All models read the same tokens, and their layers are equally wide.
+        record.settings |= {"n_tokens": measured["n_tokens"], "n_features": measured["n_features"]}
+        if measured["n_tokens"] <= measured["n_features"]:
+            logger.warning(
+                "Effective ranks come from %d tokens in %d dimensions, fewer than it takes to fill them: compare them "
+                "with each other only, or evaluate on more text.",
+                measured["n_tokens"],
+                measured["n_features"],
+            )
         for number, domain in enumerate(self.texts):
             self._add_domain(record, number, domain, causal)
         record.recovery = recovery_rows(record)
@@ -422,9 +438,8 @@ class _Suite:
         n_rows = list(self.texts.values())[number].n_predictions
         return TokenTable(table_file(self.cache.path(key), number), n_rows, columns).open()
 
-    def close(self) -> None:
+    def clean_up(self) -> None:
         """Remove what was left unfinished, and results of models in memory, which nobody could find again."""
-        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.cache.clear()
             for key in self.keys.values():

@@ -168,7 +168,20 @@ def test_recovery_and_settings(record: EvaluationRecord) -> None:
         assert row.kept == losses["base", row.domain] - losses[MERGED, row.domain]
         assert row.share == (pytest.approx(row.kept / row.gain) if row.gain > 0 else None)
     assert record.weights == WEIGHTS and record.models == ROLES
-    assert record.settings == {"block_size": BLOCK, "dtype": "float32", "top_k": 0, "n_processes": 1}
+    n_tokens = 90 + math.ceil(89 / 11) - 1 + 44 + math.ceil(43 / 11) - 1  # blocks overlap by one
+    assert record.settings == {
+        "block_size": BLOCK,
+        "dtype": "float32",
+        "top_k": 0,
+        "n_processes": 1,
+        "n_tokens": n_tokens,
+        "n_features": 16,
+    }
+
+
+def test_too_few_tokens_for_a_rank_are_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(folder, tmp_path, domains={"short": ["w1 w2 w3 w4"]})
+    assert "4 tokens in 16 dimensions" in caplog.text
 
 
 def test_batch_size_does_not_matter(folder: Path, record: EvaluationRecord, tmp_path: Path) -> None:
