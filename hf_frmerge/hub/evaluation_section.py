@@ -79,18 +79,28 @@ def _measured_on(record: EvaluationRecord) -> str:
     tokens: dict[str, int] = {}
     samples: dict[str, int] = {}
     for score in record.scores:
-        tokens[score.domain] = max(tokens.get(score.domain, 0), score.n_tokens)
-        samples[score.domain] = max(samples.get(score.domain, 0), score.n_samples)
-    counted, unit = (tokens, "tokens") if any(tokens.values()) else (samples, "samples")
+        counts, count = (tokens, score.n_tokens) if score.n_tokens else (samples, score.n_samples)
+        counts[score.domain] = max(counts.get(score.domain, 0), count)
+    parts = [_counted(tokens, "tokens"), _counted({d: n for d, n in samples.items() if d not in tokens}, "samples")]
     text = "Measured"
-    if any(counted.values()):
-        parts = ", ".join(f"{escape(domain)} {count:,}" for domain, count in counted.items())
-        text += f" on {sum(counted.values()):,} {unit} ({parts})" if len(counted) > 1 else f" on {parts} {unit}"
+    if any(parts):
+        text += f" on {' and '.join(part for part in parts if part)}"
     if record.settings.get("dtype", "auto") != "auto":
         text += f", in {escape(record.settings['dtype'])}"
     if "block_size" in record.settings:
         text += f", in blocks of {escape(record.settings['block_size'])} tokens"
     return f"{text}." if text != "Measured" else ""
+
+
+def _counted(counts: dict[str, int], unit: str) -> str:
+    """`2,000 tokens (math 1,000, code 1,000)`; empty if nothing was counted."""
+    total = sum(counts.values())
+    if not total:
+        return ""
+    by_domain = ", ".join(
+        f"{escape(domain)} {count:,}" if len(counts) > 1 else escape(domain) for domain, count in counts.items()
+    )
+    return f"{total:,} {unit} ({by_domain})"
 
 
 def _summary(record: EvaluationRecord) -> str | None:

@@ -34,8 +34,14 @@ _METRICS = {
     ),
     "loss": Metric("Loss (nats per token)", "lower", 3, "loss"),
     "accuracy": Metric("Accuracy", "higher", 3, "accuracy"),
+    "acc": Metric("Accuracy", "higher", 3, "accuracy"),  # as the harness calls it
+    "acc_norm": Metric("Accuracy, long answers weighed alike", "higher", 3, "acc_norm"),
+    "exact_match": Metric("Exact match", "higher", 3, "exact_match"),
     "f1": Metric("F1", "higher", 3, "f1"),
 }
+
+
+_ERROR = "_stderr"
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,20 @@ def metric_of(name: str) -> Metric:
 
 
 def metric_tables(scores: Sequence[Score]) -> list[MetricTable]:
-    """Arrange scores into one table a metric; loss is left out where perplexity, its exponential, is there."""
-    names = list(dict.fromkeys(name for score in scores for name in score.metrics))
+    """
+    Arrange scores into one table a metric.
+
+    Loss is left out where perplexity, its exponential, is there; a standard error goes beside what it is of.
+    """
+    names = list(dict.fromkeys(name for score in scores for name in score.metrics if not is_error(name)))
     if "perplexity" in names and "loss" in names:
         names.remove("loss")
     return [_metric_table(name, [score for score in scores if name in score.metrics]) for name in names]
+
+
+def is_error(name: str) -> bool:
+    """Whether a metric is the standard error of another."""
+    return name.endswith(_ERROR)
 
 
 def shown_model(model: str) -> str:
@@ -70,6 +85,7 @@ def shown_model(model: str) -> str:
 def _metric_table(name: str, scores: Sequence[Score]) -> MetricTable:
     metric = metric_of(name)
     values = {(score.model, score.domain): score.metrics[name] for score in scores}
+    errors = {(score.model, score.domain): score.metrics.get(name + _ERROR, math.nan) for score in scores}
     models = sorted(dict.fromkeys(model for model, _ in values), key=lambda model: model == MERGED)
     domains = list(dict.fromkeys(domain for _, domain in values))
     best = {domain: _best(metric, [v for (_, d), v in values.items() if d == domain]) for domain in domains}
@@ -77,6 +93,8 @@ def _metric_table(name: str, scores: Sequence[Score]) -> MetricTable:
     def shown(model: str, domain: str) -> str:
         value = values.get((model, domain), math.nan)
         text = number(value, metric.digits)
+        error = errors.get((model, domain), math.nan)
+        text += f" ± {number(error, metric.digits)}" if math.isfinite(error) else ""
         return f"**{text}**" if value == best[domain] and len(models) > 1 else text
 
     rows = tuple((shown_model(model), *(shown(model, domain) for domain in domains)) for model in models)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.evaluation.headlines import headlines
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
-from hf_frmerge.hub.metrics import metric_of
+from hf_frmerge.hub.metrics import is_error, metric_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -39,7 +39,7 @@ def eval_results(record: EvaluationRecord, pipeline_tag: str | None) -> list[Eva
     from huggingface_hub import EvalResult
 
     found = [(headline.domain or _ALL, headline.name, headline.value) for headline in headlines(record)]
-    found = [(domain, name, value) for domain, name, value in found if not name.startswith("recovery")]
+    found = [row for row in found if not (row[1].startswith("recovery") or is_error(row[1]))]
     shares = {
         (row.domain, f"recovery_{row.expert}"): row.share
         for row in record.recovery

@@ -17,6 +17,7 @@ from hf_frmerge.evaluation.record import EvaluationRecord, Score, WorstToken
 from hf_frmerge.hub.evaluation_section import evaluation_section
 from hf_frmerge.hub.markdown import MarkdownTable, bold, escape
 from hf_frmerge.hub.metrics import metric_tables
+from hf_frmerge.hub.model_index import eval_results
 
 
 def cells(table: MarkdownTable | None) -> list[list[str]]:
@@ -42,6 +43,15 @@ def test_the_best_of_a_column_is_bold_and_the_weakest_domain_named() -> None:
     assert table.weakest == "It falls furthest behind the best other model in **y**: 15.00 against 12.00 for b."
     (better,) = metric_tables(perplexities((9.0, 9.0)))
     assert better.weakest is not None and "at least level with every other model" in better.weakest
+
+
+def test_standard_errors_stand_beside_what_they_are_of() -> None:
+    scores = [Score("merged", "quiz", {"acc": 0.75, "acc_stderr": 0.0217, "mood": 2.0, "mood_stderr": math.nan})]
+    accuracy, mood = metric_tables(scores)
+    assert (accuracy.title, cells(accuracy.table)[1][1]) == ("Accuracy", "0.750 ± 0.022")
+    assert (mood.title, cells(mood.table)[1][1]) == ("Mood", "2.000")
+    (result, other) = eval_results(EvaluationRecord(scores=scores), None)
+    assert (result.metric_type, result.metric_value, other.metric_type) == ("accuracy", 0.75, "mood")
 
 
 def test_every_part_shows_the_record() -> None:
@@ -77,9 +87,11 @@ def test_every_part_shows_the_record() -> None:
 
 def test_what_was_not_measured_is_not_spoken_of() -> None:
     found = evaluation_section(EvaluationRecord(scores=[Score("merged", "x", {"accuracy": 0.5}, n_samples=8)]))
-    assert found.measured_on == "Measured on x 8 samples."
+    assert found.measured_on == "Measured on 8 samples (x)."
     auto = EvaluationRecord(scores=[Score("merged", "x", {}, n_tokens=9)], settings={"dtype": "auto"})
-    assert evaluation_section(auto).measured_on == "Measured on x 9 tokens."
+    assert evaluation_section(auto).measured_on == "Measured on 9 tokens (x)."
+    auto.scores.append(Score("merged", "quiz", {"acc": 0.5}, n_samples=3))  # of a harness
+    assert evaluation_section(auto).measured_on == "Measured on 9 tokens (x) and 3 samples (quiz)."
     parts = (found.recovery, found.distances, found.objectives, found.layers, found.worst_tokens, found.summary)
     assert parts == (None,) * 6 and found.generations == found.weaknesses == []
 
