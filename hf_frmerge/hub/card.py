@@ -17,11 +17,13 @@ from hf_frmerge.hub.licences import LicenceDecision, SourceMetadata, combine
 from hf_frmerge.hub.markdown import cell
 from hf_frmerge.hub.model_index import eval_results
 from hf_frmerge.hub.reproduce import (
+    again_command,
     hide_local_paths,
     reproduce_command,
     reproduce_python,
     result_arguments,
     usage_python,
+    verify_command,
 )
 from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
 
@@ -84,8 +86,9 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         decision=decision,
         command=reproduce_command(card),
         python=reproduce_python(card),
+        again=again_command(card),
+        verify=verify_command(card, folder=card.model_name.rpartition("/")[2]),
         usage=usage_python(card),
-        folder=(card.hub_model_id or card.model_name).rpartition("/")[2],
         paper_url=wording.PAPER_URL,
         paper_bibtex=wording.PAPER_BIBTEX,
         user_begin=USER_BEGIN,

@@ -88,6 +88,23 @@ def reproduce_command(card: MergeCard) -> str:
     return " \\\n    ".join(["frmerge merge", *parts])
 
 
+def again_command(card: MergeCard) -> str:
+    """Shell command that makes a pushed merge again from its record; local sources are to be put beside it."""
+    parts = [f"frmerge reproduce {card.hub_model_id}"]
+    parts += [f"--expert {shlex.quote(f'{s.name}={s.pinned}')}" for s in card.sources if s.repo_id is None]
+    return " \\\n    ".join(parts)
+
+
+def verify_command(card: MergeCard, folder: str) -> str:
+    """Shell command that checks a merge; it needs to be told where the experts are if one of them is local."""
+    parts = [f"frmerge verify {card.hub_model_id or shlex.quote(folder)}"]
+    if any(source.repo_id is None for source in card.experts):
+        parts += [f"--experts {shlex.quote(source.pinned)}" for source in card.experts]
+    if card.base is not None and card.base.repo_id is None:
+        parts.append(f"--base-model {shlex.quote(card.base.pinned)}")
+    return " \\\n    ".join(parts)
+
+
 def reproduce_python(card: MergeCard) -> str:
     """Python that repeats the merge."""
     if card.python is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,3 +79,32 @@ def test_from_the_hub_to_the_hub_and_made_again(
         assert done.exit_code == 0, (command, done.output)
     card = (out / "README.md").read_text()
     assert "frmerge reproduce alice/mixed\n" in card and "frmerge verify alice/mixed\n" in card
+
+
+def test_every_command_of_a_pushed_card_runs_as_it_stands(
+    frmerge: Frmerge, models, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "math"):
+        folder = Path(getattr(models, name))
+        hub.add_repo(f"lab/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
+    monkeypatch.setenv("HF_TOKEN", ALICE_TOKEN)
+    options = ["--base-model", "lab/base", "--weights", "3,1", "--beta", "0.5", "--output-dir", tmp_path / "out"]
+    done = frmerge("merge", "lab/math", models.adapter, *options, "--push-to-hub", "--hub-model-id", "alice/mixed")
+    assert done.exit_code == 0, done.stderr
+    (tmp_path / "reader").mkdir()
+    monkeypatch.chdir(tmp_path / "reader")
+    Path("adapter").symlink_to(models.adapter)  # the local source, under the name the card calls it by
+    card = hub.repos["models", "alice/mixed"].commit_of("main").files["README.md"].data.decode()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", card, re.DOTALL) for line in lines(block)]
+    assert [words[:2] for words in commands if words[0] == "frmerge"] == [
+        ["frmerge", "reproduce"], ["frmerge", "merge"], ["frmerge", "verify"],
+    ]  # fmt: skip
+    for words in commands:
+        if words[0] == "frmerge":
+            result = frmerge(*words[1:])
+            assert result.exit_code == 0, (words, result.output)
+    assert frmerge("diff", "merged", "alice/mixed").exit_code == 0
+
+
+def lines(block: str) -> list[list[str]]:
+    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
