@@ -24,6 +24,7 @@ from hf_frmerge.hub.folder import card_of_folder, describe_merge
 from hf_frmerge.hub.push import push_folder
 from hf_frmerge.merging.verify import verify
 from hf_frmerge.report.figures import save_figures
+from hf_frmerge.report.page import REPORT_FILE
 
 
 def upload(hub: HubServer, repo_id: str, folder: str, front_matter: str) -> None:
@@ -228,7 +229,7 @@ def test_licences_without_derivatives_need_permission_by_name(tmp_path: Path):
 
 def test_a_page_with_everything_is_linked_while_it_is_current(merged: Path):
     assert card_of_folder(merged).report_file is None
-    page = merged / "merge_report.html"
+    page = merged / REPORT_FILE  # where `frmerge report` writes it
     page.write_text("<!doctype html>")
     assert "[merge_report.html](merge_report.html)" in render_card(card_of_folder(merged))
     save_record(merged, make_record())
