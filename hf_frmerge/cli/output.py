@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -51,7 +52,8 @@ def verify(
 
 @click.command("card", cls=FrmergeCommand)
 @click.argument("output_dir", metavar="DIR")
-def card(output_dir: str) -> None:
+@click.option("--hub-model-id", metavar="ID", help="Where the model is on the Hub; the code in the card uses it.")
+def card(output_dir: str, hub_model_id: str | None) -> None:
     """
     Write the model card of a merge again, with figures if matplotlib is installed.
 
@@ -61,7 +63,7 @@ def card(output_dir: str) -> None:
         from hf_frmerge.hub.folder import describe_merge
         from hf_frmerge.report.figures import figure_drawer
 
-        path = describe_merge(output_dir, draw=figure_drawer())
+        path = describe_merge(output_dir, draw=figure_drawer(), hub_model_id=hub_model_id)
     click.echo(f"Wrote {path}.")
 
 
@@ -84,10 +86,22 @@ def push(
     collection: str | None,
     message: str,
 ) -> None:
-    """Upload a merge to the Hugging Face Hub: model, record and card in one commit."""
-    with results_only():
-        from hf_frmerge.hub.push import push_folder
+    """
+    Upload a merge to the Hugging Face Hub: model, record and card in one commit.
 
+    The card is written again, for the model as it will be called; a README.md of your own is sent as it is.
+    """
+    with results_only():
+        from hf_frmerge.hub.card import has_own_card
+        from hf_frmerge.hub.folder import describe_merge
+        from hf_frmerge.hub.outgoing import check_complete
+        from hf_frmerge.hub.push import full_repo_id, push_folder
+        from hf_frmerge.report.figures import figure_drawer
+
+        check_complete(Path(output_dir))
+        repo_id = full_repo_id(repo_id, token)
+        if has_own_card(output_dir):
+            describe_merge(output_dir, draw=figure_drawer(), hub_model_id=repo_id)
         commit = push_folder(
             output_dir,
             repo_id=repo_id,

@@ -131,6 +131,12 @@ def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool
     return path
 
 
+def has_own_card(output_dir: Path | str) -> bool:
+    """Whether the `README.md` in `output_dir` is one that `write_card` wrote."""
+    path = Path(output_dir) / CARD_NAME
+    return path.is_file() and read_user_section(path.read_text(encoding="utf-8")) is not None
+
+
 def read_user_section(text: str) -> str | None:
     """Text between the user markers; `None` if the markers are not there in order."""
     match = re.search(f"{re.escape(USER_BEGIN)}(.*){re.escape(USER_END)}", text, re.DOTALL)

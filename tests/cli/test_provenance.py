@@ -108,3 +108,23 @@ def test_every_command_of_a_pushed_card_runs_as_it_stands(
 
 def lines(block: str) -> list[list[str]]:
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_a_push_writes_the_card_for_the_model_as_it_will_be_called(
+    frmerge: Frmerge, models, hub: HubServer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    frmerge("merge", *models.experts, "--output-dir", out)
+    assert 'from_pretrained("./out")' in (out / "README.md").read_text()
+
+    def pushed() -> str:
+        done = frmerge("push", out, "reader", "--token", ALICE_TOKEN)
+        assert done.exit_code == 0, done.output
+        return hub.repos["models", "alice/reader"].commit_of("main").files["README.md"].data.decode()
+
+    card = pushed()
+    assert 'from_pretrained("alice/reader")' in card and "frmerge reproduce alice/reader" in card
+    assert frmerge("card", out, "--hub-model-id", "alice/reader").exit_code == 0
+    assert (out / "README.md").read_text() == card
+    (out / "README.md").write_text("# My own words\n")
+    assert pushed() == "# My own words\n"
