@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from hf_frmerge.evaluation.record import (
     MERGED,
@@ -97,7 +98,12 @@ def evaluation() -> EvaluationRecord:
 
 def _distance(model: str, other: str, domain: str, mean: float, agreement: float) -> FunctionDistance:
     spread = Spread(mean, 0.9 * mean, 2 * mean, 2.9)
-    return FunctionDistance(model, other, domain, 8192, spread, 1.3 * mean**2, 0.2, 0.2, 0.05, agreement, 0.004)
+    edges = [index * math.pi / 40 for index in range(40)]
+    counts = [round(800 * edge / mean**2 * math.exp(-((edge / mean) ** 2) / 1.3)) for edge in edges]
+    histogram = tuple(zip(edges, counts))
+    return FunctionDistance(
+        model, other, domain, 8192, spread, 1.3 * mean**2, 0.2, 0.2, 0.05, agreement, 0.004, histogram
+    )
 
 
 def full() -> MergeCard:
@@ -214,15 +220,46 @@ def mixed() -> MergeCard:
 EXAMPLES = {"full": full, "adapter": adapter, "mixed": mixed}
 
 
+def save_figures(into: Path) -> None:
+    """Draw the figures of `full`, from angles and coefficients such as those of its experts."""
+    import numpy as np
+
+    from hf_frmerge.report.facts import MergeFacts, TensorFacts
+    from hf_frmerge.report.figures import draw_figures
+    from hf_frmerge.report.style import styled
+
+    random = np.random.default_rng(0)
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
+    kinds = (*kinds, "mlp.up_proj", "mlp.down_proj")
+    tensors = []
+    for layer in range(30):
+        for kind in kinds:
+            angles = 0.0113 * np.exp(0.2 * random.standard_normal(3) + layer / 60)
+            geometry = {"mean_angle": angles.mean(), "max_angle": angles.max(), "pair_angles": angles.tolist()}
+            coefficients = np.array([0.5, 0.3, 0.2]) * (1 + 1e-4 * random.standard_normal(3))
+            name = f"model.layers.{layer}.{kind}.weight"
+            tensors.append(TensorFacts(name, layer, kind, "merge", 1, geometry, coefficients))
+    weights = [{"weight": weight} for weight in (0.5, 0.3, 0.2)]
+    experts = [name for name in LOSS if name not in ("base", MERGED)]
+    facts = MergeFacts("reader-135m", {"experts": weights, "space": "weights"}, experts, tensors, evaluation())
+    into.mkdir(exist_ok=True)
+
+    @styled
+    def draw() -> None:
+        for name, figure in draw_figures(facts).items():
+            figure.savefig(into / f"{name}.png", dpi=110, metadata={"Software": None})
+
+    draw()
+
+
 def main() -> None:
     """Write the examples anew, after a wanted change of the card."""
-    from pathlib import Path
-
     from hf_frmerge.hub.card import render_card
 
+    folder = Path(__file__).parents[2] / "model_cards"
     for name, example in EXAMPLES.items():
-        path = Path(__file__).parents[2] / "model_cards" / f"{name}.md"
-        path.write_text(render_card(example()), encoding="utf-8")
+        (folder / f"{name}.md").write_text(render_card(example()), encoding="utf-8")
+    save_figures(folder / "figures")
 
 
 if __name__ == "__main__":

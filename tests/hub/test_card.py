@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def test_the_examples_in_the_repository_are_what_the_code_renders(name: str):
     assert (MODEL_CARDS / f"{name}.md").read_text(encoding="utf-8") == render_card(EXAMPLES[name]()), (
         "The card changed. If that is wanted: python tests/hub/card_examples.py"
     )
+
+
+def test_the_examples_have_the_figures_they_show():
+    shown = {
+        path for text in MODEL_CARDS.glob("*.md") for path in re.findall(r"\]\((figures/.*?)\)", text.read_text())
+    }
+    assert shown == {f"figures/{path.name}" for path in (MODEL_CARDS / "figures").iterdir()} != set()
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
