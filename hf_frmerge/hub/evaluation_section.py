@@ -163,13 +163,13 @@ def _distances(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> Ma
 
 
 def _distance_note(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> str | None:
-    """What the numbers may be wrong by, where outputs were stored in part."""
+    """How exact the numbers are, where predictions were compared in part."""
     error = max((row.error for row in rows), default=0.0)
     if not error > 0:
         return None
     kept = record.settings.get("top_k")
-    reason = f"only the {escape(kept)} likeliest guesses" if kept else "only the likeliest guesses"
-    return f"They may be up to {error:.2g} rad larger: {reason} of each expert were stored."
+    compared = f"the {escape(kept)} likeliest" if kept else "the likeliest"
+    return f"Exact to {error:.2g} rad: beyond {compared} guesses, only a sample of each expert's was compared."
 
 
 def _objectives(record: EvaluationRecord) -> MarkdownTable | None:
