@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import Result
 from hub_server import ALICE_TOKEN, HubServer
+from hub_server.state import Collection
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -192,11 +193,14 @@ def test_push_says_where_it_went(frmerge: Frmerge, models, hub: HubServer, tmp_p
 
 
 def test_merge_can_push_at_once(frmerge: Frmerge, models, hub: HubServer, tmp_path: Path) -> None:
+    collection = hub.collections["alice/merges-1"] = Collection("alice/merges-1")
     options = ["--push-to-hub", "--hub-model-id", "alice/at-once", "--hub-token", ALICE_TOKEN, "--json"]
+    options += ["--hub-collection", "alice/merges-1"]
     done = frmerge("merge", *models.experts, "--output-dir", tmp_path / "out", *options)
     assert done.exit_code == 0, done.stderr
     assert ALICE_TOKEN not in done.stdout + done.stderr
     assert ("models", "alice/at-once") in hub.repos
+    assert collection.items == [{"id": "alice/at-once", "type": "model"}]
 
 
 def test_extract_lora_gives_back_what_was_put_in(frmerge: Frmerge, models, tmp_path: Path) -> None:
