@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Install the lowest versions pyproject.toml allows (constraints-min.txt) into a fresh .venv-min, build the package as a
-# user would, and run a part of the tests that touches every library: half of it is about what they changed last.
+# user would, and run a part of the tests that touches every library.
 #
 #     bash scripts/test_min_versions.sh [options of pytest]
 #
-# Takes some minutes, most of them for pip. The tests import the installed package, not this checkout.
+# Takes about ten minutes, half of them for pip. The tests import the installed package, not this checkout. torch is at
+# the one version of constraints.txt: an older one would bring gigabytes of CUDA libraries from PyPI.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
@@ -13,6 +14,8 @@ constraints="$root/constraints-min.txt"
 tests=(
     tests/checkpoints
     tests/cli/test_commands.py
+    tests/cli/test_demo.py
+    tests/demo
     tests/evaluation/test_loop.py
     tests/hub/test_hub_server.py
     tests/hub/test_push.py
@@ -22,13 +25,14 @@ tests=(
     tests/merging/test_hub_inputs.py
     tests/merging/test_reporting.py
     tests/methods
+    tests/report/test_figures.py
     tests/test_merger.py
 )
 
 make_venv
 say "Installing the lowest versions"
 install_torch
-pip_install "$root[tensorboard]" hypothesis pytest pytest-timeout pytest-xdist scipy
+pip_install "$root[demo,fast,report,tensorboard]" hypothesis pytest pytest-timeout pytest-xdist scipy
 
 # Away from the checkout, so that `import hf_frmerge` finds what was installed.
 away="$(mktemp -d)"
