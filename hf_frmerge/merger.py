@@ -7,15 +7,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
-from hf_frmerge.evaluation.names import models_of_merge
-from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Score, save_record
+from hf_frmerge.evaluation.record import EvaluationRecord, save_record
 from hf_frmerge.hub.licences import licences_of_plan
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import (
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from huggingface_hub import CommitInfo
+    from transformers import EvalPrediction
 
     from hf_frmerge.merging.callbacks import MergeCallback
     from hf_frmerge.merging.plan import MergePlan
@@ -63,9 +62,16 @@ class FisherRaoMerger:
         eval_dataset (*optional*):
             Dataset, or dict of datasets, for `evaluate`: a `text` column, `input_ids`, or a list of strings.
         compute_metrics (`Callable`, *optional*):
-            Called with the metrics of each evaluated dataset, returns further ones.
+            Called with the `EvalPrediction` of the merged model on each evaluated dataset, returns metrics.
         callbacks (`list`, *optional*):
             Callbacks besides the default ones; classes or instances.
+        preprocess_logits_for_metrics (`Callable`, *optional*):
+            Called with the logits and labels of each batch; what it returns is kept for `compute_metrics` in their
+            place. The logits of a language model for a whole dataset seldom fit in memory.
+
+    Attributes:
+        report (`dict`): Totals of the merge.
+        evaluation (`EvaluationRecord`): Everything that was measured, also saved beside the weights.
 
     Example:
 
@@ -85,8 +91,9 @@ class FisherRaoMerger:
         base_model: str | None = None,
         processing_class: Any = None,
         eval_dataset: Any = None,
-        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[MergeCallback | type[MergeCallback]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         if isinstance(experts, str):
             raise ArgumentError(f"experts must be a list of two or more models, but got the one name {experts!r}.")
@@ -97,6 +104,7 @@ class FisherRaoMerger:
         self.processing_class = processing_class
         self.eval_dataset = eval_dataset
         self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.report: dict[str, Any] = {}
         self.evaluation = EvaluationRecord()
         if self.args.log_level != "passive":
@@ -192,76 +200,61 @@ class FisherRaoMerger:
         # Only the main process has callbacks, but all take part in an evaluation.
         if any(self.processes.gather([self.control.should_evaluate])):
             self.evaluate()
+            if self.processes.is_main:
+                self._describe()  # now with what was measured
         return self
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """
-        Measure the merged model on text: loss in nats per token, perplexity, token accuracy.
+        Measure the merged model on text or labelled samples; with `args.evaluate_experts` against its experts.
 
         Args:
             eval_dataset (*optional*):
-                As at construction. A dict is evaluated entry by entry under `<prefix>_<name>`.
+                As at construction: a `Dataset`, an `IterableDataset`, or a dict of them, which is told dataset by
+                dataset under `<prefix>_<name>`, and at last what was measured over all of them.
             ignore_keys (`list[str]`, *optional*):
-                Metrics to leave out.
+                Outputs of the model that are no predictions for `compute_metrics`.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
                 Prefix of the metrics' names.
 
         Returns:
-            `dict[str, float]`: The metrics, as they were logged.
+            `dict[str, float]`: The metrics, as they were logged; all that was found is in `evaluation`.
+
+        Raises:
+            RuntimeError: If `merge` has not been called.
+            ArgumentError: If there is no dataset, or it does not fit the models.
         """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise ArgumentError("evaluate needs a dataset: pass eval_dataset here or to FisherRaoMerger.")
-        if isinstance(dataset, Mapping):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        measured = self._measure(dataset)
-        if self.compute_metrics is not None:
-            measured |= self.compute_metrics(measured)
-        domain = "text" if metric_key_prefix == "eval" else metric_key_prefix.removeprefix("eval_")
-        n_tokens = int(measured.get("n_tokens", 0))
-        score = Score(MERGED, domain, {k: v for k, v in measured.items() if k != "n_tokens"}, n_tokens)
-        self._keep(EvaluationRecord(models={MERGED: "merged"}, scores=[score]))
-        metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in measured.items() if name not in (ignore_keys or [])
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._require_merge("evaluate")
+        from hf_frmerge.evaluation.headlines import headlines, norm_headline, told
+
+        domains, is_named = self._datasets(eval_dataset, "evaluate", metric_key_prefix)
+        record, speed = self._measure(domains, merged=True, ignore_keys=ignore_keys)
+        found = [*headlines(record), *norm_headline(self.args.output_dir)]
+        metrics: dict[str, float] = {}
+        for part in told(found, metric_key_prefix, domains if is_named else (), speed):
+            self.log(part.metrics)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, part.metrics, places=part.places, is_last=part.is_last
+            )
+            metrics |= part.metrics
         return metrics
 
     def evaluate_experts(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
-        Measure every expert, and the base model if there is one, on the same text as `evaluate`, one at a time.
+        Measure every expert, and the base model if there is one, on the same data as `evaluate`, one at a time.
 
         Returns:
-            `dict[str, float]`: `<prefix>_<model>_<dataset>_loss` and so on; models are `base` and `expert0`, ...
+            `dict[str, float]`: `<prefix>_<model>_<dataset>_loss` and so on; models are called as in `evaluation`.
         """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise ArgumentError("evaluate_experts needs a dataset: pass eval_dataset here or to FisherRaoMerger.")
-        from hf_frmerge.evaluation.compare import compare_models
-
-        models, roles = models_of_merge(self.experts, self.base_model)
-        scores = compare_models(
-            models,
-            dataset if isinstance(dataset, Mapping) else {"text": dataset},
-            base_model=self.base_model,
-            processing_class=self.processing_class,
-            dtype=self._eval_dtype or "auto",
-            batch_size=self.args.per_device_eval_batch_size,
-            token=self.args.hub_token,
-        )
-        metrics: dict[str, float] = {}
-        record = EvaluationRecord(models=dict(roles))
-        for score in scores:
-            values = {name: getattr(score, name) for name in ("loss", "perplexity", "token_accuracy")}
-            record.scores.append(Score(score.model, score.domain, values, score.n_tokens))
-            metrics |= {f"{metric_key_prefix}_{score.model}_{score.domain}_{k}": v for k, v in values.items()}
-        self._keep(record)
+        domains, _ = self._datasets(eval_dataset, "evaluate_experts", metric_key_prefix)
+        record, _ = self._measure(domains)
+        metrics = {
+            f"{metric_key_prefix}_{score.model}_{score.domain}_{name}": value
+            for score in record.scores
+            for name, value in score.metrics.items()
+        }
         self.log(metrics)
         return metrics
 
@@ -353,7 +346,13 @@ class FisherRaoMerger:
         self._require_merge("model")
         from hf_frmerge.evaluation.merged import load_merged
 
-        model = load_merged(self.args.output_dir, self.base_model, self.args.hub_token)
+        model = load_merged(
+            self.args.output_dir,
+            self.base_model,
+            self.args.hub_token,
+            dtype=self.args.eval_dtype,
+            device_map=self.args.device_map,
+        )
         self.callback_handler.model = model
         return model
 
@@ -362,47 +361,46 @@ class FisherRaoMerger:
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
-    def _measure(self, dataset: Any) -> dict[str, float]:
-        """Run the merged model over one dataset."""
-        from accelerate import Accelerator
+    def _datasets(self, eval_dataset: Any, call: str, prefix: str) -> tuple[dict[str, Any], bool]:
+        """Return the datasets by name, and whether the user gave them names."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ArgumentError(f"{call} needs a dataset: pass eval_dataset here or to FisherRaoMerger.")
+        if isinstance(dataset, Mapping):
+            return dict(dataset), True
+        return {"text" if prefix == "eval" else prefix.removeprefix("eval_"): dataset}, False
 
-        from hf_frmerge.evaluation.loop import evaluate_causal_lm
+    def _measure(
+        self, domains: Mapping[str, Any], *, merged: bool = False, ignore_keys: list[str] | None = None
+    ) -> tuple[EvaluationRecord, dict[str, float]]:
+        """Measure the experts, the merged model or both; keep and save what was found, return it with the speed."""
+        from hf_frmerge.evaluation.merge_evaluation import UserMetrics, evaluate_with
 
-        if self._eval_dtype is not None:
-            self.model.to(self._eval_dtype)
+        user = None
+        if merged and self.compute_metrics is not None:
+            compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
+            user = UserMetrics(lambda: self.model, compute, preprocess, ignore_keys)
 
         def heard(loader: Any) -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control, loader)
 
-        metrics = evaluate_causal_lm(
-            self.model,
-            self._tokenizer,
-            dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            accelerator=Accelerator(cpu=self.args.use_cpu),
+        if merged and not self.args.evaluate_experts:
+            _ = self.model  # loaded once for all evaluations; beside experts it would take room
+        record, speed = evaluate_with(
+            self.args,
+            self.experts,
+            self.weights,
+            self.base_model,
+            domains,
+            merged=self.__dict__.get("model", self.args.output_dir) if merged else None,
+            processing_class=self.processing_class,
+            user_metrics=user,
             on_prediction_step=heard,
         )
-        return asdict(metrics)
-
-    @property
-    def _eval_dtype(self) -> Any:
-        """Dtype asked for by `bf16_full_eval` or `fp16_full_eval`; `None` for the model's own."""
-        import torch
-
-        if self.args.bf16_full_eval:
-            return torch.bfloat16
-        return torch.float16 if self.args.fp16_full_eval else None
-
-    @property
-    def _tokenizer(self) -> Any:
-        if self.processing_class is None:
-            from transformers import AutoTokenizer
-
-            from hf_frmerge.evaluation.merged import whole_model
-
-            folder = whole_model(self.args.output_dir, self.base_model, self.args.hub_token)
-            self.processing_class = AutoTokenizer.from_pretrained(folder)
-        return self.processing_class
+        self.evaluation.update(record)
+        if self.is_merged and self.processes.is_main:
+            save_record(self.args.output_dir, self.evaluation)
+        return record, speed
 
     def _begin(self, plan: MergePlan) -> None:
         """Forget an earlier merge, then announce this one."""
@@ -419,12 +417,6 @@ class FisherRaoMerger:
             for model, weight in zip(plan.models, [*plan.weights, None])
         ]
         self.control = self.callback_handler.on_merge_begin(self.args, self.state, self.control)
-
-    def _keep(self, record: EvaluationRecord) -> None:
-        """Add to the record, and save it once there are weights to lay it beside."""
-        self.evaluation.update(record)
-        if self.is_merged and self.processes.is_main:
-            save_record(self.args.output_dir, self.evaluation)
 
     def _end(self) -> None:
         if self.processes.is_main:

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.demo.base import base_model_dir
 from hf_frmerge.demo.texts import expert_dirs, load_texts
-from hf_frmerge.evaluation.blocks import TokenBlocks
+from hf_frmerge.evaluation.blocks import cut
 from hf_frmerge.evaluation.loading import ModelLoader
 from hf_frmerge.evaluation.loop import forward_blocks
 from hf_frmerge.evaluation.suite import SuiteOptions, evaluate_suite
@@ -96,7 +96,7 @@ def run_child(options: argparse.Namespace) -> dict[str, float]:
         for spec in models.values():
             model = loader.load(resolve(spec))
             for stream in texts.values():
-                blocks = TokenBlocks(torch.tensor(stream), 256)
+                blocks = cut(torch.tensor(stream), 256, model.config.vocab_size, None)
                 forward_blocks(
                     model, blocks, lambda *_: None, batch_size=options.batch_size, accelerator=Accelerator(cpu=True)
                 )

@@ -21,6 +21,7 @@ _HUB = HubServer().start()
 # Read once at import by huggingface_hub and transformers: no test may reach the real Hub or the user's cache.
 os.environ["HF_ENDPOINT"] = _HUB.endpoint
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_frmerge_test_home_")
+os.environ["HF_FRMERGE_CACHE"] = tempfile.mkdtemp(prefix="hf_frmerge_test_cache_")  # nothing of earlier runs is known
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("HF_TOKEN", None)

@@ -10,15 +10,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, load_dataset
 from hub_server import ALICE_TOKEN, HubServer
 from huggingface_hub import ModelCard
 from merge_reference import write_family
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import save_llama_family
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_frmerge import (
     CollapseGuardCallback,
@@ -29,6 +38,7 @@ from hf_frmerge import (
     ProgressCallback,
 )
 from hf_frmerge.errors import ArgumentError, HubError, MergeError
+from hf_frmerge.evaluation.record import load_record
 from hf_frmerge.merging.verify import verify
 
 WORDS = ["the", "house", "of", "wisdom", "has", "many", "rooms", "and", "each", "room", "opens", "on", "another"]
@@ -44,12 +54,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known from another test."""
+    monkeypatch.setenv("HF_FRMERGE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def make(models: Path, tmp_path: Path) -> Any:
     """Make a merger of the two experts into `tmp_path/merged`."""
 
     def build(*, callbacks: Any = None, **options: Any) -> FisherRaoMerger:
-        own = {"eval_dataset", "compute_metrics", "weights", "base_model", "processing_class", "experts"}
+        own = {"eval_dataset", "compute_metrics", "preprocess_logits_for_metrics", "weights", "base_model", "experts"}
         given = {name: options.pop(name) for name in own & options.keys()}
         experts = given.pop("experts", [str(models / "math"), str(models / "code")])
         args = {"output_dir": str(tmp_path / "merged"), "disable_tqdm": True, "use_cpu": True} | options
@@ -95,7 +111,7 @@ def test_events_of_a_merge_its_evaluation_and_its_push(make: Any, models: Path, 
     # Several tensors are under way at once, so begins run ahead of ends.
     assert [event for event in recorder.events if event != "on_step_begin"] == [
         "on_init_end", "on_merge_begin", *steps, "on_save", "on_log", "on_merge_end",
-        "on_prediction_step", "on_log", "on_evaluate", "on_push_begin",
+        *["on_prediction_step"] * 3, "on_log", "on_evaluate", "on_push_begin",  # one batch for each of three models
     ]  # fmt: skip
     assert recorder.events.count("on_step_begin") == n
     begun = 0
@@ -105,7 +121,9 @@ def test_events_of_a_merge_its_evaluation_and_its_push(make: Any, models: Path, 
     results = [seen["result"].name for seen in recorder.seen if "result" in seen]
     assert results == list(load_file(models / "math" / "model.safetensors"))
     by_event = dict(zip(recorder.events, recorder.seen, strict=True))
-    assert by_event["on_evaluate"]["model"] is merger.model
+    assert by_event["on_evaluate"]["model"] is None, "models were loaded and freed in turn"
+    assert by_event["on_evaluate"]["is_last"] is True
+    assert by_event["on_evaluate"]["places"]["eval_effective_rank"].startswith("layer ")
     assert by_event["on_prediction_step"]["eval_dataloader"] is not None
     assert by_event["on_log"]["logs"].keys() == by_event["on_evaluate"]["metrics"].keys()
 
@@ -221,42 +239,148 @@ def reference_loss(folder: Path, text: str) -> float:
     return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
 
 
-def test_evaluation_of_one_dataset(make: Any, tmp_path: Path) -> None:
-    def compute_metrics(metrics: dict[str, float]) -> dict[str, float]:
-        return {"bits": metrics["loss"] / math.log(2)}
-
-    merger = make(eval_dataset=TEXTS["proverb"], compute_metrics=compute_metrics).merge()
+def test_evaluation_of_one_dataset(make: Any, models: Path, tmp_path: Path) -> None:
+    merger = make(eval_dataset=TEXTS["proverb"]).merge()
     metrics = merger.evaluate()
     loss = reference_loss(tmp_path / "merged", TEXTS["proverb"][0])
     assert metrics["eval_loss"] == pytest.approx(loss, rel=2e-3)  # bfloat16 model, another batch shape
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-12)
-    assert metrics["eval_bits"] == pytest.approx(metrics["eval_loss"] / math.log(2), rel=1e-12)
-    assert metrics["eval_n_tokens"] == 6 * len(WORDS) - 1
+    assert metrics["eval_norm_ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"} <= metrics.keys()
     assert merger.state.log_history[-1] == {**metrics, "step": merger.state.global_step}
-    other = merger.evaluate(TEXTS["reverse"], ignore_keys=["bits"], metric_key_prefix="test")
-    assert set(other) == {"test_loss", "test_perplexity", "test_token_accuracy", "test_n_tokens"}
+
+    record = merger.evaluation
+    assert record == load_record(tmp_path / "merged")
+    assert record.models == {"math": "expert", "code": "expert", "merged": "merged"}
+    assert {(s.model, s.n_tokens) for s in record.scores} == {(m, 6 * len(WORDS) - 1) for m in record.models}
+    [distance] = [d for d in record.distances if (d.model, d.other) == ("merged", "code")]
+    assert metrics["eval_fisher_rao"] >= distance.fisher_rao.mean > 0
+    assert metrics["eval_effective_rank"] == min(row.effective_rank for row in record.collapse())
+
+    other = merger.evaluate(TEXTS["reverse"], metric_key_prefix="test")
     assert other["test_loss"] == pytest.approx(reference_loss(tmp_path / "merged", TEXTS["reverse"][0]), rel=2e-3)
+    assert merger.evaluation.domains == ["text", "test"]
+    # The second time nothing has changed, and no model is run.
+    again = merger.evaluate(metric_key_prefix="eval")
+    assert again["eval_loss"] == metrics["eval_loss"] and again["eval_steps_per_second"] == 0
+
+
+def test_without_experts_only_the_merged_model_is_run(make: Any, models: Path) -> None:
+    recorder = Recorder()
+    options = {"eval_dataset": TEXTS["proverb"], "evaluate_experts": False, "base_model": str(models / "base")}
+    merger = make(callbacks=[recorder], **options).merge()
+    merger.evaluate()
+    assert recorder.events.count("on_prediction_step") == 1
+    assert {score.model for score in merger.evaluation.scores} == {"merged"}
+    assert recorder.seen[-1]["model"] is merger.model
+    assert not merger.evaluation.distances
+
+
+def test_compute_metrics_gets_what_trainer_would_give_it(make: Any, tmp_path: Path) -> None:
+    """Trainer itself on the merged model is the reference, logits and labels and all."""
+    rows = [{"input_ids": [1 + i % 9 for i in range(n)]} for n in (9, 12, 5, 12, 7)]
+    seen: list[EvalPrediction] = []
+
+    def compute(prediction: EvalPrediction) -> dict[str, Any]:
+        seen.append(prediction)
+        predictions, labels = prediction
+        return {"sum": predictions[:, :4].sum(), "n": np.int64(len(labels))}
+
+    options = {"eval_packing": False, "per_device_eval_batch_size": 2, "evaluate_experts": False}
+    merger = make(eval_dataset=rows, compute_metrics=compute, **options).merge()
+    metrics = merger.evaluate()
+
+    def collate(items: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        def pad(value: int) -> torch.Tensor:
+            width = max(len(item["input_ids"]) for item in items)
+            return torch.tensor([i["input_ids"] + [value] * (width - len(i["input_ids"])) for i in items])
+
+        return {"input_ids": pad(0), "labels": pad(-100), "attention_mask": (pad(-100) != -100).long()}
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=2, disable_tqdm=True)
+    args.remove_unused_columns = False
+    trainer = Trainer(merger.model, args, data_collator=collate, eval_dataset=rows, compute_metrics=compute)
+    theirs = trainer.evaluate()
+    ours, reference = seen
+    assert np.array_equal(ours.label_ids, reference.label_ids)
+    assert ours.predictions.shape == reference.predictions.shape == (5, 12, len(set(WORDS)) + 1)
+    assert np.allclose(ours.predictions, reference.predictions, atol=1e-6)
+    assert metrics["eval_sum"] == pytest.approx(theirs["eval_sum"], rel=1e-5)
+    assert type(metrics["eval_n"]) is int and metrics["eval_n"] == 5
+
+    merger.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+    merger.evaluate()
+    argmax = np.where(reference.label_ids == -100, -100, reference.predictions.argmax(-1))
+    assert np.array_equal(np.where(seen[-1].label_ids == -100, -100, seen[-1].predictions), argmax)
+
+
+def test_the_loss_is_that_of_trainer(make: Any, tmp_path: Path) -> None:
+    """On rows of one length: of others, Trainer averages batches, and its loss depends on their size."""
+    generator = np.random.default_rng(0)
+    rows = [{"input_ids": generator.integers(0, 12, 10).tolist()} for _ in range(7)]
+    for row in rows:
+        row["labels"] = [-100] * 4 + row["input_ids"][4:]  # as for a prompt that is not scored
+    merger = make(eval_dataset=rows, eval_packing=False, evaluate_experts=False).merge()
+    ours = merger.evaluate()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_eval_batch_size=3, disable_tqdm=True)
+    theirs = Trainer(merger.model, args, eval_dataset=Dataset.from_list(rows)).evaluate()
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-3)  # bfloat16 logits, float32 there
+    assert merger.evaluation.scores[0].n_tokens == 7 * 6
+    assert merger.evaluation.scores[0].n_samples == 7
+    trailing = merger.evaluate([*rows, {"input_ids": [3]}, {"input_ids": []}])
+    assert trailing["eval_loss"] == ours["eval_loss"], "there is nothing to predict in a row of one token"
+
+
+def test_streams_and_tokens_give_the_same_as_text(make: Any, tmp_path: Path) -> None:
+    texts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(6)]
+    merger = make(evaluate_experts=False).merge()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    dataset = Dataset.from_dict({"text": texts})
+    dataset.to_json(tmp_path / "texts.jsonl")
+    streamed = load_dataset("json", data_files=str(tmp_path / "texts.jsonl"), split="train", streaming=True)
+    tokens = dataset.map(lambda row: tokenizer(row["text"]))
+    for packing in (True, False):
+        merger.args.eval_packing = packing
+        expected = merger.evaluate(texts)["eval_loss"]
+        for variant in (dataset, streamed, tokens, tokens.with_format("torch"), tokens.to_iterable_dataset()):
+            assert merger.evaluate(variant)["eval_loss"] == expected
 
 
 def test_evaluation_of_several_datasets_and_of_the_experts(make: Any, models: Path, tmp_path: Path) -> None:
     recorder = Recorder()
     base = str(models / "base")
     merger = make(callbacks=[recorder], eval_dataset=TEXTS, base_model=base, do_eval=True, eval_on_start=True).merge()
-    evaluated = [seen["metrics"] for seen in recorder.seen if "metrics" in seen]
-    assert [next(iter(metrics)) for metrics in evaluated] == ["eval_proverb_loss", "eval_reverse_loss"]
+    evaluated = [seen for seen in recorder.seen if "metrics" in seen]
+    assert [next(iter(seen["metrics"])) for seen in evaluated[:2]] == ["eval_proverb_loss", "eval_reverse_loss"]
+    assert [seen["is_last"] for seen in evaluated] == [False, False, True]
+    assert {"eval_effective_rank", "eval_norm_ratio", "eval_runtime"} <= evaluated[2]["metrics"].keys()
     before = merger.state.log_history[0]  # eval_on_start
     for model in ("base", "math", "code"):
         for domain, (text,) in TEXTS.items():
             expected = reference_loss(models / model, text)
             assert before[f"eval_{model}_{domain}_loss"] == pytest.approx(expected, rel=2e-3)
+    # The experts were known by then: two batches before the merge for each of three models, two after it for one.
+    assert recorder.events.count("on_prediction_step") == 8
     merger.evaluate()  # a second time: one row a domain, not two
 
+    written = ModelCard.load(tmp_path / "merged" / "README.md")  # by do_eval
     card = ModelCard.load(merger.create_model_card())
     measured = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
-    for domain, metrics in zip(TEXTS, evaluated, strict=True):
-        assert measured[domain, "loss"] == pytest.approx(metrics[f"eval_{domain}_loss"], rel=1e-3)
-    assert len(card.data.eval_results) == len(measured)
+    for domain, seen in zip(TEXTS, evaluated):
+        assert measured[domain, "loss"] == pytest.approx(seen["metrics"][f"eval_{domain}_loss"], rel=1e-3)
+    assert len(card.data.eval_results) == len(measured) == len(written.data.eval_results)
     assert "| math |" in card.text and "| base |" in card.text
+
+
+def test_models_larger_than_a_device_are_spread(make: Any, models: Path) -> None:
+    spread = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    expected = make(eval_dataset=TEXTS["proverb"]).merge().evaluate()
+    merger = make(eval_dataset=TEXTS["proverb"], eval_device_map=spread, overwrite=True).merge()
+    found = merger.evaluate()
+    assert set(merger.model.hf_device_map.values()) == {"cpu", "disk"}
+    for name in ("eval_loss", "eval_fisher_rao", "eval_effective_rank"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
 
 
 def test_evaluation_needs_a_dataset_before_any_work(make: Any, tmp_path: Path) -> None:
@@ -272,7 +396,18 @@ def test_evaluation_needs_a_dataset_before_any_work(make: Any, tmp_path: Path) -
 def test_a_guard_on_the_evaluation_forbids_the_push(make: Any, hub: HubServer) -> None:
     guard = CollapseGuardCallback(thresholds=["perplexity>1.5"])
     merger = make(callbacks=[guard], eval_dataset=TEXTS["proverb"], do_eval=True).merge()
-    with pytest.raises(MergeError, match=r"Not pushed: collapse guard: evaluation: eval_perplexity is \d+"):
+    with pytest.raises(MergeError, match=r"Not pushed: collapse guard: text: eval_perplexity is \d+"):
+        merger.push_to_hub("alice/merged", token=ALICE_TOKEN)
+    assert not hub.repos
+
+
+def test_a_guard_on_the_activations_names_the_layer_and_forbids_the_push(make: Any, hub: HubServer) -> None:
+    # No merge is 7 times as varied as its experts.
+    guard = CollapseGuardCallback(thresholds=["effective_rank<7", "perplexity>1e9"])
+    merger = make(callbacks=[guard], eval_dataset=TEXTS, do_eval=True).merge()
+    worst = min(merger.evaluation.collapse(), key=lambda row: row.effective_rank)
+    assert [(trip.where, trip.name) for trip in guard.trips] == [(f"layer {worst.layer}", "eval_effective_rank")]
+    with pytest.raises(MergeError, match=rf"collapse guard: layer {worst.layer}: .* \(guard: effective_rank<7\)"):
         merger.push_to_hub("alice/merged", token=ALICE_TOKEN)
     assert not hub.repos
 

@@ -9,15 +9,19 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 
 def save_llama_family(root: Path, words: Sequence[str], spread: float) -> None:
     """Save `base`, `math` and `code`: bfloat16, tied, 20 tensors; experts are the base and `spread` times noise."""
-    vocabulary = {word: index for index, word in enumerate(["<unk>", *dict.fromkeys(words)])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast = word_tokenizer(words)
+    vocabulary = fast.get_vocab()
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -35,3 +39,34 @@ def save_llama_family(root: Path, words: Sequence[str], spread: float) -> None:
                 parameter.data += spread * torch.randn(parameter.shape, generator=generator)
         model.to(torch.bfloat16).save_pretrained(root / name)
         fast.save_pretrained(root / name)
+
+
+def save_classifier_family(root: Path, words: Sequence[str], spread: float) -> None:
+    """Save `base`, `math` and `code`: float32 BERT classifiers of the labels `no`, `maybe`, `yes`."""
+    fast = word_tokenizer(words, pad_token="<pad>")
+    config = BertConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=len(fast),
+        pad_token_id=fast.pad_token_id,
+        id2label={0: "no", 1: "maybe", 2: "yes"},
+        label2id={"no": 0, "maybe": 1, "yes": 2},
+    )
+    for seed, name in enumerate(("base", "math", "code")):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():  # the base too: fresh heads give all samples one label
+            parameter.data += (spread if name != "base" else 0.2) * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(root / name)
+        fast.save_pretrained(root / name)
+
+
+def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
+    """Tokenizer of whole words, with `<unk>` first and then the special tokens."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", *special.values(), *dict.fromkeys(words)])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)

@@ -3,111 +3,303 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_frmerge.cli.command import FrmergeCommand, results_only, yield_idle_cores
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, SectionOption, results_only, yield_idle_cores
 from hf_frmerge.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from hf_frmerge.evaluation.compare import Score
+    from hf_frmerge.evaluation.headlines import Headline
+    from hf_frmerge.evaluation.record import EvaluationRecord
+    from hf_frmerge.merging.thresholds import Threshold
+
+_MODELS, _MEASURING, _AFTER = "Models and data", "How it is measured", "What is done with it"
+
+
+def _option(section: str, *names: str, **settings: Any) -> Any:
+    return click.option(*names, cls=SectionOption, section=section, **settings)
 
 
 @click.command("evaluate", cls=FrmergeCommand)
 @click.argument("model")
-@click.option("--experts", multiple=True, metavar="EXPERT", help="Model to compare with; give it once per expert.")
-@click.option(
-    "--base-model", metavar="MODEL", help="Base of the experts: a row of its own, and what adapters are put on."
+@_option(
+    _MODELS,
+    "--experts",
+    multiple=True,
+    metavar="EXPERT",
+    help="Model to compare with; give it once per expert. Default: those MODEL was merged from.",
 )
-@click.option(
+@_option(
+    _MODELS,
+    "--base-model",
+    metavar="MODEL",
+    help="Base of the experts, also what adapters are put on. Default: theirs.",
+)
+@_option(
+    _MODELS,
     "--data",
     multiple=True,
-    required=True,
     metavar="[NAME=]FILE",
-    help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text. Give it once per domain; "
-    "a domain named like an expert is that expert's own.",
+    help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text (and label, for a "
+    "classifier). Give it once per domain; a domain named like an expert is that expert's own.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Blocks a forward pass.")
-@click.option(
-    "--block-size", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a block of text."
+@_option(
+    _MODELS,
+    "--lm-eval",
+    "lm_eval",
+    multiple=True,
+    metavar="TASK",
+    help="Also run a task of lm-evaluation-harness: a .yaml file, hellaswag, bbh, mmlu-pro, musr, gpqa-diamond, or "
+    "any other it knows.",
 )
-@click.option(
+@_option(
+    _MEASURING,
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Blocks or rows a forward pass.",
+)
+@_option(
+    _MEASURING,
+    "--block-size",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Tokens a block of text.",
+)
+@_option(_MEASURING, "--no-packing", is_flag=True, help="Read every row by itself, not joined into blocks.")
+@_option(
+    _MEASURING,
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
     show_default=True,
     help="Dtype to evaluate in. auto: the one a model is stored in.",
 )
-@click.option("--card", is_flag=True, help="Add the scores to the model card in MODEL, the folder of a merge.")
-@click.option("--json", "as_json", is_flag=True, help="Print all scores as JSON.")
+@_option(
+    _MEASURING,
+    "--device-map",
+    metavar="MAP",
+    help="Spread models over devices: auto, or a JSON object of module: device.",
+)
+@_option(
+    _MEASURING,
+    "--top-k",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Likeliest tokens kept of every prediction; the distances of the rest are estimated, and the error stated.",
+)
+@_option(_MEASURING, "--exact", is_flag=True, help="Keep whole distributions: exact distances, much more disk.")
+@_option(_MEASURING, "--no-generate", is_flag=True, help="Do not let the models continue the texts.")
+@_option(
+    _MEASURING,
+    "--cache-dir",
+    metavar="DIR",
+    help="Where results of unchanged models are kept. [default: the user's cache]",
+)
+@_option(_MEASURING, "--no-cache", is_flag=True, help="Measure everything again, keep nothing.")
+@_option(
+    _AFTER,
+    "--fail-on",
+    multiple=True,
+    metavar="NAME<VALUE",
+    help="End with exit code 1 if a metric is out of bounds, as in effective_rank<0.9 or perplexity>40; may be given "
+    "several times.",
+)
+@_option(
+    _AFTER, "--card", is_flag=True, help="Write the model card in MODEL, the folder of a merge, with the results."
+)
+@_option(_AFTER, "--json", "as_json", is_flag=True, help="Print the record of the evaluation as JSON.")
+@click.pass_context
 def evaluate(
+    ctx: click.Context,
     model: str,
     experts: tuple[str, ...],
     base_model: str | None,
     data: tuple[str, ...],
-    batch_size: int,
-    block_size: int,
-    dtype: str,
+    lm_eval: tuple[str, ...],
     card: bool,
     as_json: bool,
+    fail_on: tuple[str, ...],
+    **how: Any,
 ) -> None:
     """
-    Compare a merged model with its experts on your texts.
+    Measure a merged model against its experts on your texts.
 
-    Prints the perplexity of every model on every text, and how much of each expert's gain over the base the merged
-    model keeps.
+    Prints how well every model predicts every text, what the merge keeps of each expert, how far its predictions are
+    from theirs and on which tokens, whether its activations have collapsed, and how the models go on after a passage.
+    The record is kept in MODEL if a merge wrote that folder.
     """
+    from hf_frmerge.merging.manifest import MANIFEST_FILE
+    from hf_frmerge.merging.thresholds import parse_threshold
+
+    thresholds = [parse_threshold(text) for text in fail_on]
+    if not data and not lm_eval:
+        raise ArgumentError("There is nothing to evaluate on: give --data FILE, --lm-eval TASK, or both.")
     files = _named_files(data)
-    names = _names([*([base_model] if base_model else []), *experts, model])
+    is_merge = (Path(model) / MANIFEST_FILE).is_file()
+    if card and not is_merge:
+        raise ArgumentError(f"--card writes the card of a merge, but {model} is no folder that `frmerge merge` wrote.")
     yield_idle_cores()
     with results_only():
-        from tqdm import tqdm
-        from transformers.utils.logging import disable_progress_bar
-
-        from hf_frmerge.evaluation.compare import compare_models, read_texts, recovered
-
-        disable_progress_bar()  # of weights being loaded; the bar below tells enough
-        with tqdm(total=len(names) * len(files), desc="Evaluating", unit="text") as bar:
-            scores = compare_models(
-                {name: spec for spec, name in names.items()},
-                {name: read_texts(file) for name, file in files.items()},
-                base_model=base_model,
-                dtype=dtype,
-                batch_size=batch_size,
-                block_size=block_size,
-                on_score=lambda score: bar.update(),
-            )
-        rows = []
-        if base_model and experts:
-            rows = recovered(scores, [names[model]], [names[spec] for spec in experts], names[base_model])
-        if card:
-            _write_card(model, names[model], scores)
+        record = _measure(model, experts, base_model, files, lm_eval, **how)
+        headlines = _keep(record, model, card) if is_merge else _headlines(record)
     if as_json:
-        result = {"scores": [score.to_dict() for score in scores], "recovery": [row.to_dict() for row in rows]}
-        click.echo(json.dumps(result, indent=2))
-        return
-    from hf_frmerge.cli.render import print_recovery, print_scores
+        click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        from hf_frmerge.cli.render_evaluation import print_evaluation
 
-    print_scores(scores, [names[model]])
-    if rows:
-        print_recovery(rows)
+        print_evaluation(record)
+    if _report_trips(thresholds, headlines):
+        ctx.exit(FAILURE)
 
 
-def _write_card(model: str, name: str, scores: Iterable[Score]) -> None:
-    from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, save_record
-    from hf_frmerge.evaluation.record import Score as Row
+def _measure(
+    model: str,
+    experts: tuple[str, ...],
+    base_model: str | None,
+    files: dict[str, str],
+    lm_eval: tuple[str, ...],
+    *,
+    batch_size: int,
+    block_size: int,
+    no_packing: bool,
+    dtype: str,
+    device_map: str | None,
+    top_k: int,
+    exact: bool,
+    no_generate: bool,
+    cache_dir: str | None,
+    no_cache: bool,
+) -> EvaluationRecord:
+    from transformers.utils.logging import disable_progress_bar
+
+    from hf_frmerge.evaluation.compare import read_texts
+    from hf_frmerge.evaluation.harness import run_lm_eval
+    from hf_frmerge.evaluation.merge_evaluation import evaluate_merge
+    from hf_frmerge.evaluation.merge_sources import sources_of_merge
+    from hf_frmerge.evaluation.names import models_of_merge
+    from hf_frmerge.evaluation.record import EvaluationRecord
+    from hf_frmerge.evaluation.suite import SuiteOptions
+    from hf_frmerge.merging.arguments import MergingArguments
+
+    disable_progress_bar()  # of weights being loaded; the bar below tells enough
+    record = EvaluationRecord()
+    if files:
+        domains = {name: read_texts(file) for name, file in files.items()}
+        sources = sources_of_merge(model, experts, base_model)
+        models, roles = models_of_merge(sources.experts, sources.base_model, model)
+        names = [name for name, role in roles.items() if role == "expert"]
+        options = SuiteOptions(
+            batch_size=batch_size,
+            block_size=block_size,
+            packing=not no_packing,
+            dtype=dtype,
+            device_map=MergingArguments(eval_device_map=device_map).device_map,
+            top_k=0 if exact else top_k,
+            n_prompts=0 if no_generate else 1,
+        )
+        with _cache(cache_dir, no_cache) as cache, _bar() as (on_model, on_prediction_step):
+            record = evaluate_merge(
+                models,
+                domains,
+                roles=roles,
+                weights=dict(zip(names, sources.weights)) if sources.weights else None,
+                base_model=sources.base_model,
+                options=options,
+                cache_dir=cache,
+                on_model=on_model,
+                on_prediction_step=on_prediction_step,
+            )
+    if lm_eval:
+        record.update(run_lm_eval(model, lm_eval, base_model=base_model, batch_size=batch_size, dtype=dtype))
+    return record
+
+
+def _keep(record: EvaluationRecord, model: str, card: bool) -> list[Headline]:
+    """Add to the record beside the weights, write the card if wanted, and return what thresholds are about."""
+    from hf_frmerge.evaluation.headlines import norm_headline
+    from hf_frmerge.evaluation.record import EvaluationRecord, load_record, save_record
     from hf_frmerge.hub.folder import describe_merge
     from hf_frmerge.report.figures import figure_drawer
 
-    rows = []
-    for score in scores:
-        metrics = {key: getattr(score, key) for key in ("loss", "perplexity", "token_accuracy")}
-        rows.append(Row(MERGED if score.model == name else score.model, score.domain, metrics, score.n_tokens))
-    save_record(model, EvaluationRecord(scores=rows))
-    describe_merge(model, draw=figure_drawer())
+    kept = load_record(model) or EvaluationRecord()
+    kept.update(record)
+    save_record(model, kept)
+    if card:
+        describe_merge(model, draw=figure_drawer())
+    return [*_headlines(record), *norm_headline(model)]
+
+
+def _headlines(record: EvaluationRecord) -> list[Headline]:
+    from hf_frmerge.evaluation.headlines import headlines
+
+    return headlines(record)
+
+
+def _report_trips(thresholds: Iterable[Threshold], found: list[Headline]) -> bool:
+    """
+    Say which metrics are out of bounds, and return whether any is.
+
+    Raises:
+        ArgumentError: If a threshold is about something that was not measured: it would always hold.
+    """
+    from hf_frmerge.evaluation.headlines import by_key
+
+    named = by_key(found)
+    metrics = {name: headline.value for name, headline in named.items()}
+    places = {name: headline.place for name, headline in named.items()}
+    trips = []
+    for threshold in thresholds:
+        if not threshold.find(metrics):
+            raise ArgumentError(
+                f"--fail-on '{threshold}' is about {threshold.name!r}, which was not measured. There are: "
+                f"{', '.join(metrics)}."
+            )
+        trips += threshold.trips(metrics, places)
+    for trip in trips:
+        click.secho(
+            f"Failed: {trip.name} is {trip.value:.4g} ({trip.where}), and {trip.bound} fails.", err=True, fg="red"
+        )
+    return bool(trips)
+
+
+@contextmanager
+def _cache(cache_dir: str | None, no_cache: bool) -> Iterator[str | None]:
+    """Where the suite keeps results; a folder that is gone afterwards for `--no-cache`."""
+    if not no_cache:
+        yield cache_dir
+        return
+    with TemporaryDirectory(prefix="frmerge-evaluate-") as folder:
+        yield folder
+
+
+@contextmanager
+def _bar() -> Iterator[tuple[Any, Any]]:
+    """Show the batches of all models; how many there will be is known as they come."""
+    from tqdm import tqdm
+
+    with tqdm(desc="Evaluating", unit="batch", total=0) as bar:
+        last: list[Any] = []
+
+        def on_model(name: str) -> None:
+            bar.set_description(f"Evaluating {name}")
+
+        def on_prediction_step(loader: Any) -> None:
+            if not last or last[0] is not loader:
+                last[:] = [loader]
+                bar.total = (bar.total or 0) + len(loader)
+            bar.update()
+
+        yield on_model, on_prediction_step
 
 
 def _named_files(data: Iterable[str]) -> dict[str, str]:
@@ -123,13 +315,6 @@ def _named_files(data: Iterable[str]) -> dict[str, str]:
             )
         files[name] = path
     return files
-
-
-def _names(specs: Iterable[str]) -> dict[str, str]:
-    """Model -> short name: the last part of its path where that tells it apart, else all of it."""
-    specs = list(dict.fromkeys(specs))
-    short = [Path(spec.partition("@")[0]).name for spec in specs]
-    return {spec: name if name and short.count(name) == 1 else spec for spec, name in zip(specs, short)}
 
 
 COMMANDS = {"evaluate": evaluate}

@@ -88,6 +88,37 @@ def by_key(found: Iterable[Headline], prefix: str = "", *, name_domains: bool = 
     }
 
 
+@dataclass(frozen=True)
+class Told:
+    """What one event of an evaluation tells: metrics by name, where their values were found, and whether it ends."""
+
+    metrics: dict[str, float]
+    places: dict[str, str]
+    is_last: bool
+
+
+def told(found: Iterable[Headline], prefix: str, domains: Iterable[str], speed: Mapping[str, float]) -> list[Told]:
+    """
+    Arrange headlines as `Trainer` tells metrics: named datasets one by one, then the whole model; else all at once.
+
+    Args:
+        found (`Iterable[Headline]`): The headlines.
+        prefix (`str`): Put before every name.
+        domains (`Iterable[str]`): Names the user gave to datasets; empty if there is one without a name.
+        speed (`Mapping[str, float]`): Told at last.
+    """
+    found, names = list(found), list(domains)
+    parts = [by_key([h for h in found if h.domain == name], prefix) for name in [*names, None]]
+    if not names:
+        parts = [by_key(found, prefix, name_domains=False)]
+    rounds = [
+        Told({key: h.value for key, h in part.items()}, {key: h.place for key, h in part.items()}, part is parts[-1])
+        for part in parts
+    ]
+    rounds[-1].metrics.update({f"{prefix}_{name}": value for name, value in speed.items()})
+    return rounds
+
+
 def _of_domain(record: EvaluationRecord, domain: str) -> list[Headline]:
     found = [
         Headline(name, math.nan if value is None else value, domain, domain)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from hf_frmerge.evaluation.blocks import Rows, TokenBlocks, collate, cut, token_stream
+from hf_frmerge.evaluation.blocks import IGNORED_LABEL, Rows, TokenBlocks, collate, cut, separate_rows, token_stream
 from hf_frmerge.evaluation.loading import predicts_next_token
 from hf_frmerge.evaluation.predictions import predictions
 
@@ -75,7 +75,7 @@ def evaluate_causal_lm(
         ArgumentError: If the rows hold neither text nor tokens, fewer than two tokens in all, or token ids beyond the
             model's vocabulary.
     """
-    blocks = blocks_for(model, token_stream(processing_class, dataset, max_length), block_size)
+    blocks = blocks_for(model, processing_class, dataset, block_size, max_length=max_length)
     accelerator = accelerator or Accelerator()
     log_probs, hits = {}, {}
 
@@ -153,16 +153,31 @@ def forward_blocks(
 
 def rows_of(batch: dict[str, torch.Tensor], logits: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Yield the number of every block of a batch, its `(n, V)` logits and the `(n,)` tokens they are to predict."""
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    for index, length, row, tokens in zip(batch["index"].tolist(), lengths, logits, batch["input_ids"]):
-        yield index, row[: length - 1], tokens[1:length].to(logits.device)
+    for index, row, labels in zip(batch["index"].tolist(), logits, batch["labels"]):
+        targets = labels[1:].to(row.device)
+        is_predicted = targets != IGNORED_LABEL
+        n = int(is_predicted.sum())
+        # Mostly it is only the padding behind that is not predicted: then nothing needs to be copied.
+        keep = slice(n) if bool(is_predicted[:n].all()) else is_predicted
+        yield index, row[:-1][keep], targets[keep]
 
 
-def blocks_for(model: torch.nn.Module, tokens: torch.Tensor, block_size: int) -> TokenBlocks:
-    """Cut a stream for one model, by its embedding and its configuration."""
+def blocks_for(
+    model: torch.nn.Module,
+    processing_class: PreTrainedTokenizerBase | None,
+    rows: Rows,
+    block_size: int,
+    *,
+    max_length: int | None = None,
+    packing: bool = True,
+) -> TokenBlocks:
+    """Make blocks of a text for one model, by its embedding and its configuration."""
     vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     # Models with relative positions, and those that extrapolate without limit, have no such entry.
-    return cut(tokens, block_size, vocab_size, getattr(model.config, "max_position_embeddings", None))
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not packing:
+        return separate_rows(processing_class, rows, vocab_size, limit)
+    return cut(token_stream(processing_class, rows, max_length), block_size, vocab_size, limit)
 
 
 def recovery(base_loss: float, expert_loss: float, merged_loss: float) -> float:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.evaluation.loading import ModelLoader
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 def whole_model(output_dir: str, base_model: str | None = None, token: str | None = None) -> str:
@@ -31,16 +36,40 @@ def whole_model(output_dir: str, base_model: str | None = None, token: str | Non
     return resolve(base, token=token).path
 
 
-def load_merged(output_dir: str, base_model: str | None = None, token: str | None = None) -> Any:
-    """Load the merged model in the class its configuration names; arguments as for `whole_model`."""
-    import transformers
+def tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a folder; `None` if there is none."""
+    if not any(Path(folder).glob("tokenizer*")):
+        return None
+    from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def architecture_of(folder: str) -> str:
+    """Return the class the configuration of a whole model names, such as `"LlamaForCausalLM"`."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return (config.get("architectures") or [""])[0]
+
+
+def load_merged(
+    output_dir: str,
+    base_model: str | None = None,
+    token: str | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+) -> Any:
+    """
+    Load the merged model in the class its configuration names.
+
+    Args:
+        output_dir, base_model, token:
+            As for `whole_model`.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Dtype to load in; `"auto"` is the one the model is stored in.
+        device_map (`str` or `dict`, *optional*):
+            As in `from_pretrained`, for a model larger than one device.
+    """
     folder = whole_model(output_dir, base_model, token)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    model = architecture.from_pretrained(folder)
-    if folder == output_dir:
-        return model
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, output_dir)
+    base = resolve(folder, token=token) if folder != output_dir else None
+    return ModelLoader(base, dtype, device_map).load(resolve(output_dir))

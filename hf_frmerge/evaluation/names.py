@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from hf_frmerge.evaluation.record import MERGED, Role
 
@@ -13,20 +14,20 @@ BASE = "base"
 
 
 def models_of_merge(
-    experts: Sequence[str], base_model: str | None = None, merged: str | None = None
-) -> tuple[dict[str, str], dict[str, Role]]:
+    experts: Sequence[str], base_model: str | None = None, merged: Any = None
+) -> tuple[dict[str, Any], dict[str, Role]]:
     """
     Name the models of a merge: the base, the experts by the last part of their path or id, the merged model.
 
     Args:
         experts (`Sequence[str]`): Folders or Hub ids.
         base_model (`str`, *optional*): Folder or Hub id.
-        merged (`str`, *optional*): Folder or Hub id.
+        merged (`str` or `torch.nn.Module`, *optional*): Folder or Hub id, or the model itself.
 
     Returns:
-        Name -> folder or Hub id, and name -> role.
+        Name -> what was given, and name -> role.
     """
-    models: dict[str, str] = {}
+    models: dict[str, Any] = {}
     roles: dict[str, Role] = {}
     if base_model is not None:
         models[BASE], roles[BASE] = base_model, "base"

@@ -64,8 +64,7 @@ def worst_tokens(
     farthest = np.argsort(-distance, kind="stable")[:n].tolist()
     rows = []
     for place in farthest:
-        first_of_block = place - place % (blocks.block_size - 1)
-        context = blocks.tokens[max(first_of_block, place + 1 - CONTEXT_TOKENS) : place + 1].tolist()
+        context = blocks.context(place, CONTEXT_TOKENS).tolist()
         guess = {name: int(tables[name].read("first", place, place + 1)[0]) for name in (expert, MERGED)}
         probability = {
             name: math.exp(float(tables[name].read("log_prob", place, place + 1)[0])) for name in (expert, MERGED)
@@ -75,7 +74,7 @@ def worst_tokens(
                 expert,
                 domain,
                 context=decode(context),
-                token=decode([int(blocks.tokens[place + 1])]),
+                token=decode([int(blocks.targets[place])]),
                 distance=float(distance[place]),
                 expert_guess=decode([guess[expert]]),
                 merged_guess=decode([guess[MERGED]]),

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.evaluation.blocks import Rows, cut, token_stream
+from hf_frmerge.evaluation.blocks import Rows, cut, separate_rows, token_stream
 from hf_frmerge.evaluation.function_distance import PAIR_COLUMNS, objective, summarise
 from hf_frmerge.evaluation.generation import continue_greedily, repetition
 from hf_frmerge.evaluation.identity import key_of, model_identity, tokens_identity
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Of what is kept in the cache; raised whenever the same inputs would give other figures or other files."""
 
 _MEASURED = "measured.json"
@@ -65,6 +65,7 @@ class SuiteOptions:
         n_prompts: generations per model and domain.
         max_new_tokens: tokens a generation.
         device_map: as in `from_pretrained`, for models larger than one device.
+        packing: join the rows of a text into one stream that is cut into blocks; if not, each is read by itself.
     """
 
     batch_size: int = 8
@@ -75,6 +76,7 @@ class SuiteOptions:
     n_prompts: int = 1
     max_new_tokens: int = 32
     device_map: str | dict[str, Any] | None = None
+    packing: bool = True
 
 
 def evaluate_suite(
@@ -218,6 +220,8 @@ class _Suite:
         limit = min((limit for limit in limits if limit), default=None)
         self.texts = {
             domain: cut(token_stream(self.tokenizer, rows), self.options.block_size, self.vocab_size, limit)
+            if self.options.packing
+            else separate_rows(self.tokenizer, rows, self.vocab_size, limit)
             for domain, rows in domains.items()
         }
         self.format = OutputFormat(self.vocab_size, self.options.top_k)
@@ -258,7 +262,8 @@ class _Suite:
                 "versions": [torch.__version__, transformers.__version__],
                 "model": model_identity(self.sources[name], self.base),
                 "tokens": [tokens_identity(text.tokens) for text in self.texts.values()],
-                "block_size": [text.block_size for text in self.texts.values()],
+                "labels": [tokens_identity(text.labels) for text in self.texts.values()],
+                "bounds": [tokens_identity(torch.tensor(text.bounds)) for text in self.texts.values()],
                 "options": [
                     str(self.options.dtype),
                     self.options.top_k,
@@ -383,7 +388,8 @@ class _Suite:
         """Put together what was found, from the cache alone."""
         record = EvaluationRecord(models=dict(self.roles), weights=_weights(weights, self.roles))
         record.settings = {
-            "block_size": min(text.block_size for text in self.texts.values()),
+            "block_size": max(text.block_size for text in self.texts.values()),
+            "packing": self.options.packing,
             "dtype": str(self.options.dtype).removeprefix("torch."),
             "top_k": 0 if self.format.is_exact else self.options.top_k,
             "n_processes": self.accelerator.num_processes,
@@ -412,7 +418,7 @@ class _Suite:
 
     def _add_domain(self, record: EvaluationRecord, number: int, domain: str, causal: Sequence[str]) -> None:
         blocks = self.texts[domain]
-        targets = blocks.tokens[1:].numpy()
+        targets = blocks.targets.numpy()
         tables = {name: self._open(self.keys[name], number, self.format.columns) for name in causal}
         pairs = {
             (one, two): self._open(self._pair(one, two), number, PAIR_COLUMNS)
@@ -422,7 +428,7 @@ class _Suite:
         for name, table in tables.items():
             found = metrics_of(table.read("log_prob"), float(np.mean(table.read("first") == targets)))
             metrics = {"loss": found.loss, "perplexity": found.perplexity, "token_accuracy": found.token_accuracy}
-            record.scores.append(Score(name, domain, metrics, n_tokens=found.n_tokens))
+            record.scores.append(Score(name, domain, metrics, found.n_tokens, blocks.n_samples))
         record.distances += [summarise(one, two, domain, table) for (one, two), table in pairs.items()]
         experts = [name for name in record.experts if name in causal]
         if MERGED in causal and experts:

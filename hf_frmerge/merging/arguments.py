@@ -42,6 +42,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: v >= 0, "at least 0"),
     "logging_steps": (lambda v: v >= 1, "at least 1"),
     "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
+    "eval_block_size": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
     "dataloader_num_workers": (lambda v: v >= 0, "at least 0"),
 }
 
@@ -217,8 +218,26 @@ class MergingArguments:
     # 4. Evaluation
     do_eval: bool = field(default=False, metadata=_describe("Evaluate the merged model after the merge."))
     eval_on_start: bool = field(default=False, metadata=_describe("Evaluate the experts before the merge."))
+    evaluate_experts: bool = field(
+        default=True,
+        metadata=_describe("Measure the experts and the base too, and how far the merged model is from them."),
+    )
     per_device_eval_batch_size: int = field(
         default=8, metadata=_describe("Batch size of the evaluation on each device.")
+    )
+    eval_packing: bool = field(
+        default=True,
+        metadata=_describe(
+            "Join the rows of a text into one stream cut into blocks, rather than read each by itself."
+        ),
+    )
+    eval_block_size: int = field(default=256, metadata=_describe("Tokens a block of packed text."))
+    eval_device_map: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Spread models over devices to evaluate them: auto, balanced, a device, or a JSON object of module to "
+            "device, cpu or disk."
+        ),
     )
     use_cpu: bool = field(default=False, metadata=_describe("Evaluate on the CPU even if there is an accelerator."))
     bf16_full_eval: bool = field(default=False, metadata=_describe("Evaluate in bfloat16."))
@@ -258,6 +277,8 @@ class MergingArguments:
     def __post_init__(self) -> None:
         if self.report_to is None or isinstance(self.report_to, (list, tuple)):  # both are fine for the Trainer
             self.report_to = ",".join(self.report_to or ["none"])
+        if isinstance(self.eval_device_map, dict):  # as from_pretrained takes it
+            self.eval_device_map = json.dumps(self.eval_device_map)
         for name, hint in get_type_hints(type(self)).items():
             setattr(self, name, coerce(name, self.__dict__[name], hint))
         self.output_dir = local_folder(self.output_dir)
@@ -276,6 +297,22 @@ class MergingArguments:
     def max_shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
         return parse_size("max_shard_size", self.max_shard_size)
+
+    @property
+    def eval_dtype(self) -> str:
+        """Name of the dtype models are evaluated in; `"auto"` for the one each is stored in."""
+        return "bfloat16" if self.bf16_full_eval else "float16" if self.fp16_full_eval else "auto"
+
+    @property
+    def device_map(self) -> str | dict[str, str | int] | None:
+        """`eval_device_map` as `from_pretrained` takes it."""
+        if self.eval_device_map is None or not self.eval_device_map.lstrip().startswith("{"):
+            return self.eval_device_map
+        try:
+            found: dict[str, str | int] = json.loads(self.eval_device_map)
+        except ValueError as error:
+            raise ArgumentError(f"`eval_device_map` is not valid JSON: {error}.") from error
+        return found
 
     def get_process_log_level(self) -> int:
         """Level for the loggers of the package; for `"passive"` the one that is in force already."""
@@ -321,8 +358,8 @@ class MergingArguments:
             value = values[name]
             if value is not None and not holds(value):
                 raise ArgumentError(f"`{name}` must be {wanted}, but got {value}.")
-        # Reading the sizes once makes a bad one fail here rather than in the middle of a merge.
-        _ = self.memory_budget_bytes, self.max_shard_bytes
+        # Reading them once makes a bad one fail here rather than in the middle of a merge.
+        _ = self.memory_budget_bytes, self.max_shard_bytes, self.device_map
         self._validate_combinations()
 
     def _validate_combinations(self) -> None:

@@ -65,6 +65,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(*(str(root / name) for name in names))
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is kept for another run of the tests."""
+    monkeypatch.setenv("HF_FRMERGE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def frmerge() -> Callable[..., Result]:
     """Run `frmerge` with arguments; an exception that would be a traceback fails the test."""

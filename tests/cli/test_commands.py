@@ -126,25 +126,93 @@ def test_evaluate_compares_and_adds_to_the_card(frmerge: Frmerge, models, tmp_pa
     arguments = ["evaluate", output, "--experts", models.math, "--experts", models.adapter]
     arguments += ["--base-model", models.base, "--data", models.text, "--data", f"math={models.text}"]
     result = json.loads(frmerge(*arguments, "--json", "--card").stdout)
-    by_model = {score["model"]: score for score in result["scores"] if score["domain"] == "math"}
-    assert list(by_model) == ["base", "math", "adapter", "out"]
+    by_model = {score["model"]: score["metrics"] for score in result["scores"] if score["domain"] == "math"}
+    assert list(by_model) == ["base", "math", "adapter", "merged"]
 
     tokenizer = AutoTokenizer.from_pretrained(models.base)
     tokens = torch.tensor([tokenizer(Path(models.text).read_text())["input_ids"]])
     model = AutoModelForCausalLM.from_pretrained(output)  # its own loss, over one block, is the reference
-    assert by_model["out"]["loss"] == pytest.approx(model(tokens, labels=tokens).loss.item(), abs=1e-3)
+    assert by_model["merged"]["loss"] == pytest.approx(model(tokens, labels=tokens).loss.item(), abs=1e-3)
 
     recovered = {row["expert"]: row for row in result["recovery"]}
     assert recovered["math"]["domain"] == "math", "a text named like an expert is its own"
-    kept = by_model["base"]["loss"] - by_model["out"]["loss"]
+    kept = by_model["base"]["loss"] - by_model["merged"]["loss"]
     assert recovered["math"]["kept"] == pytest.approx(kept, abs=1e-12)
 
     card = (output / "README.md").read_text()
     assert f"{by_model['adapter']['perplexity']:.2f}" in card and "adapter" in card
     table = frmerge(*arguments).stdout
-    assert f"{by_model['base']['perplexity']:.2f}" in table and "Gain over the base" in table
+    assert f"{by_model['base']['perplexity']:.2f}" in table
+    for part in ("gain over the base", "Distance of predictions", "The objective", "Activations", "Tokens on which"):
+        assert part in table
     assert frmerge("card", output).exit_code == 0
     assert (output / "README.md").read_text() == card, "writing the card again keeps the scores"
+
+
+def test_evaluate_knows_what_a_merge_was_made_of(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    frmerge("merge", *models.experts, "--output-dir", output, "--weights", "3,1", "--base-model", models.base)
+    found = json.loads(frmerge("evaluate", output, "--data", models.text, "--json", "--exact", "--no-generate").stdout)
+    assert found["models"] == {"base": "base", "math": "expert", "code": "expert", "merged": "merged"}
+    assert found["weights"] == {"math": 0.75, "code": 0.25}
+    assert found["settings"]["top_k"] == 0 and found["generations"] == []
+    mine = [d for d in found["distances"] if d["model"] == "merged" and d["other"] != "base"]
+    squared = {d["other"]: d["mean_squared"] for d in mine}
+    [goal] = found["objectives"]
+    assert goal["value"] == pytest.approx(0.75 * squared["math"] + 0.25 * squared["code"], rel=1e-9)
+    assert json.loads((output / "merge_evaluation.json").read_text())["objectives"] == [goal]
+
+    (output / ".frmerge_sources.json").unlink()
+    lost = frmerge("evaluate", output, "--data", models.text)
+    assert lost.exit_code == 2 and "give --experts" in lost.stderr
+    moved = ["--experts", models.math, "--experts", models.code, "--base-model", models.base]
+    again = json.loads(frmerge("evaluate", output, *moved, "--data", models.text, "--json", "--no-cache").stdout)
+    assert again["weights"] == found["weights"]
+    others = ["--experts", models.code, "--experts", models.math, "--base-model", models.base]
+    assert json.loads(frmerge("evaluate", output, *others, "--data", models.text, "--json").stdout)["weights"] == {
+        "code": 0.5, "math": 0.5,
+    }  # fmt: skip
+
+
+def test_evaluate_fails_on_what_is_out_of_bounds(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    frmerge("merge", *models.experts, "--output-dir", output)
+    arguments = ["evaluate", output, "--data", f"prose={models.text}"]
+    fine = frmerge(*arguments, "--fail-on", "effective_rank<0.001", "--fail-on", "perplexity>1e9", "--json")
+    assert fine.exit_code == 0 and fine.stderr.count("Failed") == 0
+    record = json.loads(fine.stdout)
+    bad = frmerge(
+        *arguments, "--fail-on", "effective_rank<7", "--fail-on", "perplexity>1", "--fail-on", "norm_ratio<9"
+    )
+    assert bad.exit_code == 1
+    [score] = [s for s in record["scores"] if s["model"] == "merged"]
+    assert f"prose_perplexity is {score['metrics']['perplexity']:.4g} (prose), and perplexity>1 fails" in bad.stderr
+    ratios = {layer: merged / sum(rest) * len(rest) for layer, merged, rest in layers(record)}
+    worst = min(ratios, key=ratios.__getitem__)
+    assert f"effective_rank is {ratios[worst]:.4g} (layer {worst}), and effective_rank<7 fails" in bad.stderr
+    assert "norm_ratio is 1 (" in bad.stderr and "Perplexity" in bad.stdout
+    unknown = frmerge(*arguments, "--fail-on", "effective_rnk<0.9")
+    assert unknown.exit_code == 2 and "was not measured. There are: prose_loss, " in unknown.stderr
+    malformed = frmerge(*arguments, "--fail-on", "effective_rank=0.9")
+    assert malformed.exit_code == 2 and "NAME<VALUE" in malformed.stderr
+
+
+def layers(record: dict) -> list[tuple[int, float, list[float]]]:
+    """Effective rank of every layer: of the merged model, and of the experts."""
+    by_layer: dict[int, dict[str, float]] = {}
+    for row in record["layers"]:
+        by_layer.setdefault(row["layer"], {})[row["model"]] = row["effective_rank"]
+    return [(layer, ranks["merged"], [ranks["math"], ranks["code"]]) for layer, ranks in by_layer.items()]
+
+
+def test_evaluate_reads_adapters_on_the_base_they_name(frmerge: Frmerge, models) -> None:
+    found = json.loads(frmerge("evaluate", models.adapter, "--data", models.text, "--json").stdout)
+    assert list(found["models"]) == ["merged"] and found["scores"][0]["metrics"]["loss"] > 0
+
+
+def test_evaluate_runs_tasks_of_the_harness(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    missing = frmerge("evaluate", models.math, "--lm-eval", tmp_path / "none.yaml")
+    assert missing.exit_code == 2 and "none.yaml" in missing.stderr
 
 
 def test_evaluate_refuses_what_it_cannot_do(frmerge: Frmerge, models, tmp_path: Path) -> None:
@@ -152,8 +220,10 @@ def test_evaluate_refuses_what_it_cannot_do(frmerge: Frmerge, models, tmp_path: 
     assert same.exit_code == 2 and "NAME=FILE" in same.stderr
     missing = frmerge("evaluate", models.math, "--data", tmp_path / "none.txt")
     assert missing.exit_code == 2 and "none.txt" in missing.stderr
-    orphan = frmerge("evaluate", models.adapter, "--data", models.text)
-    assert orphan.exit_code == 2 and "base_model" in orphan.stderr
+    nothing = frmerge("evaluate", models.math)
+    assert nothing.exit_code == 2 and "--lm-eval" in nothing.stderr
+    no_merge = frmerge("evaluate", models.math, "--data", models.text, "--card")
+    assert no_merge.exit_code == 2 and "no folder that `frmerge merge` wrote" in no_merge.stderr
 
 
 def test_verify_finds_a_flipped_bit(frmerge: Frmerge, models, tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ def test_recovery_and_settings(record: EvaluationRecord) -> None:
         "dtype": "float32",
         "top_k": 0,
         "n_processes": 1,
+        "packing": True,
         "n_tokens": n_tokens,
         "n_features": 16,
     }

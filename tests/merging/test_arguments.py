@@ -43,6 +43,16 @@ def test_importing_costs_no_heavy_library() -> None:
     assert not {"torch", "transformers", "tqdm", "yaml", "numpy"} & set(loaded)
 
 
+def test_a_device_map_is_a_name_or_a_mapping() -> None:
+    spread = {"model.embed_tokens": 0, "lm_head": "disk"}
+    assert MergingArguments(eval_device_map="auto").device_map == "auto"
+    assert MergingArguments().device_map is None
+    assert MergingArguments(eval_device_map=spread) == MergingArguments(eval_device_map=json.dumps(spread))
+    assert MergingArguments(eval_device_map=spread).device_map == spread
+    with pytest.raises(ArgumentError, match=r"`eval_device_map` is not valid JSON"):
+        MergingArguments(eval_device_map="{lm_head: disk}")
+
+
 def test_methods_are_those_of_the_engine() -> None:
     assert tuple(SPAN_METHODS) == METHODS
 

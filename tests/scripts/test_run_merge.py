@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import os
 import subprocess
@@ -51,7 +52,9 @@ def test_merge_and_evaluation_from_a_configuration_file(tmp_path: Path) -> None:
             tensor, (a[name].double() / 4 + b[name].double() * 3 / 4).float(), rtol=2e-7, atol=0
         )
 
-    metrics = ast.literal_eval(run.stdout.splitlines()[-1])
+    # The dataset first, then what was measured over all of them.
+    metrics, overall = map(ast.literal_eval, run.stdout.splitlines()[-2:])
+    assert "eval_effective_rank" in overall
     model = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     ids = tokenizer(TEXT[:64], return_tensors="pt").input_ids
@@ -62,4 +65,5 @@ def test_merge_and_evaluation_from_a_configuration_file(tmp_path: Path) -> None:
     assert math.isclose(
         float(metrics["eval_night_perplexity"]), math.exp(float(metrics["eval_night_loss"])), rel_tol=2e-3
     )
-    assert metrics["eval_night_n_tokens"] == len(TEXT) - 1
+    record = json.loads((tmp_path / "out" / "merge_evaluation.json").read_text())
+    assert {score["n_tokens"] for score in record["scores"]} == {len(TEXT) - 1}
