@@ -38,6 +38,7 @@ class EvaluationSection:
     distance_note: str | None = None
     objectives: MarkdownTable | None = None
     layers: MarkdownTable | None = None
+    layer_note: str | None = None
     generations: list[tuple[str, MarkdownTable]] = field(default_factory=list)
     weaknesses: list[str] = field(default_factory=list)
     worst_tokens: MarkdownTable | None = None
@@ -67,6 +68,7 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
         distance_note=_distance_note(record, distances),
         objectives=_objectives(record),
         layers=_layers(collapse),
+        layer_note=_layer_note(record),
         generations=_generations(record.generations),
         weaknesses=_weaknesses(metrics, _on_own_text(record, distances), collapse),
         worst_tokens=_worst_tokens(record.worst_tokens),
@@ -202,6 +204,17 @@ def _layers(collapse: Sequence[CollapseRatio]) -> MarkdownTable | None:
         rows.append((f"mean of all {len(known)}", variance, rank))
     header = ("Layer", "Spread (activation variance)", "Directions in use (effective rank)")
     return MarkdownTable(header, tuple(rows))
+
+
+def _layer_note(record: EvaluationRecord) -> str | None:
+    """A warning where the tokens do not fill the dimensions, so that an effective rank depends on their number."""
+    n_tokens, n_features = (record.settings.get(name) for name in ("n_tokens", "n_features"))
+    if not (n_tokens and n_features) or n_tokens > n_features:
+        return None
+    return (
+        f"The {n_tokens:,} tokens are too few for layers of {n_features:,} dimensions: compare the directions in use "
+        "with each other only."
+    )
 
 
 _RATIOS = ("activation_variance", "effective_rank")

@@ -85,6 +85,13 @@ def test_every_part_shows_the_record() -> None:
     assert [row[-1] for row in worst[1:]] == ["2.90", "2.90", "2.80", "2.80", "2.70"]
 
 
+@pytest.mark.parametrize(("n_tokens", "is_said"), [(576, True), (577, False), (None, False)])
+def test_effective_ranks_of_too_few_tokens_are_called_so(n_tokens: int | None, is_said: bool) -> None:
+    record = make_record(settings={"n_tokens": n_tokens, "n_features": 576})
+    note = evaluation_section(record).layer_note
+    assert (note is not None and "576 tokens are too few" in note) is is_said
+
+
 def test_what_was_not_measured_is_not_spoken_of() -> None:
     found = evaluation_section(EvaluationRecord(scores=[Score("merged", "x", {"accuracy": 0.5}, n_samples=8)]))
     assert found.measured_on == "Measured on 8 samples (x)."
