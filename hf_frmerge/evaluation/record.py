@@ -12,9 +12,8 @@ from typing import Any, Literal
 from hf_frmerge.checkpoints.files import open_folder
 from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, EVALUATION_FILE
 
-EVALUATION_FILE = "merge_evaluation.json"
 FORMAT_VERSION = 2
 
 MERGED = "merged"

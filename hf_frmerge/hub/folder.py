@@ -12,17 +12,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from hf_frmerge.evaluation.record import EVALUATION_FILE, load_record
+from hf_frmerge.evaluation.record import load_record
 from hf_frmerge.hub.card import write_card
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata, read_source_metadata
 from hf_frmerge.hub.tasks import read_task
 from hf_frmerge.hub.wording import FIGURES
 from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
+from hf_frmerge.merging.manifest import (
+    COEFFICIENTS_FILE,
+    EVALUATION_FILE,
+    LOCAL_SOURCES_FILE,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    read_manifest,
+)
 
 FIGURES_FOLDER = "figures"
-REPORT_PAGE = "merge_report.html"
 
 
 def describe_merge(
@@ -87,7 +93,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         "task": read_task(folder),
         "non_default_arguments": _non_default(arguments),
         "evaluation": load_record(folder),
-        "report_file": REPORT_PAGE if _is_current(folder / REPORT_PAGE) else None,
+        "report_file": REPORT_FILE if _is_current(folder / REPORT_FILE) else None,
         "statistics": _statistics(manifest["tensors"]),
         "notes": manifest["notes"],
         "versions": {"hf_frmerge": manifest["hf_frmerge"], **manifest["versions"]},

@@ -83,7 +83,7 @@ FIGURES: dict[str, str] = {
     "distances": "How far its predictions are from each expert's, token by token",
     "layers": "Activation variance and effective rank, layer by layer, of this model and the experts",
     "angles": "Angles between the experts, tensor by tensor",
-    "coefficients": "Share of each expert in every block",
+    "coefficients": "Coefficient of each expert over its weight, tensor by tensor; 1 is what a plain average gives",
 }
 
 PAPER_URL = "https://arxiv.org/abs/2603.04972"

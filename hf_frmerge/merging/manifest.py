@@ -34,6 +34,11 @@ COEFFICIENTS_FILE = "merge_coefficients.safetensors"
 LOCAL_SOURCES_FILE = ".frmerge_sources.json"
 """Where the models lie on this machine. Kept beside the manifest, and never pushed."""
 
+EVALUATION_FILE = "merge_evaluation.json"
+REPORT_FILE = "merge_report.html"
+STALE_FILES = (MANIFEST_FILE, EVALUATION_FILE, REPORT_FILE)
+"""What tells of a merge and would be untrue of the next one in its folder."""
+
 FORMAT_VERSION = 2
 SCHEMA_FILE = "merge_manifest.schema.json"
 """JSON schema of the manifest, beside this module."""

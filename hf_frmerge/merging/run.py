@@ -17,7 +17,13 @@ from hf_frmerge.kernels import load_kernels
 from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.engine import Engine
 from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.manifest import (
+    COEFFICIENTS_FILE,
+    MANIFEST_FILE,
+    STALE_FILES,
+    write_coefficients,
+    write_manifest,
+)
 from hf_frmerge.merging.run_adapters import run_adapter_merge
 from hf_frmerge.merging.shared import SharedObserver
 from hf_frmerge.merging.summary import MergeOutcome, make_report
@@ -121,7 +127,7 @@ def _clear(plan: MergePlan, writer: CheckpointWriter) -> None:
             )
     if args.resume_from_checkpoint and not staging.exists():
         logger.info("Nothing to resume in %s: starting a new merge.", args.output_dir)
-    for stale in (CONFIG_FILE, MANIFEST_FILE):
+    for stale in (CONFIG_FILE, *STALE_FILES):
         (output / stale).unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ from hf_frmerge.checkpoints.reader import ADAPTER_FILE, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapters import MergedAdapter, MergedModule, merge_adapters
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, MANIFEST_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, STALE_FILES, write_coefficients, write_manifest
 from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.solve import Solution
 from hf_frmerge.merging.summary import MergeOutcome, make_report
@@ -57,7 +57,7 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOu
         if not observer.end(outcomes[-1]):
             raise _StoppedError  # from within the writer, which then leaves no file
 
-    for stale in (MANIFEST_FILE, *(shard.name for shard in output.glob("adapter_model*.safetensors"))):
+    for stale in (*STALE_FILES, *(shard.name for shard in output.glob("adapter_model*.safetensors"))):
         (output / stale).unlink(missing_ok=True)
     try:
         merged = _merge_factors(plan, output, done)

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, WorstToken
+from hf_frmerge.merging.manifest import REPORT_FILE
 from hf_frmerge.report.facts import MergeFacts, read_facts
 from hf_frmerge.report.figures import draw_figures
 from hf_frmerge.report.style import NARROW, PALETTE, WIDE
@@ -23,7 +24,6 @@ from hf_frmerge.report.tables import block_table, distance_table, layer_table, o
 from hf_frmerge.report.verdicts import verdicts
 from hf_frmerge.report.words import number, percent, visible
 
-REPORT_FILE = "merge_report.html"
 _MAX_TOKENS = 200
 _LONG = 16  # characters of a cell
 _CONTEXT = 160  # characters before a token that tell where it stands

@@ -40,7 +40,7 @@ def test_log_undoes_exp(seed, size, length):
     tangent = tangent_at(base, seed + 1, length)
     back = sphere.log(base, sphere.exp(base, tangent))
     # log divides by sin(length): near pi it magnifies the rounding of the point.
-    np.testing.assert_allclose(back, tangent, rtol=0, atol=2e-14 / max(np.sin(length), 0.04) + 1e-15)
+    np.testing.assert_allclose(back, tangent, rtol=0, atol=1e-13 / max(np.sin(length), 0.04))
 
 
 @pytest.mark.parametrize("length", [1e-14, 1e-9, 1e-6, 1e-3])

@@ -22,9 +22,9 @@ from hf_frmerge.evaluation.record import EvaluationRecord, Score, save_record
 from hf_frmerge.hub.card import render_card, write_card
 from hf_frmerge.hub.folder import card_of_folder, describe_merge
 from hf_frmerge.hub.push import push_folder
+from hf_frmerge.merging.manifest import REPORT_FILE
 from hf_frmerge.merging.verify import verify
 from hf_frmerge.report.figures import save_figures
-from hf_frmerge.report.page import REPORT_FILE
 
 
 def upload(hub: HubServer, repo_id: str, folder: str, front_matter: str) -> None:

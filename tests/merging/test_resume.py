@@ -193,7 +193,11 @@ def test_overwriting_leaves_no_file_of_the_old_merge(experts: list[str], tmp_pat
     out = tmp_path / "out"
     merge(experts, out, max_shard_size="2KB")
     assert len(list(out.glob("model-*.safetensors"))) > 3
+    told = [out / name for name in ("merge_evaluation.json", "merge_report.html")]
+    for file in told:
+        file.write_text("of the merge before")
     merge(experts, out, overwrite=True)
+    assert not any(file.exists() for file in told)
     assert [p.name for p in out.glob("model*")] == ["model.safetensors"]
 
 
