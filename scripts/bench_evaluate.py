@@ -44,25 +44,22 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="frmerge-bench-") as scratch:
         merge(Path(scratch) / "merged")
-        rows = {
-            (what, times): run(options, scratch, what, times)
-            for times in (1, 4)
-            for what in ("bare", "suite")
-            if not (what == "bare" and times == 4)
-        }
-    bare, suite, long = rows["bare", 1], rows["suite", 1], rows["suite", 4]
-    print(f"{options.tokens} tokens a text, 3 texts, 5 models, {options.dtype}, top_k {options.top_k}, CPU, 1 thread")
-    print(f"{'':32}{'CPU s':>10}{'peak MB':>10}")
-    print(f"{'bare forward passes':32}{bare['seconds']:10.1f}{bare['peak']:10.0f}")
-    print(f"{'everything measured':32}{suite['seconds']:10.1f}{suite['peak']:10.0f}")
-    print(f"{'everything, 4 x the tokens':32}{long['seconds']:10.1f}{long['peak']:10.0f}")
-    print(f"{'again, found in the cache':32}{suite['again']:10.1f}")
-    print(f"ratio {suite['seconds'] / bare['seconds']:.2f}, {suite['stored']:.2f} kB stored a token, model and text")
+        print(f"{options.tokens} tokens a text, 3 texts, 5 models, {options.dtype}, top_k {options.top_k}, 1 thread")
+        print("  tokens   bare, CPU s  suite, CPU s   ratio  again, CPU s  peak MB, bare   suite")
+        for times in (1, 4):
+            bare, suite = (run(options, scratch, what, times) for what in ("bare", "suite"))
+            print(
+                f"{options.tokens * times:8}{bare['seconds']:14.1f}{suite['seconds']:14.1f}"
+                f"{suite['seconds'] / bare['seconds']:8.2f}{suite['again']:14.1f}{bare['peak']:15.0f}"
+                f"{suite['peak']:8.0f}",
+                flush=True,
+            )
+        print(f"{suite['stored']:.2f} kB stored a token, model and text")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens a text")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens a text; run once more on four times as many")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--top-k", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=4)

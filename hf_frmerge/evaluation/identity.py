@@ -17,15 +17,11 @@ _READ_BYTES = 8 << 20
 _PATTERNS = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json")
 
 
-def model_identity(source: Source, base: Source | None) -> str:
-    """Return what a model is: its commit on the Hub, or a digest of its files; of an adapter also its base."""
+def model_identity(source: Source) -> str:
+    """Return what a checkpoint is: its commit on the Hub, or a digest of its files."""
     if source.commit is not None:
-        own = f"{source.repo_id}@{source.commit}"
-    else:
-        own = _digest_folder(Path(source.path))
-    if source.kind == "full" or base is None:
-        return own
-    return f"{own} on {model_identity(base, None)}"
+        return f"{source.repo_id}@{source.commit}"
+    return _digest_folder(Path(source.path))
 
 
 def tokens_identity(tokens: torch.Tensor) -> str:

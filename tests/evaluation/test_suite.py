@@ -309,6 +309,10 @@ def test_refuses_what_it_cannot_measure(folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path, roles={"base": "base"}, on_model=ran.append)
     with pytest.raises(ArgumentError, match="at least one"):
         run(folder, tmp_path, domains={}, on_model=ran.append)
+    with pytest.raises(ArgumentError, match="weight of the expert 'code' is None"):
+        run(folder, tmp_path, weights={"math": 1.0}, on_model=ran.append)
+    with pytest.raises(ArgumentError, match="all experts are 0"):
+        run(folder, tmp_path, weights={"math": 0.0, "code": 0.0}, on_model=ran.append)
     with pytest.raises(ArgumentError, match="at least one"):
         run(folder, tmp_path, models={}, on_model=ran.append)
     LlamaForCausalLM(
