@@ -13,7 +13,8 @@ import click
 
 from hf_frmerge.cli.command import SectionOption
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments, read_config
+from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments
+from hf_frmerge.merging.config import read_config
 
 EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub")}
 MEAN = {

@@ -22,10 +22,9 @@ from hf_frmerge.merging.arguments import (
     METHODS,
     ExpertArguments,
     MergingArguments,
-    load_config,
-    read_config,
     validate_weights,
 )
+from hf_frmerge.merging.config import load_config, read_config
 from hf_frmerge.methods.span import SPAN_METHODS
 
 
