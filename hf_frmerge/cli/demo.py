@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,8 +26,9 @@ def demo(output_dir: str) -> None:
 
         from hf_frmerge.demo.run import BASE, PROMPT, conclusions, run_demo
         from hf_frmerge.evaluation.compare import Score, recovered
+        from hf_frmerge.merging.manifest import REPORT_FILE
 
-        disable_progress_bar()  # of weights being loaded, thirteen times in all; converting the base shows its own
+        disable_progress_bar()  # of weights being loaded, ten times in all; converting the base shows its own
         bars: list[tqdm[Any]] = []  # opened late: converting the base model shows bars of its own
 
         def on_score(score: Score, total: int) -> None:
@@ -41,6 +43,7 @@ def demo(output_dir: str) -> None:
             for bar in bars:
                 bar.close()
     from hf_frmerge.cli.render import console, human_seconds, print_recovery, print_scores
+    from hf_frmerge.cli.render_evaluation import print_functions
 
     out = console()
     out.print(result.verdict)
@@ -49,9 +52,13 @@ def demo(output_dir: str) -> None:
     out.print("What the numbers say (perplexities are geometric means over the texts):", style="bold")
     for sentence in conclusions(result.scores, result.angles):
         out.print(f"- {sentence}")
+    print_functions(result.record)
     out.print("\nThe Karcher merge of the deltas, reloaded, goes on after", repr(PROMPT))
     out.print(f"  {PROMPT}{result.continuation}", style="italic")
     out.print(f"\nModel, record and card: {output_dir}   Check it: frmerge verify {output_dir}", style="bold")
+    page = Path(output_dir) / REPORT_FILE
+    if page.exists():
+        out.print(f"All of it on one page, to open in a browser: {page}", style="bold")
     out.print(f"The demo took {human_seconds(result.seconds)}.")
 
 

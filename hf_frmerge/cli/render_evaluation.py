@@ -31,13 +31,19 @@ def print_evaluation(record: EvaluationRecord) -> None:
     out = console()
     _print_scores(out, record)
     _print_recovery(out, record)
-    _print_distances(out, record)
-    _print_objectives(out, record)
-    _print_collapse(out, record.collapse())
+    print_functions(record)
     _print_worst_tokens(out, record.worst_tokens)
     _print_generations(out, record)
     for command in record.commands:
         out.print(f"Also run: {command}", style="dim")
+
+
+def print_functions(record: EvaluationRecord) -> None:
+    """Print what the merge did to predictions and activations."""
+    out = console()
+    _print_distances(out, record)
+    _print_objectives(out, record)
+    _print_collapse(out, record.collapse())
 
 
 def _print_scores(out: Console, record: EvaluationRecord) -> None:

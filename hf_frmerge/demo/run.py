@@ -24,6 +24,7 @@ from hf_frmerge.merging.progress import ProgressCallback
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.compare import Score
+    from hf_frmerge.evaluation.record import EvaluationRecord
 
 BASE = "base"
 METHODS = ("linear", "nre", "karcher")
@@ -43,6 +44,7 @@ class DemoResult:
 
     Attributes:
         scores: perplexities of base, experts and merges on every held-out text.
+        record: all that was measured of the merge that is kept.
         experts: names of the experts among the models; each is also the name of its own text.
         merged: names of the merges among the models.
         angles: largest angle between two experts in any tensor, in radians, by space.
@@ -52,6 +54,7 @@ class DemoResult:
     """
 
     scores: list[Score]
+    record: EvaluationRecord
     experts: list[str]
     merged: list[str]
     angles: dict[str, float]
@@ -102,18 +105,22 @@ def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[S
     def evaluate(models: Mapping[str, str]) -> None:
         scores.extend(_evaluate(models, texts, base, dtype, lambda score: on_score(score, n_scores)))
 
-    tell("Perplexity on held-out text: of the base and the experts, then of every merge.")
-    evaluate({BASE: base, **experts})
+    tell("Held-out text: what that merge did to the function and to the activations, beside base and experts.")
+    record = _measure(output_dir, base, experts, texts, dtype, tell)
+    for score in _scores_of(record):
+        scores.append(score)
+        on_score(score, n_scores)
+    tell("Perplexity of every other merge on the same text.")
     with tempfile.TemporaryDirectory(prefix=".frmerge-demo-", dir=Path(output_dir).absolute().parent) as scratch:
         for report in _merges(experts, base, final, Path(scratch)):
             merged.append(merge_name(report["method"], report["space"]))
             angles[report["space"]] = max(angles[report["space"]], report["max_angle"]["max"])
-            evaluate({merged[-1]: report["output_dir"]})
-    _write_card(output_dir, [score for score in scores if score.model not in merged or score.model == FINAL])
+            if merged[-1] != FINAL:
+                evaluate({merged[-1]: report["output_dir"]})
     tell(f"Reloading {output_dir} with AutoModelForCausalLM.from_pretrained.")
     continuation = generate(output_dir, PROMPT)
     seconds = time.perf_counter() - started
-    return DemoResult(scores, list(experts), merged, angles, verdict, continuation, seconds)
+    return DemoResult(scores, record, list(experts), merged, angles, verdict, continuation, seconds)
 
 
 def conclusions(scores: Sequence[Score], angles: Mapping[str, float]) -> list[str]:
@@ -248,19 +255,45 @@ def _faster_dtype() -> str:
     return "auto" if seconds[torch.bfloat16] <= seconds[torch.float32] else "float32"
 
 
-def _write_card(output_dir: str, scores: Sequence[Score]) -> None:
-    """Write the card again, now with what was measured of the base, the experts and the merge it describes."""
-    from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, save_record
-    from hf_frmerge.evaluation.record import Score as Row
+def _measure(
+    output_dir: str,
+    base: str,
+    experts: Mapping[str, str],
+    texts: Mapping[str, list[str]],
+    dtype: str,
+    tell: Callable[[str], None],
+) -> EvaluationRecord:
+    """Measure the merge that is kept beside base and experts; write record, card with figures, and page."""
+    from hf_frmerge.evaluation.record import MERGED, save_record
+    from hf_frmerge.evaluation.suite import SuiteOptions, evaluate_suite
     from hf_frmerge.hub.folder import describe_merge
     from hf_frmerge.report.figures import figure_drawer
+    from hf_frmerge.report.page import write_page
 
-    rows = []
-    for score in scores:
-        metrics = {"loss": score.loss, "perplexity": score.perplexity, "token_accuracy": score.token_accuracy}
-        rows.append(Row(MERGED if score.model == FINAL else score.model, score.domain, metrics, score.n_tokens))
-    save_record(output_dir, EvaluationRecord(scores=rows))
+    record = evaluate_suite(
+        {BASE: base, **experts, MERGED: output_dir},
+        texts,
+        roles={BASE: "base", **dict.fromkeys(experts, "expert"), MERGED: "merged"},
+        options=SuiteOptions(batch_size=4, dtype=dtype),
+        on_model=lambda name: tell(f"  {'the merge' if name == MERGED else name}"),
+    )
+    save_record(output_dir, record)
+    if figure_drawer() is not None:  # matplotlib is there
+        write_page(output_dir)
     describe_merge(output_dir, draw=figure_drawer())
+    return record
+
+
+def _scores_of(record: EvaluationRecord) -> list[Score]:
+    """Return the record's scores as those of the table; the merge goes by its name there."""
+    from hf_frmerge.evaluation.compare import Score
+    from hf_frmerge.evaluation.record import MERGED
+
+    names = {MERGED: FINAL}
+    return [
+        Score(names.get(row.model, row.model), row.domain, n_tokens=row.n_tokens, **row.metrics)
+        for row in record.scores
+    ]
 
 
 def _mean_perplexity(scores: Sequence[Score]) -> dict[str, float]:

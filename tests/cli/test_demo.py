@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_frmerge.demo import run
 from hf_frmerge.demo.run import BASE, METHODS, SPACES, conclusions, merge_name
 from hf_frmerge.evaluation.compare import Score
+from hf_frmerge.evaluation.record import load_record
 
 
 @pytest.fixture
@@ -40,6 +41,11 @@ def test_the_demo_merges_measures_writes_and_reloads(
     assert frmerge("verify", output).exit_code == 0
     card = (output / "README.md").read_text()
     assert "**this model**" in card and merge_name("nre", "weights") not in card
+    assert "Distance of predictions" in done.stdout and "effective rank" in done.stdout
+    record = load_record(output)
+    assert record is not None and list(record.models.values()) == ["base", "expert", "expert", "merged"]
+    assert record.objectives and record.collapse() and record.worst_tokens and record.generations
+    assert (output / "merge_report.html").stat().st_size > 50_000
     tokenizer, model = AutoTokenizer.from_pretrained(output), AutoModelForCausalLM.from_pretrained(output)
     tokens = torch.tensor([tokenizer("the house of wisdom " * 32)["input_ids"]])
     assert model(tokens, labels=tokens).loss.isfinite()
