@@ -49,10 +49,10 @@ def demo(output_dir: str) -> None:
     out.print(result.verdict)
     print_scores(result.scores, result.merged, title="Perplexity on held-out text (lower is better)")
     print_recovery(recovered(result.scores, result.merged, result.experts, BASE))
-    out.print("What the numbers say (perplexities are geometric means over the texts):", style="bold")
+    print_functions(result.record)
+    out.print("\nWhat the numbers say (perplexities are geometric means over the texts):", style="bold")
     for sentence in conclusions(result.scores, result.angles):
         out.print(f"- {sentence}")
-    print_functions(result.record)
     out.print("\nThe Karcher merge of the deltas, reloaded, goes on after", repr(PROMPT))
     out.print(f"  {PROMPT}{result.continuation}", style="italic")
     out.print(f"\nModel, record and card: {output_dir}   Check it: frmerge verify {output_dir}", style="bold")
