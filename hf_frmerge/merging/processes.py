@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(days=7)
 
 
+def _leave_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Processes:
     """
     This process among those that work on one merge.
@@ -36,6 +44,8 @@ class Processes:
 
             state = PartialState(cpu=True, timeout=_PATIENCE)
             self.rank, self.size = state.process_index, state.num_processes
+            # Threads of the process group that outlive the interpreter abort a process that had done its work.
+            atexit.register(_leave_group)
 
     @property
     def is_main(self) -> bool:
