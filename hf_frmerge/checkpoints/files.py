@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
-import os
 import re
-import sys
 from collections import OrderedDict
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,10 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_frmerge.checkpoints.pages import MappedRange, Mapping, release
 from hf_frmerge.errors import CheckpointError
 
-# From <linux/mman.h>, Linux 5.14: fault in a range for reading now, reporting what would otherwise be a SIGBUS.
-_MADV_POPULATE_READ = 22
 # One mapping holds one file descriptor; 1024 descriptors is a common limit and a large model has 200 shards.
 _OPEN_MAPPINGS = 32
 
@@ -40,7 +34,7 @@ class LocalFolder:
     def __init__(self, path: str) -> None:
         self.path = path
         self._root = Path(path)
-        self._mappings: OrderedDict[str, _Mapping] = OrderedDict()
+        self._mappings: OrderedDict[str, Mapping] = OrderedDict()
         self._lock = Lock()
 
     def names(self, subfolder: str = "") -> list[str]:
@@ -94,28 +88,27 @@ class LocalFolder:
         Raises:
             OSError: If the file is gone, shorter than `size`, or cannot be read.
         """
-        mapping = self._mapping(name, size)
-        if mapping.populate(start, stop):
-            return mapping.array[start:stop]
-        return self._read_copy(name, start, stop)
+        view = self.mapping(name, size).view(start, stop)
+        return self._read_copy(name, start, stop) if view is None else view
 
     def release(self, name: str, start: int, stop: int) -> None:
         """Give back the pages that lie wholly inside `[start, stop)`; the page cache keeps their contents."""
         with self._lock:
             mapping = self._mappings.get(name)
         if mapping is not None:
-            mapping.drop(start, stop)
+            release([MappedRange(mapping, start, stop)])
 
     def close(self) -> None:
         """Forget all mappings; views handed out stay valid until they are dropped themselves."""
         with self._lock:
             self._mappings.clear()
 
-    def _mapping(self, name: str, size: int) -> _Mapping:
+    def mapping(self, name: str, size: int) -> Mapping:
+        """Map the whole of `name`, or return its mapping; see `Mapping` for what it raises."""
         with self._lock:
             mapping = self._mappings.get(name)
             if mapping is None:
-                mapping = self._mappings[name] = _Mapping(str(self._root / name), size)
+                mapping = self._mappings[name] = Mapping(str(self._root / name), size)
                 # A view of a mapping evicted here keeps it alive; the next read of that file maps it again.
                 if len(self._mappings) > _OPEN_MAPPINGS:
                     self._mappings.popitem(last=False)
@@ -135,71 +128,6 @@ class LocalFolder:
                 done += count
         out.flags.writeable = False
         return out
-
-
-class _Mapping:
-    """Read-only mapping of one whole file."""
-
-    def __init__(self, path: str, size: int) -> None:
-        with Path(path).open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise _shrunk(size, found)
-            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        self._size = size
-        self.array = np.frombuffer(self._map, np.uint8)
-        self._address = self.array.ctypes.data
-        # Ranges faulted in and not given back. The combine pass reads what the Gram pass read a moment ago; walking
-        # those pages again would cost as much as a fifth of all reading.
-        self._held: set[tuple[int, int]] = set()
-
-    def populate(self, start: int, stop: int) -> bool:
-        """Fault in `[start, stop)`; False if this system cannot, or met an error that a plain read will name."""
-        found = self._map.size()  # fstat: a page past the end of a shortened file cannot be touched safely
-        if found != self._size:
-            raise _shrunk(self._size, found)
-        if stop == start:
-            return True
-        if (start, stop) in self._held:
-            return True
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        done = _populate_supported() and _madvise(self._address + first, stop - first, _MADV_POPULATE_READ) == 0
-        if done:
-            self._held.add((start, stop))
-        return done
-
-    def drop(self, start: int, stop: int) -> None:
-        self._held.discard((start, stop))
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first and sys.platform == "linux":
-            _madvise(self._address + first, last - first, mmap.MADV_DONTNEED)
-
-
-def _shrunk(expected: int, found: int) -> OSError:
-    return OSError(errno.EIO, f"the file changed while it was in use: it had {expected} bytes and now has {found}")
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    # mmap.madvise would hold the interpreter lock for as long as the disk takes; a ctypes call does not.
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return libc
-
-
-def _madvise(address: int, length: int, advice: int) -> int:
-    # int(): offsets may be NumPy integers, which ctypes does not take.
-    return int(_libc().madvise(int(address), int(length), advice))
-
-
-@cache
-def _populate_supported() -> bool:
-    if sys.platform != "linux":
-        return False
-    probe = mmap.mmap(-1, mmap.PAGESIZE)
-    array = np.frombuffer(probe, np.uint8)
-    return _madvise(array.ctypes.data, mmap.PAGESIZE, _MADV_POPULATE_READ) == 0
 
 
 class RemoteFolder:

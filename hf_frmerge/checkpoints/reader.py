@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder, open_folder
 from hf_frmerge.checkpoints.header import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, read_header
+from hf_frmerge.checkpoints.pages import Mapping
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError
 
@@ -103,6 +105,15 @@ class Checkpoint:
         info = self.tensors[name]
         stop = info.nbytes if stop is None else stop
         self.folder.release(info.file, info.offset + start, info.offset + stop)
+
+    def mapping(self, name: str) -> Mapping | None:
+        """Return the mapped file a tensor lies in; `None` if it is remote, or for a reason that `read` will meet."""
+        file = self.tensors[name].file
+        if isinstance(self.folder, RemoteFolder):
+            return None
+        with suppress(OSError):
+            return self.folder.mapping(file, self.files[file])
+        return None
 
     def alias(self, name: str, target: str) -> None:
         """Let `name` read the contents of tensor `target`: a tied weight that other checkpoints store twice."""

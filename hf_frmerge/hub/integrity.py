@@ -12,10 +12,11 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge.checkpoints.reader import DTYPE_BITS, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError, HubError
+from hf_frmerge.kernels import digest
 from hf_frmerge.merging.blocks import block_shape, head_dim_of, pieces
 from hf_frmerge.merging.checksums import sha256_of
 from hf_frmerge.merging.manifest import read_manifest
-from hf_frmerge.merging.operands import digest, join_digests
+from hf_frmerge.merging.operands import join_digests
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.reader import Checkpoint

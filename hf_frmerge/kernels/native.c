@@ -117,7 +117,7 @@ typedef struct {
 typedef struct {
     const char *name;
     int (*gram)(const Operand *, int, size_t, size_t, int, double *, uint8_t *);
-    void (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType);
+    void (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType, uint8_t *);
     size_t (*count_nonfinite)(const uint8_t *, size_t, DType);
 } Level;
 
@@ -291,14 +291,17 @@ static PyObject *py_combine(PyObject *module, PyObject *args) {
 
     PyObject *result = NULL;
     Py_buffer table, out;
+    uint8_t digest[16];
+    int wanted = count * SIZE[dtype] >= DIGEST_LEAST;
     if (__builtin_mul_overflow(n_blocks, (Py_ssize_t)operands->n * 8, &table_bytes))
         PyErr_SetString(PyExc_ValueError, "n_blocks is too large");
     else if (!get_buffer(coefficients_object, "coefficients", table_bytes, PyBUF_C_CONTIGUOUS, &table)) {
         if (!get_buffer(out_object, "out", count * SIZE[dtype], PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) {
             Py_BEGIN_ALLOW_THREADS;
-            level->combine(operands->x, operands->n, n_blocks, block_len, table.buf, out.buf, dtype);
+            level->combine(operands->x, operands->n, n_blocks, block_len, table.buf, out.buf, dtype,
+                           wanted ? digest : NULL);
             Py_END_ALLOW_THREADS;
-            result = Py_NewRef(Py_None);
+            result = wanted ? PyBytes_FromStringAndSize((const char *)digest, sizeof digest) : Py_NewRef(Py_None);
             PyBuffer_Release(&out);
         }
         PyBuffer_Release(&table);
@@ -331,12 +334,17 @@ static PyObject *py_count_nonfinite(PyObject *module, PyObject *args) {
     return PyErr_Occurred() ? NULL : PyLong_FromSize_t(found);
 }
 
+#include "native_pages.h"
+
 static PyMethodDef METHODS[] = {
     {"levels", py_levels, METH_NOARGS, "levels() -> list of the instruction-set levels this machine has, best first"},
     {"gram", py_gram, METH_VARARGS, "gram(level, ((data, dtype, is_delta), ...), n_blocks, block_len, precise, out, digests=None)"},
     {"combine", py_combine, METH_VARARGS,
-     "combine(level, ((data, dtype, is_delta), ...), coefficients, n_blocks, block_len, out, out_dtype)"},
+     "combine(level, ((data, dtype, is_delta), ...), coefficients, n_blocks, block_len, out, out_dtype)"
+     " -> digest of out, or None if it is short"},
     {"count_nonfinite", py_count_nonfinite, METH_VARARGS, "count_nonfinite(level, data, dtype) -> int"},
+    {"fault_in", py_fault_in, METH_O, "fault_in((buffer, ...)) -> whether all pages of all of them can be read now"},
+    {"give_back", py_give_back, METH_O, "give_back((buffer, ...)): unmap the pages wholly inside of them"},
     {NULL, NULL, 0, NULL},
 };
 

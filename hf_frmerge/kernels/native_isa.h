@@ -347,6 +347,8 @@ TARGET static int NAME(gram)(const Operand *x, int n, size_t n_blocks, size_t bl
 
 /* ---- combine ---- */
 
+#define COMBINE_RUN 8192 /* elements between looks at the digest: what was written is still in the first cache */
+
 /* Sum of c[i] * x[i] over `units` registers: float64, in order, multiplication and addition each rounded. */
 TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, size_t start, int units, uint8_t *out,
                                       DType out_dtype) {
@@ -396,9 +398,9 @@ TARGET INLINE int NAME(combine_quickly)(const Operand *x, const float *c, int n,
     return 1;
 }
 
-/* One block. */
+/* A run of one block; `doubts` counts what could not be done in float32 so far. */
 TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, size_t start, size_t length,
-                                    uint8_t *out, DType out_dtype) {
+                                    uint8_t *out, DType out_dtype, size_t *doubts) {
     size_t k = 0, size = SIZE[out_dtype];
     if (out_dtype == BF16) {
         float quick[2 * MAX_OPERANDS]; /* coefficients, and behind them their magnitudes */
@@ -409,9 +411,9 @@ TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, si
             quick[MAX_OPERANDS + i] = c[i] < 0 ? -quick[i] : quick[i];
         }
         /* Coefficients such as 1/2 give midpoints by the million: then trying is a waste. */
-        for (size_t doubts = 0; narrow && k + LANES <= length && doubts < 64 + k / (4 * LANES); k += LANES) {
+        for (; narrow && k + LANES <= length && *doubts < 64 + (start + k) / (4 * LANES); k += LANES) {
             if (NAME(combine_quickly)(x, quick, n, start + k, out + 2 * k)) continue;
-            doubts++;
+            ++*doubts;
             for (size_t u = k; u < k + LANES; u += HALF)
                 NAME(combine_step)(x, c, n, start + u, 1, out + 2 * u, BF16);
         }
@@ -430,10 +432,12 @@ TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, si
     memcpy(out + k * size, last, (length - k) * size);
 }
 
+/* `digest_bytes` has room for 16 bytes, or is NULL. */
 TARGET static void NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len,
-                                 const uint8_t *coefficients, uint8_t *out, DType out_dtype) {
-    size_t block_size = block_len * SIZE[out_dtype];
-    for (size_t block = 0; block < n_blocks; block++, out += block_size) {
+                                 const uint8_t *coefficients, uint8_t *out, DType out_dtype, uint8_t *digest_bytes) {
+    size_t item = SIZE[out_dtype], size = n_blocks * block_len * item, doubts = 0;
+    Digest digest = DIGEST_START;
+    for (size_t block = 0; block < n_blocks; block++) {
         Operand used[MAX_OPERANDS];
         double c[MAX_OPERANDS];
         int n_used = 0;
@@ -441,13 +445,19 @@ TARGET static void NAME(combine)(const Operand *x, int n, size_t n_blocks, size_
             memcpy(c + n_used, coefficients, sizeof(double));
             if (c[n_used] != 0) used[n_used++] = x[i];
         }
-        size_t start = block * block_len;
-        if (n_used == 0) memset(out, 0, block_size);
-        else if (out_dtype == BF16) NAME(combine_as)(used, c, n_used, start, block_len, out, BF16);
-        else if (out_dtype == F16) NAME(combine_as)(used, c, n_used, start, block_len, out, F16);
-        else if (out_dtype == F32_) NAME(combine_as)(used, c, n_used, start, block_len, out, F32_);
-        else NAME(combine_as)(used, c, n_used, start, block_len, out, F64_);
+        size_t end = (block + 1) * block_len;
+        for (size_t start = end - block_len; start < end; start += COMBINE_RUN) {
+            size_t length = end - start < COMBINE_RUN ? end - start : COMBINE_RUN;
+            uint8_t *here = out + start * item;
+            if (n_used == 0) memset(here, 0, length * item);
+            else if (out_dtype == BF16) NAME(combine_as)(used, c, n_used, start, length, here, BF16, &doubts);
+            else if (out_dtype == F16) NAME(combine_as)(used, c, n_used, start, length, here, F16, &doubts);
+            else if (out_dtype == F32_) NAME(combine_as)(used, c, n_used, start, length, here, F32_, &doubts);
+            else NAME(combine_as)(used, c, n_used, start, length, here, F64_, &doubts);
+            if (digest_bytes) NAME(digest_advance)(&digest, out, size, (start + length) * item);
+        }
     }
+    if (digest_bytes) NAME(digest_end)(&digest, out, size, digest_bytes);
 }
 
 /* ---- counting ---- */
@@ -491,3 +501,4 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef TO_DOUBLE
 #undef CLAMP
 #undef TO_SINGLE
+#undef COMBINE_RUN

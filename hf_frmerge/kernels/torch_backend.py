@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.kernels import ITEMSIZE, Operand, digests_of
+from hf_frmerge.kernels import ITEMSIZE, Operand, digest, digests_of
 
 _PRECISION = {"BF16": (8, 2.0**-126), "F16": (11, 2.0**-14)}  # significant bits, least normal number
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -93,7 +93,7 @@ class TorchKernels:
         out_dtype: str,
         n_blocks: int,
         block_len: int,
-    ) -> None:
+    ) -> str:
         """Write the linear combination of each block, as [`~kernels.Kernels.combine`] says."""
         _check(operands, n_blocks, block_len)
         if coefficients.shape != (n_blocks, len(operands)):
@@ -116,6 +116,7 @@ class TorchKernels:
             start = (span.first * block_len + span.offset) * ITEMSIZE[out_dtype]
             rounded = _round(total, out_dtype).reshape(-1).view(torch.uint8).cpu().numpy()
             out[start : start + rounded.size] = rounded
+        return digest(out)
 
     def count_nonfinite(self, operand: Operand) -> int:
         """Return how many values are NaN or infinite."""

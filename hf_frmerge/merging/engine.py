@@ -21,8 +21,9 @@ import numpy as np
 
 from hf_frmerge.checkpoints.reader import DTYPE_BITS
 from hf_frmerge.errors import ArgumentError, ResumeError
+from hf_frmerge.kernels import digest
 from hf_frmerge.merging.blocks import PIECE_ELEMENTS, pieces
-from hf_frmerge.merging.operands import Piece, digest, join_digests
+from hf_frmerge.merging.operands import Piece, join_digests
 from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.solve import points_of, solve
 
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 # Below this mean square, float32 products of the first operand start to vanish; the Gram pass is then done again
 # with float64 products. It is far below the weights of any trained model, so the second pass is paid by zeros only.
 _TINY_MEAN_SQUARE = 1e-24
+
+_AHEAD = 4
+"""Jobs a worker finds queued, at least: the calling thread needs the interpreter lock to queue more."""
 
 _STOP, _SOON, _LATER = range(3)
 """Urgency of a job; to stop comes before everything that is queued."""
@@ -130,7 +134,9 @@ class Engine:
         self._share_grams = share_grams
         self._workers = worker_count(plan)
         self._budget = plan.args.memory_budget_bytes
-        self._events: SimpleQueue[_Group | BaseException] = SimpleQueue()
+        # Groups to go on with on the calling thread, errors, and None to have it look again.
+        self._events: SimpleQueue[_Group | BaseException | None] = SimpleQueue()
+        self._lock = threading.Lock()
         # By urgency, then by age.
         self._jobs: PriorityQueue[tuple[int, int, tuple[_Job, _Group, _Tensor, int] | None]] = PriorityQueue()
         self._age = count()
@@ -156,7 +162,7 @@ class Engine:
         go_on = True
         try:
             while (todo and go_on) or window:
-                while todo and go_on and self._queued < 2 * self._workers:
+                while todo and go_on and self._queued < _AHEAD * self._workers:
                     window.extend(self._admit(todo.popleft()))
                 if not window[0].done:
                     self._handle(self._events.get())
@@ -211,7 +217,8 @@ class Engine:
         tensors = [tensor for tensor in group.tensors if not tensor.done] if only is None else only
         work = [(job, group, tensor, index) for tensor in tensors for index in range(len(tensor.pieces))]
         group.remaining = len(work)
-        self._queued += len(work)
+        with self._lock:
+            self._queued += len(work)
         # What the first pass read may still be in the cache.
         urgency = _SOON if job == self._combine_piece else _LATER
         for item in work:
@@ -219,12 +226,10 @@ class Engine:
         if not work:
             then(group)
 
-    def _handle(self, event: _Group | BaseException) -> None:
+    def _handle(self, event: _Group | BaseException | None) -> None:
         if isinstance(event, BaseException):
             raise event
-        self._queued -= 1
-        event.remaining -= 1
-        if event.remaining == 0:
+        if event is not None:
             event.then(event)
 
     def _solve(self, group: _Group) -> None:
@@ -258,6 +263,8 @@ class Engine:
             if not tensor.done:
                 inputs = tensor.inputs_digest() if tensor.step.action == "copy" else None
                 self._journal.record_written(tensor.step.name, tensor.output_digest(), inputs)
+                # As a whole: faulting in a piece maps some pages around it, of pieces that were released before.
+                tensor.inputs.release(Piece(0, tensor.step.numel, 0, tensor.step.n_blocks))
                 tensor.done = True
 
     def _checked(self, group: _Group) -> None:
@@ -281,8 +288,6 @@ class Engine:
         self._start(group, job, self._wrote)
 
     def _outcome(self, tensor: _Tensor) -> StepOutcome:
-        # Faulting in a piece maps some pages around it, which may belong to one that was released before.
-        tensor.inputs.release(Piece(0, tensor.step.numel, 0, tensor.step.n_blocks))
         solution = None
         if tensor.step.action == "merge":
             solution = self._journal.solved[tensor.step.group][0]
@@ -296,10 +301,21 @@ class Engine:
             job, group, tensor, index = item
             try:
                 job(group, tensor, index)
+                self._ended(group)
             except BaseException as error:  # handed to the thread that runs the engine, which raises it
                 self._events.put(error)
-            else:
-                self._events.put(group)
+
+    def _ended(self, group: _Group) -> None:
+        with self._lock:
+            self._queued -= 1
+            group.remaining -= 1
+            last, hungry = group.remaining == 0, self._queued < _AHEAD * self._workers
+        if last and self._share_grams is not None:
+            self._events.put(group)  # processes speak to each other on the calling thread
+        elif last:
+            group.then(group)
+        if last or hungry:
+            self._events.put(None)
 
     def _gram_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
         piece = tensor.pieces[index]
@@ -307,22 +323,26 @@ class Engine:
         first = index if tensor.is_cut else piece.first_block
         tensor.grams[first : first + piece.n_blocks] = gram
         tensor.input_digests[index] = digests
-        if group.is_large:  # else its pages stay mapped for the second pass, which is faster
+        if group.is_large:  # else its pages stay mapped until it is written, which is faster
             tensor.inputs.release(piece)
 
     def _combine_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
         assert group.solution is not None
         piece = tensor.pieces[index]
         out = self._buffer(tensor.step, piece)
-        tensor.inputs.combine(self._kernels, piece, group.solution.coefficients, out, tensor.step.dtype)
-        self._write(tensor, index, out)
-        tensor.inputs.release(piece)
+        tensor.output_digests[index] = tensor.inputs.combine(
+            self._kernels, piece, group.solution.coefficients, out, tensor.step.dtype
+        )
+        self._write(tensor, piece, out)
+        if group.is_large:
+            tensor.inputs.release(piece)
 
     def _copy_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
         step, piece = tensor.step, tensor.pieces[index]
-        data = tensor.inputs.copy(self._kernels, piece, self._buffer(step, piece), step.dtype)
+        out = self._buffer(step, piece)
+        data, tensor.output_digests[index] = tensor.inputs.copy(self._kernels, piece, out, step.dtype)
         tensor.input_digests[index] = tensor.inputs.digests(piece)
-        self._write(tensor, index, data)
+        self._write(tensor, piece, data)
         tensor.inputs.release(piece)
 
     def _check_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
@@ -333,9 +353,8 @@ class Engine:
             tensor.output_digests[index] = digest(self._writer.read_back(tensor.step.name, start, stop))
         tensor.inputs.release(piece)
 
-    def _write(self, tensor: _Tensor, index: int, data: NDArray[np.uint8]) -> None:
-        self._writer.write(tensor.step.name, _byte_range(tensor.step, tensor.pieces[index])[0], data)
-        tensor.output_digests[index] = digest(data)
+    def _write(self, tensor: _Tensor, piece: Piece, data: NDArray[np.uint8]) -> None:
+        self._writer.write(tensor.step.name, _byte_range(tensor.step, piece)[0], data)
 
     def _buffer(self, step: TensorStep, piece: Piece) -> NDArray[np.uint8]:
         """Return this thread's output buffer, cut to the piece. Fresh memory is slow, so it is kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import threading
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,7 @@ class Journal:
         """
         self.solved: dict[str, tuple[Solution, dict[str, dict[str, str]]]] = {}
         self.written: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
         self._path = folder / f"journal-{rank}.jsonl"
         self._first = {"kind": "merge", "marks": marks, **header}
         loaded = {path: self._load(path, header, marks) for path in sorted(folder.glob("journal-*.jsonl")) if resume}
@@ -123,8 +125,9 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         data = json.dumps(line).encode() + b"\n"
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            with self._lock:
+                while data:
+                    data = data[self._file.write(data) :]
         except OSError as error:
             raise MergeError(
                 f"{self._path} could not be written: {error.strerror}. What was written so far is kept; see to the "

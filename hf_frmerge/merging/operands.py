@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.floats import widen
+from hf_frmerge.checkpoints.pages import MappedRange, prefetch, release
 from hf_frmerge.checkpoints.reader import DTYPE_BITS, FLOAT_DTYPES
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
-from hf_frmerge.kernels import Operand
+from hf_frmerge.kernels import Operand, digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,17 +24,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.checkpoints.factors import DoraWeight, LowRankDelta
+    from hf_frmerge.checkpoints.pages import Mapping as FileMapping
     from hf_frmerge.checkpoints.reader import Checkpoint, TensorInfo
     from hf_frmerge.kernels import Kernels
 
 
 _SHORT = 1 << 14
 """Elements up to which float64 products cost nothing worth saving."""
-
-
-def digest(data: NDArray[np.uint8]) -> str:
-    """Return the XXH3-128 digest of some bytes: not against forgery, but at the speed of memory."""
-    return xxh3_128_hexdigest(data.data)
 
 
 def join_digests(digests: Sequence[str]) -> str:
@@ -47,8 +45,8 @@ class DenseTensor(Protocol):
         """Return elements `[start, stop)` in row-major order."""
         ...
 
-    def release(self, start: int, stop: int) -> None:
-        """Say that elements `[start, stop)` will not be read again soon."""
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return what `read` reads of a mapped file, if that is all it needs."""
         ...
 
 
@@ -59,19 +57,28 @@ class StoredTensor:
     checkpoint: Checkpoint
     info: TensorInfo
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return DTYPE_BITS[self.info.dtype] // 8
-
     def read(self, start: int, stop: int) -> Operand:
         """Return elements `[start, stop)`: a view of the page cache for local files, fetched bytes otherwise."""
-        size = self.itemsize
-        return Operand(self.checkpoint.read(self.info.name, start * size, stop * size), self.info.dtype)
+        part = self.mapped(start, stop)
+        data = part.mapping.held(part.start, part.stop) if part else None
+        if data is None:
+            data = self.checkpoint.read(self.info.name, start * self._itemsize, stop * self._itemsize)
+        return Operand(data, self.info.dtype)
 
-    def release(self, start: int, stop: int) -> None:
-        """Unmap the pages of elements `[start, stop)`."""
-        self.checkpoint.release(self.info.name, start * self.itemsize, stop * self.itemsize)
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return where elements `[start, stop)` lie in a mapped file, if they do."""
+        if self._mapping is None:
+            return None
+        offset, size = self.info.offset, self._itemsize
+        return MappedRange(self._mapping, offset + start * size, offset + stop * size)
+
+    @cached_property
+    def _itemsize(self) -> int:
+        return DTYPE_BITS[self.info.dtype] // 8
+
+    @cached_property
+    def _mapping(self) -> FileMapping | None:
+        return self.checkpoint.mapping(self.info.name)
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,9 @@ class DoraTensor:
         flat = rows.reshape(-1)[start - first * self.cols : stop - first * self.cols]
         return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32")
 
-    def release(self, start: int, stop: int) -> None:
-        """Unmap the pages of the base."""
-        self.base.release(start, stop)
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return what elements `[start, stop)` of the base are read from: whole rows."""
+        return self.base.mapped(start // self.cols * self.cols, -(-stop // self.cols) * self.cols)
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,7 @@ class TensorInputs:
             self._check_finite(kernels, [self.base.read(piece.start, piece.stop)], [-1])
             whole = self._factored_gram() if piece.start == 0 else np.zeros(1)
             return whole, self.digests(piece)
+        prefetch(self._mapped(piece.start, piece.stop))
         operands, owners = self._gram_operands(piece)
         # Products of 16-bit floats are exact in float32, those of float32 are not; and on short tensors rounding has
         # no chance to average out.
@@ -191,13 +199,14 @@ class TensorInputs:
         coefficients_BN: NDArray[np.float64],
         out: NDArray[np.uint8],
         out_dtype: str,
-    ) -> None:
+    ) -> str:
         """
-        Write the merged elements of a piece into `out`, each rounded once from float64.
+        Write the merged elements of a piece into `out`, each rounded once from float64, and return their digest.
 
         Args:
             coefficients_BN: float64, on the experts' points, for all blocks of the tensor, or one row for them all.
         """
+        prefetch(self._mapped(piece.start, piece.stop))
         if len(coefficients_BN) > 1:
             coefficients_BN = coefficients_BN[piece.first_block : piece.first_block + piece.n_blocks]
         operands: list[Operand] = []
@@ -215,11 +224,14 @@ class TensorInputs:
             operands.append(self._low_rank_sum(piece, coefficients_BN))
             columns.append(np.ones(piece.n_blocks))
         matrix = np.ascontiguousarray(np.stack(columns, axis=1))
-        kernels.combine(operands, matrix, out, out_dtype, piece.n_blocks, piece.block_len)
+        return kernels.combine(operands, matrix, out, out_dtype, piece.n_blocks, piece.block_len)
 
-    def copy(self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str) -> NDArray[np.uint8]:
+    def copy(
+        self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str
+    ) -> tuple[NDArray[np.uint8], str]:
         """
-        Return a piece of the one tensor there is, in the output's dtype: as stored, or converted into `out`.
+        Return a piece of the one tensor there is, in the output's dtype: as stored, or converted into `out`; and its
+        digest.
 
         Raises `NonFiniteError` for NaN and infinity, as `gram` does.
         """
@@ -227,14 +239,13 @@ class TensorInputs:
         if operand.dtype in FLOAT_DTYPES:
             self._check_finite(kernels, [operand], [0])
         if operand.dtype == out_dtype:
-            return operand.data
-        kernels.combine([operand], np.ones((piece.n_blocks, 1)), out, out_dtype, piece.n_blocks, piece.block_len)
-        return out
+            return operand.data, digest(operand.data)
+        ones = np.ones((piece.n_blocks, 1))
+        return out, kernels.combine([operand], ones, out, out_dtype, piece.n_blocks, piece.block_len)
 
     def release(self, piece: Piece) -> None:
         """Let go of the pages of a piece."""
-        for tensor in self._stored():
-            tensor.release(piece.start, piece.stop)
+        release(self._mapped(piece.start, piece.stop))
 
     def digests(self, piece: Piece) -> dict[int, str]:
         """Return the digests that `gram` would, without computing anything else."""
@@ -266,7 +277,10 @@ class TensorInputs:
             start, stop = row * self.cols, min(row + step, n_rows) * self.cols
             operand = self.base.read(start, stop)
             yield widen(operand.data, operand.dtype).reshape(-1, self.cols).astype(np.float64)
-            self.base.release(start, stop)
+            release(self._mapped(start, stop))
+
+    def _mapped(self, start: int, stop: int) -> list[MappedRange]:
+        return [part for tensor in self._stored() if (part := tensor.mapped(start, stop)) is not None]
 
     def _stored(self) -> list[DenseTensor]:
         return ([self.base] if self.base is not None else []) + [self.dense[i] for i in sorted(self.dense)]

@@ -205,7 +205,7 @@ def _check_tensor(
             assert coefficients is not None
             inputs.combine(kernels, piece, coefficients, expected, step.dtype)
         else:
-            expected = inputs.copy(kernels, piece, expected, step.dtype)
+            expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
         found = merged.read(step.name, piece.start * size, piece.stop * size)
         if not np.array_equal(expected, found):
             wrong = int(np.count_nonzero((expected != found).reshape(-1, size).any(axis=1)))

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_frmerge.checkpoints import files
+from hf_frmerge.checkpoints import files, pages
 from hf_frmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError
@@ -99,7 +99,7 @@ def test_local_reads_are_views_of_the_page_cache(tmp_path):
 
 def test_plain_reads_where_pages_cannot_be_populated(tmp_path, save_model, monkeypatch):
     save_model(tmp_path)
-    monkeypatch.setattr(files, "_populate_supported", lambda: False)  # as before Linux 5.14 and on macOS
+    monkeypatch.setattr(pages, "fault_in", lambda ranges: False)  # as before Linux 5.14 and on macOS
     with open_checkpoint(full(tmp_path)) as checkpoint, safe_open(tmp_path / "model.safetensors", "pt") as reference:
         for name in checkpoint.tensors:
             data = checkpoint.read(name)
@@ -177,7 +177,7 @@ def opened(folder: Path) -> Checkpoint:
 @pytest.mark.parametrize("read_before", [True, False])
 def test_file_cut_short_while_reading(tmp_path, monkeypatch, populates, read_before):
     if not populates:
-        monkeypatch.setattr(files, "_populate_supported", lambda: False)
+        monkeypatch.setattr(pages, "fault_in", lambda ranges: False)
     checkpoint = opened(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     if read_before:
