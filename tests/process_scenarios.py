@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_frmerge import FisherRaoMerger
 from hf_frmerge.errors import MergeError
-from hf_frmerge.merging import blocks
+from hf_frmerge.merging import batches, blocks
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import MergeCallback
 from hf_frmerge.merging.engine import StepObserver
@@ -46,6 +46,7 @@ class Events(MergeCallback):
 def merge(root: Path, out: Path, observer: StepObserver | None = None, models: str = "", **options: Any) -> None:
     """Merge the family below `root`; `models` names another set of experts."""
     blocks.PIECE_ELEMENTS = 200
+    batches.BATCH_TENSORS = 3
     experts = [str(root / f"{models or 'e'}{i}") for i in range(3)]
     plan = build_plan(experts, MergingArguments(output_dir=str(out), **options), [0.5, 0.3, 0.2])
     run_merge(plan, observer or StepObserver(), Processes())

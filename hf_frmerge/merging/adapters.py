@@ -238,7 +238,7 @@ def _solve(
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(group_of(row.first.target, block), []).append(index)
-    plans: dict[int, _Plan] = {}
+    points, used, names = [], [], []
     for group, members in groups.items():
         weights = [tuple(weights_for(rows[index].first.target)) for index in members]
         if len(set(weights)) > 1:
@@ -247,11 +247,14 @@ def _solve(
                 f"and {next(w for w in weights if w != weights[0])}. Use block='tensor', or rules that keep blocks "
                 "whole."
             )
-        points = embed(np.sum([grams[index] for index in members], axis=0))[None]
-        name = group if block == "layer" else rows[members[0]].first.target if block == "tensor" else "the whole model"
-        solution = solve(
-            points, weights[0], method, options, tensor=name, experts=[adapter.spec for adapter in adapters]
-        )
+        points.append(embed(np.sum([grams[index] for index in members], axis=0))[None])
+        used.append(weights[0])
+        whole = group if block == "layer" else "the whole model"
+        names.append(rows[members[0]].first.target if block == "tensor" else whole)
+    experts = [adapter.spec for adapter in adapters]
+    solutions = solve(np.stack(points), used, method, options, tensors=names, experts=experts)
+    plans: dict[int, _Plan] = {}
+    for members, solution in zip(groups.values(), solutions):
         coefficients = solution.coefficients[0]
         for index in members:
             norm = float(np.sqrt(max(coefficients @ grams[index] @ coefficients, 0.0)))

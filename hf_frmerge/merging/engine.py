@@ -12,20 +12,19 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import count
 from queue import PriorityQueue, SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hf_frmerge.checkpoints.reader import DTYPE_BITS
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.kernels import digest
 from hf_frmerge.merging.blocks import PIECE_ELEMENTS, pieces
-from hf_frmerge.merging.operands import Piece, join_digests
+from hf_frmerge.merging.operands import Piece
 from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.solve import points_of, solve
+from hf_frmerge.merging.work import BatchWork, TensorGram, TensorWork, sum_grams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,15 +34,9 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.writer import CheckpointWriter
     from hf_frmerge.kernels import Kernels
     from hf_frmerge.merging.journal import Journal
-    from hf_frmerge.merging.operands import TensorInputs
     from hf_frmerge.merging.plan import MergePlan, TensorStep
-    from hf_frmerge.merging.solve import Solution
 
 logger = logging.getLogger(__name__)
-
-# Below this mean square, float32 products of the first operand start to vanish; the Gram pass is then done again
-# with float64 products. It is far below the weights of any trained model, so the second pass is paid by zeros only.
-_TINY_MEAN_SQUARE = 1e-24
 
 _AHEAD = 4
 """Jobs a worker finds queued, at least: the calling thread needs the interpreter lock to queue more."""
@@ -52,54 +45,7 @@ _STOP, _SOON, _LATER = range(3)
 """Urgency of a job; to stop comes before everything that is queued."""
 
 
-_Gram = tuple["NDArray[np.float64]", dict[str, str]]
-_Job = Callable[["_Group", "_Tensor", int], None]
-
-
-@dataclass
-class _Tensor:
-    """One tensor under way."""
-
-    step: TensorStep
-    inputs: TensorInputs
-    pieces: list[Piece]
-    skipped: bool = False
-    precise: bool = False
-    input_digests: list[dict[int, str]] = field(default_factory=list)
-    output_digests: list[str] = field(default_factory=list)
-    done: bool = False
-
-    def __post_init__(self) -> None:
-        # Of blocks, or of parts of blocks. One array: small ones that outlive the buffers allocated beside them would
-        # leave holes of that size, 20 kB a piece.
-        size = self.inputs.n_experts + self.inputs.has_base
-        self.grams: NDArray[np.float64] = np.zeros((max(self.step.n_blocks, len(self.pieces)), size, size))
-        self.input_digests = [{} for _ in self.pieces]
-        self.output_digests = [""] * len(self.pieces)
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the pieces are parts of blocks, not runs of them."""
-        return len(self.pieces) > self.step.n_blocks
-
-    def inputs_digest(self) -> dict[str, str]:
-        owners = self.input_digests[0] if self.input_digests else {}
-        return {str(owner): join_digests([piece[owner] for piece in self.input_digests]) for owner in owners}
-
-    def output_digest(self) -> str:
-        return join_digests(self.output_digests)
-
-
-@dataclass
-class _Group:
-    """Tensors that share one sphere, under way together."""
-
-    name: str
-    tensors: list[_Tensor]
-    then: Callable[[_Group], None]
-    is_large: bool = False
-    remaining: int = 0
-    solution: Solution | None = None
+_Job = Callable[[BatchWork, TensorWork, int], None]
 
 
 class Engine:
@@ -113,8 +59,7 @@ class Engine:
         journal: Record of finished work; what it holds is checked and kept.
         observer: Told about every tensor.
         share_grams: With several processes and `block="model"`, gathers from all of them what each holds:
-            `{tensor: (its Gram matrix, (1, K, K), and the digests of its inputs)}`. Every process calls it once. By
-            default there is one process.
+            `{tensor: its Gram matrix}`. Every process calls it once. By default there is one process.
     """
 
     def __init__(
@@ -124,7 +69,7 @@ class Engine:
         writer: CheckpointWriter,
         journal: Journal,
         observer: StepObserver,
-        share_grams: Callable[[dict[str, _Gram]], dict[str, _Gram]] | None = None,
+        share_grams: Callable[[dict[str, TensorGram]], dict[str, TensorGram]] | None = None,
     ) -> None:
         self._plan = plan
         self._kernels = kernels
@@ -135,10 +80,10 @@ class Engine:
         self._workers = worker_count(plan)
         self._budget = plan.args.memory_budget_bytes
         # Groups to go on with on the calling thread, errors, and None to have it look again.
-        self._events: SimpleQueue[_Group | BaseException | None] = SimpleQueue()
+        self._events: SimpleQueue[BatchWork | BaseException | None] = SimpleQueue()
         self._lock = threading.Lock()
         # By urgency, then by age.
-        self._jobs: PriorityQueue[tuple[int, int, tuple[_Job, _Group, _Tensor, int] | None]] = PriorityQueue()
+        self._jobs: PriorityQueue[tuple[int, int, tuple[_Job, BatchWork, TensorWork, int] | None]] = PriorityQueue()
         self._age = count()
         self._queued = 0
         self._local = threading.local()
@@ -153,8 +98,8 @@ class Engine:
         Raises:
             MergeError: Whatever went wrong, after all threads have stopped; finished tensors stay in the journal.
         """
-        todo = deque(_grouped(steps))
-        window: deque[_Tensor] = deque()
+        todo = deque(_in_batches(steps))
+        window: deque[TensorWork] = deque()
         outcomes: list[StepOutcome] = []
         threads = [threading.Thread(target=self._work, name=f"frmerge-{i}", daemon=True) for i in range(self._workers)]
         for thread in threads:
@@ -180,43 +125,44 @@ class Engine:
 
     # Scheduling: everything below until the jobs runs on the calling thread.
 
-    def _admit(self, steps: list[TensorStep]) -> list[_Tensor]:
-        """Start on a group; tensors of it that are skipped go their own way."""
+    def _admit(self, steps: list[TensorStep]) -> list[TensorWork]:
+        """Start on a batch; tensors of it that are skipped go their own way."""
         opened = [self._open(step) for step in steps]
         kept = [tensor for tensor in opened if not tensor.skipped]
         for tensors in [[tensor] for tensor in opened if tensor.skipped] + ([kept] if kept else []):
             if tensors[0].step.action == "copy":
-                group = _Group("", tensors, self._wrote)
                 known = self._journal.written.get(tensors[0].step.name, {}).get("inputs")
-                self._start(
-                    group, self._check_piece if known else self._copy_piece, self._checked if known else self._wrote
-                )
+                job, then = (self._check_piece, self._checked) if known else (self._copy_piece, self._wrote)
+                self._start(BatchWork(tensors, then), job, then)
                 continue
-            group = _Group(tensors[0].step.group, tensors, self._solve)
+            batch = BatchWork(tensors, self._solve)
             nbytes = sum(tensor.step.nbytes for tensor in tensors) * len(self._plan.models)
-            group.is_large = nbytes > self._budget
-            _, recorded = self._journal.solved.get(group.name, (None, {}))
-            if all(tensor.step.name in recorded for tensor in tensors):
-                self._start(group, self._check_piece, self._checked)
+            batch.is_large = nbytes > self._budget
+            if all(tensor.step.name in self._recorded(tensor) for tensor in tensors):
+                self._start(batch, self._check_piece, self._checked)
             else:
-                self._start(group, self._gram_piece, self._solve)
+                self._start(batch, self._gram_piece, self._solve)
         return opened
 
-    def _open(self, step: TensorStep) -> _Tensor:
+    def _recorded(self, tensor: TensorWork) -> dict[str, dict[str, str]]:
+        """Digests of the inputs its sphere was solved from, if it was."""
+        return self._journal.solved[tensor.step.group][1] if tensor.step.group in self._journal.solved else {}
+
+    def _open(self, step: TensorStep) -> TensorWork:
         skipped = not self._observer.begin(step) and step.action == "merge"
         if skipped:
             step = self._plan.copied(step)
         inputs = self._plan.inputs(step)
-        return _Tensor(step, inputs, list(pieces(step.n_blocks, step.block_len)), skipped)
+        return TensorWork(step, inputs, list(pieces(step.n_blocks, step.block_len)), skipped)
 
     def _start(
-        self, group: _Group, job: _Job, then: Callable[[_Group], None], only: list[_Tensor] | None = None
+        self, batch: BatchWork, job: _Job, then: Callable[[BatchWork], None], only: list[TensorWork] | None = None
     ) -> None:
         """Queue one job per piece of the tensors not yet done, or of `only`; `then` follows when all have ended."""
-        group.then = then
-        tensors = [tensor for tensor in group.tensors if not tensor.done] if only is None else only
-        work = [(job, group, tensor, index) for tensor in tensors for index in range(len(tensor.pieces))]
-        group.remaining = len(work)
+        batch.then = then
+        tensors = [tensor for tensor in batch.tensors if not tensor.done] if only is None else only
+        work = [(job, batch, tensor, index) for tensor in tensors for index in range(len(tensor.pieces))]
+        batch.remaining = len(work)
         with self._lock:
             self._queued += len(work)
         # What the first pass read may still be in the cache.
@@ -224,42 +170,53 @@ class Engine:
         for item in work:
             self._jobs.put((urgency, next(self._age), item))
         if not work:
-            then(group)
+            then(batch)
 
-    def _handle(self, event: _Group | BaseException | None) -> None:
+    def _handle(self, event: BatchWork | BaseException | None) -> None:
         if isinstance(event, BaseException):
             raise event
         if event is not None:
             event.then(event)
 
-    def _solve(self, group: _Group) -> None:
-        grams = {tensor.step.name: _sum_pieces(tensor) for tensor in group.tensors}
-        rough = [t for t in group.tensors if not t.precise and _needs_precision(t, grams[t.step.name])]
+    def _solve(self, batch: BatchWork) -> None:
+        rough = [tensor for tensor in batch.tensors if tensor.needs_precision()]
         if rough:
             for tensor in rough:
                 tensor.precise = True
-            self._start(group, self._gram_piece, self._solve, rough)
+            self._start(batch, self._gram_piece, self._solve, rough)
             return
-        found = {tensor.step.name: (grams[tensor.step.name], tensor.inputs_digest()) for tensor in group.tensors}
+        spheres = batch.spheres()
         if self._share_grams is not None:
-            found = self._share_grams(found)
-        names = sorted(found)
-        gram = sum((found[name][0] for name in names[1:]), start=found[names[0]][0])
-        step = group.tensors[0].step
-        points = points_of(gram, self._plan.space, group.tensors[0].inputs.has_base)
-        group.solution = solve(
-            points,
-            step.weights,
+            spheres = {group: self._share_grams(found) for group, found in spheres.items()}
+        weights = {tensor.step.group: tensor.step.weights for tensor in batch.tensors}
+        grams = np.stack([sum_grams(found) for found in spheres.values()])
+        solutions = solve(
+            points_of(grams, self._plan.space, batch.tensors[0].inputs.has_base),
+            [weights[group] for group in spheres],
             self._plan.args.method,
             self._plan.span_options,
-            tensor=step.name if len(found) == 1 else (group.name or "the whole model"),
+            tensors=[
+                next(iter(found)) if len(found) == 1 else group or "the whole model"
+                for group, found in spheres.items()
+            ],
             experts=[expert.spec for expert in self._plan.experts],
         )
-        self._journal.record_solved(group.name, group.solution, {name: found[name][1] for name in names})
-        self._start(group, self._combine_piece, self._wrote)
+        self._journal.record_solved(
+            {
+                group: (solution, {name: found[name].inputs for name in sorted(found)})
+                for (group, found), solution in zip(spheres.items(), solutions)
+            }
+        )
+        self._set_solutions(batch)
+        self._start(batch, self._combine_piece, self._wrote)
 
-    def _wrote(self, group: _Group) -> None:
-        for tensor in group.tensors:
+    def _set_solutions(self, batch: BatchWork) -> None:
+        for tensor in batch.tensors:
+            if tensor.step.action == "merge":
+                tensor.solution = self._journal.solved[tensor.step.group][0]
+
+    def _wrote(self, batch: BatchWork) -> None:
+        for tensor in batch.tensors:
             if not tensor.done:
                 inputs = tensor.inputs_digest() if tensor.step.action == "copy" else None
                 self._journal.record_written(tensor.step.name, tensor.output_digest(), inputs)
@@ -267,15 +224,13 @@ class Engine:
                 tensor.inputs.release(Piece(0, tensor.step.numel, 0, tensor.step.n_blocks))
                 tensor.done = True
 
-    def _checked(self, group: _Group) -> None:
+    def _checked(self, batch: BatchWork) -> None:
         """Keep what is still good, write again what is not, refuse if an input is not what it was."""
-        recorded: dict[str, dict[str, str]] = {}
-        if group.tensors[0].step.action == "merge":
-            group.solution, recorded = self._journal.solved[group.name]
-        for tensor in group.tensors:
+        self._set_solutions(batch)
+        for tensor in batch.tensors:
             name = tensor.step.name
             written = self._journal.written.get(name, {})
-            expected = recorded[name] if group.solution else written["inputs"]
+            expected = self._recorded(tensor)[name] if tensor.solution else written["inputs"]
             found = tensor.inputs_digest()
             for owner, value in found.items():
                 if expected.get(owner) != value:
@@ -284,81 +239,78 @@ class Engine:
                         "was interrupted. Restore the file, or pass --overwrite to start anew."
                     )
             tensor.done = written.get("output") == tensor.output_digest()
-        job = self._copy_piece if group.solution is None else self._combine_piece
-        self._start(group, job, self._wrote)
+        job = self._copy_piece if batch.tensors[0].solution is None else self._combine_piece
+        self._start(batch, job, self._wrote)
 
-    def _outcome(self, tensor: _Tensor) -> StepOutcome:
-        solution = None
-        if tensor.step.action == "merge":
-            solution = self._journal.solved[tensor.step.group][0]
+    def _outcome(self, tensor: TensorWork) -> StepOutcome:
         action: Literal["merge", "copy", "skip"] = "skip" if tensor.skipped else tensor.step.action
-        return StepOutcome(tensor.step, action, solution, tensor.inputs_digest(), tensor.output_digest())
+        return StepOutcome(tensor.step, action, tensor.solution, tensor.inputs_digest(), tensor.output_digest())
 
     # Jobs: everything below runs on the engine's threads.
 
     def _work(self) -> None:
         while (item := self._jobs.get()[2]) is not None:
-            job, group, tensor, index = item
+            job, batch, tensor, index = item
             try:
-                job(group, tensor, index)
-                self._ended(group)
+                job(batch, tensor, index)
+                self._ended(batch)
             except BaseException as error:  # handed to the thread that runs the engine, which raises it
                 self._events.put(error)
 
-    def _ended(self, group: _Group) -> None:
+    def _ended(self, batch: BatchWork) -> None:
         with self._lock:
             self._queued -= 1
-            group.remaining -= 1
-            last, hungry = group.remaining == 0, self._queued < _AHEAD * self._workers
+            batch.remaining -= 1
+            last, hungry = batch.remaining == 0, self._queued < _AHEAD * self._workers
         if last and self._share_grams is not None:
-            self._events.put(group)  # processes speak to each other on the calling thread
+            self._events.put(batch)  # processes speak to each other on the calling thread
         elif last:
-            group.then(group)
+            batch.then(batch)
         if last or hungry:
             self._events.put(None)
 
-    def _gram_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
+    def _gram_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
         piece = tensor.pieces[index]
         gram, digests = tensor.inputs.gram(self._kernels, piece, precise=tensor.precise)
         first = index if tensor.is_cut else piece.first_block
         tensor.grams[first : first + piece.n_blocks] = gram
         tensor.input_digests[index] = digests
-        if group.is_large:  # else its pages stay mapped until it is written, which is faster
+        if batch.is_large:  # else its pages stay mapped until it is written, which is faster
             tensor.inputs.release(piece)
 
-    def _combine_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
-        assert group.solution is not None
+    def _combine_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
+        assert tensor.solution is not None
         piece = tensor.pieces[index]
-        out = self._buffer(tensor.step, piece)
+        out = self._buffer(tensor, piece)
         tensor.output_digests[index] = tensor.inputs.combine(
-            self._kernels, piece, group.solution.coefficients, out, tensor.step.dtype
+            self._kernels, piece, tensor.solution.coefficients, out, tensor.step.dtype
         )
         self._write(tensor, piece, out)
-        if group.is_large:
+        if batch.is_large:
             tensor.inputs.release(piece)
 
-    def _copy_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
+    def _copy_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
         step, piece = tensor.step, tensor.pieces[index]
-        out = self._buffer(step, piece)
+        out = self._buffer(tensor, piece)
         data, tensor.output_digests[index] = tensor.inputs.copy(self._kernels, piece, out, step.dtype)
         tensor.input_digests[index] = tensor.inputs.digests(piece)
         self._write(tensor, piece, data)
         tensor.inputs.release(piece)
 
-    def _check_piece(self, group: _Group, tensor: _Tensor, index: int) -> None:
+    def _check_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
         piece = tensor.pieces[index]
         tensor.input_digests[index] = tensor.inputs.digests(piece)
         if tensor.step.name in self._journal.written:
-            start, stop = _byte_range(tensor.step, piece)
+            start, stop = tensor.byte_range(piece)
             tensor.output_digests[index] = digest(self._writer.read_back(tensor.step.name, start, stop))
         tensor.inputs.release(piece)
 
-    def _write(self, tensor: _Tensor, piece: Piece, data: NDArray[np.uint8]) -> None:
-        self._writer.write(tensor.step.name, _byte_range(tensor.step, piece)[0], data)
+    def _write(self, tensor: TensorWork, piece: Piece, data: NDArray[np.uint8]) -> None:
+        self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], data)
 
-    def _buffer(self, step: TensorStep, piece: Piece) -> NDArray[np.uint8]:
+    def _buffer(self, tensor: TensorWork, piece: Piece) -> NDArray[np.uint8]:
         """Return this thread's output buffer, cut to the piece. Fresh memory is slow, so it is kept."""
-        start, stop = _byte_range(step, piece)
+        start, stop = tensor.byte_range(piece)
         held: NDArray[np.uint8] | None = self._local.__dict__.get("buffer")
         if held is None or held.size < stop - start:
             held = self._local.buffer = np.empty(max(stop - start, PIECE_ELEMENTS * 4), np.uint8)
@@ -383,29 +335,9 @@ def worker_count(plan: MergePlan) -> int:
     return int(min(wanted, affordable))
 
 
-def _grouped(steps: Sequence[TensorStep]) -> list[list[TensorStep]]:
-    """Gather the steps of each group; copies stand alone."""
-    groups: dict[str, list[TensorStep]] = {}
+def _in_batches(steps: Sequence[TensorStep]) -> list[list[TensorStep]]:
+    """Gather the steps of each batch; copies stand alone."""
+    batches: dict[str, list[TensorStep]] = {}
     for step in steps:
-        groups.setdefault(step.group if step.action == "merge" else f"copy {step.name}", []).append(step)
-    return list(groups.values())
-
-
-def _needs_precision(tensor: _Tensor, gram: NDArray[np.float64]) -> bool:
-    tiny = _TINY_MEAN_SQUARE * max(1, tensor.step.block_len)
-    return not tensor.inputs.factored and bool(np.any(gram[:, 0, 0] < tiny))
-
-
-def _sum_pieces(tensor: _Tensor) -> NDArray[np.float64]:
-    """Add up the Gram matrices of the parts of each block, always in the same order."""
-    if not tensor.is_cut:
-        return tensor.grams
-    total = np.zeros((tensor.step.n_blocks, *tensor.grams.shape[1:]))
-    for piece, gram in zip(tensor.pieces, tensor.grams):
-        total[piece.first_block] += gram
-    return total
-
-
-def _byte_range(step: TensorStep, piece: Piece) -> tuple[int, int]:
-    bits = DTYPE_BITS[step.dtype]
-    return piece.start * bits // 8, piece.stop * bits // 8
+        batches.setdefault(step.batch if step.action == "merge" else f"copy {step.name}", []).append(step)
+    return list(batches.values())

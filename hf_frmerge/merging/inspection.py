@@ -133,7 +133,8 @@ def _view(plan: MergePlan, name: str, shape: tuple[int, ...], gram: NDArray[np.f
 def _space_view(plan: MergePlan, name: str, points: NDArray[np.float64]) -> SpaceView:
     options = SpanOptions(on_ambiguous="linear")
     experts = [expert.spec for expert in plan.experts]
-    geometry = solve(points, plan.weights, "karcher", options, tensor=name, experts=experts).geometry
+    [solution] = solve(points[None], [plan.weights], "karcher", options, tensors=[name], experts=experts)
+    geometry = solution.geometry
     return SpaceView(
         geometry.norms, geometry.max_angle, geometry.mean_angle, geometry.gap_to_nre, geometry.linear_norm_ratio
     )

@@ -6,7 +6,7 @@ import base64
 import json
 import logging
 import threading
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,18 +101,19 @@ class Journal:
         if not self._whole:
             self._append(self._first)
 
-    def record_solved(self, group: str, solution: Solution, inputs: dict[str, dict[str, str]]) -> None:
-        """Keep the coefficients of a group and the digests of what they were computed from."""
-        self.solved[group] = (solution, inputs)
-        self._append(
+    def record_solved(self, solved: dict[str, tuple[Solution, dict[str, dict[str, str]]]]) -> None:
+        """Keep the coefficients of all groups of a batch, and the digests of what they were computed from."""
+        self.solved |= solved
+        spheres = [
             {
-                "kind": "solved",
                 "group": group,
                 "coefficients": _encode(solution.coefficients),
-                "geometry": asdict(solution.geometry),
+                "geometry": vars(solution.geometry),
                 "inputs": inputs,
             }
-        )
+            for group, (solution, inputs) in solved.items()
+        ]
+        self._append({"kind": "solved", "spheres": spheres})
 
     def record_written(self, tensor: str, output: str, inputs: dict[str, str] | None = None) -> None:
         """Keep the digest of a tensor that is wholly in its file (and, for a copy, of what it was copied from)."""
@@ -145,9 +146,7 @@ class Journal:
                 _check_header(line, header, path)
                 _warn_of_rewritten(line["marks"], marks)
             elif line["kind"] == "solved":
-                lists = {name: tuple(value) for name, value in line["geometry"].items() if isinstance(value, list)}
-                geometry = Geometry(**{**line["geometry"], **lists})
-                self.solved[line["group"]] = (Solution(_decode(line["coefficients"]), geometry), line["inputs"])
+                self.solved |= {sphere["group"]: _decode_sphere(sphere) for sphere in line["spheres"]}
             else:
                 self.written[line["tensor"]] = line
             whole += len(raw)
@@ -174,6 +173,12 @@ def _warn_of_rewritten(found: dict[str, Any], expected: dict[str, Any]) -> None:
                 "compared with their digests; others are taken as they are now.",
                 spec,
             )
+
+
+def _decode_sphere(sphere: dict[str, Any]) -> tuple[Solution, dict[str, dict[str, str]]]:
+    lists = {name: tuple(value) for name, value in sphere["geometry"].items() if isinstance(value, list)}
+    geometry = Geometry(**{**sphere["geometry"], **lists})
+    return Solution(_decode(sphere["coefficients"]), geometry), sphere["inputs"]
 
 
 def _encode(array: NDArray[np.float64]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class TensorStep:
         action: `"merge"`, or `"copy"` from the model with index `donor` (-1 is the base).
         weights: one per expert, summing to 1; empty for a copy.
         group: tensors of one group lie on one sphere and get the same coefficients.
+        batch: groups of one batch are solved together, which may decide the last bit of their coefficients.
         n_blocks, block_len: how the tensor is cut into blocks, in elements.
     """
 
@@ -82,6 +83,7 @@ class TensorStep:
     group: str
     n_blocks: int
     block_len: int
+    batch: str = ""
 
     @property
     def numel(self) -> int:

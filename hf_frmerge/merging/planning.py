@@ -17,6 +17,7 @@ from hf_frmerge.checkpoints.writer import STAGING
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapter_rows import align_adapters, missing_notes
 from hf_frmerge.merging.arguments import validate_weights
+from hf_frmerge.merging.batches import in_batches
 from hf_frmerge.merging.blocks import block_shape, group_of, head_dim_of
 from hf_frmerge.merging.plan import Expert, MergePlan, TensorStep
 from hf_frmerge.merging.weight_rules import WeightSchedule, layer_index
@@ -97,6 +98,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas)
         return MergePlan(args, opened, base, alphas, space, steps, None, notes)
     steps, notes = _steps(args, opened, base, alphas)
+    steps = in_batches(steps, len(opened) + (base is not None))
     layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
     notes += find_disagreements([model.source for model in ([base] if base else []) + opened])
     return MergePlan(args, opened, base, alphas, space, steps, layout, notes)

@@ -98,16 +98,16 @@ class Processes:
         """
         Return this process's part of the steps, about as many bytes as everyone's.
 
-        Groups stay together, except the one group of `block="model"`: its Gram matrices are added up across processes.
+        Batches stay together, except that of `block="model"`: its Gram matrices are added up across processes.
         """
         total = sum(step.nbytes for step in steps) or 1
         mine, before = [], 0
-        owner_of_group: dict[str, int] = {}
+        owner_of_batch: dict[str, int] = {}
         for step in steps:
             owner = min(self.size - 1, (before + step.nbytes // 2) * self.size // total)
             before += step.nbytes
             if step.action == "merge" and block != "model":
-                owner = owner_of_group.setdefault(step.group, owner)
+                owner = owner_of_batch.setdefault(step.batch, owner)
             if owner == self.rank:
                 mine.append(step)
         return mine

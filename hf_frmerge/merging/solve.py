@@ -1,6 +1,6 @@
 """From the Gram matrix of a block to its coefficients, and what the numbers say about the block."""
 
-# Shape suffixes: B = blocks of a tensor, K = operands, N = experts, P = pairs of experts.
+# Shape suffixes: T = tensors, B = blocks of a tensor, K = operands, N = experts, P = pairs of experts.
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True)
@@ -85,47 +85,63 @@ def points_of(gram_BKK: NDArray[np.float64], space: str, has_base: bool) -> NDAr
 
 
 def solve(
-    points_BNK: NDArray[np.float64],
-    weights: Sequence[float],
+    points_TBNK: NDArray[np.float64],
+    weights_TN: ArrayLike,
     method: str,
     options: SpanOptions,
     *,
-    tensor: str,
+    tensors: Sequence[str],
     experts: Sequence[str],
-) -> Solution:
+) -> list[Solution]:
     """
-    Run one method on the points of a tensor's blocks.
+    Run one method on the points of several tensors' blocks, all at once.
+
+    One at a time costs as much as all together: on so few numbers it is the number of calls that takes the time.
+
+    Args:
+        points_TBNK: From `points_of`, of tensors with equally many blocks.
+        weights_TN: Non-negative, every row summing to 1.
+        tensors, experts: Their names, for the error.
 
     Raises:
         AmbiguousMeanError: If the experts of a block balance out and `options.on_ambiguous` is `"raise"`.
     """
-    weights_N = np.asarray(weights, dtype=np.float64)
-    result = SPAN_METHODS[method](points_BNK, weights_N, options)
-    n_ambiguous = int(np.count_nonzero(result.ambiguous))
-    if n_ambiguous and options.on_ambiguous == "raise":
-        raise AmbiguousMeanError(_ambiguity(points_BNK, result.ambiguous, tensor, experts))
+    weights_TN = np.asarray(weights_TN, dtype=np.float64)
+    weights_T1N = weights_TN[:, None]
+    result = SPAN_METHODS[method](points_TBNK, weights_T1N, options)
+    n_ambiguous_T = np.count_nonzero(result.ambiguous, axis=1)
+    if n_ambiguous_T.any() and options.on_ambiguous == "raise":
+        first = int(np.flatnonzero(n_ambiguous_T)[0])
+        raise AmbiguousMeanError(_ambiguity(points_TBNK[first], result.ambiguous[first], tensors[first], experts))
 
-    merged, linear = _combine(result.coefficients, points_BNK), _combine(weights_N, points_BNK)
-    norms_BN = norms(points_BNK)
-    mean_norm = float(np.linalg.norm(norms_BN @ weights_N))
-    angles_BP = _angles(points_BNK, norms_BN)
-    angles = angles_BP[~np.isnan(angles_BP)]
+    merged, linear = _combine(result.coefficients, points_TBNK), _combine(weights_T1N, points_TBNK)
+    norms_TBN = norms(points_TBNK)
+    mean_norm_T = np.linalg.norm(np.einsum("tbn,tn->tb", norms_TBN, weights_TN), axis=1)
+    safe_T = np.where(mean_norm_T > 0, mean_norm_T, 1.0)
+    lengths = [np.where(mean_norm_T > 0, np.linalg.norm(x, axis=(1, 2)) / safe_T, 1.0) for x in (merged, linear)]
+    angles_TBP = _angles(points_TBNK, norms_TBN)
     # The norm-rescaled mean points where the plain mean does, so their gaps to the merged point are one.
     pair = np.stack([merged, linear], axis=-2)
-    geometry = Geometry(
-        norms=tuple(np.linalg.norm(norms_BN, axis=0).tolist()),
-        norm_ratio=float(np.linalg.norm(merged)) / mean_norm if mean_norm > 0 else 1.0,
-        linear_norm_ratio=float(np.linalg.norm(linear)) / mean_norm if mean_norm > 0 else 1.0,
-        max_angle=float(angles.max(initial=0.0)),
-        mean_angle=float(angles.mean()) if angles.size else 0.0,
-        gap_to_nre=float(np.nan_to_num(_angles(pair, norms(pair))).max(initial=0.0)),
-        n_iter=int(np.max(result.n_iter)),
-        residual=float(np.max(result.residual)),
-        unconverged=tuple(np.flatnonzero(~np.atleast_1d(result.converged)).tolist()),
-        n_ambiguous=n_ambiguous,
-        pair_angles=tuple(_medians(angles_BP)),
-    )
-    return Solution(np.ascontiguousarray(result.coefficients, dtype=np.float64), geometry)
+    gap_T = np.nan_to_num(_angles(pair, norms(pair))).max(axis=(1, 2), initial=0.0)
+    norms_TN = np.linalg.norm(norms_TBN, axis=1)
+    solutions = []
+    for t in range(len(points_TBNK)):
+        angles = angles_TBP[t][~np.isnan(angles_TBP[t])]
+        geometry = Geometry(
+            norms=tuple(norms_TN[t].tolist()),
+            norm_ratio=float(lengths[0][t]),
+            linear_norm_ratio=float(lengths[1][t]),
+            max_angle=float(angles.max(initial=0.0)),
+            mean_angle=float(angles.mean()) if angles.size else 0.0,
+            gap_to_nre=float(gap_T[t]),
+            n_iter=int(result.n_iter[t].max()),
+            residual=float(result.residual[t].max()),
+            unconverged=tuple(np.flatnonzero(~result.converged[t]).tolist()),
+            n_ambiguous=int(n_ambiguous_T[t]),
+            pair_angles=tuple(_medians(angles_TBP[t])),
+        )
+        solutions.append(Solution(np.ascontiguousarray(result.coefficients[t], dtype=np.float64), geometry))
+    return solutions
 
 
 def _combine(coefficients_BN: NDArray[np.float64], points_BNK: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,87 @@
+"""Batches: which tensors are solved together, and that nobody is worse off in company."""
+
+from __future__ import annotations
+
+from itertools import groupby, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_frmerge.errors import AmbiguousMeanError
+from hf_frmerge.merging import batches
+from hf_frmerge.merging.batches import in_batches
+from hf_frmerge.merging.plan import TensorStep
+from hf_frmerge.merging.solve import solve
+from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
+
+
+def step(name: str, numel: int = 4, n_blocks: int = 1, action: str = "merge", group: str | None = None) -> TensorStep:
+    return TensorStep(
+        name, "BF16", (numel,), action, 0, (0.5, 0.5), name if group is None else group, n_blocks, numel // n_blocks
+    )
+
+
+steps = st.lists(
+    st.builds(
+        lambda numel, n_blocks, action: (numel * n_blocks, n_blocks, action),
+        st.sampled_from([1, 1000, 3 << 20, 40 << 20]),
+        st.sampled_from([1, 1, 1, 7]),
+        st.sampled_from(["merge", "merge", "merge", "copy"]),
+    ),
+    max_size=40,
+).map(lambda parts: [step(f"t{i}", *part) for i, part in enumerate(parts)])
+
+
+@given(steps, st.integers(2, 16))
+def test_batches_are_runs_of_alike_tensors_of_bounded_size(plan: list[TensorStep], n_models: int) -> None:
+    found = in_batches(plan, n_models)
+    assert [s.name for s in found] == [s.name for s in plan]
+    runs = [list(run) for _, run in groupby(found, key=lambda s: s.batch)]
+    assert len({run[0].batch for run in runs}) == len(runs)  # a batch never goes on after another one
+    for run in runs:
+        assert len(run) <= batches.BATCH_TENSORS
+        assert len({s.n_blocks for s in run}) == 1
+        assert len(run) == 1 or all(s.action == "merge" for s in run)
+        assert len(run) == 1 or sum(s.nbytes for s in run) * n_models <= batches.BATCH_BYTES
+    # Nothing is cut without a reason.
+    for before, after in pairwise(runs):
+        alike = {(s.action, s.n_blocks) for s in [*before, after[0]]} == {("merge", before[0].n_blocks)}
+        nbytes = sum(s.nbytes for s in [*before, after[0]]) * n_models
+        assert not alike or len(before) == batches.BATCH_TENSORS or nbytes > batches.BATCH_BYTES
+
+
+def test_a_sphere_of_several_tensors_is_a_batch_of_its_own() -> None:
+    plan = [step("embed"), step("q", group="layer 0"), step("norm"), step("k", group="layer 0"), step("head")]
+    assert [s.batch for s in in_batches(plan, 2)] == ["embed", "layer 0", "norm", "layer 0", "head"]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 3), st.sampled_from(sorted(SPAN_METHODS)))
+def test_solved_together_or_alone(seed: int, n_tensors: int, n_blocks: int, method: str) -> None:
+    rng = np.random.default_rng(seed)
+    n = 2 if method == "slerp" else 3
+    points = rng.standard_normal((n_tensors, n_blocks, 1, n)) + 0.5 * rng.standard_normal((n_tensors, n_blocks, n, n))
+    weights = rng.dirichlet(np.ones(n), n_tensors)
+    options, experts = SpanOptions(), ["a", "b", "c"][:n]
+    names = [f"t{t}" for t in range(n_tensors)]
+    together = solve(points, weights, method, options, tensors=names, experts=experts)
+    for t in range(n_tensors):
+        [alone] = solve(points[t : t + 1], weights[t : t + 1], method, options, tensors=[names[t]], experts=experts)
+        np.testing.assert_allclose(together[t].coefficients, alone.coefficients, rtol=1e-12, atol=1e-15)
+        for name, value in vars(alone.geometry).items():
+            found = getattr(together[t].geometry, name)
+            assert found == pytest.approx(value, rel=1e-9, abs=1 if name == "n_iter" else 1e-12), name
+
+
+def test_the_ambiguous_tensor_of_a_batch_is_named() -> None:
+    points = np.array([[[[1.0, 0.0], [0.8, 0.6]]], [[[1.0, 0.0], [-1.0, 0.0]]]])
+    with pytest.raises(AmbiguousMeanError, match=r"'second': 'org/a' and 'org/b' are 3\.14"):
+        solve(
+            points,
+            [[0.5, 0.5]] * 2,
+            "karcher",
+            SpanOptions(),
+            tensors=["first", "second"],
+            experts=["org/a", "org/b"],
+        )
