@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 # again: four times as much was 2 % faster, and would keep more pages mapped.
 BATCH_BYTES = 128 << 20
 BATCH_TENSORS = 16
+# With more blocks than heads, a tensor is enough work for a call.
+_MANY_BLOCKS = 256
 
 
 def in_batches(steps: Sequence[TensorStep], n_models: int) -> list[TensorStep]:
     """
-    Name the batch of every merged tensor that has a sphere of its own.
+    Name the batch of every tensor.
 
     Batches are runs of the plan with equally many blocks, cut by fixed rules: who is solved along may decide the last
     bit of a coefficient, so it must not depend on threads, processes or interruptions.
@@ -28,7 +30,7 @@ def in_batches(steps: Sequence[TensorStep], n_models: int) -> list[TensorStep]:
     found: list[TensorStep] = []
     batch, n_blocks, nbytes, count = "", 0, 0, 0
     for step in steps:
-        alone = step.action == "copy" or sizes[step.group] > 1
+        alone = step.action == "copy" or sizes[step.group] > 1 or step.n_blocks > _MANY_BLOCKS
         nbytes, count = nbytes + step.nbytes * n_models, count + 1
         if alone or step.n_blocks != n_blocks or nbytes > BATCH_BYTES or count > BATCH_TENSORS:
             batch, n_blocks, nbytes, count = step.group, 0 if alone else step.n_blocks, step.nbytes * n_models, 1

@@ -42,7 +42,7 @@ def test_ctrl_c_stops_within_a_second_and_says_how_to_go_on(tmp_path: Path) -> N
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         seconds.append(time.perf_counter() - interrupted)
-        assert process.returncode == 130
+        assert process.returncode == 130, errors
         assert "Run the same command with --resume to go on." in errors and "Traceback" not in errors
         assert not (tmp_path / "out" / "config.json").exists()
         assert not list((tmp_path / "out").glob("*.safetensors"))

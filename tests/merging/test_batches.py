@@ -27,7 +27,7 @@ steps = st.lists(
     st.builds(
         lambda numel, n_blocks, action: (numel * n_blocks, n_blocks, action),
         st.sampled_from([1, 1000, 3 << 20, 40 << 20]),
-        st.sampled_from([1, 1, 1, 7]),
+        st.sampled_from([1, 1, 1, 7, 1000]),
         st.sampled_from(["merge", "merge", "merge", "copy"]),
     ),
     max_size=40,
@@ -43,11 +43,11 @@ def test_batches_are_runs_of_alike_tensors_of_bounded_size(plan: list[TensorStep
     for run in runs:
         assert len(run) <= batches.BATCH_TENSORS
         assert len({s.n_blocks for s in run}) == 1
-        assert len(run) == 1 or all(s.action == "merge" for s in run)
+        assert len(run) == 1 or all(s.action == "merge" and s.n_blocks < 1000 for s in run)
         assert len(run) == 1 or sum(s.nbytes for s in run) * n_models <= batches.BATCH_BYTES
     # Nothing is cut without a reason.
     for before, after in pairwise(runs):
-        alike = {(s.action, s.n_blocks) for s in [*before, after[0]]} == {("merge", before[0].n_blocks)}
+        alike = {(s.action, s.n_blocks) for s in [*before, after[0]]} == {("merge", min(before[0].n_blocks, 7))}
         nbytes = sum(s.nbytes for s in [*before, after[0]]) * n_models
         assert not alike or len(before) == batches.BATCH_TENSORS or nbytes > batches.BATCH_BYTES
 
