@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
 
     from hf_frmerge.merging.arguments import MergingArguments
     from hf_frmerge.merging.state import MergeState
+
+
+def _bar() -> type[tqdm[Any]]:
+    """Return the bar for a notebook or a terminal, as `tqdm.auto` does, which imports asyncio besides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an experimental warning, in notebooks
+        from tqdm.autonotebook import tqdm
+    return tqdm
 
 
 class ProgressCallback(MergeCallback):
@@ -31,11 +40,9 @@ class ProgressCallback(MergeCallback):
 
     def on_merge_begin(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
         """Open the bar; a resumed merge starts where it was interrupted."""
-        from tqdm.auto import tqdm
-
         self._blocks = 0
         if state.is_world_process_zero:
-            self._merge_bar = tqdm(
+            self._merge_bar = _bar()(
                 desc="Merging",
                 total=state.bytes_total,
                 initial=state.bytes_done,
@@ -71,12 +78,10 @@ class ProgressCallback(MergeCallback):
         **kwargs: Any,
     ) -> None:
         """Advance the bar of the evaluation, if its length is known."""
-        from tqdm.auto import tqdm
-
         if not state.is_world_process_zero or not isinstance(eval_dataloader, Sized):
             return
         if self._prediction_bar is None:
-            self._prediction_bar = tqdm(
+            self._prediction_bar = _bar()(
                 desc="Evaluating", total=len(eval_dataloader), leave=self._merge_bar is None, dynamic_ncols=True
             )
         self._prediction_bar.update(1)
@@ -99,7 +104,5 @@ class ProgressCallback(MergeCallback):
         self, args: MergingArguments, state: MergeState, control: MergeControl, *, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         """Write the logs above the open bars."""
-        from tqdm.auto import tqdm
-
         if state.is_world_process_zero:
-            tqdm.write(str(readable_logs(logs, self.max_str_len)))
+            _bar().write(str(readable_logs(logs, self.max_str_len)))
