@@ -347,6 +347,7 @@ TARGET static int NAME(gram)(const Operand *x, int n, size_t n_blocks, size_t bl
 
 /* ---- combine ---- */
 
+#define QUICK 4 /* registers at a time: the loop over operands costs as much as the arithmetic on one */
 #define COMBINE_RUN 8192 /* elements between looks at the digest: what was written is still in the first cache */
 
 /* Sum of c[i] * x[i] over `units` registers: float64, in order, multiplication and addition each rounded. */
@@ -372,30 +373,47 @@ TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, 
 }
 
 /*
- * The same for LANES values, 16-bit in and bfloat16 out, in float32 where that cannot change the answer. Returns 0,
- * and writes nothing, if some lane is in doubt.
+ * The same for QUICK registers of LANES values, 16-bit in and bfloat16 out, in float32 where that cannot change the
+ * answer. Returns a bit for every register in which some lane is in doubt; what is written for those is worthless.
  *
  * Float32 and float64 sums differ by less than 2 n + 2 roundings of the sum of magnitudes: one for every coefficient,
  * product and addition. Where the numbers that far below and above round to the same bfloat16 number, so do both sums.
  */
-TARGET INLINE int NAME(combine_quickly)(const Operand *x, const float *c, int n, size_t start, uint8_t *out) {
-    F32 sum = -(F32){0}, magnitude = {0};
+TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, int n, size_t start, uint8_t *out) {
+    F32 sum[QUICK], magnitude[QUICK];
+    UNROLL for (int u = 0; u < QUICK; u++) {
+        sum[u] = -(F32){0};
+        magnitude[u] = (F32){0};
+    }
+#define ADD(dtype_)                                                       \
+    UNROLL for (int u = 0; u < QUICK; u++) {                              \
+        F32 value = NAME(widen_all)(p + u * 2 * LANES, dtype_);           \
+        F32 size = (F32)((U32)value & 0x7fffffff);                        \
+        sum[u] = FMA(value, c[i] - (F32){0}, sum[u]);                     \
+        magnitude[u] = FMA(size, c[MAX_OPERANDS + i] - (F32){0}, magnitude[u]); \
+    }
     for (int i = 0; i < n; i++) {
         const uint8_t *p = x[i].data + start * 2;
-        __builtin_prefetch(p + 1024, 0, 2); /* the hardware's own stops at every page */
-        F32 value = x[i].dtype == BF16 ? NAME(widen_all)(p, BF16) : NAME(widen_all)(p, F16);
-        F32 size = (F32)((U32)value & 0x7fffffff);
-        sum = FMA(value, c[i] - (F32){0}, sum);
-        magnitude = FMA(size, c[MAX_OPERANDS + i] - (F32){0}, magnitude);
+        for (size_t line = 0; line < QUICK * 2 * LANES; line += 64)
+            __builtin_prefetch(p + 1024 + line, 0, 2); /* the hardware's own stops at every page */
+        if (x[i].dtype == BF16) {
+            ADD(BF16);
+        } else {
+            ADD(F16);
+        }
     }
-    F32 doubt = magnitude * ((2 * n + 2) * 0x1p-24f);
-    U32 low = ((U32)(sum - doubt) + 0x8000) >> 16, high = ((U32)(sum + doubt) + 0x8000) >> 16;
-    /* Products neither vanish nor overflow; zeros are exact, with their signs. */
-    I32 plain = (I32)((U32)magnitude - 0x08800000 < (U32){0} + (0x7b800000 - 0x08800000)); /* 2^-110 to 2^120 */
-    I32 certain = (I32)(low == high) & (plain | (magnitude == 0.0f));
-    if (ANY(~certain)) return 0;
-    STORE16_ALL(out, high);
-    return 1;
+#undef ADD
+    unsigned in_doubt = 0;
+    UNROLL for (int u = 0; u < QUICK; u++) {
+        F32 doubt = magnitude[u] * ((2 * n + 2) * 0x1p-24f);
+        U32 low = ((U32)(sum[u] - doubt) + 0x8000) >> 16, high = ((U32)(sum[u] + doubt) + 0x8000) >> 16;
+        /* Products neither vanish nor overflow; zeros are exact, with their signs. */
+        I32 plain = (I32)((U32)magnitude[u] - 0x08800000 < (U32){0} + (0x7b800000 - 0x08800000)); /* 2^-110 to 2^120 */
+        I32 certain = (I32)(low == high) & (plain | (magnitude[u] == 0.0f));
+        in_doubt |= (unsigned)(ANY(~certain) != 0) << u;
+        STORE16_ALL(out + u * 2 * LANES, high);
+    }
+    return in_doubt;
 }
 
 /* A run of one block; `doubts` counts what could not be done in float32 so far. */
@@ -411,11 +429,15 @@ TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, si
             quick[MAX_OPERANDS + i] = c[i] < 0 ? -quick[i] : quick[i];
         }
         /* Coefficients such as 1/2 give midpoints by the million: then trying is a waste. */
-        for (; narrow && k + LANES <= length && *doubts < 64 + (start + k) / (4 * LANES); k += LANES) {
-            if (NAME(combine_quickly)(x, quick, n, start + k, out + 2 * k)) continue;
-            ++*doubts;
-            for (size_t u = k; u < k + LANES; u += HALF)
-                NAME(combine_step)(x, c, n, start + u, 1, out + 2 * u, BF16);
+        size_t step = QUICK * LANES;
+        for (; narrow && k + step <= length && *doubts < 64 + (start + k) / (4 * LANES); k += step) {
+            unsigned in_doubt = NAME(combine_quickly)(x, quick, n, start + k, out + 2 * k);
+            for (size_t u = k; in_doubt; u += LANES, in_doubt >>= 1) {
+                if (!(in_doubt & 1)) continue;
+                ++*doubts;
+                for (size_t v = u; v < u + LANES; v += HALF)
+                    NAME(combine_step)(x, c, n, start + v, 1, out + 2 * v, BF16);
+            }
         }
     }
     for (; k + 4 * HALF <= length; k += 4 * HALF)
@@ -502,3 +524,4 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef CLAMP
 #undef TO_SINGLE
 #undef COMBINE_RUN
+#undef QUICK
