@@ -1,0 +1,139 @@
+/* Linear combinations, rounded once, and the digest of what was written. Part of native_isa.h. */
+
+#define QUICK 4 /* registers at a time: the loop over operands costs as much as the arithmetic on one */
+#define COMBINE_RUN 8192 /* elements between looks at the digest: what was written is still in the first cache */
+
+/* Sum of c[i] * x[i] over `units` registers: float64, in order, multiplication and addition each rounded. */
+TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, size_t start, int units, uint8_t *out,
+                                      DType out_dtype) {
+    WIDE acc[4];
+    UNROLL for (int u = 0; u < units; u++)
+        UNROLL for (int h = 0; h < PARTS; h++) acc[u].part[h] = -(F64){0}; /* -0 + y is y for every y, also for -0 */
+#define ADD(dtype_)                                                                \
+    case dtype_:                                                                   \
+        UNROLL for (int u = 0; u < units; u++) {                                   \
+            WIDE term = NAME(widen64)(p + u * HALF * SIZE[dtype_], dtype_);        \
+            UNROLL for (int h = 0; h < PARTS; h++) term.part[h] *= c[i];           \
+            NAME(add)(acc + u, term);                                              \
+        }                                                                          \
+        break
+    for (int i = 0; i < n; i++) {
+        const uint8_t *p = x[i].data + start * SIZE[x[i].dtype];
+        switch (x[i].dtype) { ADD(BF16); ADD(F16); ADD(F32_); ADD(F64_); }
+    }
+#undef ADD
+    UNROLL for (int u = 0; u < units; u++) NAME(store)(acc[u], out + u * HALF * SIZE[out_dtype], out_dtype);
+}
+
+/*
+ * The same for QUICK registers of LANES values, 16-bit in and bfloat16 out, in float32 where that cannot change the
+ * answer. Returns a bit for every register in which some lane is in doubt; what is written for those is worthless.
+ *
+ * Float32 and float64 sums differ by less than 2 n + 2 roundings of the sum of magnitudes: one for every coefficient,
+ * product and addition. Where the numbers that far below and above round to the same bfloat16 number, so do both sums.
+ */
+TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, int n, size_t start, uint8_t *out) {
+    F32 sum[QUICK], magnitude[QUICK];
+    UNROLL for (int u = 0; u < QUICK; u++) {
+        sum[u] = -(F32){0};
+        magnitude[u] = (F32){0};
+    }
+#define ADD(dtype_)                                                       \
+    UNROLL for (int u = 0; u < QUICK; u++) {                              \
+        F32 value = NAME(widen_all)(p + u * 2 * LANES, dtype_);           \
+        F32 size = (F32)((U32)value & 0x7fffffff);                        \
+        sum[u] = FMA(value, c[i] - (F32){0}, sum[u]);                     \
+        magnitude[u] = FMA(size, c[MAX_OPERANDS + i] - (F32){0}, magnitude[u]); \
+    }
+    for (int i = 0; i < n; i++) {
+        const uint8_t *p = x[i].data + start * 2;
+        for (size_t line = 0; line < QUICK * 2 * LANES; line += 64)
+            __builtin_prefetch(p + 1024 + line, 0, 2); /* the hardware's own stops at every page */
+        if (x[i].dtype == BF16) {
+            ADD(BF16);
+        } else {
+            ADD(F16);
+        }
+    }
+#undef ADD
+    unsigned in_doubt = 0;
+    UNROLL for (int u = 0; u < QUICK; u++) {
+        F32 doubt = magnitude[u] * ((2 * n + 2) * 0x1p-24f);
+        U32 low = ((U32)(sum[u] - doubt) + 0x8000) >> 16, high = ((U32)(sum[u] + doubt) + 0x8000) >> 16;
+        /* Products neither vanish nor overflow; zeros are exact, with their signs. */
+        I32 plain = (I32)((U32)magnitude[u] - 0x08800000 < (U32){0} + (0x7b800000 - 0x08800000)); /* 2^-110 to 2^120 */
+        I32 certain = (I32)(low == high) & (plain | (magnitude[u] == 0.0f));
+        in_doubt |= (unsigned)(ANY(~certain) != 0) << u;
+        STORE16_ALL(out + u * 2 * LANES, high);
+    }
+    return in_doubt;
+}
+
+/* A run of one block; `doubts` counts what could not be done in float32 so far. */
+TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, size_t start, size_t length,
+                                    uint8_t *out, DType out_dtype, size_t *doubts) {
+    size_t k = 0, size = SIZE[out_dtype];
+    if (out_dtype == BF16) {
+        float quick[2 * MAX_OPERANDS]; /* coefficients, and behind them their magnitudes */
+        int narrow = 1;
+        for (int i = 0; i < n; i++) {
+            narrow &= SIZE[x[i].dtype] == 2;
+            quick[i] = (float)c[i];
+            quick[MAX_OPERANDS + i] = c[i] < 0 ? -quick[i] : quick[i];
+        }
+        /* Coefficients such as 1/2 give midpoints by the million: then trying is a waste. */
+        size_t step = QUICK * LANES;
+        for (; narrow && k + step <= length && *doubts < 64 + (start + k) / (4 * LANES); k += step) {
+            unsigned in_doubt = NAME(combine_quickly)(x, quick, n, start + k, out + 2 * k);
+            for (size_t u = k; in_doubt; u += LANES, in_doubt >>= 1) {
+                if (!(in_doubt & 1)) continue;
+                ++*doubts;
+                for (size_t v = u; v < u + LANES; v += HALF)
+                    NAME(combine_step)(x, c, n, start + v, 1, out + 2 * v, BF16);
+            }
+        }
+    }
+    for (; k + 4 * HALF <= length; k += 4 * HALF)
+        NAME(combine_step)(x, c, n, start + k, 4, out + k * size, out_dtype);
+    for (; k + HALF <= length; k += HALF) NAME(combine_step)(x, c, n, start + k, 1, out + k * size, out_dtype);
+    if (k == length) return;
+    uint8_t tail[MAX_OPERANDS][8 * HALF], last[8 * HALF]; /* the rest, copied so that no read or write goes too far */
+    Operand padded[MAX_OPERANDS];
+    for (int i = 0; i < n; i++) {
+        memcpy(tail[i], x[i].data + (start + k) * SIZE[x[i].dtype], (length - k) * SIZE[x[i].dtype]);
+        padded[i] = (Operand){tail[i], x[i].dtype, 0};
+    }
+    NAME(combine_step)(padded, c, n, 0, 1, last, out_dtype);
+    memcpy(out + k * size, last, (length - k) * size);
+}
+
+/* `digest_bytes` has room for 16 bytes, or is NULL. */
+TARGET static void NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len,
+                                 const uint8_t *coefficients, uint8_t *out, DType out_dtype, uint8_t *digest_bytes) {
+    size_t item = SIZE[out_dtype], size = n_blocks * block_len * item, doubts = 0;
+    Digest digest = DIGEST_START;
+    for (size_t block = 0; block < n_blocks; block++) {
+        Operand used[MAX_OPERANDS];
+        double c[MAX_OPERANDS];
+        int n_used = 0;
+        for (int i = 0; i < n; i++, coefficients += sizeof(double)) {
+            memcpy(c + n_used, coefficients, sizeof(double));
+            if (c[n_used] != 0) used[n_used++] = x[i];
+        }
+        size_t end = (block + 1) * block_len;
+        for (size_t start = end - block_len; start < end; start += COMBINE_RUN) {
+            size_t length = end - start < COMBINE_RUN ? end - start : COMBINE_RUN;
+            uint8_t *here = out + start * item;
+            if (n_used == 0) memset(here, 0, length * item);
+            else if (out_dtype == BF16) NAME(combine_as)(used, c, n_used, start, length, here, BF16, &doubts);
+            else if (out_dtype == F16) NAME(combine_as)(used, c, n_used, start, length, here, F16, &doubts);
+            else if (out_dtype == F32_) NAME(combine_as)(used, c, n_used, start, length, here, F32_, &doubts);
+            else NAME(combine_as)(used, c, n_used, start, length, here, F64_, &doubts);
+            if (digest_bytes) NAME(digest_advance)(&digest, out, size, (start + length) * item);
+        }
+    }
+    if (digest_bytes) NAME(digest_end)(&digest, out, size, digest_bytes);
+}
+
+#undef QUICK
+#undef COMBINE_RUN
