@@ -136,6 +136,21 @@ class Checkpoint:
                 f"A weight file of {self.source.spec!r} cannot be found any more: {_reason(error)}."
             ) from error
 
+    def check_sizes(self) -> None:
+        """
+        Refuse local files that were cut short since their headers were read.
+
+        Pages past a new end cannot be faulted in, but the rest of the last page would be read as zeros.
+        """
+        if isinstance(self.folder, RemoteFolder):  # every range comes with its length
+            return
+        for file, size in self.files.items():
+            if self.folder.exists(file) and (found := self.folder.size(file)) != size:
+                raise CheckpointError(
+                    f"{self.source.spec!r}: {self.folder.path}/{file} changed while it was in use: it had {size} "
+                    f"bytes and now has {found}. Bring the file back and resume."
+                )
+
     def config(self) -> dict[str, Any]:
         """Parsed `config.json`, empty if there is none."""
         return read_json(self.folder, "config.json", self.source.spec)

@@ -72,6 +72,8 @@ def _run_full_merge(
             outcomes = observer.all_outcomes(own)
             complete = all(processes.gather([complete and observer.go_on]))
         if complete:
+            for model in plan.models:
+                model.weights.check_sizes()
             writer.sync()
     seconds = time.perf_counter() - started
     written = sum(outcome.step.nbytes for outcome in outcomes)

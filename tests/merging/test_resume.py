@@ -268,6 +268,25 @@ def test_a_vanished_input_is_named_and_the_merge_can_go_on(experts: list[str], t
     assert output(out) == output(tmp_path / "whole")
 
 
+def test_an_input_cut_short_within_its_last_page_is_named(experts: list[str], tmp_path: Path) -> None:
+    """What is missing of a page reads as zeros, in silence."""
+    merge(experts, tmp_path / "whole")
+    out, path = tmp_path / "out", Path(experts[1]) / "model.safetensors"
+    data = path.read_bytes()
+
+    class CutShort(StepObserver):
+        def end(self, outcome: StepOutcome) -> bool:
+            os.truncate(path, len(data) - 1)
+            return True
+
+    with pytest.raises(CheckpointError, match=rf"e0.* had {len(data)} bytes and now has {len(data) - 1}\b"):
+        merge(experts, out, observer=CutShort())
+    assert_no_model(out)
+    path.write_bytes(data)
+    merge(experts, out, resume_from_checkpoint=True)
+    assert output(out) == output(tmp_path / "whole")
+
+
 MERGE = """
 import sys
 from hf_frmerge.merging.arguments import MergingArguments
