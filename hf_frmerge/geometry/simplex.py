@@ -21,6 +21,10 @@ from hf_frmerge.geometry.sphere import Array
 
 # Shape suffixes: N = number of distributions, V = number of outcomes; `...` = tokens.
 
+# Squared chords below this, 2e-8 rad, are none: inner products are differences of chords, and what rounding leaves of
+# those of so short a vector points anywhere.
+_SAME_CHORD = 1e-16
+
 
 class Divergences(NamedTuple):
     """
@@ -166,6 +170,8 @@ def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Ar
         the distributions from it, `(..., N)`; radians.
     """
     gram = 0.5 * (chords[..., :1, :] + chords[..., :, :1] - chords)
+    same = chords[..., 0, :] < _SAME_CHORD
+    gram[same[..., None, :] | same[..., :, None]] = 0.0
     gram[..., 0, :] = gram[..., :, 0] = -0.5 * chords[..., 0, :]
     gram[..., 0, 0] = 1.0
     points = sphere.normalise(embed_differences(gram))
