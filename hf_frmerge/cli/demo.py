@@ -25,7 +25,8 @@ def demo(output_dir: str) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         from hf_frmerge.demo.run import BASE, PROMPT, conclusions, run_demo
-        from hf_frmerge.evaluation.compare import Score, recovered
+        from hf_frmerge.evaluation.record import Score
+        from hf_frmerge.evaluation.results import recovered
         from hf_frmerge.merging.manifest import REPORT_FILE
 
         disable_progress_bar()  # of weights being loaded, ten times in all; converting the base shows its own
@@ -34,7 +35,9 @@ def demo(output_dir: str) -> None:
         def on_score(score: Score, total: int) -> None:
             if not bars:
                 bars.append(tqdm(total=total, desc="Evaluating", unit="text"))
-            bars[0].set_postfix_str(f"{score.model} on {score.domain}: {score.perplexity:.2f}", refresh=False)
+            bars[0].set_postfix_str(
+                f"{score.model} on {score.domain}: {score.metrics['perplexity']:.2f}", refresh=False
+            )
             bars[0].update()
 
         try:

@@ -182,13 +182,13 @@ def _measure(
 ) -> EvaluationRecord:
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_frmerge.evaluation.compare import read_texts
     from hf_frmerge.evaluation.harness import run_lm_eval
     from hf_frmerge.evaluation.merge_evaluation import evaluate_merge
     from hf_frmerge.evaluation.merge_sources import sources_of_merge
     from hf_frmerge.evaluation.names import models_of_merge
     from hf_frmerge.evaluation.record import EvaluationRecord
     from hf_frmerge.evaluation.suite import SuiteOptions
+    from hf_frmerge.evaluation.texts import read_texts
     from hf_frmerge.merging.arguments import MergingArguments
 
     disable_progress_bar()  # of weights being loaded; the bar below tells enough

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from hf_frmerge.evaluation.compare import Recovered, Score
+    from hf_frmerge.evaluation.record import Recovered, Score
     from hf_frmerge.merging.extract import ExtractedAdapter
     from hf_frmerge.merging.reproduce import Reproduction
     from hf_frmerge.merging.verify import VerifyReport
@@ -299,7 +299,7 @@ def _losses(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
     """Model -> domain -> loss."""
     losses: dict[str, dict[str, float]] = {}
     for score in scores:
-        losses.setdefault(score.model, {})[score.domain] = score.loss
+        losses.setdefault(score.model, {})[score.domain] = score.metrics["loss"]
     return losses
 
 
@@ -309,5 +309,5 @@ def _perplexity(loss: float, is_best: bool) -> Text:
 
 
 def _kept(row: Recovered) -> str:
-    share = "" if math.isnan(row.share) else f" ({row.share:.0%})"
+    share = "" if row.share is None else f" ({row.share:.0%})"
     return f"{row.kept:+.3f}{share}"

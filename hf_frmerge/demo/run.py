@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,7 @@ from hf_frmerge.merging.planning import build_plan
 from hf_frmerge.merging.progress import ProgressCallback
 
 if TYPE_CHECKING:
-    from hf_frmerge.evaluation.compare import Score
-    from hf_frmerge.evaluation.record import EvaluationRecord
+    from hf_frmerge.evaluation.record import EvaluationRecord, Score
 
 BASE = "base"
 METHODS = ("linear", "nre", "karcher")
@@ -85,6 +85,8 @@ def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[S
     """
     import torch
 
+    from hf_frmerge.evaluation.record import MERGED
+
     started = time.perf_counter()
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     tell("Base model: SmolLM2-135M-Instruct. The first run converts it, which takes a minute.")
@@ -102,21 +104,22 @@ def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[S
     dtype = _faster_dtype()
     n_scores = (1 + len(experts) + len(SPACES) * len(METHODS)) * len(texts)
 
-    def evaluate(models: Mapping[str, str]) -> None:
-        scores.extend(_evaluate(models, texts, base, dtype, lambda score: on_score(score, n_scores)))
+    def add(score: Score) -> None:
+        scores.append(score)
+        on_score(score, n_scores)
 
     tell("Held-out text: what that merge did to the function and to the activations, beside base and experts.")
     record = _measure(output_dir, base, experts, texts, dtype, tell)
-    for score in _scores_of(record):
-        scores.append(score)
-        on_score(score, n_scores)
+    for score in record.scores:
+        add(replace(score, model=FINAL) if score.model == MERGED else score)
     tell("Perplexity of every other merge on the same text.")
     with tempfile.TemporaryDirectory(prefix=".frmerge-demo-", dir=Path(output_dir).absolute().parent) as scratch:
         for report in _merges(experts, base, final, Path(scratch)):
             merged.append(merge_name(report["method"], report["space"]))
             angles[report["space"]] = max(angles[report["space"]], report["max_angle"]["max"])
             if merged[-1] != FINAL:
-                evaluate({merged[-1]: report["output_dir"]})
+                for score in _evaluate(merged[-1], report["output_dir"], texts, dtype):
+                    add(score)
     tell(f"Reloading {output_dir} with AutoModelForCausalLM.from_pretrained.")
     continuation = generate(output_dir, PROMPT)
     seconds = time.perf_counter() - started
@@ -228,16 +231,19 @@ def _densify(adapter: str, base: str, folder: Path) -> str:
     return str(folder)
 
 
-def _evaluate(
-    models: Mapping[str, str],
-    texts: Mapping[str, list[str]],
-    base: str,
-    dtype: str,
-    on_score: Callable[[Score], None],
-) -> list[Score]:
-    from hf_frmerge.evaluation.compare import compare_models
+def _evaluate(name: str, folder: str, texts: Mapping[str, list[str]], dtype: str) -> Iterator[Score]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return compare_models(models, texts, base_model=base, dtype=dtype, batch_size=4, on_score=on_score)
+    from hf_frmerge.evaluation.loop import evaluate_causal_lm
+    from hf_frmerge.evaluation.record import Score
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    for domain, rows in texts.items():
+        found = evaluate_causal_lm(model, tokenizer, rows, batch_size=4)
+        yield Score(name, domain, found.by_name(), found.n_tokens)
+    del model
+    gc.collect()  # models hold reference cycles; the next one is loaded into the memory this frees
 
 
 def _faster_dtype() -> str:
@@ -284,23 +290,11 @@ def _measure(
     return record
 
 
-def _scores_of(record: EvaluationRecord) -> list[Score]:
-    """Return the record's scores as those of the table; the merge goes by its name there."""
-    from hf_frmerge.evaluation.compare import Score
-    from hf_frmerge.evaluation.record import MERGED
-
-    names = {MERGED: FINAL}
-    return [
-        Score(names.get(row.model, row.model), row.domain, n_tokens=row.n_tokens, **row.metrics)
-        for row in record.scores
-    ]
-
-
 def _mean_perplexity(scores: Sequence[Score]) -> dict[str, float]:
     """Geometric mean over the texts, by model."""
     losses: dict[str, list[float]] = {}
     for score in scores:
-        losses.setdefault(score.model, []).append(score.loss)
+        losses.setdefault(score.model, []).append(score.metrics["loss"])
     return {model: math.exp(math.fsum(values) / len(values)) for model, values in losses.items()}
 
 

@@ -28,6 +28,10 @@ class LanguageModelMetrics:
     token_accuracy: float  # share of tokens that were the model's first guess
     n_tokens: int  # tokens scored
 
+    def by_name(self) -> dict[str, float]:
+        """Return the metrics as a record keeps them."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "token_accuracy": self.token_accuracy}
+
 
 def evaluate_causal_lm(
     model: torch.nn.Module,

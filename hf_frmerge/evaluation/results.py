@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -105,8 +105,7 @@ def _add_text(
     with store.tables(number, models) as (tables, pairs):
         for name, table in tables.items():
             found = metrics_of(table.read("log_prob"), float(np.mean(table.read("first") == targets)))
-            metrics = {"loss": found.loss, "perplexity": found.perplexity, "token_accuracy": found.token_accuracy}
-            record.scores.append(Score(name, domain, metrics, found.n_tokens, blocks.n_samples))
+            record.scores.append(Score(name, domain, found.by_name(), found.n_tokens, blocks.n_samples))
         record.distances += [summarise(one, two, domain, table) for (one, two), table in pairs.items()]
         experts = [name for name in record.experts if name in models]
         if MERGED not in models or not experts:
@@ -118,34 +117,41 @@ def _add_text(
 
 
 def recovery_rows(record: EvaluationRecord) -> list[Recovered]:
+    """Return how much of every expert's gain over the base the merged model keeps; none without a base or a merge."""
+    measured = {score.model for score in record.scores}
+    base = next((name for name, role in record.models.items() if role == "base"), None)
+    if base not in measured or MERGED not in measured:
+        return []
+    return recovered(record.scores, [MERGED], [name for name in record.experts if name in measured], base)
+
+
+def recovered(scores: Iterable[Score], merged: Iterable[str], experts: Sequence[str], base: str) -> list[Recovered]:
     """
-    Return how much of every expert's gain over the base the merged model keeps, on the text of that expert.
+    Return how much of every expert's gain over the base every merged model keeps, on the text of that expert.
 
     The text of an expert is the one of its name; without such a text, the one on which it gains most over the base.
+
+    Args:
+        scores (`Iterable[Score]`): Scores of all these models on all texts.
+        merged (`Iterable[str]`): Names of merged models.
+        experts (`Sequence[str]`): Names of the experts.
+        base (`str`): Name of the base model.
+
+    Returns:
+        `list[Recovered]`: one for every merged model and expert.
     """
-    base = next((name for name, role in record.models.items() if role == "base"), None)
     losses: dict[str, dict[str, float]] = {}
-    for score in record.scores:
+    for score in scores:
         losses.setdefault(score.model, {})[score.domain] = score.metrics["loss"]
-    if base not in losses or MERGED not in losses:
-        return []
     rows = []
-    for expert in record.experts:
-        own = losses.get(expert)
-        if own is None:
-            continue
-        domain = expert if expert in own else max(own, key=lambda name: losses[base][name] - own[name])
-        share = recovery(losses[base][domain], own[domain], losses[MERGED][domain])
-        rows.append(
-            Recovered(
-                MERGED,
-                expert,
-                domain,
-                gain=losses[base][domain] - own[domain],
-                kept=losses[base][domain] - losses[MERGED][domain],
-                share=None if math.isnan(share) else share,
-            )
-        )
+    for model in merged:
+        for expert in experts:
+            own = losses[expert]
+            domain = expert if expert in own else max(own, key=lambda name: losses[base][name] - own[name])
+            base_loss, expert_loss, loss = (losses[name][domain] for name in (base, expert, model))
+            share = recovery(base_loss, expert_loss, loss)
+            known = None if math.isnan(share) else share
+            rows.append(Recovered(model, expert, domain, base_loss - expert_loss, base_loss - loss, known))
     return rows
 
 

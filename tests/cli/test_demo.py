@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge.demo import run
 from hf_frmerge.demo.run import BASE, METHODS, SPACES, conclusions, merge_name
-from hf_frmerge.evaluation.compare import Score
-from hf_frmerge.evaluation.record import load_record
+from hf_frmerge.evaluation.record import Score, load_record
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def sentences(**perplexity: float) -> str:
     """Conclusions when all merges score 20 but those named here, as in `karcher_deltas=19`."""
     values = {merge_name(method, space): 20.0 for method in METHODS for space in SPACES} | {BASE: 30.0}
     values |= {merge_name(*name.split("_")): value for name, value in perplexity.items()}
-    scores = [Score(name, "text", math.log(value), value, 0.0, 9) for name, value in values.items()]
+    scores = [Score(name, "text", {"loss": math.log(value)}) for name, value in values.items()]
     return " ".join(conclusions(scores, {"deltas": 1.5, "weights": 0.08}))
 
 
