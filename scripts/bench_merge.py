@@ -22,13 +22,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from bench_models import SIZES, ensure_models, shapes
+from bench_models import SIZES, ensure_models
 
 from hf_frmerge.geometry.karcher import karcher_mean
+from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.planning import build_plan
 
 FLOOR = r"""
 import ctypes, os, sys, threading
@@ -81,16 +85,18 @@ class Candidate:
 
 
 def run(candidate: Candidate, inputs: list[Path]) -> None:
-    """Run once with warm inputs and a quiet disk; keep wall and CPU seconds and the peak of anonymous memory."""
+    """Run once with warm inputs and a quiet machine; keep wall and CPU seconds and the peak of anonymous memory."""
     shutil.rmtree(candidate.out, ignore_errors=True)
     if candidate.name.startswith("floor") and candidate.out.exists():
         candidate.out.unlink()
+    os.sync()
+    # A virtual machine gives memory back to its host two seconds after it was freed, and pays tenfold to get it again:
+    # let that pass, then touch as much as will be written.
+    time.sleep(3)
     for path in inputs:
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
                 pass
-    os.sync()
-    # A virtual machine gives memory that was free for seconds back to its host, and pays tenfold to get it again.
     warm = np.ones(sum(path.stat().st_size for path in inputs if path.parent == inputs[0].parent) // 8)
     del warm
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -225,17 +231,20 @@ def report(found: list[Candidate], input_bytes: int, n: int) -> None:
         )
 
 
-def fixed_point(n: int, n_tensors: int, whole: float) -> None:
+def fixed_point(experts: list[Path], unused: Path, whole: float) -> None:
     """Print what the Karcher iteration takes of a merge of `whole` CPU seconds: random directions 0.3 rad apart."""
-    rng = np.random.default_rng(0)
-    points = rng.standard_normal(n) + 0.2 * rng.standard_normal((n_tensors, n, n))
+    with closing(build_plan([str(expert) for expert in experts], MergingArguments(output_dir=str(unused)))) as plan:
+        batches = Counter(step.batch for step in plan.steps)
+    rng, n = np.random.default_rng(0), len(experts)
+    points = rng.standard_normal(n) + 0.2 * rng.standard_normal((batches.total(), n, n))
     units = points / np.linalg.norm(points, axis=-1, keepdims=True)
     start = time.process_time()
-    for block in units:
-        karcher_mean(block[None], np.full(n, 1 / n))
+    for size in batches.values():
+        karcher_mean(units[:size], np.full(n, 1 / n))
     seconds = time.process_time() - start
     print(
-        f"The fixed point itself, {n_tensors} tensors: {seconds:.3f} s of CPU, {seconds / whole:.1%} of the merge's."
+        f"The fixed point itself, {batches.total()} tensors in {len(batches)} batches: {seconds:.3f} s of CPU, "
+        f"{seconds / whole:.1%} of the merge's."
     )
 
 
@@ -266,7 +275,7 @@ def main() -> None:
             print(f"\n## {size}")
             report(found, sum(path.stat().st_size for path in inputs), n)
             [karcher] = [c for c in found if c.name == "frmerge karcher"]
-            fixed_point(n, len(shapes(size)), statistics.median(karcher.cpu))
+            fixed_point(experts, folder / "unused", statistics.median(karcher.cpu))
             if not options.no_exactness:
                 exactness(experts, {c.name: c.out for c in found if "karcher" in c.name})
             for candidate in found:

@@ -148,7 +148,7 @@ class Checkpoint:
             if self.folder.exists(file) and (found := self.folder.size(file)) != size:
                 raise CheckpointError(
                     f"{self.source.spec!r}: {self.folder.path}/{file} changed while it was in use: it had {size} "
-                    f"bytes and now has {found}. Bring the file back and resume."
+                    f"bytes and now has {found}. Bring the file back and start the merge anew with --overwrite."
                 )
 
     def config(self) -> dict[str, Any]:

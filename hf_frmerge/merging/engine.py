@@ -79,7 +79,7 @@ class Engine:
         self._share_grams = share_grams
         self._workers = worker_count(plan)
         self._budget = plan.args.memory_budget_bytes
-        # Groups to go on with on the calling thread, errors, and None to have it look again.
+        # Batches to go on with on the calling thread, errors, and None to have it look again.
         self._events: SimpleQueue[BatchWork | BaseException | None] = SimpleQueue()
         self._lock = threading.Lock()
         # By urgency, then by age.
@@ -123,7 +123,8 @@ class Engine:
             self._share_grams({})  # nothing to merge here: the others wait for this process all the same
         return outcomes, go_on and not todo
 
-    # Scheduling: everything below until the jobs runs on the calling thread.
+    # Scheduling. Batches are admitted and observers told on the calling thread; what follows a pass runs on the thread
+    # that ended it.
 
     def _admit(self, steps: list[TensorStep]) -> list[TensorWork]:
         """Start on a batch; tensors of it that are skipped go their own way."""

@@ -283,7 +283,7 @@ def test_an_input_cut_short_within_its_last_page_is_named(experts: list[str], tm
         merge(experts, out, observer=CutShort())
     assert_no_model(out)
     path.write_bytes(data)
-    merge(experts, out, resume_from_checkpoint=True)
+    merge(experts, out, overwrite=True)
     assert output(out) == output(tmp_path / "whole")
 
 
