@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xxhash import xxh3_128_hexdigest
-
 from hf_frmerge.checkpoints.reader import DTYPE_BITS, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError, HubError
 from hf_frmerge.kernels import digest
 from hf_frmerge.merging.blocks import block_shape, head_dim_of, pieces
-from hf_frmerge.merging.checksums import sha256_of
+from hf_frmerge.merging.checksums import header_digest, sha256_of
 from hf_frmerge.merging.manifest import read_manifest
 from hf_frmerge.merging.operands import join_digests
 
@@ -55,7 +53,7 @@ def check_unaltered(folder: Path, sha256: Mapping[str, str]) -> None:
 
 def _check_tensors(folder: Path, manifest: dict[str, Any], files: list[str]) -> None:
     for name in files:
-        if _header_digest(folder / name) != manifest["files"][name]["header_xxh3_128"]:
+        if header_digest(folder / name) != manifest["files"][name]["header_xxh3_128"]:
             raise _altered(folder, f"the header of {name} was changed after the merge")
     block = manifest["arguments"]["block"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -82,12 +80,6 @@ def _tensor_digest(model: Checkpoint, name: str, n_blocks: int, block_len: int) 
         parts.append(digest(model.read(name, start, stop)))
         model.release(name, start, stop)
     return join_digests(parts)
-
-
-def _header_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        length = file.read(8)
-        return xxh3_128_hexdigest(length + file.read(int.from_bytes(length, "little")))
 
 
 def _altered(folder: Path, what: str) -> HubError:

@@ -12,6 +12,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xxhash import xxh3_128_hexdigest
+
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, donor_files
 from hf_frmerge.checkpoints.files import LocalFolder, open_folder
 from hf_frmerge.checkpoints.reader import INDEX_FILE
@@ -27,6 +29,13 @@ def sha256_of(path: Path | str) -> str:
     """SHA-256 of a file of any size, as hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def header_digest(path: Path) -> str:
+    """Return the XXH3-128 digest of the header of a safetensors file, its length included."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return xxh3_128_hexdigest(length + file.read(int.from_bytes(length, "little")))
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -134,11 +134,10 @@ class Engine:
             if tensors[0].step.action == "copy":
                 known = self._journal.written.get(tensors[0].step.name, {}).get("inputs")
                 job, then = (self._check_piece, self._checked) if known else (self._copy_piece, self._wrote)
-                self._start(BatchWork(tensors, then), job, then)
+                self._start(BatchWork(tensors), job, then)
                 continue
-            batch = BatchWork(tensors, self._solve)
             nbytes = sum(tensor.step.nbytes for tensor in tensors) * len(self._plan.models)
-            batch.is_large = nbytes > self._budget
+            batch = BatchWork(tensors, is_large=nbytes > self._budget)
             if all(tensor.step.name in self._recorded(tensor) for tensor in tensors):
                 self._start(batch, self._check_piece, self._checked)
             else:
@@ -180,13 +179,13 @@ class Engine:
             event.then(event)
 
     def _solve(self, batch: BatchWork) -> None:
-        rough = [tensor for tensor in batch.tensors if tensor.needs_precision()]
+        spheres = batch.spheres()
+        rough = [t for t in batch.tensors if t.needs_precision(spheres[t.step.group][t.step.name].gram)]
         if rough:
             for tensor in rough:
                 tensor.precise = True
             self._start(batch, self._gram_piece, self._solve, rough)
             return
-        spheres = batch.spheres()
         if self._share_grams is not None:
             spheres = {group: self._share_grams(found) for group, found in spheres.items()}
         weights = {tensor.step.group: tensor.step.weights for tensor in batch.tensors}

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.reader import DTYPE_BITS, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source, resolve
@@ -18,7 +17,7 @@ from hf_frmerge.errors import CheckpointError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.blocks import pieces
-from hf_frmerge.merging.checksums import sha256_of
+from hf_frmerge.merging.checksums import header_digest, sha256_of
 from hf_frmerge.merging.engine import StepObserver, worker_count
 from hf_frmerge.merging.manifest import local_sources, read_coefficients, read_manifest, record_checksums
 from hf_frmerge.merging.operands import join_digests
@@ -155,16 +154,10 @@ def _check_files(folder: Path, manifest: dict[str, Any], report: VerifyReport, s
         is_hashed = entry["sha256"] is not None and (sha256 or "header_xxh3_128" not in entry)
         if path.stat().st_size != entry["size"]:
             report.problems.append(f"File {name} has {path.stat().st_size} bytes, {entry['size']} were written.")
-        elif "header_xxh3_128" in entry and _header_digest(path) != entry["header_xxh3_128"]:
+        elif "header_xxh3_128" in entry and header_digest(path) != entry["header_xxh3_128"]:
             report.problems.append(f"The header of {name} was changed after the merge.")
         elif is_hashed and sha256_of(path) != entry["sha256"]:
             report.problems.append(f"File {name} was changed after the merge.")
-
-
-def _header_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        length = file.read(8)
-        return xxh3_128_hexdigest(length + file.read(int.from_bytes(length, "little")))
 
 
 def _plan(folder: Path, manifest: dict[str, Any], experts: Sequence[str] | None, base_model: str | None) -> MergePlan:

@@ -77,11 +77,11 @@ class TensorWork:
             total[piece.first_block] += gram
         return total
 
-    def needs_precision(self) -> bool:
-        """Whether the Gram pass has to be done again in float64."""
+    def needs_precision(self, gram_BKK: NDArray[np.float64]) -> bool:
+        """Whether the Gram pass, whose result is given, has to be done again in float64."""
         if self.precise or self.inputs.factored:
             return False
-        return bool(np.any(self.gram()[:, 0, 0] < _TINY_MEAN_SQUARE * max(1, self.step.block_len)))
+        return bool(np.any(gram_BKK[:, 0, 0] < _TINY_MEAN_SQUARE * max(1, self.step.block_len)))
 
     def inputs_digest(self) -> dict[str, str]:
         """Return the digest of every input by role."""
@@ -104,15 +104,15 @@ class BatchWork:
     Tensors solved together, or one that is copied.
 
     Attributes:
+        is_large: whether the pages of all inputs would not fit the memory budget.
         then: what follows when the jobs under way have ended.
         remaining: how many have not.
-        is_large: whether the pages of all inputs would not fit the memory budget.
     """
 
     tensors: list[TensorWork]
-    then: Callable[[BatchWork], None]
     is_large: bool = False
-    remaining: int = 0
+    then: Callable[[BatchWork], None] = field(init=False)
+    remaining: int = field(init=False)
 
     def spheres(self) -> dict[str, dict[str, TensorGram]]:
         """Return the Gram matrices by group, and in it by tensor."""
