@@ -29,7 +29,3 @@ class ResumeError(MergeError):
 
 class HubError(MergeError):
     """The Hugging Face Hub refused a request or could not be reached."""
-
-
-class MergeWarning(UserWarning):
-    """Something is supported but probably not what was meant."""

@@ -159,7 +159,7 @@ class FisherRaoMerger:
 
     def merge(self, resume_from_checkpoint: bool | None = None) -> Self:
         """
-        Merge the experts into `args.output_dir`.
+        Merge the experts into `args.output_dir`; then evaluate (`args.do_eval`) and push (`args.push_to_hub`).
 
         Args:
             resume_from_checkpoint (`bool`, *optional*):
@@ -202,6 +202,8 @@ class FisherRaoMerger:
             self.evaluate()
             if self.processes.is_main:
                 self._describe()  # now with what was measured
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return self
 
     def evaluate(

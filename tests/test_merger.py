@@ -481,6 +481,12 @@ def test_a_push_in_the_background_and_one_the_hub_refuses(make: Any, hub: HubSer
         merger.push_to_hub(token="wrong-token")
 
 
+def test_push_to_hub_pushes_at_the_end_of_the_merge(make: Any, hub: HubServer) -> None:
+    make(push_to_hub=True, hub_model_id="lab/merged", hub_token=ALICE_TOKEN).merge()
+    pushed = hub.repos["models", "lab/merged"].commit_of("main").files
+    assert {"model.safetensors", "config.json", "README.md", "merge_manifest.json"} <= set(pushed)
+
+
 def test_nothing_is_pushed_or_described_before_the_merge(make: Any) -> None:
     with pytest.raises(RuntimeError, match=r"`push_to_hub` needs a merged model: call `merge\(\)` first"):
         make().push_to_hub("alice/merged")

@@ -41,8 +41,6 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
             weights=expert_arguments.weights,
             base_model=expert_arguments.base_model,
         ).merge()
-        if args.push_to_hub:
-            merger.push_to_hub()
     if as_json:
         click.echo(json.dumps(merger.report, indent=2))
         return

@@ -75,25 +75,6 @@ def difference_gram(arrays: Sequence[NDArray[np.floating]], chunk: int = 1 << 18
     return gram_KK
 
 
-def full_gram(differences: Array) -> Array:
-    """
-    Gram matrix of `(x_0, ..., x_{K-1})` from the difference Gram. Small angles are lost in it.
-
-    Args:
-        differences (`np.ndarray`): Gram matrix of `(x_0, x_1 - x_0, ...)`, `(..., K, K)`, float64.
-
-    Returns:
-        `np.ndarray`: `(..., K, K)`, float64.
-    """
-    shift = differences[..., :1, :].copy()
-    shift[..., 0] = 0.0
-    corner = differences[..., :1, :1]
-    others = differences.copy()
-    others[..., 0, :] = 0.0
-    others[..., :, 0] = 0.0
-    return corner + shift + np.swapaxes(shift, -1, -2) + others
-
-
 def delta_gram(differences: Array) -> Array:
     """
     Gram matrix of the differences `(x_1 - x_0, ..., x_{K-1} - x_0)`: the points of delta space when `x_0` is the base.

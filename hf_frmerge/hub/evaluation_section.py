@@ -14,10 +14,12 @@ from hf_frmerge.evaluation.record import (
     FunctionDistance,
     Generation,
     Recovered,
+    Score,
     WorstToken,
 )
+from hf_frmerge.evaluation.weakest import WeakestDomain, weakest_domain
 from hf_frmerge.hub.markdown import MarkdownTable, bold, escape, listed, number, percent
-from hf_frmerge.hub.metrics import MetricTable, metric_tables, shown_model
+from hf_frmerge.hub.metrics import MetricTable, metric_of, metric_tables, shown_model
 
 _WORST_LAYERS = 3
 _WORST_TOKENS = 5
@@ -56,13 +58,12 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
     Returns:
         `EvaluationSection`: For the template of the card.
     """
-    metrics = metric_tables(record.scores)
     distances = [row for row in record.distances if row.model == MERGED and row.other in record.experts]
     collapse = record.collapse()
     return EvaluationSection(
         measured_on=_measured_on(record),
         summary=_summary(record),
-        metrics=metrics,
+        metrics=metric_tables(record.scores),
         recovery=_recovery(record.recovery),
         distances=_distances(record, distances),
         distance_note=_distance_note(record, distances),
@@ -70,7 +71,7 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
         layers=_layers(collapse),
         layer_note=_layer_note(record),
         generations=_generations(record.generations),
-        weaknesses=_weaknesses(metrics, _on_own_text(record, distances), collapse),
+        weaknesses=_weaknesses(record.scores, _on_own_text(record, distances), collapse),
         worst_tokens=_worst_tokens(record.worst_tokens),
         commands=record.commands,
     )
@@ -251,9 +252,10 @@ def _on_own_text(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> 
 
 
 def _weaknesses(
-    metrics: Sequence[MetricTable], distances: Sequence[FunctionDistance], collapse: Sequence[CollapseRatio]
+    scores: Sequence[Score], distances: Sequence[FunctionDistance], collapse: Sequence[CollapseRatio]
 ) -> list[str]:
-    found = [table.weakest for table in metrics[:1] if table.weakest]
+    weak = weakest_domain(scores)
+    found = [_behind(weak)] if weak else []
     known = [row for row in distances if math.isfinite(row.fisher_rao.mean)]
     if known:
         row = max(known, key=lambda row: row.fisher_rao.mean)
@@ -269,6 +271,17 @@ def _weaknesses(
             f"experts' spread and {percent(worst.effective_rank)} of their directions."
         )
     return found
+
+
+def _behind(weak: WeakestDomain) -> str:
+    digits = metric_of(weak.metric).digits
+    numbers = f"{number(weak.merged, digits)} against {number(weak.best, digits)} for {escape(weak.model)}"
+    if weak.gap <= 0:
+        return (
+            "It is at least level with every other model in every domain; the closest is "
+            f"{escape(weak.domain)}: {numbers}."
+        )
+    return f"It falls furthest behind the best other model in **{escape(weak.domain)}**: {numbers}."
 
 
 def _worst_tokens(rows: Sequence[WorstToken]) -> MarkdownTable | None:

@@ -1,4 +1,4 @@
-"""Scores as a card shows them: one table a metric, and where the merged model is furthest behind."""
+"""Scores as a card shows them: one table a metric."""
 
 from __future__ import annotations
 
@@ -52,7 +52,6 @@ class MetricTable:
     better: str | None
     meaning: str
     table: MarkdownTable
-    weakest: str | None  # sentence on the domain where the merge falls furthest behind the best other model
 
 
 def metric_of(name: str) -> Metric:
@@ -99,7 +98,7 @@ def _metric_table(name: str, scores: Sequence[Score]) -> MetricTable:
 
     rows = tuple((shown_model(model), *(shown(model, domain) for domain in domains)) for model in models)
     table = MarkdownTable(("", *(escape(domain) for domain in domains)), rows)
-    return MetricTable(metric.title, metric.better, metric.meaning, table, _weakest(metric, values, models, domains))
+    return MetricTable(metric.title, metric.better, metric.meaning, table)
 
 
 def _best(metric: Metric, values: Iterable[float]) -> float | None:
@@ -107,28 +106,3 @@ def _best(metric: Metric, values: Iterable[float]) -> float | None:
     if metric.better is None or not finite:
         return None
     return min(finite) if metric.better == "lower" else max(finite)
-
-
-def _weakest(
-    metric: Metric, values: dict[tuple[str, str], float], models: Sequence[str], domains: Sequence[str]
-) -> str | None:
-    """Where the merged model is worst off against the best other model of the table, by ratio."""
-    gaps = []
-    for domain in domains:
-        merged = values.get((MERGED, domain), math.nan)
-        others = {m: values[m, domain] for m in models if m != MERGED and (m, domain) in values}
-        best = _best(metric, others.values())
-        if best is None or not math.isfinite(merged) or min(merged, best) <= 0:
-            continue
-        loss = merged / best if metric.better == "lower" else best / merged
-        name = next(model for model, value in others.items() if value == best)
-        gaps.append((loss, domain, merged, best, name))
-    if not gaps:
-        return None
-    loss, domain, merged, best, name = max(gaps)
-    numbers = f"{number(merged, metric.digits)} against {number(best, metric.digits)} for {escape(name)}"
-    if loss <= 1:
-        return (
-            f"It is at least level with every other model in every domain; the closest is {escape(domain)}: {numbers}."
-        )
-    return f"It falls furthest behind the best other model in **{escape(domain)}**: {numbers}."

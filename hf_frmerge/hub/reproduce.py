@@ -16,7 +16,7 @@ from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.journal import result_options
 
 # Arguments that change no bit of the result, but without which it might not be made.
-_NEEDED = ("strict", "allow_license", "seed")
+_NEEDED = ("strict", "allow_license")
 
 _PART = r"[^\s/\\'\"`,;:)\]}|]+"
 # An absolute POSIX path of two parts or more, `~/...`, `file:///...` or a Windows path; not the path of a URL.

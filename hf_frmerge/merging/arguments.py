@@ -37,12 +37,15 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_workers": (lambda v: v >= 1, "at least 1"),
     "adapter_rank": (lambda v: v >= 1, "at least 1"),
     "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
-    "seed": (lambda v: v >= 0, "at least 0"),
     "logging_steps": (lambda v: v >= 1, "at least 1"),
     "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "eval_block_size": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
     "dataloader_num_workers": (lambda v: v >= 0, "at least 0"),
 }
+
+
+# Arguments of earlier versions, in the records of their merges, that never changed anything.
+RETIRED = ("seed", "metric_for_best_model", "greater_is_better", "hub_strategy")
 
 
 def _describe(text: str, choices: Iterable[str] | None = None) -> dict[str, Any]:
@@ -192,7 +195,6 @@ class MergingArguments:
     )
 
     # 3. Running and reporting, as in `TrainingArguments`; one step is one tensor
-    seed: int = field(default=42, metadata=_describe("Seed of everything random."))
     run_name: str | None = field(default=None, metadata=_describe("Name of this run in the reports."))
     report_to: str = field(
         default="none",
@@ -243,13 +245,6 @@ class MergingArguments:
     dataloader_num_workers: int = field(
         default=0, metadata=_describe("Processes that load evaluation data; 0 loads it in the main process.")
     )
-    metric_for_best_model: str | None = field(default=None, metadata=_describe("Metric by which models are compared."))
-    greater_is_better: bool | None = field(
-        default=None,
-        metadata=_describe(
-            "Whether a larger metric_for_best_model is better. Default: not if its name ends in loss or perplexity."
-        ),
-    )
 
     # 5. The Hub
     push_to_hub: bool = field(default=False, metadata=_describe("Push the merged model to the Hub at the end."))
@@ -268,9 +263,6 @@ class MergingArguments:
     hub_collection: str | None = field(
         default=None, metadata=_describe("Slug of a collection on the Hub to which the pushed model is added.")
     )
-    hub_strategy: str = field(
-        default="end", metadata=_describe("When to push. A merge is saved once, so there is only end.", ("end",))
-    )
 
     def __post_init__(self) -> None:
         if self.report_to is None or isinstance(self.report_to, (list, tuple)):  # both are fine for the Trainer
@@ -283,8 +275,6 @@ class MergingArguments:
         self._validate()
         if self.disable_tqdm is None:
             self.disable_tqdm = self._default_disable_tqdm()
-        if self.greater_is_better is None:
-            self.greater_is_better = self._default_greater_is_better()
 
     @property
     def memory_budget_bytes(self) -> int:
@@ -328,20 +318,8 @@ class MergingArguments:
         """All options as values a reporter can store, tokens masked and everything else turned into text."""
         return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in self.to_dict().items()}
 
-    def non_default(self) -> dict[str, Any]:
-        """Options that differ from their defaults, tokens masked: what a model card shows."""
-        defaults = {f.name: f.default for f in fields(self)}
-        defaults["disable_tqdm"] = self._default_disable_tqdm()
-        defaults["greater_is_better"] = self._default_greater_is_better()
-        shown = self.to_dict()
-        return {name: shown[name] for name, value in asdict(self).items() if value != defaults[name]}
-
     def _default_disable_tqdm(self) -> bool:
         return self.get_process_log_level() > logging.WARNING
-
-    def _default_greater_is_better(self) -> bool | None:
-        metric = self.metric_for_best_model
-        return None if metric is None else not metric.endswith(("loss", "perplexity"))
 
     def _validate(self) -> None:
         values = self.__dict__

@@ -86,8 +86,6 @@ class MergeControl:
             Log after this tensor. Reset for every tensor and once done.
         should_evaluate (`bool`):
             Evaluate the merged model. Reset for every tensor and once done.
-        should_save (`bool`):
-            Complete and save the output. Reset for every tensor and once done.
         stop_reason (`str`):
             Why a callback asked to stop, for the message to the user.
     """
@@ -96,7 +94,6 @@ class MergeControl:
     should_skip_tensor: bool = False
     should_log: bool = False
     should_evaluate: bool = False
-    should_save: bool = False
     stop_reason: str = ""
 
 
@@ -251,7 +248,6 @@ class CallbackHandler:
         control.should_skip_tensor = False
         control.should_log = False
         control.should_evaluate = False
-        control.should_save = False
         return self.call_event("on_step_begin", args, state, control)
 
     def on_step_end(
@@ -268,8 +264,7 @@ class CallbackHandler:
         return self.call_event("on_log", args, state, control, logs=logs)
 
     def on_save(self, args: MergingArguments, state: MergeState, control: MergeControl) -> MergeControl:
-        """Note that saving is done, then fire `on_save`."""
-        control.should_save = False
+        """Fire `on_save`: the merged model is in its folder."""
         return self.call_event("on_save", args, state, control)
 
     def on_merge_end(self, args: MergingArguments, state: MergeState, control: MergeControl) -> MergeControl:
@@ -315,8 +310,8 @@ class CallbackHandler:
 
 class DefaultFlowCallback(MergeCallback):
     """
-    Log every `logging_steps` tensors (and the first, with `logging_first_step`); after the last tensor, save, and
-    evaluate if `do_eval`.
+    Log every `logging_steps` tensors (and the first, with `logging_first_step`); evaluate after the last one if
+    `do_eval`.
     """
 
     def on_step_end(
@@ -326,7 +321,6 @@ class DefaultFlowCallback(MergeCallback):
         if state.global_step % args.logging_steps == 0 or (state.global_step == 1 and args.logging_first_step):
             control.should_log = True
         if state.global_step >= state.max_steps:
-            control.should_save = True
             control.should_evaluate = control.should_evaluate or args.do_eval
         return control
 

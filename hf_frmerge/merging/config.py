@@ -52,22 +52,3 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         if key not in known:
             raise ArgumentError(f"unknown key {key!r} in {str(file)!r}.{did_you_mean(str(key), known)}")
     return config
-
-
-def load_config(path: str | os.PathLike[str]) -> tuple[ExpertArguments, MergingArguments]:
-    """
-    Read a whole merge from a YAML or JSON file; see [`read_config`] for what it may hold.
-
-    Relative paths in it mean what they would mean on the command line: they start at the working directory, not at
-    the folder of the file.
-
-    Raises:
-        ArgumentError: As [`read_config`], if `experts` is missing, or for a value that is not valid.
-    """
-    config = read_config(path)
-    if "experts" not in config:
-        raise ArgumentError(f"The configuration file {str(path)!r} must list the `experts` to merge.")
-    expert_names = {f.name for f in fields(ExpertArguments)}
-    experts = {name: value for name, value in config.items() if name in expert_names}
-    merging = {name: value for name, value in config.items() if name not in expert_names}
-    return ExpertArguments(**experts), MergingArguments(**merging)

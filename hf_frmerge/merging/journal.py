@@ -42,7 +42,7 @@ _FREE_OPTIONS = frozenset(
 def result_options() -> list[str]:
     """Return the names of the options that can change a bit of the output."""
     names = [f.name for f in fields(MergingArguments)]
-    return [name for name in names[: names.index("seed")] if name not in _FREE_OPTIONS]
+    return [name for name in names[: names.index("run_name")] if name not in _FREE_OPTIONS]
 
 
 def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:

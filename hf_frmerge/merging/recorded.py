@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError, CheckpointError
-from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.arguments import RETIRED, MergingArguments
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, recorded_models
 from hf_frmerge.merging.planning import build_plan
 
@@ -92,7 +92,11 @@ def plan_again(manifest: dict[str, Any], models: Sequence[str], **changes: Any) 
         CheckpointError: If the record has arguments that this version does not know, or the models do not fit.
     """
     known = {field.name for field in fields(MergingArguments)}
-    recorded = {name: value for name, value in manifest["arguments"].items() if not name.endswith("_token")}
+    recorded = {
+        name: value
+        for name, value in manifest["arguments"].items()
+        if name not in RETIRED and not name.endswith("_token")
+    }
     unknown = sorted(recorded.keys() - known)
     if unknown:
         raise CheckpointError(

@@ -1,12 +1,9 @@
-"""Progress of a merge: what callbacks read, and what is saved beside the merged model."""
+"""Progress of a merge: what callbacks read."""
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.callbacks import StepResult
@@ -38,8 +35,6 @@ class MergeState:
             One entry per expert: `id`, `revision` (resolved commit), `weight`, `licence`.
         log_history (`list[dict]`):
             Everything logged, with the step it was logged at.
-        best_metric (`float`, *optional*):
-            Best value of `metric_for_best_model` seen.
         logging_steps (`int`):
             Copy of the argument, for reporting integrations.
 
@@ -56,12 +51,12 @@ class MergeState:
     worst_residual: float = 0.0
     sources: list[dict[str, str | float | None]] = field(default_factory=list)
     log_history: list[dict[str, float | int | str]] = field(default_factory=list)
-    best_metric: float | None = None
     logging_steps: int = 500
     is_world_process_zero: bool = True
     is_local_process_zero: bool = True
     total_flos: float = 0
     is_hyper_param_search: bool = False
+    best_metric: float | None = None
     trial_name: str | None = None
     trial_params: dict[str, str | float | int | bool] | None = None
 
@@ -79,21 +74,3 @@ class MergeState:
         if result.action == "merge":
             self.n_not_converged += not result.converged
             self.worst_residual = max(self.worst_residual, result.residual)
-
-    def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
-        """Write the state as JSON; the file is replaced as a whole, so a reader never sees half of it."""
-        path = Path(json_path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-    @classmethod
-    def load_from_json(cls, json_path: str | os.PathLike[str]) -> Self:
-        """Read a state that [`~MergeState.save_to_json`] wrote."""
-        return cls(**json.loads(Path(json_path).read_text(encoding="utf-8")))

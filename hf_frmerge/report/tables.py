@@ -114,7 +114,7 @@ def distance_table(record: EvaluationRecord) -> Table | None:
         return None
     rows = sorted(record.distances, key=lambda row: row.model != MERGED)
     error = max(row.error for row in rows)
-    bound = f" Stored outputs are cut short: the means may be up to {number(error)} rad too low." if error else ""
+    bound = f" They are estimates from samples: the means may be off by up to {number(error)} rad." if error else ""
     return Table(
         "distances",
         "Distances of the outputs, in numbers",

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from hf_frmerge.evaluation.headlines import Headline, headlines
-from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Recovered, Score
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Recovered
+from hf_frmerge.evaluation.weakest import weakest_domain
 from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
 from hf_frmerge.report.facts import MergeFacts
 from hf_frmerge.report.words import listed, number, percent, visible
@@ -100,30 +101,17 @@ def _on(row: Recovered) -> str:
 
 
 def _weakest_domain(record: EvaluationRecord) -> list[Verdict]:
-    """Where the merged model is farthest behind the best expert."""
-    for metric, unit, sign in (("loss", "nats a token", 1), ("accuracy", "accuracy", -1)):
-        gaps = []
-        for domain in record.domains:
-            values = {s.model: _value(s, metric) for s in record.scores if s.domain == domain}
-            experts = {name: values[name] for name in record.experts if math.isfinite(values.get(name, math.nan))}
-            if experts and math.isfinite(values.get(MERGED, math.nan)):
-                best = min(experts, key=lambda name: sign * experts[name])
-                gaps.append((sign * (values[MERGED] - experts[best]), domain, values[MERGED], best, experts[best]))
-        if gaps:
-            gap, domain, merged, best, value = max(gaps)
-            numbers = f"{number(merged)} {unit} against {number(value)} for {best}"
-            if gap <= 0:
-                text = f"It is behind no expert on any domain. Closest is {domain}: {numbers}."
-                return [Verdict("good", "Its weakest domain is no weakness", text)]
-            level: Level = "bad" if gap > (0.5 if metric == "loss" else 0.1) else "watch"
-            text = f"There it is farthest behind the best expert: {numbers}."
-            return [Verdict(level, f"Weakest on {domain}", text)]
-    return []
-
-
-def _value(score: Score, metric: str) -> float:
-    value = score.metrics.get(metric)
-    return math.nan if value is None else value
+    """Where the merged model is farthest behind the best other model."""
+    weak = weakest_domain(record.scores)
+    if weak is None:
+        return []
+    numbers = f"{weak.metric.replace('_', ' ')} {number(weak.merged)} against {number(weak.best)} for {weak.model}"
+    if weak.gap <= 0:
+        text = f"It is behind no other model on any domain. Closest is {weak.domain}: {numbers}."
+        return [Verdict("good", "Its weakest domain is no weakness", text)]
+    far = 0.5 if weak.metric in ("loss", "perplexity") else 0.1
+    text = f"There it is farthest behind the best other model: {numbers}."
+    return [Verdict("bad" if weak.gap > far else "watch", f"Weakest on {weak.domain}", text)]
 
 
 def _distance(record: EvaluationRecord) -> list[Verdict]:

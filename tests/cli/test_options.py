@@ -93,8 +93,7 @@ def test_every_field_is_an_option_or_left_out_on_purpose() -> None:
     offered = {name for group in GROUPS for names in group.values() for name in names}
     known = {field.name for arguments in (ExpertArguments, MergingArguments) for field in fields(arguments)}
     evaluation = {name for name in known if "eval" in name} | {"use_cpu", "dataloader_num_workers"}
-    evaluation |= {"metric_for_best_model", "greater_is_better"}
-    assert known - offered - evaluation == {"experts", "seed", "hub_strategy"}
+    assert known - offered - evaluation == {"experts"}
 
 
 def test_help_shows_choices_and_defaults_of_the_fields() -> None:

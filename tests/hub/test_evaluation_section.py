@@ -28,21 +28,27 @@ def cells(table: MarkdownTable | None) -> list[list[str]]:
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
 
 
-def test_the_best_of_a_column_is_bold_and_the_weakest_domain_named() -> None:
-    def perplexities(merged: tuple[float, float]) -> list[Score]:
-        rows = {"a": (10.0, 20.0), "b": (30.0, 12.0), "merged": merged}
-        return [Score(m, d, {"perplexity": v, "loss": 1}) for m, pair in rows.items() for d, v in zip("xy", pair)]
+def perplexities(merged: tuple[float, float]) -> list[Score]:
+    rows = {"a": (10.0, 20.0), "b": (30.0, 12.0), "merged": merged}
+    return [Score(m, d, {"perplexity": v, "loss": 1}) for m, pair in rows.items() for d, v in zip("xy", pair)]
 
-    (table,) = metric_tables(perplexities((11.0, 15.0)))  # 1.10 and 1.25 times the best
+
+def test_the_best_of_a_column_is_bold() -> None:
+    (table,) = metric_tables(perplexities((11.0, 15.0)))
     assert cells(table.table) == [
         ["", "x", "y"],
         ["a", "<strong>10.00</strong>", "20.00"],
         ["b", "30.00", "<strong>12.00</strong>"],
         ["<strong>this model</strong>", "11.00", "15.00"],
     ]
-    assert table.weakest == "It falls furthest behind the best other model in **y**: 15.00 against 12.00 for b."
-    (better,) = metric_tables(perplexities((9.0, 9.0)))
-    assert better.weakest is not None and "at least level with every other model" in better.weakest
+
+
+def test_the_weakest_domain_is_named() -> None:
+    behind = evaluation_section(EvaluationRecord(scores=perplexities((11.0, 15.0))))  # 1.10 and 1.25 times the best
+    (sentence,) = behind.weaknesses
+    assert sentence == "It falls furthest behind the best other model in **y**: 15.00 against 12.00 for b."
+    ahead = evaluation_section(EvaluationRecord(scores=perplexities((9.0, 9.0))))
+    assert "at least level with every other model" in ahead.weaknesses[0]
 
 
 def test_standard_errors_stand_beside_what_they_are_of() -> None:

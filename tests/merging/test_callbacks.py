@@ -66,7 +66,7 @@ def run(
             log(handler, args, state, control, {"n": index})
         if control.should_merge_stop:
             break
-    if control.should_save:
+    if not control.should_merge_stop:
         control = handler.on_save(args, state, control)
     log(handler, args, state, control, {"runtime": 1.0})
     control = handler.on_merge_end(args, state, control)
@@ -130,7 +130,7 @@ def test_stop_and_skip_are_obeyed_and_reset() -> None:
     assert skipped == ["layers.1.w"]
     assert (state.global_step, state.epoch) == (4, 4 / 9)
     assert (control.should_merge_stop, control.stop_reason) == (True, "enough")
-    assert not control.should_save and not control.should_evaluate  # neither was due, half way
+    assert not control.should_evaluate  # not due, half way
     handler.on_merge_begin(MergingArguments(), state, control)
     assert control == MergeControl()
 
@@ -138,9 +138,8 @@ def test_stop_and_skip_are_obeyed_and_reset() -> None:
 @pytest.mark.parametrize(
     ("event", "cleared"),
     [
-        ("on_step_begin", ["should_skip_tensor", "should_log", "should_evaluate", "should_save"]),
+        ("on_step_begin", ["should_skip_tensor", "should_log", "should_evaluate"]),
         ("on_log", ["should_log"]),
-        ("on_save", ["should_save"]),
         ("on_evaluate", ["should_evaluate"]),
         ("on_merge_begin", ["should_merge_stop"]),
         ("on_step_end", []),
@@ -148,7 +147,7 @@ def test_stop_and_skip_are_obeyed_and_reset() -> None:
     ],
 )
 def test_each_event_resets_its_flags_and_no_others(event: str, cleared: list[str]) -> None:
-    flags = ["should_merge_stop", "should_skip_tensor", "should_log", "should_evaluate", "should_save"]
+    flags = ["should_merge_stop", "should_skip_tensor", "should_log", "should_evaluate"]
     control = MergeControl(**dict.fromkeys(flags, True))  # type: ignore[arg-type]
     extra: dict[str, Any] = {"on_log": {"logs": {}}, "on_evaluate": {"metrics": {}}, "on_step_end": {"result": step()}}
     handler = CallbackHandler([])

@@ -69,7 +69,7 @@ def test_models_on_the_hub_are_pinned_to_their_commits(hub: HubServer, tmp_path:
 
 def test_arguments_versions_and_totals(tmp_path: Path) -> None:
     _, experts = write_family(tmp_path)
-    options = {"method": "nre", "norm": "median", "beta": 0.5, "block": "row", "run_name": "r", "seed": 7}
+    options = {"method": "nre", "norm": "median", "beta": 0.5, "block": "row", "run_name": "r"}
     found = merge(experts, tmp_path / "out", [1, 1, 2], **options)
     assert {name: found["arguments"][name] for name in options} == options
     assert found["arguments"]["hub_token"] == "<HUB_TOKEN>"

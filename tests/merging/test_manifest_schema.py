@@ -106,7 +106,7 @@ HEAD = "lm_head.weight"
 REFUSED = {
     "another format": put(1, "format_version"),
     "no versions": remove("versions"),
-    "no seed": remove("arguments", "seed"),
+    "no device": remove("arguments", "device"),
     "a token": put(ALICE_TOKEN, "arguments", "hub_token"),
     "a folder": put("/home/ann/out", "arguments", "output_dir"),
     "a path for a name": put("/home/ann/e0", "experts", 0, "id"),

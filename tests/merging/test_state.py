@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
-import pytest
 from transformers import TrainerState
 
 from hf_frmerge.merging.callbacks import StepResult
@@ -25,20 +23,6 @@ def test_recording_steps_counts_tensors_bytes_and_failures() -> None:
     assert (state.global_step, state.bytes_done, state.epoch) == (3, 80, 0.75)
     assert (state.n_not_converged, state.worst_residual, state.current_tensor) == (1, 3e-3, "c")
     assert MergeState().epoch == 0.0
-
-
-def test_json_round_trip_replaces_the_file_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "state.json"
-    state = MergeState(global_step=3, max_steps=9, log_history=[{"step": 1, "residual": 1e-13}], best_metric=2.5)
-    state.sources = [{"id": "org/a", "revision": "0" * 40, "weight": 0.5, "licence": None}]
-    state.save_to_json(path)
-    assert MergeState.load_from_json(path) == state
-    before = path.read_bytes()
-    state.log_history.append({"bad": object()})  # type: ignore[dict-item]
-    with pytest.raises(TypeError):
-        state.save_to_json(path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
 
 def test_reporters_find_the_fields_they_read_on_a_trainer() -> None:

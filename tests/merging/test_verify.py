@@ -64,6 +64,18 @@ def problems(folder: Path, **where: Any) -> list[str]:
     return report.problems
 
 
+def test_a_record_with_arguments_that_are_gone_is_still_checked(merged: Path) -> None:
+    path = merged / "merge_manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["arguments"] |= {"seed": 42, "hub_strategy": "end", "metric_for_best_model": None}
+    path.write_text(json.dumps(manifest))
+    assert problems(merged) == []
+    manifest["arguments"]["heat"] = 1.0  # of a later version: it may have changed the result
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"arguments that this version does not know: heat\."):
+        verify(str(merged))
+
+
 @pytest.mark.parametrize("block", ["tensor", "row", "head", "layer", "model"])
 @pytest.mark.parametrize("space", ["weights", "deltas"])
 def test_every_block_size_and_space_is_derived_again(tmp_path: Path, block: str, space: str) -> None:

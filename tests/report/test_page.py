@@ -185,7 +185,7 @@ def test_very_many_tensors_are_put_together(merge: Callable[..., Path], monkeypa
     ("words", "level"),
     [
         ("70 % of what expert-math gained on math and 50 % of what expert-code gained on code", "watch"),
-        ("There it is farthest behind the best expert: 2.00 nats a token against 1.50", "watch"),
+        ("There it is farthest behind the best other model: perplexity 7.39 against 4.48 for expert-code", "watch"),
         ("Its predictions are 0.400 rad from an expert's on average", "good"),
         ("Two experts are 0.900 rad apart", "good"),
         ("On math the text goes on with “␣four”. expert-math gives that 90 %, the merged model 5 %", "fact"),
@@ -197,6 +197,10 @@ def test_verdicts_name_the_worst(text: str, words: str, level: str) -> None:
     items = re.findall(r'<li class="(\w+)">(.*?)</li>', text, flags=re.DOTALL)
     (found,) = [name for name, item in items if words in Page(item).text()]
     assert found == level
+
+
+def test_the_stated_error_of_distances_is_two_sided(text: str) -> None:
+    assert "the means may be off by up to 0.00400 rad" in Page(text).text()
 
 
 def test_without_an_evaluation_it_says_how_to_make_one(merge: Callable[..., Path]) -> None:
