@@ -46,7 +46,7 @@ _TINY = 2.0**-54  # keeps the quotient of an angle of pi by its sine finite
 
 def fold(terms: Array) -> Array:
     """
-    Sum over the first axis, its second half onto its first until one is left: an order that depends on its length alone.
+    Sum over the first axis, its second half onto its first until one is left: an order that only its length decides.
 
     Works in place, so `terms` is used up.
 
