@@ -16,7 +16,7 @@ from hf_frmerge.geometry.portable import Array, angle_over_sine, cosine_and_sinc
 # move a nearly dependent unit vector by up to 1e-3; closer than that, opposed and nearly opposed look the same.
 MIN_MARGIN = 1e-3
 # Steps of the search for a hemisphere, taken only by blocks that their own mean does not settle.
-_HULL_STEPS = 200
+_HULL_STEPS = 1000
 # Coordinates iterated at a time, 1 MiB of float64: fits a core's second-level cache.
 _SLAB_ELEMENTS = 1 << 17
 
