@@ -40,7 +40,8 @@ _SINC = (
     -0.16666666666666666,
 )
 _PI_REST = 1.2246467991473532e-16  # pi minus its float64
-_SHORT, _FEW_CALLS = 16, 1024  # rows, elements; for speed alone
+# Up to this many rows of more than so many elements in all, one by one is faster; no bit depends on it.
+_SHORT, _FEW_ELEMENTS = 16, 1024
 _TINY = 2.0**-54  # keeps the quotient of an angle of pi by its sine finite
 
 
@@ -60,7 +61,7 @@ def fold(terms: Array) -> Array:
     if n == 0:
         return np.zeros(terms.shape[1:])
     # numpy is slow where a short axis lies innermost: there, row by row. The order is the same.
-    by_rows = n <= _SHORT and terms.strides[0] == terms.itemsize and terms.size > _FEW_CALLS
+    by_rows = n <= _SHORT and terms.strides[0] == terms.itemsize and terms.size > _FEW_ELEMENTS
     rows = list(terms) if by_rows else []
     while n > 1:
         half = (n + 1) // 2

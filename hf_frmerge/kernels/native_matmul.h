@@ -9,7 +9,8 @@
 #define WIDTH (2 * sizeof(VECTOR) / sizeof(SCALAR)) /* columns of a panel */
 #define DEPTH 128 /* rows of a panel: 16 KiB at most, half of a first-level cache */
 #define PANELS 4  /* gathered at a time: a row of `right` is then read for more than a line or two */
-#define AT(matrix, i, k) (*(const SCALAR *)((matrix).data + (ptrdiff_t)(i) * (matrix).row + (ptrdiff_t)(k) * (matrix).column))
+#define AT(matrix, i, k) \
+    (*(const SCALAR *)((matrix).data + (ptrdiff_t)(i) * (matrix).row + (ptrdiff_t)(k) * (matrix).column))
 
 /* Add to `rows` rows of `out` the products of a panel. */
 TARGET INLINE void TILE(Matrix left, size_t i, size_t k, size_t run, const SCALAR *panel, SCALAR *out, size_t stride,
