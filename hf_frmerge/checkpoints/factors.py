@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from hf_frmerge.checkpoints.floats import widen
 from hf_frmerge.checkpoints.reader import Checkpoint, TensorInfo
 from hf_frmerge.errors import CheckpointError, NonFiniteError
+from hf_frmerge.geometry.sphere import norms
+from hf_frmerge.kernels.product import product
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ class DoraWeight:
             `numpy.ndarray`: `(n, cols)`, float32. A row that is zero has no direction and stays zero.
         """
         stop = start + len(base_rows)
-        rows = base_rows + self.left[start:stop] @ self.right
-        norms = np.sqrt(np.einsum("rc,rc->r", rows, rows, dtype=np.float64))
-        lengths = self.magnitude[start:stop].astype(np.float64)
-        factor = np.divide(lengths, norms, out=np.zeros_like(norms), where=norms > 0)
+        rows = base_rows + product(self.left[start:stop], self.right)
+        found = norms(rows.astype(np.float64))
+        wanted = self.magnitude[start:stop].astype(np.float64)
+        factor = np.divide(wanted, found, out=np.zeros_like(found), where=found > 0)
         return (rows * factor[:, None]).astype(np.float32)

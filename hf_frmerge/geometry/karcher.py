@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_frmerge.geometry.sphere import Array, sinc
+from hf_frmerge.geometry.portable import Array, angle_over_sine, cosine_and_sinc, fold
 
 # Shape suffixes: N = number of points, K = number of coordinates, M = number of blocks; `...` = blocks.
 
@@ -16,7 +16,7 @@ from hf_frmerge.geometry.sphere import Array, sinc
 # move a nearly dependent unit vector by up to 1e-3; closer than that, opposed and nearly opposed look the same.
 MIN_MARGIN = 1e-3
 # Steps of the search for a hemisphere, taken only by blocks that their own mean does not settle.
-_HULL_STEPS = 200
+_HULL_STEPS = 1000
 # Coordinates iterated at a time, 1 MiB of float64: fits a core's second-level cache.
 _SLAB_ELEMENTS = 1 << 17
 
@@ -141,7 +141,7 @@ def _blocks_last(units: Array, weights: ArrayLike) -> tuple[Array, Array]:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    return np.einsum("i...,i...->...", a, b)
+    return fold(a * b)
 
 
 def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> tuple[Array, Array, NDArray[np.int64]]:
@@ -159,8 +159,8 @@ def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> 
 
     for step in range(max_iter + 1):
         cos_NM = _dot(units_NKM.swapaxes(0, 1), mean_KM[:, None])
-        # arccos is blind below 1.5e-8 rad, but theta / sin(theta) is 1 there to the last bit.
-        pull_NM = weights_NM / sinc(np.arccos(np.minimum(np.maximum(cos_NM, -1.0), 1.0)))
+        # A cosine is blind to angles below 1.5e-8 rad, but theta / sin(theta) is 1 there to the last bit.
+        pull_NM = weights_NM * angle_over_sine(cos_NM)
         pulled_KM = _dot(pull_NM[:, None], units_NKM)
         along_M = _dot(pulled_KM, mean_KM)  # = sum_i w_i theta_i cot(theta_i), the softest curvature there can be
         gradient_KM = pulled_KM - along_M * mean_KM
@@ -181,9 +181,10 @@ def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> 
         grew_M = (gradient_sq_M >= before_sq_M) | (fall_M <= 0.0) | (step == 0)
         secant_M = eta_M * before_sq_M / np.where(grew_M, 1.0, fall_M)
         longest_M = 1.0 / np.minimum(np.maximum(along_M, 0.1), 1.0)
+        longest_M = np.minimum(longest_M, np.pi / np.maximum(length_M, 0.1))  # nor beyond the opposite point
         eta_M = np.where(grew_M, 1.0, np.minimum(np.maximum(secant_M, 1.0), longest_M))
-        arc_M = eta_M * length_M
-        next_KM = np.cos(arc_M) * mean_KM + (eta_M * sinc(arc_M)) * gradient_KM
+        cosine_M, sinc_M = cosine_and_sinc(eta_M * length_M)
+        next_KM = cosine_M * mean_KM + (eta_M * sinc_M) * gradient_KM
         next_KM /= np.sqrt(_dot(next_KM, next_KM))  # against the slow drift of rounding
 
         on_M = ~done_M

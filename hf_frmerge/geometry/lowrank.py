@@ -3,20 +3,28 @@ Low-rank matrices held as factors, `x = scale * B @ A`: inner products, sums, re
 
 Nothing here builds a dense `(m, n)` matrix. Factors of any floating dtype are widened to float64 first. A module that
 an adapter does not touch is a pair of rank 0.
+
+Gram matrices are given the matrix product to use: their last bits, and so those of coefficients, hang on the order in
+which it takes its sums (`np.matmul` will do where that is no matter; a merge gives `kernels.product.product`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.geometry.sphere import Array
+from hf_frmerge.geometry.portable import Array, fold
+from hf_frmerge.geometry.sphere import combine, dot
 
 # Shape suffixes: N = number of low-rank matrices, R = sum of their ranks, r = one rank, m and n = rows and columns of
 # the product.
+
+
+Product = Callable[[Array, Array], Array]
+"""`(m, k)` and `(k, n)` to `(m, n)`, float64."""
 
 
 class Factors(NamedTuple):
@@ -27,7 +35,7 @@ class Factors(NamedTuple):
     scale: float = 1.0
 
 
-def factor_gram(factors: Sequence[Factors]) -> Array:
+def factor_gram(factors: Sequence[Factors], product: Product) -> Array:
     r"""
     Gram matrix of low-rank matrices, from their factors.
 
@@ -36,6 +44,7 @@ def factor_gram(factors: Sequence[Factors]) -> Array:
 
     Args:
         factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
+        product (`Product`): Matrix product that decides the bits.
 
     Returns:
         `np.ndarray`: `(N, N)`, float64.
@@ -47,16 +56,17 @@ def factor_gram(factors: Sequence[Factors]) -> Array:
     ```python
     >>> import numpy as np
     >>> rank_one = Factors(np.array([[1.0], [2.0]]), np.array([[3.0, 4.0]]), scale=2.0)
-    >>> factor_gram([rank_one]).tolist(), float(np.sum((2.0 * rank_one.B @ rank_one.A) ** 2))
+    >>> factor_gram([rank_one], np.matmul).tolist(), float(np.sum((2.0 * rank_one.B @ rank_one.A) ** 2))
     ([[500.0]], 500.0)
 
     ```
     """
     B_mR, A_Rn, owner_NR = stack_factors(factors)
-    return owner_NR @ ((B_mR.T @ B_mR) * (A_Rn @ A_Rn.T)) @ owner_NR.T
+    inner_RR = product(B_mR.T, B_mR) * product(A_Rn, A_Rn.T)
+    return product(product(owner_NR, inner_RR), owner_NR.T)
 
 
-def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Factors]) -> Array:
+def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Factors], product: Product) -> Array:
     r"""
     Difference Gram of `(W_0, W_0 + x_1, ..., W_0 + x_N)`, reading the dense `W_0` once, some rows at a time.
 
@@ -66,6 +76,7 @@ def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Facto
     Args:
         base_rows (`Iterable[np.ndarray]`): Consecutive row chunks of `W_0`, `(rows, n)`, of any floating dtype.
         factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
+        product (`Product`): Matrix product that decides the bits.
 
     Returns:
         `np.ndarray`: Gram matrix of `(W_0, x_1, ..., x_N)`, `(N + 1, N + 1)`, float64.
@@ -75,7 +86,7 @@ def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Facto
     """
     B_mR, A_Rn, owner_NR = stack_factors(factors)
     gram = np.zeros((len(factors) + 1, len(factors) + 1))
-    gram[1:, 1:] = factor_gram(factors)
+    gram[1:, 1:] = factor_gram(factors, product)
     inner_R = np.zeros(len(A_Rn))
     row = 0
     for chunk in base_rows:
@@ -85,12 +96,12 @@ def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Facto
                 f"Rows of the base must be {len(B_mR)} x {A_Rn.shape[1]} in all, got a chunk of shape {W_kn.shape} "
                 f"at row {row}."
             )
-        gram[0, 0] += np.vdot(W_kn, W_kn)
-        inner_R += np.sum((B_mR[row : row + len(W_kn)].T @ W_kn) * A_Rn, axis=1)
+        gram[0, 0] += fold(dot(W_kn, W_kn))
+        inner_R += dot(product(B_mR[row : row + len(W_kn)].T, W_kn), A_Rn)
         row += len(W_kn)
     if row != len(B_mR):
         raise ValueError(f"Rows of the base must be {len(B_mR)} in all, got {row}.")
-    gram[0, 1:] = gram[1:, 0] = owner_NR @ inner_R
+    gram[0, 1:] = gram[1:, 0] = dot(owner_NR, inner_R)
     return gram
 
 
@@ -109,7 +120,7 @@ def concatenate(factors: Sequence[Factors], coefficients: Array) -> Factors:
         ValueError: If the shapes do not fit.
     """
     B_mR, A_Rn, owner_NR = stack_factors(factors)
-    return Factors(B_mR * (np.asarray(coefficients, dtype=np.float64) @ owner_NR), A_Rn)
+    return Factors(B_mR * combine(np.asarray(coefficients, dtype=np.float64), owner_NR), A_Rn)
 
 
 def recompress(pair: Factors, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
@@ -117,7 +128,8 @@ def recompress(pair: Factors, rank: int | None = None, energy: float | None = No
     Best approximation of a low-rank matrix by one of smaller rank (Eckart and Young), and its relative error.
 
     Two thin QR factorisations and one SVD of an `(R, R)` matrix; the singular values are shared evenly, `sqrt(S)` to
-    each side, so that both factors have the same scale.
+    each side, so that both factors have the same scale. They are LAPACK's, so the last bits of the factors, and the
+    signs of their columns, may differ from one machine to another; coefficients and the factors given do not.
 
     Args:
         pair (`Factors`):

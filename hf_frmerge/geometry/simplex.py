@@ -149,7 +149,7 @@ def barycentre(p: Array, weights: ArrayLike) -> Array:
     """
     roots = sphere.normalise(np.sqrt(p))
     coeffs = karcher_mean(roots, weights).coeffs
-    return np.einsum("...n,...nv->...v", coeffs, roots) ** 2
+    return sphere.combine(coeffs, roots) ** 2
 
 
 def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Array]:
@@ -176,5 +176,5 @@ def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Ar
     gram[..., 0, 0] = 1.0
     points = sphere.normalise(embed_differences(gram))
     roots = points[..., 1:, :]
-    mean = np.einsum("...n,...nk->...k", karcher_mean(roots, weights).coeffs, roots)
+    mean = sphere.combine(karcher_mean(roots, weights).coeffs, roots)
     return 2.0 * sphere.distance(points[..., 0, :], mean), 2.0 * sphere.distance(mean[..., None, :], roots)

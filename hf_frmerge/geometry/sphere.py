@@ -8,16 +8,16 @@ Everything broadcasts over leading axes. Nothing here branches on small angles: 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from hf_frmerge.geometry.portable import Array, arctan2, cosine_and_sinc, fold, sinc
 
 # Shape suffixes: N = number of points, K = number of coordinates; `...` = blocks.
-
-Array = NDArray[np.float64]
 
 
 def dot(a: Array, b: Array) -> Array:
     """
-    Sum `a * b` over the last axis.
+    Sum `a * b` over the last axis, in an order that depends on K alone.
 
     Args:
         a (`np.ndarray`): `(..., K)`, float64.
@@ -26,12 +26,23 @@ def dot(a: Array, b: Array) -> Array:
     Returns:
         `np.ndarray`: `(...)`, float64.
     """
-    return np.einsum("...k,...k->...", a, b)
+    terms = a * b
+    return fold(terms.transpose(terms.ndim - 1, *range(terms.ndim - 1)))
 
 
-def sinc(x: Array) -> Array:
-    """Return `sin(x) / x`, and 1 at 0, for `x` in radians."""
-    return np.sinc(x / np.pi)
+def combine(coefficients: Array, points: Array) -> Array:
+    """
+    Return `sum_i coefficients[..., i] * points[..., i, :]`.
+
+    Args:
+        coefficients (`np.ndarray`): `(..., N)`, float64.
+        points (`np.ndarray`): `(..., N, K)`, float64.
+
+    Returns:
+        `np.ndarray`: `(..., K)`, float64.
+    """
+    terms = coefficients[..., None] * points
+    return fold(terms.transpose(terms.ndim - 2, *range(terms.ndim - 2), terms.ndim - 1))
 
 
 def norms(points: Array) -> Array:
@@ -83,7 +94,7 @@ def distance(a: Array, b: Array) -> Array:
 
     ```
     """
-    return 2.0 * np.arctan2(norms(a - b), norms(a + b))
+    return 2.0 * arctan2(norms(a - b), norms(a + b))
 
 
 def log(base: Array, point: Array) -> Array:
@@ -113,7 +124,7 @@ def exp(base: Array, tangent: Array) -> Array:
 
     Args:
         base (`np.ndarray`): Unit vectors, `(..., K)`, float64.
-        tangent (`np.ndarray`): Vectors orthogonal to `base`, `(..., K)`, of length in radians.
+        tangent (`np.ndarray`): Vectors orthogonal to `base`, `(..., K)`, of length in radians, at most pi.
 
     Returns:
         `np.ndarray`: Unit vectors, `(..., K)`.
@@ -128,7 +139,8 @@ def exp(base: Array, tangent: Array) -> Array:
     ```
     """
     length = norms(tangent)[..., None]
-    return np.cos(length) * base + sinc(length) * tangent
+    cosine, sinc_of_length = cosine_and_sinc(length)
+    return cosine * base + sinc_of_length * tangent
 
 
 def slerp_coefficients(angle: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:

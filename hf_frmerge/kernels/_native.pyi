@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from numpy import float64, uint8
+from typing import TypeVar
+
+from numpy import float32, float64, uint8
 from numpy.typing import NDArray
 
+_Float = TypeVar("_Float", float32, float64)
 _Operands = tuple[tuple[NDArray[uint8], str, bool], ...]  # (data, dtype, is_delta) each
 
 def levels() -> list[str]: ...
@@ -29,5 +32,6 @@ def combine(
     /,
 ) -> bytes | None: ...
 def count_nonfinite(level: str, data: NDArray[uint8], dtype: str, /) -> int: ...
+def matmul(level: str, left: NDArray[_Float], right: NDArray[_Float], out: NDArray[_Float], /) -> None: ...
 def fault_in(ranges: tuple[NDArray[uint8], ...], /) -> bool: ...
 def give_back(ranges: tuple[NDArray[uint8], ...], /) -> None: ...

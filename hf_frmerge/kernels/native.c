@@ -35,6 +35,12 @@ typedef struct {
     int is_delta;
 } Operand;
 
+/* Strides in bytes; a transposed matrix is one with its strides exchanged. */
+typedef struct {
+    const uint8_t *data;
+    ptrdiff_t row, column;
+} Matrix;
+
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -119,15 +125,17 @@ typedef struct {
     int (*gram)(const Operand *, int, size_t, size_t, int, double *, uint8_t *);
     void (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType, uint8_t *);
     size_t (*count_nonfinite)(const uint8_t *, size_t, DType);
+    void (*matmul32)(Matrix, Matrix, void *, size_t, size_t, size_t, int);
+    void (*matmul64)(Matrix, Matrix, void *, size_t, size_t, size_t, int);
 } Level;
 
 /* Best first. */
 static const Level LEVELS[] = {
 #if defined(__x86_64__)
-    {"avx512", gram_avx512, combine_avx512, count_nonfinite_avx512},
-    {"avx2", gram_avx2, combine_avx2, count_nonfinite_avx2},
+    {"avx512", gram_avx512, combine_avx512, count_nonfinite_avx512, matmul32_avx512, matmul64_avx512},
+    {"avx2", gram_avx2, combine_avx2, count_nonfinite_avx2, matmul32_avx2, matmul64_avx2},
 #endif
-    {"plain", gram_plain, combine_plain, count_nonfinite_plain},
+    {"plain", gram_plain, combine_plain, count_nonfinite_plain, matmul32_plain, matmul64_plain},
 };
 #define N_LEVELS ((int)(sizeof LEVELS / sizeof *LEVELS))
 
@@ -334,6 +342,49 @@ static PyObject *py_count_nonfinite(PyObject *module, PyObject *args) {
     return PyErr_Occurred() ? NULL : PyLong_FromSize_t(found);
 }
 
+/* Get a matrix of float32 or float64. */
+static int get_matrix(PyObject *object, const char *what, Py_buffer *view, Matrix *matrix) {
+    if (PyObject_GetBuffer(object, view, PyBUF_STRIDES | PyBUF_FORMAT)) return -1;
+    if (view->ndim == 2 && (!strcmp(view->format, "f") || !strcmp(view->format, "d"))) {
+        *matrix = (Matrix){view->buf, view->strides[0], view->strides[1]};
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s must be a matrix of float32 or float64", what);
+    PyBuffer_Release(view);
+    return -1;
+}
+
+static PyObject *py_matmul(PyObject *module, PyObject *args) {
+    const char *level_name;
+    PyObject *left_object, *right_object, *out_object, *result = NULL;
+    Py_buffer left_view, right_view, out;
+    Matrix left, right;
+    if (!PyArg_ParseTuple(args, "sOOO", &level_name, &left_object, &right_object, &out_object)) return NULL;
+    const Level *level = find_level(level_name);
+    if (!level || get_matrix(left_object, "left", &left_view, &left)) return NULL;
+    if (!get_matrix(right_object, "right", &right_view, &right)) {
+        Py_ssize_t rows = left_view.shape[0], depth = left_view.shape[1], columns = right_view.shape[1], bytes;
+        if (right_view.shape[0] != depth || right_view.itemsize != left_view.itemsize)
+            PyErr_SetString(PyExc_ValueError, "left and right must be of one type and (m, k) and (k, n)");
+        else if (__builtin_mul_overflow(rows, columns, &bytes) ||
+                 __builtin_mul_overflow(bytes, left_view.itemsize, &bytes))
+            PyErr_SetString(PyExc_ValueError, "the product is too large");
+        else if (!get_buffer(out_object, "out", bytes, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) {
+            int symmetric = left.data == right.data && rows == columns && left.row == right.column &&
+                            left.column == right.row;
+            Py_BEGIN_ALLOW_THREADS;
+            (left_view.itemsize == 4 ? level->matmul32 : level->matmul64)(left, right, out.buf, rows, depth, columns,
+                                                                          symmetric);
+            Py_END_ALLOW_THREADS;
+            result = Py_NewRef(Py_None);
+            PyBuffer_Release(&out);
+        }
+        PyBuffer_Release(&right_view);
+    }
+    PyBuffer_Release(&left_view);
+    return result;
+}
+
 #include "native_pages.h"
 
 static PyMethodDef METHODS[] = {
@@ -343,6 +394,7 @@ static PyMethodDef METHODS[] = {
      "combine(level, ((data, dtype, is_delta), ...), coefficients, n_blocks, block_len, out, out_dtype)"
      " -> digest of out, or None if it is short"},
     {"count_nonfinite", py_count_nonfinite, METH_VARARGS, "count_nonfinite(level, data, dtype) -> int"},
+    {"matmul", py_matmul, METH_VARARGS, "matmul(level, left, right, out): out = left @ right, sums in the order of the inner dimension"},
     {"fault_in", py_fault_in, METH_O, "fault_in((buffer, ...)) -> whether all pages of all of them can be read now"},
     {"give_back", py_give_back, METH_O, "give_back((buffer, ...)): unmap the pages wholly inside of them"},
     {NULL, NULL, 0, NULL},

@@ -15,6 +15,18 @@ _SHORT = 240
 """Bytes up to which XXH3 is another function, which the extension does not have."""
 
 
+def available_level(level: str | None = None) -> str:
+    """Return `level`, else that of `HF_FRMERGE_ISA`, else the best there is; `ArgumentError` if it is not here."""
+    available = _native.levels()
+    wanted = level or os.environ.get("HF_FRMERGE_ISA") or available[0]
+    if wanted not in available:
+        raise ArgumentError(
+            f"Expected a kernel level this machine has ({', '.join(available)}), got {wanted!r}. "
+            "Unset HF_FRMERGE_ISA to let the best one be chosen."
+        )
+    return wanted
+
+
 class NativeKernels:
     """
     Kernels compiled for several instruction-set levels. Importing this module fails if they were not built.
@@ -29,13 +41,7 @@ class NativeKernels:
     """
 
     def __init__(self, level: str | None = None) -> None:
-        available = _native.levels()
-        self.level: str = level or os.environ.get("HF_FRMERGE_ISA") or available[0]
-        if self.level not in available:
-            raise ArgumentError(
-                f"Expected a kernel level this machine has ({', '.join(available)}), got {self.level!r}. "
-                "Unset HF_FRMERGE_ISA to let the best one be chosen."
-            )
+        self.level: str = available_level(level)
         self.name = f"native {self.level}"
 
     def gram(

@@ -175,6 +175,22 @@ TARGET static void NAME(digest_end)(Digest *digest, const uint8_t *data, size_t 
 #include "native_gram.h"
 #include "native_combine.h"
 
+#define SCALAR float
+#define VECTOR F32
+#define MATMUL NAME(matmul32)
+#define TILE NAME(tile32)
+#define PACK NAME(pack32)
+#define SWEEP NAME(sweep32)
+#include "native_matmul.h"
+
+#define SCALAR double
+#define VECTOR F64
+#define MATMUL NAME(matmul64)
+#define TILE NAME(tile64)
+#define PACK NAME(pack64)
+#define SWEEP NAME(sweep64)
+#include "native_matmul.h"
+
 /* ---- counting ---- */
 
 TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType dtype) {

@@ -21,6 +21,9 @@ from hf_frmerge.checkpoints.reader import some
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.geometry.gram import embed
 from hf_frmerge.geometry.lowrank import Factors, concatenate, factor_gram, recompress
+from hf_frmerge.geometry.portable import fold
+from hf_frmerge.geometry.sphere import combine, dot, norms
+from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.adapter_rows import AdapterRow, align_adapters, missing_notes, zero_notes
 from hf_frmerge.merging.blocks import group_of
 from hf_frmerge.merging.ordered import ordered_pool
@@ -65,10 +68,10 @@ class MergedAdapter:
     @property
     def truncation_error(self) -> float:
         """Norm of what recompression left out of the whole adapter, as a share of its norm."""
-        norms = np.array([module.norm for module in self.modules])
-        errors = norms * [module.truncation_error for module in self.modules]
-        total = float(np.linalg.norm(norms))
-        return float(np.linalg.norm(errors)) / total if total > 0 else 0.0
+        lengths = np.array([module.norm for module in self.modules])
+        errors = lengths * [module.truncation_error for module in self.modules]
+        total = float(norms(lengths))
+        return float(norms(errors)) / total if total > 0 else 0.0
 
 
 def merge_adapters(
@@ -133,7 +136,7 @@ def merge_adapters(
     rows = align_adapters(adapters)
     notes = missing_notes(adapters, rows, strict)
     with ordered_pool(num_workers) as workers:
-        grams = list(workers.map(lambda row: factor_gram(row.factors()), rows))
+        grams = list(workers.map(lambda row: factor_gram(row.factors(), product), rows))
         notes += zero_notes(adapters, rows, grams)
         plans = _solve(
             adapters, rows, grams, weights_for or (lambda _: weights), method, options or SpanOptions(), block
@@ -247,7 +250,7 @@ def _solve(
                 f"and {next(w for w in weights if w != weights[0])}. Use block='tensor', or rules that keep blocks "
                 "whole."
             )
-        points.append(embed(np.sum([grams[index] for index in members], axis=0))[None])
+        points.append(embed(fold(np.stack([grams[index] for index in members])))[None])
         used.append(weights[0])
         whole = group if block == "layer" else "the whole model"
         names.append(rows[members[0]].first.target if block == "tensor" else whole)
@@ -257,6 +260,6 @@ def _solve(
     for members, solution in zip(groups.values(), solutions):
         coefficients = solution.coefficients[0]
         for index in members:
-            norm = float(np.sqrt(max(coefficients @ grams[index] @ coefficients, 0.0)))
+            norm = float(np.sqrt(np.maximum(dot(combine(coefficients, grams[index]), coefficients), 0.0)))
             plans[index] = _Plan(rows[index], coefficients, solution.geometry, norm)
     return [plans[index] for index in range(len(rows))]

@@ -23,8 +23,7 @@ def in_batches(steps: Sequence[TensorStep], n_models: int) -> list[TensorStep]:
     """
     Name the batch of every tensor.
 
-    Batches are runs of the plan with equally many blocks, cut by fixed rules: who is solved along may decide the last
-    bit of a coefficient, so it must not depend on threads, processes or interruptions.
+    Batches are runs of the plan with equally many blocks. They decide how fast it goes and no bit of a coefficient.
     """
     sizes = Counter(step.group for step in steps if step.action == "merge")
     found: list[TensorStep] = []

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels import load_kernels
-from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.blocks import pieces
 from hf_frmerge.merging.engine import worker_count
 from hf_frmerge.merging.solve import points_of, solve
@@ -100,10 +100,10 @@ def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = No
     kernels = load_kernels(plan.args.device)
     steps = [step for step in plan.steps if step.action == "merge"]
     views, total = [], None
-    with one_blas_thread(), ThreadPoolExecutor(worker_count(plan)) as pool:
+    with ThreadPoolExecutor(worker_count(plan)) as pool:
         for step, gram in zip(steps, pool.map(lambda step: _gram(plan, kernels, step), steps)):
             views.append(_view(plan, step.name, step.shape, gram))
-            whole = gram.sum(axis=0, keepdims=True)
+            whole = fold(gram.copy())[None]
             total = whole if total is None else total + whole
             if progress is not None:
                 progress(step.nbytes)

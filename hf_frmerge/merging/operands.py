@@ -16,7 +16,9 @@ from hf_frmerge.checkpoints.pages import MappedRange, prefetch, release
 from hf_frmerge.checkpoints.reader import DTYPE_BITS, FLOAT_DTYPES
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
+from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels import Operand, digest
+from hf_frmerge.kernels.product import product
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -213,8 +215,8 @@ class TensorInputs:
         columns: list[NDArray[np.float64]] = []
         dense = sorted(self.dense)
         if self.base is not None:
-            share = coefficients_BN[:, dense].sum(axis=1)
-            total = 1.0 if self.space == "deltas" else coefficients_BN.sum(axis=1)
+            share = fold(coefficients_BN[:, dense].T)
+            total = 1.0 if self.space == "deltas" else fold(coefficients_BN.T.copy())
             operands.append(self.base.read(piece.start, piece.stop))
             columns.append(total - share)
         for index in dense:
@@ -262,10 +264,10 @@ class TensorInputs:
         gram = np.zeros((1, self.n_experts + 1, self.n_experts + 1))
         inner = np.array([index + 1 for index in owners])
         if self.space == "deltas":
-            gram[0, inner[:, None], inner] = factor_gram(factors)
+            gram[0, inner[:, None], inner] = factor_gram(factors, product)
         else:
             rows = np.concatenate([[0], inner])
-            gram[0, rows[:, None], rows] = base_gram(self._base_rows(), factors)
+            gram[0, rows[:, None], rows] = base_gram(self._base_rows(), factors, product)
         return gram
 
     def _base_rows(self) -> Iterator[NDArray[np.float64]]:
@@ -296,7 +298,7 @@ class TensorInputs:
             elif index in self.low_rank:
                 left, right, _ = self._factor(index)
                 rows = slice(piece.start // self.cols, -(-piece.stop // self.cols))
-                operands.append(self._delta_operand(left[rows] @ right, piece))
+                operands.append(self._delta_operand(product(left[rows], right), piece))
             else:
                 continue
             owners.append(index)
@@ -313,7 +315,7 @@ class TensorInputs:
             left, right, _ = self._factor(index)
             scaled.append(left[rows] * coefficients_BN[block_of_row, index, None].astype(np.float32))
             rights.append(right)
-        return self._delta_operand(np.concatenate(scaled, axis=1) @ np.concatenate(rights, axis=0), piece)
+        return self._delta_operand(product(np.concatenate(scaled, axis=1), np.concatenate(rights, axis=0)), piece)
 
     def _delta_operand(self, rows: NDArray[np.float32], piece: Piece) -> Operand:
         offset = piece.start % self.cols

@@ -14,7 +14,6 @@ from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
 from hf_frmerge.kernels import load_kernels
-from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.engine import Engine
 from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
 from hf_frmerge.merging.manifest import (
@@ -65,8 +64,7 @@ def _run_full_merge(
             observer = SharedObserver(observer, plan, processes)
         share = _gram_sharing(processes) if plan.args.block == "model" and processes.size > 1 else None
         engine = Engine(plan, kernels, writer, journal, observer, share)
-        with one_blas_thread():  # rows of low-rank deltas are formed on our own threads
-            own, complete = engine.run(processes.share(plan.steps, plan.args.block))
+        own, complete = engine.run(processes.share(plan.steps, plan.args.block))
         outcomes = own
         if isinstance(observer, SharedObserver):
             outcomes = observer.all_outcomes(own)

@@ -12,13 +12,18 @@ import numpy as np
 
 from hf_frmerge.errors import AmbiguousMeanError
 from hf_frmerge.geometry.gram import delta_gram, embed, embed_differences
-from hf_frmerge.geometry.sphere import norms, pairwise_angles
+from hf_frmerge.geometry.portable import fold
+from hf_frmerge.geometry.sphere import combine, distance, dot, normalise, norms, pairwise_angles
 from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+
+# Coordinates of pairs at a time, 2 MiB of float64: the work then stays in a core's cache.
+_SLAB_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -114,16 +119,16 @@ def solve(
         first = int(np.flatnonzero(n_ambiguous_T)[0])
         raise AmbiguousMeanError(_ambiguity(points_TBNK[first], result.ambiguous[first], tensors[first], experts))
 
-    merged, linear = _combine(result.coefficients, points_TBNK), _combine(weights_T1N, points_TBNK)
+    merged, linear = combine(result.coefficients, points_TBNK), combine(weights_T1N, points_TBNK)
     norms_TBN = norms(points_TBNK)
-    mean_norm_T = np.linalg.norm(np.einsum("tbn,tn->tb", norms_TBN, weights_TN), axis=1)
+    mean_norm_T = _over_blocks(dot(weights_T1N, norms_TBN))
     safe_T = np.where(mean_norm_T > 0, mean_norm_T, 1.0)
-    lengths = [np.where(mean_norm_T > 0, np.linalg.norm(x, axis=(1, 2)) / safe_T, 1.0) for x in (merged, linear)]
+    lengths = [np.where(mean_norm_T > 0, _over_blocks(norms(x)) / safe_T, 1.0) for x in (merged, linear)]
     angles_TBP = _angles(points_TBNK, norms_TBN)
     # The norm-rescaled mean points where the plain mean does, so their gaps to the merged point are one.
     pair = np.stack([merged, linear], axis=-2)
     gap_T = np.nan_to_num(_angles(pair, norms(pair))).max(axis=(1, 2), initial=0.0)
-    norms_TN = np.linalg.norm(norms_TBN, axis=1)
+    norms_TN = _over_blocks(norms_TBN)
     solutions = []
     for t in range(len(points_TBNK)):
         angles = angles_TBP[t][~np.isnan(angles_TBP[t])]
@@ -132,7 +137,7 @@ def solve(
             norm_ratio=float(lengths[0][t]),
             linear_norm_ratio=float(lengths[1][t]),
             max_angle=float(angles.max(initial=0.0)),
-            mean_angle=float(angles.mean()) if angles.size else 0.0,
+            mean_angle=float(fold(angles.copy())) / angles.size if angles.size else 0.0,
             gap_to_nre=float(gap_T[t]),
             n_iter=int(result.n_iter[t].max()),
             residual=float(result.residual[t].max()),
@@ -144,8 +149,9 @@ def solve(
     return solutions
 
 
-def _combine(coefficients_BN: NDArray[np.float64], points_BNK: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.einsum("...n,...nk->...k", coefficients_BN, points_BNK)
+def _over_blocks(lengths_TB: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Length of a whole tensor from those of its blocks, on the second axis."""
+    return np.sqrt(fold((lengths_TB * lengths_TB).swapaxes(0, 1)))
 
 
 @cache
@@ -153,11 +159,19 @@ def _pairs(n: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return np.triu_indices(n, k=1)
 
 
-def _angles(points: NDArray[np.float64], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Angles of all pairs of points, `(..., P)`, in radians; NaN where one of the two has no direction."""
-    first, second = _pairs(points.shape[-2])
-    directed = lengths > 0
-    return np.where(directed[..., first] & directed[..., second], pairwise_angles(points)[..., first, second], np.nan)
+def _angles(points_TBNK: NDArray[np.float64], lengths_TBN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Angles of all pairs of points, `(T, B, P)`, in radians; NaN where one of the two has no direction."""
+    first, second = _pairs(points_TBNK.shape[2])
+    n_tensors, n_blocks = points_TBNK.shape[:2]
+    angles_TBP = np.empty((n_tensors, n_blocks, len(first)))
+    step = max(_SLAB_ELEMENTS // max(n_tensors * len(first) * points_TBNK.shape[3], 1), 1)
+    for start in range(0, n_blocks, step):
+        here = slice(start, start + step)
+        units = normalise(points_TBNK[:, here])
+        angles_TBP[:, here] = distance(units[..., first, :], units[..., second, :])
+    directed = lengths_TBN > 0
+    angles_TBP[~(directed[..., first] & directed[..., second])] = np.nan
+    return angles_TBP
 
 
 def _medians(angles_BP: NDArray[np.float64]) -> list[float | None]:

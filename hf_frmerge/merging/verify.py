@@ -15,7 +15,6 @@ from hf_frmerge.checkpoints.reader import DTYPE_BITS, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.kernels import load_kernels
-from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.blocks import pieces
 from hf_frmerge.merging.checksums import header_digest, sha256_of
 from hf_frmerge.merging.engine import StepObserver, worker_count
@@ -119,7 +118,7 @@ def _check_model(
 ) -> None:
     """Derive every tensor again and compare it bit for bit."""
     kernels = load_kernels()
-    with one_blas_thread(), ThreadPoolExecutor(worker_count(plan)) as pool:
+    with ThreadPoolExecutor(worker_count(plan)) as pool:
         work = [(step, manifest["tensors"].get(step.name), coefficients.get(step.name)) for step in plan.steps]
         found = pool.map(lambda item: _check_tensor(plan, kernels, merged, *item), work)
         for problem in found:

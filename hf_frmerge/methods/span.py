@@ -26,7 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.geometry.karcher import MIN_MARGIN, is_ambiguous, karcher_mean
-from hf_frmerge.geometry.sphere import Array, distance, dot, normalise, norms, slerp_coefficients
+from hf_frmerge.geometry.portable import power
+from hf_frmerge.geometry.sphere import Array, combine, distance, dot, normalise, norms, slerp_coefficients
 
 # Weights are normalised in float64: a cumulative sum this close to one half is one half.
 _HALF_ROUNDING = 1e-12
@@ -122,7 +123,7 @@ def nre(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
         `SpanResult`: Coefficients proportional to the weights of the experts that are not zero.
     """
     blocks = _Blocks.of(points, weights)
-    mean_norm = norms(_combine(blocks.weights, points))
+    mean_norm = norms(combine(blocks.weights, points))
     ambiguous = mean_norm < MIN_MARGIN * dot(blocks.weights, blocks.lengths)
     direction = np.where(blocks.lengths > 0, blocks.weights, 0.0)
     scale = blocks.target_norm(options) / np.where(mean_norm > 0, mean_norm, 1.0)
@@ -224,9 +225,9 @@ class _Blocks:
             norm = _weighted_median(self.lengths, self.weights)
         if options.beta == 0.0:
             return norm
-        coherence = norms(_combine(self.direction_weights, self.units))
+        coherence = norms(combine(self.direction_weights, self.units))
         # A vanishing coherence belongs to an ambiguous block, whose norm is not used.
-        return norm * np.where(coherence > 0, coherence, 1.0) ** options.beta
+        return norm * power(np.where(coherence > 0, coherence, 1.0), options.beta)
 
     def on_points(self, on_units: Array, options: SpanOptions) -> Array:
         return on_units * (self.target_norm(options)[..., None] / np.where(self.lengths > 0, self.lengths, np.inf))
@@ -256,10 +257,6 @@ def _closed_form(coefficients: Array) -> SpanResult:
 
 def _broadcast(points: Array, weights: ArrayLike) -> Array:
     return np.broadcast_to(np.asarray(weights, dtype=np.float64), points.shape[:-1])
-
-
-def _combine(coefficients: Array, points: Array) -> Array:
-    return dot(np.swapaxes(points, -1, -2), coefficients[..., None, :])
 
 
 def _weighted_median(values: Array, weights: Array) -> Array:

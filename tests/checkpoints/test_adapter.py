@@ -172,6 +172,7 @@ def test_dora_rows_equal_the_weight_peft_merges(llama: Path, tmp_path: Path) -> 
         base_rows = weights[target].numpy()
         halves = [dora.rows(base_rows[:5], 0), dora.rows(base_rows[5:], 5)]
         np.testing.assert_allclose(np.concatenate(halves), merged[target].numpy(), rtol=2e-6, atol=1e-6)
+        np.testing.assert_array_equal(np.concatenate(halves), dora.rows(base_rows, 0))  # pieces change no bit
         with pytest.raises(CheckpointError, match=r'use_dora is set.*adapter_output="merged"'):
             delta.factors()
 

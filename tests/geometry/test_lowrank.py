@@ -41,14 +41,14 @@ def test_gram_from_factors_is_the_dense_one(seed, m, n, ranks):
     expected = dense_gram(factors)
     # The terms of a product may cancel, so rounding is measured by the factors and not by what is left.
     size = max(pair.scale * np.linalg.norm(pair.B) * np.linalg.norm(pair.A) for pair in factors)
-    np.testing.assert_allclose(factor_gram(factors), expected, rtol=0, atol=1e-13 * size**2)
+    np.testing.assert_allclose(factor_gram(factors, np.matmul), expected, rtol=0, atol=1e-13 * size**2)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_narrow_factors_are_widened_before_they_are_multiplied(dtype):
     # In float16 these products overflow.
     factors = [Factors((100 * p.B).astype(dtype), (100 * p.A).astype(dtype), 1e4) for p in random_factors(1)]
-    np.testing.assert_allclose(factor_gram(factors), dense_gram(factors), rtol=1e-12)
+    np.testing.assert_allclose(factor_gram(factors, np.matmul), dense_gram(factors), rtol=1e-12)
 
 
 def test_a_different_split_of_the_same_product_changes_nothing():
@@ -56,7 +56,7 @@ def test_a_different_split_of_the_same_product_changes_nothing():
     factors = random_factors(2)
     gauge = np.random.default_rng(3).standard_normal((4, 4)) + 3 * np.eye(4)
     turned = [Factors(factors[0].B @ gauge, np.linalg.inv(gauge) @ factors[0].A, factors[0].scale), *factors[1:]]
-    np.testing.assert_allclose(factor_gram(turned), factor_gram(factors), rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(factor_gram(turned, np.matmul), factor_gram(factors, np.matmul), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 24])
@@ -64,7 +64,7 @@ def test_base_gram_is_the_dense_difference_gram(chunk):
     factors = random_factors(4)
     base = np.random.default_rng(5).standard_normal((24, 17)).astype(np.float32)
     rows = (base[start : start + chunk] for start in range(0, 24, chunk))
-    gram = base_gram(rows, factors)
+    gram = base_gram(rows, factors, np.matmul)
     wide = base.astype(np.float64)
     expected = difference_gram([wide, *(wide + dense(pair) for pair in factors)])
     np.testing.assert_allclose(gram, expected, rtol=1e-12, atol=1e-11)
@@ -73,11 +73,11 @@ def test_base_gram_is_the_dense_difference_gram(chunk):
 def test_base_rows_must_be_all_there_and_no_more():
     factors, base = random_factors(6), np.ones((24, 17))
     with pytest.raises(ValueError, match="must be 24 in all, got 23"):
-        base_gram([base[:23]], factors)
+        base_gram([base[:23]], factors, np.matmul)
     with pytest.raises(ValueError, match="24 x 17 in all"):
-        base_gram([base, base[:1]], factors)
+        base_gram([base, base[:1]], factors, np.matmul)
     with pytest.raises(ValueError, match="24 x 17 in all"):
-        base_gram([base.T], factors)
+        base_gram([base.T], factors, np.matmul)
 
 
 @settings(deadline=None, max_examples=30)
@@ -94,7 +94,7 @@ def test_concatenated_factors_are_the_weighted_sum(seed, ranks):
 def test_karcher_mean_of_factors_is_that_of_dense_deltas():
     factors = random_factors(7)
     weights = np.array([0.5, 0.2, 0.3])
-    coeffs = karcher_mean(normalise(embed(factor_gram(factors))), weights).coeffs
+    coeffs = karcher_mean(normalise(embed(factor_gram(factors, np.matmul))), weights).coeffs
     rows = np.stack([dense(pair).ravel() for pair in factors])
     expected = karcher_mean(normalise(rows), weights).coeffs
     np.testing.assert_allclose(coeffs, expected, rtol=1e-12)
@@ -103,7 +103,7 @@ def test_karcher_mean_of_factors_is_that_of_dense_deltas():
 def test_weight_space_mean_from_base_and_factors_is_that_of_dense_weights():
     factors = random_factors(8)
     base = 10 * np.random.default_rng(9).standard_normal((24, 17))
-    points = embed_differences(base_gram([base], factors))[1:]
+    points = embed_differences(base_gram([base], factors, np.matmul))[1:]
     weights = np.array([0.5, 0.2, 0.3])
     rows = np.stack([(base + dense(pair)).ravel() for pair in factors])
     expected = karcher_mean(normalise(rows), weights).coeffs
@@ -158,11 +158,11 @@ def test_senseless_ranks_and_energies_are_refused(arguments):
 def test_factors_that_do_not_fit_are_refused():
     good = random_factors(13)
     with pytest.raises(ValueError, match="at least one"):
-        factor_gram([])
+        factor_gram([], np.matmul)
     with pytest.raises(ValueError, match=r"\(24, r\) and \(r, 17\)"):
-        factor_gram([*good, Factors(np.ones((24, 2)), np.ones((2, 18)))])
+        factor_gram([*good, Factors(np.ones((24, 2)), np.ones((2, 18)))], np.matmul)
     with pytest.raises(ValueError, match=r"\(24, r\) and \(r, 17\)"):
-        factor_gram([*good, Factors(np.ones((24, 2)), np.ones((3, 17)))])
+        factor_gram([*good, Factors(np.ones((24, 2)), np.ones((3, 17)))], np.matmul)
 
 
 @pytest.mark.parametrize("ranks", [(4, 1, 7), (3, 0, 2), (12, 12, 12)])

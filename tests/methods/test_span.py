@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -158,10 +160,37 @@ def test_results_are_the_same_bits_every_time_and_the_same_in_any_batch(method):
     together = SPAN_METHODS[method](embed_differences(grams), weights, SpanOptions())
     for i, gram in enumerate(grams):
         alone = SPAN_METHODS[method](embed_differences(gram), weights, SpanOptions())
-        np.testing.assert_allclose(alone.coefficients, together.coefficients[i], rtol=1e-12, atol=1e-13)
+        assert np.array_equal(alone.coefficients, together.coefficients[i])
+        assert np.array_equal(alone.residual, together.residual[i])
     again = SPAN_METHODS[method](embed_differences(grams), weights, SpanOptions())
     assert np.array_equal(again.coefficients, together.coefficients)
     assert np.array_equal(again.residual, together.residual)
+
+
+@pytest.mark.parametrize(
+    "method, n", [("slerp", 2), *itertools.product(sorted({*SPAN_METHODS} - {"slerp"}), [2, 3, 8, 17])]
+)
+def test_a_block_has_the_same_bits_alone_in_any_batch_and_in_any_order(method, n):
+    rng = np.random.default_rng(n)
+    # Narrow and wide ones, so that they leave the iteration at different steps; more than one slab of them.
+    vectors = rng.standard_normal((700, 1, 24)) + 10.0 ** rng.uniform(-3, 0.3, (700, 1, 1)) * rng.standard_normal(
+        (700, n, 24)
+    )
+    vectors[:, 1:] -= vectors[:, :1]
+    grams = vectors @ vectors.swapaxes(-1, -2)
+    weights = rng.dirichlet(np.ones(n), 700)
+    options = SpanOptions(beta=0.3, on_ambiguous="linear")
+
+    def solve_some(which):
+        found = SPAN_METHODS[method](embed_differences(grams[which]), weights[which], options)
+        return np.concatenate([found.coefficients, found.residual[:, None], found.n_iter[:, None]], axis=1)
+
+    together = solve_some(np.arange(700))
+    shuffled = rng.permutation(700)
+    assert np.array_equal(solve_some(shuffled), together[shuffled])
+    for size in (1, 2, 3, 5, 8, 31):
+        which = rng.choice(700, size, replace=False)
+        assert np.array_equal(solve_some(which), together[which]), size
 
 
 @pytest.mark.parametrize("method", list(SPAN_METHODS))
