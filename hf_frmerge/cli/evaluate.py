@@ -138,9 +138,11 @@ def evaluate(
     from theirs and on which tokens, whether its activations have collapsed, and how the models go on after a passage.
     The record is kept in MODEL if a merge wrote that folder.
     """
+    from hf_frmerge.checkpoints.lock import refuse_while_merging
     from hf_frmerge.merging.manifest import MANIFEST_FILE
     from hf_frmerge.merging.thresholds import parse_threshold
 
+    refuse_while_merging(model)
     thresholds = [parse_threshold(text) for text in fail_on]
     if not data and not lm_eval:
         raise ArgumentError("There is nothing to evaluate on: give --data FILE, --lm-eval TASK, or both.")

@@ -46,12 +46,14 @@ def extract_lora(
     Prints how much of the difference to the base the adapter does not hold.
     """
     with results_only():
+        from hf_frmerge.checkpoints.lock import refuse_while_merging
         from hf_frmerge.checkpoints.reader import open_checkpoint
         from hf_frmerge.checkpoints.resolve import resolve_all
         from hf_frmerge.merging.arguments import MergingArguments
         from hf_frmerge.merging.extract import extract_lora as extract
-        from hf_frmerge.merging.planning import check_output_dir
+        from hf_frmerge.merging.output_folder import check_output_dir
 
+        refuse_while_merging(output_dir)
         sources = resolve_all([model, base_model])
         check_output_dir(
             MergingArguments(output_dir=output_dir, overwrite=overwrite), [source.path for source in sources]
