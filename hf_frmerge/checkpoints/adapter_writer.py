@@ -18,7 +18,7 @@ from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME
 from hf_frmerge.checkpoints.disk import remove_file, remove_folder, rename, write_file
 from hf_frmerge.checkpoints.floats import narrow
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE
-from hf_frmerge.checkpoints.writer import CheckpointWriter, ShardLayout
+from hf_frmerge.checkpoints.writer import CheckpointWriter, ShardLayout, remove_staging
 from hf_frmerge.errors import MergeError
 
 _KEYS = {
@@ -178,4 +178,4 @@ class AdapterWriter:
             rename(self._config_file, self.output_dir / CONFIG_NAME)
         elif self._is_published:
             remove_file(self.output_dir / ADAPTER_FILE)
-        remove_folder(self._writer.staging)
+        remove_staging(self._writer.staging)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from hf_frmerge.checkpoints.disk import (
     disk_errors,
     make_folder,
     remove_file,
+    remove_folder,
     rename,
     sync_directory,
     write_all,
@@ -32,7 +34,9 @@ from hf_frmerge.checkpoints.layout import ShardLayout
 from hf_frmerge.checkpoints.reader import INDEX_FILE
 from hf_frmerge.errors import MergeError
 
-__all__ = ["STAGING", "CheckpointWriter", "ShardLayout", "check_free_space", "remove_weights"]
+__all__ = ["STAGING", "CheckpointWriter", "ShardLayout", "check_free_space", "remove_staging", "remove_weights"]
+
+logger = logging.getLogger(__name__)
 
 STAGING = ".frmerge"
 
@@ -277,6 +281,14 @@ def remove_weights(output_dir: str | Path, keep: Iterable[str] = ()) -> None:
         for path in Path(output_dir).iterdir():
             if _WEIGHT_FILE.fullmatch(path.name) and path.name not in kept:
                 remove_file(path)
+
+
+def remove_staging(staging: Path) -> None:
+    """Remove the folder of unfinished files, now that all are finished; they are even if that fails."""
+    try:
+        remove_folder(staging)
+    except MergeError as error:
+        logger.warning("Nothing is missing in %s, but the folder %s stays: %s", staging.parent, staging.name, error)
 
 
 def start_writeback(fd: int) -> None:

@@ -12,8 +12,9 @@ from hf_frmerge.checkpoints.disk import remove_file, remove_folder
 from hf_frmerge.checkpoints.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.lock import LOCK_FILE
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE
+from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.writer import STAGING, remove_weights
-from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
+from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.manifest import MANIFEST_FILE, STALE_FILES
 
 if TYPE_CHECKING:
@@ -78,12 +79,15 @@ def clear_output_dir(args: MergingArguments) -> None:
     Refuse what cannot be resumed, and remove what would make an unfinished merge look finished.
 
     Raises:
+        ArgumentError: If the folder stands for a URL, there is a model at it, and it is not to be overwritten.
         ResumeError: If a resume is asked for, and there is a finished model or one that is no merge.
     """
     output = Path(args.output_dir)
     staging = output / STAGING
     if args.resume_from_checkpoint:
         _check_resumable(args, output, staging)
+    elif not args.overwrite:
+        check_vacant(output)
     if args.resume_from_checkpoint and not staging.exists():
         logger.info("Nothing to resume in %s: starting a new merge.", args.output_dir)
     is_new = not (args.resume_from_checkpoint and staging.exists())
@@ -104,14 +108,6 @@ def remove_model(output: Path) -> None:
 def _remove_configs(output: Path) -> None:
     for name in (CONFIG_FILE, ADAPTER_CONFIG, *STALE_FILES):  # without the first two the rest is no model to a loader
         remove_file(output / name)
-
-
-def remove_staging(staging: Path) -> None:
-    """Remove the folder of unfinished files of a complete merge, which is complete even if that fails."""
-    try:
-        remove_folder(staging)
-    except MergeError as error:
-        logger.warning("The merge is complete. Remove %s by hand: %s", staging, error)
 
 
 def _check_resumable(args: MergingArguments, output: Path, staging: Path) -> None:

@@ -11,15 +11,14 @@ from hf_frmerge.checkpoints.disk import rename
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.reader import INDEX_FILE
-from hf_frmerge.checkpoints.remote_output import check_vacant
-from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
+from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space, remove_staging
 from hf_frmerge.errors import MergeError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.kernels.blas import one_blas_thread
 from hf_frmerge.merging.engine import Engine
 from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, write_coefficients, write_manifest
-from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir, remove_staging
+from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
 from hf_frmerge.merging.run_adapters import run_adapter_merge
 from hf_frmerge.merging.shared import SharedObserver
 from hf_frmerge.merging.summary import MergeOutcome, make_report
@@ -70,7 +69,7 @@ def run_merge(
 
 def _run(plan: MergePlan, observer: StepObserver, processes: Processes, lock: FolderLock | None) -> MergeOutcome:
     if plan.layout is None:
-        return run_adapter_merge(plan, observer, processes)
+        return run_adapter_merge(plan, observer, processes, lock)
     return _run_full_merge(plan, plan.layout, observer, processes, lock)
 
 
@@ -110,8 +109,6 @@ def _prepare(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, proces
     """Check what is there, then lay out the files: the main process removes and creates, the others only open."""
     resume = plan.args.resume_from_checkpoint
     if processes.is_main:
-        if not (resume or plan.args.overwrite):
-            check_vacant(writer.output_dir)
         clear_output_dir(plan.args)
     processes.wait()
     header, marks = fingerprint(plan, kernels.name), modification_marks(plan)

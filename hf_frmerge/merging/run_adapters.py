@@ -23,6 +23,7 @@ from hf_frmerge.merging.summary import MergeOutcome, make_report
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hf_frmerge.checkpoints.lock import FolderLock
     from hf_frmerge.merging.plan import MergePlan
     from hf_frmerge.merging.processes import Processes
 
@@ -31,20 +32,22 @@ class _StoppedError(Exception):
     """The observer asked the merge to stop."""
 
 
-def run_adapter_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
+def run_adapter_merge(
+    plan: MergePlan, observer: StepObserver, processes: Processes, lock: FolderLock | None
+) -> MergeOutcome:
     """
-    Merge the adapters of a plan on the main process, and write the adapter with its record.
+    Merge the adapters of a plan on the main process, which holds the lock, and write the adapter with its record.
 
     The adapter gets its configuration last, when the record is complete: without it no loader takes it for one.
 
     Raises:
         MergeError: Whatever stopped the merge; no adapter is left then.
     """
-    own = [_merge(plan, observer, processes.size)] if processes.is_main else []
+    own = [_merge(plan, observer, processes.size, lock)] if lock is not None else []
     return processes.gather(own)[0]
 
 
-def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOutcome:
+def _merge(plan: MergePlan, observer: StepObserver, n_processes: int, lock: FolderLock) -> MergeOutcome:
     started = time.perf_counter()
     output = Path(plan.args.output_dir)
     steps = {step.name: step for step in plan.steps}
@@ -58,6 +61,7 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOu
         outcomes.append(StepOutcome(steps[module.target], "merge", solution, {}, ""))
         if not observer.end(outcomes[-1]):
             raise _StoppedError  # from within the writer, which then leaves no file
+        lock.check()  # what follows the last module is publishing
 
     def record(merged: MergedAdapter, config: Path) -> None:
         plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])

@@ -199,17 +199,21 @@ def test_a_merge_planned_before_another_began_and_ended_is_refused(full: list[st
     assert json.loads((out / "merge_manifest.json").read_text())["method"] == "linear"
 
 
-def test_a_merge_whose_folder_was_made_anew_leaves_it_alone(full: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize("kind", ["full", "adapters"])
+def test_a_merge_whose_folder_was_made_anew_leaves_it_alone(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    experts, out = request.getfixturevalue(kind), tmp_path / "out"
 
     def removed_and_merged_again() -> None:
         shutil.rmtree(out)
-        merge(full, out, method="linear")
+        merge(experts, out, method="linear")
 
     with pytest.raises(MergeError, match="was removed or replaced while this merge was writing to it"):
-        merge(full, out, AtTensor(removed_and_merged_again))
-    merge(full, tmp_path / "linear", method="linear")
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "linear" / "model.safetensors").read_bytes()
+        merge(experts, out, AtTensor(removed_and_merged_again))
+    merge(experts, tmp_path / "linear", method="linear")
+    name = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "linear" / name).read_bytes()
 
 
 def test_the_card_is_written_before_another_may_begin(
