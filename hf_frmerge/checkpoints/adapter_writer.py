@@ -108,7 +108,7 @@ class AdapterWriter:
     Writes factors under a temporary name, then renames the weights, and the configuration last.
 
     Use it as a context manager, `write` all modules, then `publish_weights`: leaving it without an error gives the
-    configuration its name, an error removes what was written.
+    configuration its name, an error removes the weights.
 
     Args:
         output_dir (`str` or `Path`):
@@ -178,4 +178,5 @@ class AdapterWriter:
             rename(self._config_file, self.output_dir / CONFIG_NAME)
         elif self._is_published:
             remove_file(self.output_dir / ADAPTER_FILE)
+            return  # the staging folder tells from now on that what else was written belongs to unfinished work
         remove_staging(self._writer.staging)

@@ -15,7 +15,7 @@ from hf_frmerge.checkpoints.reader import ADAPTER_FILE
 from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.writer import STAGING, remove_weights
 from hf_frmerge.errors import ArgumentError, ResumeError
-from hf_frmerge.merging.manifest import MANIFEST_FILE, STALE_FILES
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, STALE_FILES
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.arguments import MergingArguments
@@ -102,7 +102,8 @@ def remove_model(output: Path) -> None:
     """Remove a model or adapter and what is told about it, so that no part of it is taken for one of the next."""
     _remove_configs(output)
     remove_weights(output)
-    remove_file(output / ADAPTER_FILE)
+    for name in (ADAPTER_FILE, COEFFICIENTS_FILE, LOCAL_SOURCES_FILE):
+        remove_file(output / name)
 
 
 def _remove_configs(output: Path) -> None:

@@ -332,6 +332,6 @@ def test_an_adapter_cannot_be_loaded_before_its_record_is_there(
             merge(adapters, out)
     assert not (out / "adapter_config.json").exists()
     assert (out / "adapter_model.safetensors").exists() == (place == "rename")  # the last there is to do
-    merge(adapters, out, overwrite=True)
+    merge(adapters, out, resume_from_checkpoint=True)
     for name in ("adapter_model.safetensors", "adapter_config.json", "merge_coefficients.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
