@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.evaluation.record import EvaluationRecord, save_record
@@ -176,6 +177,8 @@ class FisherRaoMerger:
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
         with self.processes.sharing_errors():
+            if self.processes.is_main:
+                refuse_while_merging(self.args.output_dir)
             plan = self.plan()
             _check_same_commits(plan, self.processes)
         with closing(plan):

@@ -20,10 +20,11 @@ from hf_frmerge.checkpoints.floats import narrow, widen
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.reader import Checkpoint, some
 from hf_frmerge.errors import ArgumentError, CheckpointError
+from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.dense_delta import DenseDelta
 from hf_frmerge.merging.extract_targets import ExtractTarget, find_modules, task_type
 from hf_frmerge.merging.ordered import ordered_pool
-from hf_frmerge.merging.output_folder import check_is_no_input, remove_model
+from hf_frmerge.merging.output_folder import check_output_dir, remove_model
 
 _OVERSAMPLING = 10  # extra random directions; 5 to 10 suffice (Halko et al., section 4.2)
 
@@ -85,6 +86,7 @@ def extract_lora(
     dtype: str | None = None,
     seed: int = 42,
     num_workers: int | None = None,
+    overwrite: bool = False,
 ) -> ExtractedAdapter:
     """
     Write the PEFT adapter that turns `base` into `merged` as well as its rank allows.
@@ -111,12 +113,15 @@ def extract_lora(
             Seed of the random directions.
         num_workers (`int`, *optional*):
             Threads; by default one per core, at most 4.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace the model or adapter that is in `output_dir`.
 
     Returns:
         `ExtractedAdapter`: ranks and errors by module, and what was left out.
 
     Raises:
-        ArgumentError: If an option is out of range, no module matches `target_modules`, or `output_dir` is an input.
+        ArgumentError: If an option is out of range, no module matches `target_modules`, or `output_dir` is an input
+            or not empty.
         CheckpointError: If the checkpoints do not fit together, or do not differ in any chosen module.
         NonFiniteError: If a tensor holds NaN or infinity.
         MergeError: If a merge is writing to `output_dir`, or the disk fails.
@@ -126,8 +131,10 @@ def extract_lora(
             f"Expected rank >= 1, power_iterations >= 0 and energy in (0, 1], got rank={rank}, "
             f"power_iterations={power_iterations}, energy={energy}."
         )
-    check_is_no_input(Path(output_dir), [merged.source.path, base.source.path])
+    args, inputs = MergingArguments(str(output_dir), overwrite=overwrite), [merged.source.path, base.source.path]
+    check_output_dir(args, inputs)
     with sole_writer(output_dir):
+        check_output_dir(args, inputs)  # once more, now that nobody else writes there
         return _extract(
             merged, base, output_dir, rank, energy, target_modules, power_iterations, dtype, seed, num_workers
         )

@@ -35,7 +35,7 @@ def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
         raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
     if not output.exists():
         return
-    check_is_no_input(output, inputs)
+    _check_is_no_input(output, inputs)
     if args.overwrite or args.resume_from_checkpoint:
         return
     if (output / STAGING).exists():
@@ -48,30 +48,6 @@ def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
             f"The output folder {args.output_dir!r} is not empty. Choose another, or pass --overwrite "
             "(overwrite=True) to replace the model in it."
         )
-
-
-def check_is_no_input(output: Path, inputs: Sequence[str]) -> None:
-    """
-    Refuse an output folder that is an input or has a file or folder of one in it, under whatever names.
-
-    Raises:
-        ArgumentError: With the names.
-    """
-    for folder in (Path(path) for path in inputs if output.is_dir() and Path(path).is_dir()):
-        if output.samefile(folder):
-            raise ArgumentError(f"The output folder {str(output)!r} is also an input. Choose another output_dir.")
-        own = {_inode(path): path for path in _files(folder)}
-        shared = {path: own[_inode(path)] for path in _files(output) if _inode(path) in own}
-        shared |= {
-            path: path.resolve()
-            for path in output.iterdir()
-            if path.is_symlink() and path.is_dir() and path.resolve().is_relative_to(folder.resolve())
-        }
-        for path, original in shared.items():
-            raise ArgumentError(
-                f"{path} and {original} of an input are one and the same under two names. Remove {path}, which leaves "
-                "the input as it is, or choose another output_dir."
-            )
 
 
 def clear_output_dir(args: MergingArguments) -> None:
@@ -114,8 +90,8 @@ def _remove_configs(output: Path) -> None:
 def _check_resumable(args: MergingArguments, output: Path, staging: Path) -> None:
     if staging.is_symlink():
         raise ResumeError(
-            f"{staging} is a link, so an interrupted merge is not gone on with there. Pass --overwrite to start anew, "
-            "which removes the link and not what it points to."
+            f"{staging} is a link, so an interrupted merge is not gone on with there. Start anew with --overwrite "
+            "and without --resume, which removes the link and not what it points to."
         )
     if args.overwrite:
         return
@@ -128,6 +104,26 @@ def _check_resumable(args: MergingArguments, output: Path, staging: Path) -> Non
             f"{args.output_dir!r} holds files, but no interrupted merge. Choose another output_dir, or pass "
             "--overwrite (overwrite=True) to replace the model in it."
         )
+
+
+def _check_is_no_input(output: Path, inputs: Sequence[str]) -> None:
+    """Refuse an output folder that is an input or has a file or folder of one in it, under whatever names."""
+    for folder in (Path(path) for path in inputs if output.is_dir() and Path(path).is_dir()):
+        if output.samefile(folder):
+            raise ArgumentError(f"The output folder {str(output)!r} is also an input. Choose another output_dir.")
+        own = {_inode(path): path for path in _files(folder)}
+        shared = {path: own[_inode(path)] for path in _files(output) if _inode(path) in own}
+        shared |= {
+            path: path.resolve()
+            for path in output.iterdir()
+            if path.is_symlink() and path.is_dir() and path.resolve().is_relative_to(folder.resolve())
+        }
+        if shared:
+            path, original = next(iter(shared.items()))
+            raise ArgumentError(
+                f"{path} and {original} of an input are one and the same under two names. Remove {path}, which leaves "
+                "the input as it is, or choose another output_dir."
+            )
 
 
 def _files(folder: Path) -> Iterator[Path]:

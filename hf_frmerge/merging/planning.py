@@ -10,7 +10,6 @@ from hf_frmerge.checkpoints.adapter import common_base, open_adapter
 from hf_frmerge.checkpoints.alignment import align
 from hf_frmerge.checkpoints.donor import find_disagreements
 from hf_frmerge.checkpoints.layout import ShardLayout
-from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
@@ -64,7 +63,6 @@ def build_plan(
         raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
     alphas = validate_weights(weights, len(experts))
     sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
-    refuse_while_merging(args.output_dir)
     check_output_dir(args, [source.path for source in sources])
     plan = _plan(sources, args, alphas, base_model is not None)
     try:

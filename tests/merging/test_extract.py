@@ -97,7 +97,9 @@ def test_an_adapter_replaces_the_model_that_was_in_its_folder(llama: Path, tmp_p
     change(llama, tmp_path / "merged", full_spectrum)
     change(llama, tmp_path / "out", full_spectrum)
     (tmp_path / "out" / "merge_manifest.json").write_text("{}")
-    extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", rank=6)
+    with pytest.raises(ArgumentError, match="is not empty"):
+        extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", rank=6)
+    extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", rank=6, overwrite=True)
     expected = ["adapter_config.json", "adapter_model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == expected
 

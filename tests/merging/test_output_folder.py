@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def test_extract_lora_refuses_an_input_under_another_name(full: list[str], tmp_p
         extract_lora(read(full[0]), read(full[1]), full[0], rank=2, target_modules=["q_proj"])
     soft_links(Path(full[0]), tmp_path / "out")
     with pytest.raises(ArgumentError, match="one and the same under two names"):
-        extract_lora(read(full[0]), read(full[1]), tmp_path / "out", rank=2, target_modules=["q_proj"])
+        extract_lora(read(full[0]), read(full[1]), tmp_path / "out", rank=2, target_modules=["q_proj"], overwrite=True)
     assert contents(Path(full[0])) == before
 
 
@@ -239,9 +239,9 @@ def test_the_card_is_written_before_another_may_begin(
         ["report", "OUT"],
         ["push", "OUT", "me/merged"],
         ["evaluate", "OUT", "--data", "t=TEXT"],
+        ["plan", "E0", "E1", "--output-dir", "OUT"],
         ["merge", "E0", "E1", "--output-dir", "OUT", "--overwrite"],
         ["extract-lora", "E0", "--base-model", "E1", "--output-dir", "OUT", "--overwrite"],
-        ["reproduce", "OUT", "--output-dir", "OUT"],
     ],
     ids=lambda command: command[0],
 )
@@ -269,7 +269,7 @@ def test_measurements_of_a_model_replaced_meanwhile_are_not_kept(
         merge(full, out, method="linear", overwrite=True)
         return EvaluationRecord()
 
-    monkeypatch.setattr(sys.modules["hf_frmerge.cli.evaluate"], "_measure", replaced)
+    monkeypatch.setattr(import_module("hf_frmerge.cli.evaluate"), "_measure", replaced)
     result = CliRunner().invoke(main, ["evaluate", str(out), "--data", f"t={tmp_path / 'text'}"])
     assert result.exit_code == 1
     assert "was replaced while it was measured" in result.output

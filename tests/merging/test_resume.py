@@ -216,7 +216,7 @@ def test_a_linked_folder_of_unfinished_files_is_refused_and_overwritten(experts:
     (out / STAGING).rename(elsewhere)
     (out / STAGING).symlink_to(elsewhere)
     before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
-    with pytest.raises(ResumeError, match=r"\.frmerge is a link.*Pass --overwrite to start anew"):
+    with pytest.raises(ResumeError, match=r"\.frmerge is a link.*Start anew with --overwrite and without --resume"):
         merge(experts, out, resume_from_checkpoint=True)
     merge(experts, out, overwrite=True)
     merge(experts, tmp_path / "whole")
