@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.evaluation.record import EvaluationRecord, save_record
@@ -176,6 +177,8 @@ class FisherRaoMerger:
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
         with self.processes.sharing_errors():
+            if self.processes.is_main:
+                refuse_while_merging(self.args.output_dir)
             plan = self.plan()
             _check_same_commits(plan, self.processes)
         with closing(plan):
@@ -185,7 +188,7 @@ class FisherRaoMerger:
             if self.args.eval_on_start:
                 self.evaluate_experts()
             observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
-            outcome = run_merge(plan, observer, self.processes)
+            outcome = run_merge(plan, observer, self.processes, self._complete_folder)
         self.control = observer.control
         self.report = {**outcome.report, "complete": outcome.complete}
         if not outcome.complete:
@@ -266,7 +269,7 @@ class FisherRaoMerger:
         if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
             return
         if self.processes.is_main:
-            shutil.copytree(self.args.output_dir, output_dir, dirs_exist_ok=True)
+            shutil.copytree(self.args.output_dir, output_dir, copy_function=_copy_anew, dirs_exist_ok=True)
         self.processes.wait()
 
     def create_model_card(self, **card_fields: Any) -> Path:
@@ -420,12 +423,14 @@ class FisherRaoMerger:
         ]
         self.control = self.callback_handler.on_merge_begin(self.args, self.state, self.control)
 
+    def _complete_folder(self) -> None:
+        """Write what comes beside model and record, and upload it all where the output is behind a URL."""
+        if self.evaluation.models:
+            save_record(self.args.output_dir, self.evaluation)
+        self._describe()
+        upload(self.args.output_dir)
+
     def _end(self) -> None:
-        if self.processes.is_main:
-            if self.evaluation.models:
-                save_record(self.args.output_dir, self.evaluation)
-            self._describe()
-            upload(self.args.output_dir)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
         self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})
@@ -440,6 +445,12 @@ class FisherRaoMerger:
     def _require_merge(self, call: str) -> None:
         if not self.is_merged:
             raise RuntimeError(f"`{call}` needs a merged model: call `merge()` first.")
+
+
+def _copy_anew(source: str, target: str) -> None:
+    """Copy a file; what had the name of the copy loses it, and is not written to: it may be a link."""
+    Path(target).unlink(missing_ok=True)
+    shutil.copy2(source, target)
 
 
 def _check_permitted_and_fitting(plan: MergePlan) -> None:

@@ -67,6 +67,7 @@ def make_adapters(args: argparse.Namespace) -> None:
                 up = rng.standard_normal((module.n_out, module.rank), dtype=np.float32)
                 down = rng.standard_normal((module.rank, *module.input_shape), dtype=np.float32)
                 writer.write(module, up * 1e-2, down * 1e-2)
+            writer.publish_weights()
 
 
 def merge(args: argparse.Namespace) -> None:

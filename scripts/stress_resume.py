@@ -166,7 +166,8 @@ class Stress:
         lines = [
             line for path in self.out.glob(".frmerge/journal-*.jsonl") for line in path.open() if line[-1] == "\n"
         ]
-        finished = {record["tensor"] for record in map(json.loads, lines) if record["kind"] == "written"}
+        records = [json.loads(line)[0] for line in lines]
+        finished = {record["tensor"] for record in records if record["kind"] == "written"}
         if not finished:
             return STATES[1]
         return STATES[2 if len(finished) < len(bench_models.shapes("stress")) else 3]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME
+from hf_frmerge.checkpoints.disk import remove_file, remove_folder, rename, write_file
 from hf_frmerge.checkpoints.floats import narrow
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE
-from hf_frmerge.checkpoints.writer import CheckpointWriter, ShardLayout
+from hf_frmerge.checkpoints.writer import CheckpointWriter, ShardLayout, remove_staging
 from hf_frmerge.errors import MergeError
 
 _KEYS = {
@@ -107,7 +107,8 @@ class AdapterWriter:
     """
     Writes factors under a temporary name, then renames the weights, and the configuration last.
 
-    Use it as a context manager: leaving it without an error finishes the adapter, an error removes what was written.
+    Use it as a context manager, `write` all modules, then `publish_weights`: leaving it without an error gives the
+    configuration its name, an error removes the weights.
 
     Args:
         output_dir (`str` or `Path`):
@@ -131,8 +132,11 @@ class AdapterWriter:
         layout = ShardLayout.plan(tensors, max(nbytes, 1))  # one file: PEFT does not shard
         layout = replace(layout, shards=(replace(layout.shards[0], file=ADAPTER_FILE),))
         self._writer = CheckpointWriter(layout, self.output_dir)
+        self._config_file = self._writer.staging / CONFIG_NAME
+        self._is_published = False
 
     def __enter__(self) -> Self:
+        remove_folder(self._writer.staging)
         self._writer.create()
         return self
 
@@ -151,17 +155,28 @@ class AdapterWriter:
                 )
             self._writer.write(key, 0, narrow(values, self.dtype))
 
+    def publish_weights(self) -> Path:
+        """
+        Make the weights durable and give them their name.
+
+        Returns:
+            `Path`: The configuration, which gets its own name when the context is left.
+        """
+        self._writer.sync()
+        # Without its configuration an adapter cannot be loaded, so no half-replaced one ever is.
+        remove_file(self.output_dir / CONFIG_NAME)
+        self._is_published = True
+        self._writer.publish()
+        write_file(self._config_file, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        return self._config_file
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._writer.sync()
-                # Without its configuration an adapter cannot be loaded, so no half-replaced one ever is.
-                (self.output_dir / CONFIG_NAME).unlink(missing_ok=True)
-                self._writer.publish()
-                text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
-                self._writer.small_file(CONFIG_NAME, text)
-        finally:
-            self._writer.close()
-            shutil.rmtree(self._writer.staging)
+        self._writer.close()
+        if kind is None:
+            rename(self._config_file, self.output_dir / CONFIG_NAME)
+        elif self._is_published:
+            remove_file(self.output_dir / ADAPTER_FILE)
+            return  # the staging folder tells from now on that what else was written belongs to unfinished work
+        remove_staging(self._writer.staging)

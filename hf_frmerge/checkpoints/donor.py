@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder, open_folder
 from hf_frmerge.checkpoints.reader import read_json, some
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -93,7 +93,7 @@ def copy_donor_files(source: Source, output_dir: str | Path) -> list[str]:
     names = donor_files(source)
     for name in names:
         target = Path(output_dir) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         write_file(target, _read(folder, name, source))
     return names
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,19 +18,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_frmerge.checkpoints.disk import (
+    FULL_DISK,
+    create_file,
+    disk_errors,
+    make_folder,
+    remove_file,
+    remove_folder,
+    rename,
+    sync_directory,
+    write_all,
+    write_file,
+)
 from hf_frmerge.checkpoints.layout import ShardLayout
 from hf_frmerge.checkpoints.reader import INDEX_FILE
 from hf_frmerge.errors import MergeError
 
-__all__ = [
-    "STAGING",
-    "CheckpointWriter",
-    "ShardLayout",
-    "check_free_space",
-    "remove_weights",
-    "sync_directory",
-    "write_file",
-]
+__all__ = ["STAGING", "CheckpointWriter", "ShardLayout", "check_free_space", "remove_staging", "remove_weights"]
+
+logger = logging.getLogger(__name__)
 
 STAGING = ".frmerge"
 
@@ -38,7 +46,8 @@ _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?
 _WRITEBACK_BYTES = 32 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>: start writing dirty pages, do not wait
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# What posix_fallocate says where a file system cannot reserve blocks and the C library does not stand in.
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class CheckpointWriter:
@@ -74,8 +83,8 @@ class CheckpointWriter:
         self._dirty: dict[int, int] = {}
 
     def create(self) -> None:
-        """Create this process's files at full size, with their headers; whatever was staged before is overwritten."""
-        self.staging.mkdir(parents=True, exist_ok=True)
+        """Create this process's files at full size, with their headers; what was staged under their names is gone."""
+        make_folder(self.staging)
         missing = sum(self.layout.shards[index].size for index in self.shards)
         for index in self.shards:
             self._allocate(index, missing)
@@ -85,10 +94,12 @@ class CheckpointWriter:
         """
         Go on with files of an earlier run where their size and header fit, and create the others.
 
+        A file that has another name, too, or is a link to one, is not gone on with: it may be an input.
+
         Returns:
             `list[int]`: Shards that were created afresh, so hold no data of the earlier run.
         """
-        self.staging.mkdir(parents=True, exist_ok=True)
+        make_folder(self.staging)
         created = [index for index in self.shards if not self._adopt(index)]
         missing = sum(self.layout.shards[index].size for index in created)
         for index in created:
@@ -106,13 +117,10 @@ class CheckpointWriter:
         view = memoryview(np.frombuffer(data, np.uint8).data if len(data) else b"")
         shard, start = self._locate(name, offset, offset + len(view))
         try:
-            while view:
-                count = os.pwrite(self._fds[shard], view, start)
-                start += count
-                view = view[count:]
-                self._start_writeback(shard, count)
+            write_all(self._fds[shard], view, start)
         except OSError as error:
             raise self._failure(error, shard, len(view)) from error
+        self._start_writeback(shard, len(view))
 
     def read_back(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Read bytes `[start, stop)` of a tensor from the unfinished file; a copy, 1-D. Thread-safe."""
@@ -120,7 +128,8 @@ class CheckpointWriter:
         out = np.empty(stop - start, np.uint8)
         view = out.data
         while view:
-            count = os.preadv(self._fds[shard], [view], position)
+            with disk_errors(self._staged(shard), "read back"):
+                count = os.preadv(self._fds[shard], [view], position)
             if count == 0:
                 raise MergeError(f"{self._staged(shard)} was cut short by another program. Start the merge afresh.")
             position += count
@@ -135,9 +144,10 @@ class CheckpointWriter:
     def sync(self) -> None:
         """Force this process's shards to disk and close them."""
         try:
-            for index, fd in self._fds.items():
+            for index in list(self._fds):
                 try:
-                    os.fsync(fd)
+                    os.fsync(self._fds[index])
+                    os.close(self._fds.pop(index))
                 except OSError as error:
                     raise self._failure(error, index, 0) from error
         finally:
@@ -147,14 +157,14 @@ class CheckpointWriter:
         """
         Rename all shards of the layout into place, write the index, and remove weight files of an earlier merge.
 
-        Call once, after every process has called `sync`. Calling it again after a crash half-way is safe.
+        Call once, after every process has called `sync`.
         """
-        for index, shard in enumerate(self.layout.shards):
-            staged, final = self._staged(index), self.output_dir / shard.file
-            if staged.exists():
-                staged.replace(final)
-            elif not final.exists():  # if it does, an earlier call came this far
-                raise MergeError(f"{staged} is missing: another program removed it. Start the merge afresh.")
+        staged = {self._staged(index): self.output_dir / shard.file for index, shard in enumerate(self.layout.shards)}
+        for path in staged:
+            if not path.is_file():
+                raise MergeError(f"{path} is missing: another program removed it. Start the merge afresh.")
+        for path, final in staged.items():
+            rename(path, final)
         text = self.layout.index_json()
         if text is not None:
             write_file(self.output_dir / INDEX_FILE, text)
@@ -162,14 +172,11 @@ class CheckpointWriter:
         remove_weights(self.output_dir, keep=keep)
         sync_directory(self.output_dir)
 
-    def small_file(self, name: str, content: bytes | str) -> None:
-        """Write a small file into the output folder so that it is either whole or absent."""
-        write_file(self.output_dir / name, content)
-
     def close(self) -> None:
-        """Close the files without finishing them; they stay for a resume."""
+        """Close the files without finishing them; they stay for a resume, which digests what is in them."""
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            with suppress(OSError):
+                os.close(self._fds.popitem()[1])
 
     def _staged(self, index: int) -> Path:
         # Not "*.safetensors": no loader may take an unfinished file for a checkpoint.
@@ -182,21 +189,19 @@ class CheckpointWriter:
         return shard, offset + start
 
     def _allocate(self, index: int, missing: int) -> None:
-        shard = self.layout.shards[index]
-        path = self._staged(index)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        shard, path = self.layout.shards[index], self._staged(index)
+        fd = None
         try:
-            # Reserved blocks make a full disk known now, and later writes 4x faster than a growing file's.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fd, 0, shard.size)
-            else:
-                os.ftruncate(fd, shard.size)
-            os.pwrite(fd, shard.header, 0)
+            fd = create_file(path)
+            _reserve(fd, shard.size)
+            write_all(fd, shard.header, 0)
         except OSError as error:
-            os.close(fd)
+            if fd is not None:
+                os.close(fd)
             free = shutil.disk_usage(self.staging).free
-            path.unlink()
-            if error.errno in _FULL_DISK:
+            with suppress(OSError):
+                path.unlink()
+            if error.errno in FULL_DISK:
                 raise _no_space(self.output_dir, missing, free) from error
             raise MergeError(f"{path} could not be created: {error.strerror}.") from error
         self._fds[index] = fd
@@ -209,24 +214,38 @@ class CheckpointWriter:
             start_writeback(self._fds[index])
 
     def _adopt(self, index: int) -> bool:
-        shard = self.layout.shards[index]
-        staged = self._staged(index)
-        final = self.output_dir / shard.file
-        if not staged.exists() and final.exists():
-            # The earlier run was killed while it renamed. Take the file back: unfinished work has no final names.
-            final.replace(staged)
-        try:
-            fd = os.open(staged, os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        if os.fstat(fd).st_size == shard.size and os.pread(fd, len(shard.header), 0) == shard.header:
+        staged, final = self._staged(index), self.output_dir / self.layout.shards[index].file
+        fd = self._open_own(staged, index)
+        if fd is None and not os.path.lexists(staged):
+            fd = self._open_own(final, index)
+            if fd is not None:  # the earlier run was killed while it renamed; unfinished work has no final names
+                rename(final, staged)
+        if fd is not None:
             self._fds[index] = fd
-            return True
+        return fd is not None
+
+    def _open_own(self, path: Path, index: int) -> int | None:
+        """Open a file to go on with, unless it is not that shard, or the bytes in it have another name, too."""
+        shard = self.layout.shards[index]
+        with disk_errors(path, "opened"):
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                return None  # a link
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_size == shard.size:
+            with disk_errors(path, "read"):
+                if os.pread(fd, len(shard.header), 0) == shard.header:
+                    return fd
         os.close(fd)
-        return False
+        return None
 
     def _failure(self, error: OSError, index: int, unwritten: int) -> MergeError:
-        if error.errno in _FULL_DISK:
+        if error.errno in FULL_DISK:
             return _no_space(self.output_dir, unwritten, shutil.disk_usage(self.staging).free)
         return MergeError(
             f"{self._staged(index)} could not be written: {error.strerror}. What was written so far is kept; see to "
@@ -261,23 +280,15 @@ def remove_weights(output_dir: str | Path, keep: Iterable[str] = ()) -> None:
     with suppress(FileNotFoundError):
         for path in Path(output_dir).iterdir():
             if _WEIGHT_FILE.fullmatch(path.name) and path.name not in kept:
-                path.unlink()
+                remove_file(path)
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is either whole, on disk and in place, or not there at all."""
-    temporary = path.with_name(f".{path.name}.partial")
+def remove_staging(staging: Path) -> None:
+    """Remove the folder of unfinished files, now that all are finished; they are even if that fails."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise MergeError(f"{path} could not be written: {error.strerror}.") from error
-    sync_directory(path.parent)
+        remove_folder(staging)
+    except MergeError as error:
+        logger.warning("Nothing is missing in %s, but the folder %s stays: %s", staging.parent, staging.name, error)
 
 
 def start_writeback(fd: int) -> None:
@@ -293,13 +304,17 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def sync_directory(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _reserve(fd: int, size: int) -> None:
+    """Give a new file its size. Reserved blocks make a full disk known now, and later writes 4x faster."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in _CANNOT_RESERVE:
+                raise
+        else:
+            return
+    os.ftruncate(fd, size)
 
 
 def _no_space(output_dir: Path, needed: int, free: int) -> MergeError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_frmerge.cli.command import FAILURE, FrmergeCommand, SectionOption, results_only, yield_idle_cores
-from hf_frmerge.errors import ArgumentError
+from hf_frmerge.errors import ArgumentError, MergeError
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.headlines import Headline
@@ -138,9 +138,11 @@ def evaluate(
     from theirs and on which tokens, whether its activations have collapsed, and how the models go on after a passage.
     The record is kept in MODEL if a merge wrote that folder.
     """
+    from hf_frmerge.checkpoints.lock import refuse_while_merging
     from hf_frmerge.merging.manifest import MANIFEST_FILE
     from hf_frmerge.merging.thresholds import parse_threshold
 
+    refuse_while_merging(model)
     thresholds = [parse_threshold(text) for text in fail_on]
     if not data and not lm_eval:
         raise ArgumentError("There is nothing to evaluate on: give --data FILE, --lm-eval TASK, or both.")
@@ -150,8 +152,11 @@ def evaluate(
         raise ArgumentError(f"--card writes the card of a merge, but {model} is no folder that `frmerge merge` wrote.")
     yield_idle_cores()
     with results_only():
+        from hf_frmerge.evaluation.record import merge_digest
+
+        measured = merge_digest(model) if is_merge else None
         record = _measure(model, experts, base_model, files, lm_eval, **how)
-        headlines = _keep(record, model, card) if is_merge else _headlines(record)
+        headlines = _keep(record, model, card, measured) if is_merge else _headlines(record)
     if as_json:
         click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -224,13 +229,17 @@ def _measure(
     return record
 
 
-def _keep(record: EvaluationRecord, model: str, card: bool) -> list[Headline]:
+def _keep(record: EvaluationRecord, model: str, card: bool, measured: str | None) -> list[Headline]:
     """Add to the record beside the weights, write the card if wanted, and return what thresholds are about."""
+    from hf_frmerge.checkpoints.lock import refuse_while_merging
     from hf_frmerge.evaluation.headlines import norm_headline
-    from hf_frmerge.evaluation.record import EvaluationRecord, load_record, save_record
+    from hf_frmerge.evaluation.record import EvaluationRecord, load_record, merge_digest, save_record
     from hf_frmerge.hub.folder import describe_merge
     from hf_frmerge.report.figures import figure_drawer
 
+    refuse_while_merging(model)
+    if merge_digest(model) != measured:
+        raise MergeError(f"The model in {model!r} was replaced while it was measured. Evaluate again.")
     kept = load_record(model) or EvaluationRecord()
     kept.update(record)
     save_record(model, kept)

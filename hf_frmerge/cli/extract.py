@@ -48,20 +48,21 @@ def extract_lora(
     with results_only():
         from hf_frmerge.checkpoints.reader import open_checkpoint
         from hf_frmerge.checkpoints.resolve import resolve_all
-        from hf_frmerge.merging.arguments import MergingArguments
         from hf_frmerge.merging.extract import extract_lora as extract
-        from hf_frmerge.merging.planning import check_output_dir
 
         sources = resolve_all([model, base_model])
-        check_output_dir(
-            MergingArguments(output_dir=output_dir, overwrite=overwrite), [source.path for source in sources]
-        )
         for source in sources:
             if source.kind != "full":
                 raise ArgumentError(f"{source.spec!r} is an adapter already; a full checkpoint is needed.")
         with open_checkpoint(sources[0]) as merged, open_checkpoint(sources[1]) as base:
             extracted = extract(
-                merged, base, output_dir, rank, energy=energy, target_modules=list(target_modules) or None
+                merged,
+                base,
+                output_dir,
+                rank,
+                energy=energy,
+                target_modules=list(target_modules) or None,
+                overwrite=overwrite,
             )
     if as_json:
         click.echo(json.dumps({**asdict(extracted), "output_dir": output_dir, "error": extracted.error}, indent=2))

@@ -29,9 +29,11 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
     """
     expert_arguments, args = arguments_from(experts, config, options)
     with results_only():
+        from hf_frmerge.checkpoints.lock import refuse_while_merging
         from hf_frmerge.merging.planning import build_plan
         from hf_frmerge.merging.space import check_space, download_bytes
 
+        refuse_while_merging(args.output_dir)
         merge_plan = build_plan(
             expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
         )

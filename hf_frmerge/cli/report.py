@@ -19,9 +19,11 @@ def report(output_dir: str, output: str | None, figures: str | None) -> None:
     model can do, how its predictions moved, where most, and whether a layer collapsed.
     """
     with results_only():
+        from hf_frmerge.checkpoints.lock import refuse_while_merging
         from hf_frmerge.report.figures import save_figures
         from hf_frmerge.report.page import write_page
 
+        refuse_while_merging(output_dir)
         written = [write_page(output_dir, output)]
         if figures is not None:
             written += save_figures(output_dir, figures).values()

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.files import open_folder
-from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, EVALUATION_FILE
 

@@ -14,7 +14,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from hf_frmerge.checkpoints.writer import write_file
+from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.evaluation.function_distance import PAIR_COLUMNS
 from hf_frmerge.evaluation.identity import key_of, model_identity, tokens_identity
 from hf_frmerge.evaluation.inputs import Inputs

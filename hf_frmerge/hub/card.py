@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.hub import wording
 from hf_frmerge.hub.card_data import CardSource, MergeCard
 from hf_frmerge.hub.evaluation_section import evaluation_section, hide_names
@@ -125,9 +126,7 @@ def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool
             path.replace(path.with_name(_SET_ASIDE))
         else:
             user_section = found
-    temporary = path.with_name(f".frmerge-{CARD_NAME}")
-    temporary.write_text(render_card(card, user_section=user_section), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, render_card(card, user_section=user_section))
     return path
 
 

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.evaluation.record import load_record
 from hf_frmerge.hub.card import write_card
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
@@ -56,7 +57,7 @@ def describe_merge(
     place = folder / FIGURES_FOLDER
     figures = dict(draw(folder, place)) if draw is not None else {}
     for name in FIGURES.keys() - figures.keys():  # of what was here before
-        (place / f"{name}.png").unlink(missing_ok=True)
+        remove_file(place / f"{name}.png")
     shown = {name: file.relative_to(folder).as_posix() for name, file in figures.items()}
     return write_card(card_of_folder(folder, figures=shown, **card_fields), folder)
 

@@ -7,6 +7,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.writer import STAGING
 from hf_frmerge.errors import HubError
 from hf_frmerge.hub.reproduce import hide_local_paths
@@ -25,7 +26,9 @@ def check_complete(folder: Path) -> None:
 
     Raises:
         HubError: Naming what is missing.
+        MergeError: If a merge is writing to it.
     """
+    refuse_while_merging(folder)
     if not folder.is_dir():
         raise HubError(f"There is no folder {folder} to push.")
     if (folder / STAGING).exists():

@@ -89,6 +89,7 @@ def merge_adapters(
     strict: bool = False,
     num_workers: int | None = None,
     on_module: Callable[[MergedModule], None] | None = None,
+    on_written: Callable[[MergedAdapter, Path], None] | None = None,
 ) -> MergedAdapter:
     """
     Merge adapters of one base model in delta space and write the result as a PEFT adapter.
@@ -122,6 +123,9 @@ def merge_adapters(
             Threads; by default one per available core, at most 4.
         on_module (`Callable[[MergedModule], None]`, *optional*):
             Called after each module is written, in order.
+        on_written (`Callable[[MergedAdapter, Path], None]`, *optional*):
+            Called when all are, with the report and the file that becomes the adapter's configuration after that:
+            what it writes is there before the adapter can be loaded.
 
     Returns:
         `MergedAdapter`: the report.
@@ -152,7 +156,11 @@ def merge_adapters(
                 done.append(module)
                 if on_module is not None:
                     on_module(module)
-    return MergedAdapter(Path(output_dir), done, notes)
+            merged = MergedAdapter(Path(output_dir), done, notes)
+            config_file = writer.publish_weights()
+            if on_written is not None:
+                on_written(merged, config_file)
+    return merged
 
 
 @dataclass(frozen=True)

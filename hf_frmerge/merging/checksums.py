@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_128_hexdigest
 
+from hf_frmerge.checkpoints.disk import disk_errors
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, donor_files
 from hf_frmerge.checkpoints.files import LocalFolder, open_folder
 from hf_frmerge.checkpoints.reader import INDEX_FILE
@@ -27,7 +28,7 @@ SMALL_FILE = 16 * 2**20
 
 def sha256_of(path: Path | str) -> str:
     """SHA-256 of a file of any size, as hexadecimal digits."""
-    with Path(path).open("rb") as file:
+    with disk_errors(Path(path), "read"), Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

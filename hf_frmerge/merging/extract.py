@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
 from hf_frmerge.checkpoints.floats import narrow, widen
+from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.reader import Checkpoint, some
 from hf_frmerge.errors import ArgumentError, CheckpointError
+from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.dense_delta import DenseDelta
 from hf_frmerge.merging.extract_targets import ExtractTarget, find_modules, task_type
 from hf_frmerge.merging.ordered import ordered_pool
+from hf_frmerge.merging.output_folder import check_output_dir, remove_model
 
 _OVERSAMPLING = 10  # extra random directions; 5 to 10 suffice (Halko et al., section 4.2)
 
@@ -83,6 +86,7 @@ def extract_lora(
     dtype: str | None = None,
     seed: int = 42,
     num_workers: int | None = None,
+    overwrite: bool = False,
 ) -> ExtractedAdapter:
     """
     Write the PEFT adapter that turns `base` into `merged` as well as its rank allows.
@@ -109,20 +113,45 @@ def extract_lora(
             Seed of the random directions.
         num_workers (`int`, *optional*):
             Threads; by default one per core, at most 4.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace the model or adapter that is in `output_dir`.
 
     Returns:
         `ExtractedAdapter`: ranks and errors by module, and what was left out.
 
     Raises:
-        ArgumentError: If an option is out of range, or no module matches `target_modules`.
+        ArgumentError: If an option is out of range, no module matches `target_modules`, or `output_dir` is an input
+            or not empty.
         CheckpointError: If the checkpoints do not fit together, or do not differ in any chosen module.
         NonFiniteError: If a tensor holds NaN or infinity.
+        MergeError: If a merge is writing to `output_dir`, or the disk fails.
     """
     if rank < 1 or power_iterations < 0 or (energy is not None and not 0.0 < energy <= 1.0):
         raise ArgumentError(
             f"Expected rank >= 1, power_iterations >= 0 and energy in (0, 1], got rank={rank}, "
             f"power_iterations={power_iterations}, energy={energy}."
         )
+    args, inputs = MergingArguments(str(output_dir), overwrite=overwrite), [merged.source.path, base.source.path]
+    check_output_dir(args, inputs)
+    with sole_writer(output_dir):
+        check_output_dir(args, inputs)  # once more, now that nobody else writes there
+        return _extract(
+            merged, base, output_dir, rank, energy, target_modules, power_iterations, dtype, seed, num_workers
+        )
+
+
+def _extract(
+    merged: Checkpoint,
+    base: Checkpoint,
+    output_dir: str | Path,
+    rank: int,
+    energy: float | None,
+    target_modules: Sequence[str] | None,
+    power_iterations: int,
+    dtype: str | None,
+    seed: int,
+    num_workers: int | None,
+) -> ExtractedAdapter:
     targets = find_modules(base, target_modules)
     for target in targets:
         _check_pair(merged, base, target.tensor)
@@ -148,9 +177,11 @@ def extract_lora(
     config = make_config({"task_type": task_type(base.config())}, modules)
     config |= {"base_model_name_or_path": source.repo_id or source.spec, "revision": source.revision}
     config["fan_in_fan_out"] = any(target.is_conv1d for target in targets)
+    remove_model(Path(output_dir))
     with AdapterWriter(output_dir, modules, config, code) as writer:
         for result in found:
             writer.write(result.output, result.up, result.down)
+        writer.publish_weights()
     return ExtractedAdapter(
         Path(output_dir),
         [result.report for result in found],

@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import threading
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from xxhash import xxh3_128_hexdigest
 
+from hf_frmerge.checkpoints.disk import create_file, disk_errors, rename
 from hf_frmerge.errors import MergeError, ResumeError
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.solve import Geometry, Solution
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.plan import MergePlan
 
 logger = logging.getLogger(__name__)
+
+_AFTER_RECORD = len(', ""]\n') + 32  # bytes of a line after its record: a digest of 32 hexadecimal digits
 
 # Options that do not change a bit of the output: a merge may be resumed with others.
 _FREE_OPTIONS = frozenset(
@@ -66,8 +72,9 @@ class Journal:
     """
     Append-only record of a merge.
 
-    A line counts only if it is whole; a torn last line is what a kill leaves behind, and is dropped. Nothing here is
-    trusted on its own: finished bytes are digested again before they are kept.
+    A line is a JSON array of a record and its XXH3-128 digest. Lines count up to the first that is torn or altered: a
+    kill leaves one behind, and what was recorded after it is computed again. Nothing here is trusted on its own:
+    finished bytes are digested again before they are kept.
     """
 
     def __init__(
@@ -92,14 +99,16 @@ class Journal:
         self._path = folder / f"journal-{rank}.jsonl"
         self._first = {"kind": "merge", "marks": marks, **header}
         loaded = {path: self._load(path, header, marks) for path in sorted(folder.glob("journal-*.jsonl")) if resume}
-        self._whole = loaded.get(self._path, 0)
+        self._whole = loaded.get(self._path, b"")
 
     def start(self) -> None:
-        """Open this process's file, cut to its whole lines; all processes must have read it before."""
-        self._file = self._path.open("ab", buffering=0)
-        self._file.truncate(self._whole)
-        if not self._whole:
-            self._append(self._first)
+        """Write this process's file anew, with its whole lines; all processes must have read it before."""
+        unfinished = self._path.with_name(f"{self._path.name}.partial")
+        with disk_errors(self._path, "created"):
+            self._file = os.fdopen(create_file(unfinished), "wb", buffering=0)
+        self._write(self._whole or _line(self._first))
+        self._whole = b""
+        rename(unfinished, self._path)
 
     def record_solved(self, solved: dict[str, tuple[Solution, dict[str, dict[str, str]]]]) -> None:
         """Keep the coefficients of all groups of a batch, and the digests of what they were computed from."""
@@ -121,27 +130,38 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # a line that did not arrive fails its digest
+            self._file.close()
 
-    def _append(self, line: dict[str, Any]) -> None:
-        data = json.dumps(line).encode() + b"\n"
+    def _append(self, record: dict[str, Any]) -> None:
+        line = _line(record)
+        with self._lock:
+            self._write(line)
+
+    def _write(self, data: bytes) -> None:
         try:
-            with self._lock:
-                while data:
-                    data = data[self._file.write(data) :]
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
             raise MergeError(
                 f"{self._path} could not be written: {error.strerror}. What was written so far is kept; see to the "
                 "disk and resume."
             ) from error
 
-    def _load(self, path: Path, header: dict[str, Any], marks: dict[str, Any]) -> int:
-        """Read all whole lines; return how many bytes they take."""
-        whole = 0
-        for number, raw in enumerate(path.read_bytes().splitlines(keepends=True)):
-            if not raw.endswith(b"\n"):
-                break
-            line = json.loads(raw)
+    def _load(self, path: Path, header: dict[str, Any], marks: dict[str, Any]) -> bytes:
+        """Read all lines up to the first that is not as it was written; return them."""
+        with disk_errors(path, "read"):
+            lines = path.read_bytes().splitlines(keepends=True)
+        for number, raw in enumerate(lines):
+            line = _record(raw)
+            if line is None:
+                if raw is not lines[-1]:
+                    logger.warning(
+                        "Line %d of %s is damaged: what it and later ones recorded is computed again.",
+                        number + 1,
+                        path,
+                    )
+                return b"".join(lines[:number])
             if number == 0:
                 _check_header(line, header, path)
                 _warn_of_rewritten(line["marks"], marks)
@@ -149,8 +169,24 @@ class Journal:
                 self.solved |= {sphere["group"]: _decode_sphere(sphere) for sphere in line["spheres"]}
             else:
                 self.written[line["tensor"]] = line
-            whole += len(raw)
-        return whole
+        return b"".join(lines)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return _signed(json.dumps(record).encode())
+
+
+def _signed(text: bytes) -> bytes:
+    return b'[%b, "%b"]\n' % (text, xxh3_128_hexdigest(text).encode())
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line; None if it is torn or altered."""
+    text = line[1:-_AFTER_RECORD]
+    if line != _signed(text):
+        return None
+    record: dict[str, Any] = json.loads(text)
+    return record
 
 
 def _check_header(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge import __version__
+from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.files import open_folder
-from hf_frmerge.checkpoints.writer import write_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging import checksums
 from hf_frmerge.merging.checksums import file_entry, input_files, is_unchanged, modification_marks, sha256_of

@@ -13,12 +13,12 @@ from hf_frmerge.checkpoints.layout import ShardLayout
 from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
-from hf_frmerge.checkpoints.writer import STAGING
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapter_rows import align_adapters, missing_notes
 from hf_frmerge.merging.arguments import validate_weights
 from hf_frmerge.merging.batches import in_batches
 from hf_frmerge.merging.blocks import block_shape, group_of, head_dim_of
+from hf_frmerge.merging.output_folder import check_output_dir
 from hf_frmerge.merging.plan import Expert, MergePlan, TensorStep
 from hf_frmerge.merging.weight_rules import WeightSchedule, layer_index
 
@@ -102,33 +102,6 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
     notes += find_disagreements([model.source for model in ([base] if base else []) + opened])
     return MergePlan(args, opened, base, alphas, space, steps, layout, notes)
-
-
-def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
-    """
-    Refuse an output folder that is an input, or not empty.
-
-    Raises:
-        ArgumentError: With the option that would allow it.
-    """
-    output = Path(args.output_dir)
-    for path in inputs:
-        if "://" not in path and output.resolve() == Path(path).resolve():
-            raise ArgumentError(f"The output folder {args.output_dir!r} is also an input. Choose another output_dir.")
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
-    if not output.exists() or args.overwrite or args.resume_from_checkpoint:
-        return
-    if (output / STAGING).exists():
-        raise ArgumentError(
-            f"{args.output_dir!r} holds an interrupted merge. Pass --resume (resume_from_checkpoint=True) to go on "
-            "with it, or --overwrite to start anew."
-        )
-    if any(output.iterdir()):
-        raise ArgumentError(
-            f"The output folder {args.output_dir!r} is not empty. Choose another, or pass --overwrite "
-            "(overwrite=True) to replace the model in it."
-        )
 
 
 def _open(source: Source) -> Expert:

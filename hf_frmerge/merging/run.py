@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.disk import rename
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
+from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.reader import INDEX_FILE
-from hf_frmerge.checkpoints.remote_output import check_vacant
-from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
-from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
+from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space, remove_staging
+from hf_frmerge.errors import MergeError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.merging.engine import Engine
 from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
-from hf_frmerge.merging.manifest import (
-    COEFFICIENTS_FILE,
-    MANIFEST_FILE,
-    STALE_FILES,
-    write_coefficients,
-    write_manifest,
-)
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
 from hf_frmerge.merging.run_adapters import run_adapter_merge
 from hf_frmerge.merging.shared import SharedObserver
 from hf_frmerge.merging.summary import MergeOutcome, make_report
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hf_frmerge.checkpoints.layout import ShardLayout
+    from hf_frmerge.checkpoints.lock import FolderLock
     from hf_frmerge.kernels import Kernels
     from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
     from hf_frmerge.merging.plan import MergePlan
@@ -37,24 +35,45 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def run_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
+def run_merge(
+    plan: MergePlan, observer: StepObserver, processes: Processes, on_complete: Callable[[], None] | None = None
+) -> MergeOutcome:
     """
-    Compute a plan into its output folder.
+    Compute a plan into its output folder, alone in it.
 
     Until the last moment the folder has no `config.json` and its weights have temporary names, so that nothing takes
     a torn merge for a model. After an error or an interruption, the same call with `resume_from_checkpoint` goes on.
+
+    Args:
+        plan: What to do.
+        observer: Told about every tensor.
+        processes: Who takes part.
+        on_complete: Called by the main process on a complete merge, before another may write to the folder.
 
     Raises:
         MergeError: Whatever stopped the merge.
     """
     with processes.sharing_errors():
-        if plan.layout is None:
-            return run_adapter_merge(plan, observer, processes)
-        return _run_full_merge(plan, plan.layout, observer, processes)
+        processes.wait()  # until all have planned: what is created here must not look to them like another merge
+        if not processes.is_main:
+            return _run(plan, observer, processes, None)
+        with sole_writer(plan.args.output_dir) as lock:
+            # Once more: another merge may have begun and ended since this one was planned.
+            check_output_dir(plan.args, [model.source.path for model in plan.models])
+            outcome = _run(plan, observer, processes, lock)
+            if outcome.complete and on_complete is not None:
+                on_complete()
+            return outcome
+
+
+def _run(plan: MergePlan, observer: StepObserver, processes: Processes, lock: FolderLock | None) -> MergeOutcome:
+    if plan.layout is None:
+        return run_adapter_merge(plan, observer, processes, lock)
+    return _run_full_merge(plan, plan.layout, observer, processes, lock)
 
 
 def _run_full_merge(
-    plan: MergePlan, layout: ShardLayout, observer: StepObserver, processes: Processes
+    plan: MergePlan, layout: ShardLayout, observer: StepObserver, processes: Processes, lock: FolderLock | None
 ) -> MergeOutcome:
     started = time.perf_counter()
     kernels = load_kernels(plan.args.device)
@@ -77,7 +96,8 @@ def _run_full_merge(
     written = sum(outcome.step.nbytes for outcome in outcomes)
     report = make_report(plan, outcomes, kernels.name, seconds, written)
     processes.wait()
-    if complete and processes.is_main:
+    if complete and lock is not None:
+        lock.check()
         _finish(plan, writer, outcomes, report, processes.size)
     processes.wait()
     return MergeOutcome(complete, report)
@@ -86,9 +106,8 @@ def _run_full_merge(
 def _prepare(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, processes: Processes) -> Journal:
     """Check what is there, then lay out the files: the main process removes and creates, the others only open."""
     resume = plan.args.resume_from_checkpoint
-    processes.wait()  # until all have planned: what is created here must not look to them like another merge
     if processes.is_main:
-        _clear(plan, writer)
+        clear_output_dir(plan.args)
     processes.wait()
     header, marks = fingerprint(plan, kernels.name), modification_marks(plan)
     journal = Journal(writer.staging, processes.rank, header, marks, resume=resume)
@@ -105,30 +124,6 @@ def _prepare(plan: MergePlan, writer: CheckpointWriter, kernels: Kernels, proces
         )
     journal.start()
     return journal
-
-
-def _clear(plan: MergePlan, writer: CheckpointWriter) -> None:
-    """Refuse what cannot be resumed, and remove what would make an unfinished merge look finished."""
-    args, output, staging = plan.args, writer.output_dir, writer.staging
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
-    if not args.resume_from_checkpoint:
-        if not args.overwrite:
-            check_vacant(output)
-        shutil.rmtree(staging, ignore_errors=True)
-    elif not args.overwrite:
-        if (output / MANIFEST_FILE).exists() and (output / CONFIG_FILE).exists():
-            shutil.rmtree(staging, ignore_errors=True)  # left by a process that died while it cleaned up
-            raise ResumeError(f"The merge in {args.output_dir!r} is complete; there is nothing to resume.")
-        if not staging.exists() and output.exists() and any(output.iterdir()):
-            raise ResumeError(
-                f"{args.output_dir!r} holds files, but no interrupted merge. Choose another output_dir, or pass "
-                "--overwrite (overwrite=True) to replace the model in it."
-            )
-    if args.resume_from_checkpoint and not staging.exists():
-        logger.info("Nothing to resume in %s: starting a new merge.", args.output_dir)
-    for stale in (CONFIG_FILE, *STALE_FILES):
-        (output / stale).unlink(missing_ok=True)
 
 
 def _gram_sharing(processes: Processes) -> Any:
@@ -150,5 +145,5 @@ def _finish(
         small[INDEX_FILE] = output / INDEX_FILE
     config = small[CONFIG_FILE] = write_config(donor, writer.staging, dtype=plan.args.dtype)
     write_manifest(output, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
-    config.replace(output / CONFIG_FILE)
-    shutil.rmtree(writer.staging)
+    rename(config, output / CONFIG_FILE)
+    remove_staging(writer.staging)

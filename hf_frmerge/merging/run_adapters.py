@@ -9,40 +9,45 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
+from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapters import MergedAdapter, MergedModule, merge_adapters
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, STALE_FILES, write_coefficients, write_manifest
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, write_coefficients, write_manifest
 from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
+from hf_frmerge.merging.output_folder import clear_output_dir
 from hf_frmerge.merging.solve import Solution
 from hf_frmerge.merging.summary import MergeOutcome, make_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hf_frmerge.checkpoints.lock import FolderLock
     from hf_frmerge.merging.plan import MergePlan
     from hf_frmerge.merging.processes import Processes
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 class _StoppedError(Exception):
     """The observer asked the merge to stop."""
 
 
-def run_adapter_merge(plan: MergePlan, observer: StepObserver, processes: Processes) -> MergeOutcome:
+def run_adapter_merge(
+    plan: MergePlan, observer: StepObserver, processes: Processes, lock: FolderLock | None
+) -> MergeOutcome:
     """
-    Merge the adapters of a plan on the main process, and write the adapter with its record.
+    Merge the adapters of a plan on the main process, which holds the lock, and write the adapter with its record.
+
+    The adapter gets its configuration last, when the record is complete: without it no loader takes it for one.
 
     Raises:
-        MergeError: Whatever stopped the merge; nothing is left then.
+        MergeError: Whatever stopped the merge; no adapter is left then.
     """
-    own = [_merge(plan, observer, processes.size)] if processes.is_main else []
+    own = [_merge(plan, observer, processes.size, lock)] if lock is not None else []
     return processes.gather(own)[0]
 
 
-def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOutcome:
+def _merge(plan: MergePlan, observer: StepObserver, n_processes: int, lock: FolderLock) -> MergeOutcome:
     started = time.perf_counter()
     output = Path(plan.args.output_dir)
     steps = {step.name: step for step in plan.steps}
@@ -56,27 +61,31 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOu
         outcomes.append(StepOutcome(steps[module.target], "merge", solution, {}, ""))
         if not observer.end(outcomes[-1]):
             raise _StoppedError  # from within the writer, which then leaves no file
+        lock.check()  # what follows the last module is publishing
 
-    for stale in (*STALE_FILES, *(shard.name for shard in output.glob("adapter_model*.safetensors"))):
-        (output / stale).unlink(missing_ok=True)
+    def record(merged: MergedAdapter, config: Path) -> None:
+        plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
+        write_coefficients(output, outcomes)
+        written = (output / ADAPTER_FILE).stat().st_size
+        report.update(make_report(plan, outcomes, "numpy", time.perf_counter() - started, written))
+        report["truncation_error"] = merged.truncation_error
+        report["max_rank"] = max(module.rank for module in merged.modules)
+        write_manifest(
+            output,
+            plan,
+            outcomes,
+            report=report,
+            n_processes=n_processes,
+            small_files={name: output / name for name in (ADAPTER_FILE, COEFFICIENTS_FILE)} | {CONFIG_NAME: config},
+            details=_details(merged),
+        )
+
+    clear_output_dir(plan.args)
+    report: dict[str, Any] = {}
     try:
-        merged = _merge_factors(plan, output, done)
+        _merge_factors(plan, output, done, record)
     except _StoppedError:
         return MergeOutcome(False, make_report(plan, outcomes, "numpy", time.perf_counter() - started, 0))
-    plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
-    write_coefficients(output, outcomes)
-    written = (output / ADAPTER_FILE).stat().st_size
-    report = make_report(plan, outcomes, "numpy", time.perf_counter() - started, written)
-    report |= {"truncation_error": merged.truncation_error, "max_rank": max(m.rank for m in merged.modules)}
-    write_manifest(
-        output,
-        plan,
-        outcomes,
-        report=report,
-        n_processes=n_processes,
-        small_files={name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE)},
-        details=_details(merged),
-    )
     return MergeOutcome(True, report)
 
 
@@ -94,9 +103,14 @@ def _details(merged: MergedAdapter) -> dict[str, dict[str, Any]]:
         }
 
 
-def _merge_factors(plan: MergePlan, output: Path, done: Callable[[MergedModule], None]) -> MergedAdapter:
+def _merge_factors(
+    plan: MergePlan,
+    output: Path,
+    done: Callable[[MergedModule], None],
+    record: Callable[[MergedAdapter, Path], None],
+) -> None:
     weights = {step.name: step.weights for step in plan.steps}
-    return merge_adapters(
+    merge_adapters(
         [expert.adapter for expert in plan.experts if expert.adapter],
         plan.weights,
         output,
@@ -110,4 +124,5 @@ def _merge_factors(plan: MergePlan, output: Path, done: Callable[[MergedModule],
         strict=plan.args.strict,
         num_workers=plan.args.num_workers,
         on_module=done,
+        on_written=record,
     )

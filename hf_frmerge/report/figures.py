@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.errors import MergeError
 from hf_frmerge.report.facts import MergeFacts, read_facts
 from hf_frmerge.report.function_figures import distances_figure, recovery_figure
@@ -69,10 +71,12 @@ def save_figures(folder: Path | str, into: Path | str) -> dict[str, Path]:
     """
     figures = draw_figures(read_facts(folder))
     into = Path(into)
-    into.mkdir(parents=True, exist_ok=True)
+    make_folder(into)
     files = {}
     for name, figure in figures.items():
         files[name] = into / f"{name}.png"
         # Without the version of matplotlib in it, one record gives one file.
-        figure.savefig(files[name], dpi=_DPI, metadata={"Software": None})
+        image = BytesIO()
+        figure.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
+        write_file(files[name], image.getvalue())
     return files

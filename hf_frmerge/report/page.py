@@ -13,7 +13,7 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from hf_frmerge.checkpoints.writer import write_file
+from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, WorstToken
 from hf_frmerge.merging.manifest import REPORT_FILE
 from hf_frmerge.report.facts import MergeFacts, read_facts
@@ -61,7 +61,7 @@ def write_page(folder: Path | str, output: Path | str | None = None) -> Path:
     """
     page = render_page(read_facts(folder))
     path = Path(folder) / REPORT_FILE if output is None else Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_file(path, page)
     return path
 

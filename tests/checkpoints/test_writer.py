@@ -197,14 +197,6 @@ def test_ranges_outside_a_tensor_are_a_programming_error(tmp_path, tensors):
     writer.close()
 
 
-def test_small_files_are_whole_and_replace_old_ones(tmp_path, tensors):
-    writer = CheckpointWriter(plan(tensors), tmp_path)
-    writer.small_file("a.json", "{}\n")
-    writer.small_file("a.json", b"\xff")
-    assert (tmp_path / "a.json").read_bytes() == b"\xff"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
 # Going on after a crash
 
 
@@ -232,6 +224,82 @@ def test_reopen_makes_missing_and_damaged_shards_afresh(tmp_path, tensors):
     assert not again.read_back("t1", 0, 2852).any()
     assert np.array_equal(again.read_back("t4", 0, 3008), raw(tensors["t4"]))
     again.close()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("where", ["staged", "final"])
+def test_files_with_another_name_are_never_gone_on_with(tmp_path, tensors, link, where):
+    """Same size, same header: an expert's file that hangs in the folder looks like unfinished work."""
+    layout = plan(tensors)
+    expert, out = tmp_path / "expert.safetensors", tmp_path / "out"
+    save_file(tensors, expert, metadata={"format": "pt"})
+    before = expert.read_bytes()
+    (out / STAGING).mkdir(parents=True)
+    place = out / STAGING / "model.safetensors.partial" if where == "staged" else out / "model.safetensors"
+    link(expert, place)
+    again = CheckpointWriter(layout, out)
+    assert again.reopen() == [0]
+    again.write("t0", 0, bytes(8))
+    again.finish()
+    assert expert.read_bytes() == before
+    assert (out / "model.safetensors").read_bytes()[: len(layout.shards[0].header)] == layout.shards[0].header
+    assert not (out / "model.safetensors").is_symlink()
+    assert not load_file(out / "model.safetensors")["t0"].any()
+
+
+def refusing(monkeypatch, call, number):
+    """Let a call of the system fail once."""
+    real = getattr(os, call)
+
+    def fails(*args):
+        monkeypatch.setattr(os, call, real)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fails)
+
+
+def test_a_staged_file_that_cannot_be_opened_is_not_lost(tmp_path, tensors, monkeypatch):
+    write(tensors, tmp_path).close()
+    staged = tmp_path / STAGING / "model.safetensors.partial"
+    before = staged.read_bytes()
+    again = CheckpointWriter(plan(tensors), tmp_path)
+    refusing(monkeypatch, "open", errno.EMFILE)
+    with pytest.raises(MergeError, match="partial could not be opened: Too many open files"):
+        again.reopen()
+    assert staged.read_bytes() == before
+
+
+def test_blocks_need_not_be_reserved_where_they_cannot_be(tmp_path, tensors, monkeypatch):
+    refusing(monkeypatch, "posix_fallocate", errno.EOPNOTSUPP)
+    write(tensors, tmp_path).finish()
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("call", ["fsync", "close"])
+def test_weights_that_did_not_reach_the_disk_get_no_name(tmp_path, tensors, monkeypatch, call):
+    writer = write(tensors, tmp_path)
+    refusing(monkeypatch, call, errno.EIO)
+    with pytest.raises(MergeError, match="partial could not be written: Input/output error"):
+        writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == [STAGING]
+
+
+def test_writes_that_the_system_cuts_short_arrive_whole(tmp_path, tensors, monkeypatch):
+    """Headers, tensors and small files: a system may take fewer bytes than it is given."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, start: pwrite(fd, data[: len(data) // 2 + 1], start))
+    write(tensors, tmp_path / "ours", 6000).finish()
+    monkeypatch.undo()
+    write(tensors, tmp_path / "whole", 6000).finish()
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("model*")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ours").glob("model*")} == expected
+
+
+def test_a_disk_that_takes_no_byte_is_an_error(tmp_path, tensors, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, start: 0)
+    with pytest.raises(MergeError, match=r"model.safetensors.partial could not be created: the system takes no more"):
+        write(tensors, tmp_path)
 
 
 def test_killed_between_two_renames(tmp_path, tensors):

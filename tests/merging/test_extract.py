@@ -92,6 +92,18 @@ def test_error_is_that_of_the_exact_truncated_svd(llama: Path, tmp_path: Path) -
     assert report.error == pytest.approx(np.linalg.norm(norms * errors) / np.linalg.norm(norms), rel=1e-12)
 
 
+def test_an_adapter_replaces_the_model_that_was_in_its_folder(llama: Path, tmp_path: Path) -> None:
+    """Beside a model, or the record of a merge, it would be taken for a part of it."""
+    change(llama, tmp_path / "merged", full_spectrum)
+    change(llama, tmp_path / "out", full_spectrum)
+    (tmp_path / "out" / "merge_manifest.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="is not empty"):
+        extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", rank=6)
+    extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", rank=6, overwrite=True)
+    expected = ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == expected
+
+
 def low_rank(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
     if not any(layer in name for layer in ("q_proj", "down_proj")):
         return None

@@ -173,6 +173,57 @@ def test_a_journal_torn_once_can_be_interrupted_again(experts: list[str], tmp_pa
     assert output(out) == output(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("number", [0, 1, 2, -1])
+def test_an_altered_line_of_the_journal_is_not_believed(
+    experts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """One bit of a coefficient would make another model; as would a digit of what was merged."""
+    merge(experts, tmp_path / "whole")
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    journal = next((out / STAGING).glob("journal-*.jsonl"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    place = lines[number].find(b'"float64": "') + 12 if b'"float64": "' in lines[number] else len(lines[number]) // 2
+    altered = bytearray(lines[number])
+    altered[place] = ord("B") if altered[place] != ord("B") else ord("C")
+    lines[number] = bytes(altered)
+    journal.write_bytes(b"".join(lines))
+    merge(experts, out, resume_from_checkpoint=True)
+    assert output(out) == output(tmp_path / "whole")
+    told = [r.message for r in caplog.records if "is damaged" in r.message]
+    assert len(told) == (number != -1)  # a kill damages the last, which nobody need be told
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", ["model.safetensors.partial", "journal-0.jsonl", "journal-0.jsonl.partial"])
+def test_links_among_unfinished_files_are_not_written_through(
+    experts: list[str], tmp_path: Path, link: Any, name: str
+) -> None:
+    merge(experts, tmp_path / "whole")
+    out, input_file = tmp_path / "out", Path(experts[1]) / "model.safetensors"
+    interrupted(experts, out)
+    before = input_file.read_bytes()
+    (out / STAGING / name).unlink(missing_ok=True)
+    link(input_file, out / STAGING / name)
+    merge(experts, out, resume_from_checkpoint=True)
+    assert input_file.read_bytes() == before
+    assert output(out) == output(tmp_path / "whole")
+
+
+def test_a_linked_folder_of_unfinished_files_is_refused_and_overwritten(experts: list[str], tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    interrupted(experts, out)
+    (out / STAGING).rename(elsewhere)
+    (out / STAGING).symlink_to(elsewhere)
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    with pytest.raises(ResumeError, match=r"\.frmerge is a link.*Start anew with --overwrite and without --resume"):
+        merge(experts, out, resume_from_checkpoint=True)
+    merge(experts, out, overwrite=True)
+    merge(experts, tmp_path / "whole")
+    assert output(out) == output(tmp_path / "whole")
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+
+
 def test_an_interrupted_folder_asks_what_to_do_and_overwrite_starts_anew(experts: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(experts, out)

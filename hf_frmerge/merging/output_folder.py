@@ -1,0 +1,139 @@
+"""The output folder before a merge: what may not be there, and what has to go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
+from hf_frmerge.checkpoints.disk import remove_file, remove_folder
+from hf_frmerge.checkpoints.donor import CONFIG_FILE
+from hf_frmerge.checkpoints.lock import LOCK_FILE
+from hf_frmerge.checkpoints.reader import ADAPTER_FILE
+from hf_frmerge.checkpoints.remote_output import check_vacant
+from hf_frmerge.checkpoints.writer import STAGING, remove_weights
+from hf_frmerge.errors import ArgumentError, ResumeError
+from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, STALE_FILES
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.arguments import MergingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
+    """
+    Refuse an output folder that is an input, shares a file with one, or is not empty.
+
+    Raises:
+        ArgumentError: With the option that would allow it.
+    """
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
+    if not output.exists():
+        return
+    _check_is_no_input(output, inputs)
+    if args.overwrite or args.resume_from_checkpoint:
+        return
+    if (output / STAGING).exists():
+        raise ArgumentError(
+            f"{args.output_dir!r} holds an interrupted merge. Pass --resume (resume_from_checkpoint=True) to go on "
+            "with it, or --overwrite to start anew."
+        )
+    if _holds_files(output):
+        raise ArgumentError(
+            f"The output folder {args.output_dir!r} is not empty. Choose another, or pass --overwrite "
+            "(overwrite=True) to replace the model in it."
+        )
+
+
+def clear_output_dir(args: MergingArguments) -> None:
+    """
+    Refuse what cannot be resumed, and remove what would make an unfinished merge look finished.
+
+    Raises:
+        ArgumentError: If the folder stands for a URL, there is a model at it, and it is not to be overwritten.
+        ResumeError: If a resume is asked for, and there is a finished model or one that is no merge.
+    """
+    output = Path(args.output_dir)
+    staging = output / STAGING
+    if args.resume_from_checkpoint:
+        _check_resumable(args, output, staging)
+    elif not args.overwrite:
+        check_vacant(output)
+    if args.resume_from_checkpoint and not staging.exists():
+        logger.info("Nothing to resume in %s: starting a new merge.", args.output_dir)
+    is_new = not (args.resume_from_checkpoint and staging.exists())
+    if is_new:
+        remove_folder(staging)
+        remove_model(output)
+    else:
+        _remove_configs(output)
+
+
+def remove_model(output: Path) -> None:
+    """Remove a model or adapter and what is told about it, so that no part of it is taken for one of the next."""
+    _remove_configs(output)
+    remove_weights(output)
+    for name in (ADAPTER_FILE, COEFFICIENTS_FILE, LOCAL_SOURCES_FILE):
+        remove_file(output / name)
+
+
+def _remove_configs(output: Path) -> None:
+    for name in (CONFIG_FILE, ADAPTER_CONFIG, *STALE_FILES):  # without the first two the rest is no model to a loader
+        remove_file(output / name)
+
+
+def _check_resumable(args: MergingArguments, output: Path, staging: Path) -> None:
+    if staging.is_symlink():
+        raise ResumeError(
+            f"{staging} is a link, so an interrupted merge is not gone on with there. Start anew with --overwrite "
+            "and without --resume, which removes the link and not what it points to."
+        )
+    if args.overwrite:
+        return
+    is_adapter = (output / ADAPTER_CONFIG).exists()
+    if (output / MANIFEST_FILE).exists() and (is_adapter or (output / CONFIG_FILE).exists()):
+        remove_folder(staging)  # left by a process that died while it cleaned up
+        raise ResumeError(f"The merge in {args.output_dir!r} is complete; there is nothing to resume.")
+    if not staging.exists() and output.exists() and _holds_files(output):
+        raise ResumeError(
+            f"{args.output_dir!r} holds files, but no interrupted merge. Choose another output_dir, or pass "
+            "--overwrite (overwrite=True) to replace the model in it."
+        )
+
+
+def _check_is_no_input(output: Path, inputs: Sequence[str]) -> None:
+    """Refuse an output folder that is an input or has a file or folder of one in it, under whatever names."""
+    for folder in (Path(path) for path in inputs if output.is_dir() and Path(path).is_dir()):
+        if output.samefile(folder):
+            raise ArgumentError(f"The output folder {str(output)!r} is also an input. Choose another output_dir.")
+        own = {_inode(path): path for path in _files(folder)}
+        shared = {path: own[_inode(path)] for path in _files(output) if _inode(path) in own}
+        shared |= {
+            path: path.resolve()
+            for path in output.iterdir()
+            if path.is_symlink() and path.is_dir() and path.resolve().is_relative_to(folder.resolve())
+        }
+        if shared:
+            path, original = next(iter(shared.items()))
+            raise ArgumentError(
+                f"{path} and {original} of an input are one and the same under two names. Remove {path}, which leaves "
+                "the input as it is, or choose another output_dir."
+            )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.is_file())
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(path.name != LOCK_FILE for path in folder.iterdir())
