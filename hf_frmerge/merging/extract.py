@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
 from hf_frmerge.checkpoints.floats import narrow, widen
-from hf_frmerge.checkpoints.reader import Checkpoint, some
+from hf_frmerge.checkpoints.reader import Checkpoint, some, unchanged
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.dense_delta import DenseDelta
 from hf_frmerge.merging.extract_targets import ExtractTarget, find_modules, task_type
@@ -133,7 +133,7 @@ def extract_lora(
         delta = DenseDelta(merged, base, target.tensor)
         return _factorise(delta, target, rank, energy, power_iterations, code, np.random.default_rng([seed, index]))
 
-    with ordered_pool(num_workers) as workers:
+    with unchanged([merged, base]), ordered_pool(num_workers) as workers:
         factored = list(workers.map(work, enumerate(targets)))
         others = _other_tensors(merged, base, {target.tensor for target in targets})
         norms = list(workers.map(lambda name: DenseDelta(merged, base, name).norm(), others))

@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
-from hf_frmerge.checkpoints.reader import INDEX_FILE
+from hf_frmerge.checkpoints.reader import INDEX_FILE, unchanged
 from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
@@ -65,16 +65,17 @@ def _run_full_merge(
             observer = SharedObserver(observer, plan, processes)
         share = _gram_sharing(processes) if plan.args.block == "model" and processes.size > 1 else None
         engine = Engine(plan, kernels, writer, journal, observer, share)
-        with one_blas_thread():  # rows of low-rank deltas are formed on our own threads
+        inputs = [model.weights for model in plan.models]
+        with one_blas_thread(), unchanged(inputs):  # rows of low-rank deltas are formed on our own threads
             own, complete = engine.run(processes.share(plan.steps, plan.args.block))
         outcomes = own
         if isinstance(observer, SharedObserver):
             outcomes = observer.all_outcomes(own)
             complete = all(processes.gather([complete and observer.go_on]))
         if complete:
-            for model in plan.models:
-                model.weights.check_sizes()
             writer.sync()
+            for checkpoint in inputs:  # until here: files that are copied from the donor are read after this
+                checkpoint.check_unchanged()
     seconds = time.perf_counter() - started
     written = sum(outcome.step.nbytes for outcome in outcomes)
     report = make_report(plan, outcomes, kernels.name, seconds, written)
