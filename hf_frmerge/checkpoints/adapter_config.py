@@ -10,6 +10,7 @@ from typing import Any
 from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder
 from hf_frmerge.checkpoints.reader import read_json
 from hf_frmerge.errors import CheckpointError
+from hf_frmerge.kernels import OVERFLOWS_AT
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -101,6 +102,7 @@ def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> Adapte
             f"Adapter {spec!r}: no {CONFIG_NAME} in {folder.path}. Point to a folder PEFT's `save_pretrained` wrote."
         )
     _refuse_unsupported(raw, spec)
+    _check_numbers(raw, spec)
     return AdapterConfig(
         raw=raw,
         base_model=raw.get("base_model_name_or_path") or None,
@@ -108,6 +110,33 @@ def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> Adapte
         use_rslora=bool(raw.get("use_rslora")),
         use_dora=bool(raw.get("use_dora")),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+    )
+
+
+def _check_numbers(raw: dict[str, Any], spec: str) -> None:
+    """Refuse ranks and scales that are no numbers, or that float32, in which an adapter is applied, cannot hold."""
+    ranks = {"r": raw.get("r", 8), **_entries(raw, "rank_pattern", spec)}
+    alphas = {"lora_alpha": raw.get("lora_alpha", 8), **_entries(raw, "alpha_pattern", spec)}
+    for key, value in ranks.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(_expected(spec, key, value, "a whole number of at least 1"))
+    for key, value in alphas.items():
+        # type() rather than isinstance(): JSON's true would pass as the number 1.
+        if type(value) not in (int, float) or not abs(value) < OVERFLOWS_AT["F32"]:
+            raise CheckpointError(_expected(spec, key, value, "a finite number within the range of float32"))
+
+
+def _entries(raw: dict[str, Any], field: str, spec: str) -> dict[str, Any]:
+    patterns = raw.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(_expected(spec, field, patterns, "an object"))
+    return {f"{field}[{key!r}]": value for key, value in patterns.items()}
+
+
+def _expected(spec: str, key: str, value: Any, expected: str) -> str:
+    return (
+        f"Adapter {spec!r}: {key} in {CONFIG_NAME} is {value!r}, expected {expected}. Correct it, or save the adapter "
+        "again with PEFT."
     )
 
 

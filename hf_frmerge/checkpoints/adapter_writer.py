@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME
 from hf_frmerge.checkpoints.disk import remove_file, remove_folder, rename, write_file
-from hf_frmerge.checkpoints.floats import narrow
+from hf_frmerge.checkpoints.floats import DTYPE_CODES, dtypes_that_hold, narrow, widen
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE
 from hf_frmerge.checkpoints.writer import CheckpointWriter, ShardLayout, remove_staging
-from hf_frmerge.errors import MergeError
+from hf_frmerge.errors import NonFiniteError
 
 _KEYS = {
     "linear": (".lora_A.weight", ".lora_B.weight"),
@@ -145,15 +145,24 @@ class AdapterWriter:
         Write the factors of one module; from any thread.
 
         Raises:
-            MergeError: If a value does not fit into fp16, or the disk is full.
+            NonFiniteError: If a value does not fit into the adapter's dtype.
+            MergeError: If the disk is full.
         """
         for key, values in zip(module.keys, (down, up)):
-            if self.dtype == "F16" and values.size and np.abs(values).max() > np.finfo(np.float16).max:
-                raise MergeError(
-                    f"Module {module.module!r}: a factor of the merged adapter holds {np.abs(values).max():.3g}, more "
-                    "than fp16 can. Write it with dtype='bfloat16' or 'float32'."
-                )
-            self._writer.write(key, 0, narrow(values, self.dtype))
+            with np.errstate(over="ignore"):  # looked at below
+                narrowed = narrow(values, self.dtype)
+            if not np.isfinite(widen(narrowed, self.dtype)).all():
+                raise self._not_finite(module, float(np.abs(values).max()))
+            self._writer.write(key, 0, narrowed)
+
+    def _not_finite(self, module: AdapterModule, peak: float) -> NonFiniteError:
+        dtype = next(name for name, code in DTYPE_CODES.items() if code == self.dtype)
+        wider = dtypes_that_hold(peak)
+        advice = f"Write it with dtype={wider[0]!r}; or choose" if wider else "Choose"
+        return NonFiniteError(
+            f"Module {module.module!r}: a factor of the new adapter holds {peak:.3g}, more than {dtype} can. {advice} "
+            "a smaller scale, or a beta nearer to 0, or lower the lora_alpha of what it was made from."
+        )
 
     def publish_weights(self) -> Path:
         """

@@ -56,6 +56,11 @@ class LowRankDelta:
         """Whether the effective weight is a DoRA weight: defined, but not the base plus a low-rank delta."""
         return self.magnitude is not None
 
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files its factors are read from."""
+        return {(self.checkpoint, self.down.file), (self.checkpoint, self.up.file)}
+
     def read(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
         """
         Read the factors as PEFT lays them out, without the scale.
@@ -86,7 +91,7 @@ class LowRankDelta:
 
         Raises:
             CheckpointError: If the module is a DoRA module, which has no low-rank delta.
-            NonFiniteError: If a factor holds NaN or infinity.
+            NonFiniteError: If a factor holds NaN or infinity, or float32 cannot hold it.
         """
         return self._lay_out(*self.read())
 
@@ -108,7 +113,15 @@ class LowRankDelta:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         left, right = (down.T, up.T) if self.transposed else (up, down)
         scaled = left * np.float64(self.scale)  # in float64, so that a scale such as 1/3 is rounded in once only
-        return scaled.astype(np.float32, order="C"), np.ascontiguousarray(right, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            single = scaled.astype(np.float32, order="C"), np.ascontiguousarray(right, dtype=np.float32)
+        if not all(np.isfinite(factor).all() for factor in single):
+            raise NonFiniteError(
+                f"Adapter {self.checkpoint.source.spec!r}: the factors of {self.module!r}, with their scale "
+                f"{self.scale:.4g}, leave the range of float32, in which they are multiplied. Lower its lora_alpha in "
+                "adapter_config.json, or leave this adapter out."
+            )
+        return single
 
     def _read(self, info: TensorInfo) -> NDArray[np.floating]:
         values = widen(self.checkpoint.read(info.name), info.dtype)

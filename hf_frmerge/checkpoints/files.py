@@ -51,8 +51,19 @@ class LocalFolder:
         return (self._root / name).stat().st_size
 
     def identity(self, name: str) -> str:
-        """Cheap mark that changes when the file is rewritten: its modification time in nanoseconds."""
-        return str((self._root / name).stat().st_mtime_ns)
+        """
+        Cheap mark that changes when the file is rewritten, cut short or replaced: size, time of modification, inode.
+
+        The time of the last change of status is left out: another name or other permissions change no contents.
+        """
+        found = (self._root / name).stat()
+        return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
+
+    def is_broken(self, name: str) -> bool:
+        """Whether something that was read of `name` through its mapping was not in the file; see `Mapping`."""
+        with self._lock:
+            mapping = self._mappings.get(name)
+        return mapping is not None and mapping.is_broken
 
     def known_sha256(self, name: str) -> str | None:
         """SHA-256 of `name` where it is known without reading: the Hub's cache names large files by it."""
@@ -171,10 +182,11 @@ class RemoteFolder:
         return int(size)
 
     def identity(self, name: str) -> str:
-        """Mark that changes when the file is rewritten, as far as the store keeps one."""
+        """Mark that changes when the file is rewritten: its size, and what else the store keeps for it."""
+        self._fs.invalidate_cache(self._join(name))  # or a listing kept from before would answer
         info = self._info(name)
         known = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"))
-        return next((str(value) for value in known if value), "")
+        return f"{info['size']}-{next((value for value in known if value), '')}"
 
     def known_sha256(self, name: str) -> str | None:
         """SHA-256 of `name` where it is known without reading: stores do not tell."""

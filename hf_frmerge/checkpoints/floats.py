@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_frmerge.kernels import OVERFLOWS_AT
+
+DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+
 _NUMPY_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+def dtypes_that_hold(value: float) -> list[str]:
+    """Names of the dtypes in which a value of this magnitude is finite."""
+    return [name for name, code in DTYPE_CODES.items() if value < OVERFLOWS_AT[code]]
 
 
 def widen(data: NDArray[np.uint8], dtype: str) -> NDArray[np.floating]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 try:
-    from hf_frmerge.kernels._native import fault_in, give_back
+    from hf_frmerge.kernels._native import fault_in, give_back, guard, is_broken, unguard
 except ImportError:  # not built: files are read, not mapped
 
     def fault_in(ranges: tuple[NDArray[np.uint8], ...], /) -> bool:
@@ -23,10 +24,24 @@ except ImportError:  # not built: files are read, not mapped
     def give_back(ranges: tuple[NDArray[np.uint8], ...], /) -> None:
         """Do nothing."""
 
+    def guard(buffer: NDArray[np.uint8], /) -> int:
+        """Do nothing."""
+        return 0
+
+    def unguard(number: int, /) -> None:
+        """Do nothing."""
+
+    def is_broken(number: int, /) -> bool:
+        """Say that all pages could be read, for none was."""
+        return False
+
 
 class Mapping:
     """
     Read-only mapping of one whole file.
+
+    Where a page cannot be read any more (the file was cut short, the disk fails), whoever touches it reads zeros, and
+    the mapping `is_broken` from then on.
 
     Args:
         path: The file.
@@ -44,9 +59,17 @@ class Mapping:
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         self._size = size
         self._array = np.frombuffer(self._map, np.uint8)
+        self._guard = guard(self._array)
+        # All views keep this array, and it keeps the pages: the guard goes when nobody can touch them, before they do.
+        weakref.finalize(self._array, unguard, self._guard).atexit = False
         # Ranges faulted in and not given back. The combine pass reads what the Gram pass read a moment ago; walking
         # those pages again would cost as much as a fifth of all reading.
         self._held: set[tuple[int, int]] = set()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether something that was read of it was not in the file."""
+        return is_broken(self._guard)
 
     def held(self, start: int, stop: int) -> NDArray[np.uint8] | None:
         """Return bytes `[start, stop)` if they were faulted in, else `None`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -29,11 +29,13 @@ __all__ = [
     "open_checkpoint",
     "read_json",
     "some",
+    "unchanged",
 ]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILES = {"full": "config.json", "adapter": "adapter_config.json"}
 
 
 class Checkpoint:
@@ -49,6 +51,8 @@ class Checkpoint:
             All tensors by name, in file order.
         files (`dict[str, int]`):
             Weight files and their sizes in bytes.
+        identities (`dict[str, str]`):
+            What told every file of the folder that is read from a changed one before it was read.
     """
 
     def __init__(
@@ -57,11 +61,13 @@ class Checkpoint:
         folder: LocalFolder | RemoteFolder,
         tensors: dict[str, TensorInfo],
         files: dict[str, int],
+        identities: dict[str, str],
     ) -> None:
         self.source = source
         self.folder = folder
         self.tensors = tensors
         self.files = files
+        self._identities = identities
         self.aliases: dict[str, str] = {}
 
     @property
@@ -126,30 +132,54 @@ class Checkpoint:
         Tell the weight files apart from rewritten ones, without reading them.
 
         Returns:
-            `list[tuple[str, int, str]]`: Per file its name, its size in bytes, and its modification time in
-            nanoseconds (remote: the store's ETag or time, empty if it has none).
+            `list[tuple[str, int, str]]`: Per file its name, its size in bytes, and its `identity` in the folder, when
+            the checkpoint was opened.
         """
+        return [(file, self.files[file], self._identities[file]) for file in sorted(self.files)]
+
+    def watch(self, names: Iterable[str]) -> None:
+        """Have `check_unchanged` look at other files of the folder, too."""
         try:
-            return [(file, self.folder.size(file), self.folder.identity(file)) for file in sorted(self.files)]
+            self._identities |= {name: self.folder.identity(name) for name in names}
         except OSError as error:
-            raise CheckpointError(
-                f"A weight file of {self.source.spec!r} cannot be found any more: {_reason(error)}."
-            ) from error
+            raise CheckpointError(f"{self.source.spec!r} could not be opened: {_reason(error)}.") from error
 
-    def check_sizes(self) -> None:
+    def check_unchanged(self, files: Iterable[str] | None = None) -> None:
         """
-        Refuse local files that were cut short since their headers were read.
+        Refuse files that are not what they were when the checkpoint was opened. For a local file this takes a stat.
 
-        Pages past a new end cannot be faulted in, but the rest of the last page would be read as zeros.
+        What was read before a call that succeeds is from the file as it was opened.
+
+        Args:
+            files (`Iterable[str]`, *optional*):
+                Some of the files that are read; by default all.
+
+        Raises:
+            CheckpointError: If one was rewritten, cut short, replaced or removed, or its disk failed.
         """
-        if isinstance(self.folder, RemoteFolder):  # every range comes with its length
-            return
-        for file, size in self.files.items():
-            if self.folder.exists(file) and (found := self.folder.size(file)) != size:
+        for name in self._identities if files is None else files:
+            change = self._change(name)
+            if change:
                 raise CheckpointError(
-                    f"{self.source.spec!r}: {self.folder.path}/{file} changed while it was in use: it had {size} "
-                    f"bytes and now has {found}. Bring the file back and start the merge anew with --overwrite."
+                    f"{self.source.spec!r}: {self.folder.path}/{name} changed while it was in use: {change}. Bring "
+                    "the file back as it was and resume (--resume, resume_from_checkpoint=True), or start anew with "
+                    "what is there now (--overwrite)."
                 )
+
+    def _change(self, name: str) -> str:
+        """How a file differs from what it was; empty if it does not."""
+        try:
+            if self.folder.identity(name) != self._identities[name]:
+                before, now = self.files.get(name), self.folder.size(name)
+                return (
+                    "it was rewritten or replaced"
+                    if before in (None, now)
+                    else f"it had {before} bytes and now has {now}"
+                )
+        except OSError as error:
+            return f"it cannot be found any more ({_reason(error)})"
+        broken = isinstance(self.folder, LocalFolder) and self.folder.is_broken(name)
+        return "a part of it could not be read from the disk" if broken else ""
 
     def config(self) -> dict[str, Any]:
         """Parsed `config.json`, empty if there is none."""
@@ -166,6 +196,24 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def unchanged(checkpoints: Iterable[Checkpoint]) -> Iterator[None]:
+    """
+    Refuse, when the block ends, checkpoints whose files changed while it ran; see `Checkpoint.check_unchanged`.
+
+    Whatever else goes wrong in the block is raised only if none did: a changed file explains every other error.
+    """
+    opened = list(checkpoints)
+    try:
+        yield
+    except Exception:
+        for checkpoint in opened:
+            checkpoint.check_unchanged()
+        raise
+    for checkpoint in opened:
+        checkpoint.check_unchanged()
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -235,6 +283,8 @@ def some(items: Iterable[object], limit: int = 3) -> str:
 def _open_files(source: Source, folder: LocalFolder | RemoteFolder, files: list[str]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
+    beside = [name for name in (INDEX_FILE, CONFIG_FILES[source.kind]) if folder.exists(name)]
+    identities = {name: folder.identity(name) for name in (*files, *beside)}
     for file in files:
         infos, sizes[file] = read_header(folder, file, source.spec)
         for info in infos:
@@ -245,7 +295,7 @@ def _open_files(source: Source, folder: LocalFolder | RemoteFolder, files: list[
             tensors[info.name] = info
     if not tensors:
         raise CheckpointError(f"{source.spec!r} holds no tensors ({some(files)}).")
-    return Checkpoint(source, folder, tensors, sizes)
+    return Checkpoint(source, folder, tensors, sizes, identities)
 
 
 def _weight_map(folder: LocalFolder | RemoteFolder, spec: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
+from hf_frmerge.checkpoints.files import LocalFolder
 from hf_frmerge.checkpoints.resolve import Source
 
 _READ_BYTES = 8 << 20
@@ -24,6 +25,12 @@ def model_identity(source: Source) -> str:
     return _digest_folder(Path(source.path))
 
 
+def file_marks(source: Source) -> dict[str, str]:
+    """Return a cheap mark of every file that `model_identity` digests: equal marks, equal files."""
+    folder = LocalFolder(source.path)
+    return {path.name: folder.identity(path.name) for path in _files(Path(source.path))}
+
+
 def tokens_identity(tokens: torch.Tensor) -> str:
     """Return a digest of tokens, `(M,)` int64."""
     return xxhash.xxh3_128_hexdigest(tokens.numpy().tobytes())
@@ -36,9 +43,13 @@ def key_of(parts: Any) -> str:
 
 def _digest_folder(folder: Path) -> str:
     digest = xxhash.xxh3_128()
-    for path in sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)}):
+    for path in _files(folder):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(_READ_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})

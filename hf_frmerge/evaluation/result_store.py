@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.errors import CheckpointError
 from hf_frmerge.evaluation.function_distance import PAIR_COLUMNS
-from hf_frmerge.evaluation.identity import key_of, model_identity, tokens_identity
+from hf_frmerge.evaluation.identity import file_marks, key_of, model_identity, tokens_identity
 from hf_frmerge.evaluation.inputs import Inputs
 from hf_frmerge.evaluation.measure import table_file
 from hf_frmerge.evaluation.outputs import Columns, OutputCache, OutputFormat, TokenTable
@@ -51,8 +52,12 @@ class ResultStore:
         self.format = output_format
         self._texts = list(inputs.texts.values())
         self._accelerator = accelerator
+        self._sources = [*inputs.sources.values(), *([inputs.base] if inputs.base is not None else [])]
         named = None
         if accelerator.is_main_process:
+            self._marks = [
+                file_marks(source) for source in self._sources
+            ]  # before the keys are made of their contents
             named = (secrets.token_hex(4), _keys(inputs, [FORMAT, output_format.top_k, *options]))
         run, self._keys = self.agree(named)
         self._cache = OutputCache(folder, run)
@@ -95,8 +100,18 @@ class ResultStore:
         write_file(self.unfinished(key) / _MEASURED, json.dumps(measured))
 
     def publish(self, keys: Sequence[str]) -> None:
-        """Have the filled folders found from now on."""
+        """
+        Have the filled folders found from now on.
+
+        Raises:
+            CheckpointError: If a model changed since its key was made: what was measured may be that of another.
+        """
         self._accelerator.wait_for_everyone()
+        changed = self.agree(self._changed() if self._accelerator.is_main_process else None)
+        if changed:
+            raise CheckpointError(
+                f"{changed} changed while it was evaluated: what was measured last is not kept. Evaluate it again."
+            )
         if self._accelerator.is_main_process:
             for key in keys:
                 self._cache.publish(key)
@@ -105,6 +120,15 @@ class ResultStore:
     def measured(self, model: str) -> dict[str, Any]:
         """Return what `write_measured` kept."""
         return json.loads((self.path(self.key(model)) / _MEASURED).read_text(encoding="utf-8"))
+
+    def _changed(self) -> str | None:
+        """Name a file that is not what it was; on the main process."""
+        for source, before in zip(self._sources, self._marks):
+            now = file_marks(source)
+            for name in sorted(before.keys() | now.keys()):
+                if before.get(name) != now.get(name):
+                    return f"{source.spec!r}: {name}"
+        return None
 
     @contextmanager
     def tables(

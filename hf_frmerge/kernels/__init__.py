@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,14 @@ from xxhash import xxh3_128_hexdigest
 logger = logging.getLogger(__name__)
 
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes an element, for the dtypes every kernel knows
+
+# The least float64 that rounds to infinity: half a unit of the last place above the greatest number of the dtype.
+OVERFLOWS_AT = {
+    "BF16": 2.0**128 - 2.0**119,
+    "F16": 2.0**16 - 2.0**4,
+    "F32": 2.0**128 - 2.0**103,
+    "F64": math.inf,
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,13 @@ class Operand:
     data: NDArray[np.uint8]
     dtype: str
     is_delta: bool = False
+
+
+class Combined(NamedTuple):
+    """What a backend says of the elements it has written: their digest, and whether all of them are finite."""
+
+    digest: str
+    is_finite: bool
 
 
 class Kernels(Protocol):
@@ -89,9 +105,9 @@ class Kernels(Protocol):
         out_dtype: str,
         n_blocks: int,
         block_len: int,
-    ) -> str:
+    ) -> Combined:
         """
-        Write `sum_k coefficients[block, k] * x_k`, the same bits on every backend and machine; return their digest.
+        Write `sum_k coefficients[block, k] * x_k`, the same bits on every backend and machine.
 
         The sum runs in float64 in the order of the operands, each product and each addition rounded, and is rounded
         once, to nearest even, to `out_dtype`. Operands whose coefficient is zero are left out, so that a one-hot row
@@ -112,7 +128,8 @@ class Kernels(Protocol):
                 Elements in a block.
 
         Returns:
-            `str`: `digest` of `out`, for a backend that takes it of what it has just written saves a pass over memory.
+            `Combined`: `digest` of `out`, and whether all of it is finite: a backend that looks at what it has just
+            written saves two passes over memory.
         """
         ...
 

@@ -28,6 +28,13 @@
 typedef enum { BF16, F16, F32_, F64_ } DType;
 static const char *const DTYPE_NAMES[] = {"BF16", "F16", "F32", "F64"};
 static const size_t SIZE[] = {2, 2, 4, 8};
+/* Bits of the least float64 that rounds to infinity: half a unit of the last place above the greatest number. */
+static const uint64_t OVERFLOWS_AT[] = {
+    UINT64_C(0x47eff00000000000), /* 0x1.ffp127 */
+    UINT64_C(0x40effe0000000000), /* 0x1.ffep15 */
+    UINT64_C(0x47effffff0000000), /* 0x1.ffffffp127 */
+    UINT64_C(0x7ff0000000000000),
+};
 
 typedef struct {
     const uint8_t *data;
@@ -123,7 +130,7 @@ typedef struct {
 typedef struct {
     const char *name;
     int (*gram)(const Operand *, int, size_t, size_t, int, double *, uint8_t *);
-    void (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType, uint8_t *);
+    int (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType, uint8_t *);
     size_t (*count_nonfinite)(const uint8_t *, size_t, DType);
     void (*matmul32)(Matrix, Matrix, void *, size_t, size_t, size_t, int);
     void (*matmul64)(Matrix, Matrix, void *, size_t, size_t, size_t, int);
@@ -300,16 +307,18 @@ static PyObject *py_combine(PyObject *module, PyObject *args) {
     PyObject *result = NULL;
     Py_buffer table, out;
     uint8_t digest[16];
-    int wanted = count * SIZE[dtype] >= DIGEST_LEAST;
+    int wanted = count * SIZE[dtype] >= DIGEST_LEAST, finite;
     if (__builtin_mul_overflow(n_blocks, (Py_ssize_t)operands->n * 8, &table_bytes))
         PyErr_SetString(PyExc_ValueError, "n_blocks is too large");
     else if (!get_buffer(coefficients_object, "coefficients", table_bytes, PyBUF_C_CONTIGUOUS, &table)) {
         if (!get_buffer(out_object, "out", count * SIZE[dtype], PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) {
             Py_BEGIN_ALLOW_THREADS;
-            level->combine(operands->x, operands->n, n_blocks, block_len, table.buf, out.buf, dtype,
-                           wanted ? digest : NULL);
+            finite = level->combine(operands->x, operands->n, n_blocks, block_len, table.buf, out.buf, dtype,
+                                    wanted ? digest : NULL);
             Py_END_ALLOW_THREADS;
-            result = wanted ? PyBytes_FromStringAndSize((const char *)digest, sizeof digest) : Py_NewRef(Py_None);
+            /* A null pointer becomes None. */
+            result = Py_BuildValue("y#N", wanted ? (const char *)digest : NULL, (Py_ssize_t)sizeof digest,
+                                   PyBool_FromLong(finite));
             PyBuffer_Release(&out);
         }
         PyBuffer_Release(&table);
@@ -385,6 +394,7 @@ static PyObject *py_matmul(PyObject *module, PyObject *args) {
     return result;
 }
 
+#include "native_faults.h"
 #include "native_pages.h"
 
 static PyMethodDef METHODS[] = {
@@ -392,11 +402,14 @@ static PyMethodDef METHODS[] = {
     {"gram", py_gram, METH_VARARGS, "gram(level, ((data, dtype, is_delta), ...), n_blocks, block_len, precise, out, digests=None)"},
     {"combine", py_combine, METH_VARARGS,
      "combine(level, ((data, dtype, is_delta), ...), coefficients, n_blocks, block_len, out, out_dtype)"
-     " -> digest of out, or None if it is short"},
+     " -> (digest of out, or None if it is short; whether all of it is finite)"},
     {"count_nonfinite", py_count_nonfinite, METH_VARARGS, "count_nonfinite(level, data, dtype) -> int"},
     {"matmul", py_matmul, METH_VARARGS, "matmul(level, left, right, out): out = left @ right, sums in the order of the inner dimension"},
     {"fault_in", py_fault_in, METH_O, "fault_in((buffer, ...)) -> whether all pages of all of them can be read now"},
     {"give_back", py_give_back, METH_O, "give_back((buffer, ...)): unmap the pages wholly inside of them"},
+    {"guard", py_guard, METH_O, "guard(buffer) -> number; unreadable pages of it read as zeros from now on"},
+    {"unguard", py_unguard, METH_O, "unguard(number): call it before the buffer is unmapped"},
+    {"is_broken", py_is_broken, METH_O, "is_broken(number) -> whether a page of the buffer could not be read"},
     {NULL, NULL, 0, NULL},
 };
 

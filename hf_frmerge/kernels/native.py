@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.kernels import Operand, _native, digest, digests_of
+from hf_frmerge.kernels import Combined, Operand, _native, digest, digests_of
 
 _SHORT = 240
 """Bytes up to which XXH3 is another function, which the extension does not have."""
@@ -71,13 +71,13 @@ class NativeKernels:
         out_dtype: str,
         n_blocks: int,
         block_len: int,
-    ) -> str:
+    ) -> Combined:
         """Write the linear combination of each block, as [`~kernels.Kernels.combine`] says."""
         table = np.ascontiguousarray(coefficients, dtype=np.float64)
         if table.shape != (n_blocks, len(operands)):
             raise ValueError(f"expected coefficients of shape {(n_blocks, len(operands))}, got {table.shape}")
-        found = _native.combine(self.level, _as_tuples(operands), table, n_blocks, block_len, out, out_dtype)
-        return digest(out) if found is None else found.hex()
+        found, finite = _native.combine(self.level, _as_tuples(operands), table, n_blocks, block_len, out, out_dtype)
+        return Combined(digest(out) if found is None else found.hex(), finite)
 
     def count_nonfinite(self, operand: Operand) -> int:
         """Return how many values are NaN or infinite."""

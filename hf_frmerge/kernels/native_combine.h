@@ -1,11 +1,17 @@
-/* Linear combinations, rounded once, and the digest of what was written. Part of native_isa.h. */
+/*
+ * Linear combinations, rounded once, the digest of what was written, and whether all of it is finite. Part of
+ * native_isa.h.
+ */
 
 #define QUICK 4 /* registers at a time: the loop over operands costs as much as the arithmetic on one */
 #define COMBINE_RUN 8192 /* elements between looks at the digest: what was written is still in the first cache */
 
-/* Sum of c[i] * x[i] over `units` registers: float64, in order, multiplication and addition each rounded. */
+/*
+ * Sum of c[i] * x[i] over `units` registers: float64, in order, multiplication and addition each rounded. Sets the top
+ * bit of a lane of `wild` if it holds NaN, or a sum that rounds to infinity: positive floats are ordered as their bits.
+ */
 TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, size_t start, int units, uint8_t *out,
-                                      DType out_dtype) {
+                                      DType out_dtype, U64 *wild) {
     WIDE acc[4];
     UNROLL for (int u = 0; u < units; u++)
         UNROLL for (int h = 0; h < PARTS; h++) acc[u].part[h] = -(F64){0}; /* -0 + y is y for every y, also for -0 */
@@ -22,6 +28,9 @@ TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, 
         switch (x[i].dtype) { ADD(BF16); ADD(F16); ADD(F32_); ADD(F64_); }
     }
 #undef ADD
+    UNROLL for (int u = 0; u < units; u++)
+        UNROLL for (int h = 0; h < PARTS; h++)
+            *wild |= ((U64)acc[u].part[h] & INT64_MAX) + ((UINT64_C(1) << 63) - OVERFLOWS_AT[out_dtype]);
     UNROLL for (int u = 0; u < units; u++) NAME(store)(acc[u], out + u * HALF * SIZE[out_dtype], out_dtype);
 }
 
@@ -60,7 +69,7 @@ TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, i
     UNROLL for (int u = 0; u < QUICK; u++) {
         F32 doubt = magnitude[u] * ((2 * n + 2) * 0x1p-24f);
         U32 low = ((U32)(sum[u] - doubt) + 0x8000) >> 16, high = ((U32)(sum[u] + doubt) + 0x8000) >> 16;
-        /* Products neither vanish nor overflow; zeros are exact, with their signs. */
+        /* Products neither vanish nor overflow, so sums are finite; zeros are exact, with their signs. */
         I32 plain = (I32)((U32)magnitude[u] - 0x08800000 < (U32){0} + (0x7b800000 - 0x08800000)); /* 2^-110 to 2^120 */
         I32 certain = (I32)(low == high) & (plain | (magnitude[u] == 0.0f));
         in_doubt |= (unsigned)(ANY(~certain) != 0) << u;
@@ -71,7 +80,7 @@ TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, i
 
 /* A run of one block; `doubts` counts what could not be done in float32 so far. */
 TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, size_t start, size_t length,
-                                    uint8_t *out, DType out_dtype, size_t *doubts) {
+                                    uint8_t *out, DType out_dtype, size_t *doubts, U64 *wild) {
     size_t k = 0, size = SIZE[out_dtype];
     if (out_dtype == BF16) {
         float quick[2 * MAX_OPERANDS]; /* coefficients, and behind them their magnitudes */
@@ -89,29 +98,31 @@ TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, si
                 if (!(in_doubt & 1)) continue;
                 ++*doubts;
                 for (size_t v = u; v < u + LANES; v += HALF)
-                    NAME(combine_step)(x, c, n, start + v, 1, out + 2 * v, BF16);
+                    NAME(combine_step)(x, c, n, start + v, 1, out + 2 * v, BF16, wild);
             }
         }
     }
     for (; k + 4 * HALF <= length; k += 4 * HALF)
-        NAME(combine_step)(x, c, n, start + k, 4, out + k * size, out_dtype);
-    for (; k + HALF <= length; k += HALF) NAME(combine_step)(x, c, n, start + k, 1, out + k * size, out_dtype);
+        NAME(combine_step)(x, c, n, start + k, 4, out + k * size, out_dtype, wild);
+    for (; k + HALF <= length; k += HALF) NAME(combine_step)(x, c, n, start + k, 1, out + k * size, out_dtype, wild);
     if (k == length) return;
     uint8_t tail[MAX_OPERANDS][8 * HALF], last[8 * HALF]; /* the rest, copied so that no read or write goes too far */
     Operand padded[MAX_OPERANDS];
     for (int i = 0; i < n; i++) {
+        memset(tail[i], 0, sizeof tail[i]);
         memcpy(tail[i], x[i].data + (start + k) * SIZE[x[i].dtype], (length - k) * SIZE[x[i].dtype]);
         padded[i] = (Operand){tail[i], x[i].dtype, 0};
     }
-    NAME(combine_step)(padded, c, n, 0, 1, last, out_dtype);
+    NAME(combine_step)(padded, c, n, 0, 1, last, out_dtype, wild);
     memcpy(out + k * size, last, (length - k) * size);
 }
 
-/* `digest_bytes` has room for 16 bytes, or is NULL. */
-TARGET static void NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len,
-                                 const uint8_t *coefficients, uint8_t *out, DType out_dtype, uint8_t *digest_bytes) {
+/* `digest_bytes` has room for 16 bytes, or is NULL. Returns whether all that was written is finite. */
+TARGET static int NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len,
+                                const uint8_t *coefficients, uint8_t *out, DType out_dtype, uint8_t *digest_bytes) {
     size_t item = SIZE[out_dtype], size = n_blocks * block_len * item, doubts = 0;
     Digest digest = DIGEST_START;
+    U64 wild = {0};
     for (size_t block = 0; block < n_blocks; block++) {
         Operand used[MAX_OPERANDS];
         double c[MAX_OPERANDS];
@@ -125,14 +136,17 @@ TARGET static void NAME(combine)(const Operand *x, int n, size_t n_blocks, size_
             size_t length = end - start < COMBINE_RUN ? end - start : COMBINE_RUN;
             uint8_t *here = out + start * item;
             if (n_used == 0) memset(here, 0, length * item);
-            else if (out_dtype == BF16) NAME(combine_as)(used, c, n_used, start, length, here, BF16, &doubts);
-            else if (out_dtype == F16) NAME(combine_as)(used, c, n_used, start, length, here, F16, &doubts);
-            else if (out_dtype == F32_) NAME(combine_as)(used, c, n_used, start, length, here, F32_, &doubts);
-            else NAME(combine_as)(used, c, n_used, start, length, here, F64_, &doubts);
+            else if (out_dtype == BF16) NAME(combine_as)(used, c, n_used, start, length, here, BF16, &doubts, &wild);
+            else if (out_dtype == F16) NAME(combine_as)(used, c, n_used, start, length, here, F16, &doubts, &wild);
+            else if (out_dtype == F32_) NAME(combine_as)(used, c, n_used, start, length, here, F32_, &doubts, &wild);
+            else NAME(combine_as)(used, c, n_used, start, length, here, F64_, &doubts, &wild);
             if (digest_bytes) NAME(digest_advance)(&digest, out, size, (start + length) * item);
         }
     }
     if (digest_bytes) NAME(digest_end)(&digest, out, size, digest_bytes);
+    uint64_t any = 0;
+    for (int lane = 0; lane < U64_LANES; lane++) any |= wild[lane];
+    return !(any >> 63);
 }
 
 #undef QUICK

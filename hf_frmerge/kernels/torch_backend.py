@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.kernels import ITEMSIZE, Operand, digest, digests_of
+from hf_frmerge.kernels import ITEMSIZE, OVERFLOWS_AT, Combined, Operand, digest, digests_of
 
 _PRECISION = {"BF16": (8, 2.0**-126), "F16": (11, 2.0**-14)}  # significant bits, least normal number
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -93,7 +93,7 @@ class TorchKernels:
         out_dtype: str,
         n_blocks: int,
         block_len: int,
-    ) -> str:
+    ) -> Combined:
         """Write the linear combination of each block, as [`~kernels.Kernels.combine`] says."""
         _check(operands, n_blocks, block_len)
         if coefficients.shape != (n_blocks, len(operands)):
@@ -102,6 +102,7 @@ class TorchKernels:
         if not out.flags.writeable:
             raise ValueError("out must be writable")
         table = torch.tensor(coefficients, dtype=torch.float64, device=self.device)
+        is_finite = True
         for span, chunk in self._stream(operands, n_blocks, block_len):
             blocks = slice(span.first, span.first + span.rows)
             total = torch.full_like(chunk[0], -0.0, dtype=torch.float64)  # -0 + y is y for every y, also for -0
@@ -113,10 +114,11 @@ class TorchKernels:
                 total.add_(term)
             if not coefficients[blocks].any(axis=1).all():
                 total[(table[blocks] == 0).all(dim=1)] = 0.0
+            is_finite = is_finite and bool((total.abs() < OVERFLOWS_AT[out_dtype]).all())  # NaN is not less
             start = (span.first * block_len + span.offset) * ITEMSIZE[out_dtype]
             rounded = _round(total, out_dtype).reshape(-1).view(torch.uint8).cpu().numpy()
             out[start : start + rounded.size] = rounded
-        return digest(out)
+        return Combined(digest(out), is_finite)
 
     def count_nonfinite(self, operand: Operand) -> int:
         """Return how many values are NaN or infinite."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapter import Adapter, common_base
 from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
-from hf_frmerge.checkpoints.reader import some
+from hf_frmerge.checkpoints.reader import some, unchanged
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.geometry.gram import embed
 from hf_frmerge.geometry.lowrank import Factors, concatenate, factor_gram, recompress
@@ -151,7 +151,8 @@ def merge_adapters(
         first = next((adapter.config.raw for adapter in adapters if adapter.config.base_model), adapters[0].config.raw)
         config = make_config(first, outputs) | {"base_model_name_or_path": base_model, "revision": revision}
         done = []
-        with AdapterWriter(output_dir, outputs, config, dtype or rows[0].first.up.dtype) as writer:
+        files = unchanged(adapter.checkpoint for adapter in adapters)  # asked before the writer gives its files names
+        with AdapterWriter(output_dir, outputs, config, dtype or rows[0].first.up.dtype) as writer, files:
             for module in workers.map(lambda plan: plan.write(writer), plans):
                 done.append(module)
                 if on_module is not None:

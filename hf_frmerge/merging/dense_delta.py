@@ -13,6 +13,7 @@ from hf_frmerge.checkpoints.reader import Checkpoint
 from hf_frmerge.errors import NonFiniteError
 
 _CHUNK_ELEMENTS = 1 << 22  # in memory at a time
+_LEAST_SQUARES = 2.0**-900  # squares below may have vanished in float64
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,17 @@ class DenseDelta:
         step = max(1, _CHUNK_ELEMENTS // max(cols, 1))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            values = self._read(self.merged, start * cols, stop * cols) - self._read(
-                self.base, start * cols, stop * cols
-            )
+            values = self._read(self.merged, start * cols, stop * cols)
+            with np.errstate(over="ignore"):  # it shows in the norm
+                values = values - self._read(self.base, start * cols, stop * cols)
             yield slice(start, stop), values.reshape(-1, cols)
 
     def norm(self) -> float:
         """Frobenius norm, float64."""
-        return float(np.sqrt(sum(float(np.einsum("rc,rc->", v, v, dtype=np.float64)) for _, v in self.chunks())))
+        total = sum(float(np.einsum("rc,rc->", v, v, dtype=np.float64)) for _, v in self.chunks())
+        if _LEAST_SQUARES < total < np.inf:
+            return float(np.sqrt(total))
+        return float(np.hypot.reduce([_norm_of_extremes(values) for _, values in self.chunks()]))
 
     def times(self, right: NDArray[np.floating]) -> NDArray[np.float64]:
         """Return `delta @ right`, `(rows, l)`."""
@@ -74,3 +78,11 @@ class DenseDelta:
                 f"{checkpoint.source.spec!r}: tensor {self.name!r} holds NaN or infinity; no adapter can express it."
             )
         return values
+
+
+def _norm_of_extremes(values: NDArray[np.floating]) -> float:
+    """Norm of values whose squares may leave float64."""
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest == 0.0 or np.isinf(largest):
+        return largest
+    return largest * float(np.linalg.norm(values / np.float64(largest)))

@@ -178,7 +178,14 @@ class Engine:
         if event is not None:
             event.then(event)
 
+    def _check_files(self, batch: BatchWork) -> None:
+        """Refuse files that changed since they were opened: nothing that may come of two models is recorded."""
+        files = {file for tensor in batch.tensors for file in tensor.inputs.files}
+        for checkpoint, file in files:
+            checkpoint.check_unchanged([file])
+
     def _solve(self, batch: BatchWork) -> None:
+        self._check_files(batch)
         spheres = batch.spheres()
         rough = [t for t in batch.tensors if t.needs_precision(spheres[t.step.group][t.step.name].gram)]
         if rough:
@@ -216,6 +223,7 @@ class Engine:
                 tensor.solution = self._journal.solved[tensor.step.group][0]
 
     def _wrote(self, batch: BatchWork) -> None:
+        self._check_files(batch)
         for tensor in batch.tensors:
             if not tensor.done:
                 inputs = tensor.inputs_digest() if tensor.step.action == "copy" else None

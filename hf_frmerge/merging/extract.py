@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
 from hf_frmerge.checkpoints.floats import narrow, widen
 from hf_frmerge.checkpoints.lock import sole_writer
-from hf_frmerge.checkpoints.reader import Checkpoint, some
-from hf_frmerge.errors import ArgumentError, CheckpointError
+from hf_frmerge.checkpoints.reader import Checkpoint, some, unchanged
+from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.dense_delta import DenseDelta
 from hf_frmerge.merging.extract_targets import ExtractTarget, find_modules, task_type
 from hf_frmerge.merging.ordered import ordered_pool
 from hf_frmerge.merging.output_folder import check_output_dir, remove_model
 
+_LEAST_NORM, _MOST_NORM = 2.0**-100, 2.0**100  # of a delta whose products float32 can hold
 _OVERSAMPLING = 10  # extra random directions; 5 to 10 suffice (Halko et al., section 4.2)
 
 
@@ -162,7 +163,7 @@ def _extract(
         delta = DenseDelta(merged, base, target.tensor)
         return _factorise(delta, target, rank, energy, power_iterations, code, np.random.default_rng([seed, index]))
 
-    with ordered_pool(num_workers) as workers:
+    with unchanged([merged, base]), ordered_pool(num_workers) as workers:
         factored = list(workers.map(work, enumerate(targets)))
         others = _other_tensors(merged, base, {target.tensor for target in targets})
         norms = list(workers.map(lambda name: DenseDelta(merged, base, name).norm(), others))
@@ -211,6 +212,11 @@ def _factorise(
     norm = delta.norm()
     if norm == 0.0:
         return None
+    if not _LEAST_NORM < norm < _MOST_NORM:
+        raise NonFiniteError(
+            f"Tensor {delta.name!r} differs between {delta.merged.source.spec!r} and {delta.base.source.spec!r} by a "
+            f"norm of {norm:.3g}: too far from 1 for products in float32. Leave its module out of `target_modules`."
+        )
     rows, cols = delta.shape
     directions = min(rank + _OVERSAMPLING, rows, cols)
     basis = np.linalg.qr(delta.times(rng.standard_normal((cols, directions))))[0]

@@ -13,12 +13,13 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.floats import widen
 from hf_frmerge.checkpoints.pages import MappedRange, prefetch, release
-from hf_frmerge.checkpoints.reader import DTYPE_BITS, FLOAT_DTYPES
+from hf_frmerge.checkpoints.reader import DTYPE_BITS, FLOAT_DTYPES, some
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels import Operand, digest
 from hf_frmerge.kernels.product import product
+from hf_frmerge.merging.overflow import LEAST_SQUARES, delta_overflows, result_overflows, squares_leave_float64
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +52,11 @@ class DenseTensor(Protocol):
         """Return what `read` reads of a mapped file, if that is all it needs."""
         ...
 
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        ...
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -74,6 +80,11 @@ class StoredTensor:
         offset, size = self.info.offset, self._itemsize
         return MappedRange(self._mapping, offset + start * size, offset + stop * size)
 
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        return {(self.checkpoint, self.info.file)}
+
     @cached_property
     def _itemsize(self) -> int:
         return DTYPE_BITS[self.info.dtype] // 8
@@ -88,20 +99,29 @@ class DoraTensor:
     """The effective weight of a DoRA module, computed row by row from the base; float32."""
 
     base: StoredTensor
-    weight: DoraWeight
+    delta: LowRankDelta
     cols: int
 
     def read(self, start: int, stop: int) -> Operand:
         """Return elements `[start, stop)`."""
         first, last = start // self.cols, -(-stop // self.cols)
         stored = self.base.read(first * self.cols, last * self.cols)
-        rows = self.weight.rows(widen(stored.data, stored.dtype).reshape(-1, self.cols), first)
+        rows = self._weight.rows(widen(stored.data, stored.dtype).reshape(-1, self.cols), first)
         flat = rows.reshape(-1)[start - first * self.cols : stop - first * self.cols]
         return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32")
 
     def mapped(self, start: int, stop: int) -> MappedRange | None:
         """Return what elements `[start, stop)` of the base are read from: whole rows."""
         return self.base.mapped(start // self.cols * self.cols, -(-stop // self.cols) * self.cols)
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        return self.base.files | self.delta.files
+
+    @cached_property
+    def _weight(self) -> DoraWeight:
+        return self.delta.dora_weight()
 
 
 @dataclass(frozen=True)
@@ -170,24 +190,32 @@ class TensorInputs:
         Return the difference Gram matrices `(B, K, K)` of a piece, and a digest of every stored operand.
 
         Rows of experts that equal the base are zero. Raises `NonFiniteError` naming the expert when NaN or infinity
-        was read.
+        was read, or if squares leave the range of float64.
+
+        Args:
+            precise: Whether to multiply in float64, which is asked for where the squares of a tensor are tiny.
         """
         if self.factored:
             assert self.base is not None
-            self._check_finite(kernels, [self.base.read(piece.start, piece.stop)], [-1])
+            self._check_finite(kernels, [self.base.read(piece.start, piece.stop)], [self.labels[-1]])
             whole = self._factored_gram() if piece.start == 0 else np.zeros(1)
             return whole, self.digests(piece)
         prefetch(self._mapped(piece.start, piece.stop))
         operands, owners = self._gram_operands(piece)
         # Products of 16-bit floats are exact in float32, those of float32 are not; and on short tensors rounding has
         # no chance to average out.
+        is_tiny = precise
         precise = precise or piece.stop - piece.start <= _SHORT or any(o.dtype == "F32" for o in operands)
         compact, found = kernels.gram_and_digests(operands, piece.n_blocks, piece.block_len, precise=precise)
         digests = {owner: value or self._factor(owner).digest for owner, value in zip(owners, found)}
         if not np.isfinite(compact).all():
-            self._check_finite(kernels, operands, owners)
+            self._check_finite(kernels, operands, [self.labels[owner] for owner in owners])
             if not precise:  # finite inputs whose float32 products overflow
                 return self.gram(kernels, piece, precise=True)
+            largest = int(np.argmax(np.isnan(compact) | np.isinf(compact))) % len(owners)
+            raise squares_leave_float64(self.name, self.labels[owners[largest]])
+        if is_tiny and any(operand.dtype == "F64" for operand in operands):
+            self._check_squares(compact, operands, owners)
         rows = [owner + self.has_base for owner in owners]
         size = self.n_experts + self.has_base
         gram = np.zeros((piece.n_blocks, size, size))
@@ -207,26 +235,32 @@ class TensorInputs:
 
         Args:
             coefficients_BN: float64, on the experts' points, for all blocks of the tensor, or one row for them all.
+
+        Raises:
+            NonFiniteError: If an element is not finite in `out_dtype`; the message names what makes it so.
         """
         prefetch(self._mapped(piece.start, piece.stop))
         if len(coefficients_BN) > 1:
             coefficients_BN = coefficients_BN[piece.first_block : piece.first_block + piece.n_blocks]
         operands: list[Operand] = []
+        labels: list[str] = []
         columns: list[NDArray[np.float64]] = []
         dense = sorted(self.dense)
         if self.base is not None:
             share = fold(coefficients_BN[:, dense].T)
             total = 1.0 if self.space == "deltas" else fold(coefficients_BN.T.copy())
             operands.append(self.base.read(piece.start, piece.stop))
+            labels.append(self.labels[-1])
             columns.append(total - share)
         for index in dense:
             operands.append(self.dense[index].read(piece.start, piece.stop))
+            labels.append(self.labels[index])
             columns.append(coefficients_BN[:, index])
         if self.low_rank:
             operands.append(self._low_rank_sum(piece, coefficients_BN))
+            labels.append(some(self.labels[index] for index in sorted(self.low_rank)))
             columns.append(np.ones(piece.n_blocks))
-        matrix = np.ascontiguousarray(np.stack(columns, axis=1))
-        return kernels.combine(operands, matrix, out, out_dtype, piece.n_blocks, piece.block_len)
+        return self._combine(kernels, operands, labels, np.stack(columns, axis=1), piece, out, out_dtype)
 
     def copy(
         self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str
@@ -235,15 +269,22 @@ class TensorInputs:
         Return a piece of the one tensor there is, in the output's dtype: as stored, or converted into `out`; and its
         digest.
 
-        Raises `NonFiniteError` for NaN and infinity, as `gram` does.
+        Raises `NonFiniteError` for NaN and infinity, as `gram` and `combine` do.
         """
         operand = self.dense[0].read(piece.start, piece.stop)
         if operand.dtype in FLOAT_DTYPES:
-            self._check_finite(kernels, [operand], [0])
+            self._check_finite(kernels, [operand], [self.labels[0]])
         if operand.dtype == out_dtype:
             return operand.data, digest(operand.data)
-        ones = np.ones((piece.n_blocks, 1))
-        return out, kernels.combine([operand], ones, out, out_dtype, piece.n_blocks, piece.block_len)
+        return out, self._combine(
+            kernels, [operand], [self.labels[0]], np.ones((piece.n_blocks, 1)), piece, out, out_dtype
+        )
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        stored = (tensor.files for tensor in self._stored())
+        return set().union(*stored, *(delta.files for delta in self.low_rank.values()))
 
     def release(self, piece: Piece) -> None:
         """Let go of the pages of a piece."""
@@ -256,6 +297,23 @@ class TensorInputs:
             owner: digest(tensor.read(piece.start, piece.stop).data) for owner, tensor in zip(owners, self._stored())
         }
         return found | {index: self._factor(index).digest for index in self.low_rank}
+
+    def _combine(
+        self,
+        kernels: Kernels,
+        operands: list[Operand],
+        labels: list[str],
+        coefficients_BK: NDArray[np.float64],
+        piece: Piece,
+        out: NDArray[np.uint8],
+        out_dtype: str,
+    ) -> str:
+        table = np.ascontiguousarray(coefficients_BK)
+        found = kernels.combine(operands, table, out, out_dtype, piece.n_blocks, piece.block_len)
+        if not found.is_finite:
+            self._check_finite(kernels, operands, labels)
+            raise result_overflows(kernels, self.name, operands, labels, table, out_dtype)
+        return found.digest
 
     def _factored_gram(self) -> NDArray[np.float64]:
         """Difference Gram `(1, K, K)` of the whole tensor; in delta space the base's own part is not needed, and 0."""
@@ -328,11 +386,21 @@ class TensorInputs:
             self._factors[index] = _Factors(left, right, xxh3_128_hexdigest(left.tobytes() + right.tobytes()))
         return self._factors[index]
 
-    def _check_finite(self, kernels: Kernels, operands: list[Operand], owners: list[int]) -> None:
-        for owner, operand in zip(owners, operands):
+    def _check_finite(self, kernels: Kernels, operands: list[Operand], labels: list[str]) -> None:
+        for label, operand in zip(labels, operands):
             count = kernels.count_nonfinite(operand)
+            if count and operand.is_delta:  # its factors are finite
+                raise delta_overflows(self.name, label)
             if count:
                 raise NonFiniteError(
                     f"Expected finite numbers, found {count:,} NaN or infinite values in tensor {self.name!r} of "
-                    f"{self.labels[owner]}. A merge would spread them; repair or leave out that model."
+                    f"{label}. A merge would spread them; repair or leave out that model."
                 )
+
+    def _check_squares(self, gram_BKK: NDArray[np.float64], operands: list[Operand], owners: list[int]) -> None:
+        """Refuse blocks that only seem to be zero. (Values of other dtypes than float64 cannot be so small.)"""
+        vanishing_B = np.trace(gram_BKK, axis1=1, axis2=2) < LEAST_SQUARES
+        for owner, operand in zip(owners, operands):
+            values = widen(operand.data, operand.dtype).reshape(len(gram_BKK), -1)
+            if values[vanishing_B].any():
+                raise squares_leave_float64(self.name, self.labels[owner])

@@ -57,7 +57,7 @@ class Expert:
         if step.name in self.adapter.dense:
             return StoredTensor(self.adapter.checkpoint, self.adapter.dense[step.name])
         delta = self.adapter.deltas.get(step.name)
-        return DoraTensor(base, delta.dora_weight(), step.cols) if delta and delta.is_dora else None
+        return DoraTensor(base, delta, step.cols) if delta and delta.is_dora else None
 
 
 @dataclass(frozen=True)

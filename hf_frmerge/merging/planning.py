@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.adapter import common_base, open_adapter
 from hf_frmerge.checkpoints.alignment import align
-from hf_frmerge.checkpoints.donor import find_disagreements
+from hf_frmerge.checkpoints.donor import donor_files, find_disagreements
+from hf_frmerge.checkpoints.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.layout import ShardLayout
 from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.adapter import Adapter
     from hf_frmerge.checkpoints.resolve import Source
     from hf_frmerge.merging.arguments import MergingArguments
-
-DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
 
 def build_plan(
@@ -100,6 +99,8 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     steps, notes = _steps(args, opened, base, alphas)
     steps = in_batches(steps, len(opened) + (base is not None))
     layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
+    donor = base or next(expert for expert in opened if expert.checkpoint)
+    donor.weights.watch(donor_files(donor.source))
     notes += find_disagreements([model.source for model in ([base] if base else []) + opened])
     return MergePlan(args, opened, base, alphas, space, steps, layout, notes)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.checkpoints.disk import rename
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
 from hf_frmerge.checkpoints.lock import sole_writer
-from hf_frmerge.checkpoints.reader import INDEX_FILE
+from hf_frmerge.checkpoints.reader import INDEX_FILE, unchanged
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space, remove_staging
 from hf_frmerge.errors import MergeError
 from hf_frmerge.kernels import load_kernels
@@ -83,15 +83,17 @@ def _run_full_merge(
             observer = SharedObserver(observer, plan, processes)
         share = _gram_sharing(processes) if plan.args.block == "model" and processes.size > 1 else None
         engine = Engine(plan, kernels, writer, journal, observer, share)
-        own, complete = engine.run(processes.share(plan.steps, plan.args.block))
+        inputs = [model.weights for model in plan.models]
+        with unchanged(inputs):
+            own, complete = engine.run(processes.share(plan.steps, plan.args.block))
         outcomes = own
         if isinstance(observer, SharedObserver):
             outcomes = observer.all_outcomes(own)
             complete = all(processes.gather([complete and observer.go_on]))
         if complete:
-            for model in plan.models:
-                model.weights.check_sizes()
             writer.sync()
+            for checkpoint in inputs:  # until here: files that are copied from the donor are read after this
+                checkpoint.check_unchanged()
     seconds = time.perf_counter() - started
     written = sum(outcome.step.nbytes for outcome in outcomes)
     report = make_report(plan, outcomes, kernels.name, seconds, written)

@@ -14,6 +14,7 @@ from hf_frmerge.errors import AmbiguousMeanError
 from hf_frmerge.geometry.gram import delta_gram, embed, embed_differences
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.geometry.sphere import combine, distance, dot, normalise, norms, pairwise_angles
+from hf_frmerge.merging.overflow import coefficients_overflow, squares_leave_float64
 from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
 
 if TYPE_CHECKING:
@@ -110,14 +111,23 @@ def solve(
 
     Raises:
         AmbiguousMeanError: If the experts of a block balance out and `options.on_ambiguous` is `"raise"`.
+        NonFiniteError: If the points or the coefficients leave the range of float64.
     """
     weights_TN = np.asarray(weights_TN, dtype=np.float64)
     weights_T1N = weights_TN[:, None]
-    result = SPAN_METHODS[method](points_TBNK, weights_T1N, options)
+    _check_points(points_TBNK, tensors, experts)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # looked at below
+        result = SPAN_METHODS[method](points_TBNK, weights_T1N, options)
     n_ambiguous_T = np.count_nonzero(result.ambiguous, axis=1)
     if n_ambiguous_T.any() and options.on_ambiguous == "raise":
         first = int(np.flatnonzero(n_ambiguous_T)[0])
         raise AmbiguousMeanError(_ambiguity(points_TBNK[first], result.ambiguous[first], tensors[first], experts))
+
+    wild_T = ~np.isfinite(result.coefficients).all(axis=(1, 2))
+    if method != "task_arithmetic":  # no expert at all is never an answer, but that of a scale of 0
+        wild_T |= (result.coefficients == 0).all(axis=2).any(axis=1)
+    if wild_T.any():
+        raise coefficients_overflow(tensors[int(np.argmax(wild_T))], method, options)
 
     merged, linear = combine(result.coefficients, points_TBNK), combine(weights_T1N, points_TBNK)
     norms_TBN = norms(points_TBNK)
@@ -152,6 +162,13 @@ def solve(
 def _over_blocks(lengths_TB: NDArray[np.float64]) -> NDArray[np.float64]:
     """Length of a whole tensor from those of its blocks, on the second axis."""
     return np.sqrt(fold((lengths_TB * lengths_TB).swapaxes(0, 1)))
+
+
+def _check_points(points_TBNK: NDArray[np.float64], tensors: Sequence[str], experts: Sequence[str]) -> None:
+    wild_TN = ~np.isfinite(points_TBNK).all(axis=(1, 3))
+    if wild_TN.any():
+        tensor, expert = np.argwhere(wild_TN)[0]
+        raise squares_leave_float64(tensors[tensor], f"expert {experts[expert]!r}")
 
 
 @cache

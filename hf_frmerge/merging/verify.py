@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_frmerge.checkpoints.reader import DTYPE_BITS, open_checkpoint
+from hf_frmerge.checkpoints.reader import DTYPE_BITS, open_checkpoint, unchanged
 from hf_frmerge.checkpoints.resolve import Source, resolve
-from hf_frmerge.errors import CheckpointError
+from hf_frmerge.errors import CheckpointError, NonFiniteError
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.merging.blocks import pieces
 from hf_frmerge.merging.checksums import header_digest, sha256_of
@@ -92,7 +92,8 @@ def verify(
         if plan.layout is None:
             _check_adapter(merged, plan, report)
         else:
-            _check_model(merged, coefficients, manifest, plan, report)
+            with unchanged([merged, *(model.weights for model in plan.models)]):
+                _check_model(merged, coefficients, manifest, plan, report)
     if sha256 and report.ok and folder == Path(output_dir):  # never in the cache of the Hub
         report.without_sha256 = record_checksums(folder)
     return report
@@ -132,7 +133,11 @@ def _check_adapter(found: Checkpoint, plan: MergePlan, report: VerifyReport) -> 
     """Merge the adapters once more and compare the factors bit for bit."""
     with TemporaryDirectory(prefix="frmerge-verify-") as again:
         plan.args.output_dir = again
-        run_merge(plan, StepObserver(), Processes())
+        try:
+            run_merge(plan, StepObserver(), Processes())
+        except NonFiniteError as error:
+            report.problems.append(str(error))
+            return
         with open_checkpoint(Source(again, "adapter", again)) as expected:
             for name in sorted(found.tensors.keys() | expected.tensors.keys()):
                 report.checked_tensors += 1
@@ -193,11 +198,14 @@ def _check_tensor(
     size = DTYPE_BITS[step.dtype] // 8
     for piece in pieces(step.n_blocks, step.block_len):
         expected = np.empty((piece.stop - piece.start) * size, np.uint8)
-        if step.action == "merge":
-            assert coefficients is not None
-            inputs.combine(kernels, piece, coefficients, expected, step.dtype)
-        else:
-            expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
+        try:
+            if step.action == "merge":
+                assert coefficients is not None
+                inputs.combine(kernels, piece, coefficients, expected, step.dtype)
+            else:
+                expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
+        except NonFiniteError as error:
+            return str(error)
         found = merged.read(step.name, piece.start * size, piece.stop * size)
         if not np.array_equal(expected, found):
             wrong = int(np.count_nonzero((expected != found).reshape(-1, size).any(axis=1)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +82,24 @@ def test_what_is_no_tuple_of_buffers_is_refused(wrong: object) -> None:
     for function in (native.fault_in, native.give_back):
         with pytest.raises(TypeError):
             function(wrong)
+
+
+def run_broken_mapping(when: str, what: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("hf_frmerge.kernels._native", reason="without it files are read, not mapped")
+    program = [sys.executable, str(Path(__file__).with_name("broken_mapping.py")), when, what]
+    return subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files are read, not mapped")
+@pytest.mark.parametrize("when", ["before", "after", "never"])  # when another handler of SIGBUS is installed
+def test_pages_that_are_gone_read_as_zeros_and_break_their_mapping_only(when: str) -> None:
+    found = run_broken_mapping(when, "ours")
+    assert (found.returncode, found.stdout) == (0, "alive\n"), found.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files are read, not mapped")
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+def test_pages_of_others_are_left_to_the_handler_that_was_there(when: str) -> None:
+    found = run_broken_mapping(when, "others")
+    assert found.returncode == -signal.SIGBUS
+    assert ("Fatal Python error: Bus error" in found.stderr) == (when != "never")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_frmerge.checkpoints import files, pages
-from hf_frmerge.checkpoints.reader import Checkpoint, open_checkpoint
+from hf_frmerge.checkpoints.reader import Checkpoint, open_checkpoint, unchanged
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError
 
@@ -145,17 +145,61 @@ def test_ranges_outside_a_tensor_are_a_programming_error(tmp_path):
                 checkpoint.read("w", start, stop)
 
 
-def test_fingerprint_tells_a_rewritten_file(tmp_path, save_model):
+def rewrite(path):
+    """Other bytes of the same length, in place; the clock of a file system may stand still for some milliseconds."""
+    before = path.stat()
+    path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def replace(path):
+    """Another file of the same length and time under the name."""
+    before, other = path.stat(), path.with_name("other")
+    other.write_bytes(bytes(before.st_size))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        (rewrite, "it was rewritten or replaced"),
+        (replace, "it was rewritten or replaced"),
+        (lambda path: path.unlink(), r"it cannot be found any more \(No such file or directory"),
+        (lambda path: os.truncate(path, 99), r"it (had \d+ bytes and now has 99|was rewritten or replaced)"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("file", "other"), [("model.safetensors", "config.json"), ("config.json", "model.safetensors")]
+)
+def test_a_file_that_changes_while_it_is_open_is_refused_by_name(tmp_path, save_model, change, how, file, other):
     save_model(tmp_path)
     with open_checkpoint(full(tmp_path)) as checkpoint:
         before = checkpoint.fingerprint()
-        assert before == checkpoint.fingerprint()
         assert before[0][:2] == ("model.safetensors", (tmp_path / "model.safetensors").stat().st_size)
-        os.utime(tmp_path / "model.safetensors", ns=(0, 1))
-        assert checkpoint.fingerprint() != before
-        (tmp_path / "model.safetensors").unlink()
-        with pytest.raises(CheckpointError, match="'the-expert' cannot be found any more"):
-            checkpoint.fingerprint()
+        (tmp_path / "training.log").write_text("the run goes on")
+        (tmp_path / "link").hardlink_to(tmp_path / file)
+        (tmp_path / file).chmod(0o600)
+        checkpoint.check_unchanged()  # another file, another name and other permissions are no change
+        change(tmp_path / file)
+        with pytest.raises(
+            CheckpointError, match=f"'the-expert': {tmp_path}/{file} changed while it was in use: {how}"
+        ):
+            checkpoint.check_unchanged()
+        checkpoint.check_unchanged([other])
+        assert checkpoint.fingerprint() == before  # of what was opened
+
+
+def test_a_changed_file_explains_every_other_error(tmp_path, save_model):
+    save_model(tmp_path)
+    with open_checkpoint(full(tmp_path)) as checkpoint:
+        with pytest.raises(ZeroDivisionError), unchanged([checkpoint]):
+            1 / 0  # noqa: B018
+        with pytest.raises(CheckpointError, match="rewritten or replaced"), unchanged([checkpoint]):
+            rewrite(tmp_path / "model.safetensors")
+            1 / 0  # noqa: B018
+        with pytest.raises(CheckpointError, match="rewritten or replaced"), unchanged([checkpoint]):
+            pass
 
 
 def test_alias_reads_another_tensor_and_counts_once(tmp_path):

@@ -255,6 +255,23 @@ def test_changed_text_weights_or_options_miss_the_cache(folder: Path, tmp_path: 
     assert ran == ["base", MERGED]
 
 
+def test_a_model_that_changes_while_it_is_measured_is_not_kept(
+    folder: Path, record: EvaluationRecord, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "models")
+    path = tmp_path / "models" / "code" / "model.safetensors"
+    original = path.read_bytes()
+
+    def retrain(name: str) -> None:
+        if name == "code":  # between the digest of its files and the loading of it
+            path.write_bytes((folder / "math" / "model.safetensors").read_bytes())
+
+    with pytest.raises(CheckpointError, match=r"code': model\.safetensors changed while it was evaluated"):
+        run(tmp_path / "models", tmp_path / "cache", on_model=retrain)
+    path.write_bytes(original)
+    assert_close(run(tmp_path / "models", tmp_path / "cache"), record, 1e-12)
+
+
 def test_nothing_unfinished_stays(folder: Path, tmp_path: Path) -> None:
     def stop(_: object) -> None:
         raise KeyboardInterrupt

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.kernels import ITEMSIZE, Operand
 
@@ -25,6 +26,14 @@ def decode(data, dtype):
     values = (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values.view(NUMPY[dtype])
     with np.errstate(invalid="ignore"):  # signalling NaN
         return values.astype(np.float64)
+
+
+OVERFLOW = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}  # infinity
+
+
+def encode(values, dtype):
+    """float64 -> bytes."""
+    return round_once(values, dtype).view(np.uint8).copy()
 
 
 def round_once(values, dtype):
@@ -71,8 +80,11 @@ def combine(kernels, operands, coefficients, out_dtype, n_blocks, block_len):
     """Run into the middle of a guarded buffer at an odd address; return the bits."""
     size = n_blocks * block_len * ITEMSIZE[out_dtype]
     buffer = np.full(size + 65, GUARD, np.uint8)
-    kernels.combine(operands, np.asarray(coefficients), buffer[33 : 33 + size], out_dtype, n_blocks, block_len)
+    out = buffer[33 : 33 + size]
+    found = kernels.combine(operands, np.asarray(coefficients), out, out_dtype, n_blocks, block_len)
     assert (buffer[:33] == GUARD).all() and (buffer[33 + size :] == GUARD).all()
+    assert found.digest == xxh3_128_hexdigest(out.tobytes())
+    assert found.is_finite == np.isfinite(decode(out, out_dtype)).all()
     return buffer[33 : 33 + size].copy().view(UNSIGNED[out_dtype])
 
 
@@ -181,6 +193,25 @@ def test_zeros_keep_their_sign_as_in_ieee_addition(kernels):
 def test_rounding_happens_once(kernels, value, dtype, bits):
     assert combine(kernels, [of_float64([value] * 9)], [[1.0]], dtype, 1, 9).tolist() == [bits] * 9
     assert round_once(np.array([value]), dtype).tolist() == [bits]  # the reference of the other tests agrees
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["BF16", "F64"])  # 16-bit inputs go another way than the others
+def test_one_infinity_or_nan_is_seen_wherever_it_is(kernels, dtype, out_dtype):
+    """In whole registers of every width, in what is left over, in any block; and only what is not finite is."""
+    n_blocks, count = 2, 171
+    greatest = np.array([OVERFLOW[out_dtype] - 1], UNSIGNED[out_dtype])
+    top = decode(greatest.view(np.uint8), out_dtype)[0]
+    ones, wild = encode(np.ones(n_blocks * count), dtype), encode(np.array([math.nan, math.inf, -top, top]), dtype)
+    out = np.empty(n_blocks * count * ITEMSIZE[out_dtype], np.uint8)
+    table = np.array([[2.0, 0.25]] * n_blocks)
+    for place in range(n_blocks * count):
+        values = ones.copy().view(UNSIGNED[dtype])
+        values[place] = wild.view(UNSIGNED[dtype])[place % 4]
+        operands = [Operand(values.view(np.uint8), dtype), Operand(ones, dtype)]
+        assert not kernels.combine(operands, table, out, out_dtype, n_blocks, count).is_finite
+        assert np.flatnonzero(~np.isfinite(decode(out, out_dtype))).tolist() == [place]
+    combine(kernels, [Operand(ones, dtype)], [[top]] * n_blocks, out_dtype, n_blocks, count)  # the greatest of all
 
 
 @settings(max_examples=60, deadline=None)

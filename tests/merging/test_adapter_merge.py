@@ -397,7 +397,7 @@ def test_the_written_config_is_that_of_a_plain_lora(bases: dict[str, Path], tmp_
 
 def test_a_failed_write_leaves_nothing_behind(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = make_adapter(bases["llama"], tmp_path / "a", 1, **LINEAR | {"lora_alpha": 400000})
-    with pytest.raises(MergeError, match=r"more than fp16 can"):
+    with pytest.raises(MergeError, match=r"more than float16 can\. Write it with dtype='bfloat16'"):
         merge_adapters([read(folder)] * 2, [0.5, 0.5], tmp_path / "merged", dtype="F16")
     assert not list((tmp_path / "merged").iterdir())
 

@@ -195,6 +195,27 @@ def test_what_an_adapter_cannot_hold_is_reported_with_its_norm(llama: Path, tmp_
     assert all(1e-4 < module.error < 2**-7 for module in report.modules)
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(1e30, torch.float32), (1e-290, torch.float64)])
+def test_a_difference_beyond_float32_products_is_refused_and_the_rest_can_be_extracted(
+    llama: Path, tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    base = {key: tensor.to(dtype) for key, tensor in load_file(llama / "model.safetensors").items()}
+    base[name] = torch.zeros_like(base[name])
+    tuned = {key: tensor + (value if key == name else 0.1 * ("v_proj" in key)) for key, tensor in base.items()}
+    for folder, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    models = read(tmp_path / "tuned"), read(tmp_path / "base")
+    with pytest.raises(NonFiniteError, match=rf"{name}.*tuned.*base.*Leave its module out of `target_modules`"):
+        extract_lora(*models, tmp_path / "adapter", 2, target_modules=["q_proj", "v_proj"])
+    assert not (tmp_path / "adapter").exists()
+    found = extract_lora(*models, tmp_path / "adapter", 2, target_modules=["v_proj"])
+    assert {module.target for module in found.modules} == {key for key in base if "v_proj" in key}
+    assert found.left_out == {name: pytest.approx(32 * value, rel=1e-12 if dtype == torch.float64 else 1e-6)}
+
+
 def test_refusals_name_what_is_wrong(llama: Path, tmp_path: Path) -> None:
     change(llama, tmp_path / "same", lambda name, shape: None)
     with pytest.raises(CheckpointError, match=r"equal in all 14 modules"):
