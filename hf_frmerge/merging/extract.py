@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
 from hf_frmerge.checkpoints.floats import narrow, widen
+from hf_frmerge.checkpoints.quantised import refuse_quantised
 from hf_frmerge.checkpoints.reader import Checkpoint, some
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.dense_delta import DenseDelta
@@ -123,6 +124,8 @@ def extract_lora(
             f"Expected rank >= 1, power_iterations >= 0 and energy in (0, 1], got rank={rank}, "
             f"power_iterations={power_iterations}, energy={energy}."
         )
+    for checkpoint in (merged, base):
+        refuse_quantised(checkpoint)
     targets = find_modules(base, target_modules)
     for target in targets:
         _check_pair(merged, base, target.tensor)

@@ -10,6 +10,7 @@ from hf_frmerge.checkpoints.adapter import common_base, open_adapter
 from hf_frmerge.checkpoints.alignment import align
 from hf_frmerge.checkpoints.donor import find_disagreements
 from hf_frmerge.checkpoints.layout import ShardLayout
+from hf_frmerge.checkpoints.quantised import refuse_quantised
 from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
@@ -93,6 +94,8 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
         )
     to_adapter = _makes_adapter(args, opened)
     space = _space(args, opened, base, to_adapter)
+    if base is not None and base.checkpoint is not None and not to_adapter:
+        refuse_quantised(base.checkpoint)  # before adapters look in vain for their modules' weights
     opened = [_match_adapter(expert, base, to_adapter) for expert in opened]
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas)
