@@ -29,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "TensorInfo",
     "open_checkpoint",
+    "read_file",
     "read_json",
     "some",
 ]
@@ -218,14 +219,23 @@ def open_checkpoint(source: Source) -> Checkpoint:
     return _checked(checkpoint)
 
 
+def read_file(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> bytes:
+    """Contents of a small file of a checkpoint; `spec` names it in errors."""
+    try:
+        return folder.read(name)
+    except OSError as error:
+        raise CheckpointError(f"{spec!r}: {name} could not be read: {_reason(error)}.") from error
+
+
 def read_json(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> dict[str, Any]:
     """Parse a JSON object in the folder; empty if there is no such file."""
     try:
         if not folder.exists(name):
             return {}
-        parsed = json.loads(folder.read(name))
     except OSError as error:
         raise CheckpointError(f"{spec!r}: {name} could not be read: {_reason(error)}.") from error
+    try:
+        parsed = json.loads(read_file(folder, name, spec))
     except ValueError as error:
         raise CheckpointError(f"{spec!r}: {name} is not valid JSON: {error}.") from error
     if not isinstance(parsed, dict):

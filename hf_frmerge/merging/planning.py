@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.adapter import common_base, open_adapter
 from hf_frmerge.checkpoints.alignment import align
-from hf_frmerge.checkpoints.donor import find_disagreements
+from hf_frmerge.checkpoints.beside import look_beside
 from hf_frmerge.checkpoints.layout import ShardLayout
 from hf_frmerge.checkpoints.quantised import refuse_quantised
 from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
@@ -77,7 +77,10 @@ def build_plan(
     if not fetched:
         return plan
     plan.close()
-    return _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
+    notes = plan.notes  # of all files in the repositories, of which not all are fetched
+    plan = _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
+    plan.notes = notes
+    return plan
 
 
 def is_downloaded(source: Source, args: MergingArguments) -> bool:
@@ -99,12 +102,14 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     opened = [_match_adapter(expert, base, to_adapter) for expert in opened]
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas)
-        return MergePlan(args, opened, base, alphas, space, steps, None, notes)
-    steps, notes = _steps(args, opened, base, alphas)
-    steps = in_batches(steps, len(opened) + (base is not None))
-    layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
-    notes += find_disagreements([model.source for model in ([base] if base else []) + opened])
-    return MergePlan(args, opened, base, alphas, space, steps, layout, notes)
+        layout = None
+    else:
+        steps, notes = _steps(args, opened, base, alphas)
+        steps = in_batches(steps, len(opened) + (base is not None))
+        layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
+    beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
+    notes += beside.notes
+    return MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files)
 
 
 def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
+from hf_frmerge.checkpoints.beside import copy_files
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import ArgumentError
@@ -65,6 +66,7 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOu
         return MergeOutcome(False, make_report(plan, outcomes, "numpy", time.perf_counter() - started, 0))
     plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
     write_coefficients(output, outcomes)
+    carried = copy_files(plan.carried, output)
     written = (output / ADAPTER_FILE).stat().st_size
     report = make_report(plan, outcomes, "numpy", time.perf_counter() - started, written)
     report |= {"truncation_error": merged.truncation_error, "max_rank": max(m.rank for m in merged.modules)}
@@ -74,7 +76,7 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOu
         outcomes,
         report=report,
         n_processes=n_processes,
-        small_files={name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE)},
+        small_files={name: output / name for name in (ADAPTER_FILE, ADAPTER_CONFIG, COEFFICIENTS_FILE, *carried)},
         details=_details(merged),
     )
     return MergeOutcome(True, report)
