@@ -202,10 +202,7 @@ def _carry_pipeline(lying: Sequence[_Lying], base: Source | None, carried: dict[
     lacking = [repr(each.model.spec) for each in lying if each.pipeline is None]
     if not lacking:
         return []
-    return [
-        f"{some(found[0].files)} are those of {found[0].source.spec!r}; {some(lacking)} "
-        "have no such files, and may have been trained for other embeddings."
-    ]
+    return [f"{some(found[0].files)} are those of {found[0].source.spec!r}; there are none in {some(lacking)}."]
 
 
 def _differing(lying: Sequence[_Lying], carried: Mapping[str, Source]) -> list[str]:
@@ -229,7 +226,8 @@ def _left(lying: Sequence[_Lying], carried: Mapping[str, Source]) -> list[str]:
         own, shared = set(VOCABULARIES) & set(each.names), set(VOCABULARIES) & set(carried)
         is_compared = _has_tokenizer(carried) and (not own or bool(own & shared))
         for name in each.names:
-            told = is_compared and _COMPARED.fullmatch(name)
+            is_step = each.pipeline is not None and "/" in name and name in each.pipeline.files
+            told = is_step or (is_compared and _COMPARED.fullmatch(name))
             if name not in carried and not told and not _IRRELEVANT.fullmatch(name.lower()):
                 holders.setdefault(name, []).append(repr(each.model.spec))
         for folder in each.folders:

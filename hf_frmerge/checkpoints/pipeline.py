@@ -17,8 +17,21 @@ from hf_frmerge.errors import CheckpointError
 # Prompts and similarity; longest input and lower case.
 _SETTINGS = re.compile(r"config_sentence_transformers\.json|sentence_[\w-]+_config\.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-# What modules leave out of their configs where it is so, depending on the version that wrote them.
-_DEFAULTS: dict[str, Any] = {"include_prompt": True}
+# What modules leave out of their configs, depending on the version that wrote them, where it is so.
+_DEFAULTS: dict[str, Any] = {
+    "include_prompt": True,
+    "module_input_name": "sentence_embedding",
+    "module_output_name": "sentence_embedding",
+}
+# Poolings as they were written before they had names.
+_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 _VERSIONS = ("__version__", "_name_or_path", "transformers_version")
 _ENCODERS_ALONE = f"To merge the encoders alone, pass copies of the folders without {MODULES_FILE}."
 
@@ -40,8 +53,8 @@ class Pipeline:
     folder: LocalFolder | RemoteFolder = field(compare=False)
 
     def read(self, name: str) -> bytes:
-        """Contents of one of its files."""
-        return read_file(self.folder, name, self.source.spec)
+        """Contents of one of its files; of one it does not have those of a config in which all is the default."""
+        return read_file(self.folder, name, self.source.spec) if name in self.files else b"{}"
 
 
 def read_pipeline(source: Source) -> Pipeline | None:
@@ -57,7 +70,7 @@ def read_pipeline(source: Source) -> Pipeline | None:
     modules = parse_modules(read_file(folder, MODULES_FILE, source.spec), source.spec)
     files = [MODULES_FILE, *(name for name in names_in(folder) if _SETTINGS.fullmatch(name))]
     for path in dict.fromkeys(module.path for module in modules if module.path):
-        inside = names_in(folder, path)
+        inside = [name for name in names_in(folder, path) if not name.startswith(".") and not name.endswith(".md")]
         nested = [name for name in inside if name in (MODULES_FILE, "router_config.json")]
         if nested or any(module.kind == "Transformer" for module in modules if module.path == path):
             raise CheckpointError(
@@ -81,16 +94,15 @@ def check_same_embeddings(pipelines: Sequence[Pipeline]) -> None:
         if first.modules != other.modules:
             steps = " and ".join(", ".join(module.kind for module in each.modules) for each in (first, other))
             raise CheckpointError(f"{pair} make embeddings in different steps ({steps}). {_ENCODERS_ALONE}")
-        for name in dict.fromkeys([*first.files, *other.files]):
-            both = name in first.files and name in other.files
-            if "/" not in name or (both and same_content(name, first.read(name), other.read(name))):
+        for name in dict.fromkeys(name for name in (*first.files, *other.files) if "/" in name):
+            mine, theirs = first.read(name), other.read(name)
+            if same_content(name, mine, theirs):
                 continue
             if name.endswith(_WEIGHTS):
                 raise CheckpointError(_weights_differ(name, pair))
-            differs = f"differs in {_differing_keys(first.read(name), other.read(name))}" if both else "is in one only"
             raise CheckpointError(
-                f"{pair} make embeddings of their outputs differently: {name} {differs}. No mean of the two encoders "
-                f"fits both. {_ENCODERS_ALONE}"
+                f"{pair} make embeddings of their outputs differently: {name} differs in "
+                f"{_differing_keys(mine, theirs)}. No mean of the two encoders fits both. {_ENCODERS_ALONE}"
             )
 
 
@@ -120,6 +132,11 @@ def _settings(content: bytes) -> Any:
         return content
     if not isinstance(parsed, dict):
         return parsed
+    poolings = [name for key, name in _POOLINGS.items() if parsed.pop(key, False)]
+    if poolings:
+        parsed["pooling_mode"] = poolings[0] if len(poolings) == 1 else poolings
+    if "word_embedding_dimension" in parsed:
+        parsed["embedding_dimension"] = parsed.pop("word_embedding_dimension")
     return {
         key: value
         for key, value in parsed.items()

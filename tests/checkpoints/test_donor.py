@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from tiny_models import save_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_frmerge.checkpoints.beside import CarriedFile, copy_files
 from hf_frmerge.checkpoints.disagreements import find_disagreements
@@ -19,18 +19,6 @@ from hf_frmerge.errors import CheckpointError
 
 def source(folder: Path | str, spec: str | None = None) -> Source:
     return Source(spec or Path(folder).name, "full", str(folder))
-
-
-def save_tokenizer(folder: Path, words: list[str], chat_template: str | None = None) -> None:
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *words])}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
 
 
 def edit(folder: Path, name: str = "config.json", **values: object) -> None:
