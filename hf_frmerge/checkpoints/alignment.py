@@ -115,7 +115,7 @@ def _repeated(experts: Sequence[Checkpoint]) -> list[str]:
 def _wrapper_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     return [
         f"{checkpoint.source.spec!r} was saved inside a wrapper (torch.compile, DDP or FSDP), as in "
-        f"{checkpoint.wrapped!r}: its names are read, and written, without. transformers would not know them there."
+        f"{checkpoint.wrapped!r}: its names are read, and written, without. transformers would load none of them."
         for checkpoint in checkpoints
         if checkpoint.wrapped
     ]
@@ -312,11 +312,10 @@ def _copy_notes(name: str, holders: list[Checkpoint], n_all: int) -> list[str]:
     if len(holders) < n_all:
         whole = f"{name} ({info.dtype}) is missing in {n_all - len(holders)} of {n_all} checkpoints"
         return [f"{whole}; it is copied from {donor.source.spec!r}."]
-    is_matrix = info.dtype != "BOOL" and sum(length > 1 for length in info.shape) > 1
-    if info.nbytes > _COMPARE_LIMIT and not is_matrix:
+    if info.nbytes > _COMPARE_LIMIT and not _may_be_codes(info):
         return []
     different = [
-        repr(other.source.spec)
+        other
         for other in holders[1:]
         if other.tensors[name].dtype != info.dtype
         or other.tensors[name].shape != info.shape
@@ -324,10 +323,16 @@ def _copy_notes(name: str, holders: list[Checkpoint], n_all: int) -> list[str]:
     ]
     if not different:
         return []
-    if is_matrix:
+    named = some(repr(other.source.spec) for other in different)
+    if _may_be_codes(info) and any(_may_be_codes(other.tensors[name]) for other in different):
         raise CheckpointError(
-            f"{name} is a matrix of integers ({info.dtype}) that is another in {some(different)} than in "
+            f"{name} is a matrix of integers ({info.dtype}) that is another in {named} than in "
             f"{donor.source.spec!r}. Codes of quantised weights cannot be averaged, and those of one model do not fit "
             "the rest of another: merge the unquantised checkpoints. If it is no weight, store it alike in all."
         )
-    return [f"{name} ({info.dtype}) differs in {some(different)}; it is copied from {donor.source.spec!r}."]
+    return [f"{name} ({info.dtype}) differs in {named}; it is copied from {donor.source.spec!r}."]
+
+
+def _may_be_codes(info: TensorInfo) -> bool:
+    """Whether a tensor that holds no floats may hold a weight: a matrix of integers, not a row of ids, not a mask."""
+    return info.dtype != "BOOL" and sum(length > 1 for length in info.shape) > 1

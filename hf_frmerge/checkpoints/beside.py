@@ -90,13 +90,13 @@ def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter
     try:
         lying = [_Lying.of(model) for model in models]
         carried: dict[str, Source] = {}
-        if makes_adapter:
+        donor = base or next((expert for expert in experts if expert.kind == "full"), None)
+        if makes_adapter or donor is None:
             notes = _inputs_of_adapters(lying, carried)
         else:
-            donor = base or next(expert for expert in experts if expert.kind == "full")
             carried.update(dict.fromkeys(donor_files(donor), donor))
             notes = _inputs_without_donor(lying, carried) + find_disagreements([donor, *models])
-        notes += _embeddings_too_few(carried, None if makes_adapter and base is None else base or donor)
+        notes += _embeddings_too_few(carried, donor)
         notes += _carry_pipeline(lying, base, carried)
         notes += _differing(lying, carried) + _left(lying, carried)
     except OSError as error:

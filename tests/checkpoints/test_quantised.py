@@ -103,6 +103,9 @@ def test_equal_matrices_and_masks_stay_fine(tmp_path, save_model, open_folder_as
     mask = torch.ones(8, 8).bool()
     masks = [open_folder_as(folder) for folder in pair_with(tmp_path / "masks", save_model, mask, mask.tril())]
     assert "it is copied from" in align(masks).notes[0]
+    older = pair_with(tmp_path / "older", save_model, mask, mask.to(U8))
+    assert "it is copied from" in align([open_folder_as(folder) for folder in older]).notes[0]
+    assert "it is copied from" in align([open_folder_as(folder) for folder in older[::-1]]).notes[0]
 
 
 # The ways out
