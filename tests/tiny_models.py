@@ -70,3 +70,16 @@ def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerF
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+def save_tokenizer(folder: Path, words: list[str], chat_template: str | None = None) -> None:
+    """Save a tokenizer of three special tokens and some words, without a model."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<unk>")),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)

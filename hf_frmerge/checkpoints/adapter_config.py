@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder
 from hf_frmerge.checkpoints.reader import read_json
+from hf_frmerge.checkpoints.wrappers import unwrapped_pattern
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.kernels import OVERFLOWS_AT
 
@@ -18,6 +19,11 @@ CONFIG_NAME = "adapter_config.json"
 _CONVERTIBLE = frozenset(
     {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS"}
     | {"PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
+)
+
+# PEFT methods that leave the weights alone and add inputs, or layers of their own.
+_WITHOUT_WEIGHTS = frozenset(
+    {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"}
 )
 
 # Field of the config -> why a set value changes what the factors mean. DoRA is not here: the modules carry it.
@@ -75,7 +81,7 @@ class AdapterConfig:
     def _pattern(self, field: str, module: str, default: Any) -> Any:
         # PEFT's rule: keys are regular expressions for the end of the module path, the first match wins.
         for key, value in (self.raw.get(field) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
+            if re.match(rf"(.*\.)?({unwrapped_pattern(key)})$", module):
                 return value
         return default
 
@@ -143,11 +149,15 @@ def _expected(spec: str, key: str, value: Any, expected: str) -> str:
 def _refuse_unsupported(raw: dict[str, Any], spec: str) -> None:
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
-        hint = (
-            "Load it with PEFT and rewrite it with `peft.save_as_lora(path, model, rank)`, then merge that."
-            if peft_type in _CONVERTIBLE
-            else "Only LoRA adapters (peft_type LORA) can be merged."
-        )
+        if peft_type in _CONVERTIBLE:
+            hint = "Load it with PEFT and rewrite it with `peft.save_as_lora(path, model, rank)`, then merge that."
+        elif peft_type in _WITHOUT_WEIGHTS:
+            hint = "It changes no weights of its base, so there is nothing to merge."
+        else:
+            hint = (
+                "If PEFT can fold it into its base (`merge_and_unload`), do so, save the model, and merge the full "
+                "checkpoints."
+            )
         raise CheckpointError(f"Adapter {spec!r}: peft_type is {peft_type!r}, expected 'LORA'. {hint}")
     bias = raw.get("bias", "none")
     if bias != "none":

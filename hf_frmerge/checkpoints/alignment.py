@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, Checkpoint, TensorInfo, some
+from hf_frmerge.checkpoints.quantised import refuse_quantised
+from hf_frmerge.checkpoints.reader import Checkpoint, TensorInfo, some
 from hf_frmerge.errors import CheckpointError
 
 # Bytes of a non-float tensor above which its contents are not compared between experts.
@@ -51,9 +52,10 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
 
     All float tensors must exist everywhere with one shape. Three differences are settled without loss, each with a
     note: non-float tensors (say, position ids) missing or differing somewhere are copied from the base model, else
-    from the first expert that has them; float tensors that repeat another tensor of their checkpoint byte for byte
-    (a tied weight that was stored) are dropped, or, if the donor of the config stores them, read from that other
-    tensor in the checkpoints that do not; dtypes may differ. `Checkpoint.alias` is called for such tied weights.
+    from the first expert that has them, but for matrices of integers, which differ as codes do; float tensors that
+    repeat another tensor of their checkpoint byte for byte (a tied weight that was stored) are dropped, or, if the
+    donor of the config stores them, read from that other tensor in the checkpoints that do not; dtypes may differ.
+    `Checkpoint.alias` is called for such tied weights.
 
     Args:
         experts (`Sequence[Checkpoint]`):
@@ -65,13 +67,14 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
         `Alignment`: Tensors and notes.
 
     Raises:
-        CheckpointError: If names, shapes or kinds of tensors differ otherwise, or a checkpoint is quantised.
+        CheckpointError: If names, shapes or kinds of tensors differ otherwise, or a checkpoint is quantised (by its
+            config, by its tensors, or because the models differ in a matrix of integers).
     """
     checkpoints = [*([base] if base is not None else []), *experts]
     first_index = 0 if base is None else -1
     for checkpoint in checkpoints:
-        _refuse_quantised(checkpoint)
-    notes = _repeated(experts)
+        refuse_quantised(checkpoint)
+    notes = _repeated(experts) + _wrapper_notes(checkpoints)
     _refuse_kinds(checkpoints)
     left_out, tied_notes = _settle_tied(checkpoints)
     notes += tied_notes
@@ -109,21 +112,13 @@ def _repeated(experts: Sequence[Checkpoint]) -> list[str]:
     return notes
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    method = checkpoint.config().get("quantization_config")
-    if method:
-        name = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"{checkpoint.source.spec!r} is quantised ({name}): its numbers are codes, which cannot be averaged. Load "
-            "it with transformers, call `.dequantize()`, save it, and merge that."
-        )
-    codes = [info for info in checkpoint.tensors.values() if info.dtype.startswith(("F4", "F6_", "F8", "C64"))]
-    if codes:
-        listed = some(f"{info.name} ({info.dtype})" for info in codes)
-        raise CheckpointError(
-            f"{checkpoint.source.spec!r} holds tensors of a dtype that cannot be merged: {listed}. Convert the "
-            f"checkpoint to one of {', '.join(sorted(FLOAT_DTYPES))} first."
-        )
+def _wrapper_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    return [
+        f"{checkpoint.source.spec!r} was saved inside a wrapper (torch.compile, DDP or FSDP), as in "
+        f"{checkpoint.wrapped!r}: its names are read, and written, without. transformers would load none of them."
+        for checkpoint in checkpoints
+        if checkpoint.wrapped
+    ]
 
 
 def _settle_tied(checkpoints: Sequence[Checkpoint]) -> tuple[set[str], list[str]]:
@@ -236,12 +231,15 @@ def _names_hint(
         if prefix:
             return (
                 f"The names in {owner.source.spec!r} have the prefix {prefix!r} that the other's have not: without it "
-                "they match. Load it with the class the other was saved from and save it again."
+                "they match. Take it off with safetensors (`load_file`, then `save_file` under "
+                f"`name.removeprefix({prefix!r})`, keeping the rest of the folder). Loading it with a class that does "
+                "not know the prefix would start from random weights."
             )
     if len(missing) + len(extra) == 1:
         return (
-            "If one of the two ties this weight to another and the other trained it separately, untie it in both (or "
-            "in none) and save again."
+            "If one of the two ties this weight to another and the other trained it separately, give the first a copy "
+            "of its own: load it, `model.config.tie_word_embeddings = False`, `model.get_output_embeddings().weight = "
+            "torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())`, and save it."
         )
     return "Only models of one architecture and size can be merged."
 
@@ -314,10 +312,10 @@ def _copy_notes(name: str, holders: list[Checkpoint], n_all: int) -> list[str]:
     if len(holders) < n_all:
         whole = f"{name} ({info.dtype}) is missing in {n_all - len(holders)} of {n_all} checkpoints"
         return [f"{whole}; it is copied from {donor.source.spec!r}."]
-    if info.nbytes > _COMPARE_LIMIT:
+    if info.nbytes > _COMPARE_LIMIT and not _may_be_codes(info):
         return []
     different = [
-        repr(other.source.spec)
+        other
         for other in holders[1:]
         if other.tensors[name].dtype != info.dtype
         or other.tensors[name].shape != info.shape
@@ -325,4 +323,16 @@ def _copy_notes(name: str, holders: list[Checkpoint], n_all: int) -> list[str]:
     ]
     if not different:
         return []
-    return [f"{name} ({info.dtype}) differs in {some(different)}; it is copied from {donor.source.spec!r}."]
+    named = some(repr(other.source.spec) for other in different)
+    if _may_be_codes(info) and any(_may_be_codes(other.tensors[name]) for other in different):
+        raise CheckpointError(
+            f"{name} is a matrix of integers ({info.dtype}) that is another in {named} than in "
+            f"{donor.source.spec!r}. Codes of quantised weights cannot be averaged, and those of one model do not fit "
+            "the rest of another: merge the unquantised checkpoints. If it is no weight, store it alike in all."
+        )
+    return [f"{name} ({info.dtype}) differs in {named}; it is copied from {donor.source.spec!r}."]
+
+
+def _may_be_codes(info: TensorInfo) -> bool:
+    """Whether a tensor that holds no floats may hold a weight: a matrix of integers, not a row of ids, not a mask."""
+    return info.dtype != "BOOL" and sum(length > 1 for length in info.shape) > 1

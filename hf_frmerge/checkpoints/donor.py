@@ -1,15 +1,14 @@
-"""Files beside the weights: which are taken over from the donor, and where the experts disagree about them."""
+"""The donor of a merge: which of its files a loader needs beside the weights, and its config with another dtype."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_frmerge.checkpoints.disk import make_folder, write_file
+from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder, open_folder
-from hf_frmerge.checkpoints.reader import read_json, some
+from hf_frmerge.checkpoints.reader import read_file, read_json
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError
 
@@ -48,21 +47,6 @@ _KNOWN = (
     "vocab.json",
     "vocab.txt",
 )
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-
-# Differences that say nothing about the function: names, versions, and dtypes (which alignment reports).
-_IGNORED_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-# Worth a word even where one config leaves them to the default of its transformers version.
-_IMPORTANT_PARTS = (
-    "rope",
-    "eos_token_id",
-    "bos_token_id",
-    "pad_token_id",
-    "vocab_size",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-)
-_ABSENT = "not given"
 
 
 def donor_files(source: Source) -> list[str]:
@@ -81,21 +65,10 @@ def donor_files(source: Source) -> list[str]:
     """
     folder = open_folder(source.path)
     try:
-        names = _list(folder)
+        names = list_folder(folder)
     except OSError as error:
         raise CheckpointError(f"{source.spec!r} cannot be listed: {error}.") from error
     return [name for name in names if name.startswith(f"{_TEMPLATES}/") or _is_copied(name)]
-
-
-def copy_donor_files(source: Source, output_dir: str | Path) -> list[str]:
-    """Copy the files of `donor_files` into `output_dir`, each whole or not at all; return their names."""
-    folder = open_folder(source.path)
-    names = donor_files(source)
-    for name in names:
-        target = Path(output_dir) / name
-        make_folder(target.parent)
-        write_file(target, _read(folder, name, source))
-    return names
 
 
 def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = None) -> Path:
@@ -122,7 +95,7 @@ def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = 
     config = read_json(folder, CONFIG_FILE, source.spec)
     if not config:
         raise CheckpointError(f"{source.spec!r} has no {CONFIG_FILE}, so what is made from it could not be loaded.")
-    content: bytes | str = _read(folder, CONFIG_FILE, source)
+    content: bytes | str = read_file(folder, CONFIG_FILE, source.spec)
     if dtype not in (None, "auto") and _set_dtype(config, str(dtype)):
         content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     path = Path(output_dir) / CONFIG_FILE
@@ -130,29 +103,8 @@ def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = 
     return path
 
 
-def find_disagreements(sources: Sequence[Source]) -> list[str]:
-    """
-    Say where configs, tokenizers and chat templates differ, and which one the output takes.
-
-    Args:
-        sources (`Sequence[Source]`):
-            Donor first, then the others. Adapters without a config or tokenizer of their own are passed over.
-
-    Returns:
-        `list[str]`: One sentence per difference; empty if all agree.
-    """
-    folders = [(source, open_folder(source.path)) for source in dict.fromkeys(sources)]
-    try:
-        found = _differing_configs(folders, CONFIG_FILE) + _differing_configs(folders, "generation_config.json")
-        return found + _differing_vocabularies(folders) + _differing_templates(folders)
-    except OSError as error:
-        raise CheckpointError(f"Configs and tokenizers could not be compared: {error}.") from error
-
-
-_Folders = list[tuple[Source, LocalFolder | RemoteFolder]]
-
-
-def _list(folder: LocalFolder | RemoteFolder) -> list[str]:
+def list_folder(folder: LocalFolder | RemoteFolder) -> list[str]:
+    """Names of a folder's files and of its further chat templates; of a server that lists none, the known ones."""
     try:
         templates = [name for name in folder.names(_TEMPLATES) if name.endswith(".jinja")]
         return folder.names() + [f"{_TEMPLATES}/{name}" for name in templates]
@@ -172,13 +124,6 @@ def _is_copied(name: str) -> bool:
     )
 
 
-def _read(folder: LocalFolder | RemoteFolder, name: str, source: Source) -> bytes:
-    try:
-        return folder.read(name)
-    except OSError as error:
-        raise CheckpointError(f"{source.spec!r}: {name} could not be read: {error}.") from error
-
-
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     """Set the dtype of a config and of the configs nested in it; whether anything changed."""
     changed = False
@@ -193,119 +138,3 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
         config["dtype"] = dtype
         changed = True
     return changed
-
-
-def _differing_configs(folders: _Folders, name: str) -> list[str]:
-    configs = [(source, _flatten(read_json(folder, name, source.spec))) for source, folder in folders]
-    configs = [(source, flat) for source, flat in configs if flat]
-    sentences = []
-    for key in sorted({key for _, flat in configs for key in flat}):
-        important = any(part in key for part in _IMPORTANT_PARTS)
-        values = [
-            (source, json.dumps(flat[key]) if key in flat else _ABSENT)
-            for source, flat in configs
-            if key in flat or important
-        ]
-        if len({value for _, value in values}) > 1:
-            sentences.append(f"{name}: {key} is {_by_value(values)}.")
-    return sentences
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; rotary settings under one name, whichever transformers version wrote them."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in _IGNORED_KEYS:
-            continue
-        path = prefix + key
-        if key == "rope_theta" and not prefix.endswith("rope_parameters."):
-            path = f"{prefix}rope_parameters.rope_theta"
-        elif key == "rope_scaling":
-            path = f"{prefix}rope_parameters"
-        if isinstance(value, dict):
-            flat |= _flatten(value, path + ".")
-        elif value is not None:
-            flat[path] = value
-    # `type` is the name `rope_type` had in old configs; absent means default.
-    old_type = flat.pop(f"{prefix}rope_parameters.type", None)
-    if old_type is not None:
-        flat.setdefault(f"{prefix}rope_parameters.rope_type", old_type)
-    if flat.get(f"{prefix}rope_parameters.rope_type") == "default":
-        del flat[f"{prefix}rope_parameters.rope_type"]
-    return flat
-
-
-def _by_value(values: list[tuple[Source, str]]) -> str:
-    """Put sources of one value together: `1 in 'a' and 'b' (taken), 2 in 'c'`."""
-    holders: dict[str, list[str]] = {}
-    for source, value in values:
-        holders.setdefault(_short(value), []).append(repr(source.spec))
-    parts = [f"{value} in {some(specs)}" for value, specs in holders.items()]
-    parts[0] += " (taken)"
-    return ", ".join(parts)
-
-
-def _short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _differing_vocabularies(folders: _Folders) -> list[str]:
-    for name in _VOCABULARIES:
-        holders = [(source, folder) for source, folder in folders if folder.exists(name)]
-        if len(holders) < 2:
-            continue
-        first, first_folder = holders[0]
-        reference = _read(first_folder, name, first)
-        different = []
-        for source, folder in holders[1:]:
-            content = _read(folder, name, source)
-            if content != reference:
-                difference = _vocabulary_difference(name, (first, reference), (source, content))
-                different += [f"{source.spec!r} ({difference})"] if difference else []
-        if different:
-            return [f"{name}: the vocabulary of {first.spec!r} (taken) differs from that of {some(different)}."]
-        return []
-    return []
-
-
-def _vocabulary_difference(name: str, reference: tuple[Source, bytes], other: tuple[Source, bytes]) -> str:
-    """Say how many tokens have another id; empty if only settings around the vocabulary differ."""
-    if name != "tokenizer.json":
-        return "other bytes"
-    ours, theirs = _token_ids(*reference), _token_ids(*other)
-    count = sum(theirs.get(token) != index for token, index in ours.items()) + len(theirs.keys() - ours.keys())
-    return f"{count} tokens differ; sizes {len(ours)} and {len(theirs)}" if count else ""
-
-
-def _token_ids(source: Source, content: bytes) -> dict[str, int]:
-    try:
-        tokenizer = json.loads(content)
-        vocabulary = tokenizer["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the position
-            vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-        return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{source.spec!r}: tokenizer.json makes no sense: {error!r}.") from error
-
-
-def _differing_templates(folders: _Folders) -> list[str]:
-    templates = [(source, _chat_template(folder, source)) for source, folder in folders]
-    with_tokenizer = [(source, text) for source, text in templates if text is not None]
-    if len({text for _, text in with_tokenizer}) < 2:
-        return []
-    donor, taken = with_tokenizer[0]
-    others = some(repr(source.spec) for source, text in with_tokenizer if text != taken)
-    if not taken:
-        return [f"{donor.spec!r} has no chat template, so neither has the output; there is one in {others}."]
-    return [f"The chat template of {donor.spec!r} (taken) differs from that of {others}."]
-
-
-def _chat_template(folder: LocalFolder | RemoteFolder, source: Source) -> str | None:
-    """Text of the chat template, empty if the tokenizer has none, None if there is no tokenizer."""
-    if folder.exists("chat_template.jinja"):
-        return _read(folder, "chat_template.jinja", source).decode(errors="replace")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        template = read_json(folder, name, source.spec).get("chat_template")
-        if template:
-            return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return "" if folder.exists("tokenizer_config.json") else None

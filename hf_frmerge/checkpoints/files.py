@@ -42,6 +42,10 @@ class LocalFolder:
         folder = self._root / subfolder
         return sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
 
+    def subfolders(self) -> list[str]:
+        """Names of the folders directly in the folder, sorted."""
+        return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir()) if self._root.is_dir() else []
+
     def exists(self, name: str) -> bool:
         """Whether `name` is a file; a dangling link is none."""
         return (self._root / name).is_file()
@@ -156,11 +160,11 @@ class RemoteFolder:
 
     def names(self, subfolder: str = "") -> list[str]:
         """Names of the files directly in the folder or a subfolder, sorted; plain web servers may not tell."""
-        try:
-            entries = self._ask("ls", self._join(subfolder) if subfolder else self._root, detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+        return self._entries_of("file", self._join(subfolder) if subfolder else self._root)
+
+    def subfolders(self) -> list[str]:
+        """Names of the folders directly in the folder, sorted; plain web servers may not tell."""
+        return self._entries_of("directory", self._root)
 
     def exists(self, name: str) -> bool:
         """Whether `name` is a file."""
@@ -213,6 +217,13 @@ class RemoteFolder:
 
     def close(self) -> None:
         """Do nothing: connections belong to fsspec."""
+
+    def _entries_of(self, kind: str, path: str) -> list[str]:
+        try:
+            entries = self._ask("ls", path, detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == kind)
 
     def _join(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -69,6 +69,10 @@ class HubFolder(RemoteFolder):
         inside = (path.removeprefix(prefix) for path in self._entries() if path.startswith(prefix))
         return sorted(name for name in inside if "/" not in name)
 
+    def subfolders(self) -> list[str]:
+        """Names of the folders directly in the repository, sorted."""
+        return sorted({path.partition("/")[0] for path in self._entries() if "/" in path})
+
     def all_names(self) -> list[str]:
         """Names of all files, those in subfolders too, sorted."""
         return sorted(self._entries())

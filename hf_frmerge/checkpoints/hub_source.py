@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from hf_frmerge.checkpoints.files import LocalFolder
 from hf_frmerge.checkpoints.hub_errors import is_unreachable, reading_from_hub
 from hf_frmerge.checkpoints.hub_folder import HubFolder, found_folder
+from hf_frmerge.checkpoints.modules_file import MODULES_FILE, parse_modules
 from hf_frmerge.checkpoints.source import HUB_SCHEME, WEIGHTS, Source, is_on_hub, kind_of
 from hf_frmerge.errors import CheckpointError, HubError
 
@@ -159,8 +160,18 @@ def _needed(
         weights = sorted(set(_weight_map(folder).values()))
     else:
         weights = [_ADAPTER]
-    wanted = {*small, *weights, *(name for name in names if _matches(name, extra))}
+    module_folders = _module_folders(folder, names)
+    modules = [name for name in names if name.rpartition("/")[0] in module_folders]
+    wanted = {*small, *weights, *modules, *(name for name in names if _matches(name, extra))}
     return [name for name in names if name in wanted]
+
+
+def _module_folders(folder: LocalFolder | HubFolder, names: Sequence[str]) -> set[str]:
+    """Folders of sentence-transformers' modules; what lies in them is small."""
+    if MODULES_FILE not in names:
+        return set()
+    modules = parse_modules(folder.read(MODULES_FILE), folder.path)
+    return {module.path for module in modules if module.path}
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -197,8 +208,8 @@ def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str]) -> Path 
         names = [entry.path for entry in get_cached_repo_tree(repo_id, revision=commit)]
     except CachedRepoTreeNotFoundError:
         return None
-    if _INDEX in names and not folder.exists(_INDEX):
-        return None
+    if any(name in names and not folder.exists(name) for name in (_INDEX, MODULES_FILE)):
+        return None  # they tell which other files are needed
     return snapshot if all(folder.exists(name) for name in _needed(folder, extra, names)) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder, open_folder
 from hf_frmerge.checkpoints.header import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, read_header
 from hf_frmerge.checkpoints.pages import Mapping
 from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.wrappers import unwrapped
 from hf_frmerge.errors import CheckpointError
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "TensorInfo",
     "open_checkpoint",
+    "read_file",
     "read_json",
     "some",
     "unchanged",
@@ -53,6 +56,9 @@ class Checkpoint:
             Weight files and their sizes in bytes.
         identities (`dict[str, str]`):
             What told every file of the folder that is read from a changed one before it was read.
+
+    Attributes:
+        wrapped (`str`, *optional*): a tensor's name in the file, if wrappers were taken off the names (`unwrapped`).
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Checkpoint:
         self.files = files
         self._identities = identities
         self.aliases: dict[str, str] = {}
+        self.wrapped: str | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -220,6 +227,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
     """
     Read and check the headers of a checkpoint, single file or sharded, full model or adapter.
 
+    Tensors go by their names in the model: what `torch.compile` or DDP put before them is taken off.
+
     Args:
         source (`Source`):
             What `resolve` returned.
@@ -234,10 +243,10 @@ def open_checkpoint(source: Source) -> Checkpoint:
     spec = source.spec
     try:
         if source.kind == "adapter":
-            return _open_files(source, folder, [ADAPTER_FILE])
+            return _checked(_open_files(source, folder, [ADAPTER_FILE]))
         if folder.exists(SINGLE_FILE):
             # transformers, too, prefers the single file when a folder holds both.
-            return _open_files(source, folder, [SINGLE_FILE])
+            return _checked(_open_files(source, folder, [SINGLE_FILE]))
         if not folder.exists(INDEX_FILE):
             raise CheckpointError(
                 f"{spec!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Pass a folder that `save_pretrained` wrote."
@@ -255,7 +264,15 @@ def open_checkpoint(source: Source) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{spec!r} could not be opened: {_reason(error)}.") from error
     _check_index(checkpoint, weight_map)
-    return checkpoint
+    return _checked(checkpoint)
+
+
+def read_file(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> bytes:
+    """Contents of a small file of a checkpoint; `spec` names it in errors."""
+    try:
+        return folder.read(name)
+    except OSError as error:
+        raise CheckpointError(f"{spec!r}: {name} could not be read: {_reason(error)}.") from error
 
 
 def read_json(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> dict[str, Any]:
@@ -263,9 +280,10 @@ def read_json(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> dict[
     try:
         if not folder.exists(name):
             return {}
-        parsed = json.loads(folder.read(name))
     except OSError as error:
         raise CheckpointError(f"{spec!r}: {name} could not be read: {_reason(error)}.") from error
+    try:
+        parsed = json.loads(read_file(folder, name, spec))
     except ValueError as error:
         raise CheckpointError(f"{spec!r}: {name} is not valid JSON: {error}.") from error
     if not isinstance(parsed, dict):
@@ -296,6 +314,39 @@ def _open_files(source: Source, folder: LocalFolder | RemoteFolder, files: list[
     if not tensors:
         raise CheckpointError(f"{source.spec!r} holds no tensors ({some(files)}).")
     return Checkpoint(source, folder, tensors, sizes, identities)
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    _refuse_empty(checkpoint)
+    tensors: dict[str, TensorInfo] = {}
+    for stored, name in unwrapped(checkpoint.tensors).items():
+        if name in tensors:
+            raise CheckpointError(
+                f"{checkpoint.source.spec!r}: without the names that torch.compile, DDP or FSDP put into it, "
+                f"{stored!r} is {name!r}, which is stored as well. Save the model inside the wrapper "
+                "(`model._orig_mod`, `model.module`) again."
+            )
+        info = checkpoint.tensors[stored]
+        if name != stored:
+            checkpoint.wrapped = checkpoint.wrapped or stored
+            info = replace(info, name=name)
+        tensors[name] = info
+    checkpoint.tensors = tensors
+    return checkpoint
+
+
+def _refuse_empty(checkpoint: Checkpoint) -> None:
+    # One dimension of no elements is what is left of a weight whose elements are on other processes. A matrix of no
+    # rows has its shape still, and may be meant.
+    empty = [info.name for info in checkpoint.tensors.values() if info.is_float and info.shape == (0,)]
+    if empty:
+        raise CheckpointError(
+            f"{checkpoint.source.spec!r} holds tensors of shape [0]: {some(empty)}. It was saved by a sharded run "
+            "(DeepSpeed ZeRO-3, FSDP) that did not gather its weights first. Make whole weights of the run's own "
+            "checkpoint with the `zero_to_fp32.py` that lies in it, or save again with "
+            '`"stage3_gather_16bit_weights_on_model_save": true` in the DeepSpeed config (of FSDP: with '
+            "`FULL_STATE_DICT`)."
+        )
 
 
 def _weight_map(folder: LocalFolder | RemoteFolder, spec: str) -> dict[str, str]:

@@ -17,6 +17,19 @@ HUB_SCHEME = "hub://"
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
+_CONVERT_MODEL = (
+    "Convert it once:\n"
+    "    from transformers import AutoModelForCausalLM  # or the class you use\n"
+    '    AutoModelForCausalLM.from_pretrained("THIS CHECKPOINT").save_pretrained("converted")'
+)
+_CONVERT_ADAPTER = (
+    "If its weights are a pickle (adapter_model.bin), convert it once, on its base:\n"
+    "    from peft import PeftModel\n"
+    "    from transformers import AutoModelForCausalLM  # or the class you use\n"
+    '    base = AutoModelForCausalLM.from_pretrained("ITS BASE MODEL")\n'
+    '    PeftModel.from_pretrained(base, "THIS ADAPTER").save_pretrained("converted")'
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -56,7 +69,7 @@ def kind_of(folder: LocalFolder | RemoteFolder, spec: str) -> Literal["full", "a
         if folder.exists("adapter_config.json"):
             if folder.exists("adapter_model.safetensors"):
                 return "adapter"
-            raise CheckpointError(f"{spec!r} is an adapter without adapter_model.safetensors. {_convert_hint()}")
+            raise CheckpointError(f"{spec!r} is an adapter without adapter_model.safetensors. {_CONVERT_ADAPTER}")
         names = _names(folder)
     except OSError as error:
         raise CheckpointError(f"{spec!r} could not be opened: {error}.") from error
@@ -80,7 +93,7 @@ def _no_weights(spec: str, names: Iterable[str]) -> CheckpointError:
     if pickles:
         return CheckpointError(
             f"{spec!r} has pickle weights only ({', '.join(pickles[:3])}). Pickles can run code when opened, so they "
-            f"are not read. {_convert_hint()}"
+            f"are not read. {_CONVERT_MODEL}"
         )
     if others:
         return CheckpointError(
@@ -96,11 +109,3 @@ def _no_weights(spec: str, names: Iterable[str]) -> CheckpointError:
             f"{spec!r}: neither {' nor '.join(WEIGHTS)} was found there. Check the address, and that you may read it."
         )
     return CheckpointError(f"{spec!r} is empty: expected {' or '.join(WEIGHTS)} and a config.json.")
-
-
-def _convert_hint() -> str:
-    return (
-        "Convert it once:\n"
-        "    from transformers import AutoModelForCausalLM  # or the class you use\n"
-        '    AutoModelForCausalLM.from_pretrained("THIS CHECKPOINT").save_pretrained("converted")'
-    )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from hf_frmerge.checkpoints.reader import open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source, resolve
-from hf_frmerge.errors import ArgumentError
+from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.evaluation.blocks import Rows, TokenBlocks, cut, separate_rows, token_stream
 from hf_frmerge.evaluation.record import Role
 
@@ -85,6 +86,8 @@ def find_inputs(
         else:
             sources[name] = resolve(str(spec), token=token)
     base = _find_base(base_model, in_order, sources, token)
+    for source in dict.fromkeys([*([base] if base else []), *sources.values()]):
+        _refuse_wrapped(source)
     configs = [_config(live.get(name), sources.get(name), base) for name in in_order]
     vocab_size = _common_vocabulary(dict(zip(in_order, configs)))
     # Models with relative positions, and those that extrapolate without limit, have no such entry.
@@ -110,6 +113,16 @@ def _find_base(
         if other.kind == "adapter" and base is None:
             raise ArgumentError(f"{other.spec!r} is an adapter: pass the model it was trained from as base_model.")
     return base
+
+
+def _refuse_wrapped(source: Source) -> None:
+    with open_checkpoint(source) as checkpoint:
+        if checkpoint.wrapped:
+            raise CheckpointError(
+                f"{source.spec!r} was saved inside a wrapper (torch.compile, DDP or FSDP; {checkpoint.wrapped!r}). "
+                "transformers does not know these names and would start from random weights. Save the model inside "
+                "the wrapper (`model._orig_mod`, `model.module`) again."
+            )
 
 
 def _config(model: Any, source: Source | None, base: Source | None) -> Any:

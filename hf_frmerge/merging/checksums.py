@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.disk import disk_errors
-from hf_frmerge.checkpoints.donor import CONFIG_FILE, donor_files
+from hf_frmerge.checkpoints.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.files import LocalFolder, open_folder
 from hf_frmerge.checkpoints.reader import INDEX_FILE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_frmerge.checkpoints.beside import CarriedFile
     from hf_frmerge.merging.plan import Expert
 
 SMALL_FILE = 16 * 2**20
@@ -44,18 +47,18 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def input_files(model: Expert, *, is_donor: bool) -> dict[str, dict[str, Any]]:
+def input_files(model: Expert, carried: Sequence[CarriedFile]) -> dict[str, dict[str, Any]]:
     """
     List the files of a model that a merge reads, with their sizes and, where it costs little, their SHA-256.
 
     Args:
         model: Expert or base.
-        is_donor: Whether the merged model takes its tokenizer and the like from it.
+        carried: Files that the merged model takes over, from this model and others.
     """
     folder = open_folder(model.source.path)
     names = [*model.weights.files]
     names += [name for name in (INDEX_FILE, CONFIG_FILE, "adapter_config.json") if folder.exists(name)]
-    names += donor_files(model.source) if is_donor else []
+    names += [file.name for file in carried if file.source == model.source]
     return {name: _input_entry(folder, name) for name in dict.fromkeys(names)}
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
 from hf_frmerge.checkpoints.floats import narrow, widen
 from hf_frmerge.checkpoints.lock import sole_writer
+from hf_frmerge.checkpoints.quantised import refuse_quantised
 from hf_frmerge.checkpoints.reader import Checkpoint, some, unchanged
 from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from hf_frmerge.merging.arguments import MergingArguments
@@ -132,6 +133,8 @@ def extract_lora(
             f"Expected rank >= 1, power_iterations >= 0 and energy in (0, 1], got rank={rank}, "
             f"power_iterations={power_iterations}, energy={energy}."
         )
+    for checkpoint in (merged, base):
+        refuse_quantised(checkpoint)
     args, inputs = MergingArguments(str(output_dir), overwrite=overwrite), [merged.source.path, base.source.path]
     check_output_dir(args, inputs)
     with sole_writer(output_dir):

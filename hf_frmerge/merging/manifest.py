@@ -214,14 +214,13 @@ def _shard_entry(path: Path, shard: Shard) -> dict[str, Any]:
 def _source(expert: Expert, plan: MergePlan) -> dict[str, Any]:
     """Identity of a model. Local folders are known by their name only: the manifest is pushed."""
     source = expert.source
-    is_donor = plan.layout is not None and expert is plan.donor
     return {
         "id": source.repo_id or Path(source.path).name,
         "on_hub": source.repo_id is not None,
         "revision": source.revision,
         "commit": source.commit,
         "kind": source.kind,
-        "files": input_files(expert, is_donor=is_donor),
+        "files": input_files(expert, plan.carried),
     }
 
 

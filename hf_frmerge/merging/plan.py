@@ -16,6 +16,7 @@ from hf_frmerge.methods.span import SpanOptions
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.adapter import Adapter
+    from hf_frmerge.checkpoints.beside import CarriedFile
     from hf_frmerge.checkpoints.layout import ShardLayout
     from hf_frmerge.checkpoints.reader import Checkpoint
     from hf_frmerge.checkpoints.resolve import Source
@@ -107,6 +108,7 @@ class MergePlan:
     Everything a merge needs, checked.
 
     `layout` is where the tensors of a full model go; `None` if the output is an adapter, whose steps are its modules.
+    `carried` are the files beside weights and config that the output takes over.
     """
 
     args: MergingArguments
@@ -117,6 +119,7 @@ class MergePlan:
     steps: list[TensorStep]
     layout: ShardLayout | None
     notes: list[str] = field(default_factory=list)
+    carried: tuple[CarriedFile, ...] = ()
 
     @property
     def output_kind(self) -> str:

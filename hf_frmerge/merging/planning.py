@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.adapter import common_base, open_adapter
 from hf_frmerge.checkpoints.alignment import align
-from hf_frmerge.checkpoints.donor import donor_files, find_disagreements
+from hf_frmerge.checkpoints.beside import look_beside
 from hf_frmerge.checkpoints.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.layout import ShardLayout
+from hf_frmerge.checkpoints.quantised import refuse_quantised
 from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
@@ -75,7 +76,10 @@ def build_plan(
     if not fetched:
         return plan
     plan.close()
-    return _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
+    notes = plan.notes  # of all files in the repositories, of which not all are fetched
+    plan = _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
+    plan.notes = notes
+    return plan
 
 
 def is_downloaded(source: Source, args: MergingArguments) -> bool:
@@ -92,17 +96,23 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
         )
     to_adapter = _makes_adapter(args, opened)
     space = _space(args, opened, base, to_adapter)
+    if base is not None and base.checkpoint is not None and not to_adapter:
+        refuse_quantised(base.checkpoint)  # before adapters look in vain for their modules' weights
     opened = [_match_adapter(expert, base, to_adapter) for expert in opened]
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas)
-        return MergePlan(args, opened, base, alphas, space, steps, None, notes)
-    steps, notes = _steps(args, opened, base, alphas)
-    steps = in_batches(steps, len(opened) + (base is not None))
-    layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
-    donor = base or next(expert for expert in opened if expert.checkpoint)
-    donor.weights.watch(donor_files(donor.source))
-    notes += find_disagreements([model.source for model in ([base] if base else []) + opened])
-    return MergePlan(args, opened, base, alphas, space, steps, layout, notes)
+        layout = None
+    else:
+        steps, notes = _steps(args, opened, base, alphas)
+        steps = in_batches(steps, len(opened) + (base is not None))
+        layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
+    beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
+    notes += beside.notes
+    for file in beside.files:
+        next(model for model in [*opened, *([base] if base else [])] if model.source == file.source).weights.watch(
+            [file.name]
+        )
+    return MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files)
 
 
 def _open(source: Source) -> Expert:

@@ -7,8 +7,9 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.beside import copy_files
 from hf_frmerge.checkpoints.disk import rename
-from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
+from hf_frmerge.checkpoints.donor import CONFIG_FILE, write_config
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.reader import INDEX_FILE, unchanged
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space, remove_staging
@@ -141,7 +142,7 @@ def _finish(
     """Give everything its name, the config last: without it no loader takes the folder for a model."""
     output, donor = writer.output_dir, plan.donor.source
     write_coefficients(output, outcomes)
-    small = {name: output / name for name in [*copy_donor_files(donor, output), COEFFICIENTS_FILE]}
+    small = {name: output / name for name in [*copy_files(plan.carried, output), COEFFICIENTS_FILE]}
     writer.publish()
     if writer.layout.index_json() is not None:
         small[INDEX_FILE] = output / INDEX_FILE

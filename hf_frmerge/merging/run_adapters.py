@@ -10,6 +10,7 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME
+from hf_frmerge.checkpoints.beside import copy_files
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import ArgumentError
@@ -66,6 +67,7 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int, lock: Fold
     def record(merged: MergedAdapter, config: Path) -> None:
         plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
         write_coefficients(output, outcomes)
+        carried = copy_files(plan.carried, output)
         written = (output / ADAPTER_FILE).stat().st_size
         report.update(make_report(plan, outcomes, "numpy", time.perf_counter() - started, written))
         report["truncation_error"] = merged.truncation_error
@@ -76,7 +78,8 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int, lock: Fold
             outcomes,
             report=report,
             n_processes=n_processes,
-            small_files={name: output / name for name in (ADAPTER_FILE, COEFFICIENTS_FILE)} | {CONFIG_NAME: config},
+            small_files={name: output / name for name in (ADAPTER_FILE, COEFFICIENTS_FILE, *carried)}
+            | {CONFIG_NAME: config},
             details=_details(merged),
         )
 

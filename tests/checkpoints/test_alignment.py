@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertModel
+from transformers import AutoModelForCausalLM, BertModel
 
 from hf_frmerge.checkpoints.alignment import Alignment, align
 from hf_frmerge.errors import CheckpointError
@@ -181,6 +181,24 @@ def test_untied_head_is_refused(tied, open_folder_as):
         align([open_folder_as(tied[1], "b"), open_folder_as(tied[0], "a")])
 
 
+def test_untied_head_merges_with_a_copy_as_the_message_says(tied, tmp_path, open_folder_as):
+    rewrite(tied[1], lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    edit_config(tied[1], tie_word_embeddings=False)
+    with pytest.raises(CheckpointError) as caught:
+        align([open_folder_as(tied[0]), open_folder_as(tied[1])])
+    model = AutoModelForCausalLM.from_pretrained(tied[0], dtype="auto")
+    for statement in str(caught.value).split("`")[1::2]:
+        exec(statement, {"model": model, "torch": torch})
+    model.save_pretrained(tmp_path / "untied")
+    assert {t.action for t in align([open_folder_as(tmp_path / "untied"), open_folder_as(tied[1])]).tensors} == {
+        "merge"
+    }
+    untied, before = load_file(tmp_path / "untied/model.safetensors"), load_file(tied[0] / "model.safetensors")
+    assert torch.equal(untied.pop("lm_head.weight"), before["model.embed_tokens.weight"])
+    assert all(torch.equal(untied[name], before[name]) for name in before)
+    assert json.loads((tmp_path / "untied/config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_head_that_differs_in_its_last_element_only_is_not_tied(tmp_path, save_model, open_folder_as):
     for place, name in enumerate("ab"):
         save_model(tmp_path / name, seed=place, tie_word_embeddings=True, vocab_size=4096)
@@ -264,8 +282,13 @@ def test_wrapper_prefix_is_named(pair, open_folder_as, turned):
 
     rewrite(pair[1], wrap)
     folders = pair[::-1] if turned else pair
-    with pytest.raises(CheckpointError, match=r"names in '[^']*/b' have the prefix 'base_model\.model\.'"):
+    with pytest.raises(CheckpointError, match=r"names in '[^']*/b' have the prefix 'base_model\.model\.'") as caught:
         align([open_folder_as(folder) for folder in folders])
+    assert "`name.removeprefix('base_model.model.')`" in str(caught.value)
+    tensors = load_file(pair[1] / "model.safetensors")
+    named = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    save_file(named, pair[1] / "model.safetensors", {"format": "pt"})
+    assert {tensor.action for tensor in align([open_folder_as(folder) for folder in folders]).tensors} == {"merge"}
 
 
 def test_headless_model_gets_the_prefix_hint(tmp_path, save_model, open_folder_as):
@@ -278,7 +301,7 @@ def test_headless_model_gets_the_prefix_hint(tmp_path, save_model, open_folder_a
 
 def test_quantised_checkpoints_are_refused(pair, open_folder_as):
     edit_config(pair[1], quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match=r"'b' is quantised \(gptq\).*dequantize"):
+    with pytest.raises(CheckpointError, match=r"'b' is quantised \(gptq\).*Merge the unquantised"):
         align([open_folder_as(pair[0], "a"), open_folder_as(pair[1], "b")])
 
 

@@ -7,28 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from tiny_models import save_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hf_frmerge.checkpoints.donor import copy_donor_files, donor_files, find_disagreements, write_config
+from hf_frmerge.checkpoints.beside import CarriedFile, copy_files
+from hf_frmerge.checkpoints.disagreements import find_disagreements
+from hf_frmerge.checkpoints.donor import donor_files, write_config
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError
 
 
 def source(folder: Path | str, spec: str | None = None) -> Source:
     return Source(spec or Path(folder).name, "full", str(folder))
-
-
-def save_tokenizer(folder: Path, words: list[str], chat_template: str | None = None) -> None:
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *words])}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
 
 
 def edit(folder: Path, name: str = "config.json", **values: object) -> None:
@@ -81,7 +71,7 @@ def test_only_what_a_loader_needs_is_listed(donor):
 def test_copies_load_like_the_originals(donor, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    names = copy_donor_files(source(donor), output)
+    names = copy_files([CarriedFile(source(donor), name) for name in donor_files(source(donor))], output)
     assert not (output / "config.json").exists()
     for name in names:
         assert (output / name).read_bytes() == (donor / name).read_bytes()
@@ -131,7 +121,7 @@ def test_web_server_that_lists_nothing(donor, tmp_path, web):
     assert donor_files(remote) == donor_files(source(donor))
     output = tmp_path / "out"
     output.mkdir()
-    copy_donor_files(remote, output)
+    copy_files([CarriedFile(remote, name) for name in donor_files(remote)], output)
     assert (output / "tokenizer.json").read_bytes() == (donor / "tokenizer.json").read_bytes()
 
 

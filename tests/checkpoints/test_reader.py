@@ -458,3 +458,12 @@ def test_http_file_cut_short(tmp_path, save_model, open_folder_as, web):
     os.truncate(tmp_path / "m" / "model.safetensors", info.offset + 10)
     with pytest.raises(CheckpointError, match=f"'{info.name}'.*asked for {info.nbytes} bytes .* got 10"):
         remote.read(info.name)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_weights_that_a_sharded_run_did_not_gather_are_named(tmp_path, kind):
+    file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+    tensors = {"embed.weight": torch.zeros(0, dtype=torch.bfloat16), "norm.weight": torch.ones(3)}
+    save_file(tensors | {"rows.weight": torch.zeros(0, 3), "ids": torch.zeros(0, dtype=torch.int64)}, tmp_path / file)
+    with pytest.raises(CheckpointError, match=r"'m' holds tensors of shape \[0\]: embed\.weight\. .*zero_to_fp32\.py"):
+        open_checkpoint(Source("m", kind, str(tmp_path)))

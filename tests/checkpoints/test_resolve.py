@@ -185,6 +185,30 @@ def test_revision(hub, model):
         resolve("alice/revised@nope")
 
 
+def test_the_advice_for_a_pickled_adapter_keeps_its_weights(model, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(model)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    wanted = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    torch.save(wanted, tmp_path / "adapter/adapter_model.bin")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter without adapter_model\.safetensors") as caught:
+        resolve(str(tmp_path / "adapter"))
+    program = str(caught.value).split("on its base:\n")[1].replace("    ", "")
+    for placeholder, path in (("ITS BASE MODEL", model), ("THIS ADAPTER", "adapter"), ("converted", "converted")):
+        program = program.replace(f'"{placeholder}"', f'"{tmp_path / path}"')
+    exec(program)
+    assert resolve(str(tmp_path / "converted")).kind == "adapter"
+    found = load_file(tmp_path / "converted/adapter_model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_pickles_are_never_downloaded(hub, model):
     files = {**contents(model), "pytorch_model.bin": b"pickle", "training_args.bin": b"pickle", "a.pt": b"pickle"}
     hub.add_repo("alice/both", {**files, "consolidated.safetensors": b"the weights again"})

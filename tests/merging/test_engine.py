@@ -212,6 +212,20 @@ def test_integers_are_copied_and_empty_tensors_survive(tmp_path: Path) -> None:
     assert merged["scalar"].item() == 1.5  # two points on one ray: their mean norm
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_experts_saved_inside_a_wrapper_merge_under_the_names_of_the_model(tmp_path: Path, wrapper: str) -> None:
+    _, experts = write_family(tmp_path, 2)
+    sources = [weights_of(expert) for expert in experts]
+    write_model(Path(experts[0]), {wrapper + name: tensor for name, tensor in sources[0].items()})
+    outcome = merge(experts, tmp_path / "out")
+    assert any("saved inside a wrapper" in note for note in outcome.report["notes"])
+    merged = weights_of(tmp_path / "out")
+    assert list(merged) == list(weights_of(experts[1]))
+    for name in SHAPES:
+        expected = merged_reference("karcher", [s[name] for s in sources], [1, 1], None)
+        np.testing.assert_allclose(merged[name].double().numpy(), expected, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nonfinite_input_is_named_and_leaves_no_model(tmp_path: Path, value: float) -> None:
     _, experts = write_family(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +243,13 @@ def test_refusals_name_what_is_wrong(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"architecture None"):
         extract_lora(read(llama), read(llama.parent / "bare"), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_codes_are_not_extracted_from(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "coded")
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.qweight"] = torch.ones(2, 4, dtype=torch.int32)
+    save_file(tensors, tmp_path / "coded/model.safetensors", {"format": "pt"})
+    for pair in ((llama, tmp_path / "coded"), (tmp_path / "coded", llama)):
+        with pytest.raises(CheckpointError, match="is quantised"):
+            extract_lora(*map(read, pair), tmp_path / "lora")

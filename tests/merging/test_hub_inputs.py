@@ -132,6 +132,30 @@ def test_adapters_are_so_small_that_they_are_downloaded_all_the_same(hub: HubSer
     assert sum("range" not in request.headers for request in hub.sent("GET", "/lfs-storage/")) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_steps_of_sentence_transformers_come_along_and_the_rest_is_named(
+    hub: HubServer, tmp_path: Path, stream: bool
+) -> None:
+    _, experts = write_family(tmp_path / "local", n=2)
+    modules = [{"path": "", "type": "x.Transformer"}, {"path": "pool", "type": "x.Pooling"}]
+    files = {"modules.json": json.dumps(modules).encode(), "pool/config.json": b'{"pooling_mode": "cls"}'}
+    left = {"value_head.safetensors": b"v" * 99, "tower/model.safetensors": b"t" * 99}
+    for name, folder in zip(MODELS, experts):
+        hub.add_repo(name, {**contents(Path(folder)), **files, **left})
+    merged = merge(tmp_path / "out", stream_from_hub=stream)
+    for name, data in files.items():
+        assert (tmp_path / "out" / name).read_bytes() == data
+    assert merged.report["notes"] == [
+        "Beside the weights these were left behind: tower/ of 'lab/e0', 'lab/e1'; value_head.safetensors of 'lab/e0', "
+        "'lab/e1'."
+    ]
+    assert hub.sent("GET", r"value_head|tower") == []
+    before = len(hub.requests)
+    merge(tmp_path / "again", stream_from_hub=stream)
+    if not stream:
+        assert len(hub.requests) - before == len(MODELS)  # from the cache: only the commits are asked for
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,13 +15,19 @@ from hub_server import HubServer
 from merge_reference import SHAPES, random_model, write_family, write_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge.errors import ArgumentError, CheckpointError, HubError, MergeError
 from hf_frmerge.hub.licences import licences_of_plan
 from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.manifest import read_manifest
+from hf_frmerge.merging.outcomes import StepObserver
 from hf_frmerge.merging.plan import MergePlan
 from hf_frmerge.merging.planning import build_plan
+from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.run import run_merge
+from hf_frmerge.merging.verify import verify
 
 Plan = Callable[..., MergePlan]
 
@@ -316,3 +323,30 @@ def test_a_plan_of_hub_models_downloads_no_weights(
     ranges = [request.headers["range"] for request in hub.sent("GET", r"model\.safetensors")]
     spans = [tuple(map(int, text.removeprefix("bytes=").split("-"))) for text in ranges]
     assert 0 < sum(stop - start + 1 for start, stop in spans) < size / 10
+
+
+def test_adapters_over_a_quantised_base_are_told_so(adapters: Path, tmp_path: Path, plan: Plan) -> None:
+    base = tmp_path / "base"
+    tensors = load_file(adapters / "base/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    codes = {f"{name}.qweight": torch.ones(2, 16, dtype=torch.int32), f"{name}.scales": torch.ones(1, 16)}
+    base.mkdir()
+    save_file({k: v for k, v in tensors.items() if name not in k} | codes, base / "model.safetensors")
+    (base / "config.json").write_bytes((adapters / "base/config.json").read_bytes())
+    experts = [adapters / "a0", adapters / "a1"]
+    with pytest.raises(CheckpointError, match=r"base' is quantised \(GPTQ or AWQ, by its tensors .*q_proj\.qweight\)"):
+        plan(experts, base=base, adapter_output="merged")
+
+
+def test_a_merged_adapter_brings_the_tokenizer_of_its_adapters(adapters: Path, tmp_path: Path, plan: Plan) -> None:
+    experts = [Path(shutil.copytree(adapters / name, tmp_path / name)) for name in ("a0", "a1")]
+    for expert in experts:
+        save_tokenizer(expert, ["a", "b"], "{{ messages }}")
+    with closing(plan(experts)) as planned:
+        assert not any("left behind" in note for note in planned.notes)
+        run_merge(planned, StepObserver(), Processes())
+    files = read_manifest(tmp_path / "out")["files"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (experts[0] / name).read_bytes()
+        assert files[name]["size"] == (experts[0] / name).stat().st_size
+    assert verify(str(tmp_path / "out")).ok

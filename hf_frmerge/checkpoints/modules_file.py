@@ -1,0 +1,43 @@
+"""`modules.json` of sentence-transformers: the steps that make an embedding of what the model returns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from hf_frmerge.errors import CheckpointError
+
+MODULES_FILE = "modules.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A step: its class without the package it is in, and the folder of its files (empty: that of the model)."""
+
+    kind: str
+    path: str
+
+
+def parse_modules(content: bytes, spec: str) -> list[Module]:
+    """
+    Read the steps from the contents of `modules.json`.
+
+    Raises:
+        CheckpointError: If it is no list of modules, or names a folder outside of the model's.
+    """
+    try:
+        modules = [
+            Module(str(entry["type"]).rpartition(".")[2], str(entry["path"]).rstrip("/"))
+            for entry in json.loads(content)
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{spec!r}: {MODULES_FILE} makes no sense: {error!r}. Download it again.") from error
+    for module in modules:
+        path = PurePosixPath(module.path)
+        if path.is_absolute() or ".." in path.parts or "\\" in module.path or ":" in module.path:
+            raise CheckpointError(
+                f"{spec!r}: {MODULES_FILE} names {module.path!r}, which is no folder inside the model's. Nothing "
+                "outside is read."
+            )
+    return modules
