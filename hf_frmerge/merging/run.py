@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.donor import CONFIG_FILE, copy_donor_files, write_config
-from hf_frmerge.checkpoints.reader import INDEX_FILE
+from hf_frmerge.checkpoints.reader import ADAPTER_FILE, INDEX_FILE
 from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
@@ -24,7 +24,7 @@ from hf_frmerge.merging.manifest import (
     write_coefficients,
     write_manifest,
 )
-from hf_frmerge.merging.run_adapters import run_adapter_merge
+from hf_frmerge.merging.run_adapters import ADAPTER_CONFIG, run_adapter_merge
 from hf_frmerge.merging.shared import SharedObserver
 from hf_frmerge.merging.summary import MergeOutcome, make_report
 
@@ -152,5 +152,7 @@ def _finish(
         small[INDEX_FILE] = output / INDEX_FILE
     config = small[CONFIG_FILE] = write_config(donor, writer.staging, dtype=plan.args.dtype)
     write_manifest(output, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
+    for stale in (ADAPTER_CONFIG, ADAPTER_FILE):  # transformers would load the new model with an old adapter on it
+        (output / stale).unlink(missing_ok=True)
     config.replace(output / CONFIG_FILE)
     shutil.rmtree(writer.staging)

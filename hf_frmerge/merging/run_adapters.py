@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
+from hf_frmerge.checkpoints.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.reader import ADAPTER_FILE, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.writer import remove_weights
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapters import MergedAdapter, MergedModule, merge_adapters
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, STALE_FILES, write_coefficients, write_manifest
@@ -63,6 +65,9 @@ def _merge(plan: MergePlan, observer: StepObserver, n_processes: int) -> MergeOu
         merged = _merge_factors(plan, output, done)
     except _StoppedError:
         return MergeOutcome(False, make_report(plan, outcomes, "numpy", time.perf_counter() - started, 0))
+    # transformers would load an older full model with the new adapter on it.
+    (output / CONFIG_FILE).unlink(missing_ok=True)
+    remove_weights(output)
     plan.notes[:] = dict.fromkeys([*plan.notes, *merged.notes])
     write_coefficients(output, outcomes)
     written = (output / ADAPTER_FILE).stat().st_size
@@ -100,6 +105,7 @@ def _merge_factors(plan: MergePlan, output: Path, done: Callable[[MergedModule],
         [expert.adapter for expert in plan.experts if expert.adapter],
         plan.weights,
         output,
+        base=plan.base.source if plan.base else None,
         method=plan.args.method,
         options=plan.span_options,
         block=plan.args.block,
