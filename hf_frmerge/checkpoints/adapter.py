@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from hf_frmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_co
 from hf_frmerge.checkpoints.adapter_match import find_targets
 from hf_frmerge.checkpoints.factors import LowRankDelta
 from hf_frmerge.checkpoints.floats import narrow, widen
+from hf_frmerge.checkpoints.model_structure import UNKNOWN, ModelStructure, leaf, may_be_conv1d, may_be_tied
 from hf_frmerge.checkpoints.reader import Checkpoint, TensorInfo, open_checkpoint, some
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError
@@ -59,33 +60,55 @@ class Adapter:
         """Whether any module is a DoRA module."""
         return any(delta.is_dora for delta in self.deltas.values())
 
-    def match(self, shapes: Mapping[str, Sequence[int]], *, tied_embeddings: bool = False) -> Adapter:
+    def match(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        structure: Callable[[], ModelStructure] = lambda: UNKNOWN,
+        *,
+        into_adapter: bool = False,
+    ) -> Adapter:
         """
         Return the same adapter with its modules mapped to tensors of a base checkpoint.
 
         Module paths are those of the model in memory; the checkpoint may have another prefix (`"model."` more or
-        less). Whether a two-dimensional weight is stored transposed is read off the base's shape where it is not
-        square: PEFT's `fan_in_fan_out` is one flag for all modules.
+        less). Whether a two-dimensional weight is stored transposed is read off the base's shape, and asked of the
+        base's class where it is square: PEFT's `fan_in_fan_out` is one flag for all modules, and often not true.
 
         Args:
             shapes (`Mapping[str, Sequence[int]]`):
                 Shape of every tensor of the base checkpoint.
-            tied_embeddings (`bool`, *optional*, defaults to `False`):
-                Whether the base model ties its output layer to its input embedding.
+            structure (`Callable[[], ModelStructure]`, *optional*):
+                What the class of the base tells; called only if the tensors do not tell, since it costs seconds.
+            into_adapter (`bool`, *optional*, defaults to `False`):
+                Whether the deltas stay an adapter. Then a tied output layer needs no tensor of its own, and nothing
+                depends on how weights are stored.
 
         Raises:
-            CheckpointError: If a module has no tensor, several, or one of another shape, or is a tied embedding.
+            CheckpointError: If a module has no tensor, several, or one of another shape; if deltas are to be added to
+                a tied embedding, or to a square weight of which nothing tells how it is stored.
         """
-        targets = find_targets(self.spec, [*self.deltas, *self.dense, *self.base_layers], shapes)
-        if tied_embeddings:
-            self._refuse_tied()
-        for name, info in (self.dense | self.base_layers).items():
+        own = {delta.target: delta.shape for delta in self.deltas.values()}
+        own |= {name: info.shape for name, info in (self.dense | self.base_layers).items()}
+        outside = [name for name in (*self.deltas, *self.dense) if self._may_be_tied(name)]
+        if not into_adapter and outside:
+            self._refuse_tied(outside, structure())
+        stored = {leaf(name) for name in shapes}
+        alone = [name for name in self.deltas if into_adapter and name in outside and leaf(name) not in stored]
+        alone = [name for name in alone if structure().tied is not None and structure().ties(name)]
+        targets = find_targets(self.spec, {name: own[name] for name in own if name not in alone}, shapes)
+        # PEFT stores a copy of a tied output layer, too; the tensor it repeats is compared as the input embedding.
+        base_layers = {name: info for name, info in self.base_layers.items() if name not in alone}
+        for name, info in (self.dense | base_layers).items():
             self._check_shape(name, info.shape, targets[name], shapes[targets[name]])
+        deltas = {name: self.deltas[name] for name in alone}
+        for name, delta in self.deltas.items():
+            if name not in alone:
+                deltas[targets[name]] = self._orient(delta, targets[name], shapes, None if into_adapter else structure)
         return replace(
             self,
-            deltas={targets[name]: delta for name, delta in self._orient(targets, shapes).items()},
+            deltas=deltas,
             dense={targets[name]: info for name, info in self.dense.items()},
-            base_layers={targets[name]: info for name, info in self.base_layers.items()},
+            base_layers={targets[name]: info for name, info in base_layers.items()},
         )
 
     def check_base_layers(self, base: Checkpoint) -> None:
@@ -109,31 +132,45 @@ class Adapter:
                         "Pass the base it was trained on."
                     )
 
-    def _orient(self, targets: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> dict[str, LowRankDelta]:
-        oriented = {}
-        evidence = set()
-        for name, delta in self.deltas.items():
-            found = tuple(shapes[targets[name]])
-            flipped = delta.kind == "linear" and found == delta.shape[::-1] != delta.shape
-            if not flipped:
-                self._check_shape(name, delta.shape, targets[name], found)
-            transposed = delta.transposed != flipped
-            if delta.kind == "linear" and found != found[::-1]:
-                evidence.add(transposed)
-            oriented[name] = replace(delta, target=targets[name], shape=found, transposed=transposed)
-        square = [name for name, delta in oriented.items() if delta.kind == "linear" and len(set(delta.shape)) == 1]
-        if len(evidence) > 1 and square:
-            raise CheckpointError(
-                f"Adapter {self.spec!r} mixes modules stored as (in, out) with modules stored as (out, in), and "
-                f"module {self.deltas[square[0]].module!r} is square, so its orientation cannot be told. Merge it "
-                "into its base with PEFT's `merge_and_unload` and merge the full checkpoints."
-            )
-        for transposed in evidence:
-            for name in square:
-                oriented[name] = replace(oriented[name], transposed=transposed)
-        for delta in oriented.values():
-            _refuse_unsupported_dora(self.spec, delta)
+    def _orient(
+        self,
+        delta: LowRankDelta,
+        target: str,
+        shapes: Mapping[str, Sequence[int]],
+        structure: Callable[[], ModelStructure] | None,
+    ) -> LowRankDelta:
+        """Bind a delta to a tensor of the base; without `structure` nothing depends on how a square one is stored."""
+        found, transposed = tuple(shapes[target]), delta.transposed
+        if delta.kind != "linear":
+            self._check_shape(delta.target, delta.shape, target, found)
+        else:
+            as_linear = (delta.up.shape[0], delta.down.shape[1])
+            transposed = found != as_linear
+            self._check_shape(delta.target, as_linear[::-1] if transposed else as_linear, target, found)
+            if found == found[::-1] and structure is not None:
+                transposed = self._is_conv1d(delta, target, shapes, structure)
+        oriented = replace(delta, target=target, shape=found, transposed=transposed)
+        _refuse_unsupported_dora(self.spec, oriented)
         return oriented
+
+    def _is_conv1d(
+        self,
+        delta: LowRankDelta,
+        target: str,
+        shapes: Mapping[str, Sequence[int]],
+        structure: Callable[[], ModelStructure],
+    ) -> bool:
+        """Whether a square weight lies as `(n_in, n_out)`."""
+        if not may_be_conv1d(target, shapes):
+            return False
+        told = structure().is_conv1d(delta.module)
+        if told is None:
+            raise CheckpointError(
+                f"Adapter {self.spec!r}: the weight of {delta.module!r} is square, and nothing tells whether the base "
+                "stores it as (in, out) or as (out, in): transformers does not know the base's class. Merge the "
+                "adapter into its base with PEFT's `merge_and_unload` and merge the full checkpoints."
+            )
+        return told
 
     def _check_shape(self, name: str, expected: Sequence[int], target: str, found: Sequence[int]) -> None:
         if tuple(expected) != tuple(found):
@@ -142,14 +179,32 @@ class Adapter:
                 f"base has shape {tuple(found)}. It belongs to another base, or its vocabulary was resized."
             )
 
-    def _refuse_tied(self) -> None:
-        tied = [d.module for d in self.deltas.values() if d.kind == "embedding" or d.module.endswith("lm_head")]
-        tied += [name for name in self.dense if re.search(r"(^|\.)(lm_head|embed_tokens|wte|word_embeddings)\.", name)]
-        if tied:
+    def _may_be_tied(self, name: str) -> bool:
+        return may_be_tied(name) or (name in self.deltas and self.deltas[name].kind == "embedding")
+
+    def _refuse_tied(self, names: Sequence[str], structure: ModelStructure) -> None:
+        tied = [name.removesuffix(".weight") for name in names if structure.ties(name)]
+        if not tied:
+            return
+        if structure.tied is None:
             raise CheckpointError(
-                f"Adapter {self.spec!r} changes {some(tied)}, but the base ties its input embedding and its output "
-                "layer, so one change would act on both. Merge into an adapter instead, or untie the base's weights."
+                f"Adapter {self.spec!r} changes {some(tied)}, and nothing tells whether the base ties its input "
+                "embedding and its output layer: transformers does not know its class. If they are separate, write "
+                '"tie_word_embeddings": false into the config.json of the base.'
             )
+        remedy = "Untie them" if self.dense else "Merge into an adapter (adapter_output='adapter'), or untie them"
+        raise CheckpointError(
+            f"Adapter {self.spec!r} changes {some(tied)}, but the base ties its input embedding and its output layer, "
+            f"so one change would act on both. {remedy} once:\n"
+            "    from torch.nn import Parameter\n"
+            "    from transformers import AutoModelForCausalLM  # or the class you use\n"
+            '    model = AutoModelForCausalLM.from_pretrained("THE BASE")\n'
+            "    output_layer = model.get_output_embeddings()\n"
+            "    output_layer.weight = Parameter(output_layer.weight.detach().clone())\n"
+            "    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False\n"
+            '    model.save_pretrained("untied")\n'
+            "and pass that folder as base_model."
+        )
 
 
 def open_adapter(source: Source) -> Adapter:
@@ -192,45 +247,6 @@ def open_adapter(source: Source) -> Adapter:
             dense[stem] = info
     deltas = [_build_delta(checkpoint, config, module, slots) for module, slots in parts.items()]
     return Adapter(checkpoint, config, {delta.target: delta for delta in deltas}, dense, base_layers)
-
-
-def common_base(adapters: Sequence[Adapter]) -> tuple[str | None, str | None]:
-    """
-    Return the name and revision of the base model that all adapters were trained on.
-
-    Two different names that are local paths are taken as one base if their last parts agree (the same folder, seen
-    from two machines); Hub ids must be equal. An adapter that names no base agrees with any.
-
-    Raises:
-        CheckpointError: If two adapters name different bases or revisions.
-    """
-    named = [adapter for adapter in adapters if adapter.config.base_model]
-    if not named:
-        return None, None
-    first = named[0]
-    for other in named[1:]:
-        if not _same_base(str(first.config.base_model), str(other.config.base_model)):
-            raise CheckpointError(
-                f"Adapters {first.spec!r} and {other.spec!r} were trained on different base models: "
-                f"{first.config.base_model!r} and {other.config.base_model!r}. Deltas of different bases cannot be "
-                "merged; if both names mean the same weights, correct base_model_name_or_path in adapter_config.json."
-            )
-        mine, theirs = first.config.revision or "main", other.config.revision or "main"
-        if mine != theirs:
-            raise CheckpointError(
-                f"Adapters {first.spec!r} and {other.spec!r} were trained on different revisions of "
-                f"{first.config.base_model!r}: {mine!r} and {theirs!r}. If the weights are the same, correct revision "
-                "in adapter_config.json."
-            )
-    return first.config.base_model, first.config.revision
-
-
-def _same_base(first: str, second: str) -> bool:
-    if first == second:
-        return True
-    parts = [re.split(r"[/\\]+", name.rstrip("/\\")) for name in (first, second)]
-    is_local = [len(part) != 2 or part[0] in ("", ".", "..", "~") or part[0].endswith(":") for part in parts]
-    return any(is_local) and parts[0][-1] == parts[1][-1]
 
 
 def _build_delta(

@@ -37,6 +37,7 @@ _RESET: dict[str, Any] = {
     "init_lora_weights": True,
     "inference_mode": True,
     "modules_to_save": None,
+    "ensure_weight_tying": False,  # both modules have factors in the file
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hf_frmerge.errors import CheckpointError
@@ -15,6 +17,10 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 HUB_SCHEME = "hub://"
 
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_CACHED = re.compile(r"(?:.*[/\\])?models--(?P<repo>[\w.-]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})[/\\]*")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _CONVERT_MODEL = (
@@ -54,26 +60,61 @@ def is_on_hub(source: Source) -> bool:
     return source.path.startswith(HUB_SCHEME)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name reads as a Hub id (`org/name` or `name`); a relative path of one or two parts does, too."""
+    return _HUB_ID.fullmatch(name) is not None and not set(name.split("/")) & {".", ".."}
+
+
+def cached_hub_id(path: str) -> tuple[str, str] | None:
+    """Hub id and commit that a snapshot in a cache of the Hub stands for, on whichever machine; None elsewhere."""
+    found = _CACHED.fullmatch(path)
+    return (found["repo"].replace("--", "/"), found["commit"]) if found else None
+
+
+def name_of(source: Source) -> tuple[str, str | None]:
+    """Name and revision under which others find a model: its Hub id; else, only on this machine, its absolute path."""
+    if source.repo_id is not None:
+        return source.repo_id, source.revision
+    if "://" in source.path:
+        return source.path, None
+    path = str(Path(source.path).absolute())
+    return cached_hub_id(path) or (path, None)
+
+
 def kind_of(folder: LocalFolder | RemoteFolder, spec: str) -> Literal["full", "adapter"]:
     """
     Tell a full checkpoint from an adapter.
 
     Raises:
-        CheckpointError: If the folder is neither, saying what it holds instead.
+        CheckpointError: If the folder is neither, saying what it holds instead, or both.
     """
     try:
-        if any(folder.exists(name) for name in WEIGHTS):
+        weights = next((name for name in WEIGHTS if folder.exists(name)), None)
+        is_adapter = folder.exists(_ADAPTER_CONFIG)
+        if weights and is_adapter:
+            raise _two_models(spec, weights)
+        if weights:
             if not folder.exists("config.json"):
                 raise CheckpointError(f"{spec!r} has weights but no config.json. Add the one of its model class.")
             return "full"
-        if folder.exists("adapter_config.json"):
-            if folder.exists("adapter_model.safetensors"):
+        if is_adapter:
+            if folder.exists(_ADAPTER_WEIGHTS):
                 return "adapter"
-            raise CheckpointError(f"{spec!r} is an adapter without adapter_model.safetensors. {_CONVERT_ADAPTER}")
+            raise CheckpointError(f"{spec!r} is an adapter without {_ADAPTER_WEIGHTS}. {_CONVERT_ADAPTER}")
         names = _names(folder)
     except OSError as error:
         raise CheckpointError(f"{spec!r} could not be opened: {error}.") from error
     raise _no_weights(spec, names)
+
+
+def _two_models(spec: str, weights: str) -> CheckpointError:
+    return CheckpointError(
+        f"{spec!r} holds a full model ({weights}) and an adapter ({_ADAPTER_CONFIG}), and transformers would load the "
+        f"model with the adapter on it. Move {_ADAPTER_CONFIG} and {_ADAPTER_WEIGHTS} to a folder of their own (of a "
+        "Hub repository, download one without the other: `hf download ORG/NAME --exclude 'adapter_*' --local-dir "
+        "FOLDER`) and pass the folder you mean. To merge both as one model, fold the adapter in with PEFT's "
+        "`merge_and_unload`, and pass what you save then."
+    )
 
 
 def _names(folder: LocalFolder | RemoteFolder) -> Iterable[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from hf_frmerge.evaluation.record import load_record
 from hf_frmerge.hub.card import write_card
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata, read_source_metadata
+from hf_frmerge.hub.outgoing import is_public_base
 from hf_frmerge.hub.tasks import read_task
 from hf_frmerge.hub.wording import FIGURES
 from hf_frmerge.merging.arguments import MergingArguments
@@ -143,8 +143,8 @@ def _base_of_adapter(folder: Path) -> str | None:
     config = folder / "adapter_config.json"
     if not config.is_file():
         return None
-    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return name if name and is_public_base(folder, name) else None
 
 
 def _non_default(arguments: dict[str, Any]) -> dict[str, object]:

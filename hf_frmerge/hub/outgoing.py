@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
 from hf_frmerge.checkpoints.lock import refuse_while_merging
+from hf_frmerge.checkpoints.source import is_hub_id
 from hf_frmerge.checkpoints.writer import STAGING
 from hf_frmerge.errors import HubError
 from hf_frmerge.hub.reproduce import hide_local_paths
-from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE
+from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 
+# Configurations in which transformers keeps the place a model was loaded from, without a use for it.
+_NAMING_FILES = {"config.json", "tokenizer_config.json", "generation_config.json"}
+_ORIGINS = {"_name_or_path", "name_or_path"}
+
 # Small files in which a path or a token could hide. Vocabularies are left out: "/root/" may be a token there.
-_TEXT_SUFFIXES = {".json", ".md", ".jinja", ".txt", ".yml", ".yaml", ".py", ".svg"}
+_TEXT_SUFFIXES = {".json", ".html", ".md", ".jinja", ".txt", ".yml", ".yaml", ".py", ".svg"}
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 
 
@@ -52,6 +61,30 @@ def check_complete(folder: Path) -> None:
         raise HubError(f"{folder} has no README.md. Write the card first, with `frmerge card {folder}`.")
 
 
+def check_base_is_public(folder: Path) -> None:
+    """
+    Check that an adapter names its base by a Hub id: nobody else could load it by a path.
+
+    Raises:
+        HubError: With the name, and how to give it another.
+    """
+    config = folder / ADAPTER_CONFIG
+    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
+    if name and not is_public_base(folder, name):
+        raise HubError(
+            f"{ADAPTER_CONFIG} names the base model {name!r}, which is no Hub id: nobody else would find it. Merge "
+            'again with the Hub id of the base (--base-model ORG/NAME, base_model="ORG/NAME"), then push.'
+        )
+
+
+def is_public_base(folder: Path, name: str) -> bool:
+    """Whether the base that the merged adapter in `folder` names is on the Hub; a path can read as an id, too."""
+    base = read_manifest(folder)["base_model"]
+    if base and base["on_hub"] and base["id"] == name:
+        return True
+    return "/" in name and is_hub_id(name) and not Path(name).exists()
+
+
 def check_nothing_local(folder: Path, token: str | None) -> None:
     """
     Check that no text and no header of weights about to be pushed holds the token or a path of this machine.
@@ -63,6 +96,7 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
     places |= _places_of_sources(folder)
     # Whole path prefixes only: not the middle of a URL or of a longer path.
     local = [re.compile(rf"(?<![\w./:-]){re.escape(str(place))}/") for place in places if len(place.parts) > 1]
+    written = read_manifest(folder)["files"]
     for name, content in outgoing_files(folder).items():
         text = _readable_part(name, content)
         if token and token in text:
@@ -71,9 +105,11 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
             match = pattern.search(text)
             if match:
                 line = text.count("\n", 0, match.start()) + 1
+                # What the merge wrote is pushed as it is, or not at all.
+                where = "that file of the model it came from, merge again" if name in written else "the file"
                 raise HubError(
                     f"{name}, line {line}, contains a path of this machine ({match[0]}…), which would be made public. "
-                    "Take it out of the file, then push."
+                    f"Take it out of {where}, then push."
                 )
 
 
@@ -102,8 +138,9 @@ def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
 
     Returns:
         `dict[str, Path | bytes]`: Name in the repository, and the file, or its content where the public version is
-        not the local one: a manifest with local paths, which goes out with folder names in their place. The local
-        manifest keeps them, because `frmerge verify` finds local experts by them.
+        not the local one: configurations without the path a model was once loaded from, and a manifest with folder
+        names in place of local paths. The local manifest keeps them, because `frmerge verify` finds local experts by
+        them.
     """
     from huggingface_hub.utils import filter_repo_objects
 
@@ -111,12 +148,32 @@ def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         name: folder / name for name in filter_repo_objects(names, ignore_patterns=_IGNORED_PATTERNS)
     }
+    for name in _NAMING_FILES & files.keys():
+        with suppress(ValueError):  # no JSON: then it is not what the merge wrote, and the push will say so
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            without = _without_origin(config)
+            if without != config:
+                files[name] = (json.dumps(without, indent=2, ensure_ascii=False) + "\n").encode()
     if MANIFEST_FILE in files:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        public = _hide(manifest)
+        public: Any = _hide(manifest)
+        for name, content in files.items():
+            if isinstance(content, bytes) and name in public["files"]:
+                public["files"][name] |= {"size": len(content), "sha256": sha256(content).hexdigest()}
         if public != manifest:
             files[MANIFEST_FILE] = json.dumps(public, indent=2, ensure_ascii=False).encode()
     return files
+
+
+def _without_origin(value: object) -> object:
+    """`value` without the entries, at any depth, that tell the path a model or tokenizer was loaded from."""
+    if isinstance(value, dict):
+        return {
+            key: _without_origin(item)
+            for key, item in value.items()
+            if key not in _ORIGINS or not isinstance(item, str) or is_hub_id(item)
+        }
+    return [_without_origin(item) for item in value] if isinstance(value, list) else value
 
 
 def _hide(value: object) -> object:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from hf_frmerge.errors import ArgumentError, HubError
 from hf_frmerge.hub.integrity import check_unaltered
-from hf_frmerge.hub.outgoing import check_complete, check_nothing_local, outgoing_files
+from hf_frmerge.hub.outgoing import check_base_is_public, check_complete, check_nothing_local, outgoing_files
 from hf_frmerge.merging.manifest import MANIFEST_FILE, record_checksums
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def push_folder(
     folder = Path(output_dir)
     check_complete(folder)
     secret = token or get_token()
+    check_base_is_public(folder)
     check_nothing_local(folder, secret)
     additions = _checked_additions(folder)
     api = HfApi(token=token, library_name="hf_frmerge", library_version=__version__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,13 +70,27 @@ def align_adapters(adapters: Sequence[Adapter]) -> list[AdapterRow]:
     return rows
 
 
-def missing_notes(adapters: Sequence[Adapter], rows: Sequence[AdapterRow], strict: bool) -> list[str]:
+def missing_notes(
+    adapters: Sequence[Adapter], rows: Sequence[AdapterRow], strict: bool, *, is_matched: bool
+) -> list[str]:
     """
     Say which adapters do not change which modules.
+
+    Args:
+        adapters (`Sequence[Adapter]`):
+            The adapters.
+        rows (`Sequence[AdapterRow]`):
+            What `align_adapters` returned for them.
+        strict (`bool`):
+            Refuse a module that an adapter lacks.
+        is_matched (`bool`):
+            Whether a base tells which names mean one module.
 
     Raises:
         CheckpointError: If that is not allowed (`strict`), or a module only seems missing because it has another name.
     """
+    if not is_matched:
+        _refuse_other_names(adapters, rows)
     notes = []
     for index, adapter in enumerate(adapters):
         missing = [row.first.module for row in rows if row.deltas[index] is None]
@@ -86,19 +101,33 @@ def missing_notes(adapters: Sequence[Adapter], rows: Sequence[AdapterRow], stric
                 f"Adapter {adapter.spec!r} does not change {some(missing)}, which other adapters change. Without "
                 "`strict` these count as zero deltas."
             )
-        own = {delta.module for delta in adapter.deltas.values()}
-        for module in missing:
-            alias = next((name for name in own if name.endswith("." + module) or module.endswith("." + name)), None)
-            if alias is not None:
-                raise CheckpointError(
-                    f"Adapter {adapter.spec!r} names a module {alias!r} that others name {module!r}: they were "
-                    "trained on different classes of one model. Pass base_model, which tells what belongs together."
-                )
         notes.append(
             f"Adapter {adapter.spec!r} does not change {len(missing)} of {len(rows)} modules ({some(missing)}); they "
             "count as its zero deltas."
         )
     return notes
+
+
+def _refuse_other_names(adapters: Sequence[Adapter], rows: Sequence[AdapterRow]) -> None:
+    """Refuse two adapters that each lack a module of the other which is alike but for what stands before its name."""
+    for (i, one), (j, other) in combinations(enumerate(adapters), 2):
+        only_one = {_likeness(row.deltas[i]): row for row in rows if row.deltas[i] and not row.deltas[j]}
+        only_other = {_likeness(row.deltas[j]): row for row in rows if row.deltas[j] and not row.deltas[i]}
+        alike = next((key for key in only_one if key in only_other), None)
+        if alike is not None:
+            raise CheckpointError(
+                f"Adapter {one.spec!r} names a module {only_one[alike].first.module!r} that {other.spec!r} may name "
+                f"{only_other[alike].first.module!r}: classes and versions of transformers name one module "
+                "differently. Pass base_model (--base-model), which tells what belongs together."
+            )
+
+
+def _likeness(delta: LowRankDelta | None) -> tuple[object, ...]:
+    """What one module has in common under all names: last name, layer, kind and shape."""
+    assert delta is not None
+    parts = delta.module.split(".")
+    layer = tuple(part for part in parts if part.isdigit())
+    return parts[-1], layer, delta.kind, delta.up.shape[0], delta.down.shape[1:]
 
 
 def zero_notes(

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.checkpoints.adapter import Adapter, common_base
+from hf_frmerge.checkpoints.adapter import Adapter
+from hf_frmerge.checkpoints.adapter_base import common_base
 from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
 from hf_frmerge.checkpoints.reader import some, unchanged
+from hf_frmerge.checkpoints.source import Source
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.geometry.gram import embed
 from hf_frmerge.geometry.lowrank import Factors, concatenate, factor_gram, recompress
@@ -79,6 +81,7 @@ def merge_adapters(
     weights: Sequence[float],
     output_dir: str | Path,
     *,
+    base: Source | None = None,
     method: str = "karcher",
     options: SpanOptions | None = None,
     block: str = "tensor",
@@ -98,11 +101,13 @@ def merge_adapters(
 
     Args:
         adapters (`Sequence[Adapter]`):
-            Two or more, opened; matched to a base or all unmatched.
+            Two or more, opened; all matched to `base`, or all unmatched.
         weights (`Sequence[float]`):
             One per adapter, non-negative, summing to 1.
         output_dir (`str` or `Path`):
             Folder to write.
+        base (`Source`, *optional*):
+            Base model that the adapters were matched to; the result names it.
         method (`str`, *optional*, defaults to `"karcher"`):
             A key of `SPAN_METHODS`.
         options (`SpanOptions`, *optional*):
@@ -112,7 +117,8 @@ def merge_adapters(
         weights_for (`Callable[[str], Sequence[float]]`, *optional*):
             Weights of a target tensor, in place of `weights`.
         rank (`int`, *optional*):
-            Recompress every module to at most this rank. By default ranks add up, which is exact.
+            Give every module this rank, recompressed or filled up with zeros; less if no module has as much. By
+            default ranks add up, which is exact.
         energy (`float`, *optional*):
             Recompress every module to the lowest rank that keeps this share of its squared norm.
         dtype (`str`, *optional*):
@@ -136,18 +142,20 @@ def merge_adapters(
         AmbiguousMeanError: If the adapters balance out in a block and `options.on_ambiguous` is `"raise"`.
     """
     _check_arguments(adapters, weights, block)
-    base_model, revision = common_base(adapters)
+    base_model, revision = common_base(adapters, base)
     rows = align_adapters(adapters)
-    notes = missing_notes(adapters, rows, strict)
+    notes = missing_notes(adapters, rows, strict, is_matched=base is not None)
     with ordered_pool(num_workers) as workers:
         grams = list(workers.map(lambda row: factor_gram(row.factors(), product), rows))
         notes += zero_notes(adapters, rows, grams)
         plans = _solve(
             adapters, rows, grams, weights_for or (lambda _: weights), method, options or SpanOptions(), block
         )
-        plans = list(workers.map(lambda plan: plan.with_rank(rank, energy), plans))
+        most = max(plan.most_rank for plan in plans)
+        plans = list(workers.map(lambda plan: plan.with_rank(rank and min(rank, most), energy), plans))
 
         outputs = [plan.output for plan in plans]
+        notes += _rank_notes([output.rank for output in outputs], most)
         first = next((adapter.config.raw for adapter in adapters if adapter.config.base_model), adapters[0].config.raw)
         config = make_config(first, outputs) | {"base_model_name_or_path": base_model, "revision": revision}
         done = []
@@ -192,12 +200,16 @@ class _Plan:
     def stacked(self) -> Factors:
         return concatenate(self.row.factors(self.used), self.coefficients)
 
+    @property
+    def most_rank(self) -> int:
+        """Rank that no merged delta of this module exceeds."""
+        return min(self.full_rank, self.row.n_out, self.row.n_in)
+
     def with_rank(self, rank: int | None, energy: float | None) -> _Plan:
         """Decide the rank. The file is laid out before it is written, so an energy bound is worked out twice."""
         if energy is not None:
             return replace(self, rank=recompress(self.stacked(), rank, energy)[0].A.shape[0])
-        available = min(self.full_rank, self.row.n_out, self.row.n_in)
-        return replace(self, rank=self.full_rank if rank is None else min(rank, available))
+        return replace(self, rank=self.full_rank if rank is None else rank)
 
     def exact(self) -> Factors:
         """Like `stacked`, but float32 where the inputs are: half the memory traffic for what is rounded next."""
@@ -215,7 +227,8 @@ class _Plan:
             pair, error = recompress(self.stacked(), self.rank)
         else:
             pair, error = self.exact(), 0.0
-        writer.write(self.output, pair.B, pair.A)
+        missing = self.rank - pair.A.shape[0]
+        writer.write(self.output, np.pad(pair.B, ((0, 0), (0, missing))), np.pad(pair.A, ((0, missing), (0, 0))))
         first, keys = self.row.first, self.output.keys
         coefficients = tuple(self.coefficients.tolist())
         return MergedModule(first.module, first.target, keys, self.rank, coefficients, self.geometry, self.norm, error)
@@ -235,6 +248,18 @@ def _check_arguments(adapters: Sequence[Adapter], weights: Sequence[float], bloc
                 f"Adapter {adapter.spec!r} holds full tensors beside its factors (modules_to_save: "
                 f'{some(adapter.dense)}), which a merged adapter cannot carry. Use adapter_output="merged".'
             )
+
+
+def _rank_notes(ranks: Sequence[int], most: int) -> list[str]:
+    """Say that ranks differ: PEFT reads every module's own, others the one of the whole adapter."""
+    if len(set(ranks)) == 1:
+        return []
+    return [
+        f"The modules of the merged adapter have ranks from {min(ranks)} to {max(ranks)}, listed in rank_pattern and "
+        "alpha_pattern of its adapter_config.json. PEFT reads these; runtimes that read only r and lora_alpha scale "
+        f"some modules wrongly. adapter_rank={most} (--adapter-rank {most}) gives all modules one rank and loses "
+        "nothing; a lower one makes a smaller file, and what it loses is reported."
+    ]
 
 
 def _solve(

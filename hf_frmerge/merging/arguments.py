@@ -185,7 +185,9 @@ class MergingArguments:
     )
     adapter_rank: int | None = field(
         default=None,
-        metadata=_describe("Compress the merged adapter to this rank. Default: exact, with the ranks added up."),
+        metadata=_describe(
+            "Rank of all modules of the merged adapter, compressed if need be. Default: exact, ranks added up."
+        ),
     )
     adapter_energy: float | None = field(
         default=None,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.checkpoints.adapter_match import find_targets
 from hf_frmerge.checkpoints.reader import Checkpoint, some
-from hf_frmerge.errors import ArgumentError, CheckpointError
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.model_class import build_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +66,7 @@ def find_modules(base: Checkpoint, names: Sequence[str] | None) -> list[ExtractT
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    model = _build(base)
+    model = build_empty(base)
     output_layer = model.get_output_embeddings()
     found: dict[str, tuple[Literal["linear", "embedding"], bool]] = {}
     for path, module in model.named_modules():
@@ -84,6 +85,13 @@ def find_modules(base: Checkpoint, names: Sequence[str] | None) -> list[ExtractT
             f"target_modules: {some(unmatched) or 'nothing'} names no linear layer or embedding of "
             f"{type(model).__name__}. Its layers are called like {some(_last_names(model))}."
         )
+    tied = model.all_tied_weights_keys
+    shared = [path for path in found if f"{path}.weight" in {*tied, *tied.values()}]
+    if shared:
+        raise ArgumentError(
+            f"target_modules: {some(shared)} shares its weight with another module of {type(model).__name__}, and an "
+            "adapter would change only one of them. Leave it out."
+        )
     shapes = {name: info.shape for name, info in base.tensors.items()}
     tensors = find_targets(base.source.spec, [path + ".weight" for path in found], shapes)
     return [ExtractTarget(path, tensors[path + ".weight"], kind, conv) for path, (kind, conv) in found.items()]
@@ -95,24 +103,6 @@ def task_type(config: dict[str, Any]) -> str | None:
     if config.get("is_encoder_decoder") and architecture.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM"
     return next((task for ending, task in _TASK_TYPES.items() if architecture.endswith(ending)), None)
-
-
-def _build(base: Checkpoint) -> PreTrainedModel:
-    """Build the model on the meta device, where weights have shapes but no contents."""
-    import torch
-    import transformers
-
-    config = base.config()
-    architecture = next(iter(config.get("architectures") or []), None)
-    model_class = getattr(transformers, str(architecture), None)
-    if model_class is None:
-        raise CheckpointError(
-            f"{base.source.spec!r}: config.json names the architecture {architecture!r}, which transformers "
-            f"{transformers.__version__} does not have, so its linear layers are unknown."
-        )
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    with torch.device("meta"):
-        return model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
 
 
 def _last_names(model: PreTrainedModel) -> list[str]:

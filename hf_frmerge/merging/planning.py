@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_frmerge.checkpoints.adapter import common_base, open_adapter
+from hf_frmerge.checkpoints.adapter import open_adapter
+from hf_frmerge.checkpoints.adapter_base import base_notes, common_base
 from hf_frmerge.checkpoints.alignment import align
 from hf_frmerge.checkpoints.beside import look_beside
 from hf_frmerge.checkpoints.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.layout import ShardLayout
 from hf_frmerge.checkpoints.quantised import refuse_quantised
-from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint
+from hf_frmerge.checkpoints.reader import FLOAT_DTYPES, open_checkpoint, some
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
-from hf_frmerge.errors import ArgumentError
+from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.adapter_rows import align_adapters, missing_notes
 from hf_frmerge.merging.arguments import validate_weights
 from hf_frmerge.merging.batches import in_batches
 from hf_frmerge.merging.blocks import block_shape, group_of, head_dim_of
+from hf_frmerge.merging.model_class import read_structure
 from hf_frmerge.merging.output_folder import check_output_dir
 from hf_frmerge.merging.plan import Expert, MergePlan, TensorStep
 from hf_frmerge.merging.weight_rules import WeightSchedule, layer_index
@@ -98,9 +100,9 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     space = _space(args, opened, base, to_adapter)
     if base is not None and base.checkpoint is not None and not to_adapter:
         refuse_quantised(base.checkpoint)  # before adapters look in vain for their modules' weights
-    opened = [_match_adapter(expert, base, to_adapter) for expert in opened]
+    opened = _match_adapters(opened, base, to_adapter)
     if to_adapter:
-        steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas)
+        steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
         layout = None
     else:
         steps, notes = _steps(args, opened, base, alphas)
@@ -108,11 +110,10 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
         layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
     beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
     notes += beside.notes
-    for file in beside.files:
-        next(model for model in [*opened, *([base] if base else [])] if model.source == file.source).weights.watch(
-            [file.name]
-        )
-    return MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files)
+    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files)
+    for model in plan.models:
+        model.weights.watch([file.name for file in beside.files if file.source == model.source])
+    return plan
 
 
 def _open(source: Source) -> Expert:
@@ -138,16 +139,22 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
     return args.adapter_output == "auto" and not full and factored
 
 
-def _match_adapter(expert: Expert, base: Expert | None, to_adapter: bool) -> Expert:
-    """Bind an adapter to the tensors of the base."""
-    if expert.adapter is None or base is None or base.checkpoint is None:
-        return expert
-    shapes = {name: info.shape for name, info in base.checkpoint.tensors.items()}
-    # Tied weights matter where deltas are added to the base: one change would act on both.
-    tied = not to_adapter and bool(base.checkpoint.config().get("tie_word_embeddings"))
-    adapter = expert.adapter.match(shapes, tied_embeddings=tied)
-    adapter.check_base_layers(base.checkpoint)
-    return Expert(expert.source, adapter=adapter)
+def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool) -> list[Expert]:
+    """Bind adapters to the tensors of the base."""
+    if base is None or base.checkpoint is None:
+        return experts
+    checkpoint = base.checkpoint
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    structure = functools.cache(lambda: read_structure(checkpoint))
+
+    def match(expert: Expert) -> Expert:
+        if expert.adapter is None:
+            return expert
+        adapter = expert.adapter.match(shapes, structure, into_adapter=to_adapter)
+        adapter.check_base_layers(checkpoint)
+        return Expert(expert.source, adapter=adapter)
+
+    return [match(expert) for expert in experts]
 
 
 def _space(args: MergingArguments, experts: list[Expert], base: Expert | None, to_adapter: bool) -> str:
@@ -168,10 +175,10 @@ def _space(args: MergingArguments, experts: list[Expert], base: Expert | None, t
 
 
 def _adapter_steps(
-    args: MergingArguments, adapters: list[Adapter], weights: list[float]
+    args: MergingArguments, adapters: list[Adapter], weights: list[float], base: Expert | None
 ) -> tuple[list[TensorStep], list[str]]:
     """One step per module; its shape is that of the delta."""
-    common_base(adapters)
+    common_base(adapters, base.source if base else None)
     rows = align_adapters(adapters)
     names = [row.first.target for row in rows]
     weights_for, notes = _weights_for(args, weights, names)
@@ -191,20 +198,17 @@ def _adapter_steps(
         for row in rows
     ]
     _check_groups(steps)
-    return steps, notes + missing_notes(adapters, rows, args.strict)
+    notes += missing_notes(adapters, rows, args.strict, is_matched=base is not None)
+    return steps, notes + (base_notes(adapters, base.source) if base else [])
 
 
 def _adapter_notes(experts: list[Expert], base: Expert | None, strict: bool) -> list[str]:
     """Check that adapters going into a full model belong together; say what they lack and which base they name."""
     adapters = [expert.adapter for expert in experts if expert.adapter]
-    if not adapters:
+    if not adapters or base is None:
         return []
-    name, _ = common_base(adapters)
-    notes = missing_notes(adapters, align_adapters(adapters), strict)
-    given = base.source.repo_id if base is not None else None
-    if given is not None and name is not None and "/" in name and given != name and not Path(name).exists():
-        notes.append(f"The adapters were trained on {name!r}, and are added to {given!r}.")
-    return notes
+    notes = missing_notes(adapters, align_adapters(adapters), strict, is_matched=True)
+    return notes + base_notes(adapters, base.source)
 
 
 def _weights_for(
@@ -261,7 +265,21 @@ def _steps(
             )
         )
     _check_groups(steps)
+    _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
     return steps, notes
+
+
+def _refuse_homeless(experts: list[Expert], merged: set[str]) -> None:
+    """No delta may be left behind: where a tensor is copied or left out, nothing could be added to it."""
+    for expert in experts:
+        adapter = expert.adapter
+        lost = [name for name in (*adapter.deltas, *adapter.dense) if name not in merged] if adapter else []
+        if lost:
+            raise CheckpointError(
+                f"Adapter {expert.spec!r} changes {some(lost)}, which cannot be merged here: the models store it as "
+                "whole numbers, or twice. Merge the adapter into its base with PEFT's `merge_and_unload` and merge "
+                "the full checkpoints."
+            )
 
 
 def _check_groups(steps: list[TensorStep]) -> None:

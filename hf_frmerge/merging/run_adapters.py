@@ -117,6 +117,7 @@ def _merge_factors(
         [expert.adapter for expert in plan.experts if expert.adapter],
         plan.weights,
         output,
+        base=plan.base.source if plan.base else None,
         method=plan.args.method,
         options=plan.span_options,
         block=plan.args.block,

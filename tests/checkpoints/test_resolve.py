@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 from hub_server import ALICE_TOKEN
 from hub_server.state import Blob
@@ -57,9 +58,29 @@ def test_adapter_folder(tmp_path):
     assert resolve(str(tmp_path)).kind == "adapter"
 
 
-def test_model_with_an_adapter_config_beside_it_is_a_model(model):
-    (model / "adapter_config.json").write_text("{}")
-    assert resolve(str(model)).kind == "full"
+@pytest.mark.parametrize("where", ["folder", "url", "hub"])
+def test_a_model_and_an_adapter_in_one_place_are_told_apart_by_moving_one_of_them(hub, model, tmp_path, where):
+    spec = {"folder": str(model), "url": "memory://both", "hub": "alice/both"}[where]
+    files = contents(model) | {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}
+    hub.add_repo("alice/both", files)
+    for name, data in files.items():
+        (model / name).write_bytes(data)
+        fsspec.filesystem("memory").pipe(f"/both/{name}", data)
+    with pytest.raises(
+        CheckpointError, match=rf"{spec}.*\(model\.safetensors\) and an adapter \(adapter_config\.json"
+    ):
+        resolve(spec)
+    assert hub.sent("GET", "/resolve/") == []  # nothing was downloaded
+    if where == "hub":
+        command = [str(Path(sys.executable).with_name("hf")), "download", spec, "--exclude", "adapter_*"]
+        subprocess.run([*command, "--local-dir", str(tmp_path / "alone")], check=True, capture_output=True)
+        assert resolve(str(tmp_path / "alone")).kind == "full"
+    elif where == "folder":
+        (tmp_path / "adapter").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (model / name).rename(tmp_path / "adapter" / name)
+        assert resolve(spec).kind == "full"
+        assert resolve(str(tmp_path / "adapter")).kind == "adapter"
 
 
 @pytest.mark.parametrize("spec", ["./nothing", "../nothing", "/no/such/folder", "~/no-such-folder", "a/b/c", "a b"])

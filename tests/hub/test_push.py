@@ -10,19 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from card_examples import full
 from hub_server import ALICE_TOKEN, HubServer
 from hub_server.state import Collection
 from huggingface_hub import HfApi, ModelCard, create_repo, model_info, snapshot_download
 from merge_reference import random_model, write_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import save_file
 from tiny_models import save_llama_family
+from transformers import AutoModelForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.demo.texts import expert_dirs
 from hf_frmerge.errors import ArgumentError, HubError
 from hf_frmerge.hub.push import full_repo_id, push_folder
 from hf_frmerge.merging.callbacks import MergeCallback
+from hf_frmerge.merging.verify import verify
 
 REPO = "alice/reader-135m"
 
@@ -231,9 +235,18 @@ def test_the_place_of_an_expert_stops_the_push_wherever_it_is(hub: HubServer, ou
         push(output_dir)
 
 
-def test_a_local_path_in_another_file_stops_the_push(hub: HubServer, output_dir: Path, tmp_path: Path):
-    (output_dir / "config.json").write_text(json.dumps({"_name_or_path": f"{tmp_path}/base"}))
-    with pytest.raises(HubError, match=r"config\.json, line 1, contains a path of this machine"):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("config.json", "Take it out of that file of the model it came from, merge again"),
+        ("a.html", "out of the file"),
+    ],
+)
+def test_a_local_path_in_another_file_stops_the_push(
+    hub: HubServer, output_dir: Path, tmp_path: Path, name: str, remedy: str
+):
+    (output_dir / name).write_text(json.dumps({"adapter": f"{tmp_path}/base"}))
+    with pytest.raises(HubError, match=rf"{name}, line 1, contains a path of this machine .*{remedy}"):
         push(output_dir)
     assert hub.requests == []
 
@@ -294,6 +307,74 @@ def test_adapter_folder_is_complete_with_its_own_files(hub: HubServer, tmp_path:
     table.write_bytes(table.read_bytes()[:-1] + b"!")
     with pytest.raises(HubError, match=r"adapter_model\.safetensors was changed after the merge"):
         push(tmp_path / "adapter")
+
+
+@pytest.fixture
+def local_adapters(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two adapters that were trained on a folder; the base is on the Hub as `lab/base`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    save_llama_family(tmp_path / "models", ["some", "words"], spread=0.1)
+    base = tmp_path / "models" / "base"
+    hub.add_repo("lab/base", {path.name: path.read_bytes() for path in base.iterdir()})
+    folders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / f"a{seed}")
+        folders.append(str(tmp_path / f"a{seed}"))
+    return folders
+
+
+@pytest.mark.parametrize("place", ["here", "/mnt/train/run7", "C:\\models\\base", "models/base", "base"])
+def test_an_adapter_is_pushed_with_the_hub_id_of_its_base_or_not_at_all(
+    hub: HubServer, local_adapters: list[str], tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in map(Path, local_adapters):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config |= {"base_model_name_or_path": str(tmp_path / "models/base")} if place == "here" else {}
+        config |= {"base_model_name_or_path": place} if place != "here" else {}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    args = MergingArguments(output_dir="out", disable_tqdm=True, overwrite=True)
+    FisherRaoMerger(local_adapters, args).merge()
+    hub.requests.clear()
+    with pytest.raises(HubError, match=r"adapter_config\.json names the base model .*--base-model ORG/NAME"):
+        push(tmp_path / "out")
+    assert hub.requests == []
+
+    FisherRaoMerger(local_adapters, args, base_model="lab/base").merge()
+    push(tmp_path / "out")
+    files = hub.repos["models", REPO].commit_of("main").files
+    assert json.loads(files["adapter_config.json"].data)["base_model_name_or_path"] == "lab/base"
+    assert ModelCard(files["README.md"].data.decode()).data.base_model == ["lab/base"]
+    sent = everything_sent(hub)
+    assert not any(local in sent for local in (str(tmp_path), "/mnt/train", "C:\\models"))
+    ids = torch.arange(3).view(1, -1)
+    with torch.no_grad():
+        loaded = AutoPeftModelForCausalLM.from_pretrained(REPO)(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "models/base")
+        torch.testing.assert_close(loaded, PeftModel.from_pretrained(base, tmp_path / "out")(ids).logits)
+
+
+def test_where_a_model_was_loaded_from_is_left_out_on_the_way(hub: HubServer, tmp_path: Path):
+    """transformers 4 wrote that into configurations; the merge takes them over from its first model."""
+    save_llama_family(tmp_path / "models", ["some", "words"], spread=0.1)
+    for name, key in {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}.items():
+        path = tmp_path / "models/math" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: "/mnt/training/run 7/math"}))
+    experts = [str(tmp_path / "models" / name) for name in ("math", "code")]
+    args = MergingArguments(output_dir=str(tmp_path / "out"), disable_tqdm=True)
+    FisherRaoMerger(experts, args).merge()
+    push(tmp_path / "out")
+    files = hub.repos["models", REPO].commit_of("main").files
+    recorded = json.loads(files["merge_manifest.json"].data)["files"]
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "/mnt/training/run 7/math" in (tmp_path / "out" / name).read_text()
+        assert "name_or_path" not in files[name].data.decode()
+        assert recorded[name]["sha256"] == hashlib.sha256(files[name].data).hexdigest()
+        assert recorded[name]["size"] == len(files[name].data)
+    snapshot = snapshot_download(REPO, local_dir=tmp_path / "pulled")
+    assert verify(str(snapshot), experts=experts).ok
 
 
 # What was changed since the merge is not pushed

@@ -156,6 +156,17 @@ def test_an_energy_bound_picks_the_lowest_rank(llama: Path, tmp_path: Path) -> N
         assert module.error**2 <= 0.1 + 1e-6
 
 
+def test_a_tied_embedding_is_not_extracted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=4))
+    for name in ("base", "merged"):
+        model.save_pretrained(tmp_path / name)
+        torch.nn.init.normal_(model.transformer.wte.weight)
+    for names in (["wte"], ["lm_head", "c_attn"]):
+        with pytest.raises(ArgumentError, match=rf"target_modules: .*{names[0]} shares its weight"):
+            extract_lora(read(tmp_path / "merged"), read(tmp_path / "base"), tmp_path / "lora", target_modules=names)
+
+
 def test_transposed_layers_and_embeddings_of_gpt2(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=4, tie_word_embeddings=False)
