@@ -72,9 +72,9 @@ def cached_hub_id(path: str) -> tuple[str, str] | None:
 
 
 def name_of(source: Source) -> tuple[str, str | None]:
-    """Name and revision under which others find a model: its Hub id; else, only on this machine, its absolute path."""
+    """Name and revision under which others find a model: Hub id and commit; else, only here, its absolute path."""
     if source.repo_id is not None:
-        return source.repo_id, source.revision
+        return source.repo_id, source.commit
     if "://" in source.path:
         return source.path, None
     path = str(Path(source.path).absolute())

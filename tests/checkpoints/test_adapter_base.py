@@ -52,7 +52,7 @@ def test_adapters_alone_must_name_one_base(named) -> None:
 def test_a_base_that_the_user_names_settles_it(named) -> None:
     foreign = [named("mirror/base-4bit", "mirror"), named("/mnt/training/base"), named("C:\\Users\\x\\base")]
     on_hub = Source("org/base@v2", "full", f"hub://org/base@{COMMIT}", "org/base", "v2", COMMIT)
-    assert common_base(foreign, on_hub) == ("org/base", "v2")
+    assert common_base(foreign, on_hub) == ("org/base", COMMIT)
     assert common_base(foreign, local("/data/base")) == ("/data/base", None)
     # A copy of what an adapter names on the Hub: others can load that.
     assert common_base([*foreign, named("org/base", "v2")], local("/data/base/")) == ("org/base", "v2")
