@@ -115,7 +115,9 @@ def solve(
     """
     weights_TN = np.asarray(weights_TN, dtype=np.float64)
     weights_T1N = weights_TN[:, None]
-    _check_points(points_TBNK, tensors, experts)
+    wild_T = ~np.isfinite(points_TBNK).all(axis=(1, 2, 3))
+    if wild_T.any():
+        raise squares_leave_float64(tensors[int(np.argmax(wild_T))], "its experts")
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # looked at below
         result = SPAN_METHODS[method](points_TBNK, weights_T1N, options)
     n_ambiguous_T = np.count_nonzero(result.ambiguous, axis=1)
@@ -162,13 +164,6 @@ def solve(
 def _over_blocks(lengths_TB: NDArray[np.float64]) -> NDArray[np.float64]:
     """Length of a whole tensor from those of its blocks, on the second axis."""
     return np.sqrt(fold((lengths_TB * lengths_TB).swapaxes(0, 1)))
-
-
-def _check_points(points_TBNK: NDArray[np.float64], tensors: Sequence[str], experts: Sequence[str]) -> None:
-    wild_TN = ~np.isfinite(points_TBNK).all(axis=(1, 3))
-    if wild_TN.any():
-        tensor, expert = np.argwhere(wild_TN)[0]
-        raise squares_leave_float64(tensors[tensor], f"expert {experts[expert]!r}")
 
 
 @cache

@@ -220,6 +220,17 @@ def test_a_delta_that_float32_cannot_hold_is_refused(
         merge([good, bad], tmp_path / "out", base, adapter_output="merged", block=block, overwrite=True)
 
 
+@pytest.mark.parametrize("block", ["tensor", "layer"])
+def test_adapters_whose_squares_leave_float64_are_refused(tmp_path: Path, block: str) -> None:
+    adapters = [write_adapter(tmp_path / f"a{i}", i) for i in range(2)]
+    path = tmp_path / "a1" / "adapter_model.safetensors"
+    save_file({name: factor.double() * 1e80 for name, factor in load_file(path).items()}, path)
+    with pytest.raises(
+        NonFiniteError, match=r"layers\.0.*' *: the squares of the values of its experts leave .* lora_alpha"
+    ):
+        merge(adapters, tmp_path / "out", block=block)
+
+
 def test_factors_that_the_adapters_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     adapters = [write_adapter(tmp_path / f"a{i}", i, lora_alpha=1e9) for i in range(2)]
     with pytest.raises(
