@@ -9,6 +9,7 @@ from typing import Literal
 from hf_frmerge.evaluation.record import EvaluationRecord
 from hf_frmerge.hub.licences import SourceMetadata
 from hf_frmerge.hub.tasks import Task
+from hf_frmerge.wording.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -59,30 +60,12 @@ class CardSource:
 
 @dataclass(frozen=True)
 class CardStatistics:
-    """
-    What the merge did, in numbers; `None` where it was not measured.
-
-    Angles are in radians, between two experts (their deltas in delta space): the median over tensors of a tensor's
-    mean angle, and the largest of all. `linear_norm_ratio` is the norm of the plain weighted average over the
-    experts' mean norm, by tensor: what a plain average would have kept. `merged_norm_ratio` is the same for the merge
-    itself. `karcher_nre_gap` is the angle between the merge and the norm-rescaled average of the same block.
-    """
+    """What the merge did, in numbers; `None` where it was not measured."""
 
     n_tensors_merged: int | None = None
     n_tensors_copied: int | None = None
     n_parameters: int | None = None
-    output_dtype: str | None = None  # safetensors name: "BF16", "F16", "F32", "F64"
-    angle_median: float | None = None
-    angle_max: float | None = None
-    linear_norm_ratio_min: float | None = None
-    linear_norm_ratio_median: float | None = None
-    merged_norm_ratio_min: float | None = None
-    merged_norm_ratio_median: float | None = None
-    karcher_nre_gap_median: float | None = None
-    karcher_nre_gap_max: float | None = None
-    worst_residual: float | None = None
-    n_not_converged: int | None = None
-    n_ambiguous: int | None = None
+    geometry: Geometry | None = None
 
 
 @dataclass
@@ -110,7 +93,7 @@ class MergeCard:
         evaluation (`EvaluationRecord`, *optional*):
             What was measured.
         figures (`dict[str, str]`, *optional*):
-            Figures beside the card: their names in `report.figures.FIGURES`, and their paths from the card.
+            Figures beside the card: their names in `wording.parts.FIGURES`, and their paths from the card.
         report_file (`str`, *optional*):
             Page with everything that was measured, beside the card.
         statistics (`CardStatistics`, *optional*):
