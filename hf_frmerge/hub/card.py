@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +67,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         autoescape=False,  # the output is Markdown, and the Hub sanitises the HTML it makes of it
     )
     environment.filters["cell"] = cell
-    template = environment.from_string(
-        files("hf_frmerge.hub").joinpath("templates/model_card.md.jinja").read_text(encoding="utf-8")
-    )
+    template = environment.from_string(Path(card.template_file).read_text(encoding="utf-8"))
     body = template.render(
         card=card,
         statistics=card.statistics,
@@ -89,7 +86,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         again=again_command(card),
         verify=verify_command(card, folder=card.model_name.rpartition("/")[2]),
         usage=usage_python(card),
-        paper_bibtex=bibtex(method.paper) if method.paper else "",
+        papers=[bibtex(paper) for paper in dict.fromkeys((method.paper, card.tool_paper)) if paper],
         user_begin=USER_BEGIN,
         user_end=USER_END,
         user_section=user_section.strip("\n"),
@@ -178,7 +175,7 @@ def card_metadata(card: MergeCard) -> ModelCardData:
     relation = "merge" if card.output_kind == "full" else "adapter"
     languages = [language for source in card.sources for language in source.metadata.language]
     datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
-    tags = ["merge", "hf-frmerge", *method_of(card.method).tags, *card.task.tags, *card.tags]
+    tags = [*card.tag_names, *method_of(card.method).tags, *card.task.tags, *card.tags]
     tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
     results = eval_results(card.evaluation, card.task.pipeline_tag) if card.evaluation else []
     optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from hf_frmerge.evaluation.record import EvaluationRecord
 from hf_frmerge.hub.licences import SourceMetadata
 from hf_frmerge.hub.tasks import Task
+from hf_frmerge.methods.method import Paper
+from hf_frmerge.methods.table import FISHER_RAO
 from hf_frmerge.wording.geometry import Geometry
+
+TAG_NAMES = ("merge", "hf-frmerge")
+NAME = "Fisher–Rao merging"
+TEMPLATE_FILE = str(Path(__file__).with_name("templates") / "model_card.md.jinja")
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,9 @@ class MergeCard:
             Licence the person chose; without it the rule of `licences.combine` decides.
         tags (`list[str]`, *optional*):
             Further tags.
+        tag_names, tool_name, tool_paper, template_file (*optional*):
+            Tags, name and paper of what made the merge, and the Jinja template of the card: class attributes of
+            `FisherRaoMerger`.
     """
 
     model_name: str
@@ -133,6 +143,10 @@ class MergeCard:
     )
     licence: str | None = None
     tags: list[str] = field(default_factory=list)
+    tag_names: tuple[str, ...] = TAG_NAMES
+    tool_name: str = NAME
+    tool_paper: Paper | None = FISHER_RAO
+    template_file: str = TEMPLATE_FILE
 
     @property
     def experts(self) -> list[CardSource]:
