@@ -82,8 +82,8 @@ def _number(value: float | None, digits: int = 3) -> Cell:
     return Cell(number(value, digits), math.nan if value is None else float(value))
 
 
-def _percent(value: float | None) -> Cell:
-    return Cell(percent(value), math.nan if value is None else float(value))
+def _percent(value: float | None, digits: int = 0) -> Cell:
+    return Cell(percent(value, digits), math.nan if value is None else float(value))
 
 
 def _count(value: int) -> Cell:
@@ -189,9 +189,9 @@ def layer_table(record: EvaluationRecord) -> Table | None:
             (
                 Cell(str(row.layer), float(row.layer)),
                 _number(merged[row.layer].activation_variance),
-                _number(row.activation_variance),
+                _percent(row.activation_variance, 1),
                 _number(merged[row.layer].effective_rank),
-                _number(row.effective_rank),
+                _percent(row.effective_rank, 1),
             )
             for row in ratios
         ),

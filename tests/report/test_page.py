@@ -149,7 +149,7 @@ def test_numbers_of_the_record_are_in_the_tables(page: Page) -> None:
     assert found["distances"][1][7:] == ["0.110", "0.120", "0.0300", "80%", "1,000"]
     assert [row[:2] for row in found["distances"][5:]] == [["expert-code", "expert-math"]] * 2  # the yardstick
     assert found["objectives"][1] == ["math", "0.250", "0.200", "0.200", "0.500"]
-    assert found["layers"][5] == ["4", "3.00", "0.600", "19.2", "0.600"]
+    assert found["layers"][5] == ["4", "3.00", "60.0%", "19.2", "60.0%"]
 
 
 def test_geometry_of_the_manifest_is_in_the_table(merge: Callable[..., Path]) -> None:
