@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.evaluation.names import datasets_by_name
 from hf_frmerge.evaluation.record import EvaluationRecord, save_record
+from hf_frmerge.hub.card_data import NAME, TAG_NAMES, TEMPLATE_FILE
 from hf_frmerge.hub.licences import licences_of_plan
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import (
@@ -25,12 +28,13 @@ from hf_frmerge.merging.callbacks import (
 )
 from hf_frmerge.merging.observer import CallbackObserver
 from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.processes import Processes, check_same_commits
 from hf_frmerge.merging.progress import ProgressCallback
 from hf_frmerge.merging.reporting import reporting_callbacks
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.merging.space import check_space
 from hf_frmerge.merging.state import MergeState
+from hf_frmerge.methods.table import FISHER_RAO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.merging.callbacks import MergeCallback
     from hf_frmerge.merging.plan import MergePlan
+    from hf_frmerge.methods.method import Paper
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +87,11 @@ class FisherRaoMerger:
     ```
     """
 
-    _tag_names = ("merge", "hf-frmerge")
+    # What the model card says of the tool, as trl's trainers have it; a subclass may say otherwise.
+    _tag_names: tuple[str, ...] = TAG_NAMES
+    _name: str = NAME
+    _paper: Paper | None = FISHER_RAO
+    _template_file: str = TEMPLATE_FILE
 
     def __init__(
         self,
@@ -147,16 +156,23 @@ class FisherRaoMerger:
         """Whether this is the process that writes and talks."""
         return self.processes.is_main
 
-    def plan(self) -> MergePlan:
+    def plan(self, resume_from_checkpoint: bool | None = None) -> MergePlan:
         """
         Decide what will happen to every tensor, from headers alone; then download what is on the Hub.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*):
+                Overrides the argument of the same name, in the plan alone: `args` stay as they are.
 
         Raises:
             ArgumentError: If options contradict each other or the models.
             CheckpointError: If a model is missing, broken, or does not fit the others.
             MergeError: If a licence forbids the merge, or a disk is too small.
         """
-        return build_plan(self.experts, self.args, self.weights, self.base_model, check=_check_permitted_and_fitting)
+        args = self.args
+        if resume_from_checkpoint is not None:
+            args = replace(args, resume_from_checkpoint=resume_from_checkpoint)
+        return build_plan(self.experts, args, self.weights, self.base_model, check=_check_permitted_and_fitting)
 
     def merge(self, resume_from_checkpoint: bool | None = None) -> Self:
         """
@@ -172,15 +188,13 @@ class FisherRaoMerger:
         Raises:
             MergeError: With what went wrong and what to do; finished work is kept for a resume.
         """
-        if resume_from_checkpoint is not None:
-            self.args.resume_from_checkpoint = resume_from_checkpoint
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
         with self.processes.sharing_errors():
             if self.processes.is_main:
                 refuse_while_merging(self.args.output_dir)
-            plan = self.plan()
-            _check_same_commits(plan, self.processes)
+            plan = self.plan(resume_from_checkpoint)
+            check_same_commits(plan, self.processes)
         with closing(plan):
             for note in plan.notes:
                 logger.warning("%s", note)
@@ -234,7 +248,7 @@ class FisherRaoMerger:
         self._require_merge("evaluate")
         from hf_frmerge.evaluation.headlines import headlines, norm_headline, told
 
-        domains, is_named = self._datasets(eval_dataset, "evaluate", metric_key_prefix)
+        domains, is_named = datasets_by_name(eval_dataset, self.eval_dataset, metric_key_prefix)
         record, speed = self._measure(domains, merged=True, ignore_keys=ignore_keys)
         found = [*headlines(record), *norm_headline(self.args.output_dir)]
         metrics: dict[str, float] = {}
@@ -253,7 +267,7 @@ class FisherRaoMerger:
         Returns:
             `dict[str, float]`: `<prefix>_<model>_<dataset>_loss` and so on; models are called as in `evaluation`.
         """
-        domains, _ = self._datasets(eval_dataset, "evaluate_experts", metric_key_prefix)
+        domains, _ = datasets_by_name(eval_dataset, self.eval_dataset, metric_key_prefix)
         record, _ = self._measure(domains)
         metrics = {
             f"{metric_key_prefix}_{score.model}_{score.domain}_{name}": value
@@ -284,7 +298,7 @@ class FisherRaoMerger:
         from hf_frmerge.hub.folder import describe_merge
         from hf_frmerge.report.figures import figure_drawer
 
-        return describe_merge(self.args.output_dir, draw=figure_drawer(), **card_fields)
+        return describe_merge(self.args.output_dir, draw=figure_drawer(), **self._card_defaults(), **card_fields)
 
     def push_to_hub(
         self,
@@ -366,15 +380,6 @@ class FisherRaoMerger:
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
-    def _datasets(self, eval_dataset: Any, call: str, prefix: str) -> tuple[dict[str, Any], bool]:
-        """Return the datasets by name, and whether the user gave them names."""
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise ArgumentError(f"{call} needs a dataset: pass eval_dataset here or to FisherRaoMerger.")
-        if isinstance(dataset, Mapping):
-            return dict(dataset), True
-        return {"text" if prefix == "eval" else prefix.removeprefix("eval_"): dataset}, False
-
     def _measure(
         self, domains: Mapping[str, Any], *, merged: bool = False, ignore_keys: list[str] | None = None
     ) -> tuple[EvaluationRecord, dict[str, float]]:
@@ -408,19 +413,12 @@ class FisherRaoMerger:
         return record, speed
 
     def _begin(self, plan: MergePlan) -> None:
-        """Forget an earlier merge, then announce this one."""
+        """Reset what an earlier merge left, and fire `on_merge_begin`."""
         self.report = {}
         self.__dict__.pop("model", None)
         self.callback_handler.model = None
         self.evaluation = EvaluationRecord()
-        self.state.start()
-        self.state.max_steps = len(plan.steps)
-        self.state.bytes_total = sum(step.nbytes for step in plan.steps)
-        self.state.logging_steps = self.args.logging_steps
-        self.state.sources = [
-            {"id": model.spec, "revision": model.source.commit, "weight": weight}
-            for model, weight in zip(plan.models, [*plan.weights, None])
-        ]
+        self.state.start(plan)
         self.control = self.callback_handler.on_merge_begin(self.args, self.state, self.control)
 
     def _complete_folder(self) -> None:
@@ -440,7 +438,15 @@ class FisherRaoMerger:
         """Write the card without figures, which take longer than a small merge."""
         from hf_frmerge.hub.folder import describe_merge
 
-        describe_merge(self.args.output_dir)
+        describe_merge(self.args.output_dir, **self._card_defaults())
+
+    def _card_defaults(self) -> dict[str, Any]:
+        return {
+            "tag_names": self._tag_names,
+            "tool_name": self._name,
+            "tool_paper": self._paper,
+            "template_file": self._template_file,
+        }
 
     def _require_merge(self, call: str) -> None:
         if not self.is_merged:
@@ -456,15 +462,3 @@ def _copy_anew(source: str, target: str) -> None:
 def _check_permitted_and_fitting(plan: MergePlan) -> None:
     licences_of_plan(plan).raise_if_refused()
     check_space(plan)
-
-
-def _check_same_commits(plan: MergePlan, processes: Processes) -> None:
-    """Refuse to merge parts of different commits, where a branch moved between two processes' look at it."""
-    ours = [(model.spec, model.source.commit) for model in plan.models]
-    everyones = processes.gather(ours)
-    for spec, commit in everyones:
-        if (spec, commit) not in ours:
-            raise MergeError(
-                f"{spec} was changed on the Hub while the processes of this merge looked it up (one found {commit}). "
-                "Start it again, or name a commit, as in org/name@commit."
-            )

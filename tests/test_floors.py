@@ -14,6 +14,7 @@ FLOORS = [
     ["methods"],
     ["merging"],
     ["weighting", "fisher", "evaluation"],
+    ["wording"],
     ["hub", "report"],
     ["merger"],
     ["demo"],

@@ -40,6 +40,7 @@ from hf_frmerge import (
 from hf_frmerge.errors import ArgumentError, HubError, MergeError
 from hf_frmerge.evaluation.record import load_record
 from hf_frmerge.merging.verify import verify
+from hf_frmerge.methods.method import Paper
 
 WORDS = ["the", "house", "of", "wisdom", "has", "many", "rooms", "and", "each", "room", "opens", "on", "another"]
 TEXTS = {"proverb": [" ".join(WORDS * 6)], "reverse": [" ".join(WORDS[::-1] * 6)]}
@@ -213,11 +214,36 @@ def test_a_stopped_merge_leaves_no_model_and_resumes(make: Any, models: Path, tm
             call()
 
     merger.remove_callback(StopAfter)
+    arguments, before = merger.args, merger.args.to_dict()
     merger.merge(resume_from_checkpoint=True)
+    assert merger.args is arguments and arguments.to_dict() == before, "of this merge alone, as with Trainer"
+    assert before["resume_from_checkpoint"] is False
     assert (merger.state.global_step, merger.state.epoch) == (n, 1.0)
     fresh = make(output_dir=str(tmp_path / "fresh")).merge()
     assert fresh.report["n_merged"] == n
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "fresh" / "model.safetensors").read_bytes()
+
+
+def test_a_subclass_says_on_the_card_what_it_is(models: Path, tmp_path: Path) -> None:
+    class Soup(FisherRaoMerger):
+        _tag_names = ("soup",)
+        _name = "Souping"
+        _paper = Paper("Model soups: averaging weights", "Mitchell Wortsman, Ludwig Schmidt", 2022, "2203.05482")
+        _template_file = str(tmp_path / "soup.jinja")
+
+    (tmp_path / "soup.jinja").write_text("{{ card.tool_name }} of {{ card.experts | length }}: {{ papers | last }}\n")
+    args = MergingArguments(output_dir=str(tmp_path / "out"), disable_tqdm=True)
+    Soup([str(models / name) for name in ("math", "code")], args).merge()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.tags == ["soup", "karcher-mean", "fisher-rao"]
+    assert card.text.strip() == (
+        "Souping of 2: @article{wortsman2022model,\n"
+        "  title         = {Model soups: averaging weights},\n"
+        "  author        = {Wortsman, Mitchell and Schmidt, Ludwig},\n"
+        "  year          = {2022},\n"
+        "  eprint        = {2203.05482},\n"
+        "  archivePrefix = {arXiv}\n}"
+    )
 
 
 def test_a_collapse_guard_stops_a_merge_that_loses_its_norm(make: Any, models: Path, tmp_path: Path) -> None:

@@ -46,13 +46,15 @@ def demo(output_dir: str) -> None:
             for bar in bars:
                 bar.close()
     from hf_frmerge.cli.render import console, human_seconds, print_recovery, print_scores
-    from hf_frmerge.cli.render_evaluation import print_functions
+    from hf_frmerge.cli.render_evaluation import print_findings, print_functions
+    from hf_frmerge.wording.metrics import METRICS
 
     out = console()
     out.print(result.verdict)
-    print_scores(result.scores, result.merged, title="Perplexity on held-out text (lower is better)")
+    print_scores(result.scores, result.merged, title=f"{METRICS['perplexity'].heading}, on held-out text")
     print_recovery(recovered(result.scores, result.merged, result.experts, BASE))
     print_functions(result.record)
+    print_findings(result.record)
     out.print("\nWhat the numbers say (perplexities are geometric means over the texts):", style="bold")
     for sentence in conclusions(result.scores, result.angles):
         out.print(f"- {sentence}")

@@ -45,17 +45,11 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
         click.echo(json.dumps(merger.report, indent=2))
         return
     from hf_frmerge.cli.render import print_merge
-
-    print_merge(merger.report, _merged_dtype(args.output_dir), args.output_dir)
-
-
-def _merged_dtype(output_dir: str) -> str | None:
-    """Dtype code of the least precise merged tensors."""
     from hf_frmerge.merging.manifest import read_manifest
+    from hf_frmerge.wording.geometry import Geometry
 
-    tensors = read_manifest(Path(output_dir))["tensors"].values()
-    dtypes = {entry["dtype"] for entry in tensors if entry["action"] == "merge"}
-    return next((dtype for dtype in ("BF16", "F16", "F32", "F64") if dtype in dtypes), None)
+    geometry = Geometry.of_manifest(read_manifest(Path(args.output_dir)))
+    print_merge(merger.report, geometry, args.output_dir)
 
 
 COMMANDS = {"merge": merge}

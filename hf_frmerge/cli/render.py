@@ -12,6 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_frmerge.wording.geometry import Geometry, geometry_verdicts
+from hf_frmerge.wording.metrics import METRICS
+from hf_frmerge.wording.numbers import number, percent
+from hf_frmerge.wording.verdicts import Verdict
+
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.record import Recovered, Score
     from hf_frmerge.merging.extract import ExtractedAdapter
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.verify import VerifyReport
 
 _TIE = math.log(1.01)  # a few thousand tokens do not tell perplexities apart that differ by less than 1%
-_DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_STYLES = {"good": "", "fact": "", "watch": "yellow", "bad": "yellow"}
 
 
 def console() -> Console:
@@ -54,36 +59,13 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
-def radians(angle: float) -> str:
-    """`0.0123` as "0.0123 rad"; exact zeros as "0"."""
-    return f"{angle:.3g} rad" if angle else "0"
-
-
-def gap_sentence(gap: float, space: str, dtype: str) -> str:
-    """
-    Say what a gap between the Karcher and the norm-rescaled mean is worth.
-
-    Args:
-        gap (`float`): Largest angle between the two answers in any block, in radians.
-        space (`str`): Space the angle was measured in.
-        dtype (`str`): Dtype code of the output, such as `"BF16"`.
-    """
-    from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
-
-    differ = f"The Karcher mean and the norm-rescaled mean differ by at most {radians(gap)} in any block"
-    if is_below_rounding(gap, space, dtype):
-        rounding = f"{_DTYPE_NAMES[dtype]} ({radians(ROUNDING_ANGLE[dtype])})"
-        return f"{differ}: less than rounding to {rounding}, so expect the same model from both."
-    return f"{differ}: only an evaluation can tell which is better."
-
-
-def print_merge(report: Mapping[str, Any], dtype: str | None, output_dir: str) -> None:
+def print_merge(report: Mapping[str, Any], geometry: Geometry, output_dir: str) -> None:
     """
     Print what a merge did.
 
     Args:
         report (`Mapping[str, Any]`): `FisherRaoMerger.report`.
-        dtype (`str` or `None`): Dtype code of the merged tensors; `None` if nothing was merged.
+        geometry (`Geometry`): What it did to the weights.
         output_dir (`str`): Where the merged model is.
     """
     out = console()
@@ -95,32 +77,15 @@ def print_merge(report: Mapping[str, Any], dtype: str | None, output_dir: str) -
         f"{human_seconds(report['seconds'])}: {human_bytes(report['bytes_per_second'])}/s of input "
         f"({report['kernels']} kernels)."
     )
-    if "max_angle" in report:
-        _print_geometry(out, report, dtype)
+    print_verdicts(out, geometry_verdicts(geometry))
     out.print(f"Output: {output_dir}", style="bold")
     out.print(f"Check it bit for bit with: frmerge verify {shlex.quote(output_dir)}")
 
 
-def _print_geometry(out: Console, report: Mapping[str, Any], dtype: str | None) -> None:
-    angle, ratio = report["max_angle"], report["norm_ratio"]
-    out.print(
-        f"Largest angle between two experts in a block: {radians(angle['median'])} in the median, "
-        f"{radians(angle['min'])} to {radians(angle['max'])}."
-    )
-    out.print(f"Norm kept: {ratio['median']:.4f} of the experts' in the median, {ratio['min']:.4f} at worst.")
-    if report["n_not_converged"]:
-        out.print(
-            f"{report['n_not_converged']} blocks did not converge (worst residual {radians(report['residual'])}): "
-            "raise --max-iter, or see the manifest for which.",
-            style="yellow",
-        )
-    if report["n_ambiguous"]:
-        out.print(
-            f"{report['n_ambiguous']} blocks have no preferred mean direction and got the linear mean.",
-            style="yellow",
-        )
-    if report["method"] in ("karcher", "slerp") and dtype in _DTYPE_NAMES:
-        out.print(gap_sentence(report["gap_to_nre"]["max"], report["space"], dtype))
+def print_verdicts(out: Console, verdicts: Iterable[Verdict]) -> None:
+    """Print the sentences of verdicts, a line each; what needs attention in yellow."""
+    for verdict in verdicts:
+        out.print(verdict.text, style=_STYLES[verdict.level])
 
 
 def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
@@ -174,7 +139,8 @@ def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
         table.add_row(row["name"], *cells, end_section=row is shown[-1])
     out.print(table)
     out.print(
-        "norm: mean over experts; angle: largest between two of them; gap: from the Karcher to the norm-rescaled mean",
+        "norm: mean over experts; angle: largest between two of them (rad); gap: from the Karcher mean to the "
+        "norm-rescaled average (rad)",
         style="dim",
     )
     if len(shown) < len(tensors):
@@ -236,7 +202,7 @@ def print_extracted(extracted: ExtractedAdapter) -> None:
     out.print(f"Output: {extracted.output_dir}", style="bold")
 
 
-def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = "Perplexity (lower is better)") -> None:
+def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = METRICS["perplexity"].heading) -> None:
     """
     Print a table of perplexities, models by domains, with the geometric mean over the domains at the end.
 
@@ -292,7 +258,7 @@ def print_recovery(rows: Iterable[Recovered]) -> None:
 
 def _view_cells(view: Mapping[str, Any]) -> list[str]:
     norm = sum(view["norms"]) / len(view["norms"])
-    return [f"{norm:.3g}", radians(view["max_angle"]), radians(view["karcher_nre_gap"])]
+    return [number(norm), number(view["max_angle"]), number(view["karcher_nre_gap"])]
 
 
 def _losses(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
@@ -304,10 +270,10 @@ def _losses(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
 
 
 def _perplexity(loss: float, is_best: bool) -> Text:
-    text = f"{math.exp(min(loss, 700)):.2f}"  # exp(700) is the largest power of e a float holds
+    text = METRICS["perplexity"].written(math.exp(min(loss, 700)))  # exp(700) is the largest power of e a float holds
     return Text(f"{text} *" if is_best else f"{text}  ", style="bold green" if is_best else "")
 
 
 def _kept(row: Recovered) -> str:
-    share = "" if row.share is None else f" ({row.share:.0%})"
+    share = "" if row.share is None else f" ({percent(row.share)})"
     return f"{row.kept:+.3f}{share}"

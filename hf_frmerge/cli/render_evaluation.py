@@ -10,19 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_frmerge.cli.render import console
+from hf_frmerge.cli.render import console, print_verdicts
 from hf_frmerge.evaluation.record import MERGED, CollapseRatio, EvaluationRecord, Generation, WorstToken
+from hf_frmerge.wording import parts
+from hf_frmerge.wording.evaluation import evaluation_verdicts, layer_name, weakest_layers
+from hf_frmerge.wording.numbers import decimals, number, percent, visible
+from hf_frmerge.wording.scores import score_tables
 
 N_WORST_LAYERS = 3
 N_WORST_TOKENS = 8
 _CONTEXT_CHARS = 44
-# Metric -> heading, and how a value is written. Others are written with four digits under their own name.
-_METRICS = {
-    "perplexity": ("Perplexity (lower is better)", "{:,.2f}"),
-    "token_accuracy": ("Share of tokens guessed first", "{:.1%}"),
-    "accuracy": ("Accuracy", "{:.1%}"),
-    "loss": ("Loss, nats", "{:.4f}"),
-}
 _WEAK = 0.9  # of the experts' mean: what is said in yellow
 
 
@@ -34,8 +31,16 @@ def print_evaluation(record: EvaluationRecord) -> None:
     print_functions(record)
     _print_worst_tokens(out, record.worst_tokens)
     _print_generations(out, record)
+    print_findings(record)
     for command in record.commands:
         out.print(f"Also run: {command}", style="dim")
+
+
+def print_findings(record: EvaluationRecord) -> None:
+    """Print in sentences what the numbers of a record say."""
+    out = console()
+    out.print()
+    print_verdicts(out, evaluation_verdicts(record))
 
 
 def print_functions(record: EvaluationRecord) -> None:
@@ -47,25 +52,19 @@ def print_functions(record: EvaluationRecord) -> None:
 
 
 def _print_scores(out: Console, record: EvaluationRecord) -> None:
-    names = list(dict.fromkeys(name for score in record.scores for name in score.metrics))
-    if "perplexity" in names:
-        names.remove("loss")  # its logarithm
-    domains = record.domains
-    for name in names:
-        heading, form = _METRICS.get(name, (name.replace("_", " ").capitalize(), "{:.4g}"))
-        values = {(s.model, s.domain): s.metrics[name] for s in record.scores if name in s.metrics}
-        table = _table("model", *domains, *(["mean"] if name == "perplexity" and len(domains) > 1 else []))
-        models = [model for model in record.models if any(m == model for m, _ in values)] or [MERGED]
-        for model in sorted(models, key=lambda model: model == MERGED):  # stable: the merged model last
-            row = [values.get((model, domain)) for domain in domains]
-            cells = [_written(value, form) for value in row]
-            if name == "perplexity" and len(domains) > 1:
-                cells.append(_written(_geometric_mean(row), form))
+    counts = {s.domain: s.n_tokens or s.n_samples for s in record.scores}
+    unit = "tokens" if any(s.n_tokens for s in record.scores) else "samples"
+    for scores in score_tables(record.scores):
+        has_mean = scores.metric.name == "perplexity" and len(scores.domains) > 1
+        table = _table("model", *scores.domains, *(["mean"] if has_mean else []))
+        for model in scores.models:
+            cells = [scores.written(model, domain) for domain in scores.domains]
+            if has_mean:
+                mean = _geometric_mean([scores.values.get((model, domain)) for domain in scores.domains])
+                cells.append(scores.metric.written(mean))
             table.add_row(model, *cells, style="bold" if model == MERGED else None)
-        counts = {s.domain: s.n_tokens or s.n_samples for s in record.scores}
-        unit = "tokens" if any(s.n_tokens for s in record.scores) else "samples"
-        _print(out, f"{heading}, {sum(counts.values()):,} {unit}", table)
-        if name == "perplexity" and len(domains) > 1:
+        _print(out, f"{scores.metric.heading}, {sum(counts.values()):,} {unit}", table)
+        if has_mean:
             out.print("mean: geometric mean over the texts", style="dim")
 
 
@@ -75,10 +74,10 @@ def _print_recovery(out: Console, record: EvaluationRecord) -> None:
         return
     table = _table("expert", "on", "its gain", "kept", "share")
     for row in rows:
-        share = "–" if row.share is None else f"{row.share:.0%}"
         style = "yellow" if row.share is not None and row.share < 0 else None
-        table.add_row(row.expert, row.domain, f"{row.gain:+.3f}", f"{row.kept:+.3f}", share, style=style)
-    _print(out, "What is kept of each expert's gain over the base, nats", table)
+        table.add_row(row.expert, row.domain, f"{row.gain:+.3f}", f"{row.kept:+.3f}", percent(row.share), style=style)
+    _print(out, parts.RECOVERY.title, table)
+    out.print("gain: how much better than the base on that text, in nats a token", style="dim")
 
 
 def _print_distances(out: Console, record: EvaluationRecord) -> None:
@@ -88,23 +87,24 @@ def _print_distances(out: Console, record: EvaluationRecord) -> None:
     # Below the merged model's rows the yardstick: how far apart the experts are themselves.
     rows = [row for row in record.distances if row.model == MERGED or {row.model, row.other} <= {*record.experts}]
     rows.sort(key=lambda row: (record.domains.index(row.domain), row.model != MERGED))
-    for number, row in enumerate(rows):
-        is_last = number + 1 == len(rows) or rows[number + 1].domain != row.domain
+    for index, row in enumerate(rows):
+        is_last = index + 1 == len(rows) or rows[index + 1].domain != row.domain
         spread = (row.fisher_rao.mean, row.fisher_rao.median, row.fisher_rao.p95)
         table.add_row(
-            row.domain if number == 0 or rows[number - 1].domain != row.domain else "",
+            row.domain if index == 0 or rows[index - 1].domain != row.domain else "",
             row.model,
             row.other,
-            *(f"{value:.3g}" for value in spread),
-            f"{row.kl_other_model:.3g}",
-            f"{row.top1_agreement:.0%}",
+            *map(number, spread),
+            number(row.kl_other_model),
+            percent(row.top1_agreement),
             style=None if row.model == MERGED else "dim",
             end_section=is_last,
         )
-    _print(out, "Distance of predictions (Fisher-Rao, radians; 0 is the same, 3.14 nothing in common)", table)
+    _print(out, parts.DISTANCES.title, table)
+    out.print("Fisher–Rao distances in radians: 0 is the same prediction, 3.14 nothing in common", style="dim")
     error = max(row.error for row in record.distances)
-    note = "KL: from the right model to the left one, nats"
-    out.print(f"{note}; means are right to {error:.1g} rad" if error else f"{note}; distances are exact", style="dim")
+    exact = f"means are right to {number(error, 1)} rad" if error else "distances are exact"
+    out.print(f"KL: from the right model to the left one, nats; {exact}", style="dim")
 
 
 def _print_objectives(out: Console, record: EvaluationRecord) -> None:
@@ -112,25 +112,24 @@ def _print_objectives(out: Console, record: EvaluationRecord) -> None:
         return
     table = _table("on", "this merge", "lowest possible", "to the barycentre")
     for row in record.objectives:
-        table.add_row(row.domain, f"{row.value:.4g}", f"{row.lowest:.4g}", f"{row.to_barycentre.mean:.3g} rad")
-    _print(out, "The objective: weighted mean of squared distances to the experts (rad², Eq. 3)", table)
-    out.print("lowest possible: of predictions that lie at the experts' barycentre, token by token", style="dim")
+        table.add_row(row.domain, number(row.value, 4), number(row.lowest, 4), f"{number(row.to_barycentre.mean)} rad")
+    _print(out, parts.OBJECTIVES.title, table)
+    out.print(parts.OBJECTIVES.meaning, style="dim")
 
 
 def _print_collapse(out: Console, layers: Sequence[CollapseRatio]) -> None:
     if not layers:
         return
     table = _table("layer", "activation variance", "effective rank")
-    worst = sorted(layers, key=lambda row: _ascending(row.effective_rank))[:N_WORST_LAYERS]
-    worst += sorted(layers, key=lambda row: _ascending(row.activation_variance))[:1]
-    for row in sorted(set(worst), key=lambda row: row.layer):
-        table.add_row(str(row.layer), _ratio(row.activation_variance), _ratio(row.effective_rank))
+    for row in sorted(weakest_layers(layers, N_WORST_LAYERS), key=lambda row: row.layer):
+        table.add_row(layer_name(row.layer), _ratio(row.activation_variance), _ratio(row.effective_rank))
     table.add_section()
     means = [
         math.fsum(values) / len(layers) for values in zip(*((x.activation_variance, x.effective_rank) for x in layers))
     ]
     table.add_row(f"mean of {len(layers)}", *map(_ratio, means))
-    _print(out, "Activations over the experts' mean (1: as varied as theirs), weakest layers", table)
+    _print(out, parts.LAYERS.title, table)
+    out.print("over the experts' mean, weakest layers; 100% means that nothing was lost", style="dim")
 
 
 def _print_worst_tokens(out: Console, tokens: Iterable[WorstToken]) -> None:
@@ -142,16 +141,16 @@ def _print_worst_tokens(out: Console, tokens: Iterable[WorstToken]) -> None:
     for heading in ("expert", "it says", "merged says", "rad"):
         table.add_column(heading, justify="right" if heading == "rad" else "left", overflow="fold")
     for row in worst:
-        context = _one_line(row.context)[-_CONTEXT_CHARS:]
+        context = visible(row.context)[-_CONTEXT_CHARS:]
         table.add_row(
-            Text.assemble((f"…{context}", "dim"), (f"[{_one_line(row.token)}]", "bold")),
+            Text.assemble((f"…{context}", "dim"), (f"[{visible(row.token, spaces=True)}]", "bold")),
             row.expert,
-            f"{_one_line(row.expert_guess)} {row.expert_probability:.0%}",
-            f"{_one_line(row.merged_guess)} {row.merged_probability:.0%}",
-            f"{row.distance:.2f}",
+            f"{visible(row.expert_guess, spaces=True)} {percent(row.expert_probability)}",
+            f"{visible(row.merged_guess, spaces=True)} {percent(row.merged_probability)}",
+            decimals(row.distance, 2),
         )
-    _print(out, "Tokens on which it is farthest from an expert", table)
-    out.print("says: its first guess, and the probability it gives the token of the text", style="dim")
+    _print(out, parts.WORST_TOKENS.title, table)
+    out.print(parts.WORST_TOKENS.meaning, style="dim")
 
 
 def _print_generations(out: Console, record: EvaluationRecord) -> None:
@@ -164,9 +163,9 @@ def _print_generations(out: Console, record: EvaluationRecord) -> None:
         table.add_column("goes on", ratio=1, overflow="fold")
         table.add_column("repeats", justify="right")
         for row in sorted(rows, key=lambda row: row.model == MERGED):
-            text = _one_line(row.text)
-            table.add_row(row.model, text, f"{row.repetition:.0%}", style="bold" if row.model == MERGED else None)
-        _print(out, f"After a passage of {domain} that ends …{_one_line(prompt)[-_CONTEXT_CHARS:]}", table)
+            text = visible(row.text)
+            table.add_row(row.model, text, percent(row.repetition), style="bold" if row.model == MERGED else None)
+        _print(out, f"After a passage of {domain} that ends …{visible(prompt)[-_CONTEXT_CHARS:]}", table)
 
 
 def _table(first: str, *others: str) -> Table:
@@ -184,11 +183,6 @@ def _print(out: Console, title: str, table: Table) -> None:
     out.print(table)
 
 
-def _written(value: float | None, form: str) -> str:
-    """Write a number; what JSON could not hold was not finite."""
-    return "–" if value is None or math.isnan(value) else form.format(value)
-
-
 def _geometric_mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None and 0 < value < math.inf]
     return math.exp(math.fsum(map(math.log, known)) / len(known)) if len(known) == len(values) else None
@@ -196,14 +190,4 @@ def _geometric_mean(values: Sequence[float | None]) -> float | None:
 
 def _ratio(value: float) -> Text:
     weak = not value >= _WEAK
-    return Text("–" if math.isnan(value) else f"{value:.3f}", style="yellow" if weak else "")
-
-
-def _ascending(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
-
-
-def _one_line(text: str) -> str:
-    """Show breaks and spaces of a token, which may be nothing else."""
-    shown = text.replace("\r", "").replace("\n", "⏎").replace("\t", "⇥")
-    return shown if shown.strip() else shown.replace(" ", "␣")
+    return Text(percent(value, 1), style="yellow" if weak else "")

@@ -149,7 +149,7 @@ def conclusions(scores: Sequence[Score], angles: Mapping[str, float]) -> list[st
         best_sentence += f" Against the Karcher mean of the deltas: {compared}."
     return [
         f"Deltas lie up to {angles['deltas']:.2g} rad apart. There the Karcher mean scores {karcher:.2f} and the "
-        f"norm-rescaled mean (nre) {nre:.2f}: {_difference(karcher, nre, 'Karcher')}.",
+        f"norm-rescaled average (nre) {nre:.2f}: {_difference(karcher, nre, 'Karcher')}.",
         f"Keeping the norm of the deltas (nre, {nre:.2f}) against averaging it away (linear, {linear:.2f}): "
         f"{_difference(nre, linear, 'keeping it')}.",
         f"Weights lie up to {angles['weights']:.2g} rad apart. There all methods agree to {spread:.2%}{coincide}.",

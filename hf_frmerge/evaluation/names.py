@@ -1,12 +1,13 @@
-"""Names of the models of a merge in a record: short, apart, and without a local path, for the record is pushed."""
+"""Names of models and datasets in a record: short, apart, and without a local path, for the record is pushed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.record import MERGED, Role
 
 BASE = "base"
@@ -39,6 +40,29 @@ def models_of_merge(
     if merged is not None:
         models[MERGED], roles[MERGED] = merged, "merged"
     return models, roles
+
+
+def datasets_by_name(dataset: Any, default: Any, prefix: str) -> tuple[dict[str, Any], bool]:
+    """
+    Name the datasets of an evaluation.
+
+    Args:
+        dataset: A dataset, or datasets by name; `None` for the default.
+        default: The same, as it was given beforehand.
+        prefix: Prefix of the metrics' names: one dataset alone is called `text`, or what follows `eval_` here.
+
+    Returns:
+        Name -> dataset, and whether the user gave the names.
+
+    Raises:
+        ArgumentError: If there is no dataset.
+    """
+    dataset = dataset if dataset is not None else default
+    if dataset is None:
+        raise ArgumentError("An evaluation needs a dataset: pass eval_dataset here or to FisherRaoMerger.")
+    if isinstance(dataset, Mapping):
+        return dict(dataset), True
+    return {"text" if prefix == "eval" else prefix.removeprefix("eval_"): dataset}, False
 
 
 def _last_part(spec: str) -> str:

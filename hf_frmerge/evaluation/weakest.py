@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from hf_frmerge.evaluation.record import MERGED, Score
 
-# Metrics by which models are compared, the first that the merged model has; and whether lower is better.
-_COMPARED = {
+LOWER_IS_BETTER = {
     "perplexity": True,
     "loss": True,
     "accuracy": False,
@@ -19,6 +18,7 @@ _COMPARED = {
     "f1": False,
     "token_accuracy": False,
 }
+"""Of which metrics it is known which way is better. Models are compared by the first that the merged one has."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def weakest_domain(scores: Sequence[Score]) -> WeakestDomain | None:
     Returns:
         `None` if the merged model has no metric with a better and a worse, or stands alone.
     """
-    for metric, lower_is_better in _COMPARED.items():
+    for metric, lower_is_better in LOWER_IS_BETTER.items():
         of_metric = [score for score in scores if metric in score.metrics]
         gaps = _gaps(of_metric, metric, lower_is_better)
         if gaps:

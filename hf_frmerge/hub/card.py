@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.disk import write_file
-from hf_frmerge.hub import wording
 from hf_frmerge.hub.card_data import CardSource, MergeCard
 from hf_frmerge.hub.evaluation_section import evaluation_section, hide_names
 from hf_frmerge.hub.licences import LicenceDecision, SourceMetadata, combine
@@ -26,7 +23,9 @@ from hf_frmerge.hub.reproduce import (
     usage_python,
     verify_command,
 )
-from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
+from hf_frmerge.wording import parts
+from hf_frmerge.wording.geometry import geometry_verdicts
+from hf_frmerge.wording.methods import BLOCKS, NORMS, SPACES, bibtex, method_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -60,7 +59,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
     import jinja2
 
     card = _without_local_paths(card)
-    decision = licence_of(card)
+    decision, method = licence_of(card), method_of(card.method)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -69,29 +68,26 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         autoescape=False,  # the output is Markdown, and the Hub sanitises the HTML it makes of it
     )
     environment.filters["cell"] = cell
-    environment.filters["angle"] = _angle
-    template = environment.from_string(
-        files("hf_frmerge.hub").joinpath("templates/model_card.md.jinja").read_text(encoding="utf-8")
-    )
+    template = environment.from_string(Path(card.template_file).read_text(encoding="utf-8"))
     body = template.render(
         card=card,
         statistics=card.statistics,
-        method=wording.method_wording(card.method),
-        space=wording.SPACES.get(card.space, ""),
-        block=wording.BLOCKS.get(card.block, card.block),
-        norm=wording.NORMS.get(card.norm, card.norm),
+        parts=parts,
+        method=method,
+        space=SPACES.get(card.space, ""),
+        block=BLOCKS.get(card.block, card.block),
+        norm=NORMS.get(card.norm, card.norm),
         settings=result_arguments(card),
         evaluation=evaluation_section(card.evaluation) if card.evaluation else None,
-        figures={name: f"![{wording.FIGURES.get(name, name)}]({path})" for name, path in card.figures.items()},
-        gap_sentence=_gap_sentence(card),
+        figures={name: f"![{parts.FIGURES[name].title}]({path})" for name, path in card.figures.items()},
+        geometry=geometry_verdicts(card.statistics.geometry) if card.statistics.geometry else [],
         decision=decision,
         command=reproduce_command(card),
         python=reproduce_python(card),
         again=again_command(card),
         verify=verify_command(card, folder=card.model_name.rpartition("/")[2]),
         usage=usage_python(card),
-        paper_url=wording.PAPER_URL,
-        paper_bibtex=wording.PAPER_BIBTEX,
+        papers=[bibtex(paper) for paper in dict.fromkeys((method.paper, card.tool_paper)) if paper],
         user_begin=USER_BEGIN,
         user_end=USER_END,
         user_section=user_section.strip("\n"),
@@ -178,7 +174,7 @@ def card_metadata(card: MergeCard) -> ModelCardData:
     relation = "merge" if card.output_kind == "full" else "adapter"
     languages = [language for source in card.sources for language in source.metadata.language]
     datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
-    tags = ["merge", "hf-frmerge", *wording.method_wording(card.method).tags, *card.task.tags, *card.tags]
+    tags = [*card.tag_names, *method_of(card.method).tags, *card.task.tags, *card.tags]
     tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
     results = eval_results(card.evaluation, card.task.pipeline_tag) if card.evaluation else []
     optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
@@ -224,30 +220,6 @@ def _public_source(source: CardSource) -> CardSource:
         spec=source.name,
         metadata=replace(metadata, licence_link=hide_local_paths(link) if link else None),
     )
-
-
-def _gap_sentence(card: MergeCard) -> str | None:
-    """How far the method's answer is from the simplest one that keeps norms, said plainly."""
-    gap = card.statistics.karcher_nre_gap_max
-    if gap is None or card.method not in ("karcher", "slerp"):
-        return None
-    text = (
-        "A simpler method, the plain average stretched back to the experts' length, comes within "
-        f"{_angle(gap)} of this merge in every block"
-    )
-    dtype = card.statistics.output_dtype
-    if dtype is not None and is_below_rounding(gap, card.space, dtype):
-        return (
-            f"{text}. Storing the weights as {dtype} alone turns a tensor by about "
-            f"{_angle(ROUNDING_ANGLE[dtype])}, so for these experts the choice between the two methods makes no "
-            "practical difference."
-        )
-    return f"{text}. Whether that difference makes a better model, only an evaluation can tell."
-
-
-def _angle(radians: float) -> str:
-    """`0.0123` as "0.0123 rad (0.705°)"."""
-    return f"{radians:.3g} rad ({math.degrees(radians):.3g}°)"
 
 
 def _is_id(dataset: str) -> bool:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from hf_frmerge.evaluation.record import EvaluationRecord
 from hf_frmerge.hub.licences import SourceMetadata
 from hf_frmerge.hub.tasks import Task
+from hf_frmerge.methods.method import Paper
+from hf_frmerge.methods.table import FISHER_RAO
+from hf_frmerge.wording.geometry import Geometry
+
+TAG_NAMES = ("merge", "hf-frmerge")
+NAME = "Fisher–Rao merging"
+TEMPLATE_FILE = str(Path(__file__).with_name("templates") / "model_card.md.jinja")
 
 
 @dataclass(frozen=True)
@@ -59,30 +67,12 @@ class CardSource:
 
 @dataclass(frozen=True)
 class CardStatistics:
-    """
-    What the merge did, in numbers; `None` where it was not measured.
-
-    Angles are in radians, between two experts (their deltas in delta space): the median over tensors of a tensor's
-    mean angle, and the largest of all. `linear_norm_ratio` is the norm of the plain weighted average over the
-    experts' mean norm, by tensor: what a plain average would have kept. `merged_norm_ratio` is the same for the merge
-    itself. `karcher_nre_gap` is the angle between the merge and the norm-rescaled average of the same block.
-    """
+    """What the merge did, in numbers; `None` where it was not measured."""
 
     n_tensors_merged: int | None = None
     n_tensors_copied: int | None = None
     n_parameters: int | None = None
-    output_dtype: str | None = None  # safetensors name: "BF16", "F16", "F32", "F64"
-    angle_median: float | None = None
-    angle_max: float | None = None
-    linear_norm_ratio_min: float | None = None
-    linear_norm_ratio_median: float | None = None
-    merged_norm_ratio_min: float | None = None
-    merged_norm_ratio_median: float | None = None
-    karcher_nre_gap_median: float | None = None
-    karcher_nre_gap_max: float | None = None
-    worst_residual: float | None = None
-    n_not_converged: int | None = None
-    n_ambiguous: int | None = None
+    geometry: Geometry | None = None
 
 
 @dataclass
@@ -110,7 +100,7 @@ class MergeCard:
         evaluation (`EvaluationRecord`, *optional*):
             What was measured.
         figures (`dict[str, str]`, *optional*):
-            Figures beside the card: their names in `report.figures.FIGURES`, and their paths from the card.
+            Figures beside the card: their names in `wording.parts.FIGURES`, and their paths from the card.
         report_file (`str`, *optional*):
             Page with everything that was measured, beside the card.
         statistics (`CardStatistics`, *optional*):
@@ -125,6 +115,9 @@ class MergeCard:
             Licence the person chose; without it the rule of `licences.combine` decides.
         tags (`list[str]`, *optional*):
             Further tags.
+        tag_names, tool_name, tool_paper, template_file (*optional*):
+            Tags, name and paper of what made the merge, and the Jinja template of the card: class attributes of
+            `FisherRaoMerger`.
     """
 
     model_name: str
@@ -150,6 +143,10 @@ class MergeCard:
     )
     licence: str | None = None
     tags: list[str] = field(default_factory=list)
+    tag_names: tuple[str, ...] = TAG_NAMES
+    tool_name: str = NAME
+    tool_paper: Paper | None = FISHER_RAO
+    template_file: str = TEMPLATE_FILE
 
     @property
     def experts(self) -> list[CardSource]:

@@ -14,12 +14,12 @@ from hf_frmerge.evaluation.record import (
     FunctionDistance,
     Generation,
     Recovered,
-    Score,
     WorstToken,
 )
-from hf_frmerge.evaluation.weakest import WeakestDomain, weakest_domain
-from hf_frmerge.hub.markdown import MarkdownTable, bold, escape, listed, number, percent
-from hf_frmerge.hub.metrics import MetricTable, metric_of, metric_tables, shown_model
+from hf_frmerge.hub.markdown import MarkdownTable, bold, escape
+from hf_frmerge.hub.metrics import MetricTable, metric_tables, shown_model
+from hf_frmerge.wording.evaluation import evaluation_verdicts, layer_name, recovery_verdict, weakest_layers
+from hf_frmerge.wording.numbers import NONE, decimals, percent
 
 _WORST_LAYERS = 3
 _WORST_TOKENS = 5
@@ -42,7 +42,7 @@ class EvaluationSection:
     layers: MarkdownTable | None = None
     layer_note: str | None = None
     generations: list[tuple[str, MarkdownTable]] = field(default_factory=list)
-    weaknesses: list[str] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)
     worst_tokens: MarkdownTable | None = None
     commands: list[str] = field(default_factory=list)
 
@@ -60,9 +60,10 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
     """
     distances = [row for row in record.distances if row.model == MERGED and row.other in record.experts]
     collapse = record.collapse()
+    kept = recovery_verdict(record)
     return EvaluationSection(
         measured_on=_measured_on(record),
-        summary=_summary(record),
+        summary=escape(kept[0].text) if kept else None,
         metrics=metric_tables(record.scores),
         recovery=_recovery(record.recovery),
         distances=_distances(record, distances),
@@ -71,7 +72,7 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
         layers=_layers(collapse),
         layer_note=_layer_note(record),
         generations=_generations(record.generations),
-        weaknesses=_weaknesses(record.scores, _on_own_text(record, distances), collapse),
+        verdicts=[escape(verdict.text) for verdict in evaluation_verdicts(record) if verdict not in kept],
         worst_tokens=_worst_tokens(record.worst_tokens),
         commands=record.commands,
     )
@@ -106,27 +107,14 @@ def _counted(counts: dict[str, int], unit: str) -> str:
     return f"{total:,} {unit} ({by_domain})"
 
 
-def _summary(record: EvaluationRecord) -> str | None:
-    """One sentence for the top of the card."""
-    kept = [row for row in record.recovery if row.model == MERGED and row.share is not None]
-    if not kept:
-        return None
-    parts = [
-        f"{row.share:.0%} of what {escape(row.expert)} had learned"
-        + (f" about {escape(row.domain)}" if row.domain != row.expert else "")
-        for row in kept
-    ]
-    return f"On the texts it was measured on, it keeps {listed(parts)}."
-
-
 def _recovery(rows: Sequence[Recovered]) -> MarkdownTable | None:
     found = tuple(
         (
             escape(row.expert),
             escape(row.domain),
-            number(row.gain, 3),
-            number(row.kept, 3),
-            "–" if row.share is None else f"**{row.share:.0%}**",
+            decimals(row.gain, 3),
+            decimals(row.kept, 3),
+            NONE if row.share is None else f"**{percent(row.share)}**",
         )
         for row in rows
         if row.model == MERGED
@@ -154,12 +142,12 @@ def _distances(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> Ma
 
     def shown(domain: str, other: str) -> str:
         row = by_pair.get((domain, other))
-        return "–" if row is None else f"{number(row.fisher_rao.mean, 3)} ({percent(row.top1_agreement, 0)})"
+        return NONE if row is None else f"{decimals(row.fisher_rao.mean, 3)} ({percent(row.top1_agreement)})"
 
     lines = []
     for domain in domains:
         between = yardstick[domain]
-        mean = number(math.fsum(between) / len(between), 3) if between else "–"
+        mean = decimals(math.fsum(between) / len(between), 3) if between else NONE
         lines.append((escape(domain), *(shown(domain, o) for o in others), *([mean] if has_yardstick else [])))
     header = ("Text", *(f"to {escape(other)}" for other in others), *(["between experts"] if has_yardstick else []))
     return MarkdownTable(header, tuple(lines))
@@ -179,9 +167,9 @@ def _objectives(record: EvaluationRecord) -> MarkdownTable | None:
     rows = tuple(
         (
             escape(row.domain),
-            number(row.value, 4),
-            number(row.lowest, 4),
-            number(row.to_barycentre.mean, 3),
+            decimals(row.value, 4),
+            decimals(row.lowest, 4),
+            decimals(row.to_barycentre.mean, 3),
         )
         for row in record.objectives
     )
@@ -193,15 +181,14 @@ def _layers(collapse: Sequence[CollapseRatio]) -> MarkdownTable | None:
     """The layers that lost most, and the mean over all."""
     if not collapse:
         return None
-    worst = sorted(collapse, key=_kept)[:_WORST_LAYERS]
     rows = [
-        (_layer_name(row.layer), percent(row.activation_variance), percent(row.effective_rank))
-        for row in sorted(worst, key=lambda row: row.layer)
+        (layer_name(row.layer), percent(row.activation_variance, 1), percent(row.effective_rank, 1))
+        for row in sorted(weakest_layers(collapse, _WORST_LAYERS), key=lambda row: row.layer)
     ]
-    known = [row for row in collapse if math.isfinite(_kept(row))]
+    ratios = [(row.activation_variance, row.effective_rank) for row in collapse]
+    known = [pair for pair in ratios if all(map(math.isfinite, pair))]
     if known:
-        means = (math.fsum(getattr(row, name) for row in known) / len(known) for name in _RATIOS)
-        variance, rank = map(percent, means)
+        variance, rank = (percent(math.fsum(values) / len(known), 1) for values in zip(*known))
         rows.append((f"mean of all {len(known)}", variance, rank))
     header = ("Layer", "Spread (activation variance)", "Directions in use (effective rank)")
     return MarkdownTable(header, tuple(rows))
@@ -218,19 +205,6 @@ def _layer_note(record: EvaluationRecord) -> str | None:
     )
 
 
-_RATIOS = ("activation_variance", "effective_rank")
-
-
-def _kept(row: CollapseRatio) -> float:
-    """The smaller ratio of a layer; what is no number is the worst."""
-    values = [getattr(row, name) for name in _RATIOS]
-    return min(-math.inf if math.isnan(value) else value for value in values)
-
-
-def _layer_name(layer: int) -> str:
-    return "0 (embedding)" if layer == 0 else str(layer)
-
-
 def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
     """For the first prompts, what every model wrote; this model last."""
     prompts = list(dict.fromkeys(row.prompt for row in rows if row.model == MERGED))[:_PROMPTS]
@@ -245,45 +219,6 @@ def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
     return shown
 
 
-def _on_own_text(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> list[FunctionDistance]:
-    """Distances to experts on the texts they know best, where that is known: elsewhere nobody should be like them."""
-    own = {(row.expert, row.domain) for row in record.recovery}
-    return [row for row in rows if (row.other, row.domain) in own] or list(rows)
-
-
-def _weaknesses(
-    scores: Sequence[Score], distances: Sequence[FunctionDistance], collapse: Sequence[CollapseRatio]
-) -> list[str]:
-    weak = weakest_domain(scores)
-    found = [_behind(weak)] if weak else []
-    known = [row for row in distances if math.isfinite(row.fisher_rao.mean)]
-    if known:
-        row = max(known, key=lambda row: row.fisher_rao.mean)
-        found.append(
-            f"Its predictions differ most from those of **{escape(row.other)}** on {escape(row.domain)}: "
-            f"{number(row.fisher_rao.mean, 3)} rad on average, and the same first guess for "
-            f"{percent(row.top1_agreement, 0)} of the tokens."
-        )
-    if collapse:
-        worst = min(collapse, key=_kept)
-        found.append(
-            f"Its weakest layer is **{_layer_name(worst.layer)}**: {percent(worst.activation_variance)} of the "
-            f"experts' spread and {percent(worst.effective_rank)} of their directions."
-        )
-    return found
-
-
-def _behind(weak: WeakestDomain) -> str:
-    digits = metric_of(weak.metric).digits
-    numbers = f"{number(weak.merged, digits)} against {number(weak.best, digits)} for {escape(weak.model)}"
-    if weak.gap <= 0:
-        return (
-            "It is at least level with every other model in every domain; the closest is "
-            f"{escape(weak.domain)}: {numbers}."
-        )
-    return f"It falls furthest behind the best other model in **{escape(weak.domain)}**: {numbers}."
-
-
 def _worst_tokens(rows: Sequence[WorstToken]) -> MarkdownTable | None:
     worst = sorted(rows, key=lambda row: -row.distance)[:_WORST_TOKENS]
     lines = tuple(
@@ -292,7 +227,7 @@ def _worst_tokens(rows: Sequence[WorstToken]) -> MarkdownTable | None:
             escape(row.expert),
             _guess(row.expert_guess, row.expert_probability),
             _guess(row.merged_guess, row.merged_probability),
-            number(row.distance, 2),
+            decimals(row.distance, 2),
         )
         for row in worst
     )
@@ -302,7 +237,7 @@ def _worst_tokens(rows: Sequence[WorstToken]) -> MarkdownTable | None:
 
 def _guess(guess: str, probability: float) -> str:
     """`four (90%)`: what it guesses first, and how likely it finds the token that the text has."""
-    return f"{escape(guess.strip()) or ('white space' if guess else 'nothing')} ({percent(probability, 0)})"
+    return f"{escape(guess.strip()) or ('white space' if guess else 'nothing')} ({percent(probability)})"
 
 
 def hide_names(record: EvaluationRecord, hide: Any) -> EvaluationRecord:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +16,6 @@ from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata, read_source_metadata
 from hf_frmerge.hub.outgoing import is_public_base
 from hf_frmerge.hub.tasks import read_task
-from hf_frmerge.hub.wording import FIGURES
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.manifest import (
     COEFFICIENTS_FILE,
@@ -28,6 +25,8 @@ from hf_frmerge.merging.manifest import (
     REPORT_FILE,
     read_manifest,
 )
+from hf_frmerge.wording.geometry import Geometry
+from hf_frmerge.wording.parts import FIGURES
 
 FIGURES_FOLDER = "figures"
 
@@ -95,7 +94,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         "non_default_arguments": _non_default(arguments),
         "evaluation": load_record(folder),
         "report_file": REPORT_FILE if _is_current(folder / REPORT_FILE) else None,
-        "statistics": _statistics(manifest["tensors"]),
+        "statistics": _statistics(manifest),
         "notes": manifest["notes"],
         "versions": {"hf_frmerge": manifest["hf_frmerge"], **manifest["versions"]},
         "manifest_files": [name for name in (MANIFEST_FILE, COEFFICIENTS_FILE) if (folder / name).is_file()],
@@ -152,34 +151,12 @@ def _non_default(arguments: dict[str, Any]) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if name in defaults and value != defaults[name]}
 
 
-def _statistics(tensors: dict[str, dict[str, Any]]) -> CardStatistics:
-    """Summary over tensors of the per-tensor geometry in the manifest."""
-    merged = [entry for entry in tensors.values() if "geometry" in entry]
-    sizes: Counter[str] = Counter()
-    for entry in merged:
-        sizes[entry["dtype"]] += math.prod(entry["shape"])
-
-    def values(name: str) -> list[float]:
-        found = (entry["geometry"][name] for entry in merged)
-        return [value for value in found if value is not None and math.isfinite(value)]
-
-    def median(name: str) -> float | None:
-        return statistics.median(values(name)) if values(name) else None
-
+def _statistics(manifest: dict[str, Any]) -> CardStatistics:
+    entries = manifest["tensors"].values()
+    merged = [entry for entry in entries if entry["action"] == "merge"]
     return CardStatistics(
         n_tensors_merged=len(merged),
-        n_tensors_copied=len(tensors) - len(merged),
-        n_parameters=sizes.total(),
-        output_dtype=max(sizes, key=sizes.__getitem__, default=None),
-        angle_median=median("mean_angle"),
-        angle_max=max(values("max_angle"), default=None),
-        linear_norm_ratio_min=min(values("linear_norm_ratio"), default=None),
-        linear_norm_ratio_median=median("linear_norm_ratio"),
-        merged_norm_ratio_min=min(values("norm_ratio"), default=None),
-        merged_norm_ratio_median=median("norm_ratio"),
-        karcher_nre_gap_median=median("gap_to_nre"),
-        karcher_nre_gap_max=max(values("gap_to_nre"), default=None),
-        worst_residual=max(values("residual"), default=None),
-        n_not_converged=sum(bool(entry["geometry"]["unconverged"]) for entry in merged),
-        n_ambiguous=sum(entry["geometry"]["n_ambiguous"] for entry in merged),
+        n_tensors_copied=len(entries) - len(merged),
+        n_parameters=sum(math.prod(entry["shape"]) for entry in merged),
+        geometry=Geometry.of_manifest(manifest),
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.files import open_folder
 from hf_frmerge.errors import MergeError
-from hf_frmerge.hub.markdown import listed
+from hf_frmerge.wording.numbers import listed
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.plan import MergePlan

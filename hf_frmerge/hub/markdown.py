@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
-import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+from hf_frmerge.wording.numbers import visible
 
 # What starts emphasis, code, links, HTML, tables, headings, mathematics, mentions or entities somewhere in a line.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$&!@:{}])")
-_WHITE = {"\n": "⏎", "\r": "⏎", "\t": "⇥"}
-_JOINERS = "\u200c\u200d"  # belong to the spelling of Persian and to emoji; other format characters turn text around
 
 
 @dataclass(frozen=True)
@@ -33,21 +30,15 @@ def escape(text: object, limit: int | None = None) -> str:
 
     Args:
         text (`object`):
-            Made a string; line breaks become `⏎`, tabs `⇥`, other characters that do not print `�`.
+            Made a string, and shown by `visible`.
         limit (`int`, *optional*):
             Characters kept; what is cut off is marked by `…`.
     """
-    shown = "".join(_WHITE.get(char) or _printable(char) for char in str(text))
+    shown = visible(str(text))
     if limit is not None and len(shown) > limit:
         shown = shown[:limit].rstrip() + "…"
     shown = _SPECIAL.sub(r"\\\1", shown)
     return re.sub(r"\bwww\.", r"www\\.", shown)  # else a link
-
-
-def _printable(char: str) -> str:
-    if char.isprintable() or char in _JOINERS:
-        return char
-    return " " if unicodedata.category(char) == "Zs" else "�"
 
 
 def cell(text: object) -> str:
@@ -59,18 +50,3 @@ def bold(text: str) -> str:
     """Bold text, spaces outside. Asterisks beside punctuation or in the middle of a word would show as asterisks."""
     inner = text.strip()
     return text.replace(inner, f"<b>{inner}</b>", 1) if inner else text
-
-
-def listed(names: Sequence[str]) -> str:
-    """`["a", "b", "c"]` as "a, b and c"."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def number(value: float, digits: int) -> str:
-    """`value` with so many decimals; a dash for what is not finite."""
-    return "–" if not math.isfinite(value) else f"{value:,.{digits}f}"
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """`value` in percent, with so many decimals; a dash for what is not finite."""
-    return "–" if not math.isfinite(value) else f"{value:.{digits}%}"

@@ -8,22 +8,12 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.evaluation.headlines import headlines
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
-from hf_frmerge.hub.metrics import is_error, metric_of
+from hf_frmerge.wording.metrics import is_error, metric_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 _ALL = "all texts of the evaluation"
-_NAMES = {
-    "fisher_rao": "Fisher-Rao distance to the farthest expert (rad)",
-    "top1_agreement": "Same first guess as the farthest expert",
-    "objective": "Mean squared Fisher-Rao distance to the experts (rad^2)",
-    "to_barycentre": "Fisher-Rao distance to the barycentre of the experts (rad)",
-    "effective_rank": "Effective rank over that of the experts, worst layer",
-    "activation_variance": "Activation variance over that of the experts, worst layer",
-    "repetition": "Repeated 4-grams in continuations",
-    "entropy": "Entropy of continuations (nats)",
-}
 
 
 def eval_results(record: EvaluationRecord, pipeline_tag: str | None) -> list[EvalResult]:
@@ -51,16 +41,10 @@ def eval_results(record: EvaluationRecord, pipeline_tag: str | None) -> list[Eva
             task_type=pipeline_tag or "other",
             dataset_type=re.sub(r"[^a-z0-9]+", "-", domain.lower()).strip("-") or "unnamed",
             dataset_name=domain,
-            metric_type="recovery" if name.startswith("recovery_") else metric_of(name).hub_type,
-            metric_name=_title(name),
+            metric_type=metric_of(name).hub_type,
+            metric_name=metric_of(name).title,
             metric_value=float(f"{value:.6g}"),
         )
         for domain, name, value in found
         if math.isfinite(value)
     ]
-
-
-def _title(name: str) -> str:
-    if name.startswith("recovery_"):
-        return f"Share kept of what {name.removeprefix('recovery_')} gained over the base"
-    return _NAMES.get(name) or metric_of(name).title

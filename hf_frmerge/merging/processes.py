@@ -14,7 +14,7 @@ from hf_frmerge.errors import MergeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_frmerge.merging.plan import TensorStep
+    from hf_frmerge.merging.plan import MergePlan, TensorStep
 
 
 # How long a process may wait for a slower one. By default gloo gives up after half an hour.
@@ -111,3 +111,19 @@ class Processes:
             if owner == self.rank:
                 mine.append(step)
         return mine
+
+
+def check_same_commits(plan: MergePlan, processes: Processes) -> None:
+    """
+    Refuse to merge parts of different commits, where a branch moved between two processes' look at it.
+
+    Raises:
+        MergeError: With the model that was changed.
+    """
+    ours = [(model.spec, model.source.commit) for model in plan.models]
+    for spec, commit in processes.gather(ours):
+        if (spec, commit) not in ours:
+            raise MergeError(
+                f"{spec} was changed on the Hub while the processes of this merge looked it up (one found {commit}). "
+                "Start it again, or name a commit, as in org/name@commit."
+            )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.callbacks import StepResult
+    from hf_frmerge.merging.plan import MergePlan
 
 
 @dataclass
@@ -32,7 +33,7 @@ class MergeState:
         worst_residual (`float`):
             Largest residual of a merged tensor, in radians.
         sources (`list[dict]`):
-            One entry per expert: `id`, `revision` (resolved commit), `weight`, `licence`.
+            One entry per expert, and one for the base model: `id`, `revision` (resolved commit), `weight`.
         log_history (`list[dict]`):
             Everything logged, with the step it was logged at.
         logging_steps (`int`):
@@ -60,10 +61,17 @@ class MergeState:
     trial_name: str | None = None
     trial_params: dict[str, str | float | int | bool] | None = None
 
-    def start(self) -> None:
-        """Count from zero: a merge begins, perhaps one that goes on where an earlier one stopped."""
+    def start(self, plan: MergePlan) -> None:
+        """Count from zero and take the totals of a plan; a merge that resumes counts its finished tensors again."""
         self.global_step = self.bytes_done = self.n_not_converged = 0
         self.epoch = self.worst_residual = 0.0
+        self.max_steps = len(plan.steps)
+        self.bytes_total = sum(step.nbytes for step in plan.steps)
+        self.logging_steps = plan.args.logging_steps
+        self.sources = [
+            {"id": model.spec, "revision": model.source.commit, "weight": weight}
+            for model, weight in zip(plan.models, [*plan.weights, None])
+        ]
 
     def record(self, result: StepResult) -> None:
         """Count one finished tensor, whether it was merged, copied or skipped."""

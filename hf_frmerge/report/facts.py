@@ -14,6 +14,7 @@ from hf_frmerge.evaluation.names import models_of_merge
 from hf_frmerge.evaluation.record import EvaluationRecord, load_record
 from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, read_coefficients, read_manifest
 from hf_frmerge.merging.weight_rules import layer_index
+from hf_frmerge.wording.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class MergeFacts:
         """Tensors that are a combination of the experts'."""
         return [tensor for tensor in self.tensors if tensor.geometry is not None]
 
-    def geometry(self, name: str) -> NDArray[np.float64]:
-        """One number of the geometry of every merged tensor, float64, NaN where it is not known."""
-        return np.array([tensor.geometry[name] for tensor in self.merged_tensors if tensor.geometry], dtype=np.float64)
+    @property
+    def totals(self) -> Geometry:
+        """What the merge did to the weights, over all merged tensors."""
+        return Geometry.of_manifest(self.manifest)
 
 
 def read_facts(folder: Path | str) -> MergeFacts:

@@ -22,24 +22,13 @@ from hf_frmerge.report.style import NARROW, PALETTE, WIDE
 from hf_frmerge.report.svg import inline_svg
 from hf_frmerge.report.tables import block_table, distance_table, layer_table, objective_table, score_tables
 from hf_frmerge.report.verdicts import verdicts
-from hf_frmerge.report.words import number, percent, visible
+from hf_frmerge.wording import parts
+from hf_frmerge.wording.methods import method_of
+from hf_frmerge.wording.numbers import number, percent, visible
 
 _MAX_TOKENS = 200
 _LONG = 16  # characters of a cell
 _CONTEXT = 160  # characters before a token that tell where it stands
-
-_CAPTIONS = {
-    "recovery": "How much of each expert’s gain over the base is kept, on that expert’s own text. 0 % is as good as "
-    "the base, 100 % as good as the expert.",
-    "distances": "How far predictions are from each expert’s, token by token: filled, those of the merged model; the "
-    "line, those of the other experts. Dashes mark the means. 0 is the same prediction, π nothing in common.",
-    "layers": "Variance of the activations and the number of directions they spread over, layer by layer; below, both "
-    "over the experts’ mean. A merged model that falls far below 1 has collapsed there.",
-    "angles": "How far apart the experts point: each pair, and each tensor by its layer. At 0 rad they agree; at 1.57 "
-    "(a right angle) they have nothing in common.",
-    "coefficients": "What every expert counts for in every tensor, over its weight. 1 everywhere is a plain average; "
-    "above 1 lengths are made up for. Tensors outside the layers run along their whole row.",
-}
 
 
 def write_page(folder: Path | str, output: Path | str | None = None) -> Path:
@@ -83,10 +72,11 @@ def render_page(facts: MergeFacts) -> str:
     script = _template("page.js")
     return environment.from_string(_template("page.html.jinja")).render(
         facts=facts,
+        method=method_of(facts.manifest["method"]),
         record=facts.record,
         verdicts=verdicts(facts),
         figures=_figures(facts),
-        captions=_CAPTIONS,
+        parts=parts,
         score_tables=score_tables(record),
         distance_table=distance_table(record),
         objective_table=objective_table(record),

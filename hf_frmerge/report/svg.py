@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import re
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 from hf_frmerge.report.style import PALETTE, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_FONT = re.compile(r"font-family: [^;]*;? ?")
+_URL = re.compile(r"url\(#([^)]+)\)")
 
 
 @styled
@@ -24,23 +28,48 @@ def inline_svg(figure: Figure, name: str) -> str:
         figure (`Figure`): Made by a function of this room.
         name (`str`): Put before every id: those of all figures of a page must be different.
     """
-    text = io.StringIO()
+    file = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(text, format="svg", facecolor="none", metadata=nothing)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"\s*<metadata>.*?</metadata>|\s*<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = (
-        re.sub(r' (?:xmlns(?::xlink)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")])
-        + svg[svg.index(">") :]
-    )
-    # matplotlib's ids differ between runs; only what is referred to needs one.
-    used = {
-        found: f"{name}-{i}" for i, found in enumerate(dict.fromkeys(re.findall(r'(?:url\(|href=")#([^)"]+)', svg)))
-    }
-    svg = re.sub(r' id="([^"]+)"', lambda match: f' id="{used[match[1]]}"' if match[1] in used else "", svg)
-    svg = re.sub(r'(url\(|href=")#([^)"]+)', lambda match: f"{match[1]}#{used[match[2]]}", svg)
+    figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
+    svg = ElementTree.fromstring(file.getvalue())
+    for parent in list(svg.iter()):
+        parent.tag = _bare(parent.tag)
+        parent.attrib = {_bare(key): value for key, value in parent.attrib.items()}
+        for child in [child for child in parent if _bare(child.tag) in ("metadata", "style")]:
+            parent.remove(child)
+    svg.attrib = {"aria-hidden": "true", "viewBox": svg.attrib["viewBox"]}
+    _rename_ids(svg, name)
+    for element in svg.iter():
+        element.attrib = {key: _themed(value) for key, value in element.attrib.items()}
+    return ElementTree.tostring(svg, encoding="unicode")
+
+
+def _bare(name: str) -> str:
+    """Name without its namespace, which HTML does not need."""
+    return name.rpartition("}")[2]
+
+
+def _rename_ids(svg: ElementTree.Element, name: str) -> None:
+    """Number the ids that something refers to, and drop the others: matplotlib's differ between runs."""
+    new: dict[str, str] = {}
+
+    def renamed(old: str) -> str:
+        return new.setdefault(old, f"{name}-{len(new)}")
+
+    for element in svg.iter():
+        for key, value in element.attrib.items():
+            if key == "href" and value.startswith("#"):
+                element.set(key, f"#{renamed(value[1:])}")
+            else:
+                element.set(key, _URL.sub(lambda match: f"url(#{renamed(match[1])})", value))
+    for element in svg.iter():
+        old = element.attrib.pop("id", None)
+        if old in new:
+            element.set("id", new[old])
+
+
+def _themed(value: str) -> str:
+    """Leave the colours of the palette, and the font, to the style sheet of the page."""
     for role, (light, _) in PALETTE.items():
-        svg = re.sub(light, f"var(--{role})", svg, flags=re.IGNORECASE)
-    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
-    return svg.replace("<svg", '<svg aria-hidden="true"', 1)
+        value = value.replace(light, f"var(--{role})")
+    return _FONT.sub("", value)

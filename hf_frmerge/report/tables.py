@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
 from hf_frmerge.report.facts import MergeFacts, TensorFacts
-from hf_frmerge.report.words import number, percent
+from hf_frmerge.wording import parts
+from hf_frmerge.wording import scores as words
+from hf_frmerge.wording.numbers import number, percent
+from hf_frmerge.wording.scores import ScoreTable
 
 MAX_ROWS = 2000
 """A browser can take more, a person cannot: tensors of one kind in one layer are put together beyond."""
@@ -55,49 +58,32 @@ class Table:
 
 
 def score_tables(record: EvaluationRecord) -> list[Table]:
-    """Return one table a metric: models down, domains across, the best of every domain marked."""
-    metrics = list(dict.fromkeys(name for score in record.scores for name in score.metrics))
-    tables: list[Table] = []
-    for metric in metrics:
-        values = {(s.model, s.domain): s.metrics[metric] for s in record.scores if metric in s.metrics}
-        domains = [domain for domain in record.domains if any(d == domain for _, d in values)]
-        best = {domain: _best(metric, [v for (_, d), v in values.items() if d == domain]) for domain in domains}
-        rows = []
-        for model in sorted(dict.fromkeys(m for m, _ in values), key=lambda m: (m != MERGED, m in record.experts)):
-            cells = [_score(values.get((model, domain)), best[domain]) for domain in domains]
-            rows.append((Cell(_label(record, model)), *cells))
-        title, note = _METRICS.get(metric, (metric.replace("_", " ").capitalize(), ""))
-        columns = (Column("Model"), *(Column(domain) for domain in domains))
-        tables.append(Table(f"scores-{len(tables)}", title, columns, tuple(rows), note))
-    return tables
+    """Return one table a metric: models down, the merged one first, domains across, the best of each marked."""
+    return [_score_table(record, scores, index) for index, scores in enumerate(words.score_tables(record.scores))]
 
 
-_METRICS = {
-    "loss": ("Loss", "Nats a token; lower is better."),
-    "perplexity": ("Perplexity", "Lower is better."),
-    "token_accuracy": ("Token accuracy", "Share of tokens that were the first guess; higher is better."),
-    "accuracy": ("Accuracy", "Higher is better."),
-}
-
-
-def _best(metric: str, values: Iterable[float | None]) -> float | None:
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    if metric not in _METRICS or len(finite) < 2:
-        return None
-    return min(finite) if metric in ("loss", "perplexity") else max(finite)
-
-
-def _score(value: float | None, best: float | None) -> Cell:
-    cell = _number(value, 4)
-    return Cell(cell.text, cell.value, is_best=best is not None and value == best)
+def _score_table(record: EvaluationRecord, scores: ScoreTable, index: int) -> Table:
+    rows = []
+    for model in sorted(scores.models, key=lambda model: (model != MERGED, model in record.experts)):
+        cells = [
+            Cell(
+                scores.written(model, domain),
+                scores.values.get((model, domain), math.nan),
+                scores.is_best(model, domain),
+            )
+            for domain in scores.domains
+        ]
+        rows.append((Cell(_label(record, model)), *cells))
+    columns = (Column("Model"), *(Column(domain) for domain in scores.domains))
+    return Table(f"scores-{index}", scores.metric.heading, columns, tuple(rows), scores.metric.meaning)
 
 
 def _number(value: float | None, digits: int = 3) -> Cell:
     return Cell(number(value, digits), math.nan if value is None else float(value))
 
 
-def _percent(value: float | None) -> Cell:
-    return Cell(percent(value), math.nan if value is None else float(value))
+def _percent(value: float | None, digits: int = 0) -> Cell:
+    return Cell(percent(value, digits), math.nan if value is None else float(value))
 
 
 def _count(value: int) -> Cell:
@@ -117,7 +103,7 @@ def distance_table(record: EvaluationRecord) -> Table | None:
     bound = f" They are estimates from samples: the means may be off by up to {number(error)} rad." if error else ""
     return Table(
         "distances",
-        "Distances of the outputs, in numbers",
+        parts.DISTANCES.title,
         (
             Column("From"),
             Column("To"),
@@ -151,7 +137,7 @@ def distance_table(record: EvaluationRecord) -> Table | None:
             )
             for row in rows
         ),
-        f"Fisher–Rao distances are in radians, from 0 to π.{bound}",
+        f"{parts.DISTANCES.meaning}{bound}",
     )
 
 
@@ -161,7 +147,7 @@ def objective_table(record: EvaluationRecord) -> Table | None:
         return None
     return Table(
         "objectives",
-        "The objective of the merge",
+        parts.OBJECTIVES.title,
         (
             Column("Text"),
             Column("Reached", "Weighted mean squared Fisher–Rao distance to the experts, in squared radians"),
@@ -179,8 +165,7 @@ def objective_table(record: EvaluationRecord) -> Table | None:
             )
             for row in record.objectives
         ),
-        "Weighted mean of the squared distances to the experts (rad²; arXiv 2603.04972, Eq. 3). No model can be below "
-        "the lowest.",
+        parts.OBJECTIVES.meaning,
     )
 
 
@@ -192,7 +177,7 @@ def layer_table(record: EvaluationRecord) -> Table | None:
     merged = {row.layer: row for row in record.layers if row.model == MERGED}
     return Table(
         "layers",
-        "Layers, in numbers",
+        parts.LAYERS.title,
         (
             Column("Layer", "0 is the output of the embedding"),
             Column("Variance", "Activation variance, mean over features"),
@@ -204,14 +189,13 @@ def layer_table(record: EvaluationRecord) -> Table | None:
             (
                 Cell(str(row.layer), float(row.layer)),
                 _number(merged[row.layer].activation_variance),
-                _number(row.activation_variance),
+                _percent(row.activation_variance, 1),
                 _number(merged[row.layer].effective_rank),
-                _number(row.effective_rank),
+                _percent(row.effective_rank, 1),
             )
             for row in ratios
         ),
-        "Of the merged model. Effective rank: the exponential of the entropy of the eigenvalues of the centred "
-        "covariance of the activations.",
+        parts.LAYERS.meaning,
     )
 
 
@@ -229,7 +213,7 @@ def block_table(facts: MergeFacts) -> Table | None:
         note += f" {len(facts.merged_tensors):,} tensors, those of a kind in a layer together: means, and the worst."
     return Table(
         "blocks",
-        "Statistics of the merge, tensor by tensor",
+        f"{parts.BLOCKS.title}, tensor by tensor",
         (
             Column("Tensor"),
             Column("Blocks", "Spheres it was cut into"),

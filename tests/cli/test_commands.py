@@ -17,6 +17,8 @@ from hub_server.state import Collection
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_frmerge.wording import parts
+
 Frmerge = Callable[..., Result]
 
 
@@ -41,9 +43,9 @@ def test_merge_writes_the_mean_and_says_what_it_did(frmerge: Frmerge, models, tm
 
 def test_merge_says_when_karcher_and_nre_are_the_same_model(frmerge: Frmerge, models, tmp_path: Path) -> None:
     apart = frmerge("merge", *models.experts, "--output-dir", tmp_path / "apart")
-    assert "only an evaluation can tell" in apart.stdout.replace("\n", " ")
+    assert "Only an evaluation of both can tell" in " ".join(apart.stdout.split())
     twins = frmerge("merge", models.math, models.math, "--output-dir", tmp_path / "twins")
-    assert "expect the same model from both" in twins.stdout.replace("\n", " ")
+    assert "expect the same model from both" in " ".join(twins.stdout.split())
 
 
 def test_merge_json_is_the_report_and_nothing_else(frmerge: Frmerge, models, tmp_path: Path) -> None:
@@ -140,11 +142,11 @@ def test_evaluate_compares_and_adds_to_the_card(frmerge: Frmerge, models, tmp_pa
     assert recovered["math"]["kept"] == pytest.approx(kept, abs=1e-12)
 
     card = (output / "README.md").read_text()
-    assert f"{by_model['adapter']['perplexity']:.2f}" in card and "adapter" in card
+    assert f"{by_model['adapter']['perplexity']:,.2f}" in card and "adapter" in card
     table = frmerge(*arguments).stdout
-    assert f"{by_model['base']['perplexity']:.2f}" in table
-    for part in ("gain over the base", "Distance of predictions", "The objective", "Activations", "Tokens on which"):
-        assert part in table
+    assert f"{by_model['base']['perplexity']:,.2f}" in table
+    for part in (parts.RECOVERY, parts.DISTANCES, parts.OBJECTIVES, parts.LAYERS, parts.WORST_TOKENS):
+        assert part.title in table
     assert frmerge("card", output).exit_code == 0
     assert (output / "README.md").read_text() == card, "writing the card again keeps the scores"
 

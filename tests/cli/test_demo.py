@@ -40,7 +40,7 @@ def test_the_demo_merges_measures_writes_and_reloads(
     assert frmerge("verify", output).exit_code == 0
     card = (output / "README.md").read_text()
     assert "**this model**" in card and merge_name("nre", "weights") not in card
-    assert "Distance of predictions" in done.stdout and "effective rank" in done.stdout
+    assert "Fisher–Rao distances in radians" in done.stdout and "effective rank" in done.stdout
     record = load_record(output)
     assert record is not None and list(record.models.values()) == ["base", "expert", "expert", "merged"]
     assert record.objectives and record.collapse() and record.worst_tokens and record.generations

@@ -8,7 +8,7 @@ import pytest
 from evaluation_records import make_record
 
 from hf_frmerge.evaluation.headlines import by_key, headlines, norm_headline
-from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, LayerActivations, Recovered, Score
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, LayerActivations, Recovered, Score
 from hf_frmerge.merging.manifest import FORMAT_VERSION
 
 
@@ -46,6 +46,27 @@ def test_what_is_no_number_is_the_worst() -> None:
     assert found["effective_rank"].value == pytest.approx(1 / 3)
     assert math.isnan(found["x_perplexity"].value)
     assert "recovery" not in found, "an expert that gained nothing has nothing to recover"
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_no_number_is_the_worst_wherever_it_stands(broken: int) -> None:
+    values = [0.3, 0.3, 0.3]
+    values[broken] = math.nan
+    record = make_record(
+        distances=[],
+        generations=[Generation(MERGED, f"d{i}", "p", "t", value, value) for i, value in enumerate(values)],
+    )
+    record.layers = [
+        LayerActivations(model, layer, 1.0, math.nan if model == MERGED and layer == broken else 1.0)
+        for model in (MERGED, "expert-math")
+        for layer in range(3)
+    ]
+    found = by_key(headlines(record))
+    assert {name: found[name].place for name in ("repetition", "entropy", "effective_rank")} == {
+        "repetition": f"continuing d{broken}",  # of which the largest is the worst
+        "entropy": f"continuing d{broken}",  # and of this the smallest
+        "effective_rank": f"layer {broken}",
+    }
 
 
 def test_the_norm_is_that_of_the_worst_tensor_of_the_manifest(tmp_path: Path) -> None:

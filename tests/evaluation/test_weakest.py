@@ -4,10 +4,8 @@ import math
 
 import pytest
 
-from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Score
+from hf_frmerge.evaluation.record import MERGED, Score
 from hf_frmerge.evaluation.weakest import weakest_domain
-from hf_frmerge.hub.evaluation_section import evaluation_section
-from hf_frmerge.report.verdicts import _weakest_domain
 
 
 def scores(metric: str, rows: dict[str, dict[str, float]]) -> list[Score]:
@@ -46,15 +44,3 @@ def test_there_is_none_without_a_comparison() -> None:
     assert weakest_domain(scores("loss", {MERGED: {"x": 1.0}})) is None
     assert weakest_domain(scores("mood", {"a": {"x": 1.0}, MERGED: {"x": 2.0}})) is None
     assert weakest_domain([]) is None
-
-
-def test_card_and_page_name_the_same_domain_and_model() -> None:
-    # Against the experts alone x is the weakest, against all other models y.
-    rows = {"base": {"x": 30.0, "y": 4.0}, "a": {"x": 10.0, "y": 9.0}, MERGED: {"x": 15.0, "y": 10.0}}
-    record = EvaluationRecord(
-        models={"base": "base", "a": "expert", MERGED: "merged"}, scores=scores("perplexity", rows)
-    )
-    (verdict,) = _weakest_domain(record)
-    (sentence,) = evaluation_section(record).weaknesses
-    assert verdict.title == "Weakest on y" and "10.0 against 4.00 for base" in verdict.text
-    assert "**y**: 10.00 against 4.00 for base" in sentence

@@ -248,3 +248,33 @@ def test_independent_directions_are_never_flagged():
     rng = np.random.default_rng(1)
     units = sphere.normalise(rng.standard_normal((200, 12, 64)))
     assert not is_ambiguous(units, rng.dirichlet(np.full(12, 0.3), 200)).any()
+
+
+@pytest.mark.parametrize(
+    ("heights", "azimuths", "weights"),
+    [
+        # Steps without the upper end of the clamp stop at another stationary point, or at none.
+        ((0.04, 0.01, 0.01), (4.6, 2.0, 0.0), (20, 20, 5)),
+        ((0.00, 0.26, 0.05, 0.04, 0.04), (3.9, 3.9, 1.4, 4.7, 6.0), (40, 1, 40, 5, 40)),
+        ((0.05, 0.01, 0.03, 0.01, 0.19, 0.07), (0.2, 3.3, 0.8, 3.1, 3.7, 5.7), (1, 20, 40, 90, 5, 40)),
+        # The same where a curvature near or below zero allows steps of any length.
+        ((0.10, 0.01, 0.04, 0.04), (3.3, 6.0, 0.8, 3.1), (24, 7, 10, 3)),
+        ((0.04, 0.10, 0.01, 0.01), (5.5, 2.4, 5.9, 2.7), (18, 31, 20, 29)),
+        ((0.04, 0.02, 0.01, 0.07), (0.1, 0.7, 3.0, 4.0), (37, 25, 23, 23)),
+    ],
+)
+def test_steps_are_short_enough_to_stay_with_the_mean(heights, azimuths, weights):
+    """Vectors little above an equator in R^3, where the objective has other stationary points close by."""
+    h, a, w = np.asarray(heights), np.asarray(azimuths), np.asarray(weights) / np.sum(weights)
+    units = np.stack([np.cos(h) * np.cos(a), np.cos(h) * np.sin(a), np.sin(h)], axis=-1)
+    expected = sphere.normalise(w @ units)
+    for _ in range(5000):  # whole gradient steps, which are short enough anywhere (Buss and Fillmore 2001)
+        cosines = np.clip(units @ expected, -1, 1)
+        angles = np.arccos(cosines)
+        tangent = (w * angles / np.sin(angles)) @ (units - cosines[:, None] * expected)
+        expected = sphere.normalise(expected + tangent * np.tan(np.linalg.norm(tangent)) / np.linalg.norm(tangent))
+        if np.linalg.norm(tangent) < 1e-12:
+            break
+    result = karcher_mean(units, w)
+    assert result.converged
+    np.testing.assert_allclose(result.coeffs @ units, expected, rtol=0, atol=1e-9)

@@ -20,6 +20,7 @@ from hf_frmerge.evaluation.record import (
 from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata
 from hf_frmerge.hub.tasks import Task
+from hf_frmerge.wording.geometry import Geometry
 
 VERSIONS = {"hf_frmerge": "0.1.0", "numpy": "2.4.6", "safetensors": "0.8.0", "python": "3.11.7"}
 APACHE = SourceMetadata(licence="apache-2.0", language=("en",))
@@ -135,18 +136,20 @@ def full() -> MergeCard:
         statistics=CardStatistics(
             n_tensors_merged=272,
             n_parameters=134_515_008,
-            output_dtype="BF16",
-            angle_median=0.0113,
-            angle_max=0.0624,
-            linear_norm_ratio_min=0.99959,
-            linear_norm_ratio_median=0.99998,
-            merged_norm_ratio_min=1.0,
-            merged_norm_ratio_median=1.0,
-            karcher_nre_gap_median=3.1e-10,
-            karcher_nre_gap_max=9.4e-7,
-            worst_residual=6.3e-13,
-            n_not_converged=0,
-            n_ambiguous=0,
+            geometry=Geometry(
+                "karcher",
+                "weights",
+                "BF16",
+                angle_median=0.0113,
+                angle_max=0.0624,
+                linear_norm_ratio_min=0.99959,
+                linear_norm_ratio_median=0.99998,
+                norm_ratio_min=1.0,
+                norm_ratio_median=1.0,
+                gap_max=9.4e-7,
+                residual=6.3e-13,
+                n_iter=3,
+            ),
         ),
         notes=["The chat templates of ann/austen-135m and ann/bible-135m differ; that of ann/austen-135m is used."],
         versions=VERSIONS,
@@ -170,17 +173,20 @@ def adapter() -> MergeCard:
         statistics=CardStatistics(
             n_tensors_merged=112,
             n_parameters=11_272_192,
-            output_dtype="F32",
-            angle_median=1.52,
-            angle_max=1.569,
-            linear_norm_ratio_min=0.7076,
-            linear_norm_ratio_median=0.7251,
-            merged_norm_ratio_min=1.0,
-            merged_norm_ratio_median=1.0,
-            karcher_nre_gap_median=0.018,
-            karcher_nre_gap_max=0.093,
-            worst_residual=2.2e-13,
-            n_not_converged=0,
+            geometry=Geometry(
+                "karcher",
+                "deltas",
+                "F32",
+                angle_median=1.52,
+                angle_max=1.569,
+                linear_norm_ratio_min=0.7076,
+                linear_norm_ratio_median=0.7251,
+                norm_ratio_min=1.0,
+                norm_ratio_median=1.0,
+                gap_max=0.093,
+                residual=2.2e-13,
+                n_iter=5,
+            ),
         ),
         notes=["The merged factors of rank 32 were cut to rank 16; 4.1% of their norm was lost in the worst module."],
         versions={**VERSIONS, "peft": "0.21.2"},

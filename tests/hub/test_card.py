@@ -18,6 +18,8 @@ from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.licences import SourceMetadata
 from hf_frmerge.hub.reproduce import result_arguments
 from hf_frmerge.merging.summary import ROUNDING_ANGLE
+from hf_frmerge.wording.geometry import Geometry
+from hf_frmerge.wording.metrics import METRICS
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -96,7 +98,8 @@ def test_numbers_that_are_not_finite_stay_out_of_the_model_index(tmp_path: Path)
     path = write_card(replace(full(), evaluation=record), tmp_path)
     (result,) = ModelCard.load(path).data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.5)
-    assert "**Loss (nats per token)** (lower is better)\n\n|  | x |" in path.read_text()  # but the reader sees it
+    loss = METRICS["loss"]
+    assert f"**{loss.heading}**. {loss.meaning}\n\n|  | x |" in path.read_text()  # but the reader sees it
 
 
 def test_all_local_sources_leave_base_model_out(tmp_path: Path):
@@ -204,12 +207,12 @@ def test_what_a_source_asks_to_be_cited_by_is_in_the_card():
 
 def test_the_gap_to_the_simple_method_is_weighed_against_rounding():
     def sentence(gap: float, dtype: str) -> str:
-        statistics = CardStatistics(karcher_nre_gap_max=gap, output_dtype=dtype)
-        return render_card(replace(full(), statistics=statistics))
+        geometry = Geometry("karcher", "weights", dtype, angle_max=1.0, gap_max=gap)
+        return render_card(replace(full(), statistics=CardStatistics(geometry=geometry)))
 
-    assert "makes no practical difference" in sentence(1e-4, "BF16")
-    assert "only an evaluation can tell" in sentence(1e-4, "F32")
-    assert "only an evaluation can tell" in sentence(0.1, "BF16")
+    assert "expect the same model from both" in sentence(1e-4, "BF16")
+    assert "Only an evaluation of both can tell" in sentence(1e-4, "F32")
+    assert "Only an evaluation of both can tell" in sentence(0.1, "BF16")
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("BF16", 8), ("F16", 11), ("F32", 24)])

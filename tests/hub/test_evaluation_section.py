@@ -43,19 +43,11 @@ def test_the_best_of_a_column_is_bold() -> None:
     ]
 
 
-def test_the_weakest_domain_is_named() -> None:
-    behind = evaluation_section(EvaluationRecord(scores=perplexities((11.0, 15.0))))  # 1.10 and 1.25 times the best
-    (sentence,) = behind.weaknesses
-    assert sentence == "It falls furthest behind the best other model in **y**: 15.00 against 12.00 for b."
-    ahead = evaluation_section(EvaluationRecord(scores=perplexities((9.0, 9.0))))
-    assert "at least level with every other model" in ahead.weaknesses[0]
-
-
 def test_standard_errors_stand_beside_what_they_are_of() -> None:
     scores = [Score("merged", "quiz", {"acc": 0.75, "acc_stderr": 0.0217, "mood": 2.0, "mood_stderr": math.nan})]
     accuracy, mood = metric_tables(scores)
-    assert (accuracy.title, cells(accuracy.table)[1][1]) == ("Accuracy", "0.750 ± 0.022")
-    assert (mood.title, cells(mood.table)[1][1]) == ("Mood", "2.000")
+    assert (accuracy.metric.title, cells(accuracy.table)[1][1]) == ("Accuracy", "0.750 ± 0.022")
+    assert (mood.metric.title, cells(mood.table)[1][1]) == ("Mood", "2.000")
     (result, other) = eval_results(EvaluationRecord(scores=scores), None)
     assert (result.metric_type, result.metric_value, other.metric_type) == ("accuracy", 0.75, "mood")
 
@@ -65,7 +57,7 @@ def test_every_part_shows_the_record() -> None:
     found = evaluation_section(record)
     how = "in bfloat16, in blocks of 256 tokens"
     assert found.measured_on == f"Measured on 2,000 tokens (math 1,000, code 1,000), {how}."
-    assert found.summary is not None and "70% of what expert-math had learned about math" in found.summary
+    assert found.summary is not None and "70% of what expert-math gained on math" in found.summary
     assert cells(found.recovery)[1:] == [
         ["expert-math", "math", "1.000", "0.700", "<strong>70%</strong>"],
         ["expert-code", "code", "1.000", "0.500", "<strong>50%</strong>"],
@@ -83,8 +75,8 @@ def test_every_part_shows_the_record() -> None:
     assert len(layers) == 1 + 3 + 1
     (prompt, table), *_ = found.generations
     assert prompt == "2 + 2" and cells(table)[-1][0] == "<strong>this model</strong>"
-    assert any("**4**: 60.0%" in line for line in found.weaknesses)
-    assert any("**expert-code** on code: 0.500 rad" in line for line in found.weaknesses)
+    assert any("layer is 4, with 60% of" in line for line in found.verdicts)
+    assert any("those of expert-code on code, by 0.500 rad" in line for line in found.verdicts)
     worst = cells(found.worst_tokens)
     text = "…0 &lt;b&gt;times&lt;/b&gt; | two is <b>four</b>"
     assert worst[1] == [text, "expert-math", "four (90%)", "4 (5%)", "2.90"]
@@ -106,7 +98,7 @@ def test_what_was_not_measured_is_not_spoken_of() -> None:
     auto.scores.append(Score("merged", "quiz", {"acc": 0.5}, n_samples=3))  # of a harness
     assert evaluation_section(auto).measured_on == "Measured on 9 tokens (x) and 3 samples (quiz)."
     parts = (found.recovery, found.distances, found.objectives, found.layers, found.worst_tokens, found.summary)
-    assert parts == (None,) * 6 and found.generations == found.weaknesses == []
+    assert parts == (None,) * 6 and found.generations == found.verdicts == []
 
 
 def test_numbers_that_are_none_after_json() -> None:
@@ -134,7 +126,8 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_from_data_is_shown_as_it_is(text: str) -> None:
-    shown = "".join({"\n": "⏎", "\r": "⏎", "\t": "⇥", "\u202e": "�", "\u3000": " "}.get(char, char) for char in text)
+    marks = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\u202e": "⟨U+202E⟩", "\u3000": " "}
+    shown = "".join(marks.get(char, char) for char in text)
     row = cells(MarkdownTable(("a", "b"), ((escape(text), "1"),)))[1]
     assert [html.unescape(part) for part in row] == [shown, "1"]
     assert "<" not in row[0]

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hub_server import ALICE_TOKEN, HubServer
+from merge_reference import write_model
+from safetensors.torch import load_file
+from tiny_models import save_llama_family
 from transformers import TrainerCallback
 
-from hf_frmerge.errors import ArgumentError
+from hf_frmerge import FisherRaoMerger
+from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import (
     CallbackHandler,
@@ -47,92 +55,111 @@ for _event in EVENTS:
     setattr(Recorder, _event, _recording(_event))
 
 
-def run(
-    handler: CallbackHandler, args: MergingArguments, n_tensors: int
-) -> tuple[MergeState, MergeControl, list[str]]:
-    """A merge reduced to its events, in the documented order; also the tensors that were to be skipped."""
-    state, control, skipped = MergeState(), MergeControl(), []
-    control = handler.on_init_end(args, state, control)
-    state.max_steps, state.bytes_total = n_tensors, 10 * n_tensors
-    control = handler.on_merge_begin(args, state, control)
-    for index in range(n_tensors):
-        state.current_tensor = f"layers.{index}.w"
-        control = handler.on_step_begin(args, state, control)
-        skipped += [state.current_tensor] if control.should_skip_tensor else []
-        result = step(state.current_tensor, "skip" if control.should_skip_tensor else "merge")
-        state.record(result)
-        control = handler.on_step_end(args, state, control, result)
-        if control.should_log:
-            log(handler, args, state, control, {"n": index})
-        if control.should_merge_stop:
-            break
-    if not control.should_merge_stop:
-        control = handler.on_save(args, state, control)
-    log(handler, args, state, control, {"runtime": 1.0})
-    control = handler.on_merge_end(args, state, control)
-    if control.should_evaluate:
-        for _ in range(2):
-            control = handler.on_prediction_step(args, state, control, eval_dataloader=[0, 1])
-        log(handler, args, state, control, {"eval_loss": 2.0})
-        control = handler.on_evaluate(args, state, control, {"eval_loss": 2.0})
-    control = handler.on_push_begin(args, state, control)
-    return state, control, skipped
+@pytest.fixture
+def tensors(tmp_path: Path) -> Callable[[int], list[str]]:
+    """Write two experts of `n` tensors, `layers.0000.w` and on, with rows enough that each is a batch of its own."""
+
+    def write(n: int) -> list[str]:
+        generator = torch.Generator().manual_seed(n)
+        models = [{f"layers.{i:04}.w": torch.randn(257, 8, generator=generator) for i in range(n)} for _ in range(2)]
+        return [write_model(tmp_path / f"e{number}", model) for number, model in enumerate(models)]
+
+    return write
 
 
-def log(
-    handler: CallbackHandler, args: MergingArguments, state: MergeState, control: MergeControl, logs: dict[str, Any]
-) -> None:
-    state.log_history.append({**logs, "step": state.global_step})
-    handler.on_log(args, state, control, state.log_history[-1])
+def make_merger(
+    experts: list[str], output: Path, callbacks: list[Any], *, eval_dataset: Any = None, **options: Any
+) -> FisherRaoMerger:
+    args = MergingArguments(output_dir=str(output), disable_tqdm=True, use_cpu=True, **options)
+    return FisherRaoMerger(experts, args, callbacks=callbacks, eval_dataset=eval_dataset)
 
 
-def test_events_fire_in_the_documented_order() -> None:
+def test_events_fire_in_the_documented_order(tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_FRMERGE_CACHE", str(tmp_path / "cache"))
+    words = ["the", "house", "of", "wisdom"]
+    save_llama_family(tmp_path, words, 0.05)
+    experts = [str(tmp_path / name) for name in ("math", "code")]
     recorder = Recorder()
-    run(
-        CallbackHandler([DefaultFlowCallback, recorder], model="m", processing_class="p"),
-        MergingArguments(logging_steps=2, logging_first_step=True, do_eval=True),
-        n_tensors=3,
+    merger = make_merger(
+        experts,
+        tmp_path / "out",
+        [recorder],
+        eval_dataset=[" ".join(words * 6)],
+        logging_steps=8,
+        logging_first_step=True,
+        do_eval=True,
     )
-    tensor = ["on_step_begin", "on_step_end"]
-    assert recorder.events == [
-        "on_init_end", "on_merge_begin", *tensor, "on_log", *tensor, "on_log", *tensor, "on_save", "on_log",
-        "on_merge_end", "on_prediction_step", "on_prediction_step", "on_log", "on_evaluate", "on_push_begin",
+    merger.merge().push_to_hub("alice/merged", token=ALICE_TOKEN)
+
+    names = list(load_file(tmp_path / "math" / "model.safetensors"))
+    due = [1, *range(8, len(names) + 1, 8)]
+    steps = [event for n in range(1, len(names) + 1) for event in ["on_step_end", *["on_log"] * (n in due)]]
+    # Several tensors are under way at once: some begin before earlier ones have ended.
+    assert [event for event in recorder.events if event != "on_step_begin"] == [
+        "on_init_end", "on_merge_begin", *steps, "on_save", "on_log", "on_merge_end",
+        *["on_prediction_step"] * 3, "on_log", "on_evaluate", "on_push_begin",  # a batch for each of three models
     ]  # fmt: skip
+    assert recorder.events.count("on_step_begin") == len(names)
     assert set(recorder.events) == set(EVENTS)
     added = {
-        "on_step_end": {"result"}, "on_log": {"logs"}, "on_evaluate": {"metrics"},
+        "on_step_end": {"result"}, "on_log": {"logs"}, "on_evaluate": {"metrics", "places", "is_last"},
         "on_prediction_step": {"eval_dataloader"},
     }  # fmt: skip
     for event, keywords in zip(recorder.events, recorder.keywords, strict=True):
         assert set(keywords) == {"model", "processing_class"} | added.get(event, set())
-        assert (keywords["model"], keywords["processing_class"]) == ("m", "p")
+        assert (keywords["model"], keywords["processing_class"]) == (None, None)
+    assert [keywords["result"].name for keywords in recorder.keywords if "result" in keywords] == names
 
 
-def test_no_evaluation_and_few_logs_by_default() -> None:
+def test_events_get_the_model_and_the_tokenizer_of_the_handler() -> None:
     recorder = Recorder()
-    run(CallbackHandler([DefaultFlowCallback, recorder]), MergingArguments(), n_tensors=1005)
+    handler = CallbackHandler([recorder], model="m", processing_class="p")
+    handler.on_save(MergingArguments(), MergeState(), MergeControl())
+    assert recorder.keywords == [{"model": "m", "processing_class": "p"}]
+
+
+def test_no_evaluation_and_few_logs_by_default(tensors: Callable[[int], list[str]], tmp_path: Path) -> None:
+    recorder = Recorder()
+    make_merger(tensors(1005), tmp_path / "out", [recorder]).merge()
     steps_before = [recorder.events[:i].count("on_step_end") for i, e in enumerate(recorder.events) if e == "on_log"]
     assert steps_before == [500, 1000, 1005]
     assert "on_evaluate" not in recorder.events
 
 
-def test_stop_and_skip_are_obeyed_and_reset() -> None:
+def test_stop_and_skip_are_obeyed_and_reset(tensors: Callable[[int], list[str]], tmp_path: Path) -> None:
     class Steering(MergeCallback):
         def on_step_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-            control.should_skip_tensor = state.current_tensor == "layers.1.w"
+            control.should_skip_tensor = state.current_tensor == "layers.0001.w"
 
         def on_step_end(self, args, state, control, result, **kwargs):  # type: ignore[no-untyped-def]
-            if result.name == "layers.3.w":
+            if result.name == "layers.0003.w":
                 control.should_merge_stop, control.stop_reason = True, "enough"
 
-    handler = CallbackHandler([DefaultFlowCallback, Steering])
-    state, control, skipped = run(handler, MergingArguments(do_eval=True), n_tensors=9)
-    assert skipped == ["layers.1.w"]
-    assert (state.global_step, state.epoch) == (4, 4 / 9)
-    assert (control.should_merge_stop, control.stop_reason) == (True, "enough")
-    assert not control.should_evaluate  # not due, half way
-    handler.on_merge_begin(MergingArguments(), state, control)
-    assert control == MergeControl()
+    recorder = Recorder()
+    merger = make_merger(
+        tensors(60),
+        tmp_path / "out",
+        [Steering, recorder],
+        block="row",
+        num_workers=1,
+        do_eval=True,
+        eval_dataset=["never read"],
+    )
+    with pytest.raises(MergeError, match=r"stopped after \d+ of 60 tensors: enough\."):
+        merger.merge()
+    results = [keywords["result"] for keywords in recorder.keywords if "result" in keywords]
+    assert [result.name for result in results if result.action == "skip"] == ["layers.0001.w"]
+    # What was under way when the stop was asked for is finished, and nothing is begun after it.
+    assert [result.name for result in results] == [f"layers.{i:04}.w" for i in range(len(results))]
+    assert 4 <= len(results) < 60
+    assert (merger.state.global_step, merger.state.epoch) == (len(results), len(results) / 60)
+    assert (merger.control.should_merge_stop, merger.control.stop_reason) == (True, "enough")
+    assert not merger.control.should_evaluate  # not due, half way
+    assert "on_save" not in recorder.events and recorder.events[-1] == "on_merge_end"
+
+    merger.remove_callback(Steering)
+    merger.callback_handler.on_merge_begin(merger.args, merger.state, merger.control)
+    assert merger.control == MergeControl()
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,38 @@ def test_a_method_that_needs_a_base_or_two_experts(plan: Plan, family: Path, tmp
     assert plan(three, **with_base).space == "deltas"
 
 
+@pytest.mark.parametrize(
+    ("config", "is_adapter"), [({}, True), ({"use_dora": True}, False), ({"modules_to_save": ["lm_head"]}, False)]
+)
+def test_only_plain_lora_becomes_an_adapter_unasked(
+    plan: Plan, adapters: Path, tmp_path: Path, config: dict[str, Any], is_adapter: bool
+) -> None:
+    """A mean of DoRA, or of modules saved whole, is no product of two factors: `auto` makes it a full model."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **config)
+    get_peft_model(LlamaForCausalLM.from_pretrained(adapters / "base"), lora).save_pretrained(tmp_path / "other")
+    made = plan([adapters / "a0", tmp_path / "other"], base=adapters / "base")
+    assert (made.layout is None) == is_adapter
+
+
+def test_a_gradient_runs_over_the_stack_that_a_tensor_belongs_to(plan: Plan, tmp_path: Path) -> None:
+    depths = {"encoder.block": 4, "decoder.block": 2}
+    names = [f"{stack}.{layer}.wi.weight" for stack, depth in depths.items() for layer in range(depth)]
+    experts = [
+        write_model(
+            tmp_path / f"t{seed}", {name: torch.full((2, 2), 1.0 + seed) for name in [*names, "shared.weight"]}
+        )
+        for seed in range(2)
+    ]
+    made = plan(experts, [0.25, 0.75], weight_rules=[r"block\.=1:0,0:1"])
+    expected = {
+        f"{stack}.{layer}.wi.weight": (1 - layer / (depth - 1), layer / (depth - 1))
+        for stack, depth in depths.items()
+        for layer in range(depth)
+    }
+    found = {step.name: step.weights for step in made.steps}
+    assert found == {name: pytest.approx(pair) for name, pair in expected.items()} | {"shared.weight": (0.25, 0.75)}
+
+
 # The output folder
 
 

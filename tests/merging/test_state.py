@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
+from pathlib import Path
 
+from merge_reference import SHAPES, write_family
 from transformers import TrainerState
 
+from hf_frmerge.merging.arguments import MergingArguments
 from hf_frmerge.merging.callbacks import StepResult
+from hf_frmerge.merging.planning import build_plan
 from hf_frmerge.merging.state import MergeState
 
 
@@ -23,6 +28,22 @@ def test_recording_steps_counts_tensors_bytes_and_failures() -> None:
     assert (state.global_step, state.bytes_done, state.epoch) == (3, 80, 0.75)
     assert (state.n_not_converged, state.worst_residual, state.current_tensor) == (1, 3e-3, "c")
     assert MergeState().epoch == 0.0
+
+
+def test_a_start_takes_the_totals_of_the_plan(tmp_path: Path) -> None:
+    base, experts = write_family(tmp_path, 2)
+    args = MergingArguments(output_dir=str(tmp_path / "out"), logging_steps=7, space="deltas")
+    state = MergeState(global_step=5, bytes_done=3, epoch=0.5, n_not_converged=1, worst_residual=1.0)
+    with closing(build_plan(experts, args, [3.0, 1.0], base)) as plan:
+        state.start(plan)
+    sizes = [4 * math.prod(shape) for shape in SHAPES.values()]
+    assert (state.max_steps, state.bytes_total, state.logging_steps) == (len(sizes), sum(sizes), 7)
+    assert state.sources == [
+        {"id": model, "revision": None, "weight": weight}
+        for model, weight in zip([*experts, base], [0.75, 0.25, None])
+    ]
+    assert (state.global_step, state.bytes_done, state.epoch) == (0, 0, 0.0)
+    assert (state.n_not_converged, state.worst_residual) == (0, 0.0)
 
 
 def test_reporters_find_the_fields_they_read_on_a_trainer() -> None:

@@ -140,16 +140,16 @@ def test_numbers_of_the_record_are_in_the_tables(page: Page) -> None:
     found = page.tables
     assert found["scores-0"] == [
         ["Model", "math", "code"],
-        [MERGED, "2.300", "2.000"],
-        ["base", "3.000", "2.500"],
-        ["expert-math", "2.000", "2.600"],
-        ["expert-code", "3.200", "1.500"],
+        [MERGED, "9.97", "7.39"],
+        ["base", "20.09", "12.18"],
+        ["expert-math", "7.39", "13.46"],
+        ["expert-code", "24.53", "4.48"],
     ]
     assert found["distances"][1][:6] == [MERGED, "expert-math", "math", "0.300", "0.270", "0.600"]
-    assert found["distances"][1][7:] == ["0.110", "0.120", "0.0300", "80 %", "1,000"]
+    assert found["distances"][1][7:] == ["0.110", "0.120", "0.0300", "80%", "1,000"]
     assert [row[:2] for row in found["distances"][5:]] == [["expert-code", "expert-math"]] * 2  # the yardstick
     assert found["objectives"][1] == ["math", "0.250", "0.200", "0.200", "0.500"]
-    assert found["layers"][5] == ["4", "3.00", "0.600", "19.2", "0.600"]
+    assert found["layers"][5] == ["4", "3.00", "60.0%", "19.2", "60.0%"]
 
 
 def test_geometry_of_the_manifest_is_in_the_table(merge: Callable[..., Path]) -> None:
@@ -184,11 +184,11 @@ def test_very_many_tensors_are_put_together(merge: Callable[..., Path], monkeypa
 @pytest.mark.parametrize(
     ("words", "level"),
     [
-        ("70 % of what expert-math gained on math and 50 % of what expert-code gained on code", "watch"),
-        ("There it is farthest behind the best other model: perplexity 7.39 against 4.48 for expert-code", "watch"),
+        ("70% of what expert-math gained on math and 50% of what expert-code gained on code", "watch"),
+        ("On code it is farthest behind the best other model, perplexity 7.39 against 4.48 for expert-code", "watch"),
         ("Its predictions are 0.400 rad from an expert's on average", "good"),
         ("Two experts are 0.900 rad apart", "good"),
-        ("On math the text goes on with “␣four”. expert-math gives that 90 %, the merged model 5 %", "fact"),
+        ("On math the text goes on with “␣four”. expert-math gives that 90%, the merged model 5%", "fact"),
         ("Activations have collapsed in layer 4", "bad"),
         ("The mean converged", "good"),
     ],

@@ -1,4 +1,4 @@
-"""Numbers and texts of a report, as a person reads them."""
+"""Numbers and texts as a person reads them, in the terminal, on a card and on the page alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 NONE = "–"
 _MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+_JOINERS = "\u200c\u200d"  # belong to the spelling of Persian and to emoji; other format characters turn text around
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -35,16 +36,55 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def percent(share: float | None) -> str:
-    """`0.634` as "63 %"."""
+def decimals(value: float | None, digits: int) -> str:
+    """
+    Write a number with so many decimals, as the columns of a table need it.
+
+    Example:
+
+    ```python
+    >>> decimals(1234.5, 2), decimals(-0.5, 1), decimals(float("nan"), 2)
+    ('1,234.50', '−0.5', '–')
+
+    ```
+    """
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """`0.634` as "63%"."""
     if share is None or not math.isfinite(share):
         return NONE
-    return f"{100 * share:.0f} %".replace("-", "−")
+    return f"{share:.{digits}%}".replace("-", "−")
+
+
+def angle(radians: float | None) -> str:
+    """
+    Write an angle in radians, and in degrees for those who think in them.
+
+    Example:
+
+    ```python
+    >>> angle(0.0123), angle(0.0)
+    ('0.0123 rad (0.705°)', '0')
+
+    ```
+    """
+    if radians is None or not math.isfinite(radians):
+        return NONE
+    return f"{number(radians)} rad ({number(math.degrees(radians))}°)" if radians else "0"
 
 
 def listed(parts: Sequence[str]) -> str:
     """`["a", "b", "c"]` as "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def counted(count: int, what: str) -> str:
+    """`1, "block"` as "1 block", `2_000, "block"` as "2,000 blocks"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def visible(text: str, spaces: bool = False) -> str:
@@ -62,9 +102,10 @@ def visible(text: str, spaces: bool = False) -> str:
     if not text and spaces:
         return "(nothing)"
     marks = _MARKS | ({" ": "␣"} if spaces else {})
-    return "".join(marks.get(character) or _code_point(character) for character in text)
+    return "".join(marks.get(character) or _shown(character) for character in text)
 
 
-def _code_point(character: str) -> str:
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
-    return f"⟨U+{ord(character):04X}⟩" if hidden else character
+def _shown(character: str) -> str:
+    if character.isprintable() or character in _JOINERS:
+        return character
+    return " " if unicodedata.category(character) == "Zs" else f"⟨U+{ord(character):04X}⟩"

@@ -1,0 +1,1 @@
+"""What people read: every title, sentence and verdict once, for terminal, card and page."""

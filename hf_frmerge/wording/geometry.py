@@ -1,0 +1,135 @@
+"""What a merge did to the weights, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
+from hf_frmerge.wording.methods import DTYPES, POINTS, method_of
+from hf_frmerge.wording.numbers import angle, counted, number, percent
+from hf_frmerge.wording.verdicts import Verdict
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """
+    Totals over the merged tensors, as `hf_frmerge.merging.summary.summary` reports them; `None` where not known.
+
+    Angles are in radians. Of a tensor, `angle` is the largest between two experts in any block, and `gap` the largest
+    between the merged point and the norm-rescaled average; `linear_norm_ratio` is the norm of the plain weighted
+    average over the experts' mean norm, `norm_ratio` that of the merge.
+    """
+
+    method: str
+    space: str
+    dtype: str | None = None
+    angle_median: float | None = None
+    angle_max: float | None = None
+    linear_norm_ratio_median: float | None = None
+    linear_norm_ratio_min: float | None = None
+    norm_ratio_median: float | None = None
+    norm_ratio_min: float | None = None
+    gap_max: float | None = None
+    residual: float | None = None
+    n_iter: int | None = None
+    n_not_converged: int = 0
+    n_ambiguous: int = 0
+
+    @classmethod
+    def of_manifest(cls, manifest: Mapping[str, Any]) -> Geometry:
+        """Take the totals from the record of a merge; `dtype` is that of its least precise merged tensors."""
+        report = manifest["report"]
+        dtypes = {entry["dtype"] for entry in manifest["tensors"].values() if entry["action"] == "merge"}
+
+        def total(name: str, of: str) -> float | None:
+            value: float | None = report.get(name, {}).get(of)
+            return value
+
+        return cls(
+            manifest["method"],
+            manifest["space"],
+            next((dtype for dtype in DTYPES if dtype in dtypes), None),
+            angle_median=total("max_angle", "median"),
+            angle_max=total("max_angle", "max"),
+            linear_norm_ratio_median=total("linear_norm_ratio", "median"),
+            linear_norm_ratio_min=total("linear_norm_ratio", "min"),
+            norm_ratio_median=total("norm_ratio", "median"),
+            norm_ratio_min=total("norm_ratio", "min"),
+            gap_max=total("gap_to_nre", "max"),
+            residual=report.get("residual"),
+            n_iter=report.get("n_iter"),
+            n_not_converged=report.get("n_not_converged", 0),
+            n_ambiguous=report.get("n_ambiguous", 0),
+        )
+
+
+def geometry_verdicts(found: Geometry) -> list[Verdict]:
+    """Say what is known: angles, lengths, whether the method matters, and whether the iteration converged."""
+    if found.angle_max is None:
+        return []
+    verdicts = [
+        Verdict("fact", "Angles", _angles(found)),
+        Verdict("fact", "Lengths", _lengths(found)),
+    ]
+    if method_of(found.method).is_spherical and found.gap_max is not None and found.dtype in DTYPES:
+        is_one = is_below_rounding(found.gap_max, found.space, found.dtype)
+        title = "The method makes no difference here" if is_one else "The method makes a difference"
+        verdicts.append(Verdict("fact", title, gap_sentence(found.gap_max, found.space, found.dtype)))
+    return verdicts + _convergence(found)
+
+
+def gap_sentence(gap: float, space: str, dtype: str) -> str:
+    """
+    Say what the gap between a spherical mean and the norm-rescaled average is worth.
+
+    Args:
+        gap: Largest angle between the two in any block, in radians.
+        space: Space the angle was measured in.
+        dtype: Safetensors' name of the dtype of the output.
+    """
+    text = (
+        f"It is at most {angle(gap)} from the norm-rescaled average (the plain average stretched back to the experts' "
+        "length) in any block"
+    )
+    if is_below_rounding(gap, space, dtype):
+        rounding = f"less than what rounding to {DTYPES[dtype]} turns a tensor by, {angle(ROUNDING_ANGLE[dtype])}"
+        return f"{text}. That is {rounding}, so expect the same model from both."
+    return f"{text}. Only an evaluation of both can tell which is better."
+
+
+def _angles(found: Geometry) -> str:
+    return (
+        f"Two experts' {POINTS[found.space]} are up to {angle(found.angle_median)} apart in the median tensor, and "
+        f"{angle(found.angle_max)} where they differ most. At 0° they agree; at 90° they have nothing in common."
+    )
+
+
+def _lengths(found: Geometry) -> str:
+    return (
+        f"This merge keeps {percent(found.norm_ratio_median, 2)} of the experts' length in the median tensor and "
+        f"{percent(found.norm_ratio_min, 2)} in the worst. A plain average keeps "
+        f"{percent(found.linear_norm_ratio_median, 2)} and {percent(found.linear_norm_ratio_min, 2)}."
+    )
+
+
+def _convergence(found: Geometry) -> list[Verdict]:
+    verdicts = []
+    if found.n_not_converged:
+        text = (
+            f"In {counted(found.n_not_converged, 'block')} the mean did not converge; the largest remaining step is "
+            f"{number(found.residual)} rad. Merge again with more steps (--max-iter)."
+        )
+        verdicts.append(Verdict("bad", "The iteration did not converge everywhere", text))
+    elif method_of(found.method).is_iterative:
+        when = f"after at most {counted(found.n_iter, 'step')}" if found.n_iter else "at the first guess"
+        text = f"Every block converged {when}; the largest remaining step is {number(found.residual)} rad."
+        verdicts.append(Verdict("good", "The mean converged", text))
+    if found.n_ambiguous:
+        text = (
+            f"In {counted(found.n_ambiguous, 'block')} the experts cancel out, so that no direction is preferred; the "
+            "plain average was taken there."
+        )
+        verdicts.append(Verdict("watch", "No direction to prefer", text))
+    return verdicts
