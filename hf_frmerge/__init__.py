@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_frmerge.merger import FisherRaoMerger
-    from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments
-    from hf_frmerge.merging.callbacks import MergeCallback, MergeControl, PrinterCallback
-    from hf_frmerge.merging.guard import CollapseGuardCallback
-    from hf_frmerge.merging.progress import ProgressCallback
-    from hf_frmerge.merging.state import MergeState
+    from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
+    from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl, PrinterCallback
+    from hf_frmerge.merging.callbacks.collapse_guard import CollapseGuardCallback
+    from hf_frmerge.merging.callbacks.progress import ProgressCallback
+    from hf_frmerge.merging.callbacks.state import MergeState
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Resolved on first use, so that importing the package costs nothing.
 _PUBLIC = {
     "FisherRaoMerger": "hf_frmerge.merger",
-    "ExpertArguments": "hf_frmerge.merging.arguments",
-    "MergingArguments": "hf_frmerge.merging.arguments",
-    "MergeState": "hf_frmerge.merging.state",
-    "MergeControl": "hf_frmerge.merging.callbacks",
-    "MergeCallback": "hf_frmerge.merging.callbacks",
-    "ProgressCallback": "hf_frmerge.merging.progress",
-    "PrinterCallback": "hf_frmerge.merging.callbacks",
-    "CollapseGuardCallback": "hf_frmerge.merging.guard",
+    "ExpertArguments": "hf_frmerge.merging.arguments.merging_arguments",
+    "MergingArguments": "hf_frmerge.merging.arguments.merging_arguments",
+    "MergeState": "hf_frmerge.merging.callbacks.state",
+    "MergeControl": "hf_frmerge.merging.callbacks.callback",
+    "MergeCallback": "hf_frmerge.merging.callbacks.callback",
+    "ProgressCallback": "hf_frmerge.merging.callbacks.progress",
+    "PrinterCallback": "hf_frmerge.merging.callbacks.callback",
+    "CollapseGuardCallback": "hf_frmerge.merging.callbacks.collapse_guard",
 }
 
 __all__ = [

@@ -15,25 +15,25 @@ from typing import TYPE_CHECKING, Any, Self
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
-from hf_frmerge.evaluation.names import datasets_by_name
+from hf_frmerge.evaluation.models.names import datasets_by_name
 from hf_frmerge.evaluation.record import EvaluationRecord, save_record
-from hf_frmerge.hub.card_data import NAME, TAG_NAMES, TEMPLATE_FILE
-from hf_frmerge.hub.licences import licences_of_plan
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.callbacks import (
+from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
+from hf_frmerge.hub.card.licences import licences_of_plan
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.callbacks.callback import (
     CallbackHandler,
     DefaultFlowCallback,
     MergeControl,
     PrinterCallback,
 )
-from hf_frmerge.merging.observer import CallbackObserver
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes, check_same_commits
-from hf_frmerge.merging.progress import ProgressCallback
-from hf_frmerge.merging.reporting import reporting_callbacks
+from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
+from hf_frmerge.merging.callbacks.progress import ProgressCallback
+from hf_frmerge.merging.callbacks.reporting import reporting_callbacks
+from hf_frmerge.merging.callbacks.state import MergeState
+from hf_frmerge.merging.engine.processes import Processes, check_same_commits
+from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.planning.disk_space import check_space
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.merging.space import check_space
-from hf_frmerge.merging.state import MergeState
 from hf_frmerge.methods.table import FISHER_RAO
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import EvalPrediction
 
-    from hf_frmerge.merging.callbacks import MergeCallback
-    from hf_frmerge.merging.plan import MergePlan
+    from hf_frmerge.merging.callbacks.callback import MergeCallback
+    from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.methods.method import Paper
 
 logger = logging.getLogger(__name__)
@@ -292,10 +292,10 @@ class FisherRaoMerger:
 
         Args:
             card_fields:
-                Fields of `hf_frmerge.hub.card_data.MergeCard` to set by hand, such as `model_name` or `licence`.
+                Fields of `hf_frmerge.hub.card.data.MergeCard` to set by hand, such as `model_name` or `licence`.
         """
         self._require_merge("create_model_card")
-        from hf_frmerge.hub.folder import describe_merge
+        from hf_frmerge.hub.card.describe import describe_merge
         from hf_frmerge.report.figures import figure_drawer
 
         return describe_merge(self.args.output_dir, draw=figure_drawer(), **self._card_defaults(), **card_fields)
@@ -363,7 +363,7 @@ class FisherRaoMerger:
     def model(self) -> Any:
         """The merged model, loaded from `args.output_dir` when first asked for."""
         self._require_merge("model")
-        from hf_frmerge.evaluation.merged import load_merged
+        from hf_frmerge.evaluation.models.merged import load_merged
 
         model = load_merged(
             self.args.output_dir,
@@ -384,7 +384,7 @@ class FisherRaoMerger:
         self, domains: Mapping[str, Any], *, merged: bool = False, ignore_keys: list[str] | None = None
     ) -> tuple[EvaluationRecord, dict[str, float]]:
         """Measure the experts, the merged model or both; keep and save what was found, return it with the speed."""
-        from hf_frmerge.evaluation.merge_evaluation import UserMetrics, evaluate_with
+        from hf_frmerge.evaluation.suite.merge_evaluation import UserMetrics, evaluate_with
 
         user = None
         if merged and self.compute_metrics is not None:
@@ -436,7 +436,7 @@ class FisherRaoMerger:
 
     def _describe(self) -> None:
         """Write the card without figures, which take longer than a small merge."""
-        from hf_frmerge.hub.folder import describe_merge
+        from hf_frmerge.hub.card.describe import describe_merge
 
         describe_merge(self.args.output_dir, **self._card_defaults())
 

@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
 def make_adapters(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
+    from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter, make_config
 
     modules = [
         AdapterModule(f"model.layers.{layer}.{name}", "linear", args.rank, rows, (cols,))
@@ -72,7 +72,7 @@ def make_adapters(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Run in a process of its own, so that time and memory are those of one merge."""
-    from hf_frmerge.checkpoints.adapter import open_adapter
+    from hf_frmerge.checkpoints.adapters.adapter import open_adapter
     from hf_frmerge.checkpoints.resolve import resolve
     from hf_frmerge.merging.adapters import merge_adapters
 

@@ -28,12 +28,12 @@ from transformers import AutoTokenizer
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.demo.base import base_model_dir
 from hf_frmerge.demo.texts import expert_dirs, load_texts
-from hf_frmerge.evaluation.blocks import cut
-from hf_frmerge.evaluation.loading import ModelLoader
-from hf_frmerge.evaluation.loop import forward_blocks
-from hf_frmerge.evaluation.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.models.loading import ModelLoader
+from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.text.forward import forward_blocks
+from hf_frmerge.evaluation.text.token_blocks import cut
 from hf_frmerge.merger import FisherRaoMerger
-from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 _ALLOWANCE = 250_000_000
 _COLUMNS = 8192

@@ -31,8 +31,8 @@ import numpy as np
 from bench_models import SIZES, ensure_models
 
 from hf_frmerge.geometry.karcher import karcher_mean
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.planning import build_plan
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.planning.build_plan import build_plan
 
 FLOOR = r"""
 import ctypes, os, sys, threading

@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from hf_frmerge import FisherRaoMerger
-from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 WAYS: list[dict[str, Any]] = [
     {"block": "tensor"},

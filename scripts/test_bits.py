@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
-from hf_frmerge.checkpoints.factors import DoraWeight
+from hf_frmerge.checkpoints.adapters.factors import DoraWeight
 from hf_frmerge.geometry.lowrank import Factors, base_gram, concatenate, factor_gram
 from hf_frmerge.kernels.product import product
-from hf_frmerge.merging.solve import points_of, solve
+from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
 
 ROOT = Path(__file__).resolve().parents[1]

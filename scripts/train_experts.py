@@ -253,7 +253,7 @@ def print_perplexities(base_dir: Path, data_dir: Path, domains: list[str]) -> No
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    from hf_frmerge.evaluation.loop import evaluate_causal_lm
+    from hf_frmerge.evaluation.text.forward import evaluate_causal_lm
 
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     texts = {domain: (data_dir / f"{domain}.txt").read_text(encoding="utf-8") for domain in domains}

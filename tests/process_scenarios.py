@@ -11,13 +11,14 @@ from typing import Any
 
 from hf_frmerge import FisherRaoMerger
 from hf_frmerge.errors import MergeError
-from hf_frmerge.merging import batches, blocks
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.callbacks import MergeCallback
-from hf_frmerge.merging.engine import StepObserver
-from hf_frmerge.merging.journal import Journal
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.callbacks.callback import MergeCallback
+from hf_frmerge.merging.engine import batches
+from hf_frmerge.merging.engine.engine import StepObserver
+from hf_frmerge.merging.engine.journal import Journal
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning import blocks
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
 
 BLOCKS = ("tensor", "layer", "model")

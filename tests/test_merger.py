@@ -39,8 +39,8 @@ from hf_frmerge import (
 )
 from hf_frmerge.errors import ArgumentError, HubError, MergeError
 from hf_frmerge.evaluation.record import load_record
-from hf_frmerge.merging.verify import verify
 from hf_frmerge.methods.method import Paper
+from hf_frmerge.provenance.verify import verify
 
 WORDS = ["the", "house", "of", "wisdom", "has", "many", "rooms", "and", "each", "room", "opens", "on", "another"]
 TEXTS = {"proverb": [" ".join(WORDS * 6)], "reverse": [" ".join(WORDS[::-1] * 6)]}

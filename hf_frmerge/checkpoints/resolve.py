@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hf_frmerge.checkpoints.files import LocalFolder, open_folder
+from hf_frmerge.checkpoints.folders import LocalFolder, open_folder
 from hf_frmerge.checkpoints.source import Source, is_on_hub, kind_of
 from hf_frmerge.errors import CheckpointError
 
@@ -50,7 +50,7 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "~")):
         raise CheckpointError(f"There is no folder {spec!r} (looked for {path.absolute()}).")
-    from hf_frmerge.checkpoints.hub_source import fetch, find
+    from hf_frmerge.checkpoints.hub.find import fetch, find
 
     source = find(spec, hub_id["repo"], hub_id["revision"], token, extra)
     return fetch([source], token, extra)[0] if download else source
@@ -71,6 +71,6 @@ def fetch_all(sources: Sequence[Source], *, token: str | bool | None = None) -> 
     """Download the sources that are on the Hub and not on this machine; the others stay as they are."""
     if not any(is_on_hub(source) for source in sources):  # local merges need no client of the Hub
         return list(sources)
-    from hf_frmerge.checkpoints.hub_source import fetch
+    from hf_frmerge.checkpoints.hub.find import fetch
 
     return fetch(sources, token)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from hf_frmerge.checkpoints.files import LocalFolder, RemoteFolder
+    from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 

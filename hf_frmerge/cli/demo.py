@@ -26,8 +26,8 @@ def demo(output_dir: str) -> None:
 
         from hf_frmerge.demo.run import BASE, PROMPT, conclusions, run_demo
         from hf_frmerge.evaluation.record import Score
-        from hf_frmerge.evaluation.results import recovered
-        from hf_frmerge.merging.manifest import REPORT_FILE
+        from hf_frmerge.evaluation.suite.build_record import recovered
+        from hf_frmerge.merging.record.manifest import REPORT_FILE
 
         disable_progress_bar()  # of weights being loaded, ten times in all; converting the base shows its own
         bars: list[tqdm[Any]] = []  # opened late: converting the base model shows bars of its own

@@ -24,7 +24,7 @@ def diff(ctx: click.Context, a: str, b: str, token: str | None, as_json: bool) -
     code is 0 if the two models are the same bit for bit, and 1 if not.
     """
     with results_only():
-        from hf_frmerge.hub.diff import diff_merges
+        from hf_frmerge.provenance.diff import diff_merges
 
         found = diff_merges(a, b, token=token)
     if as_json:

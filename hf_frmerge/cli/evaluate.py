@@ -17,7 +17,7 @@ from hf_frmerge.errors import ArgumentError, MergeError
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.headlines import Headline
     from hf_frmerge.evaluation.record import EvaluationRecord
-    from hf_frmerge.merging.thresholds import Threshold
+    from hf_frmerge.merging.callbacks.thresholds import Threshold
 
 _MODELS, _MEASURING, _AFTER = "Models and data", "How it is measured", "What is done with it"
 
@@ -139,8 +139,8 @@ def evaluate(
     The record is kept in MODEL if a merge wrote that folder.
     """
     from hf_frmerge.checkpoints.lock import refuse_while_merging
-    from hf_frmerge.merging.manifest import MANIFEST_FILE
-    from hf_frmerge.merging.thresholds import parse_threshold
+    from hf_frmerge.merging.callbacks.thresholds import parse_threshold
+    from hf_frmerge.merging.record.manifest import MANIFEST_FILE
 
     refuse_while_merging(model)
     thresholds = [parse_threshold(text) for text in fail_on]
@@ -187,14 +187,14 @@ def _measure(
 ) -> EvaluationRecord:
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_frmerge.evaluation.harness import run_lm_eval
-    from hf_frmerge.evaluation.merge_evaluation import evaluate_merge
-    from hf_frmerge.evaluation.merge_sources import sources_of_merge
-    from hf_frmerge.evaluation.names import models_of_merge
+    from hf_frmerge.evaluation.bridges.harness import run_lm_eval
+    from hf_frmerge.evaluation.models.merge_sources import sources_of_merge
+    from hf_frmerge.evaluation.models.names import models_of_merge
     from hf_frmerge.evaluation.record import EvaluationRecord
-    from hf_frmerge.evaluation.suite import SuiteOptions
-    from hf_frmerge.evaluation.texts import read_texts
-    from hf_frmerge.merging.arguments import MergingArguments
+    from hf_frmerge.evaluation.suite.merge_evaluation import evaluate_merge
+    from hf_frmerge.evaluation.suite.suite import SuiteOptions
+    from hf_frmerge.evaluation.text.datasets import read_texts
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
     disable_progress_bar()  # of weights being loaded; the bar below tells enough
     record = EvaluationRecord()
@@ -234,7 +234,7 @@ def _keep(record: EvaluationRecord, model: str, card: bool, measured: str | None
     from hf_frmerge.checkpoints.lock import refuse_while_merging
     from hf_frmerge.evaluation.headlines import norm_headline
     from hf_frmerge.evaluation.record import EvaluationRecord, load_record, merge_digest, save_record
-    from hf_frmerge.hub.folder import describe_merge
+    from hf_frmerge.hub.card.describe import describe_merge
     from hf_frmerge.report.figures import figure_drawer
 
     refuse_while_merging(model)

@@ -46,9 +46,9 @@ def extract_lora(
     Prints how much of the difference to the base the adapter does not hold.
     """
     with results_only():
-        from hf_frmerge.checkpoints.reader import open_checkpoint
         from hf_frmerge.checkpoints.resolve import resolve_all
-        from hf_frmerge.merging.extract import extract_lora as extract
+        from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
+        from hf_frmerge.extraction.extract_lora import extract_lora as extract
 
         sources = resolve_all([model, base_model])
         for source in sources:

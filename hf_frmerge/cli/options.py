@@ -13,8 +13,8 @@ import click
 
 from hf_frmerge.cli.command import SectionOption
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments
-from hf_frmerge.merging.config import read_config
+from hf_frmerge.merging.arguments.config_file import read_config
+from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
 
 EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub")}
 MEAN = {

@@ -38,7 +38,7 @@ def verify(
     manifest. The exit code is 1 if anything differs.
     """
     with results_only():
-        from hf_frmerge.merging.verify import verify as verify_folder
+        from hf_frmerge.provenance.verify import verify as verify_folder
 
         report = verify_folder(output_dir, experts=experts or None, base_model=base_model, sha256=sha256)
     if as_json:
@@ -61,7 +61,7 @@ def card(output_dir: str, hub_model_id: str | None) -> None:
     """
     with results_only():
         from hf_frmerge.checkpoints.lock import refuse_while_merging
-        from hf_frmerge.hub.folder import describe_merge
+        from hf_frmerge.hub.card.describe import describe_merge
         from hf_frmerge.report.figures import figure_drawer
 
         refuse_while_merging(output_dir)
@@ -94,8 +94,8 @@ def push(
     The card is written again, for the model as it will be called; a README.md of your own is sent as it is.
     """
     with results_only():
-        from hf_frmerge.hub.card import has_own_card
-        from hf_frmerge.hub.folder import describe_merge
+        from hf_frmerge.hub.card.card import has_own_card
+        from hf_frmerge.hub.card.describe import describe_merge
         from hf_frmerge.hub.outgoing import check_complete
         from hf_frmerge.hub.push import full_repo_id, push_folder
         from hf_frmerge.report.figures import figure_drawer

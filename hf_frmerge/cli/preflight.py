@@ -13,7 +13,7 @@ from hf_frmerge.cli.command import FrmergeCommand, results_only
 from hf_frmerge.cli.options import EXPERTS, MEAN, OUTPUT, arguments_from, options_from
 
 if TYPE_CHECKING:
-    from hf_frmerge.merging.plan import MergePlan
+    from hf_frmerge.merging.planning.plan import MergePlan
 
 
 @click.command("plan", cls=FrmergeCommand)
@@ -30,8 +30,8 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
     expert_arguments, args = arguments_from(experts, config, options)
     with results_only():
         from hf_frmerge.checkpoints.lock import refuse_while_merging
-        from hf_frmerge.merging.planning import build_plan
-        from hf_frmerge.merging.space import check_space, download_bytes
+        from hf_frmerge.merging.planning.build_plan import build_plan
+        from hf_frmerge.merging.planning.disk_space import check_space, download_bytes
 
         refuse_while_merging(args.output_dir)
         merge_plan = build_plan(
@@ -59,7 +59,7 @@ def _licences(merge_plan: MergePlan) -> dict[str, Any]:
     Raises:
         MergeError: If a licence forbids derived works and was not allowed by name.
     """
-    from hf_frmerge.hub.licences import licences_of_plan
+    from hf_frmerge.hub.card.licences import licences_of_plan
 
     decision = licences_of_plan(merge_plan)
     decision.raise_if_refused()
@@ -86,7 +86,7 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
         from tqdm import tqdm
 
         from hf_frmerge.merging.inspection import inspect_experts
-        from hf_frmerge.merging.planning import build_plan
+        from hf_frmerge.merging.planning.build_plan import build_plan
 
         # A plan checks its output folder, and inspecting has none.
         expert_arguments, args = arguments_from(experts, config, {**options, "output_dir": unused})

@@ -19,9 +19,9 @@ from hf_frmerge.wording.verdicts import Verdict
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.record import Recovered, Score
-    from hf_frmerge.merging.extract import ExtractedAdapter
-    from hf_frmerge.merging.reproduce import Reproduction
-    from hf_frmerge.merging.verify import VerifyReport
+    from hf_frmerge.extraction.extract_lora import ExtractedAdapter
+    from hf_frmerge.provenance.merge_again import Reproduction
+    from hf_frmerge.provenance.verify import VerifyReport
 
 _TIE = math.log(1.01)  # a few thousand tokens do not tell perplexities apart that differ by less than 1%
 _STYLES = {"good": "", "fact": "", "watch": "yellow", "bad": "yellow"}

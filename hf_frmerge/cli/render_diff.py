@@ -12,7 +12,7 @@ from hf_frmerge.cli.render import console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hf_frmerge.hub.diff import Change, MergeDiff
+    from hf_frmerge.provenance.diff import Change, MergeDiff
 
 _SHOWN = 5
 

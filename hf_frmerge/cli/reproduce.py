@@ -48,8 +48,8 @@ def reproduce(
     with results_only():
         from tqdm import tqdm
 
-        from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
-        from hf_frmerge.merging.reproduce import reproduce as make_again
+        from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
+        from hf_frmerge.provenance.merge_again import reproduce as make_again
 
         with tqdm(desc="Merging again", unit="tensor") as bar:
 
@@ -60,7 +60,7 @@ def reproduce(
 
             found = make_again(model, output_dir, experts=places, device=device, token=token, observer=Advance())
         if output_dir is not None:
-            from hf_frmerge.hub.folder import describe_merge
+            from hf_frmerge.hub.card.describe import describe_merge
 
             describe_merge(output_dir)
     if as_json:

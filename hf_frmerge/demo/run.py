@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.demo.base import base_model_dir
 from hf_frmerge.demo.texts import expert_dirs, load_texts
 from hf_frmerge.merger import FisherRaoMerger
-from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.callbacks.progress import ProgressCallback
 from hf_frmerge.merging.inspection import inspect_experts
-from hf_frmerge.merging.manifest import MANIFEST_FILE
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.progress import ProgressCallback
+from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.record.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.record import EvaluationRecord, Score
@@ -234,8 +234,8 @@ def _densify(adapter: str, base: str, folder: Path) -> str:
 def _evaluate(name: str, folder: str, texts: Mapping[str, list[str]], dtype: str) -> Iterator[Score]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_frmerge.evaluation.loop import evaluate_causal_lm
     from hf_frmerge.evaluation.record import Score
+    from hf_frmerge.evaluation.text.forward import evaluate_causal_lm
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -271,8 +271,8 @@ def _measure(
 ) -> EvaluationRecord:
     """Measure the merge that is kept beside base and experts; write record, card with figures, and page."""
     from hf_frmerge.evaluation.record import MERGED, save_record
-    from hf_frmerge.evaluation.suite import SuiteOptions, evaluate_suite
-    from hf_frmerge.hub.folder import describe_merge
+    from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
+    from hf_frmerge.hub.card.describe import describe_merge
     from hf_frmerge.report.figures import figure_drawer
     from hf_frmerge.report.page import write_page
 

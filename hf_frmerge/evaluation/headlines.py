@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
-from hf_frmerge.merging.manifest import read_manifest
+from hf_frmerge.merging.record.manifest import read_manifest
 
 
 @dataclass(frozen=True)

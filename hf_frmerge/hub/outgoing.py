@@ -10,13 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
+from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME as ADAPTER_CONFIG
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.source import is_hub_id
-from hf_frmerge.checkpoints.writer import STAGING
+from hf_frmerge.checkpoints.tensors.writer import STAGING
 from hf_frmerge.errors import HubError
-from hf_frmerge.hub.reproduce import hide_local_paths
-from hf_frmerge.merging.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
+from hf_frmerge.hub.card.commands import hide_local_paths
+from hf_frmerge.merging.record.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 

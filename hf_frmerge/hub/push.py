@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from hf_frmerge.errors import ArgumentError, HubError
-from hf_frmerge.hub.integrity import check_unaltered
 from hf_frmerge.hub.outgoing import check_base_is_public, check_complete, check_nothing_local, outgoing_files
-from hf_frmerge.merging.manifest import MANIFEST_FILE, record_checksums
+from hf_frmerge.merging.record.manifest import MANIFEST_FILE, record_checksums
+from hf_frmerge.provenance.intact import check_unaltered
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi

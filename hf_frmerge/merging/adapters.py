@@ -15,21 +15,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.checkpoints.adapter import Adapter
-from hf_frmerge.checkpoints.adapter_base import common_base
-from hf_frmerge.checkpoints.adapter_writer import AdapterModule, AdapterWriter, make_config
-from hf_frmerge.checkpoints.reader import some, unchanged
+from hf_frmerge.checkpoints.adapters.adapter import Adapter
+from hf_frmerge.checkpoints.adapters.base import common_base
+from hf_frmerge.checkpoints.adapters.rows import AdapterRow, align_adapters, missing_notes, zero_notes
+from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter, make_config
 from hf_frmerge.checkpoints.source import Source
+from hf_frmerge.checkpoints.tensors.reader import some, unchanged
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.geometry.gram import embed
 from hf_frmerge.geometry.lowrank import Factors, concatenate, factor_gram, recompress
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.geometry.sphere import combine, dot, norms
 from hf_frmerge.kernels.product import product
-from hf_frmerge.merging.adapter_rows import AdapterRow, align_adapters, missing_notes, zero_notes
-from hf_frmerge.merging.blocks import group_of
-from hf_frmerge.merging.ordered import ordered_pool
-from hf_frmerge.merging.solve import Geometry, solve
+from hf_frmerge.merging.engine.ordered_pool import ordered_pool
+from hf_frmerge.merging.engine.solve import Geometry, solve
+from hf_frmerge.merging.planning.blocks import group_of
 from hf_frmerge.methods.span import SpanOptions
 
 

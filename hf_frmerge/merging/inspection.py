@@ -12,17 +12,17 @@ import numpy as np
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels import load_kernels
-from hf_frmerge.merging.blocks import pieces
-from hf_frmerge.merging.engine import worker_count
-from hf_frmerge.merging.solve import points_of, solve
-from hf_frmerge.merging.summary import ROUNDING_ANGLE
+from hf_frmerge.merging.engine.engine import worker_count
+from hf_frmerge.merging.engine.solve import points_of, solve
+from hf_frmerge.merging.planning.blocks import pieces
+from hf_frmerge.merging.record.summary import ROUNDING_ANGLE
 from hf_frmerge.methods.span import SpanOptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.plan import MergePlan, TensorStep
+    from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
 
 
 @dataclass(frozen=True)

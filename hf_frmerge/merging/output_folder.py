@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME as ADAPTER_CONFIG
+from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME as ADAPTER_CONFIG
+from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.disk import remove_file, remove_folder
-from hf_frmerge.checkpoints.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.lock import LOCK_FILE
-from hf_frmerge.checkpoints.reader import ADAPTER_FILE
 from hf_frmerge.checkpoints.remote_output import check_vacant
-from hf_frmerge.checkpoints.writer import STAGING, remove_weights
+from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
+from hf_frmerge.checkpoints.tensors.writer import STAGING, remove_weights
 from hf_frmerge.errors import ArgumentError, ResumeError
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, STALE_FILES
+from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, STALE_FILES
 
 if TYPE_CHECKING:
-    from hf_frmerge.merging.arguments import MergingArguments
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 logger = logging.getLogger(__name__)
 

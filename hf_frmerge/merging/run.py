@@ -7,31 +7,31 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.checkpoints.beside import copy_files
+from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE, write_config
+from hf_frmerge.checkpoints.beside.look_beside import copy_files
 from hf_frmerge.checkpoints.disk import rename
-from hf_frmerge.checkpoints.donor import CONFIG_FILE, write_config
 from hf_frmerge.checkpoints.lock import sole_writer
-from hf_frmerge.checkpoints.reader import INDEX_FILE, unchanged
-from hf_frmerge.checkpoints.writer import CheckpointWriter, check_free_space, remove_staging
+from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE, unchanged
+from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space, remove_staging
 from hf_frmerge.errors import MergeError
 from hf_frmerge.kernels import load_kernels
-from hf_frmerge.merging.engine import Engine
-from hf_frmerge.merging.journal import Journal, fingerprint, modification_marks
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.engine.engine import Engine
+from hf_frmerge.merging.engine.journal import Journal, fingerprint, modification_marks
+from hf_frmerge.merging.engine.shared_observer import SharedObserver
 from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
+from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.record.summary import MergeOutcome, make_report
 from hf_frmerge.merging.run_adapters import run_adapter_merge
-from hf_frmerge.merging.shared import SharedObserver
-from hf_frmerge.merging.summary import MergeOutcome, make_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hf_frmerge.checkpoints.layout import ShardLayout
     from hf_frmerge.checkpoints.lock import FolderLock
+    from hf_frmerge.checkpoints.tensors.layout import ShardLayout
     from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
-    from hf_frmerge.merging.plan import MergePlan
-    from hf_frmerge.merging.processes import Processes
+    from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
+    from hf_frmerge.merging.engine.processes import Processes
+    from hf_frmerge.merging.planning.plan import MergePlan
 
 logger = logging.getLogger(__name__)
 

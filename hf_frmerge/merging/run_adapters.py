@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from hf_frmerge.checkpoints.adapter_config import CONFIG_NAME
-from hf_frmerge.checkpoints.beside import copy_files
-from hf_frmerge.checkpoints.reader import ADAPTER_FILE, open_checkpoint
+from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME
+from hf_frmerge.checkpoints.beside.look_beside import copy_files
 from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, open_checkpoint
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.adapters import MergedAdapter, MergedModule, merge_adapters
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, write_coefficients, write_manifest
-from hf_frmerge.merging.outcomes import StepObserver, StepOutcome
+from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
+from hf_frmerge.merging.engine.solve import Solution
 from hf_frmerge.merging.output_folder import clear_output_dir
-from hf_frmerge.merging.solve import Solution
-from hf_frmerge.merging.summary import MergeOutcome, make_report
+from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, write_coefficients, write_manifest
+from hf_frmerge.merging.record.summary import MergeOutcome, make_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hf_frmerge.checkpoints.lock import FolderLock
-    from hf_frmerge.merging.plan import MergePlan
-    from hf_frmerge.merging.processes import Processes
+    from hf_frmerge.merging.engine.processes import Processes
+    from hf_frmerge.merging.planning.plan import MergePlan
 
 
 class _StoppedError(Exception):

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.evaluation.names import models_of_merge
+from hf_frmerge.evaluation.models.names import models_of_merge
 from hf_frmerge.evaluation.record import EvaluationRecord, load_record
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE, read_coefficients, read_manifest
-from hf_frmerge.merging.weight_rules import layer_index
+from hf_frmerge.merging.arguments.weight_rules import layer_index
+from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, read_coefficients, read_manifest
 from hf_frmerge.wording.geometry import Geometry
 
 
@@ -25,7 +25,7 @@ class TensorFacts:
     Attributes:
         layer: index of the layer it belongs to; `None` for what is outside of the layers.
         kind: its name without the layer's number and what all layers' tensors have in common: `mlp.up_proj`.
-        geometry: as the manifest has it, see `hf_frmerge.merging.solve.Geometry`; `None` if it was copied.
+        geometry: as the manifest has it, see `hf_frmerge.merging.engine.solve.Geometry`; `None` if it was copied.
         coefficients: `(experts,)`, float64, mean over its blocks; `None` if it was copied.
     """
 

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, WorstToken
-from hf_frmerge.merging.manifest import REPORT_FILE
+from hf_frmerge.merging.record.manifest import REPORT_FILE
 from hf_frmerge.report.facts import MergeFacts, read_facts
 from hf_frmerge.report.figures import draw_figures
 from hf_frmerge.report.style import NARROW, PALETTE, WIDE

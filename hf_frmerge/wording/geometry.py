@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_frmerge.merging.summary import ROUNDING_ANGLE, is_below_rounding
+from hf_frmerge.merging.record.summary import ROUNDING_ANGLE, is_below_rounding
 from hf_frmerge.wording.methods import DTYPES, POINTS, method_of
 from hf_frmerge.wording.numbers import angle, counted, number, percent
 from hf_frmerge.wording.verdicts import Verdict
@@ -15,7 +15,7 @@ from hf_frmerge.wording.verdicts import Verdict
 @dataclass(frozen=True)
 class Geometry:
     """
-    Totals over the merged tensors, as `hf_frmerge.merging.summary.summary` reports them; `None` where not known.
+    Totals over the merged tensors, as `hf_frmerge.merging.record.summary.summary` reports them; `None` where not known.
 
     Angles are in radians. Of a tensor, `angle` is the largest between two experts in any block, and `gap` the largest
     between the merged point and the norm-rescaled average; `linear_norm_ratio` is the norm of the plain weighted

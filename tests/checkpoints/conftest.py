@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_frmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint
 
 SaveModel = Callable[..., PreTrainedModel]
 

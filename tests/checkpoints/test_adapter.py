@@ -12,11 +12,11 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, PeftModel, get
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from hf_frmerge.checkpoints.adapter import Adapter, open_adapter
-from hf_frmerge.checkpoints.adapter_config import AdapterConfig
+from hf_frmerge.checkpoints.adapters.adapter import Adapter, open_adapter
+from hf_frmerge.checkpoints.adapters.config import AdapterConfig
 from hf_frmerge.checkpoints.model_structure import ModelStructure
-from hf_frmerge.checkpoints.reader import open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.errors import CheckpointError, NonFiniteError
 
 LLAMA = {

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hf_frmerge.checkpoints.adapter import Adapter, open_adapter
-from hf_frmerge.checkpoints.adapter_base import base_notes, common_base
+from hf_frmerge.checkpoints.adapters.adapter import Adapter, open_adapter
+from hf_frmerge.checkpoints.adapters.base import base_notes, common_base
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_frmerge.checkpoints.adapter_match import find_targets
+from hf_frmerge.checkpoints.adapters.match import find_targets
 from hf_frmerge.errors import CheckpointError
 
 TEXT = {f"layers.{i}.q_proj.weight": (8, 8) for i in range(2)}

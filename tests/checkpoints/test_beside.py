@@ -14,7 +14,7 @@ from tiny_models import save_tokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.checkpoints.beside import Beside, copy_files, look_beside
+from hf_frmerge.checkpoints.beside.look_beside import Beside, copy_files, look_beside
 from hf_frmerge.checkpoints.source import Source
 from hf_frmerge.errors import CheckpointError
 

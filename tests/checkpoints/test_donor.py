@@ -10,9 +10,9 @@ import pytest
 from tiny_models import save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hf_frmerge.checkpoints.beside import CarriedFile, copy_files
-from hf_frmerge.checkpoints.disagreements import find_disagreements
-from hf_frmerge.checkpoints.donor import donor_files, write_config
+from hf_frmerge.checkpoints.beside.disagreements import find_disagreements
+from hf_frmerge.checkpoints.beside.donor import donor_files, write_config
+from hf_frmerge.checkpoints.beside.look_beside import CarriedFile, copy_files
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import CheckpointError
 

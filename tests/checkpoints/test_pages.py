@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_frmerge.checkpoints.pages import MappedRange, Mapping, prefetch, release
+from hf_frmerge.checkpoints.page_cache import MappedRange, Mapping, prefetch, release
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SIZE = 5 * PAGE + 17

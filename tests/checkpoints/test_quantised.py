@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from hf_frmerge.checkpoints.alignment import align
-from hf_frmerge.checkpoints.quantised import refuse_quantised
+from hf_frmerge.checkpoints.tensors.alignment import align
+from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.errors import CheckpointError
 
 U8, I8, I32, U32, I64 = torch.uint8, torch.int8, torch.int32, torch.uint32, torch.int64

@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_frmerge.checkpoints import files, pages
-from hf_frmerge.checkpoints.reader import Checkpoint, open_checkpoint, unchanged
+from hf_frmerge.checkpoints import folders as files
+from hf_frmerge.checkpoints import page_cache as pages
 from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint, unchanged
 from hf_frmerge.errors import CheckpointError
 
 

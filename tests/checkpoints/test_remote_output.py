@@ -15,7 +15,7 @@ from merge_reference import random_model, write_model
 from hf_frmerge import FisherRaoMerger
 from hf_frmerge.checkpoints.remote_output import local_folder, url_of
 from hf_frmerge.errors import ArgumentError, MergeError
-from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 URL = "memory://frmerge-out/models/merged"
 

@@ -14,9 +14,9 @@ from hub_server import ALICE_TOKEN
 from hub_server.state import Blob
 from huggingface_hub import snapshot_download
 
-from hf_frmerge.checkpoints.hub_source import download_size
-from hf_frmerge.checkpoints.reader import open_checkpoint
+from hf_frmerge.checkpoints.hub.find import download_size
 from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all
+from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.errors import CheckpointError, HubError
 
 
@@ -379,7 +379,7 @@ def test_each_spec_is_looked_up_once(hub, model):
 _SCRIPT = """
 import json, sys
 from hf_frmerge.checkpoints.resolve import resolve
-from hf_frmerge.checkpoints.reader import open_checkpoint
+from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.errors import MergeError
 answers = []
 for spec in sys.argv[1:]:
@@ -444,8 +444,8 @@ def test_offline_snapshot_that_lacks_only_what_a_merge_can_do_without(hub, tmp_p
 
 def test_local_folders_need_no_hub_client(model):
     program = (
-        "import sys; from hf_frmerge.checkpoints.reader import open_checkpoint; "
-        "from hf_frmerge.checkpoints.resolve import resolve; from hf_frmerge.checkpoints.alignment import align; "
+        "import sys; from hf_frmerge.checkpoints.tensors.reader import open_checkpoint; "
+        "from hf_frmerge.checkpoints.resolve import resolve; from hf_frmerge.checkpoints.tensors.alignment import align; "
         "from hf_frmerge.checkpoints import donor, writer; "
         "c = open_checkpoint(resolve(sys.argv[1])); align([c, c]); c.read('model.norm.weight'); "
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'fsspec', 'safetensors'}; "

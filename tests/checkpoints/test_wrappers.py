@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from hf_frmerge.checkpoints.adapter import open_adapter
-from hf_frmerge.checkpoints.alignment import align
+from hf_frmerge.checkpoints.adapters.adapter import open_adapter
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.wrappers import unwrapped, unwrapped_pattern
+from hf_frmerge.checkpoints.tensors.alignment import align
+from hf_frmerge.checkpoints.tensors.wrappers import unwrapped, unwrapped_pattern
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.evaluation.inputs import find_inputs
+from hf_frmerge.evaluation.suite.inputs import find_inputs
 
 WRAPPERS = {
     "compiled": torch.compile,

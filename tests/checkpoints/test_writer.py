@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hf_frmerge.checkpoints.layout import ShardLayout
-from hf_frmerge.checkpoints.writer import STAGING, CheckpointWriter, check_free_space, remove_weights
+from hf_frmerge.checkpoints.tensors.layout import ShardLayout
+from hf_frmerge.checkpoints.tensors.writer import STAGING, CheckpointWriter, check_free_space, remove_weights
 from hf_frmerge.errors import MergeError
 
 CODES = {
@@ -350,7 +350,7 @@ def test_check_free_space_names_both_numbers(tmp_path):
 
 _ON_A_FULL_DISK = """
 import sys
-from hf_frmerge.checkpoints.writer import CheckpointWriter, ShardLayout
+from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, ShardLayout
 from hf_frmerge.errors import MergeError
 layout = ShardLayout.plan([("a", "F32", (100_000,)), ("b", "F32", (200_000,))], 500_000)
 writer = CheckpointWriter(layout, sys.argv[1])

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from hf_frmerge.cli.main import _COMMANDS, LazyGroup, main
-from hf_frmerge.merging.progress import ProgressCallback
+from hf_frmerge.merging.callbacks.progress import ProgressCallback
 
 Frmerge = Callable[..., Result]
 SCRIPT = Path(sys.executable).parent / "frmerge"

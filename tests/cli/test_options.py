@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from hf_frmerge.cli.merge import merge
 from hf_frmerge.cli.options import EXPERTS, HUB, MEAN, OUTPUT, RUNNING, arguments_from, options_from
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments import ExpertArguments, MergingArguments
+from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
 
 GROUPS = (EXPERTS, MEAN, OUTPUT, RUNNING, HUB)
 Arguments = tuple[ExpertArguments, MergingArguments]

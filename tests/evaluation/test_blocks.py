@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.evaluation.blocks import TokenBlocks, collate, cut, separate_rows
-from hf_frmerge.evaluation.loop import rows_of
+from hf_frmerge.evaluation.text.forward import rows_of
+from hf_frmerge.evaluation.text.token_blocks import TokenBlocks, collate, cut, separate_rows
 
 ROWS = st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=7), min_size=1, max_size=6)
 

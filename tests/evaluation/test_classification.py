@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.evaluation.classification import classification_metrics, predict_classes
-from hf_frmerge.evaluation.classifier_suite import evaluate_classifiers
-from hf_frmerge.evaluation.suite import SuiteOptions
+from hf_frmerge.evaluation.measures.classification import classification_metrics, predict_classes
+from hf_frmerge.evaluation.suite.classifier_suite import evaluate_classifiers
+from hf_frmerge.evaluation.suite.suite import SuiteOptions
 
 WORDS = [f"w{i}" for i in range(30)]
 LABELS = ["no", "maybe", "yes"]

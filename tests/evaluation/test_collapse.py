@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from hf_frmerge.evaluation.collapse import ActivationStatistics, effective_rank
+from hf_frmerge.evaluation.measures.collapse import ActivationStatistics, effective_rank
 
 
 def reference(tokens: np.ndarray) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from scipy.special import log_softmax
 
 from hf_frmerge.errors import MergeError
-from hf_frmerge.evaluation.function_distance import (
+from hf_frmerge.evaluation.measures.function_distance import (
     PAIR_COLUMNS,
     compare,
     distances,
@@ -20,8 +20,8 @@ from hf_frmerge.evaluation.function_distance import (
     pair_distances,
     summarise,
 )
-from hf_frmerge.evaluation.outputs import OutputFormat, TokenTable
-from hf_frmerge.evaluation.predictions import predictions
+from hf_frmerge.evaluation.measures.predictions import predictions
+from hf_frmerge.evaluation.measures.token_tables import OutputFormat, TokenTable
 from hf_frmerge.evaluation.record import MERGED, FunctionDistance
 from hf_frmerge.geometry.simplex import barycentre, chord_to_distance, fisher_rao_distance
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_frmerge.evaluation.generation import continue_greedily, repetition
+from hf_frmerge.evaluation.text.generation import continue_greedily, repetition
 
 N_NEW = 8
 

@@ -13,7 +13,7 @@ from tiny_models import save_llama_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge.errors import ArgumentError, MergeError
-from hf_frmerge.evaluation.harness import run_lm_eval
+from hf_frmerge.evaluation.bridges.harness import run_lm_eval
 
 WORDS = ["the", "house", "of", "wisdom", "has", "many", "rooms", "and", "each", "opens"]
 DOCUMENTS = [

@@ -9,7 +9,7 @@ from evaluation_records import make_record
 
 from hf_frmerge.evaluation.headlines import by_key, headlines, norm_headline
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, LayerActivations, Recovered, Score
-from hf_frmerge.merging.manifest import FORMAT_VERSION
+from hf_frmerge.merging.record.manifest import FORMAT_VERSION
 
 
 def test_headlines_are_the_worst_of_what_was_measured() -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from two_processes import run_on_two_processes
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.evaluation.loop import evaluate_causal_lm, recovery
+from hf_frmerge.evaluation.text.forward import evaluate_causal_lm, recovery
 
 VOCAB = 64
 

@@ -6,7 +6,7 @@ import evaluate
 import numpy as np
 import pytest
 
-from hf_frmerge.evaluation.metrics import (
+from hf_frmerge.evaluation.measures.metrics import (
     ActivationVariance,
     EffectiveRank,
     Perplexity,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_frmerge.evaluation.names import models_of_merge
+from hf_frmerge.evaluation.models.names import models_of_merge
 
 
 def test_models_have_short_names_of_their_own(tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_frmerge.evaluation.record import Score
-from hf_frmerge.evaluation.results import recovered
+from hf_frmerge.evaluation.suite.build_record import recovered
 
 
 def score(model: str, domain: str, loss: float) -> Score:

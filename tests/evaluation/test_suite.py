@@ -18,7 +18,7 @@ from two_processes import run_on_two_processes
 
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
-from hf_frmerge.evaluation.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
 from hf_frmerge.geometry.simplex import barycentre, fisher_rao_distance
 
 WORDS = [f"w{number}" for number in range(50)]

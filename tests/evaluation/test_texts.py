@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.evaluation.texts import read_texts
+from hf_frmerge.evaluation.text.datasets import read_texts
 
 
 def test_texts_of_every_kind(tmp_path: Path) -> None:

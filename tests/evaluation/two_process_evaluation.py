@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
-from hf_frmerge.evaluation.loop import evaluate_causal_lm
-from hf_frmerge.evaluation.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.text.forward import evaluate_causal_lm
 
 
 def evaluate_streams(folder: Path, accelerator: Accelerator) -> list[dict[str, Any]]:

@@ -17,9 +17,9 @@ from hf_frmerge.evaluation.record import (
     Spread,
     WorstToken,
 )
-from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
-from hf_frmerge.hub.licences import SourceMetadata
-from hf_frmerge.hub.tasks import Task
+from hf_frmerge.hub.card.data import CardSource, CardStatistics, MergeCard
+from hf_frmerge.hub.card.licences import SourceMetadata
+from hf_frmerge.hub.card.tasks import Task
 from hf_frmerge.wording.geometry import Geometry
 
 VERSIONS = {"hf_frmerge": "0.1.0", "numpy": "2.4.6", "safetensors": "0.8.0", "python": "3.11.7"}
@@ -260,7 +260,7 @@ def save_figures(into: Path) -> None:
 
 def main() -> None:
     """Write the examples anew, after a wanted change of the card."""
-    from hf_frmerge.hub.card import render_card
+    from hf_frmerge.hub.card.card import render_card
 
     folder = Path(__file__).parents[2] / "model_cards"
     for name, example in EXAMPLES.items():

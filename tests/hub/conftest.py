@@ -14,7 +14,7 @@ from card_examples import full
 from merge_reference import random_model, write_family, write_model
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.hub.card import write_card
+from hf_frmerge.hub.card.card import write_card
 
 
 @pytest.fixture(scope="session")

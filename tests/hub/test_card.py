@@ -13,11 +13,11 @@ from evaluation_records import make_record
 from huggingface_hub import ModelCard
 
 from hf_frmerge.evaluation.record import EvaluationRecord, Recovered, Score
-from hf_frmerge.hub.card import USER_BEGIN, USER_END, licence_of, render_card, write_card
-from hf_frmerge.hub.card_data import CardSource, CardStatistics, MergeCard
-from hf_frmerge.hub.licences import SourceMetadata
-from hf_frmerge.hub.reproduce import result_arguments
-from hf_frmerge.merging.summary import ROUNDING_ANGLE
+from hf_frmerge.hub.card.card import USER_BEGIN, USER_END, licence_of, render_card, write_card
+from hf_frmerge.hub.card.commands import result_arguments
+from hf_frmerge.hub.card.data import CardSource, CardStatistics, MergeCard
+from hf_frmerge.hub.card.licences import SourceMetadata
+from hf_frmerge.merging.record.summary import ROUNDING_ANGLE
 from hf_frmerge.wording.geometry import Geometry
 from hf_frmerge.wording.metrics import METRICS
 

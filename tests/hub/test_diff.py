@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.evaluation.record import save_record
-from hf_frmerge.hub.diff import Change, diff_merges
+from hf_frmerge.provenance.diff import Change, diff_merges
 
 HEAD = "lm_head.weight"
 

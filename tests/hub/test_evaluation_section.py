@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hf_frmerge.evaluation.record import EvaluationRecord, Score, WorstToken
-from hf_frmerge.hub.evaluation_section import evaluation_section
-from hf_frmerge.hub.markdown import MarkdownTable, bold, escape
-from hf_frmerge.hub.metrics import metric_tables
-from hf_frmerge.hub.model_index import eval_results
+from hf_frmerge.hub.card.evaluation_section import evaluation_section
+from hf_frmerge.hub.card.markdown import MarkdownTable, bold, escape
+from hf_frmerge.hub.card.metric_tables import metric_tables
+from hf_frmerge.hub.card.model_index import eval_results
 
 
 def cells(table: MarkdownTable | None) -> list[list[str]]:

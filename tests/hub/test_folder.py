@@ -19,11 +19,11 @@ from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import CheckpointError, HubError, MergeError
 from hf_frmerge.evaluation.record import EvaluationRecord, Score, save_record
-from hf_frmerge.hub.card import render_card, write_card
-from hf_frmerge.hub.folder import card_of_folder, describe_merge
+from hf_frmerge.hub.card.card import render_card, write_card
+from hf_frmerge.hub.card.describe import card_of_folder, describe_merge
 from hf_frmerge.hub.push import push_folder
-from hf_frmerge.merging.manifest import REPORT_FILE
-from hf_frmerge.merging.verify import verify
+from hf_frmerge.merging.record.manifest import REPORT_FILE
+from hf_frmerge.provenance.verify import verify
 from hf_frmerge.report.figures import save_figures
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_frmerge.errors import MergeError
-from hf_frmerge.hub.licences import SourceMetadata, combine, read_source_metadata
+from hf_frmerge.hub.card.licences import SourceMetadata, combine, read_source_metadata
 
 
 def decide(*licences: str | None, allowed: tuple[str, ...] = ()):

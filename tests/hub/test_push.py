@@ -25,8 +25,8 @@ from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.demo.texts import expert_dirs
 from hf_frmerge.errors import ArgumentError, HubError
 from hf_frmerge.hub.push import full_repo_id, push_folder
-from hf_frmerge.merging.callbacks import MergeCallback
-from hf_frmerge.merging.verify import verify
+from hf_frmerge.merging.callbacks.callback import MergeCallback
+from hf_frmerge.provenance.verify import verify
 
 REPO = "alice/reader-135m"
 
@@ -417,8 +417,8 @@ def test_large_files_are_checked_by_their_tensors(hub: HubServer, sharded_dir: P
 def test_tensors_are_checked_however_they_were_cut(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: str
 ):
-    monkeypatch.setattr("hf_frmerge.merging.blocks.PIECE_ELEMENTS", 100)
-    monkeypatch.setattr("hf_frmerge.merging.checksums.SMALL_FILE", 0)
+    monkeypatch.setattr("hf_frmerge.merging.planning.blocks.PIECE_ELEMENTS", 100)
+    monkeypatch.setattr("hf_frmerge.merging.record.checksums.SMALL_FILE", 0)
     experts = [write_model(tmp_path / f"s{seed}", random_model(seed)) for seed in range(2)]
     skipped = "model.layers.0.mlp.up_proj.weight"
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.cli.main import main
-from hf_frmerge.evaluation.merged import load_merged
+from hf_frmerge.evaluation.models.merged import load_merged
 
 WORDS = ["what", "one", "says", "the", "other", "hears"]
 REPO = "alice/merged"

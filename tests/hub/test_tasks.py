@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_frmerge.hub.tasks import Task, read_task, task_of_config
+from hf_frmerge.hub.card.tasks import Task, read_task, task_of_config
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 from card_examples import full
 from hub_server import HubServer
 
-from hf_frmerge.hub.card import write_card
-from hf_frmerge.hub.card_data import CardSource, MergeCard
-from hf_frmerge.hub.tasks import read_task
+from hf_frmerge.hub.card.card import write_card
+from hf_frmerge.hub.card.data import CardSource, MergeCard
+from hf_frmerge.hub.card.tasks import read_task
 
 
 def save_tiny_llama(folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_first_code_block_of_an_adapter(hub: HubServer, tmp_path: Path, capsys: 
 
 def test_the_python_that_repeats_the_merge_uses_names_that_exist():
     from hf_frmerge import MergingArguments
-    from hf_frmerge.hub.reproduce import reproduce_python
+    from hf_frmerge.hub.card.commands import reproduce_python
 
     code = reproduce_python(full())
     calls: dict[str, object] = {}
@@ -112,7 +112,7 @@ def test_the_command_that_repeats_the_merge_uses_options_that_exist():
     from card_examples import adapter, mixed
 
     from hf_frmerge import MergingArguments
-    from hf_frmerge.hub.reproduce import reproduce_command
+    from hf_frmerge.hub.card.commands import reproduce_command
 
     known = {field.name for field in dataclasses.fields(MergingArguments)} | {"weights", "base_model"}
     for card in (full(), adapter(), mixed()):

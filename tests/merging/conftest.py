@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_frmerge.merging import batches
+from hf_frmerge.merging.engine import batches
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_frmerge.checkpoints.adapter import Adapter, open_adapter
+from hf_frmerge.checkpoints.adapters.adapter import Adapter, open_adapter
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import AmbiguousMeanError, ArgumentError, CheckpointError, MergeError
 from hf_frmerge.geometry.core_space import core_space

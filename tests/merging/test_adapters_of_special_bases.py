@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.engine import StepObserver
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.engine import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
 
 TEXT = {

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments import (
+from hf_frmerge.merging.arguments.config_file import read_config
+from hf_frmerge.merging.arguments.merging_arguments import (
     METHODS,
     ExpertArguments,
     MergingArguments,
     validate_weights,
 )
-from hf_frmerge.merging.config import read_config
 from hf_frmerge.methods.span import SPAN_METHODS
 
 
@@ -38,7 +38,7 @@ def test_importing_costs_no_heavy_library() -> None:
     modules = ["arguments", "callbacks", "guard", "progress", "reporting", "state", "values", "weight_rules"]
     code = "".join(f"import hf_frmerge.merging.{m}\n" for m in modules) + "import sys; print(' '.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "hf_frmerge.merging.weight_rules" in loaded
+    assert "hf_frmerge.merging.arguments.weight_rules" in loaded
     assert not {"torch", "transformers", "tqdm", "yaml", "numpy"} & set(loaded)
 
 

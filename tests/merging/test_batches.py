@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_frmerge.errors import AmbiguousMeanError
-from hf_frmerge.merging import batches
-from hf_frmerge.merging.batches import in_batches
-from hf_frmerge.merging.plan import TensorStep
-from hf_frmerge.merging.solve import solve
+from hf_frmerge.merging.engine import batches
+from hf_frmerge.merging.engine.batches import in_batches
+from hf_frmerge.merging.engine.solve import solve
+from hf_frmerge.merging.planning.plan import TensorStep
 from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
 
 

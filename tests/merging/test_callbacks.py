@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from hf_frmerge import FisherRaoMerger
 from hf_frmerge.errors import ArgumentError, MergeError
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.callbacks import (
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.callbacks.callback import (
     CallbackHandler,
     DefaultFlowCallback,
     MergeCallback,
@@ -24,7 +24,7 @@ from hf_frmerge.merging.callbacks import (
     PrinterCallback,
     StepResult,
 )
-from hf_frmerge.merging.state import MergeState
+from hf_frmerge.merging.callbacks.state import MergeState
 
 EVENTS = [name for name in vars(MergeCallback) if name.startswith("on_")]
 

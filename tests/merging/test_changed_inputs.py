@@ -16,21 +16,22 @@ import pytest
 import torch
 from merge_reference import CONFIG, random_model, write_family, write_model
 
-from hf_frmerge.checkpoints.adapter_writer import AdapterWriter
-from hf_frmerge.checkpoints.reader import open_checkpoint
+from hf_frmerge.checkpoints.adapters.writer import AdapterWriter
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.writer import CheckpointWriter
+from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
+from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter
 from hf_frmerge.errors import CheckpointError, ResumeError
-from hf_frmerge.merging import blocks, verify
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.dense_delta import DenseDelta
-from hf_frmerge.merging.engine import Engine
-from hf_frmerge.merging.extract import extract_lora
-from hf_frmerge.merging.journal import Journal
-from hf_frmerge.merging.outcomes import StepObserver
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.extraction.difference import DenseDelta
+from hf_frmerge.extraction.extract_lora import extract_lora
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.engine import Engine
+from hf_frmerge.merging.engine.journal import Journal
+from hf_frmerge.merging.engine.outcomes import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning import blocks
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
+from hf_frmerge.provenance import verify
 
 NATIVE = find_spec("hf_frmerge.kernels._native") is not None
 CHANGED = r"'.*{}': .*/{}/{} changed while it was in use: "

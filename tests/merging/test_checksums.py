@@ -13,9 +13,9 @@ from hub_server import HubServer
 from merge_reference import write_family
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.merging import checksums
-from hf_frmerge.merging.manifest import record_checksums
-from hf_frmerge.merging.verify import verify
+from hf_frmerge.merging.record import checksums
+from hf_frmerge.merging.record.manifest import record_checksums
+from hf_frmerge.provenance.verify import verify
 
 WEIGHTS = "model.safetensors"
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge.errors import NonFiniteError
-from hf_frmerge.merging import blocks
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.engine import StepObserver
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.engine import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning import blocks
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.merging.verify import verify
+from hf_frmerge.provenance.verify import verify
 
 LLAMA = LlamaConfig(
     vocab_size=40,

@@ -10,12 +10,12 @@ from merge_reference import SHAPES, merged_reference, random_model, write_family
 from safetensors.torch import load_file
 
 from hf_frmerge.errors import AmbiguousMeanError, ArgumentError, NonFiniteError
-from hf_frmerge.merging import blocks
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.engine import StepObserver, StepOutcome
-from hf_frmerge.merging.manifest import read_coefficients, read_manifest
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning import blocks
+from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.record.manifest import read_coefficients, read_manifest
 from hf_frmerge.merging.run import MergeOutcome, run_merge
 
 

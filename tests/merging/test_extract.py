@@ -12,13 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_frmerge.checkpoints.adapter import open_adapter
-from hf_frmerge.checkpoints.reader import Checkpoint, open_checkpoint
+from hf_frmerge.checkpoints.adapters.adapter import open_adapter
 from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint
 from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
-from hf_frmerge.merging import dense_delta
+from hf_frmerge.extraction import difference as dense_delta
+from hf_frmerge.extraction.extract_lora import extract_lora
 from hf_frmerge.merging.adapters import merge_adapters
-from hf_frmerge.merging.extract import extract_lora
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

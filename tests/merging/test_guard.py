@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.callbacks import CallbackHandler, MergeControl, StepResult
-from hf_frmerge.merging.guard import CollapseGuardCallback
-from hf_frmerge.merging.state import MergeState
-from hf_frmerge.merging.thresholds import Trip, parse_threshold
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl, StepResult
+from hf_frmerge.merging.callbacks.collapse_guard import CollapseGuardCallback
+from hf_frmerge.merging.callbacks.state import MergeState
+from hf_frmerge.merging.callbacks.thresholds import Trip, parse_threshold
 
 ARGS = MergingArguments()
 

@@ -21,8 +21,8 @@ from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.cli.main import main
 from hf_frmerge.demo.texts import expert_dirs
 from hf_frmerge.errors import CheckpointError, HubError, MergeError
-from hf_frmerge.merging import blocks
-from hf_frmerge.merging.verify import verify
+from hf_frmerge.merging.planning import blocks
+from hf_frmerge.provenance.verify import verify
 
 MODELS = ["lab/e0", "lab/e1"]
 
@@ -85,7 +85,7 @@ def test_sources_are_resolved_once_and_only_needed_files_fetched(hub: HubServer,
 def test_streamed_merge_downloads_no_file_and_gives_the_same_bits(
     hub: HubServer, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._FIRST_BYTES", 100)
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub.folder._FIRST_BYTES", 100)
     monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 400)
     experts = [str(family / "e0"), str(family / "e1")]
     merge(tmp_path / "local-merge", experts, str(family / "base"), space="deltas")
@@ -109,7 +109,7 @@ def test_streamed_merge_downloads_no_file_and_gives_the_same_bits(
 def test_streaming_reads_twice_what_it_may_not_keep(
     hub: HubServer, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._KEPT_BYTES", 0)
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub.folder._KEPT_BYTES", 0)
     merge(tmp_path / "local-merge", [str(family / "e0"), str(family / "e1")])
     hub.requests.clear()
     merge(tmp_path / "out", stream_from_hub=True)
@@ -172,7 +172,7 @@ def test_streaming_survives_passing_faults(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
-    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._FIRST_BYTES", 100)
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub.folder._FIRST_BYTES", 100)
     merge(tmp_path / "local-merge", [str(family / "e0"), str(family / "e1")])
     hub.requests.clear()
     hub.fail("GET", "/lfs-storage/", **fault)
@@ -187,7 +187,7 @@ def test_a_hub_that_stays_down_ends_a_streamed_merge_that_can_be_resumed(
     hub: HubServer, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._FIRST_BYTES", 100)
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub.folder._FIRST_BYTES", 100)
     merge(tmp_path / "local-merge", [str(family / "e0"), str(family / "e1")])
     hub.fail("GET", "/lfs-storage/", status=503, times=1000, skip=12)
     with pytest.raises(HubError, match=r"The Hub failed \(HTTP 503\) at lab/e[01]\. Try again later"):
@@ -237,7 +237,7 @@ PROBLEMS: dict[str, tuple[Callable[[HubServer, Path], None], type[MergeError], s
 def test_what_cannot_be_merged_is_refused_before_the_download(
     hub: HubServer, family: Path, tmp_path: Path, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._FIRST_BYTES", 1500)
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub.folder._FIRST_BYTES", 1500)
     cause, error, message = PROBLEMS[problem]
     cause(hub, tmp_path)
     with pytest.raises(error, match=message):
@@ -255,7 +255,7 @@ def plan(*models: str) -> Result:
 def test_plan_reads_headers_and_small_files_and_says_what_a_merge_would_do(
     hub: HubServer, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._FIRST_BYTES", 1500)
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub.folder._FIRST_BYTES", 1500)
     monkeypatch.chdir(tmp_path)
     result = plan("lab/e0", "lab/e1@main", "--base-model", "lab/base")
     assert result.exit_code == 0, result.stderr
@@ -305,7 +305,7 @@ class Usage(NamedTuple):
 def test_disks_are_asked_first(
     hub: HubServer, family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, message: str
 ) -> None:
-    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._FIRST_BYTES", 100)
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub.folder._FIRST_BYTES", 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**12, 0, free))
     size = len((family / "e0" / "model.safetensors").read_bytes())
     assert size < 20_000 < 2 * size < 25_000 < 3 * size

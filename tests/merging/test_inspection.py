@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge.errors import ArgumentError, NonFiniteError
-from hf_frmerge.merging import blocks
-from hf_frmerge.merging.arguments import MergingArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.inspection import Inspection, SpaceView, inspect_experts
-from hf_frmerge.merging.planning import build_plan
+from hf_frmerge.merging.planning import blocks
+from hf_frmerge.merging.planning.build_plan import build_plan
 
 
 def inspect(

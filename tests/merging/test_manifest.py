@@ -19,7 +19,7 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge import FisherRaoMerger, MergingArguments, __version__
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.merging.manifest import read_coefficients, read_manifest
+from hf_frmerge.merging.record.manifest import read_coefficients, read_manifest
 
 
 def merge(

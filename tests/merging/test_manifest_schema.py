@@ -16,14 +16,14 @@ from merge_reference import write_family
 from tiny_models import save_llama_family
 
 from hf_frmerge import FisherRaoMerger, MergeCallback, MergingArguments
-from hf_frmerge.merging.manifest import FORMAT_VERSION, SCHEMA_FILE
+from hf_frmerge.merging.record.manifest import FORMAT_VERSION, SCHEMA_FILE
 
 Manifest = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def schema() -> Draft202012Validator:
-    text = files("hf_frmerge.merging").joinpath(SCHEMA_FILE).read_text(encoding="utf-8")
+    text = files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text(encoding="utf-8")
     found = json.loads(text)
     Draft202012Validator.check_schema(found)
     return Draft202012Validator(found, format_checker=Draft202012Validator.FORMAT_CHECKER)

@@ -20,9 +20,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_frmerge.checkpoints.reader import Checkpoint, open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.merging.model_class import read_structure
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint
+from hf_frmerge.merging.planning.model_class import read_structure
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 TEXT = {**SIZES, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}

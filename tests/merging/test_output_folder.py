@@ -17,18 +17,18 @@ from merge_reference import SHAPES, write_family
 from safetensors.torch import save_file
 
 from hf_frmerge import FisherRaoMerger
-from hf_frmerge.checkpoints import adapter_writer
+from hf_frmerge.checkpoints.adapters import writer as adapter_writer
 from hf_frmerge.checkpoints.lock import LOCK_FILE, sole_writer
-from hf_frmerge.checkpoints.reader import open_checkpoint
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.writer import STAGING
+from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
+from hf_frmerge.checkpoints.tensors.writer import STAGING
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
 from hf_frmerge.evaluation.record import EvaluationRecord
+from hf_frmerge.extraction.extract_lora import extract_lora
 from hf_frmerge.merging import run_adapters
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.callbacks import MergeCallback
-from hf_frmerge.merging.extract import extract_lora
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.callbacks.callback import MergeCallback
 
 TAKEN = "Another merge is writing to"
 

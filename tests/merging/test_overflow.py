@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from hf_frmerge.errors import CheckpointError, NonFiniteError
 from hf_frmerge.kernels import Operand, load_kernels
-from hf_frmerge.merging import overflow, verify
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.operands import TensorInputs
-from hf_frmerge.merging.outcomes import StepObserver
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine import overflow
+from hf_frmerge.merging.engine.inputs import TensorInputs
+from hf_frmerge.merging.engine.outcomes import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
+from hf_frmerge.provenance import verify
 
 NORM = "model.layers.0.norm.weight"
 PROJECTION = "model.layers.0.self_attn.q_proj.weight"

@@ -19,15 +19,15 @@ from tiny_models import save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge.errors import ArgumentError, CheckpointError, HubError, MergeError
-from hf_frmerge.hub.licences import licences_of_plan
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.manifest import read_manifest
-from hf_frmerge.merging.outcomes import StepObserver
-from hf_frmerge.merging.plan import MergePlan
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.hub.card.licences import licences_of_plan
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.outcomes import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.planning.plan import MergePlan
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.merging.verify import verify
+from hf_frmerge.provenance.verify import verify
 
 Plan = Callable[..., MergePlan]
 
@@ -339,7 +339,7 @@ def test_notes_of_a_plan_say_what_differs(plan: Plan, family: Path, tmp_path: Pa
 def test_a_plan_of_hub_models_downloads_no_weights(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_frmerge.checkpoints.hub_folder._FIRST_BYTES", 1000)
+    monkeypatch.setattr("hf_frmerge.checkpoints.hub.folder._FIRST_BYTES", 1000)
     size, repos = 0, []
     for seed, name in enumerate(("e0", "e1")):
         folder = Path(write_model(tmp_path / name, random_model(seed)))

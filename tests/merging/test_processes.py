@@ -16,8 +16,8 @@ from merge_reference import SHAPES, random_model, write_model
 from process_scenarios import BLOCKS, SKIPPED, merge, merge_all, merge_and_listen
 
 from hf_frmerge.errors import ResumeError
-from hf_frmerge.merging.engine import StepObserver, StepOutcome
-from hf_frmerge.merging.manifest import COEFFICIENTS_FILE
+from hf_frmerge.merging.engine.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE
 
 SCRIPT = Path(__file__).parents[1] / "process_scenarios.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

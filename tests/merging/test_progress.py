@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.callbacks import CallbackHandler, MergeControl, StepResult
-from hf_frmerge.merging.progress import ProgressCallback
-from hf_frmerge.merging.state import MergeState
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl, StepResult
+from hf_frmerge.merging.callbacks.progress import ProgressCallback
+from hf_frmerge.merging.callbacks.state import MergeState
 
 ARGS = MergingArguments()
 

@@ -15,7 +15,7 @@ from tiny_models import save_llama_family
 
 from hf_frmerge import FisherRaoMerger, MergeCallback, MergingArguments
 from hf_frmerge.errors import ArgumentError, CheckpointError
-from hf_frmerge.merging.reproduce import reproduce
+from hf_frmerge.provenance.merge_again import reproduce
 
 
 @pytest.fixture(scope="module")

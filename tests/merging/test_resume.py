@@ -15,13 +15,13 @@ import pytest
 import torch
 from merge_reference import SHAPES, write_family, write_model
 
-from hf_frmerge.checkpoints.writer import STAGING, CheckpointWriter
+from hf_frmerge.checkpoints.tensors.writer import STAGING, CheckpointWriter
 from hf_frmerge.errors import ArgumentError, CheckpointError, MergeError, ResumeError
-from hf_frmerge.merging import blocks
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.engine import StepObserver, StepOutcome
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning import blocks
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
 
 
@@ -340,10 +340,10 @@ def test_an_input_cut_short_within_its_last_page_is_named(experts: list[str], tm
 
 MERGE = """
 import sys
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.engine import StepObserver
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.engine import StepObserver
+from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.run import run_merge
 args = MergingArguments(output_dir=sys.argv[1], resume_from_checkpoint=True)
 print("ready", flush=True)
@@ -353,8 +353,8 @@ run_merge(build_plan(sys.argv[2:], args), StepObserver(), Processes())
 FULL_DISK = """
 import resource, sys
 from hf_frmerge.errors import MergeError
-from hf_frmerge.merging.engine import Engine
-from hf_frmerge.merging.journal import Journal
+from hf_frmerge.merging.engine.engine import Engine
+from hf_frmerge.merging.engine.journal import Journal
 run, when = Engine.run, sys.argv.pop(1)
 def full():
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))

@@ -8,10 +8,10 @@ from pathlib import Path
 from merge_reference import SHAPES, write_family
 from transformers import TrainerState
 
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.callbacks import StepResult
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.state import MergeState
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.callbacks.callback import StepResult
+from hf_frmerge.merging.callbacks.state import MergeState
+from hf_frmerge.merging.planning.build_plan import build_plan
 
 
 def step(

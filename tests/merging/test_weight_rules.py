@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.weight_rules import WeightSchedule, layer_index
+from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_index
 
 HALF = [0.5, 0.5]
 

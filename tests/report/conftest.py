@@ -13,10 +13,10 @@ from merge_reference import write_family
 sys.path.insert(0, str(Path(__file__).parent))  # for browser.py
 
 from hf_frmerge.evaluation.record import EvaluationRecord, save_record
-from hf_frmerge.merging.arguments import MergingArguments
-from hf_frmerge.merging.outcomes import StepObserver
-from hf_frmerge.merging.planning import build_plan
-from hf_frmerge.merging.processes import Processes
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.outcomes import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
 
 

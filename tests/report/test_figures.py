@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from hf_frmerge.errors import CheckpointError, MergeError
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, LayerActivations, Recovered
-from hf_frmerge.merging.manifest import read_coefficients, read_manifest
+from hf_frmerge.merging.record.manifest import read_coefficients, read_manifest
 from hf_frmerge.report import figures
 from hf_frmerge.report.facts import read_facts
 from hf_frmerge.report.figures import draw_figures, save_figures

@@ -19,7 +19,7 @@ from evaluation_records import make_record
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.evaluation.record import MERGED, Generation, WorstToken
-from hf_frmerge.merging.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
+from hf_frmerge.merging.record.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
 from hf_frmerge.report import tables
 from hf_frmerge.report.facts import read_facts
 from hf_frmerge.report.page import write_page

@@ -86,7 +86,7 @@ def merge_and_evaluate(family: tuple[str, list[str]], folder: Path, record: Eval
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     save_record(folder, record)
-    from hf_frmerge.hub.folder import describe_merge
+    from hf_frmerge.hub.card.describe import describe_merge
 
     describe_merge(folder)
     return done.stdout
@@ -122,7 +122,7 @@ def test_the_gap_is_that_of_an_independent_mean(family: tuple[str, list[str]], t
     """Angle between merge and plain mean, from the files, as the sentence has it."""
     from safetensors.numpy import load_file
 
-    from hf_frmerge.merging.manifest import read_manifest
+    from hf_frmerge.merging.record.manifest import read_manifest
     from hf_frmerge.wording.geometry import Geometry, geometry_verdicts
 
     base, experts = family

@@ -1,0 +1,187 @@
+"""`adapter_config.json` of a PEFT LoRA adapter: its scales, and what is refused because it is no plain LoRA."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder
+from hf_frmerge.checkpoints.tensors.reader import read_json
+from hf_frmerge.checkpoints.tensors.wrappers import unwrapped_pattern
+from hf_frmerge.errors import CheckpointError
+from hf_frmerge.kernels import OVERFLOWS_AT
+
+CONFIG_NAME = "adapter_config.json"
+
+# PEFT methods whose update is a delta of the weight, which PEFT itself can rewrite as LoRA factors.
+_CONVERTIBLE = frozenset(
+    {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS"}
+    | {"PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
+)
+
+# PEFT methods that leave the weights alone and add inputs, or layers of their own.
+_WITHOUT_WEIGHTS = frozenset(
+    {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"}
+)
+
+# Field of the config -> why a set value changes what the factors mean. DoRA is not here: the modules carry it.
+_REFUSED = {
+    "lora_bias": "its factors also carry a bias, which is no part of a low-rank delta",
+    "trainable_token_indices": "it replaces single embedding rows beside the factors",
+    "layer_replication": "its layers are not the layers of the base checkpoint",
+    "target_parameters": "its factors belong to stacked parameters (mixture-of-experts tensors), not to modules",
+    "alora_invocation_tokens": "it is active for part of the sequence only, so no fixed weight equals it",
+    "use_qalora": "its inputs are pooled before the factors",
+    "use_bdlora": "its factors are block diagonal",
+    "arrow_config": "it routes between adapters at run time",
+    "kasa_config": "it changed the base weights when it was initialised",
+    "velora_config": "it changes how inputs enter the factors",
+    "monteclora_config": "its factors are samples of a distribution",
+}
+
+# Initialisations that subtract something from the base weights (or, for MiCA, take a factor from them).
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
+
+# The remaining fields that look like switches of a variant (`use_*`, `*_config`) and are known to be harmless.
+_KNOWN_SWITCHES = frozenset(
+    {"use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"}
+)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What the factors of a LoRA adapter need from its `adapter_config.json`; `raw` keeps the file as it is."""
+
+    raw: dict[str, Any]
+    base_model: str | None
+    revision: str | None
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+
+    def rank(self, module: str) -> int:
+        """Rank of `module` (path in the base model): `rank_pattern`, else `r`."""
+        return int(self._pattern("rank_pattern", module, self.raw.get("r", 8)))
+
+    def alpha(self, module: str) -> float:
+        """Numerator of the scale of `module`: `alpha_pattern`, else `lora_alpha`."""
+        return float(self._pattern("alpha_pattern", module, self.raw.get("lora_alpha", 8)))
+
+    def scale(self, module: str) -> float:
+        """
+        Effective scale `s` of `module`, so that its delta is `s * up @ down`.
+
+        `alpha / r`, or `alpha / sqrt(r)` for a rank-stabilised adapter (rsLoRA, arXiv 2312.03732).
+        """
+        rank = self.rank(module)
+        return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _pattern(self, field: str, module: str, default: Any) -> Any:
+        # PEFT's rule: keys are regular expressions for the end of the module path, the first match wins.
+        for key, value in (self.raw.get(field) or {}).items():
+            if re.match(rf"(.*\.)?({unwrapped_pattern(key)})$", module):
+                return value
+        return default
+
+
+def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> AdapterConfig:
+    """
+    Read and check the configuration of a LoRA adapter.
+
+    Args:
+        folder (`LocalFolder` or `RemoteFolder`):
+            Folder with `adapter_config.json`.
+        spec (`str`):
+            What the user calls this adapter, for errors.
+
+    Returns:
+        `AdapterConfig`: the fields that decide what the factors mean.
+
+    Raises:
+        CheckpointError: If the file is missing or broken, or the adapter is of a kind that is not a plain LoRA.
+    """
+    raw = read_json(folder, CONFIG_NAME, spec)
+    if not raw:
+        raise CheckpointError(
+            f"Adapter {spec!r}: no {CONFIG_NAME} in {folder.path}. Point to a folder PEFT's `save_pretrained` wrote."
+        )
+    _refuse_unsupported(raw, spec)
+    _check_numbers(raw, spec)
+    return AdapterConfig(
+        raw=raw,
+        base_model=raw.get("base_model_name_or_path") or None,
+        revision=raw.get("revision") or None,
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+    )
+
+
+def _check_numbers(raw: dict[str, Any], spec: str) -> None:
+    """Refuse ranks and scales that are no numbers, or that float32, in which an adapter is applied, cannot hold."""
+    ranks = {"r": raw.get("r", 8), **_entries(raw, "rank_pattern", spec)}
+    alphas = {"lora_alpha": raw.get("lora_alpha", 8), **_entries(raw, "alpha_pattern", spec)}
+    for key, value in ranks.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(_expected(spec, key, value, "a whole number of at least 1"))
+    for key, value in alphas.items():
+        # type() rather than isinstance(): JSON's true would pass as the number 1.
+        if type(value) not in (int, float) or not abs(value) < OVERFLOWS_AT["F32"]:
+            raise CheckpointError(_expected(spec, key, value, "a finite number within the range of float32"))
+
+
+def _entries(raw: dict[str, Any], field: str, spec: str) -> dict[str, Any]:
+    patterns = raw.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(_expected(spec, field, patterns, "an object"))
+    return {f"{field}[{key!r}]": value for key, value in patterns.items()}
+
+
+def _expected(spec: str, key: str, value: Any, expected: str) -> str:
+    return (
+        f"Adapter {spec!r}: {key} in {CONFIG_NAME} is {value!r}, expected {expected}. Correct it, or save the adapter "
+        "again with PEFT."
+    )
+
+
+def _refuse_unsupported(raw: dict[str, Any], spec: str) -> None:
+    peft_type = raw.get("peft_type")
+    if peft_type != "LORA":
+        if peft_type in _CONVERTIBLE:
+            hint = "Load it with PEFT and rewrite it with `peft.save_as_lora(path, model, rank)`, then merge that."
+        elif peft_type in _WITHOUT_WEIGHTS:
+            hint = "It changes no weights of its base, so there is nothing to merge."
+        else:
+            hint = (
+                "If PEFT can fold it into its base (`merge_and_unload`), do so, save the model, and merge the full "
+                "checkpoints."
+            )
+        raise CheckpointError(f"Adapter {spec!r}: peft_type is {peft_type!r}, expected 'LORA'. {hint}")
+    bias = raw.get("bias", "none")
+    if bias != "none":
+        raise CheckpointError(
+            f"Adapter {spec!r}: bias={bias!r} trained biases of the base beside the factors, expected 'none'. "
+            "Merge it into its base (`merge_and_unload`) and merge the full checkpoints."
+        )
+    for field, reason in _REFUSED.items():
+        if raw.get(field):
+            raise CheckpointError(
+                f"Adapter {spec!r}: {field} is set, and {reason}. It cannot be merged as low-rank factors; if PEFT "
+                "can fold it into its base (`merge_and_unload`), merge the full checkpoints instead."
+            )
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
+        raise CheckpointError(
+            f"Adapter {spec!r}: init_lora_weights={init!r} takes part of the base weights into the factors, so they "
+            "are not a delta to the published base. Save it again with "
+            "`save_pretrained(..., path_initial_model_for_weight_conversion=...)`, which converts it to a plain LoRA."
+        )
+    for field, value in raw.items():
+        is_switch = field.startswith("use_") or field.endswith("_config")
+        if value and is_switch and field not in _KNOWN_SWITCHES:
+            raise CheckpointError(
+                f"Adapter {spec!r}: {field}={value!r} is an option this version does not know; it may change what the "
+                "factors mean. Merge the adapter into its base with the PEFT version that wrote it."
+            )

@@ -1,0 +1,171 @@
+"""
+Delta of one weight as two low-rank factors, and the effective weight of a DoRA module.
+
+PEFT keeps, for every adapted module, a factor `down` (its `lora_A`, `(r, n_in)`) and a factor `up` (`lora_B`,
+`(n_out, r)`); the delta of the weight is `scale * up @ down`, transposed where the checkpoint stores the weight as
+`(n_in, n_out)`: `Conv1D` of GPT-2, and embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.checkpoints.tensors.floats import widen
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
+from hf_frmerge.errors import CheckpointError, NonFiniteError
+from hf_frmerge.geometry.sphere import norms
+from hf_frmerge.kernels.product import product
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """
+    Delta of one weight, known as two factors that are read when asked for.
+
+    Attributes:
+        checkpoint: the adapter's tensors.
+        module: path of the module in the base model, such as `"model.layers.0.self_attn.q_proj"`.
+        target: tensor of the base checkpoint that the delta belongs to; `module + ".weight"` until it is matched.
+        kind: `"linear"` (also GPT-2's `Conv1D`), `"embedding"` or `"conv"`.
+        rank: number of columns of `up` and rows of `down`.
+        scale: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
+        shape: shape of the delta as the base checkpoint stores it.
+        transposed: whether that is the transpose of `up @ down`.
+        down, up: where the factors lie.
+        magnitude: DoRA's length of every output row; such a module has no low-rank delta.
+    """
+
+    checkpoint: Checkpoint
+    module: str
+    target: str
+    kind: Literal["linear", "embedding", "conv"]
+    rank: int
+    scale: float
+    shape: tuple[int, ...]
+    transposed: bool
+    down: TensorInfo
+    up: TensorInfo
+    magnitude: TensorInfo | None = None
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the effective weight is a DoRA weight: defined, but not the base plus a low-rank delta."""
+        return self.magnitude is not None
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files its factors are read from."""
+        return {(self.checkpoint, self.down.file), (self.checkpoint, self.up.file)}
+
+    def read(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        """
+        Read the factors as PEFT lays them out, without the scale.
+
+        Returns:
+            `tuple`: `up` `(n_out, r)` and `down` `(r, n_in)`, float32 (float64 if stored so). Kernels of a
+            convolution are flattened into `n_in`.
+
+        Raises:
+            CheckpointError: If the module is a DoRA module, which has no low-rank delta.
+            NonFiniteError: If a factor holds NaN or infinity.
+        """
+        if self.is_dora:
+            raise CheckpointError(
+                f"Adapter {self.checkpoint.source.spec!r}, module {self.module!r}: use_dora is set. A DoRA update is "
+                'not low-rank, so it cannot be merged as factors; use adapter_output="merged", which merges the '
+                "effective weights."
+            )
+        return self._read_pair()
+
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """
+        Read the factors as the base checkpoint lays out the weight, with the scale in the left one.
+
+        Returns:
+            `tuple`: `left` `(rows, r)` and `right` `(r, cols)`, float32, contiguous. Rows `[a, b)` of the delta
+            (flattened to `(shape[0], -1)`) are `left[a:b] @ right`.
+
+        Raises:
+            CheckpointError: If the module is a DoRA module, which has no low-rank delta.
+            NonFiniteError: If a factor holds NaN or infinity, or float32 cannot hold it.
+        """
+        return self._lay_out(*self.read())
+
+    def read_magnitude(self) -> NDArray[np.floating]:
+        """Read DoRA's length of every output row, `(rows,)`."""
+        if self.magnitude is None:
+            raise ValueError(f"Module {self.module!r} has no magnitude: it is not a DoRA module.")
+        return self._read(self.magnitude).reshape(-1)
+
+    def dora_weight(self) -> DoraWeight:
+        """Read what is needed to compute the effective weight of a DoRA module row by row."""
+        return DoraWeight(*self._lay_out(*self._read_pair()), self.read_magnitude())
+
+    def _read_pair(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        return self._read(self.up).reshape(-1, self.rank), self._read(self.down).reshape(self.rank, -1)
+
+    def _lay_out(
+        self, up: NDArray[np.floating], down: NDArray[np.floating]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        left, right = (down.T, up.T) if self.transposed else (up, down)
+        scaled = left * np.float64(self.scale)  # in float64, so that a scale such as 1/3 is rounded in once only
+        with np.errstate(over="ignore"):
+            single = scaled.astype(np.float32, order="C"), np.ascontiguousarray(right, dtype=np.float32)
+        if not all(np.isfinite(factor).all() for factor in single):
+            raise NonFiniteError(
+                f"Adapter {self.checkpoint.source.spec!r}: the factors of {self.module!r}, with their scale "
+                f"{self.scale:.4g}, leave the range of float32, in which they are multiplied. Lower its lora_alpha in "
+                "adapter_config.json, or leave this adapter out."
+            )
+        return single
+
+    def _read(self, info: TensorInfo) -> NDArray[np.floating]:
+        values = widen(self.checkpoint.read(info.name), info.dtype)
+        self.checkpoint.release(info.name)
+        if not np.isfinite(values).all():
+            raise NonFiniteError(
+                f"Adapter {self.checkpoint.source.spec!r}: tensor {info.name!r} holds "
+                f"{np.count_nonzero(~np.isfinite(values))} NaN or infinite values of {info.numel}. Leave this adapter "
+                "out, or repair it."
+            )
+        return values
+
+
+@dataclass(frozen=True)
+class DoraWeight:
+    """
+    Effective weight of a DoRA module (arXiv 2402.09353, eq. 5): `magnitude * (W0 + delta) / ‖W0 + delta‖` by rows.
+
+    Attributes:
+        left: `(rows, r)`, float32, with the scale in it.
+        right: `(r, cols)`, float32.
+        magnitude: `(rows,)`.
+    """
+
+    left: NDArray[np.float32]
+    right: NDArray[np.float32]
+    magnitude: NDArray[np.floating]
+
+    def rows(self, base_rows: NDArray[np.floating], start: int) -> NDArray[np.float32]:
+        """
+        Return the effective weight of the rows from `start` on.
+
+        Args:
+            base_rows (`numpy.ndarray`):
+                Whole rows of the base weight, `(n, cols)`.
+            start (`int`):
+                Index of the first of them.
+
+        Returns:
+            `numpy.ndarray`: `(n, cols)`, float32. A row that is zero has no direction and stays zero.
+        """
+        stop = start + len(base_rows)
+        rows = base_rows + product(self.left[start:stop], self.right)
+        found = norms(rows.astype(np.float64))
+        wanted = self.magnitude[start:stop].astype(np.float64)
+        factor = np.divide(wanted, found, out=np.zeros_like(found), where=found > 0)
+        return (rows * factor[:, None]).astype(np.float32)

@@ -1,0 +1,98 @@
+"""Map tensor names of a model in memory to names in a checkpoint that was saved with another prefix."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from hf_frmerge.checkpoints.model_structure import leaf
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.errors import CheckpointError
+
+
+def find_targets(
+    spec: str,
+    names: Mapping[str, Sequence[int]] | Iterable[str],
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, str]:
+    """
+    Find the base tensor of every name of an adapter.
+
+    Names that the base has are taken as they are. The others must all become base tensors by one and the same change
+    of prefix (`"model."` added, `"transformer."` removed, `"language_model.model."` for `"model.language_model."`): a
+    rule for each name alone would let the layers of a vision tower answer for those of the language model.
+
+    Args:
+        spec (`str`):
+            What the user calls the adapter, for errors.
+        names (`Mapping[str, Sequence[int]]` or `Iterable[str]`):
+            Tensor names the adapter asks for; where several changes of prefix fit, shapes decide if they are given
+            (those of a matrix in any order: it may be stored transposed).
+        shapes (`Mapping[str, Sequence[int]]`):
+            Shape of every tensor of the base.
+
+    Returns:
+        `dict[str, str]`: adapter's name -> base's name.
+
+    Raises:
+        CheckpointError: If no change of prefix fits, or more than one.
+    """
+    wanted = list(dict.fromkeys(names))
+    targets = {name: name for name in wanted if name in shapes}
+    unknown = [name for name in wanted if name not in shapes]
+    if not unknown:
+        return targets
+    by_leaf: dict[str, list[str]] = {}
+    for key in shapes:
+        by_leaf.setdefault(leaf(key), []).append(key)
+    possible = {_edit(unknown[0], key) for key in by_leaf.get(leaf(unknown[0]), [])}
+    edits = {edit for edit in possible if edit and all(_apply(edit, name) in shapes for name in unknown)}
+    if len(edits) > 1 and isinstance(names, Mapping):
+        edits = {
+            edit
+            for edit in edits
+            if all(sorted(shapes[str(_apply(edit, name))]) == sorted(names[name]) for name in unknown)
+        } or edits
+    if not edits:
+        raise CheckpointError(
+            f"Adapter {spec!r} changes {some(unknown)}, which the base model does not have"
+            f"{_closest(unknown[0], by_leaf)}. Pass the base it was trained on."
+        )
+    if len(edits) > 1:
+        found = sorted(str(_apply(edit, unknown[0])) for edit in edits)
+        raise CheckpointError(
+            f"Adapter {spec!r}: {unknown[0]!r} could mean several tensors of the base: {some(found)}. "
+            "Save the base with the class the adapter was trained on."
+        )
+    (edit,) = edits
+    for name in unknown:
+        targets[name] = str(_apply(edit, name))
+    if len(set(targets.values())) < len(targets):
+        raise CheckpointError(f"Adapter {spec!r}: two of its modules fall on one tensor of the base.")
+    return targets
+
+
+def _edit(name: str, key: str) -> tuple[str, str] | None:
+    """
+    Change of prefix `(removed, added)` that turns `name` into `key`.
+
+    None if it would turn a model into another (`bert.`, `roberta.`), or a layer or an expert: parts of a prefix come,
+    go, or change places, but numbers do not.
+    """
+    mine, theirs = name.split("."), key.split(".")
+    while mine and theirs and mine[-1] == theirs[-1]:
+        del mine[-1], theirs[-1]
+    fewer, more = sorted((Counter(mine), Counter(theirs)), key=Counter.total)
+    if fewer - more or (fewer and any(part.isdigit() for part in more)):
+        return None
+    return "".join(f"{part}." for part in mine), "".join(f"{part}." for part in theirs)
+
+
+def _apply(edit: tuple[str, str], name: str) -> str | None:
+    removed, added = edit
+    return added + name.removeprefix(removed) if name.startswith(removed) else None
+
+
+def _closest(name: str, by_leaf: Mapping[str, list[str]]) -> str:
+    near = by_leaf.get(leaf(name), [])
+    return f" (it has {some(near, 2)})" if near else ""

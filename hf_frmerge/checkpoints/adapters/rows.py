@@ -1,0 +1,149 @@
+"""The modules of several adapters side by side: which adapter changes which, and do they fit together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.checkpoints.adapters.adapter import Adapter
+from hf_frmerge.checkpoints.adapters.factors import LowRankDelta
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.errors import CheckpointError
+from hf_frmerge.geometry.lowrank import Factors
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One module in all adapters; None where an adapter does not change it."""
+
+    deltas: tuple[LowRankDelta | None, ...]
+
+    @property
+    def first(self) -> LowRankDelta:
+        """Delta of the first adapter that has one; it names the module and gives the shapes."""
+        return next(delta for delta in self.deltas if delta is not None)
+
+    @property
+    def n_out(self) -> int:
+        """Rows of `up`."""
+        return self.first.up.shape[0]
+
+    @property
+    def n_in(self) -> int:
+        """Columns of `down`, a convolution's kernel included."""
+        return math.prod(self.first.down.shape[1:])
+
+    def factors(self, only: Sequence[bool] | None = None) -> list[Factors]:
+        """Read the factors; rank 0 for an adapter without the module, or not among `only`."""
+        nothing = Factors(np.zeros((self.n_out, 0)), np.zeros((0, self.n_in)))
+        wanted = only or [True] * len(self.deltas)
+        return [
+            Factors(*delta.read(), delta.scale) if delta is not None and use else nothing
+            for delta, use in zip(self.deltas, wanted)
+        ]
+
+
+def align_adapters(adapters: Sequence[Adapter]) -> list[AdapterRow]:
+    """
+    Line up the modules of all adapters, in the order they first appear.
+
+    Raises:
+        CheckpointError: If a module has different kinds or shapes.
+    """
+    targets = list(dict.fromkeys(target for adapter in adapters for target in adapter.deltas))
+    rows = [AdapterRow(tuple(adapter.deltas.get(target) for adapter in adapters)) for target in targets]
+    for row in rows:
+        first = row.first
+        expected = (first.kind, row.n_out, first.down.shape[1:])
+        for delta in row.deltas:
+            if delta is not None and (delta.kind, delta.up.shape[0], delta.down.shape[1:]) != expected:
+                names = [d.checkpoint.source.spec for d in (first, delta)]
+                raise CheckpointError(
+                    f"Module {first.module!r} is a {first.kind} of shape {first.shape} in adapter {names[0]!r} but a "
+                    f"{delta.kind} of shape {delta.shape} in {names[1]!r}. They belong to different base models."
+                )
+    return rows
+
+
+def missing_notes(
+    adapters: Sequence[Adapter], rows: Sequence[AdapterRow], strict: bool, *, is_matched: bool
+) -> list[str]:
+    """
+    Say which adapters do not change which modules.
+
+    Args:
+        adapters (`Sequence[Adapter]`):
+            The adapters.
+        rows (`Sequence[AdapterRow]`):
+            What `align_adapters` returned for them.
+        strict (`bool`):
+            Refuse a module that an adapter lacks.
+        is_matched (`bool`):
+            Whether a base tells which names mean one module.
+
+    Raises:
+        CheckpointError: If that is not allowed (`strict`), or a module only seems missing because it has another name.
+    """
+    if not is_matched:
+        _refuse_other_names(adapters, rows)
+    notes = []
+    for index, adapter in enumerate(adapters):
+        missing = [row.first.module for row in rows if row.deltas[index] is None]
+        if not missing:
+            continue
+        if strict:
+            raise CheckpointError(
+                f"Adapter {adapter.spec!r} does not change {some(missing)}, which other adapters change. Without "
+                "`strict` these count as zero deltas."
+            )
+        notes.append(
+            f"Adapter {adapter.spec!r} does not change {len(missing)} of {len(rows)} modules ({some(missing)}); they "
+            "count as its zero deltas."
+        )
+    return notes
+
+
+def _refuse_other_names(adapters: Sequence[Adapter], rows: Sequence[AdapterRow]) -> None:
+    """Refuse two adapters that each lack a module of the other which is alike but for what stands before its name."""
+    for (i, one), (j, other) in combinations(enumerate(adapters), 2):
+        only_one = {_likeness(row.deltas[i]): row for row in rows if row.deltas[i] and not row.deltas[j]}
+        only_other = {_likeness(row.deltas[j]): row for row in rows if row.deltas[j] and not row.deltas[i]}
+        alike = next((key for key in only_one if key in only_other), None)
+        if alike is not None:
+            raise CheckpointError(
+                f"Adapter {one.spec!r} names a module {only_one[alike].first.module!r} that {other.spec!r} may name "
+                f"{only_other[alike].first.module!r}: classes and versions of transformers name one module "
+                "differently. Pass base_model (--base-model), which tells what belongs together."
+            )
+
+
+def _likeness(delta: LowRankDelta | None) -> tuple[object, ...]:
+    """What one module has in common under all names: last name, layer, kind and shape."""
+    assert delta is not None
+    parts = delta.module.split(".")
+    layer = tuple(part for part in parts if part.isdigit())
+    return parts[-1], layer, delta.kind, delta.up.shape[0], delta.down.shape[1:]
+
+
+def zero_notes(
+    adapters: Sequence[Adapter], rows: Sequence[AdapterRow], grams: Sequence[NDArray[np.float64]]
+) -> list[str]:
+    """Say which adapters have zero deltas, given the Gram matrix `(N, N)` of every row."""
+    notes = []
+    for index, adapter in enumerate(adapters):
+        zero = [
+            row.first.module
+            for row, gram in zip(rows, grams)
+            if row.deltas[index] is not None and not gram[index, index]
+        ]
+        if zero:
+            notes.append(
+                f"Adapter {adapter.spec!r} has a zero delta in {len(zero)} of {len(rows)} modules ({some(zero)}): no "
+                "direction, but its weight counts in the norm."
+            )
+    return notes

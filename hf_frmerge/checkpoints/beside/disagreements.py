@@ -1,0 +1,197 @@
+"""Where the models of a merge disagree about configs, vocabularies and chat templates, and which one is taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
+from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder, open_folder
+from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.tensors.reader import read_file, read_json, some
+from hf_frmerge.errors import CheckpointError
+
+# Differences that say nothing about the function: names, versions, and dtypes (which alignment reports).
+_IGNORED_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+# Worth a word even where one config leaves them to the default of its transformers version.
+_IMPORTANT_PARTS = (
+    "rope",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "vocab_size",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+_ABSENT = "not given"
+
+
+def find_disagreements(sources: Sequence[Source]) -> list[str]:
+    """
+    Say where configs, tokenizers and chat templates differ, and which one the output takes.
+
+    Args:
+        sources (`Sequence[Source]`):
+            Donor first, then the others. Adapters without a config or tokenizer of their own are passed over.
+
+    Returns:
+        `list[str]`: One sentence per difference; empty if all agree.
+    """
+    folders = [(source, open_folder(source.path)) for source in dict.fromkeys(sources)]
+    try:
+        found = _differing_configs(folders, CONFIG_FILE) + _differing_configs(folders, "generation_config.json")
+    except OSError as error:
+        raise CheckpointError(f"Configs could not be compared: {error}.") from error
+    return found + find_tokenizer_disagreements(sources)
+
+
+def find_tokenizer_disagreements(sources: Sequence[Source]) -> list[str]:
+    """Say where vocabularies, special tokens and chat templates differ; of each, that of the first holder is taken."""
+    folders = [(source, open_folder(source.path)) for source in dict.fromkeys(sources)]
+    try:
+        return _differing_vocabularies(folders) + _differing_special_tokens(folders) + _differing_templates(folders)
+    except OSError as error:
+        raise CheckpointError(f"Tokenizers could not be compared: {error}.") from error
+
+
+def token_ids(source: Source) -> dict[str, int]:
+    """Return the id of every token in the `tokenizer.json` of a model, those that were added included."""
+    return _token_ids(source, read_file(open_folder(source.path), "tokenizer.json", source.spec))
+
+
+_Folders = list[tuple[Source, LocalFolder | RemoteFolder]]
+
+
+def _differing_configs(folders: _Folders, name: str) -> list[str]:
+    configs = [(source, _flatten(read_json(folder, name, source.spec))) for source, folder in folders]
+    configs = [(source, flat) for source, flat in configs if flat]
+    sentences = []
+    for key in sorted({key for _, flat in configs for key in flat}):
+        important = any(part in key for part in _IMPORTANT_PARTS)
+        values = [
+            (source, json.dumps(flat[key]) if key in flat else _ABSENT)
+            for source, flat in configs
+            if key in flat or important
+        ]
+        if len({value for _, value in values}) > 1:
+            sentences.append(f"{name}: {key} is {_by_value(values)}.")
+    return sentences
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; rotary settings under one name, whichever transformers version wrote them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _IGNORED_KEYS:
+            continue
+        path = prefix + key
+        if key == "rope_theta" and not prefix.endswith("rope_parameters."):
+            path = f"{prefix}rope_parameters.rope_theta"
+        elif key == "rope_scaling":
+            path = f"{prefix}rope_parameters"
+        if isinstance(value, dict):
+            flat |= _flatten(value, path + ".")
+        elif value is not None:
+            flat[path] = value
+    # `type` is the name `rope_type` had in old configs; absent means default.
+    old_type = flat.pop(f"{prefix}rope_parameters.type", None)
+    if old_type is not None:
+        flat.setdefault(f"{prefix}rope_parameters.rope_type", old_type)
+    if flat.get(f"{prefix}rope_parameters.rope_type") == "default":
+        del flat[f"{prefix}rope_parameters.rope_type"]
+    return flat
+
+
+def _by_value(values: list[tuple[Source, str]]) -> str:
+    """Put sources of one value together: `1 in 'a' and 'b' (taken), 2 in 'c'`."""
+    holders: dict[str, list[str]] = {}
+    for source, value in values:
+        holders.setdefault(_short(value), []).append(repr(source.spec))
+    parts = [f"{value} in {some(specs)}" for value, specs in holders.items()]
+    parts[0] += " (taken)"
+    return ", ".join(parts)
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _differing_vocabularies(folders: _Folders) -> list[str]:
+    for name in VOCABULARIES:
+        holders = [(source, folder) for source, folder in folders if folder.exists(name)]
+        if len(holders) < 2:
+            continue
+        first, first_folder = holders[0]
+        reference = read_file(first_folder, name, first.spec)
+        different = []
+        for source, folder in holders[1:]:
+            content = read_file(folder, name, source.spec)
+            if content != reference:
+                difference = _vocabulary_difference(name, (first, reference), (source, content))
+                different += [f"{source.spec!r} ({difference})"] if difference else []
+        if different:
+            return [f"{name}: the vocabulary of {first.spec!r} (taken) differs from that of {some(different)}."]
+        return []
+    return []
+
+
+def _vocabulary_difference(name: str, reference: tuple[Source, bytes], other: tuple[Source, bytes]) -> str:
+    """Say how many tokens have another id; empty if only settings around the vocabulary differ."""
+    if name != "tokenizer.json":
+        return "other bytes"
+    ours, theirs = _token_ids(*reference), _token_ids(*other)
+    count = sum(theirs.get(token) != index for token, index in ours.items()) + len(theirs.keys() - ours.keys())
+    return f"{count} tokens differ; sizes {len(ours)} and {len(theirs)}" if count else ""
+
+
+def _token_ids(source: Source, content: bytes) -> dict[str, int]:
+    try:
+        tokenizer = json.loads(content)
+        vocabulary = tokenizer["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the position
+            vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+        return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{source.spec!r}: tokenizer.json makes no sense: {error!r}.") from error
+
+
+def _differing_special_tokens(folders: _Folders) -> list[str]:
+    configs = [(source, read_json(folder, "tokenizer_config.json", source.spec)) for source, folder in folders]
+    sentences = []
+    for key in _SPECIAL_TOKENS:
+        values = [(source, json.dumps(_text_of(config[key]))) for source, config in configs if config.get(key)]
+        if len({value for _, value in values}) > 1:
+            sentences.append(f"tokenizer_config.json: {key} is {_by_value(values)}.")
+    return sentences
+
+
+def _text_of(token: Any) -> Any:
+    """Text of a token that may be stored with its settings."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _differing_templates(folders: _Folders) -> list[str]:
+    templates = [(source, _chat_template(folder, source)) for source, folder in folders]
+    with_tokenizer = [(source, text) for source, text in templates if text is not None]
+    if len({text for _, text in with_tokenizer}) < 2:
+        return []
+    donor, taken = with_tokenizer[0]
+    others = some(repr(source.spec) for source, text in with_tokenizer if text != taken)
+    if not taken:
+        return [f"{donor.spec!r} has no chat template, so neither has the output; there is one in {others}."]
+    return [f"The chat template of {donor.spec!r} (taken) differs from that of {others}."]
+
+
+def _chat_template(folder: LocalFolder | RemoteFolder, source: Source) -> str | None:
+    """Text of the chat template, empty if the tokenizer has none, None if there is no tokenizer."""
+    if folder.exists("chat_template.jinja"):
+        return read_file(folder, "chat_template.jinja", source.spec).decode(errors="replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_json(folder, name, source.spec).get("chat_template")
+        if template:
+            return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return "" if folder.exists("tokenizer_config.json") else None

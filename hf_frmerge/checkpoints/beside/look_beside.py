@@ -1,0 +1,244 @@
+"""What lies beside the weights of the models of a merge: what the output takes over from whom, and what is left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_frmerge.checkpoints.beside.disagreements import (
+    VOCABULARIES,
+    find_disagreements,
+    find_tokenizer_disagreements,
+    token_ids,
+)
+from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE, donor_files, list_folder
+from hf_frmerge.checkpoints.beside.sentence_transformers import (
+    Pipeline,
+    check_same_embeddings,
+    read_pipeline,
+    same_content,
+)
+from hf_frmerge.checkpoints.disk import make_folder, write_file
+from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.source import Source
+from hf_frmerge.checkpoints.tensors.reader import read_file, read_json, some
+from hf_frmerge.errors import CheckpointError
+
+# What turns text, images or sound into inputs of the model.
+_INPUTS = re.compile(
+    r"tokenizer.*|added_tokens\.json|special_tokens_map\.json|vocab\..+|merges\.txt|.+\.(model|tiktoken|spm|codes)"
+    r"|chat_template\..+|additional_chat_templates/.+|(video_)?(pre)?processor_config\.json"
+)
+# Of these, differences are told by what they mean (disagreements.py), not by their bytes.
+_COMPARED = re.compile(
+    r"tokenizer(_config)?\.json|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|vocab\..+|merges\.txt"
+    r"|added_tokens\.json|special_tokens_map\.json|chat_template\..+"
+)
+# No loader of the merged model would look at these: weights in other formats, traces of the training, documents.
+_IRRELEVANT = re.compile(
+    r"config\.json|model(-\d+-of-\d+)?\.safetensors|adapter_(config\.json|model\..+)|consolidated.*|.+\.index\.json"
+    r"|(pytorch|tf|flax|rust)_model.*|.+\.(gguf|onnx|onnx_data|h5|msgpack|ot|mlmodel|tflite)"
+    r"|trainer_.+|training_.+|train_.+|eval_.+|.+_results\.json|events\..+|.+\.log|latest|zero_to_fp32\.py"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states).*"
+    r"|\..+|readme.*|licen[cs]e.*|notice.*|use_policy.*|requirements\.txt|.+\.(md|png|jpe?g|gif|svg|webp|pdf|html|ya?ml)"
+    r"|merge_(manifest\.json|coefficients\.safetensors|evaluation\.json)"
+)
+_IRRELEVANT_FOLDERS = re.compile(
+    r"\..+|runs|logs|wandb|checkpoint-\d+|global_step\d+|original|onnx|openvino|coreml|gguf|eval.*|assets|images"
+    r"|__pycache__"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedFile:
+    """A file that the output takes over, under its name, from one of the models."""
+
+    source: Source
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the output takes over beside weights and config, and what should be said about it and about the rest."""
+
+    files: tuple[CarriedFile, ...]
+    notes: tuple[str, ...]
+
+
+def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter: bool) -> Beside:
+    """
+    Decide what lies beside the merged weights, by reading small files only.
+
+    A full model gets the files of its donor (base, else first full expert), and inputs (tokenizer, chat template,
+    processor) of the first expert that has some if the donor has none. A merged adapter gets the inputs of its
+    adapters if they agree. Both get the steps of sentence-transformers that the experts agree on, else those of the
+    base.
+
+    Args:
+        experts (`Sequence[Source]`):
+            Models that are merged.
+        base (`Source`, *optional*):
+            Base model.
+        makes_adapter (`bool`):
+            Whether the output is an adapter.
+
+    Returns:
+        `Beside`: The files, and sentences on what comes from others than the donor, what differs, what was left.
+
+    Raises:
+        CheckpointError: If a file cannot be read or makes no sense, or experts pool their outputs differently.
+    """
+    experts = list(dict.fromkeys(experts))
+    models = list(dict.fromkeys([*([base] if base and not makes_adapter else []), *experts]))
+    try:
+        lying = [_Lying.of(model) for model in models]
+        carried: dict[str, Source] = {}
+        donor = base or next((expert for expert in experts if expert.kind == "full"), None)
+        if makes_adapter or donor is None:
+            notes = _inputs_of_adapters(lying, carried)
+        else:
+            carried.update(dict.fromkeys(donor_files(donor), donor))
+            notes = _inputs_without_donor(lying, carried) + find_disagreements([donor, *models])
+        notes += _embeddings_too_few(carried, donor)
+        notes += _carry_pipeline(lying, base, carried)
+        notes += _differing(lying, carried) + _left(lying, carried)
+    except OSError as error:
+        raise CheckpointError(f"The files beside the weights could not be compared: {error}.") from error
+    return Beside(tuple(CarriedFile(source, name) for name, source in carried.items()), tuple(notes))
+
+
+def copy_files(files: Iterable[CarriedFile], output_dir: str | Path) -> list[str]:
+    """Copy what `look_beside` decided into `output_dir`, each file whole or not at all; return the names."""
+    names = []
+    for file in files:
+        target = Path(output_dir) / file.name
+        make_folder(target.parent)
+        write_file(target, read_file(open_folder(file.source.path), file.name, file.source.spec))
+        names.append(file.name)
+    return names
+
+
+@dataclass(frozen=True)
+class _Lying:
+    """What lies in the folder of a model: names of files, names of further folders, steps of sentence-transformers."""
+
+    model: Source
+    names: list[str]
+    folders: list[str]
+    pipeline: Pipeline | None
+
+    @classmethod
+    def of(cls, model: Source) -> _Lying:
+        folder = open_folder(model.path)
+        names, pipeline = list_folder(folder), read_pipeline(model)
+        known = {name.partition("/")[0] for name in names if "/" in name}
+        if pipeline is not None:
+            names = list(dict.fromkeys([*names, *pipeline.files]))
+            known |= {module.path.partition("/")[0] for module in pipeline.modules}
+        try:
+            folders = [name for name in folder.subfolders() if name not in known]
+        except (OSError, NotImplementedError):  # a web server that lists nothing
+            folders = []
+        return cls(model, names, folders, pipeline)
+
+    @property
+    def inputs(self) -> list[str]:
+        return [name for name in self.names if _INPUTS.fullmatch(name)]
+
+    def read(self, name: str) -> bytes:
+        return read_file(open_folder(self.model.path), name, self.model.spec)
+
+
+def _has_tokenizer(names: Iterable[str]) -> bool:
+    return any(name in VOCABULARIES or name == "tokenizer_config.json" for name in names)
+
+
+def _inputs_without_donor(lying: Sequence[_Lying], carried: dict[str, Source]) -> list[str]:
+    """Take the tokenizer of the first model that has one where the donor has none."""
+    holder = next((each for each in lying if _has_tokenizer(each.names)), None)
+    if holder is None or _has_tokenizer(carried):
+        return []
+    found = [name for name in holder.inputs if name not in carried]
+    carried.update(dict.fromkeys(found, holder.model))
+    return [f"{lying[0].model.spec!r} has no tokenizer; that of {holder.model.spec!r} is taken ({some(found)})."]
+
+
+def _inputs_of_adapters(adapters: Sequence[_Lying], carried: dict[str, Source]) -> list[str]:
+    holders = [adapter for adapter in adapters if adapter.inputs]
+    if not holders:
+        return []
+    if find_tokenizer_disagreements([holder.model for holder in holders]):
+        return [
+            f"The tokenizers or chat templates beside {some(repr(holder.model.spec) for holder in holders)} differ: "
+            "the merged adapter gets none, and works with those of its base. Copy the ones you want into its folder."
+        ]
+    holder = next((each for each in holders if _has_tokenizer(each.names)), holders[0])
+    carried.update(dict.fromkeys(holder.inputs, holder.model))
+    return []
+
+
+def _embeddings_too_few(carried: Mapping[str, Source], model: Source | None) -> list[str]:
+    """Say if a tokenizer has ids that the model has no embeddings for."""
+    source = carried.get("tokenizer.json")
+    if source is None or model is None or source == model:
+        return []
+    config = read_json(open_folder(model.path), CONFIG_FILE, model.spec)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    size = max((part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)), default=None)
+    last = max(token_ids(source).values(), default=-1)
+    if size is None or last < size:
+        return []
+    return [
+        f"The tokenizer of {source.spec!r} has ids up to {last}, but {model.spec!r} has embeddings for {size} only: "
+        "tokens were added to it, and the output has no weights for them. Resize the embeddings before you use them."
+    ]
+
+
+def _carry_pipeline(lying: Sequence[_Lying], base: Source | None, carried: dict[str, Source]) -> list[str]:
+    """Take the steps of sentence-transformers from the experts, which were trained with them; else from the base."""
+    experts = [each for each in lying if each.model != base]
+    found = [each.pipeline for each in experts if each.pipeline] or [each.pipeline for each in lying if each.pipeline]
+    if not found:
+        return []
+    check_same_embeddings(found)
+    carried.update(dict.fromkeys(found[0].files, found[0].source))
+    lacking = [repr(each.model.spec) for each in lying if each.pipeline is None]
+    if not lacking:
+        return []
+    return [f"{some(found[0].files)} are those of {found[0].source.spec!r}; there are none in {some(lacking)}."]
+
+
+def _differing(lying: Sequence[_Lying], carried: Mapping[str, Source]) -> list[str]:
+    """Name the files that are taken from one model and differ in another."""
+    notes = []
+    for name, holder in carried.items():
+        if _COMPARED.fullmatch(name) or name == "generation_config.json":
+            continue
+        others = [each for each in lying if each.model != holder and name in each.names]
+        taken = next(each for each in lying if each.model == holder).read(name) if others else b""
+        different = [repr(each.model.spec) for each in others if not same_content(name, taken, each.read(name))]
+        if different:
+            notes.append(f"{name} differs in {some(different)}; that of {holder.spec!r} is taken.")
+    return notes
+
+
+def _left(lying: Sequence[_Lying], carried: Mapping[str, Source]) -> list[str]:
+    """Name what is not taken over, unless it is known to be no use to a loader."""
+    holders: dict[str, list[str]] = {}
+    for each in lying:
+        own, shared = set(VOCABULARIES) & set(each.names), set(VOCABULARIES) & set(carried)
+        is_compared = _has_tokenizer(carried) and (not own or bool(own & shared))
+        for name in each.names:
+            is_step = each.pipeline is not None and "/" in name and name in each.pipeline.files
+            told = is_step or (is_compared and _COMPARED.fullmatch(name))
+            if name not in carried and not told and not _IRRELEVANT.fullmatch(name.lower()):
+                holders.setdefault(name, []).append(repr(each.model.spec))
+        for folder in each.folders:
+            if not _IRRELEVANT_FOLDERS.fullmatch(folder.lower()):
+                holders.setdefault(f"{folder}/", []).append(repr(each.model.spec))
+    if not holders:
+        return []
+    listed = "; ".join(f"{name} of {some(specs)}" for name, specs in sorted(holders.items()))
+    return [f"Beside the weights these were left behind: {listed}."]

@@ -1,0 +1,240 @@
+"""Checkpoints on the Hub: pinned to a commit, looked up in the cache, and fetched, but only what a merge reads."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_frmerge.checkpoints.folders import LocalFolder
+from hf_frmerge.checkpoints.hub.errors import is_unreachable, reading_from_hub
+from hf_frmerge.checkpoints.hub.folder import HubFolder, found_folder
+from hf_frmerge.checkpoints.modules_file import MODULES_FILE, parse_modules
+from hf_frmerge.checkpoints.source import HUB_SCHEME, WEIGHTS, Source, is_on_hub, kind_of
+from hf_frmerge.errors import CheckpointError, HubError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+logger = logging.getLogger(__name__)
+
+# Everything transformers reads beside the weights. Never a pickle, and no folder but that of further chat templates:
+# `onnx/`, `original/` and the like hold the weights a second time.
+_SMALL_FILES = (
+    "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.codes", "*.py", "README.md", "LICENSE*",
+)  # fmt: skip
+_SMALL_FOLDER = "additional_chat_templates/"
+_NOT_READ = ("trainer_state.json", "*.bin.index.json")
+_SINGLE, _INDEX = WEIGHTS
+_ADAPTER = "adapter_model.safetensors"
+
+
+def find(spec: str, repo_id: str, revision: str | None, token: str | bool | None, extra: Sequence[str] = ()) -> Source:
+    """
+    Pin a Hub id to a commit, by one request.
+
+    Returns:
+        `Source`: In the local cache if all that would be fetched is there, else at `hub://org/name@commit`.
+
+    Raises:
+        HubError: If there is no such repository or revision, or the Hub cannot be asked and the cache has none.
+        CheckpointError: If the repository holds no safetensors weights.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    with reading_from_hub(repo_id, revision):
+        try:
+            info = HfApi(token=token).model_info(repo_id, revision=revision)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            cached = _find_in_cache(spec, repo_id, revision) if is_unreachable(error) else None
+            if cached is None:
+                raise
+            logger.warning("The Hub could not be asked; %s is taken from the cache, at %s.", repo_id, cached.commit)
+            return cached
+    if info.id != repo_id:
+        logger.warning("%s is now called %s on the Hub.", repo_id, info.id)
+    commit = str(info.sha)
+    snapshot = _complete_snapshot(info.id, commit, extra)
+    if snapshot is not None:
+        return Source(spec, kind_of(LocalFolder(str(snapshot)), spec), str(snapshot), info.id, revision, commit)
+    path = f"{HUB_SCHEME}{info.id}@{commit}"
+    return Source(spec, kind_of(found_folder(path, token, anew=True), spec), path, info.id, revision, commit)
+
+
+def download_size(sources: Iterable[Source]) -> int:
+    """Bytes that fetching the sources would bring."""
+    size = 0
+    for source in {source.path: source for source in sources if is_on_hub(source)}.values():
+        folder = found_folder(source.path)
+        blobs = _repo_cache(str(source.repo_id)) / "blobs"
+        missing = [n for n in _needed(folder) if not (blobs / (folder.known_sha256(n) or folder.identity(n))).exists()]
+        size += sum(map(folder.size, missing))
+    return size
+
+
+def fetch(sources: Sequence[Source], token: str | bool | None, extra: Sequence[str] = ()) -> list[Source]:
+    """
+    Bring sources from the Hub into its cache, several files at a time; what is there already is not fetched again.
+
+    Args:
+        sources (`Sequence[Source]`):
+            Sources of any kind; those that are on this machine stay as they are.
+        token (`str` or `bool`, *optional*):
+            Hub token.
+        extra (`Sequence[str]`, *optional*):
+            Patterns of further files to fetch.
+
+    Raises:
+        HubError: If the disk has not enough space for all of them, or the Hub refuses or fails.
+    """
+    check_cache_space(download_size(sources))
+    fetched: dict[str, str] = {}
+    for source in sources:
+        if is_on_hub(source) and source.path not in fetched:
+            fetched[source.path] = _download(source, token, extra)
+    return [replace(source, path=fetched.get(source.path, source.path)) for source in sources]
+
+
+def cache_folder() -> Path:
+    """Folder of the Hub's cache, or the closest one above it that exists."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def check_cache_space(needed: int) -> None:
+    """
+    Refuse a download that will not fit on the disk.
+
+    Raises:
+        HubError: With what is needed and what is free, in bytes.
+    """
+    free = shutil.disk_usage(cache_folder()).free if needed else 0
+    if free < needed:
+        raise HubError(
+            f"The download needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on the disk of "
+            f"{cache_folder()}. Free some space, point HF_HOME to a larger disk, or read the models without a "
+            "download (--stream-from-hub)."
+        )
+
+
+def _download(source: Source, token: str | bool | None, extra: Sequence[str]) -> str:
+    from huggingface_hub import snapshot_download
+
+    repo_id, commit = str(source.repo_id), str(source.commit)
+    names = _needed(found_folder(source.path, token), extra)
+    with reading_from_hub(repo_id, source.revision):
+        path = snapshot_download(
+            repo_id, revision=commit, token=token, allow_patterns=[glob.escape(name) for name in names]
+        )
+    if source.revision != commit:
+        _remember(repo_id, source.revision, commit)
+    return path
+
+
+def _needed(
+    folder: LocalFolder | HubFolder, extra: Sequence[str] = (), names: Sequence[str] | None = None
+) -> list[str]:
+    """Names of the files a merge reads: one set of weights, and the small files beside it."""
+    names = folder.all_names() if isinstance(folder, HubFolder) else list(names or ())
+    small = [
+        name
+        for name in names
+        if (name.startswith(_SMALL_FOLDER) or "/" not in name)
+        and _matches(name, _SMALL_FILES)
+        and not _matches(name, _NOT_READ)
+    ]
+    if _SINGLE in names:  # transformers, too, prefers the single file when a folder holds both
+        weights = [_SINGLE]
+    elif _INDEX in names:
+        weights = sorted(set(_weight_map(folder).values()))
+    else:
+        weights = [_ADAPTER]
+    module_folders = _module_folders(folder, names)
+    modules = [name for name in names if name.rpartition("/")[0] in module_folders]
+    wanted = {*small, *weights, *modules, *(name for name in names if _matches(name, extra))}
+    return [name for name in names if name in wanted]
+
+
+def _module_folders(folder: LocalFolder | HubFolder, names: Sequence[str]) -> set[str]:
+    """Folders of sentence-transformers' modules; what lies in them is small."""
+    if MODULES_FILE not in names:
+        return set()
+    modules = parse_modules(folder.read(MODULES_FILE), folder.path)
+    return {module.path for module in modules if module.path}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _weight_map(folder: LocalFolder | HubFolder) -> dict[str, str]:
+    try:
+        weight_map = json.loads(folder.read(_INDEX))["weight_map"]
+    except (ValueError, KeyError, TypeError):  # the reader says what is wrong with it
+        return {}
+    return {name: file for name, file in weight_map.items() if isinstance(file, str)}
+
+
+def _snapshot(repo_id: str, commit: str) -> Path:
+    return _repo_cache(repo_id) / "snapshots" / commit
+
+
+def _repo_cache(repo_id: str) -> Path:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
+def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str]) -> Path | None:
+    """Folder of a commit in the cache, if the cache knows its files and has all that are needed."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    snapshot = _snapshot(repo_id, commit)
+    folder = LocalFolder(str(snapshot))
+    try:
+        names = [entry.path for entry in get_cached_repo_tree(repo_id, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        return None
+    if any(name in names and not folder.exists(name) for name in (_INDEX, MODULES_FILE)):
+        return None  # they tell which other files are needed
+    return snapshot if all(folder.exists(name) for name in _needed(folder, extra, names)) else None
+
+
+def _find_in_cache(spec: str, repo_id: str, revision: str | None) -> Source | None:
+    """
+    Take what the cache has of a revision.
+
+    Fetched by other means (say, `from_pretrained`) it may lack README and the like, yet be all a merge needs.
+    """
+    ref = _repo_cache(repo_id) / "refs" / (revision or "main")
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else str(revision)
+    snapshot = _snapshot(repo_id, commit)
+    if not snapshot.is_dir():
+        return None
+    folder = LocalFolder(str(snapshot))
+    try:
+        return Source(spec, kind_of(folder, spec), str(snapshot), repo_id, revision, commit)
+    except CheckpointError:
+        if folder.exists("config.json") or folder.exists("adapter_config.json"):
+            return None  # begun, and interrupted
+        raise
+
+
+def _remember(repo_id: str, revision: str | None, commit: str) -> None:
+    """Write down which commit a branch stood for, as the Hub's own client does, for when the Hub cannot be asked."""
+    ref = _repo_cache(repo_id) / "refs" / (revision or "main")
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(commit, encoding="utf-8")

@@ -1,0 +1,338 @@
+"""Match the tensors of several checkpoints by name and shape, and say what is merged, copied or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
+from hf_frmerge.errors import CheckpointError
+
+# Bytes of a non-float tensor above which its contents are not compared between experts.
+_COMPARE_LIMIT = 16 << 20
+_COMPARE_CHUNK = 4 << 20
+# Only to word an error; what is merged never depends on names.
+_EMBEDDING = re.compile("embed|wte|lm_head|shared")
+# Models tie a handful of weights; with more names in doubt the checkpoints are simply different.
+_MOST_TIED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedTensor:
+    """
+    One tensor of the output.
+
+    `dtype` and `shape` are those of the base model if there is one, else of the first expert. `donor` is the
+    checkpoint a "copy" comes from: -1 the base model, 0 and up the experts in order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: Literal["merge", "copy"]
+    donor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Output tensors in file order of the base model (else of the first expert), and what the user should know."""
+
+    tensors: list[AlignedTensor]
+    notes: list[str]
+
+
+def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alignment:
+    """
+    Match checkpoints tensor by tensor. Reads headers, and contents only where names differ.
+
+    All float tensors must exist everywhere with one shape. Three differences are settled without loss, each with a
+    note: non-float tensors (say, position ids) missing or differing somewhere are copied from the base model, else
+    from the first expert that has them, but for matrices of integers, which differ as codes do; float tensors that
+    repeat another tensor of their checkpoint byte for byte (a tied weight that was stored) are dropped, or, if the
+    donor of the config stores them, read from that other tensor in the checkpoints that do not; dtypes may differ.
+    `Checkpoint.alias` is called for such tied weights.
+
+    Args:
+        experts (`Sequence[Checkpoint]`):
+            Full checkpoints, in the order the user listed them. May be empty if there is a base model.
+        base (`Checkpoint`, *optional*):
+            Base model.
+
+    Returns:
+        `Alignment`: Tensors and notes.
+
+    Raises:
+        CheckpointError: If names, shapes or kinds of tensors differ otherwise, or a checkpoint is quantised (by its
+            config, by its tensors, or because the models differ in a matrix of integers).
+    """
+    checkpoints = [*([base] if base is not None else []), *experts]
+    first_index = 0 if base is None else -1
+    for checkpoint in checkpoints:
+        refuse_quantised(checkpoint)
+    notes = _repeated(experts) + _wrapper_notes(checkpoints)
+    _refuse_kinds(checkpoints)
+    left_out, tied_notes = _settle_tied(checkpoints)
+    notes += tied_notes
+    _refuse_names(checkpoints, left_out)
+    _refuse_shapes(checkpoints)
+    notes += _dtype_notes(checkpoints)
+
+    tensors = []
+    for name in _names_in_order(checkpoints):
+        if name in left_out:
+            continue
+        holders = [place for place, checkpoint in enumerate(checkpoints) if name in checkpoint.tensors]
+        info = checkpoints[holders[0]].tensors[name]
+        merged = info.is_float and info.numel > 0
+        tensors.append(
+            AlignedTensor(name, info.dtype, info.shape, "merge" if merged else "copy", holders[0] + first_index)
+        )
+        if not info.is_float:
+            notes += _copy_notes(name, [checkpoints[place] for place in holders], len(checkpoints))
+    return Alignment(tensors, notes)
+
+
+def _names_in_order(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Names of all checkpoints, those of the first in its file order, then others."""
+    return list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors))
+
+
+def _repeated(experts: Sequence[Checkpoint]) -> list[str]:
+    notes = []
+    for later, expert in enumerate(experts):
+        for earlier in experts[:later]:
+            if expert.source.path == earlier.source.path:
+                notes.append(f"{expert.source.spec!r} is listed twice; it counts with both its weights.")
+                break
+    return notes
+
+
+def _wrapper_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    return [
+        f"{checkpoint.source.spec!r} was saved inside a wrapper (torch.compile, DDP or FSDP), as in "
+        f"{checkpoint.wrapped!r}: its names are read, and written, without. transformers would load none of them."
+        for checkpoint in checkpoints
+        if checkpoint.wrapped
+    ]
+
+
+def _settle_tied(checkpoints: Sequence[Checkpoint]) -> tuple[set[str], list[str]]:
+    """Alias or leave out float tensors that only some store, if those repeat another tensor; note each."""
+    common = set(checkpoints[0].tensors).intersection(*(checkpoint.tensors for checkpoint in checkpoints[1:]))
+    partial = [
+        name
+        for name in _names_in_order(checkpoints)
+        if name not in common and any(name in each.tensors and each.tensors[name].is_float for each in checkpoints)
+    ]
+    left_out: set[str] = set()
+    notes: list[str] = []
+    if len(partial) > _MOST_TIED:
+        return left_out, notes  # another architecture: _refuse_names reports it
+    for name in partial:
+        holders = [checkpoint for checkpoint in checkpoints if name in checkpoint.tensors]
+        target = _repeated_tensor(name, holders, common)
+        if target is None:
+            continue
+        stored = some(repr(holder.source.spec) for holder in holders)
+        if checkpoints[0] is holders[0]:
+            # The config comes from a checkpoint that stores it, so a loader may look for it: keep it in the output.
+            for checkpoint in checkpoints:
+                if checkpoint not in holders:
+                    checkpoint.alias(name, target)
+            notes.append(f"{name} repeats {target} in {stored}; the others lack it and are read there.")
+        else:
+            left_out.add(name)
+            notes.append(f"{name} repeats {target} in {stored} (tied weights, stored twice); it is left out.")
+    return left_out, notes
+
+
+def _repeated_tensor(name: str, holders: Sequence[Checkpoint], common: set[str]) -> str | None:
+    """Name of a tensor all checkpoints have, whose bytes equal those of `name` wherever that is stored."""
+    info = holders[0].tensors[name]
+    for other in holders[0].tensors.values():
+        if (
+            other.name in common
+            and (other.dtype, other.shape) == (info.dtype, info.shape)
+            and all(_same_bytes(each, each.tensors[name], each, each.tensors[other.name]) for each in holders)
+        ):
+            # Fresh biases and norm weights are all 0 or 1 and equal by accident; that makes no tie.
+            return None if _is_constant(holders[0], info) else other.name
+    return None
+
+
+def _is_constant(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    if info.numel == 0:
+        return True
+    size = info.nbytes // info.numel
+    head = checkpoint.read(info.name, 0, min(info.nbytes, _COMPARE_CHUNK) // size * size).reshape(-1, size)
+    return bool((head == head[0]).all())
+
+
+def _same_bytes(left: Checkpoint, a: TensorInfo, right: Checkpoint, b: TensorInfo) -> bool:
+    if a.nbytes != b.nbytes:
+        return False
+    step = 4096  # almost all different tensors differ here; equal ones go on in large steps
+    start = 0
+    while start < a.nbytes:
+        stop = min(start + step, a.nbytes)
+        if not np.array_equal(left.read(a.name, start, stop), right.read(b.name, start, stop)):
+            return False
+        left.release(a.name, start, stop)
+        right.release(b.name, start, stop)
+        start, step = stop, _COMPARE_CHUNK
+    return True
+
+
+def _refuse_kinds(checkpoints: Sequence[Checkpoint]) -> None:
+    reference = checkpoints[0]
+    for checkpoint in checkpoints[1:]:
+        wrong = [
+            f"{name} is {info.dtype} in {reference.source.spec!r} and {checkpoint.tensors[name].dtype} here"
+            for name, info in reference.tensors.items()
+            if name in checkpoint.tensors and checkpoint.tensors[name].is_float != info.is_float
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{checkpoint.source.spec!r} stores numbers of another kind: {some(wrong)}. If it is quantised, "
+                "dequantise it first."
+            )
+
+
+def _refuse_names(checkpoints: Sequence[Checkpoint], left_out: set[str]) -> None:
+    reference = checkpoints[0]
+    wanted = {name for name, info in reference.tensors.items() if info.is_float} - left_out
+    for checkpoint in checkpoints[1:]:
+        found = {name for name, info in checkpoint.tensors.items() if info.is_float} - left_out
+        missing = sorted(wanted - found)
+        extra = sorted(found - wanted)
+        if not missing and not extra:
+            continue
+        parts = []
+        if missing:
+            parts.append(f"it lacks {len(missing)} tensors ({some(missing)})")
+        if extra:
+            parts.append(f"it has {len(extra)} others ({some(extra)})")
+        raise CheckpointError(
+            f"{checkpoint.source.spec!r} and {reference.source.spec!r} do not have the same tensors: "
+            f"{' and '.join(parts)}. {_names_hint(wanted, found, missing, extra, checkpoint, reference)}"
+        )
+
+
+def _names_hint(
+    wanted: set[str], found: set[str], missing: list[str], extra: list[str], checkpoint: Checkpoint, other: Checkpoint
+) -> str:
+    for longer, shorter, owner in ((found, wanted, checkpoint), (wanted, found, other)):
+        prefix = _common_prefix(longer, shorter)
+        if prefix:
+            return (
+                f"The names in {owner.source.spec!r} have the prefix {prefix!r} that the other's have not: without it "
+                "they match. Take it off with safetensors (`load_file`, then `save_file` under "
+                f"`name.removeprefix({prefix!r})`, keeping the rest of the folder). Loading it with a class that does "
+                "not know the prefix would start from random weights."
+            )
+    if len(missing) + len(extra) == 1:
+        return (
+            "If one of the two ties this weight to another and the other trained it separately, give the first a copy "
+            "of its own: load it, `model.config.tie_word_embeddings = False`, `model.get_output_embeddings().weight = "
+            "torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())`, and save it."
+        )
+    return "Only models of one architecture and size can be merged."
+
+
+def _common_prefix(longer: set[str], shorter: set[str]) -> str | None:
+    """Return the prefix that turns most names of `shorter` into names of `longer`, if there is one."""
+    if not shorter:
+        return None
+    probe = max(shorter - longer, key=len, default=None)
+    if probe is None:
+        return None
+    for name in longer:
+        if name.endswith("." + probe):
+            prefix = name[: -len(probe)]
+            matching = sum(prefix + each in longer for each in shorter)
+            if 2 * matching > len(shorter):
+                return prefix
+    return None
+
+
+def _refuse_shapes(checkpoints: Sequence[Checkpoint]) -> None:
+    reference = checkpoints[0]
+    for checkpoint in checkpoints[1:]:
+        wrong = [
+            (info, checkpoint.tensors[name])
+            for name, info in reference.tensors.items()
+            if info.is_float and name in checkpoint.tensors and checkpoint.tensors[name].shape != info.shape
+        ]
+        if not wrong:
+            continue
+        listed = some(
+            f"{here.name} is {list(here.shape)} in {checkpoint.source.spec!r} and {list(there.shape)} in "
+            f"{reference.source.spec!r}"
+            for there, here in wrong
+        )
+        raise CheckpointError(f"{len(wrong)} tensors differ in shape: {listed}. {_shapes_hint(wrong)}")
+
+
+def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]]) -> str:
+    rows = {(there.shape[0], here.shape[0]) for there, here in wrong if there.shape and here.shape}
+    only_rows = all(there.shape[1:] == here.shape[1:] for there, here in wrong) and len(rows) == 1
+    if only_rows and any(_EMBEDDING.search(there.name) for there, _ in wrong):
+        ((there_rows, here_rows),) = rows
+        return (
+            f"The vocabularies have different sizes ({here_rows} and {there_rows}): give all one tokenizer, "
+            "call `model.resize_token_embeddings(...)` and save again."
+        )
+    return "Only models of one architecture and size can be merged."
+
+
+def _dtype_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    reference = checkpoints[0]
+    notes = []
+    for checkpoint in checkpoints[1:]:
+        pairs: dict[tuple[str, str], int] = {}
+        for name, info in reference.tensors.items():
+            here = checkpoint.tensors.get(name)
+            if here is not None and info.is_float and here.dtype != info.dtype:
+                pairs[info.dtype, here.dtype] = pairs.get((info.dtype, here.dtype), 0) + 1
+        notes += [
+            f"{count} tensors are {here} in {checkpoint.source.spec!r} and {there} in {reference.source.spec!r}."
+            for (there, here), count in pairs.items()
+        ]
+    return notes
+
+
+def _copy_notes(name: str, holders: list[Checkpoint], n_all: int) -> list[str]:
+    donor = holders[0]
+    info = donor.tensors[name]
+    if len(holders) < n_all:
+        whole = f"{name} ({info.dtype}) is missing in {n_all - len(holders)} of {n_all} checkpoints"
+        return [f"{whole}; it is copied from {donor.source.spec!r}."]
+    if info.nbytes > _COMPARE_LIMIT and not _may_be_codes(info):
+        return []
+    different = [
+        other
+        for other in holders[1:]
+        if other.tensors[name].dtype != info.dtype
+        or other.tensors[name].shape != info.shape
+        or not _same_bytes(donor, info, other, other.tensors[name])
+    ]
+    if not different:
+        return []
+    named = some(repr(other.source.spec) for other in different)
+    if _may_be_codes(info) and any(_may_be_codes(other.tensors[name]) for other in different):
+        raise CheckpointError(
+            f"{name} is a matrix of integers ({info.dtype}) that is another in {named} than in "
+            f"{donor.source.spec!r}. Codes of quantised weights cannot be averaged, and those of one model do not fit "
+            "the rest of another: merge the unquantised checkpoints. If it is no weight, store it alike in all."
+        )
+    return [f"{name} ({info.dtype}) differs in {named}; it is copied from {donor.source.spec!r}."]
+
+
+def _may_be_codes(info: TensorInfo) -> bool:
+    """Whether a tensor that holds no floats may hold a weight: a matrix of integers, not a row of ids, not a mask."""
+    return info.dtype != "BOOL" and sum(length > 1 for length in info.shape) > 1

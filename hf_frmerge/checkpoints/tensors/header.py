@@ -1,0 +1,162 @@
+"""Headers of safetensors files: parsed by hand and checked, so that a broken file is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder
+from hf_frmerge.errors import CheckpointError
+
+# Bits per element of every dtype code in the safetensors format, smallest alignment first: the order its own
+# writer sorts by.
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
+
+_MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` bytes from byte `offset` of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether elements are bf16, fp16, fp32 or fp64: the ones that can be averaged."""
+        return self.dtype in FLOAT_DTYPES
+
+
+def read_header(folder: LocalFolder | RemoteFolder, file: str, spec: str) -> tuple[list[TensorInfo], int]:
+    """
+    Read and check the header of one safetensors file.
+
+    Args:
+        folder (`LocalFolder` or `RemoteFolder`):
+            Folder that holds the file.
+        file (`str`):
+            File name.
+        spec (`str`):
+            Name of the checkpoint, for errors.
+
+    Returns:
+        `tuple[list[TensorInfo], int]`: Tensors in file order, and the size of the file in bytes.
+
+    Raises:
+        CheckpointError: If the file is truncated, has bytes nobody owns, or a header that makes no sense.
+    """
+    where = f"{spec!r}: {file}"
+    size = folder.size(file)
+    head = folder.read(file, 0, min(8, size))
+    if len(head) < 8:
+        raise CheckpointError(f"{where} has {size} bytes, too few for a safetensors file. Download it again.")
+    (length,) = struct.unpack("<Q", head)
+    if length > _MAX_HEADER_BYTES:
+        hint = " It looks like a Git LFS pointer; run `git lfs pull`." if head == b"version " else ""
+        raise CheckpointError(
+            f"{where} is not a safetensors file: it announces a header of {length} bytes, "
+            f"{_MAX_HEADER_BYTES} is the most allowed.{hint}"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{where} is truncated: its header alone needs {8 + length} bytes, the file has {size}. Download it again."
+        )
+    try:
+        header = json.loads(folder.read(file, 8, 8 + length))
+    except ValueError as error:
+        raise CheckpointError(f"{where} has a header that is not JSON: {error}. Download it again.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{where} has a header that is not a JSON object. Download it again.")
+    header.pop("__metadata__", None)
+    infos = [_parse_entry(name, entry, file, 8 + length, where) for name, entry in header.items()]
+    infos.sort(key=lambda info: (info.offset, info.nbytes, info.name))
+    _check_extents(infos, 8 + length, size, where)
+    return infos, size
+
+
+def _parse_entry(name: str, entry: Any, file: str, data_start: int, where: str) -> TensorInfo:
+    if not _is_entry(entry):
+        raise CheckpointError(f"{where} has a broken header entry for tensor {name!r}: {entry!r}. Download it again.")
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has dtype {dtype!r}, which is not one of {', '.join(DTYPE_BITS)}. "
+            "Convert the checkpoint to one of them."
+        )
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (end - begin):
+        raise CheckpointError(
+            f"{where}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} needs {bits / 8:g} bytes, its header "
+            f"gives it {end - begin}. The file is damaged; download it again."
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        return False
+    # type() rather than isinstance(): JSON's true would pass as the integer 1.
+    return all(type(number) is int and number >= 0 for number in (*shape, *offsets)) and offsets[0] <= offsets[1]
+
+
+def _check_extents(infos: list[TensorInfo], data_start: int, size: int, where: str) -> None:
+    end = data_start
+    previous = "the header"
+    for info in infos:
+        if info.offset != end:
+            found = "overlaps" if info.offset < end else "leaves a hole after"
+            raise CheckpointError(
+                f"{where}: tensor {info.name!r} starts at byte {info.offset} and {found} {previous}, which ends at "
+                f"byte {end}. The file is damaged; download it again."
+            )
+        end = info.offset + info.nbytes
+        previous = f"tensor {info.name!r}"
+    if size < end:
+        raise CheckpointError(
+            f"{where} is truncated: its header announces {end} bytes, the file has {size}. Download it again."
+        )
+    if size > end:
+        raise CheckpointError(
+            f"{where} has {size - end} bytes after the last tensor: its header announces {end} bytes, the file has "
+            f"{size}. The file is damaged; download it again."
+        )

@@ -1,0 +1,99 @@
+"""Quantised checkpoints: told by their config or by their tensors, and refused with a way out that exists."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from hf_frmerge.checkpoints.tensors.header import FLOAT_DTYPES
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some
+from hf_frmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hf_frmerge.checkpoints.tensors.header import TensorInfo
+
+# Ends of the names that quantisers give to their codes, whatever config.json says.
+_CODES = (
+    ("bitsandbytes, 8 bit", r"\.weight_format"),
+    ("bitsandbytes, 4 bit", r"\.quant_state\..+"),
+    ("GPTQ or AWQ", r"\.(qweight|qzeros)"),
+    ("compressed-tensors", r"\.weight_packed"),
+    ("MXFP4", r"_blocks"),
+    ("quanto", r"\.weight\._data"),
+    ("HQQ", r"\.W_q"),
+    ("AQLM", r"\.codes"),
+)
+# What lies beside a weight that is itself made of codes.
+_SCALES = (
+    ("bitsandbytes, 8 bit", "SCB"),
+    ("bitsandbytes, 4 bit", "weight.absmax"),
+    ("MLX", "scales"),
+    ("FP8 or INT8", "weight_scale"),
+    ("FP8", "weight_scale_inv"),
+)
+
+_ORIGINALS = "Merge the unquantised checkpoints it was made from"
+# Method in `quantization_config` -> how transformers gives the weights back, where it can. Saved in their original
+# format they would be quantised again, or not saved at all.
+_WAYS_OUT = {
+    "bitsandbytes": "load it with `from_pretrained`, call `model.dequantize()`",
+    "fp8": "load it with `from_pretrained(..., quantization_config=FineGrainedFP8Config(dequantize=True))`",
+}
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """
+    Refuse a checkpoint whose numbers are codes.
+
+    Raises:
+        CheckpointError: If its config or the names and dtypes of its tensors say that it is quantised.
+    """
+    spec = checkpoint.source.spec
+    config = checkpoint.config()
+    settings = config.get("quantization_config") or config.get("quantization")
+    if settings:
+        unnamed = "MLX" if "quantization" in config else "unknown method"
+        method = str(settings.get("quant_method", unnamed) if isinstance(settings, dict) else settings)
+        raise CheckpointError(
+            f"{spec!r} is quantised ({method}): its numbers are codes, which cannot be averaged. {_way_out(method)}"
+        )
+    found = _by_tensors(checkpoint.tensors.values())
+    if found:
+        method, names = found
+        raise CheckpointError(
+            f"{spec!r} is quantised ({method}, by its tensors {some(names)}), though its config.json has no "
+            f"`quantization_config`: its numbers are codes, which cannot be averaged. {_ORIGINALS}."
+        )
+    codes = [info for info in checkpoint.tensors.values() if info.dtype.startswith(("F4", "F6_", "F8", "C64"))]
+    if codes:
+        listed = some(f"{info.name} ({info.dtype})" for info in codes)
+        raise CheckpointError(
+            f"{spec!r} holds tensors of a dtype that cannot be merged: {listed}. Convert the checkpoint to one of "
+            f"{', '.join(sorted(FLOAT_DTYPES))} first."
+        )
+
+
+def _way_out(method: str) -> str:
+    steps = _WAYS_OUT.get(method)
+    if steps is None:
+        return f"{_ORIGINALS}."
+    return f"{_ORIGINALS}, or {steps} and `model.save_pretrained(..., save_original_format=False)`, and merge that."
+
+
+def _by_tensors(infos: Iterable[TensorInfo]) -> tuple[str, list[str]] | None:
+    """Name of the format and its tensors; `None` if the tensors are those of no quantiser."""
+    tensors = {info.name: info for info in infos}
+    coded = [name for name, info in tensors.items() if not info.is_float]
+    for method, pattern in _CODES:
+        ending = re.compile(f".+{pattern}")
+        names = [name for name in coded if ending.fullmatch(name)]
+        if names:
+            return method, names
+    weights = [name for name in coded if name.endswith(".weight")]
+    for method, scales in _SCALES:
+        names = [name for name in weights if name.removesuffix("weight") + scales in tensors]
+        if names:
+            return method, names
+    return None

@@ -1,0 +1,95 @@
+"""What a model predicts for every row of a dataset, gathered from all processes as `Trainer` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import EvalLoopContainer, nested_detach, nested_truncate
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.measures.collapse import ActivationStatistics
+from hf_frmerge.evaluation.text.batches import INDEX
+from hf_frmerge.evaluation.text.token_blocks import IGNORED_LABEL
+
+Preprocess = Callable[[Any, torch.Tensor], Any]
+
+
+def predict(
+    model: torch.nn.Module,
+    loader: DataLoader,
+    *,
+    accelerator: Accelerator,
+    ignore_keys: list[str] | None = None,
+    preprocess_logits: Preprocess | None = None,
+    activations: ActivationStatistics | None = None,
+    on_prediction_step: Callable[[DataLoader], None] | None = None,
+) -> EvalPrediction:
+    """
+    Run a model over a dataset and return its predictions in the order of the rows, each row once.
+
+    As in `transformers.Trainer`: predictions are the outputs of the model but for the loss and `ignore_keys`, a tuple
+    if there are several; batches are padded to one length with -100. Every process gets all of them.
+
+    Args:
+        model (`torch.nn.Module`):
+            A model on its device.
+        loader (`DataLoader`):
+            From `batches_of`, with entries `labels` and `index`.
+        accelerator (`accelerate.Accelerator`):
+            The processes.
+        ignore_keys (`list[str]`, *optional*):
+            Outputs to leave out. Defaults to those the configuration names, such as `past_key_values`.
+        preprocess_logits (`Callable`, *optional*):
+            Called with predictions and labels of each batch; what it returns is gathered in their place. Logits of a
+            language model, `(B, T, V)`, seldom fit in memory for a whole dataset, their argmax does.
+        activations (`ActivationStatistics`, *optional*):
+            Gets the hidden states of this process's rows.
+        on_prediction_step (`Callable[[DataLoader], None]`, *optional*):
+            Called after every batch.
+
+    Raises:
+        ArgumentError: If there are no rows.
+    """
+    if ignore_keys is None:
+        ignore_keys = getattr(model.config, "keys_to_ignore_at_inference", None) or ["past_key_values"]
+    predictions, labels = (
+        EvalLoopContainer(padding_index=IGNORED_LABEL),
+        EvalLoopContainer(padding_index=IGNORED_LABEL),
+    )
+    # Labels are kept back: the loss is not wanted, and would take as much memory as the logits.
+    extra = {"output_hidden_states": True} if activations is not None else {}
+    left_out = {*ignore_keys, "loss", *(("hidden_states",) if activations is not None else ())}
+    n_rows = 0
+    was_training = model.training
+    model.eval()
+    for batch in loader:
+        index = batch.pop(INDEX)
+        # The rows of a round come in order: those of process 0, then of process 1, ... Repeated ones are behind them.
+        gathered = accelerator.gather(index).cpu()
+        n_new = int((gathered == torch.arange(n_rows, n_rows + len(gathered))).cumprod(0).sum())
+        n_mine = min(max(n_new - accelerator.process_index * len(index), 0), len(index))
+        n_rows += n_new
+        batch_labels = accelerator.pad_across_processes(batch.pop("labels"), dim=1, pad_index=IGNORED_LABEL)
+        with torch.inference_mode():
+            outputs = model(**batch, **extra)
+        if activations is not None and n_mine:
+            activations.update([states[:n_mine] for states in outputs.hidden_states], batch["attention_mask"][:n_mine])
+        kept = nested_detach(tuple(value for name, value in outputs.items() if name not in left_out))
+        logits = accelerator.pad_across_processes(kept[0] if len(kept) == 1 else kept, dim=1, pad_index=IGNORED_LABEL)
+        if preprocess_logits is not None:
+            logits = preprocess_logits(logits, batch_labels)
+        logits, batch_labels = accelerator.gather((logits, batch_labels))
+        for container, values in ((predictions, logits), (labels, batch_labels)):
+            container.add(nested_truncate(values, n_new))
+            container.to_cpu_and_numpy()  # after every batch: an accelerator's memory is for the model
+        if on_prediction_step is not None:
+            on_prediction_step(loader)
+    model.train(was_training)
+    if not n_rows:
+        raise ArgumentError("The evaluation data has no rows. Check that the file or the dataset split is not empty.")
+    return EvalPrediction(predictions=predictions.get_arrays(), label_ids=labels.get_arrays())

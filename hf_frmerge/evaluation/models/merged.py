@@ -1,0 +1,75 @@
+"""Load what a merge wrote: a whole model, or an adapter on its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.evaluation.models.loading import ModelLoader
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+def whole_model(output_dir: str, base_model: str | None = None, token: str | None = None) -> str:
+    """
+    Return the folder of the whole model: the output itself or, if that is an adapter, the base it goes on.
+
+    Args:
+        output_dir (`str`):
+            Folder a merge wrote.
+        base_model (`str`, *optional*):
+            Folder or Hub id of the base; by default the one the adapter's configuration names.
+        token (`str`, *optional*):
+            Token for the Hub.
+
+    Raises:
+        CheckpointError: If the base cannot be found.
+    """
+    config = Path(output_dir) / "adapter_config.json"
+    if not config.is_file():
+        return output_dir
+    base = base_model or json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return resolve(base, token=token).path
+
+
+def tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a folder; `None` if there is none."""
+    if not any(Path(folder).glob("tokenizer*")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def architecture_of(folder: str) -> str:
+    """Return the class the configuration of a whole model names, such as `"LlamaForCausalLM"`."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return (config.get("architectures") or [""])[0]
+
+
+def load_merged(
+    output_dir: str,
+    base_model: str | None = None,
+    token: str | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+) -> Any:
+    """
+    Load the merged model in the class its configuration names.
+
+    Args:
+        output_dir, base_model, token:
+            As for `whole_model`.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
+            Dtype to load in; `"auto"` is the one the model is stored in.
+        device_map (`str` or `dict`, *optional*):
+            As in `from_pretrained`, for a model larger than one device.
+    """
+    folder = whole_model(output_dir, base_model, token)
+    base = resolve(folder, token=token) if folder != output_dir else None
+    return ModelLoader(base, dtype, device_map).load(resolve(output_dir))

@@ -1,0 +1,189 @@
+"""Where results of models are kept, by the content of everything they were computed from."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.errors import CheckpointError
+from hf_frmerge.evaluation.measures.function_distance import PAIR_COLUMNS
+from hf_frmerge.evaluation.measures.token_tables import Columns, OutputCache, OutputFormat, TokenTable
+from hf_frmerge.evaluation.models.identity import file_marks, key_of, model_identity, tokens_identity
+from hf_frmerge.evaluation.suite.inputs import Inputs
+from hf_frmerge.evaluation.suite.measure_model import table_file
+
+FORMAT = 2
+"""Of what is kept; raised whenever the same inputs would give other figures or other files."""
+
+_MEASURED = "measured.json"
+_LIVE = "live-"  # keys of models in memory, which nobody could find again
+
+
+class ResultStore:
+    """
+    Results of the models of one evaluation: some found, some to be filled in.
+
+    Args:
+        folder (`Path`): Where results are kept, of this and of other evaluations.
+        inputs (`Inputs`): Models and texts.
+        output_format (`OutputFormat`): How predictions are stored.
+        options (`Sequence`): All else that results depend on.
+        accelerator (`accelerate.Accelerator`): All processes make a store; the main one names things.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        inputs: Inputs,
+        output_format: OutputFormat,
+        options: Sequence[str | int],
+        accelerator: Accelerator,
+    ) -> None:
+        self.format = output_format
+        self._texts = list(inputs.texts.values())
+        self._accelerator = accelerator
+        self._sources = [*inputs.sources.values(), *([inputs.base] if inputs.base is not None else [])]
+        named = None
+        if accelerator.is_main_process:
+            self._marks = [
+                file_marks(source) for source in self._sources
+            ]  # before the keys are made of their contents
+            named = (secrets.token_hex(4), _keys(inputs, [FORMAT, output_format.top_k, *options]))
+        run, self._keys = self.agree(named)
+        self._cache = OutputCache(folder, run)
+
+    def agree(self, value: Any) -> Any:
+        """Return the main process's value on all."""
+        shared = [value]
+        broadcast_object_list(shared)
+        return shared[0]
+
+    def key(self, model: str, other: str | None = None) -> str:
+        """Return the name of a model's own results, or of how it compares with another."""
+        return self._keys[model] if other is None else f"{self._keys[model]}-{self._keys[other]}"
+
+    def missing(self, model: str, others: Sequence[str]) -> list[str]:
+        """Return the keys that have to be filled for a model and its comparison with others; remove damaged ones."""
+        wanted = {self.key(model): self.format.columns} | {self.key(model, other): PAIR_COLUMNS for other in others}
+        missing = None
+        if self._accelerator.is_main_process:
+            missing = [key for key, columns in wanted.items() if not self._is_whole(key, columns)]
+        return self.agree(missing)
+
+    def path(self, key: str) -> Path:
+        """Return the folder of results that are there."""
+        return self._cache.path(key)
+
+    def unfinished(self, key: str) -> Path:
+        """Return the folder to fill."""
+        return self._cache.unfinished(key)
+
+    def begin(self, keys: Sequence[str]) -> None:
+        """Make folders to fill."""
+        if self._accelerator.is_main_process:
+            for key in keys:
+                self._cache.begin(key)
+        self._accelerator.wait_for_everyone()
+
+    def write_measured(self, key: str, measured: dict[str, Any]) -> None:
+        """Keep what is not a table; one process does it."""
+        write_file(self.unfinished(key) / _MEASURED, json.dumps(measured))
+
+    def publish(self, keys: Sequence[str]) -> None:
+        """
+        Have the filled folders found from now on.
+
+        Raises:
+            CheckpointError: If a model changed since its key was made: what was measured may be that of another.
+        """
+        self._accelerator.wait_for_everyone()
+        changed = self.agree(self._changed() if self._accelerator.is_main_process else None)
+        if changed:
+            raise CheckpointError(
+                f"{changed} changed while it was evaluated: what was measured last is not kept. Evaluate it again."
+            )
+        if self._accelerator.is_main_process:
+            for key in keys:
+                self._cache.publish(key)
+        self._accelerator.wait_for_everyone()
+
+    def measured(self, model: str) -> dict[str, Any]:
+        """Return what `write_measured` kept."""
+        return json.loads((self.path(self.key(model)) / _MEASURED).read_text(encoding="utf-8"))
+
+    def _changed(self) -> str | None:
+        """Name a file that is not what it was; on the main process."""
+        for source, before in zip(self._sources, self._marks):
+            now = file_marks(source)
+            for name in sorted(before.keys() | now.keys()):
+                if before.get(name) != now.get(name):
+                    return f"{source.spec!r}: {name}"
+        return None
+
+    @contextmanager
+    def tables(
+        self, number: int, models: Sequence[str]
+    ) -> Iterator[tuple[dict[str, TokenTable], dict[tuple[str, str], TokenTable]]]:
+        """Open the tables of one text: of models, and of every two of them, the later one first."""
+        with ExitStack() as stack:
+
+            def opened(key: str, columns: Columns) -> TokenTable:
+                table = self._table(key, number, columns).open()
+                stack.callback(table.close)
+                return table
+
+            yield (
+                {name: opened(self.key(name), self.format.columns) for name in models},
+                {
+                    (one, two): opened(self.key(one, two), PAIR_COLUMNS)
+                    for place, one in enumerate(models)
+                    for two in models[:place]
+                },
+            )
+
+    def clean_up(self) -> None:
+        """Remove what was left unfinished, and results of models in memory."""
+        if self._accelerator.is_main_process:
+            self._cache.clear()
+            for key in self._keys.values():
+                if key.startswith(_LIVE):
+                    self._cache.discard_all_of(key)
+
+    def _table(self, key: str, number: int, columns: Columns) -> TokenTable:
+        return TokenTable(table_file(self.path(key), number), self._texts[number].n_predictions, columns)
+
+    def _is_whole(self, key: str, columns: Columns) -> bool:
+        for number in range(len(self._texts)):
+            table = self._table(key, number, columns)
+            try:
+                if table.path.exists():  # there are none of models that do not predict the next token
+                    table.open().close()
+            except ValueError:
+                self._cache.discard_all_of(key)
+        return self._cache.has(key)
+
+
+def _keys(inputs: Inputs, options: Sequence[str | int]) -> dict[str, str]:
+    base = model_identity(inputs.base) if inputs.base is not None else None
+    shared = {
+        "versions": [torch.__version__, transformers.__version__],
+        "options": list(options),
+        "texts": [
+            [tokens_identity(numbers) for numbers in (text.tokens, text.labels, torch.tensor(text.bounds))]
+            for text in inputs.texts.values()
+        ],
+    }
+    keys = {name: f"{_LIVE}{secrets.token_hex(8)}" for name in inputs.live}
+    for name, source in inputs.sources.items():
+        keys[name] = key_of(shared | {"model": [model_identity(source), base if source.kind == "adapter" else None]})
+    return keys

@@ -1,0 +1,160 @@
+"""Rows of a dataset as batches for `predict`: numbered, encoded, padded, and split over processes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.text.token_blocks import TokenBlocks, text_of
+
+INDEX = "index"  # where in the dataset a row of a batch was
+_LABEL_COLUMNS = ("labels", "label", "label_ids")
+
+Row = str | Mapping[str, Any]
+Collate = Callable[[list[Any]], dict[str, torch.Tensor]]
+
+
+def batches_of(
+    rows: Iterable[Any] | TokenBlocks,
+    collate: Collate,
+    *,
+    batch_size: int,
+    accelerator: Accelerator,
+    num_workers: int = 0,
+) -> DataLoader:
+    """
+    Return this process's share of the rows in batches, on its device.
+
+    Every process gets equally many batches, so that all can gather after each; for that Accelerate repeats rows, which
+    the entry `"index"` of a batch tells apart. Rows are encoded by the process that uses them.
+
+    Args:
+        rows (`Iterable`):
+            What has a length and `[]` is read by index, everything else is streamed. `TokenBlocks` number themselves.
+        collate (`Callable`):
+            Makes a batch of pairs of index and row.
+        batch_size (`int`):
+            Rows a batch, on each process.
+        accelerator (`accelerate.Accelerator`):
+            The processes and their devices.
+        num_workers (`int`, *optional*, defaults to `0`):
+            Processes that load data in the background; a stream has one at most, or it would be read several times.
+    """
+    dataset: Any
+    if isinstance(rows, TokenBlocks):
+        dataset = rows
+    elif isinstance(rows, Sized) and hasattr(rows, "__getitem__"):
+        dataset = _Numbered(rows)
+    else:
+        dataset, num_workers = _Stream(rows), min(num_workers, 1)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
+    # Left to itself, Accelerate has one process read a stream for all, and cannot join batches of unequal lengths.
+    return prepare_data_loader(
+        loader,
+        device=accelerator.device,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        put_on_device=True,
+        dispatch_batches=False,
+    )
+
+
+class ClassificationCollator:
+    """
+    Batches for a sequence classifier, of rows with `input_ids` (or `text`) and a label.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer, needed for text and to pad rows of unequal lengths.
+        model (`torch.nn.Module`):
+            Whose inputs are kept of each row, and whose `config.label2id` turns label names into numbers.
+        max_length (`int`, *optional*):
+            Cut text to this many tokens. Defaults to what the tokenizer says the model takes.
+    """
+
+    def __init__(
+        self, processing_class: PreTrainedTokenizerBase | None, model: torch.nn.Module, max_length: int | None = None
+    ) -> None:
+        self.processing_class = processing_class
+        self.max_length = max_length
+        self.inputs = set(inspect.signature(model.forward).parameters) - set(_LABEL_COLUMNS)
+        config: Any = model.config
+        self.n_labels: int = config.num_labels
+        self.label_ids: dict[str, int] = config.label2id
+
+    def __call__(self, items: list[tuple[int, Row]]) -> dict[str, torch.Tensor]:
+        """Encode and pad."""
+        features = [self._features(index, row) for index, row in items]
+        labels = [self._label(index, row) for index, row in items]
+        return {
+            **self._pad(features),
+            "labels": torch.tensor(labels),
+            INDEX: torch.tensor([index for index, _ in items]),
+        }
+
+    def _features(self, index: int, row: Row) -> dict[str, Any]:
+        if isinstance(row, Mapping) and "input_ids" in row:
+            return {name: value for name, value in row.items() if name in self.inputs}
+        text = text_of(row, index)
+        if self.processing_class is None:
+            raise ArgumentError("The evaluation data is text, so a tokenizer is needed: pass `processing_class`.")
+        return dict(self.processing_class(text, truncation=True, max_length=self.max_length))
+
+    def _pad(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if len({len(row["input_ids"]) for row in features}) == 1:
+            return {name: torch.tensor([_plain(row[name]) for row in features]) for name in features[0]}
+        if self.processing_class is None or self.processing_class.pad_token is None:
+            raise ArgumentError(
+                "The rows have different lengths, and there is no padding token to make them equal: pass a "
+                "`processing_class` with a `pad_token`, or evaluate with a batch size of 1."
+            )
+        return dict(self.processing_class.pad(features, return_tensors="pt"))
+
+    def _label(self, index: int, row: Row) -> int:
+        found = [row[name] for name in _LABEL_COLUMNS if name in row] if isinstance(row, Mapping) else []
+        if not found:
+            columns = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+            raise ArgumentError(
+                f"Row {index} of the evaluation data needs a column `label` or `labels`, found {columns}: a "
+                "classifier is measured by its accuracy."
+            )
+        label = self.label_ids.get(found[0]) if isinstance(found[0], str) else int(found[0])
+        if label is None or not 0 <= label < self.n_labels:
+            names = sorted(self.label_ids, key=lambda name: self.label_ids[name])
+            raise ArgumentError(
+                f"Row {index} of the evaluation data has the label {found[0]!r}, but the classifier knows "
+                f"{', '.join(map(str, names))} (numbers 0 to {self.n_labels - 1})."
+            )
+        return label
+
+
+def _plain(values: Any) -> Any:
+    """Return a list, also of what a dataset in torch or numpy format gives."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+class _Numbered(Dataset):
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.rows[index]
+
+
+class _Stream(IterableDataset):
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        yield from enumerate(self.rows)

@@ -1,0 +1,88 @@
+"""Difference of one tensor in two checkpoints as a matrix that is never in memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.checkpoints.tensors.floats import widen
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint
+from hf_frmerge.errors import NonFiniteError
+
+_CHUNK_ELEMENTS = 1 << 22  # in memory at a time
+_LEAST_SQUARES = 2.0**-900  # squares below may have vanished in float64
+
+
+@dataclass(frozen=True)
+class DenseDelta:
+    """Difference of a tensor in two checkpoints, as a matrix read in chunks of rows."""
+
+    merged: Checkpoint
+    base: Checkpoint
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns; all dimensions after the first are columns."""
+        shape = self.base.tensors[self.name].shape
+        rows = shape[0] if shape else 1
+        return rows, self.base.tensors[self.name].numel // max(rows, 1)
+
+    def chunks(self) -> Iterator[tuple[slice, NDArray[np.floating]]]:
+        """Yield runs of rows with their values, float32 (float64 where a checkpoint is)."""
+        rows, cols = self.shape
+        step = max(1, _CHUNK_ELEMENTS // max(cols, 1))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            values = self._read(self.merged, start * cols, stop * cols)
+            with np.errstate(over="ignore"):  # it shows in the norm
+                values = values - self._read(self.base, start * cols, stop * cols)
+            yield slice(start, stop), values.reshape(-1, cols)
+
+    def norm(self) -> float:
+        """Frobenius norm, float64."""
+        total = sum(float(np.einsum("rc,rc->", v, v, dtype=np.float64)) for _, v in self.chunks())
+        if _LEAST_SQUARES < total < np.inf:
+            return float(np.sqrt(total))
+        return float(np.hypot.reduce([_norm_of_extremes(values) for _, values in self.chunks()]))
+
+    def times(self, right: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return `delta @ right`, `(rows, l)`."""
+        return np.concatenate([values @ right.astype(values.dtype) for _, values in self.chunks()]).astype(np.float64)
+
+    def transposed_times(self, left: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return `delta.T @ left`, `(cols, l)`, chunks added up in float64."""
+        out = np.zeros((self.shape[1], left.shape[1]))
+        for rows, values in self.chunks():
+            out += values.T @ left[rows].astype(values.dtype)
+        return out
+
+    def distance(self, left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
+        """Return the Frobenius norm of `delta - left @ right`."""
+        total = 0.0
+        for rows, values in self.chunks():
+            difference = values - left[rows] @ right
+            total += float(np.einsum("rc,rc->", difference, difference, dtype=np.float64))
+        return float(np.sqrt(total))
+
+    def _read(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[np.floating]:
+        info = checkpoint.tensors[self.name]
+        size = info.nbytes // max(info.numel, 1)
+        values = widen(checkpoint.read(self.name, start * size, stop * size), info.dtype)
+        checkpoint.release(self.name, start * size, stop * size)
+        if not np.isfinite(values).all():
+            raise NonFiniteError(
+                f"{checkpoint.source.spec!r}: tensor {self.name!r} holds NaN or infinity; no adapter can express it."
+            )
+        return values
+
+
+def _norm_of_extremes(values: NDArray[np.floating]) -> float:
+    """Norm of values whose squares may leave float64."""
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest == 0.0 or np.isinf(largest):
+        return largest
+    return largest * float(np.linalg.norm(values / np.float64(largest)))

@@ -1,0 +1,271 @@
+"""
+Extract a LoRA adapter from the difference of two full checkpoints.
+
+The best rank-`r` approximation of a dense delta is its truncated SVD (Eckart and Young). It is found by a randomised
+range finder with power iterations (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) that sees the delta in
+chunks of rows, so that no dense SVD is computed. Every module's error is measured against its delta, not estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter, make_config
+from hf_frmerge.checkpoints.lock import sole_writer
+from hf_frmerge.checkpoints.tensors.floats import narrow, widen
+from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some, unchanged
+from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
+from hf_frmerge.extraction.difference import DenseDelta
+from hf_frmerge.extraction.targets import ExtractTarget, find_modules, task_type
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.ordered_pool import ordered_pool
+from hf_frmerge.merging.output_folder import check_output_dir, remove_model
+
+_LEAST_NORM, _MOST_NORM = 2.0**-100, 2.0**100  # of a delta whose products float32 can hold
+_OVERSAMPLING = 10  # extra random directions; 5 to 10 suffice (Halko et al., section 4.2)
+
+
+@dataclass(frozen=True)
+class ExtractedModule:
+    """
+    One module of an extracted adapter.
+
+    Attributes:
+        module: path in the base model.
+        target: tensor of the base checkpoint.
+        rank: rank of its factors.
+        norm: Frobenius norm of the dense delta.
+        error: norm of the delta minus the written factors' product, as a share of `norm`.
+    """
+
+    module: str
+    target: str
+    rank: int
+    norm: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ExtractedAdapter:
+    """
+    A written adapter and what it does not hold.
+
+    Attributes:
+        output_dir: where it is.
+        modules: modules it changes, with their errors.
+        unchanged: modules that are equal in both checkpoints.
+        left_out: other tensors that differ (embeddings, norms, biases), with the norms of their differences.
+    """
+
+    output_dir: Path
+    modules: list[ExtractedModule]
+    unchanged: list[str]
+    left_out: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """Norm of all that the adapter lacks, as a share of the norm of the whole difference."""
+        lost = [module.norm * module.error for module in self.modules] + list(self.left_out.values())
+        total = [module.norm for module in self.modules] + list(self.left_out.values())
+        return float(np.linalg.norm(lost) / np.linalg.norm(total))
+
+
+def extract_lora(
+    merged: Checkpoint,
+    base: Checkpoint,
+    output_dir: str | Path,
+    rank: int = 16,
+    *,
+    energy: float | None = None,
+    target_modules: Sequence[str] | None = None,
+    power_iterations: int = 2,
+    dtype: str | None = None,
+    seed: int = 42,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+) -> ExtractedAdapter:
+    """
+    Write the PEFT adapter that turns `base` into `merged` as well as its rank allows.
+
+    Args:
+        merged (`Checkpoint`):
+            Fine-tuned or merged model.
+        base (`Checkpoint`):
+            Model the adapter will be loaded on. Its `config.json` says which tensors belong to linear layers.
+        output_dir (`str` or `Path`):
+            Folder to write.
+        rank (`int`, *optional*, defaults to 16):
+            Largest rank of a module.
+        energy (`float`, *optional*):
+            Choose for every module the lowest rank, up to `rank`, that keeps this share of the delta's squared norm.
+        target_modules (`Sequence[str]`, *optional*):
+            Last names of the modules to adapt, as in PEFT (`"q_proj"`, also `"embed_tokens"`). By default all linear
+            layers but the output layer.
+        power_iterations (`int`, *optional*, defaults to 2):
+            More of them come closer to the exact SVD where singular values decay slowly; each reads the delta twice.
+        dtype (`str`, *optional*):
+            Safetensors code of the factors; by default that of the first module in `merged`.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the random directions.
+        num_workers (`int`, *optional*):
+            Threads; by default one per core, at most 4.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Replace the model or adapter that is in `output_dir`.
+
+    Returns:
+        `ExtractedAdapter`: ranks and errors by module, and what was left out.
+
+    Raises:
+        ArgumentError: If an option is out of range, no module matches `target_modules`, or `output_dir` is an input
+            or not empty.
+        CheckpointError: If the checkpoints do not fit together, or do not differ in any chosen module.
+        NonFiniteError: If a tensor holds NaN or infinity.
+        MergeError: If a merge is writing to `output_dir`, or the disk fails.
+    """
+    if rank < 1 or power_iterations < 0 or (energy is not None and not 0.0 < energy <= 1.0):
+        raise ArgumentError(
+            f"Expected rank >= 1, power_iterations >= 0 and energy in (0, 1], got rank={rank}, "
+            f"power_iterations={power_iterations}, energy={energy}."
+        )
+    for checkpoint in (merged, base):
+        refuse_quantised(checkpoint)
+    args, inputs = MergingArguments(str(output_dir), overwrite=overwrite), [merged.source.path, base.source.path]
+    check_output_dir(args, inputs)
+    with sole_writer(output_dir):
+        check_output_dir(args, inputs)  # once more, now that nobody else writes there
+        return _extract(
+            merged, base, output_dir, rank, energy, target_modules, power_iterations, dtype, seed, num_workers
+        )
+
+
+def _extract(
+    merged: Checkpoint,
+    base: Checkpoint,
+    output_dir: str | Path,
+    rank: int,
+    energy: float | None,
+    target_modules: Sequence[str] | None,
+    power_iterations: int,
+    dtype: str | None,
+    seed: int,
+    num_workers: int | None,
+) -> ExtractedAdapter:
+    targets = find_modules(base, target_modules)
+    for target in targets:
+        _check_pair(merged, base, target.tensor)
+    code = dtype or merged.tensors[targets[0].tensor].dtype
+
+    def work(numbered: tuple[int, ExtractTarget]) -> _Factored | None:
+        index, target = numbered
+        delta = DenseDelta(merged, base, target.tensor)
+        return _factorise(delta, target, rank, energy, power_iterations, code, np.random.default_rng([seed, index]))
+
+    with unchanged([merged, base]), ordered_pool(num_workers) as workers:
+        factored = list(workers.map(work, enumerate(targets)))
+        others = _other_tensors(merged, base, {target.tensor for target in targets})
+        norms = list(workers.map(lambda name: DenseDelta(merged, base, name).norm(), others))
+    found = [result for result in factored if result is not None]
+    if not found:
+        raise CheckpointError(
+            f"{merged.source.spec!r} and {base.source.spec!r} are equal in all {len(targets)} modules asked for "
+            f"({some(target.module for target in targets)}): there is nothing to extract."
+        )
+    modules = [result.output for result in found]
+    source = base.source
+    config = make_config({"task_type": task_type(base.config())}, modules)
+    config |= {"base_model_name_or_path": source.repo_id or source.spec, "revision": source.revision}
+    config["fan_in_fan_out"] = any(target.is_conv1d for target in targets)
+    remove_model(Path(output_dir))
+    with AdapterWriter(output_dir, modules, config, code) as writer:
+        for result in found:
+            writer.write(result.output, result.up, result.down)
+        writer.publish_weights()
+    return ExtractedAdapter(
+        Path(output_dir),
+        [result.report for result in found],
+        [target.module for target, result in zip(targets, factored) if result is None],
+        {name: norm for name, norm in zip(others, norms) if norm > 0},
+    )
+
+
+@dataclass(frozen=True)
+class _Factored:
+    output: AdapterModule
+    up: NDArray[np.floating]
+    down: NDArray[np.floating]
+    report: ExtractedModule
+
+
+def _factorise(
+    delta: DenseDelta,
+    target: ExtractTarget,
+    rank: int,
+    energy: float | None,
+    power_iterations: int,
+    dtype: str,
+    rng: np.random.Generator,
+) -> _Factored | None:
+    """Factor one delta; None if it is zero."""
+    norm = delta.norm()
+    if norm == 0.0:
+        return None
+    if not _LEAST_NORM < norm < _MOST_NORM:
+        raise NonFiniteError(
+            f"Tensor {delta.name!r} differs between {delta.merged.source.spec!r} and {delta.base.source.spec!r} by a "
+            f"norm of {norm:.3g}: too far from 1 for products in float32. Leave its module out of `target_modules`."
+        )
+    rows, cols = delta.shape
+    directions = min(rank + _OVERSAMPLING, rows, cols)
+    basis = np.linalg.qr(delta.times(rng.standard_normal((cols, directions))))[0]
+    for _ in range(power_iterations):
+        # Orthonormal at every half step: powers of the singular values would drown the small ones in rounding.
+        basis = np.linalg.qr(delta.times(np.linalg.qr(delta.transposed_times(basis))[0]))[0]
+    right, values, small = np.linalg.svd(delta.transposed_times(basis), full_matrices=False)
+    keep = min(rank, directions)
+    if energy is not None:
+        held = np.cumsum(values[:keep] ** 2) >= energy * norm**2
+        keep = int(np.argmax(held)) + 1 if held.any() else keep
+    root = np.sqrt(values[:keep])
+    left, right = (basis @ small[:keep].T) * root, (right[:, :keep] * root).T
+    up, down = (right.T, left.T) if target.transposed else (left, right)
+    up, down = _rounded(up, dtype), _rounded(down, dtype)
+    error = delta.distance(down.T, up.T) if target.transposed else delta.distance(up, down)
+    output = AdapterModule(target.module, target.kind, keep, up.shape[0], (down.shape[1],))
+    return _Factored(output, up, down, ExtractedModule(target.module, target.tensor, keep, norm, error / norm))
+
+
+def _rounded(values: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:
+    """Values as they will be read back, so that the error includes the rounding."""
+    return widen(narrow(values, dtype), dtype).reshape(values.shape)
+
+
+def _check_pair(merged: Checkpoint, base: Checkpoint, name: str) -> None:
+    mine, theirs = merged.tensors.get(name), base.tensors[name]
+    if mine is None or mine.shape != theirs.shape or not mine.is_float or not theirs.is_float:
+        found = f"{mine.dtype} {mine.shape}" if mine else "missing"
+        raise CheckpointError(
+            f"Tensor {name!r} is {theirs.dtype} {theirs.shape} in {base.source.spec!r} but {found} in "
+            f"{merged.source.spec!r}. An adapter needs float tensors of one shape in both."
+        )
+
+
+def _other_tensors(merged: Checkpoint, base: Checkpoint, done: set[str]) -> list[str]:
+    """Float tensors of both checkpoints that the adapter does not touch. A tensor of only one has no difference."""
+    resized = [
+        name
+        for name, info in base.tensors.items()
+        if name in merged.tensors and merged.tensors[name].shape != info.shape
+    ]
+    if resized:
+        raise CheckpointError(
+            f"{some(resized)} differ in shape between {merged.source.spec!r} and {base.source.spec!r} (a resized "
+            "vocabulary?); an adapter cannot express that."
+        )
+    both = [name for name in base.tensors if name in merged.tensors and name not in done]
+    return [name for name in both if base.tensors[name].is_float and merged.tensors[name].is_float]

@@ -1,0 +1,231 @@
+"""The model card: front matter for the Hub, and a text that someone who never merged a model can follow."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.hub.card.commands import (
+    again_command,
+    hide_local_paths,
+    reproduce_command,
+    reproduce_python,
+    result_arguments,
+    usage_python,
+    verify_command,
+)
+from hf_frmerge.hub.card.data import CardSource, MergeCard
+from hf_frmerge.hub.card.evaluation_section import evaluation_section, hide_names
+from hf_frmerge.hub.card.licences import LicenceDecision, SourceMetadata, combine
+from hf_frmerge.hub.card.markdown import cell
+from hf_frmerge.hub.card.model_index import eval_results
+from hf_frmerge.wording import parts
+from hf_frmerge.wording.geometry import geometry_verdicts
+from hf_frmerge.wording.methods import BLOCKS, NORMS, SPACES, bibtex, method_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
+USER_BEGIN = "<!-- user:begin -->"
+USER_END = "<!-- user:end -->"
+
+# The leading underscore keeps it out of a push.
+_SET_ASIDE = "_README.previous.md"
+
+# A tag of a source that a merge of it must carry on.
+_INHERITED_TAGS = ("not-for-all-audiences",)
+
+
+def render_card(card: MergeCard, *, user_section: str = "") -> str:
+    """
+    Render a model card.
+
+    Args:
+        card (`MergeCard`):
+            Facts of the merge.
+        user_section (`str`, *optional*):
+            Text a person wrote between the user markers of an earlier card, kept as it is.
+
+    Returns:
+        `str`: Content of `README.md`: YAML front matter and Markdown.
+    """
+    import jinja2
+
+    card = _without_local_paths(card)
+    decision, method = licence_of(card), method_of(card.method)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the output is Markdown, and the Hub sanitises the HTML it makes of it
+    )
+    environment.filters["cell"] = cell
+    template = environment.from_string(Path(card.template_file).read_text(encoding="utf-8"))
+    body = template.render(
+        card=card,
+        statistics=card.statistics,
+        parts=parts,
+        method=method,
+        space=SPACES.get(card.space, ""),
+        block=BLOCKS.get(card.block, card.block),
+        norm=NORMS.get(card.norm, card.norm),
+        settings=result_arguments(card),
+        evaluation=evaluation_section(card.evaluation) if card.evaluation else None,
+        figures={name: f"![{parts.FIGURES[name].title}]({path})" for name, path in card.figures.items()},
+        geometry=geometry_verdicts(card.statistics.geometry) if card.statistics.geometry else [],
+        decision=decision,
+        command=reproduce_command(card),
+        python=reproduce_python(card),
+        again=again_command(card),
+        verify=verify_command(card, folder=card.model_name.rpartition("/")[2]),
+        usage=usage_python(card),
+        papers=[bibtex(paper) for paper in dict.fromkeys((method.paper, card.tool_paper)) if paper],
+        user_begin=USER_BEGIN,
+        user_end=USER_END,
+        user_section=user_section.strip("\n"),
+    )
+    return f"---\n{card_metadata(card).to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool = True) -> Path:
+    """
+    Write `README.md` into `output_dir`, keeping what a person wrote between the user markers.
+
+    A `README.md` without the markers was not written by this function: it is set aside as `_README.previous.md`,
+    which a push leaves out.
+
+    Args:
+        card (`MergeCard`):
+            Facts of the merge.
+        output_dir (`Path` or `str`):
+            Folder of the merged model.
+        keep_user_sections (`bool`, *optional*, defaults to `True`):
+            Whether to carry over the user section of the card that is there.
+
+    Returns:
+        `Path`: The card written.
+    """
+    path = Path(output_dir) / CARD_NAME
+    user_section = ""
+    if keep_user_sections and path.is_file():
+        found = read_user_section(path.read_text(encoding="utf-8"))
+        if found is None:
+            logger.warning("%s is not one of our cards: it is kept as %s.", CARD_NAME, _SET_ASIDE)
+            path.replace(path.with_name(_SET_ASIDE))
+        else:
+            user_section = found
+    write_file(path, render_card(card, user_section=user_section))
+    return path
+
+
+def has_own_card(output_dir: Path | str) -> bool:
+    """Whether the `README.md` in `output_dir` is one that `write_card` wrote."""
+    path = Path(output_dir) / CARD_NAME
+    return path.is_file() and read_user_section(path.read_text(encoding="utf-8")) is not None
+
+
+def read_user_section(text: str) -> str | None:
+    """Text between the user markers; `None` if the markers are not there in order."""
+    match = re.search(f"{re.escape(USER_BEGIN)}(.*){re.escape(USER_END)}", text, re.DOTALL)
+    return match[1].strip("\n") if match else None
+
+
+def licence_of(card: MergeCard) -> LicenceDecision:
+    """Licence of the merged model: the one the person chose, else by the rule of `licences.combine`."""
+    decision = combine([(source.name, source.metadata) for source in card.sources])
+    if card.licence is not None:
+        reason = f"The person who made this merge chose `{card.licence}` for it."
+        return replace(
+            decision, licence=card.licence, licence_name=None, licence_link=None, conflict=False, reason=reason
+        )
+    if decision.licence_link and not re.match(r"https?://", decision.licence_link):
+        # A link such as "LICENSE" means a file beside the source's card, which is not beside ours.
+        home = next((source for source in card.sources if source.repo_id is not None), None)
+        link = f"https://huggingface.co/{home.repo_id}/blob/{home.commit or 'main'}/" if home else None
+        decision = replace(decision, licence_link=link and link + decision.licence_link)
+    return decision
+
+
+def card_metadata(card: MergeCard) -> ModelCardData:
+    """
+    Front matter of the card, in the Hub's words.
+
+    Args:
+        card (`MergeCard`):
+            Facts of the merge.
+
+    Returns:
+        `ModelCardData`: `base_model` holds Hub ids only. A full model is a `merge` of its experts (and of the base it
+        was put back on); an adapter stays an `adapter` of its base, or the Hub would call it a merge of adapters.
+    """
+    from huggingface_hub import ModelCardData
+
+    decision = licence_of(card)
+    parents = card.sources if card.output_kind == "full" else [s for s in card.sources if s.role == "base"]
+    base_model = _unique([source.repo_id for source in parents])
+    relation = "merge" if card.output_kind == "full" else "adapter"
+    languages = [language for source in card.sources for language in source.metadata.language]
+    datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
+    tags = [*card.tag_names, *method_of(card.method).tags, *card.task.tags, *card.tags]
+    tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
+    results = eval_results(card.evaluation, card.task.pipeline_tag) if card.evaluation else []
+    optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
+    return ModelCardData(
+        model_name=card.model_name if results else None,
+        base_model=base_model or None,
+        library_name="peft" if card.output_kind == "adapter" else card.task.library_name,
+        pipeline_tag=card.task.pipeline_tag,
+        license=decision.licence,
+        license_name=decision.licence_name,
+        license_link=decision.licence_link,
+        language=_unique(languages) or None,
+        datasets=_unique(datasets) or None,
+        tags=_unique(tags),
+        eval_results=results or None,
+        **optional,
+    )
+
+
+def _without_local_paths(card: MergeCard) -> MergeCard:
+    """Copy of `card` whose free text names local things by their last part only."""
+
+    def hide(text: str) -> str:
+        return hide_local_paths(text, card.sources)
+
+    return replace(
+        card,
+        sources=[_public_source(source) for source in card.sources],
+        evaluation=hide_names(card.evaluation, hide) if card.evaluation else None,
+        notes=[hide(note) for note in card.notes],
+        model_name=hide(card.model_name).removeprefix("./"),
+        command=reproduce_command(card),
+        python=reproduce_python(card),
+        non_default_arguments=result_arguments(card),
+    )
+
+
+def _public_source(source: CardSource) -> CardSource:
+    metadata: SourceMetadata = source.metadata
+    link = metadata.licence_link
+    return replace(
+        source,
+        spec=source.name,
+        metadata=replace(metadata, licence_link=hide_local_paths(link) if link else None),
+    )
+
+
+def _is_id(dataset: str) -> bool:
+    """Whether a `datasets` entry can be a Hub id; some cards hold paths or URLs."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) is not None
+
+
+def _unique(items: list[Any]) -> list[str]:
+    return list(dict.fromkeys(item for item in items if item is not None))

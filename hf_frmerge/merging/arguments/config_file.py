@@ -1,0 +1,54 @@
+"""Read the options of a merge from a YAML or JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
+from hf_frmerge.merging.arguments.values import did_you_mean
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """
+    Options in a YAML or JSON file, by name; every name is known, the values are still as the file has them.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            File that ends in `.yaml`, `.yml` or `.json` and holds one mapping. Its keys are fields of
+            [`ExpertArguments`] and [`MergingArguments`], side by side.
+
+    Raises:
+        ArgumentError: If the file is missing or broken, holds no mapping, or a key is no option.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ArgumentError(f"The configuration file {str(file)!r} does not exist.")
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArgumentError(f"The configuration file {str(file)!r} is not valid JSON: {error}.") from error
+    elif file.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ArgumentError(f"The configuration file {str(file)!r} is not valid YAML: {error}.") from error
+    else:
+        raise ArgumentError(f"A configuration file ends in .yaml, .yml or .json, but got {str(file)!r}.")
+    if not isinstance(config, dict):
+        raise ArgumentError(
+            f"The configuration file {str(file)!r} must hold options by name, such as `method: karcher`."
+        )
+    known = [f.name for f in (*fields(ExpertArguments), *fields(MergingArguments))]
+    for key in config:
+        if key not in known:
+            raise ArgumentError(f"unknown key {key!r} in {str(file)!r}.{did_you_mean(str(key), known)}")
+    return config

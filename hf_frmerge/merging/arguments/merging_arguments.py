@@ -1,0 +1,355 @@
+"""Options of a merge, under the names `transformers.TrainingArguments` uses where it has one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from hf_frmerge.checkpoints.remote_output import local_folder
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
+
+METHODS = ("karcher", "slerp", "linear", "nre", "task_arithmetic")
+SPACES = ("weights", "deltas")
+BLOCKS = ("tensor", "row", "head", "layer", "model")
+NORMS = ("mean", "median", "max")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
+LOG_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+    "passive": logging.NOTSET,  # leave the level of the application alone
+}
+
+# Field -> (test of a value that is not None, what the test asks for).
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "beta": (math.isfinite, "finite"),
+    "scale": (math.isfinite, "finite"),
+    "tol": (lambda v: 0 < v < math.inf, "above 0 (radians)"),
+    "max_iter": (lambda v: v >= 1, "at least 1"),
+    "num_workers": (lambda v: v >= 1, "at least 1"),
+    "adapter_rank": (lambda v: v >= 1, "at least 1"),
+    "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
+    "logging_steps": (lambda v: v >= 1, "at least 1"),
+    "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
+    "eval_block_size": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
+    "dataloader_num_workers": (lambda v: v >= 0, "at least 0"),
+}
+
+
+# Arguments of earlier versions, in the records of their merges, that never changed anything.
+RETIRED = ("seed", "metric_for_best_model", "greater_is_better", "hub_strategy")
+
+
+def _describe(text: str, choices: Iterable[str] | None = None) -> dict[str, Any]:
+    return {"help": text} if choices is None else {"help": text, "choices": list(choices)}
+
+
+@dataclass
+class ExpertArguments:
+    """What to merge: the experts, how much each counts, and the model they were fine-tuned from."""
+
+    experts: list[str] = field(
+        metadata=_describe(
+            "Two or more experts: local folders or Hub ids (`org/name` or `org/name@revision`), full checkpoints or "
+            "LoRA adapters."
+        )
+    )
+    weights: list[float] | None = field(
+        default=None,
+        metadata=_describe("One non-negative number per expert; they are divided by their sum. Default: all alike."),
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Model the experts were fine-tuned from: local folder or Hub id. Needed for deltas and adapters."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            setattr(self, name, coerce(name, self.__dict__[name], hint))
+        if len(self.experts) < 2:
+            raise ArgumentError(
+                f"A merge needs at least two experts, but `experts` lists {len(self.experts)}: {self.experts}."
+            )
+        validate_weights(self.weights, len(self.experts))
+
+
+@dataclass
+class MergingArguments:
+    """
+    How to merge, evaluate, report and push; every field says in its metadata what it does.
+
+    Values from the command line, YAML and JSON are brought to the type of their field, so that the three ways give
+    equal objects. Sizes are texts such as `"512MiB"`; `memory_budget_bytes` and `max_shard_bytes` give bytes.
+
+    Raises:
+        ArgumentError: If a value has the wrong type, is out of range or unknown, or contradicts another.
+    """
+
+    output_dir: str = field(
+        default="merged", metadata=_describe("Folder the merged model is written to, or its fsspec URL.")
+    )
+
+    # 1. The mean
+    method: str = field(default="karcher", metadata=_describe("How the experts are combined.", METHODS))
+    space: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Whether the points are the weights or their differences to the base model. Default: deltas if any expert "
+            "is an adapter, else weights.",
+            SPACES,
+        ),
+    )
+    block: str = field(default="tensor", metadata=_describe("What one sphere covers.", BLOCKS))
+    norm: str = field(
+        default="mean",
+        metadata=_describe("Which norm of the experts a merged block gets (weighted mean, median, max).", NORMS),
+    )
+    beta: float = field(
+        default=0.0,
+        metadata=_describe(
+            "Exponent of the coherence factor on the norm: 0 keeps the norm, 1 is the plain mean, -1 the plain sum."
+        ),
+    )
+    scale: float = field(default=1.0, metadata=_describe("Factor of the summed deltas in task_arithmetic."))
+    tol: float = field(
+        default=1e-12,
+        metadata=_describe("Stop the Karcher iteration when the gradient norm, in radians, is below this."),
+    )
+    max_iter: int = field(
+        default=100,
+        metadata=_describe("Give up the Karcher iteration after this many steps; the report then says so."),
+    )
+    on_ambiguous: str = field(
+        default="raise",
+        metadata=_describe(
+            "What to do with a block whose experts cancel out, so that no mean direction is preferred.",
+            ("raise", "linear"),
+        ),
+    )
+    weight_rules: list[str] | None = field(
+        default=None,
+        metadata=_describe(
+            "Weights for some tensors only: ordered 'REGEX=w1,w2,...' rules, the first that matches a tensor name "
+            "wins; 'a:b:c' in place of a number is interpolated over the layers."
+        ),
+    )
+
+    # 2. Reading and writing
+    dtype: str = field(
+        default="auto",
+        metadata=_describe("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
+    )
+    max_shard_size: str = field(default="50GB", metadata=_describe("Largest size of one output file, such as 5GB."))
+    overwrite: bool = field(default=False, metadata=_describe("Write into an output folder that is not empty."))
+    resume_from_checkpoint: bool = field(
+        default=False, metadata=_describe("Continue a merge that was interrupted in the same output folder.")
+    )
+    allow_license: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Comma-separated licences without derivatives, such as cc-by-nd-4.0, that you have permission to merge."
+        ),
+    )
+    strict: bool = field(
+        default=False, metadata=_describe("Raise where experts differ in a way that is otherwise only warned about.")
+    )
+    stream_from_hub: bool = field(
+        default=False,
+        metadata=_describe(
+            "Read full models of the Hub by byte ranges while they are merged, without downloading them: for a disk "
+            "that cannot hold them."
+        ),
+    )
+    memory_budget: str = field(
+        default="512MiB", metadata=_describe("Memory for the pieces of tensors in flight, such as 2GiB.")
+    )
+    num_workers: int | None = field(
+        default=None, metadata=_describe("Threads that read, combine and write. Default: one per core.")
+    )
+    device: str = field(default="cpu", metadata=_describe("Device the merge is computed on, such as cpu or cuda:0."))
+    adapter_output: str = field(
+        default="auto",
+        metadata=_describe(
+            "Whether merged adapters are written as an adapter or added to the base model.", ADAPTER_OUTPUTS
+        ),
+    )
+    adapter_rank: int | None = field(
+        default=None,
+        metadata=_describe(
+            "Rank of all modules of the merged adapter, compressed if need be. Default: exact, ranks added up."
+        ),
+    )
+    adapter_energy: float | None = field(
+        default=None,
+        metadata=_describe(
+            "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1]."
+        ),
+    )
+
+    # 3. Running and reporting, as in `TrainingArguments`; one step is one tensor
+    run_name: str | None = field(default=None, metadata=_describe("Name of this run in the reports."))
+    report_to: str = field(
+        default="none",
+        metadata=_describe(
+            "Comma-separated reporting integrations, such as tensorboard,wandb; none, or all for every installed one."
+        ),
+    )
+    disable_tqdm: bool | None = field(
+        default=None,
+        metadata=_describe(
+            "Print log lines instead of progress bars. Default: only when the log level is above warning."
+        ),
+    )
+    log_level: str = field(
+        default="passive",
+        metadata=_describe("Level of the package's log messages; passive leaves it alone.", LOG_LEVELS),
+    )
+    logging_steps: int = field(default=500, metadata=_describe("Log every this many tensors."))
+    logging_first_step: bool = field(default=False, metadata=_describe("Log the first tensor too."))
+
+    # 4. Evaluation
+    do_eval: bool = field(default=False, metadata=_describe("Evaluate the merged model after the merge."))
+    eval_on_start: bool = field(default=False, metadata=_describe("Evaluate the experts before the merge."))
+    evaluate_experts: bool = field(
+        default=True,
+        metadata=_describe("Measure the experts and the base too, and how far the merged model is from them."),
+    )
+    per_device_eval_batch_size: int = field(
+        default=8, metadata=_describe("Batch size of the evaluation on each device.")
+    )
+    eval_packing: bool = field(
+        default=True,
+        metadata=_describe(
+            "Join the rows of a text into one stream cut into blocks, rather than read each by itself."
+        ),
+    )
+    eval_block_size: int = field(default=256, metadata=_describe("Tokens a block of packed text."))
+    eval_device_map: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Spread models over devices to evaluate them: auto, balanced, a device, or a JSON object of module to "
+            "device, cpu or disk."
+        ),
+    )
+    use_cpu: bool = field(default=False, metadata=_describe("Evaluate on the CPU even if there is an accelerator."))
+    bf16_full_eval: bool = field(default=False, metadata=_describe("Evaluate in bfloat16."))
+    fp16_full_eval: bool = field(default=False, metadata=_describe("Evaluate in float16."))
+    dataloader_num_workers: int = field(
+        default=0, metadata=_describe("Processes that load evaluation data; 0 loads it in the main process.")
+    )
+
+    # 5. The Hub
+    push_to_hub: bool = field(default=False, metadata=_describe("Push the merged model to the Hub at the end."))
+    hub_model_id: str | None = field(
+        default=None, metadata=_describe("Repository to push to. Default: the name of the output folder.")
+    )
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata=_describe("Token for the Hub. Default: the one stored by `hf auth login`."),
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata=_describe("Make the repository private. Default: what the organization says.")
+    )
+    hub_revision: str | None = field(default=None, metadata=_describe("Branch to push to."))
+    hub_collection: str | None = field(
+        default=None, metadata=_describe("Slug of a collection on the Hub to which the pushed model is added.")
+    )
+
+    def __post_init__(self) -> None:
+        if self.report_to is None or isinstance(self.report_to, (list, tuple)):  # both are fine for the Trainer
+            self.report_to = ",".join(self.report_to or ["none"])
+        if isinstance(self.eval_device_map, dict):  # as from_pretrained takes it
+            self.eval_device_map = json.dumps(self.eval_device_map)
+        for name, hint in get_type_hints(type(self)).items():
+            setattr(self, name, coerce(name, self.__dict__[name], hint))
+        self.output_dir = local_folder(self.output_dir)
+        self._validate()
+        if self.disable_tqdm is None:
+            self.disable_tqdm = self._default_disable_tqdm()
+
+    @property
+    def memory_budget_bytes(self) -> int:
+        """`memory_budget` in bytes."""
+        return parse_size("memory_budget", self.memory_budget)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return parse_size("max_shard_size", self.max_shard_size)
+
+    @property
+    def eval_dtype(self) -> str:
+        """Name of the dtype models are evaluated in; `"auto"` for the one each is stored in."""
+        return "bfloat16" if self.bf16_full_eval else "float16" if self.fp16_full_eval else "auto"
+
+    @property
+    def device_map(self) -> str | dict[str, str | int] | None:
+        """`eval_device_map` as `from_pretrained` takes it."""
+        if self.eval_device_map is None or not self.eval_device_map.lstrip().startswith("{"):
+            return self.eval_device_map
+        try:
+            found: dict[str, str | int] = json.loads(self.eval_device_map)
+        except ValueError as error:
+            raise ArgumentError(f"`eval_device_map` is not valid JSON: {error}.") from error
+        return found
+
+    def get_process_log_level(self) -> int:
+        """Level for the loggers of the package; for `"passive"` the one that is in force already."""
+        return LOG_LEVELS[self.log_level] or logging.getLogger("hf_frmerge").getEffectiveLevel()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, with the value of every name that ends in `_token` masked."""
+        return {name: f"<{name.upper()}>" if name.endswith("_token") else v for name, v in asdict(self).items()}
+
+    def to_json_string(self) -> str:
+        """All options as indented JSON, tokens masked."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
+        """All options as values a reporter can store, tokens masked and everything else turned into text."""
+        return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in self.to_dict().items()}
+
+    def _default_disable_tqdm(self) -> bool:
+        return self.get_process_log_level() > logging.WARNING
+
+    def _validate(self) -> None:
+        values = self.__dict__
+        for option in fields(self):
+            value, choices = values[option.name], option.metadata.get("choices")
+            if choices is not None and value is not None and value not in choices:
+                raise ArgumentError(
+                    f"unknown {option.name} {value!r}: expected one of {', '.join(choices)}."
+                    + did_you_mean(value, choices)
+                )
+        for name, (holds, wanted) in _RANGES.items():
+            value = values[name]
+            if value is not None and not holds(value):
+                raise ArgumentError(f"`{name}` must be {wanted}, but got {value}.")
+        # Reading them once makes a bad one fail here rather than in the middle of a merge.
+        _ = self.memory_budget_bytes, self.max_shard_bytes, self.device_map
+        self._validate_combinations()
+
+    def _validate_combinations(self) -> None:
+        if self.bf16_full_eval and self.fp16_full_eval:
+            raise ArgumentError("`bf16_full_eval` and `fp16_full_eval` exclude each other: choose one.")
+        if self.adapter_rank is not None and self.adapter_energy is not None:
+            raise ArgumentError(
+                f"`adapter_rank={self.adapter_rank}` and `adapter_energy={self.adapter_energy}` both choose the rank "
+                "of the merged adapter: give one of them."
+            )
+        if self.adapter_output == "merged" and (self.adapter_rank is not None or self.adapter_energy is not None):
+            raise ArgumentError(
+                "`adapter_rank` and `adapter_energy` shape a merged adapter, but `adapter_output='merged'` adds it to "
+                "the base model: leave them out, or choose `adapter_output='adapter'`."
+            )

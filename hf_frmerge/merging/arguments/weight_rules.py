@@ -1,0 +1,152 @@
+"""Weights of the experts for each tensor: one set for all, ordered rules by name, gradients over the layers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.values import validate_weights
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+def layer_index(name: str) -> int | None:
+    """
+    Index of the layer a tensor belongs to: the first part of its name that is a number.
+
+    Example:
+
+    ```python
+    >>> layer_index("model.layers.11.mlp.experts.3.w1.weight"), layer_index("lm_head.weight")
+    (11, None)
+
+    ```
+    """
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    text: str
+    pattern: re.Pattern[str]
+    anchors: tuple[tuple[float, ...], ...]  # one row per expert; a row of one is the same for all layers
+
+    @property
+    def is_gradient(self) -> bool:
+        return any(len(row) > 1 for row in self.anchors)
+
+    def applies(self, tensor_name: str) -> bool:
+        """Whether the name matches; a gradient says nothing about a tensor that belongs to no layer."""
+        matches = self.pattern.search(tensor_name) is not None
+        return matches and not (self.is_gradient and layer_index(tensor_name) is None)
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """
+    Ordered rules `REGEX=w1,w2,...`: the first that applies to a tensor gives its weights.
+
+    The rule is split at its last `=`, and the expression is searched for anywhere in the name (`re.search`). Each
+    weight is a number, or a gradient `a:b:c`: its anchors lie at equal distances over the layers, the first anchor at
+    the first layer and the last at the last one, with straight lines between them. A rule with a gradient does not
+    apply to a tensor that belongs to no layer (see [`layer_index`]); the next rules are asked. A tensor that no rule
+    applies to gets the default weights.
+
+    Make one with [`~WeightSchedule.parse`].
+    """
+
+    default_weights: tuple[float, ...]
+    rules: tuple[_Rule, ...]
+
+    @classmethod
+    def parse(cls, rules: Iterable[str], default_weights: Sequence[float], n_experts: int) -> Self:
+        """
+        Read rules.
+
+        Args:
+            rules (`Iterable[str]`):
+                Rules in the order in which they are asked.
+            default_weights (`Sequence[float]`):
+                Normalised weights of the tensors that no rule applies to, one per expert.
+            n_experts (`int`):
+                Number of experts; every rule has as many weights.
+
+        Raises:
+            ArgumentError: If a rule cannot be read, or its weights do not fit the experts.
+        """
+        return cls(tuple(default_weights), tuple(_parse_rule(text, n_experts) for text in rules))
+
+    def weights_for(self, tensor_name: str, n_layers: int) -> list[float]:
+        """
+        Weights for one tensor, summing to 1.
+
+        Args:
+            tensor_name (`str`):
+                Name of the tensor.
+            n_layers (`int`):
+                Number of layers over which gradients stretch, above the index of every layer.
+
+        Raises:
+            ArgumentError: If all weights of a gradient are zero at this layer.
+        """
+        for rule in self.rules:
+            if not rule.applies(tensor_name):
+                continue
+            # A constant is the same at any layer; a gradient applies only to a tensor that has one.
+            layer = layer_index(tensor_name) or 0
+            weights = [_interpolate(row, layer, n_layers) for row in rule.anchors]
+            try:
+                return validate_weights(weights, len(weights))
+            except ArgumentError as error:
+                raise ArgumentError(f"Weight rule {rule.text!r} at {tensor_name!r}: {error}") from error
+        return list(self.default_weights)
+
+    def unused_rules(self, tensor_names: Iterable[str]) -> list[str]:
+        """Rules that decide the weights of none of these tensors: no name fits, or earlier rules take them all."""
+        used = set()
+        for name in tensor_names:
+            used.add(next((i for i, rule in enumerate(self.rules) if rule.applies(name)), None))
+        return [rule.text for i, rule in enumerate(self.rules) if i not in used]
+
+
+def _interpolate(anchors: tuple[float, ...], layer: int, n_layers: int) -> float:
+    if len(anchors) == 1 or n_layers == 1:
+        return anchors[0]
+    # Whole numbers, so that the first and last layer and those on an anchor get exactly the anchor.
+    lower, rest = divmod(layer * (len(anchors) - 1), n_layers - 1)
+    if rest == 0:
+        return anchors[lower]
+    share = rest / (n_layers - 1)
+    return (1 - share) * anchors[lower] + share * anchors[lower + 1]
+
+
+def _parse_rule(text: str, n_experts: int) -> _Rule:
+    expression, equals, weights = text.rpartition("=")
+    if not equals or not expression:
+        raise ArgumentError(
+            f"Weight rule {text!r} must read REGEX=w1,w2,..., such as 'layers\\.0\\.=0.7,0.3' ('.*' fits all tensors)."
+        )
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise ArgumentError(f"Weight rule {text!r}: {expression!r} is not a regular expression: {error}.") from error
+    try:
+        anchors = tuple(tuple(float(anchor) for anchor in weight.split(":")) for weight in weights.split(","))
+    except ValueError as error:
+        raise ArgumentError(
+            f"Weight rule {text!r}: weights are numbers, or gradients such as 0:0.5:1, separated by commas; but got "
+            f"{weights!r}."
+        ) from error
+    # Of each expert a bad anchor if there is one, else the highest: wrong numbers are refused here, and a gradient may
+    # still be zero at one end for all experts but one.
+    telling = [next((a for a in row if not 0 <= a < math.inf), max(row)) for row in anchors]
+    try:
+        validate_weights(telling, n_experts)
+    except ArgumentError as error:
+        raise ArgumentError(f"Weight rule {text!r}: {error}") from error
+    return _Rule(text, pattern, anchors)

@@ -1,0 +1,84 @@
+"""Progress of a merge: what callbacks read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.callbacks.callback import StepResult
+    from hf_frmerge.merging.planning.plan import MergePlan
+
+
+@dataclass
+class MergeState:
+    """
+    Progress of a merge; one step is one tensor. The counterpart of `transformers.TrainerState`.
+
+    Args:
+        global_step (`int`):
+            Tensors done.
+        max_steps (`int`):
+            Tensors in all.
+        epoch (`float`):
+            Share of the tensors done, in `[0, 1]`; reporting integrations read it under this name.
+        bytes_done (`int`):
+            Bytes of output done.
+        bytes_total (`int`):
+            Bytes of output in all.
+        current_tensor (`str`, *optional*):
+            Name of the tensor in work, or of the last one done.
+        n_not_converged (`int`):
+            Merged tensors whose iteration did not meet `tol`.
+        worst_residual (`float`):
+            Largest residual of a merged tensor, in radians.
+        sources (`list[dict]`):
+            One entry per expert, and one for the base model: `id`, `revision` (resolved commit), `weight`.
+        log_history (`list[dict]`):
+            Everything logged, with the step it was logged at.
+        logging_steps (`int`):
+            Copy of the argument, for reporting integrations.
+
+    The other fields never change in a merge (`is_*_process_zero` aside); reporting integrations ask for them.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    current_tensor: str | None = None
+    n_not_converged: int = 0
+    worst_residual: float = 0.0
+    sources: list[dict[str, str | float | None]] = field(default_factory=list)
+    log_history: list[dict[str, float | int | str]] = field(default_factory=list)
+    logging_steps: int = 500
+    is_world_process_zero: bool = True
+    is_local_process_zero: bool = True
+    total_flos: float = 0
+    is_hyper_param_search: bool = False
+    best_metric: float | None = None
+    trial_name: str | None = None
+    trial_params: dict[str, str | float | int | bool] | None = None
+
+    def start(self, plan: MergePlan) -> None:
+        """Count from zero and take the totals of a plan; a merge that resumes counts its finished tensors again."""
+        self.global_step = self.bytes_done = self.n_not_converged = 0
+        self.epoch = self.worst_residual = 0.0
+        self.max_steps = len(plan.steps)
+        self.bytes_total = sum(step.nbytes for step in plan.steps)
+        self.logging_steps = plan.args.logging_steps
+        self.sources = [
+            {"id": model.spec, "revision": model.source.commit, "weight": weight}
+            for model, weight in zip(plan.models, [*plan.weights, None])
+        ]
+
+    def record(self, result: StepResult) -> None:
+        """Count one finished tensor, whether it was merged, copied or skipped."""
+        self.current_tensor = result.name
+        self.global_step += 1
+        self.bytes_done += result.nbytes
+        self.epoch = self.global_step / max(self.max_steps, self.global_step)
+        if result.action == "merge":
+            self.n_not_converged += not result.converged
+            self.worst_residual = max(self.worst_residual, result.residual)

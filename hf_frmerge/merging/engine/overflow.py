@@ -1,0 +1,88 @@
+"""Sentences for numbers that leave the range of a dtype: which tensor, from what, and what helps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES, dtypes_that_hold, widen
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from hf_frmerge.kernels import Kernels, Operand
+    from hf_frmerge.methods.span import SpanOptions
+
+_NAME_OF = {code: name for name, code in DTYPE_CODES.items()}
+
+LEAST_SQUARES = 2.0**-900
+"""A sum of squares below this may have lost digits, or all of them, to the lower end of float64."""
+
+
+def result_overflows(
+    kernels: Kernels,
+    tensor: str,
+    operands: Sequence[Operand],
+    labels: Sequence[str],
+    coefficients_BK: NDArray[np.float64],
+    out_dtype: str,
+) -> NonFiniteError:
+    """
+    Say of finite operands why their combination is not: found by taking the sum once more, in float64.
+
+    Args:
+        labels: A name for every operand.
+        coefficients_BK: One row for every block, one column for every operand.
+    """
+    size = widen(operands[0].data, operands[0].dtype).size
+    n_blocks = len(coefficients_BK)
+    out = np.empty(size * 8, np.uint8)
+    kernels.combine(operands, coefficients_BK, out, "F64", n_blocks, size // n_blocks)
+    magnitudes = np.nan_to_num(np.abs(out.view(np.float64)), nan=np.inf, posinf=np.inf)
+    worst = int(np.argmax(magnitudes))
+    peak, row = float(magnitudes[worst]), coefficients_BK[worst // (size // n_blocks)]
+    named = [f"the low-rank delta of {x}" if operand.is_delta else x for operand, x in zip(operands, labels)]
+    terms = some(f"{c:.4g} times {name}" for c, name in zip(row, named) if c)
+    holders = dtypes_that_hold(peak)
+    advice = [f"write the model with dtype={holders[0]!r}"] if holders else []
+    inputs = max(float(np.abs(widen(operand.data, operand.dtype)).max()) for operand in operands)
+    if peak > inputs:
+        advice.append("choose a smaller scale, or a beta nearer to 0")
+    elif not holders:
+        advice.append("leave out the model with the largest values")
+    reach = f"up to {peak:.3g}" if np.isfinite(peak) else "beyond float64"
+    return NonFiniteError(
+        f"Tensor {tensor!r} would hold values {reach}, which are not finite in {_NAME_OF[out_dtype]}: it is {terms}. "
+        f"{'; or '.join(advice).capitalize()}."
+    )
+
+
+def squares_leave_float64(tensor: str, owner: str) -> NonFiniteError:
+    """Say that norms and angles cannot be told, because squares overflow or vanish."""
+    return NonFiniteError(
+        f"Tensor {tensor!r}: the squares of the values of {owner} leave the range of float64, so that norms and "
+        "angles cannot be told. Multiply the tensor by one power of two in all models before the merge, and divide it "
+        "after; for an adapter, choose a lora_alpha nearer to its rank."
+    )
+
+
+def coefficients_overflow(tensor: str, method: str, options: SpanOptions) -> NonFiniteError:
+    """Say which option makes coefficients infinite, or all of them vanish."""
+    option = f"scale={options.scale:g}" if method == "task_arithmetic" else f"beta={options.beta:g}"
+    advice = "Choose a smaller one." if method == "task_arithmetic" else "Choose one nearer to 0."
+    return NonFiniteError(
+        f"Tensor {tensor!r}: with {option} the coefficients of the experts leave the range of float64. {advice}"
+    )
+
+
+def delta_overflows(tensor: str, owners: str) -> NonFiniteError:
+    """Say that the low-rank delta of one adapter, or the sum of several, does not fit into float32."""
+    return NonFiniteError(
+        f"Tensor {tensor!r}: the low-rank delta of {owners} leaves the range of float32, in which it is added. "
+        "Lower its lora_alpha in adapter_config.json, choose a smaller scale or a beta nearer to 0, or leave it out."
+    )

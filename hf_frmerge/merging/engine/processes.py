@@ -1,0 +1,129 @@
+"""The processes of one merge: alone by default, several under `accelerate launch` or `torchrun`."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.errors import MergeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
+
+
+# How long a process may wait for a slower one. By default gloo gives up after half an hour.
+_PATIENCE = timedelta(days=7)
+
+
+def _leave_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class Processes:
+    """
+    This process among those that work on one merge.
+
+    A merge started without a launcher imports neither torch nor accelerate for this.
+    """
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.size = 1
+        self._heard = True  # whether the others still take part
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=True, timeout=_PATIENCE)
+            self.rank, self.size = state.process_index, state.num_processes
+            # Threads of the process group that outlive the interpreter abort a process that had done its work.
+            atexit.register(_leave_group)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what there is one of: index, config, manifest, card."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        self.gather([])
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """
+        Return the items of all processes, in the order of the processes.
+
+        Raises:
+            MergeError: If another process failed, with its message.
+        """
+        return items if self.size == 1 else self._exchange(items)
+
+    @contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """
+        Raise an error of one process on all of them.
+
+        A process that fails takes part in the next `gather` or `wait` of the others with its error in place of items,
+        whichever it is, so nobody waits for it in vain.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.size > 1 and self._heard:
+                self._exchange([], f"{error}" if isinstance(error, MergeError) else f"{type(error).__name__}: {error}")
+            raise
+
+    def _exchange(self, items: list[Any], failure: str | None = None) -> list[Any]:
+        from accelerate.utils import gather_object
+
+        self._heard = False
+        try:
+            parts = gather_object([(items, failure)])
+        except RuntimeError as error:
+            raise MergeError(f"Another process of this merge died: {error}. Start the job again to resume.") from error
+        failures = [(rank, text) for rank, (_, text) in enumerate(parts) if text is not None]
+        if failures and failure is None:
+            raise MergeError(f"Process {failures[0][0]} of {self.size} failed: {failures[0][1]}")
+        self._heard = not failures
+        return [item for part, _ in parts for item in part]
+
+    def share(self, steps: Sequence[TensorStep], block: str) -> list[TensorStep]:
+        """
+        Return this process's part of the steps, about as many bytes as everyone's.
+
+        Batches stay together, except that of `block="model"`: its Gram matrices are added up across processes.
+        """
+        total = sum(step.nbytes for step in steps) or 1
+        mine, before = [], 0
+        owner_of_batch: dict[str, int] = {}
+        for step in steps:
+            owner = min(self.size - 1, (before + step.nbytes // 2) * self.size // total)
+            before += step.nbytes
+            if step.action == "merge" and block != "model":
+                owner = owner_of_batch.setdefault(step.batch, owner)
+            if owner == self.rank:
+                mine.append(step)
+        return mine
+
+
+def check_same_commits(plan: MergePlan, processes: Processes) -> None:
+    """
+    Refuse to merge parts of different commits, where a branch moved between two processes' look at it.
+
+    Raises:
+        MergeError: With the model that was changed.
+    """
+    ours = [(model.spec, model.source.commit) for model in plan.models]
+    for spec, commit in processes.gather(ours):
+        if (spec, commit) not in ours:
+            raise MergeError(
+                f"{spec} was changed on the Hub while the processes of this merge looked it up (one found {commit}). "
+                "Start it again, or name a commit, as in org/name@commit."
+            )

@@ -1,0 +1,129 @@
+"""What the engine knows of the tensors it has under way."""
+
+# Shape suffixes: B = blocks, K = operands (the base first where there is one).
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS
+from hf_frmerge.merging.engine.inputs import join_digests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from hf_frmerge.merging.engine.inputs import Piece, TensorInputs
+    from hf_frmerge.merging.engine.solve import Solution
+    from hf_frmerge.merging.planning.plan import TensorStep
+
+# Below this mean square, float32 products of the first operand start to vanish; the Gram pass is then done again
+# with float64 products. It is far below the weights of any trained model, so the second pass is paid by zeros only.
+_TINY_MEAN_SQUARE = 1e-24
+
+
+class TensorGram(NamedTuple):
+    """Gram matrices of a tensor's blocks, `(B, K, K)`, and the digest of every input by role."""
+
+    gram: NDArray[np.float64]
+    inputs: dict[str, str]
+
+
+@dataclass
+class TensorWork:
+    """
+    One tensor under way.
+
+    Attributes:
+        skipped: whether it is copied because an observer said so.
+        precise: whether its Gram pass multiplies in float64.
+        solution: its coefficients, once they are known.
+        done: whether it is in its file and recorded.
+    """
+
+    step: TensorStep
+    inputs: TensorInputs
+    pieces: list[Piece]
+    skipped: bool = False
+    precise: bool = False
+    solution: Solution | None = None
+    done: bool = False
+    input_digests: list[dict[int, str]] = field(init=False)
+    output_digests: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Of blocks, or of parts of blocks. One array: small ones that outlive the buffers allocated beside them would
+        # leave holes of that size, 20 kB a piece.
+        size = self.inputs.n_experts + self.inputs.has_base
+        self.grams: NDArray[np.float64] = np.zeros((max(self.step.n_blocks, len(self.pieces)), size, size))
+        self.input_digests = [{} for _ in self.pieces]
+        self.output_digests = [""] * len(self.pieces)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the pieces are parts of blocks, not runs of them."""
+        return len(self.pieces) > self.step.n_blocks
+
+    def gram(self) -> NDArray[np.float64]:
+        """Return the Gram matrices `(B, K, K)`: those of the parts of a block added up, always in the same order."""
+        if not self.is_cut:
+            return self.grams
+        total = np.zeros((self.step.n_blocks, *self.grams.shape[1:]))
+        for piece, gram in zip(self.pieces, self.grams):
+            total[piece.first_block] += gram
+        return total
+
+    def needs_precision(self, gram_BKK: NDArray[np.float64]) -> bool:
+        """Whether the Gram pass, whose result is given, has to be done again in float64."""
+        if self.precise or self.inputs.factored:
+            return False
+        return bool(np.any(gram_BKK[:, 0, 0] < _TINY_MEAN_SQUARE * max(1, self.step.block_len)))
+
+    def inputs_digest(self) -> dict[str, str]:
+        """Return the digest of every input by role."""
+        owners = self.input_digests[0] if self.input_digests else {}
+        return {str(owner): join_digests([piece[owner] for piece in self.input_digests]) for owner in owners}
+
+    def output_digest(self) -> str:
+        """Return the digest of what was written."""
+        return join_digests(self.output_digests)
+
+    def byte_range(self, piece: Piece) -> tuple[int, int]:
+        """Return where a piece lies in the output, in bytes from the start of the tensor."""
+        bits = DTYPE_BITS[self.step.dtype]
+        return piece.start * bits // 8, piece.stop * bits // 8
+
+
+@dataclass
+class BatchWork:
+    """
+    Tensors solved together, or one that is copied.
+
+    Attributes:
+        is_large: whether the pages of all inputs would not fit the memory budget.
+        then: what follows when the jobs under way have ended.
+        remaining: how many have not.
+    """
+
+    tensors: list[TensorWork]
+    is_large: bool = False
+    then: Callable[[BatchWork], None] = field(init=False)
+    remaining: int = field(init=False)
+
+    def spheres(self) -> dict[str, dict[str, TensorGram]]:
+        """Return the Gram matrices by group, and in it by tensor."""
+        found: dict[str, dict[str, TensorGram]] = {}
+        for tensor in self.tensors:
+            gram = TensorGram(tensor.gram(), tensor.inputs_digest())
+            found.setdefault(tensor.step.group, {})[tensor.step.name] = gram
+        return found
+
+
+def sum_grams(tensors: dict[str, TensorGram]) -> NDArray[np.float64]:
+    """Add up the Gram matrices of the tensors of one sphere, always in the same order."""
+    first, *others = (tensors[name].gram for name in sorted(tensors))
+    return sum(others, start=first)

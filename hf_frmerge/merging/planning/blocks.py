@@ -1,0 +1,87 @@
+"""What one sphere covers: how a tensor is cut into blocks, and blocks into pieces of fixed size."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.engine.inputs import Piece
+
+PIECE_ELEMENTS = 1 << 20
+"""Elements handled in one go. Fixed: partial sums, and so the last bits of a Gram matrix, depend on it."""
+
+# Attention projections whose rows are heads, by the names transformers gives them.
+_HEAD_ROWS = re.compile(
+    r"(^|\.)(q|k|v|query|key|value|q_proj|k_proj|v_proj|q_lin|k_lin|v_lin|qkv|qkv_proj|query_key_value|Wqkv)"
+    r"\.(weight|bias)$"
+)
+
+
+def block_shape(name: str, shape: tuple[int, ...], block: str, head_dim: int | None) -> tuple[int, int]:
+    """
+    Return how many blocks a tensor has and how many elements each.
+
+    `"row"` cuts matrices (and stacks of matrices) along their first dimension; vectors stay whole. `"head"` cuts
+    query, key and value projections into runs of `head_dim` rows; all other tensors stay whole. Every other block
+    size covers at least the tensor.
+    """
+    numel = math.prod(shape)
+    if block == "row" and len(shape) > 1 and numel:
+        return shape[0], numel // shape[0]
+    if block == "head" and head_dim and _HEAD_ROWS.search(name) and shape[0] % head_dim == 0:
+        return shape[0] // head_dim, numel // (shape[0] // head_dim)
+    return 1, numel
+
+
+def head_dim_of(config: dict[str, Any]) -> int:
+    """
+    Return the width of an attention head from a model's config.
+
+    Raises:
+        ArgumentError: If the config does not say.
+    """
+    config = {**config, **config.get("text_config", {})}
+    for key in ("head_dim", "d_kv"):
+        if config.get(key):
+            return int(config[key])
+    for width, heads in (
+        ("hidden_size", "num_attention_heads"),
+        ("n_embd", "n_head"),
+        ("dim", "n_heads"),
+        ("d_model", "encoder_attention_heads"),
+    ):
+        if config.get(width) and config.get(heads):
+            return int(config[width]) // int(config[heads])
+    raise ArgumentError(
+        'block="head" needs the width of an attention head, and config.json names neither head_dim nor the hidden '
+        'size and the number of heads. Use block="row" or block="tensor".'
+    )
+
+
+def group_of(name: str, block: str) -> str:
+    """Return the key shared by all tensors that lie on one sphere."""
+    if block == "model":
+        return ""
+    if block == "layer":
+        layer = re.match(r"(.*?\.\d+)(\.|$)", name)
+        return layer.group(1) if layer else name
+    return name
+
+
+def pieces(n_blocks: int, block_len: int) -> Iterator[Piece]:
+    """Cut a tensor of `n_blocks` blocks into pieces of at most `PIECE_ELEMENTS` elements, or one block if smaller."""
+    if not block_len:
+        return
+    if block_len <= PIECE_ELEMENTS:
+        step = PIECE_ELEMENTS // block_len
+        for first in range(0, n_blocks, step):
+            count = min(step, n_blocks - first)
+            yield Piece(first * block_len, (first + count) * block_len, first, count)
+        return
+    for block in range(n_blocks):
+        for start in range(0, block_len, PIECE_ELEMENTS):
+            stop = min(start + PIECE_ELEMENTS, block_len)
+            yield Piece(block * block_len + start, block * block_len + stop, block, 1)

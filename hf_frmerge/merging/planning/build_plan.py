@@ -1,0 +1,294 @@
+"""Decide what a merge will do from headers alone, and refuse what cannot work before any weight is read."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import TYPE_CHECKING
+
+from hf_frmerge.checkpoints.adapters.adapter import open_adapter
+from hf_frmerge.checkpoints.adapters.base import base_notes, common_base
+from hf_frmerge.checkpoints.adapters.rows import align_adapters, missing_notes
+from hf_frmerge.checkpoints.beside.look_beside import look_beside
+from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
+from hf_frmerge.checkpoints.source import is_on_hub
+from hf_frmerge.checkpoints.tensors.alignment import align
+from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
+from hf_frmerge.checkpoints.tensors.layout import ShardLayout
+from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
+from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, open_checkpoint, some
+from hf_frmerge.errors import ArgumentError, CheckpointError
+from hf_frmerge.merging.arguments.merging_arguments import validate_weights
+from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_index
+from hf_frmerge.merging.engine.batches import in_batches
+from hf_frmerge.merging.output_folder import check_output_dir
+from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
+from hf_frmerge.merging.planning.model_class import read_structure
+from hf_frmerge.merging.planning.plan import Expert, MergePlan, TensorStep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hf_frmerge.checkpoints.adapters.adapter import Adapter
+    from hf_frmerge.checkpoints.resolve import Source
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+
+
+def build_plan(
+    experts: Sequence[str],
+    args: MergingArguments,
+    weights: Sequence[float] | None = None,
+    base_model: str | None = None,
+    *,
+    download: bool = True,
+    check: Callable[[MergePlan], None] | None = None,
+) -> MergePlan:
+    """
+    Resolve, open and align the models and decide what happens to every tensor. Reads headers only.
+
+    Models of the Hub that are not in the cache are planned from their headers there, and downloaded after that: what
+    cannot be merged is refused before the download.
+
+    Args:
+        experts: Two or more folders or Hub ids, full checkpoints or adapters.
+        args: Options.
+        weights: One non-negative number per expert; all alike by default.
+        base_model: Folder or Hub id of the base model; needed for deltas and adapters.
+        download: Fetch models from the Hub, unless `args.stream_from_hub`. A plan that is only looked at needs none.
+        check: Called with the plan before anything is downloaded; may raise.
+
+    Raises:
+        ArgumentError: If options contradict each other or the models.
+        CheckpointError: If a model is missing, broken, or does not fit the others.
+    """
+    if len(experts) < 2:
+        raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
+    alphas = validate_weights(weights, len(experts))
+    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
+    check_output_dir(args, [source.path for source in sources])
+    plan = _plan(sources, args, alphas, base_model is not None)
+    try:
+        if check is not None:
+            check(plan)
+        missing = [source for source in sources if download and is_downloaded(source, args)]
+        fetched = dict(zip(missing, fetch_all(missing, token=args.hub_token)))
+    except BaseException:
+        plan.close()
+        raise
+    if not fetched:
+        return plan
+    plan.close()
+    notes = plan.notes  # of all files in the repositories, of which not all are fetched
+    plan = _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
+    plan.notes = notes
+    return plan
+
+
+def is_downloaded(source: Source, args: MergingArguments) -> bool:
+    """Whether a merge fetches a source before it begins. An adapter is small, and read whole: it is not streamed."""
+    return is_on_hub(source) and (source.kind == "adapter" or not args.stream_from_hub)
+
+
+def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float], with_base: bool) -> MergePlan:
+    opened = [_open(source) for source in sources]
+    base = opened.pop() if with_base else None
+    if args.method == "slerp" and len(opened) != 2:
+        raise ArgumentError(
+            f"slerp joins exactly two experts, got {len(opened)}. Use method='karcher', its extension."
+        )
+    to_adapter = _makes_adapter(args, opened)
+    space = _space(args, opened, base, to_adapter)
+    if base is not None and base.checkpoint is not None and not to_adapter:
+        refuse_quantised(base.checkpoint)  # before adapters look in vain for their modules' weights
+    opened = _match_adapters(opened, base, to_adapter)
+    if to_adapter:
+        steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
+        layout = None
+    else:
+        steps, notes = _steps(args, opened, base, alphas)
+        steps = in_batches(steps, len(opened) + (base is not None))
+        layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
+    beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
+    notes += beside.notes
+    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files)
+    for model in plan.models:
+        model.weights.watch([file.name for file in beside.files if file.source == model.source])
+    return plan
+
+
+def _open(source: Source) -> Expert:
+    if source.kind == "adapter":
+        return Expert(source, adapter=open_adapter(source))
+    return Expert(source, checkpoint=open_checkpoint(source))
+
+
+def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
+    """Whether the output is an adapter; only adapters in delta space can make one."""
+    full = [expert.spec for expert in experts if expert.checkpoint]
+    if args.adapter_output == "adapter":
+        if full:
+            raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0]!r} is a full checkpoint.")
+        if args.space == "weights":
+            raise ArgumentError(
+                "A mean in weight space rescales the base model itself, which no adapter can express. Use "
+                "space='deltas', or adapter_output='merged'."
+            )
+        return True
+    kept_dense = any(e.adapter.dense or e.adapter.uses_dora for e in experts if e.adapter)
+    factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and not kept_dense
+    return args.adapter_output == "auto" and not full and factored
+
+
+def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool) -> list[Expert]:
+    """Bind adapters to the tensors of the base."""
+    if base is None or base.checkpoint is None:
+        return experts
+    checkpoint = base.checkpoint
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    structure = functools.cache(lambda: read_structure(checkpoint))
+
+    def match(expert: Expert) -> Expert:
+        if expert.adapter is None:
+            return expert
+        adapter = expert.adapter.match(shapes, structure, into_adapter=to_adapter)
+        adapter.check_base_layers(checkpoint)
+        return Expert(expert.source, adapter=adapter)
+
+    return [match(expert) for expert in experts]
+
+
+def _space(args: MergingArguments, experts: list[Expert], base: Expert | None, to_adapter: bool) -> str:
+    adapters = [expert for expert in experts if expert.adapter]
+    if base is not None and base.checkpoint is None:
+        raise ArgumentError(f"The base model {base.spec!r} is an adapter; a full checkpoint is needed.")
+    if adapters and base is None and not to_adapter:
+        raise ArgumentError(
+            f"{adapters[0].spec!r} is an adapter: pass the model it was trained from as base_model "
+            f"(its config names {adapters[0].adapter.config.base_model!r})."  # type: ignore[union-attr]
+        )
+    space = args.space or ("deltas" if adapters or args.method == "task_arithmetic" else "weights")
+    if args.method == "task_arithmetic" and space != "deltas":
+        raise ArgumentError('task_arithmetic adds deltas: it needs space="deltas" and a base_model.')
+    if space == "deltas" and base is None and not to_adapter:
+        raise ArgumentError('space="deltas" needs base_model: deltas are the differences to it.')
+    return space
+
+
+def _adapter_steps(
+    args: MergingArguments, adapters: list[Adapter], weights: list[float], base: Expert | None
+) -> tuple[list[TensorStep], list[str]]:
+    """One step per module; its shape is that of the delta."""
+    common_base(adapters, base.source if base else None)
+    rows = align_adapters(adapters)
+    names = [row.first.target for row in rows]
+    weights_for, notes = _weights_for(args, weights, names)
+    dtype = DTYPE_CODES.get(args.dtype, rows[0].first.up.dtype if rows else "F32")
+    steps = [
+        TensorStep(
+            name=row.first.target,
+            dtype=dtype,
+            shape=row.first.shape,
+            action="merge",
+            donor=-1,
+            weights=weights_for[row.first.target],
+            group=group_of(row.first.target, args.block),
+            n_blocks=1,
+            block_len=row.n_out * row.n_in,
+        )
+        for row in rows
+    ]
+    _check_groups(steps)
+    notes += missing_notes(adapters, rows, args.strict, is_matched=base is not None)
+    return steps, notes + (base_notes(adapters, base.source) if base else [])
+
+
+def _adapter_notes(experts: list[Expert], base: Expert | None, strict: bool) -> list[str]:
+    """Check that adapters going into a full model belong together; say what they lack and which base they name."""
+    adapters = [expert.adapter for expert in experts if expert.adapter]
+    if not adapters or base is None:
+        return []
+    notes = missing_notes(adapters, align_adapters(adapters), strict, is_matched=True)
+    return notes + base_notes(adapters, base.source)
+
+
+def _weights_for(
+    args: MergingArguments, weights: list[float], names: list[str]
+) -> tuple[dict[str, tuple[float, ...]], list[str]]:
+    """Weights of every tensor, and a note per rule that matches none."""
+    schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(weights))
+    notes = [f"Weight rule {rule!r} decides no tensor's weights." for rule in schedule.unused_rules(names)]
+    # An encoder and a decoder may have different depths: a gradient runs over the stack a tensor belongs to.
+    depth: dict[str, int] = {}
+    for name in names:
+        index = layer_index(name)
+        if index is not None:
+            depth[_stack(name)] = max(depth.get(_stack(name), 0), index + 1)
+    return {name: tuple(schedule.weights_for(name, depth.get(_stack(name), 1))) for name in names}, notes
+
+
+def _stack(name: str) -> str:
+    """Part of a tensor's name before its layer index."""
+    return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
+
+
+def _steps(
+    args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float]
+) -> tuple[list[TensorStep], list[str]]:
+    full = [index for index, expert in enumerate(experts) if expert.checkpoint]
+    checkpoints = [experts[index].checkpoint for index in full]
+    aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
+    notes = list(aligned.notes) + _adapter_notes(experts, base, args.strict)
+    touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
+    weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in aligned.tensors])
+    notes += rule_notes
+    head_dim = None
+    if args.block == "head":
+        donor = base or experts[full[0]]
+        head_dim = head_dim_of(donor.checkpoint.config() if donor.checkpoint else {})
+
+    steps = []
+    for tensor in aligned.tensors:
+        is_float = tensor.dtype in FLOAT_DTYPES
+        merge = tensor.action == "merge" and (bool(full) or tensor.name in touched)
+        n_blocks, block_len = block_shape(tensor.name, tensor.shape, args.block if merge else "tensor", head_dim)
+        steps.append(
+            TensorStep(
+                name=tensor.name,
+                dtype=DTYPE_CODES.get(args.dtype, tensor.dtype) if is_float else tensor.dtype,
+                shape=tensor.shape,
+                action="merge" if merge else "copy",
+                donor=-1 if tensor.donor < 0 else full[tensor.donor],
+                weights=weights_for[tensor.name] if merge else (),
+                group=group_of(tensor.name, args.block),
+                n_blocks=n_blocks,
+                block_len=block_len,
+            )
+        )
+    _check_groups(steps)
+    _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
+    return steps, notes
+
+
+def _refuse_homeless(experts: list[Expert], merged: set[str]) -> None:
+    """No delta may be left behind: where a tensor is copied or left out, nothing could be added to it."""
+    for expert in experts:
+        adapter = expert.adapter
+        lost = [name for name in (*adapter.deltas, *adapter.dense) if name not in merged] if adapter else []
+        if lost:
+            raise CheckpointError(
+                f"Adapter {expert.spec!r} changes {some(lost)}, which cannot be merged here: the models store it as "
+                "whole numbers, or twice. Merge the adapter into its base with PEFT's `merge_and_unload` and merge "
+                "the full checkpoints."
+            )
+
+
+def _check_groups(steps: list[TensorStep]) -> None:
+    """One sphere, one set of weights."""
+    first: dict[str, TensorStep] = {}
+    for step in steps:
+        other = first.setdefault(step.group, step) if step.action == "merge" else step
+        if other.weights != step.weights:
+            raise ArgumentError(
+                f"weight_rules give {other.name!r} and {step.name!r} different weights, but both lie on one sphere "
+                f"(group {step.group or 'model'!r}). Use block='tensor', or rules that do not divide a group."
+            )

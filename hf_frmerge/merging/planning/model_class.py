@@ -1,0 +1,76 @@
+"""Ask the class of a model what its tensors do not tell. It takes seconds to import transformers: only if need be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.checkpoints.model_structure import ModelStructure, may_be_tied
+from hf_frmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint
+
+
+def build_empty(base: Checkpoint) -> PreTrainedModel:
+    """
+    Build the model of a checkpoint on the meta device, where weights have shapes but no contents.
+
+    Raises:
+        CheckpointError: If transformers does not have its class, or cannot build it from this `config.json`.
+    """
+    import torch
+    import transformers
+
+    config = base.config()
+    architecture = next(iter(config.get("architectures") or []), None)
+    model_class = getattr(transformers, str(architecture), None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{base.source.spec!r}: config.json names the architecture {architecture!r}, which transformers "
+            f"{transformers.__version__} does not have, so its linear layers are unknown."
+        )
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{base.source.spec!r}: {architecture} cannot be built from its config.json "
+            f"({type(error).__name__}: {error}), so its linear layers are unknown."
+        ) from error
+    return model
+
+
+def read_structure(base: Checkpoint) -> ModelStructure:
+    """
+    Find which tensors a model ties, and which of its layers store their weight transposed.
+
+    The class decides, since `config.json` may leave the tie to the class's default. Of a class that transformers does
+    not have, the tie is told by the config, or by an output layer that is stored beside the embedding.
+    """
+    try:
+        model = build_empty(base)
+    except CheckpointError:
+        return ModelStructure(frozenset() if _is_untied(base) else None, None)
+    from transformers.pytorch_utils import Conv1D
+
+    tied = model.all_tied_weights_keys
+    conv1d = (path for path, module in model.named_modules() if isinstance(module, Conv1D))
+    return ModelStructure(frozenset(tied) | frozenset(tied.values()), frozenset(conv1d))
+
+
+def _is_untied(base: Checkpoint) -> bool:
+    config = base.config()
+    stated = [value["tie_word_embeddings"] for value in _levels(config) if "tie_word_embeddings" in value]
+    if stated:
+        return not any(stated)
+    rows = next((value["vocab_size"] for value in _levels(config) if "vocab_size" in value), None)
+    tall = [name for name, info in base.tensors.items() if info.shape[:1] == (rows,) and len(info.shape) == 2]
+    return len([name for name in tall if may_be_tied(name)]) > 1
+
+
+def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A config and those nested in it."""
+    return [config, *(level for value in config.values() if isinstance(value, dict) for level in _levels(value))]

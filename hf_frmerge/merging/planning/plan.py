@@ -1,0 +1,238 @@
+"""What a merge will do, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, DTYPE_BITS, FLOAT_DTYPES
+from hf_frmerge.errors import MergeError
+from hf_frmerge.merging.engine.inputs import DoraTensor, StoredTensor, TensorInputs
+from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
+from hf_frmerge.methods.span import SpanOptions
+
+if TYPE_CHECKING:
+    from hf_frmerge.checkpoints.adapters.adapter import Adapter
+    from hf_frmerge.checkpoints.beside.look_beside import CarriedFile
+    from hf_frmerge.checkpoints.resolve import Source
+    from hf_frmerge.checkpoints.tensors.layout import ShardLayout
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+    from hf_frmerge.merging.engine.inputs import DenseTensor
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One model to merge: a full checkpoint, or a low-rank adapter of the base model."""
+
+    source: Source
+    checkpoint: Checkpoint | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def spec(self) -> str:
+        """The expert as the user wrote it."""
+        return self.source.spec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self.weights.total_bytes
+
+    @property
+    def weights(self) -> Checkpoint:
+        """Its tensors on disk: the model's, or the adapter's."""
+        if self.checkpoint is not None:
+            return self.checkpoint
+        assert self.adapter is not None
+        return self.adapter.checkpoint
+
+    def dense_tensor(self, step: TensorStep, base: StoredTensor | None) -> DenseTensor | None:
+        """Return the expert's full tensor where it has one; an adapter has one for saved and DoRA modules."""
+        if self.checkpoint is not None:
+            return StoredTensor(self.checkpoint, self.checkpoint.tensors[step.name])
+        assert self.adapter is not None and base is not None
+        if step.name in self.adapter.dense:
+            return StoredTensor(self.adapter.checkpoint, self.adapter.dense[step.name])
+        delta = self.adapter.deltas.get(step.name)
+        return DoraTensor(base, delta, step.cols) if delta and delta.is_dora else None
+
+
+@dataclass(frozen=True)
+class TensorStep:
+    """
+    One tensor of the output.
+
+    Attributes:
+        dtype: dtype code of the output (`"BF16"`, ...).
+        action: `"merge"`, or `"copy"` from the model with index `donor` (-1 is the base).
+        weights: one per expert, summing to 1; empty for a copy.
+        group: tensors of one group lie on one sphere and get the same coefficients.
+        batch: groups of one batch are solved together, which may decide the last bit of their coefficients.
+        n_blocks, block_len: how the tensor is cut into blocks, in elements.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: Literal["merge", "copy"]
+    donor: int
+    weights: tuple[float, ...]
+    group: str
+    n_blocks: int
+    block_len: int
+    batch: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def cols(self) -> int:
+        """Elements of a row."""
+        return self.numel // self.shape[0] if self.shape and self.numel else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return self.numel * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass
+class MergePlan:
+    """
+    Everything a merge needs, checked.
+
+    `layout` is where the tensors of a full model go; `None` if the output is an adapter, whose steps are its modules.
+    `carried` are the files beside weights and config that the output takes over.
+    """
+
+    args: MergingArguments
+    experts: list[Expert]
+    base: Expert | None
+    weights: list[float]
+    space: str
+    steps: list[TensorStep]
+    layout: ShardLayout | None
+    notes: list[str] = field(default_factory=list)
+    carried: tuple[CarriedFile, ...] = ()
+
+    @property
+    def output_kind(self) -> str:
+        """`"full"` or `"adapter"`."""
+        return "full" if self.layout else "adapter"
+
+    @property
+    def donor(self) -> Expert:
+        """Model whose config and tokenizer the output gets: the base, else the first full expert."""
+        return self.base or next(expert for expert in self.experts if expert.checkpoint)
+
+    @property
+    def models(self) -> list[Expert]:
+        """The experts, then the base if there is one."""
+        return [*self.experts, *([self.base] if self.base else [])]
+
+    @property
+    def span_options(self) -> SpanOptions:
+        """Options of the method."""
+        args = self.args
+        return SpanOptions(
+            norm=args.norm,  # type: ignore[arg-type]  # validated against the same choices
+            beta=args.beta,
+            scale=args.scale,
+            tol=args.tol,
+            max_iter=args.max_iter,
+            on_ambiguous=args.on_ambiguous,  # type: ignore[arg-type]
+        )
+
+    def copied(self, step: TensorStep) -> TensorStep:
+        """Return a step that copies the tensor from the base, or the first full expert, instead of merging it."""
+        donor = -1 if self.base else self.experts.index(self.donor)
+        return replace(step, action="copy", donor=donor, weights=())
+
+    def inputs(self, step: TensorStep) -> TensorInputs:
+        """Return what has to be read for a step."""
+        labels = {index: f"expert {expert.spec!r}" for index, expert in enumerate(self.experts)}
+        if self.base is not None:
+            labels[-1] = f"base model {self.base.spec!r}"
+        if step.action == "copy":
+            donor = self.base if step.donor < 0 else self.experts[step.donor]
+            assert donor is not None and donor.checkpoint is not None
+            only = StoredTensor(donor.checkpoint, donor.checkpoint.tensors[step.name])
+            return TensorInputs(step.name, 1, 1, None, {0: only}, {}, {0: labels[step.donor]})
+        base = None
+        if self.base is not None and (self.space == "deltas" or any(expert.adapter for expert in self.experts)):
+            assert self.base.checkpoint is not None
+            base = StoredTensor(self.base.checkpoint, self.base.checkpoint.tensors[step.name])
+        dense: dict[int, DenseTensor] = {}
+        low_rank = {}
+        for index, expert in enumerate(self.experts):
+            weights = expert.dense_tensor(step, base)
+            if weights is not None:
+                dense[index] = weights
+            elif expert.adapter is not None and step.name in expert.adapter.deltas:
+                low_rank[index] = expert.adapter.deltas[step.name]
+        factored = base is not None and not dense and step.n_blocks == 1
+        return TensorInputs(
+            step.name, step.cols, len(self.experts), base, dense, low_rank, labels, self.space, factored
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return a summary that can be written as JSON: what will be merged and copied, sizes, disk and memory."""
+        merged = [step for step in self.steps if step.action == "merge"]
+        return {
+            "method": self.args.method,
+            "space": self.space,
+            "block": self.args.block,
+            "dtype": self.args.dtype,
+            "experts": [{**_identity(expert), "weight": weight} for expert, weight in zip(self.experts, self.weights)],
+            "base": _identity(self.base) if self.base else None,
+            "n_merge": len(merged),
+            "n_copy": len(self.steps) - len(merged),
+            "n_parameters": sum(step.numel for step in self.steps if step.dtype in FLOAT_DTYPES),
+            "input_bytes": sum(model.nbytes for model in self.models),
+            "output_bytes": sum(step.nbytes for step in self.steps),
+            "output_kind": self.output_kind,
+            "shards": [shard.file for shard in self.layout.shards] if self.layout else [ADAPTER_FILE],
+            "disk_free": shutil.disk_usage(_existing(Path(self.args.output_dir))).free,
+            "memory_estimate": self.piece_memory,
+            "notes": self.notes,
+        }
+
+    @property
+    def piece_memory(self) -> int:
+        """Most bytes one worker holds at a time, whatever the size of the model."""
+        # Output piece, one float32 row buffer per low-rank expert, and a copy of each input where it is remote.
+        copies = 1 + sum(1 for e in self.experts if e.adapter) + len(self.experts) + (self.base is not None)
+        return copies * PIECE_ELEMENTS * 4
+
+    def close(self) -> None:
+        """Close all files."""
+        for model in self.models:
+            model.weights.close()
+
+
+def _identity(expert: Expert) -> dict[str, Any]:
+    source = expert.source
+    return {
+        "spec": source.spec,
+        "kind": source.kind,
+        "path": source.path,
+        "commit": source.commit,
+        "bytes": expert.nbytes,
+        "n_tensors": len(expert.weights.tensors),
+    }
+
+
+def _existing(path: Path) -> Path:
+    """Return the closest folder above `path` that exists."""
+    path = path.resolve()
+    while not path.exists():
+        if path.parent == path:
+            raise MergeError(f"No folder above {path} exists.")
+        path = path.parent
+    return path

@@ -1,0 +1,82 @@
+"""
+SHA-256 of the files that went into a merge and came out of it: small ones at once, large ones when there is time.
+
+Hashing tens of gigabytes takes longer than merging them. A merge therefore records the SHA-256 of small files and of
+what the Hub names by it anyway; every tensor has a faster digest from the start. `manifest.record_checksums` fills in
+the rest, when a model is pushed or verified with `--sha256`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xxhash import xxh3_128_hexdigest
+
+from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
+from hf_frmerge.checkpoints.disk import disk_errors
+from hf_frmerge.checkpoints.folders import LocalFolder, open_folder
+from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_frmerge.checkpoints.beside.look_beside import CarriedFile
+    from hf_frmerge.merging.planning.plan import Expert
+
+SMALL_FILE = 16 * 2**20
+"""Bytes up to which a weight file is hashed during the merge: some hundredths of a second."""
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a file of any size, as hexadecimal digits."""
+    with disk_errors(Path(path), "read"), Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def header_digest(path: Path) -> str:
+    """Return the XXH3-128 digest of the header of a safetensors file, its length included."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return xxh3_128_hexdigest(length + file.read(int.from_bytes(length, "little")))
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def input_files(model: Expert, carried: Sequence[CarriedFile]) -> dict[str, dict[str, Any]]:
+    """
+    List the files of a model that a merge reads, with their sizes and, where it costs little, their SHA-256.
+
+    Args:
+        model: Expert or base.
+        carried: Files that the merged model takes over, from this model and others.
+    """
+    folder = open_folder(model.source.path)
+    names = [*model.weights.files]
+    names += [name for name in (INDEX_FILE, CONFIG_FILE, "adapter_config.json") if folder.exists(name)]
+    names += [file.name for file in carried if file.source == model.source]
+    return {name: _input_entry(folder, name) for name in dict.fromkeys(names)}
+
+
+def modification_marks(path: str, files: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Mark of every local file without a SHA-256, which changes when it is rewritten."""
+    folder = open_folder(path)
+    unknown = [name for name, entry in files.items() if entry["sha256"] is None]
+    return {name: folder.identity(name) for name in unknown} if isinstance(folder, LocalFolder) else {}
+
+
+def is_unchanged(path: str, name: str, marks: dict[str, str]) -> bool:
+    """Whether a local file is still the one that was marked."""
+    folder = open_folder(path)
+    return isinstance(folder, LocalFolder) and folder.exists(name) and folder.identity(name) == marks.get(name)
+
+
+def _input_entry(folder: Any, name: str) -> dict[str, Any]:
+    size, sha256 = folder.size(name), folder.known_sha256(name)
+    if sha256 is None and size <= SMALL_FILE:
+        sha256 = hashlib.sha256(folder.read(name)).hexdigest()
+    return {"size": size, "sha256": sha256}

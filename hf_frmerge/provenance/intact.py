@@ -1,0 +1,89 @@
+"""Whether a folder still holds what its merge wrote: asked of its manifest before anything is made public."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint
+from hf_frmerge.errors import CheckpointError, HubError
+from hf_frmerge.kernels import digest
+from hf_frmerge.merging.engine.inputs import join_digests
+from hf_frmerge.merging.planning.blocks import block_shape, head_dim_of, pieces
+from hf_frmerge.merging.record.checksums import header_digest, sha256_of
+from hf_frmerge.merging.record.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint
+
+
+def check_unaltered(folder: Path, sha256: Mapping[str, str]) -> None:
+    """
+    Check every file of the manifest: by its SHA-256 or, where a merge left that out, by the digests of its tensors.
+
+    Args:
+        folder (`Path`):
+            Output of a finished merge.
+        sha256 (`Mapping[str, str]`):
+            SHA-256 of its files, as far as somebody computed them already.
+
+    Raises:
+        HubError: Naming the first file that is missing or not what the merge wrote.
+    """
+    try:
+        manifest = read_manifest(folder)
+        unhashed = []
+        for name, entry in manifest["files"].items():
+            if not (folder / name).is_file():
+                raise _altered(folder, f"{name} is missing")
+            if (folder / name).stat().st_size != entry["size"]:
+                raise _altered(folder, f"{name} has another size than the merge gave it")
+            if entry["sha256"] is None:
+                unhashed.append(name)
+            elif sha256.get(name, "") != entry["sha256"] != sha256_of(folder / name):
+                raise _altered(folder, f"{name} was changed after the merge")
+        if unhashed:
+            _check_tensors(folder, manifest, unhashed)
+    except CheckpointError as error:
+        raise HubError(f"{folder} cannot be pushed: {error}") from error
+
+
+def _check_tensors(folder: Path, manifest: dict[str, Any], files: list[str]) -> None:
+    for name in files:
+        if header_digest(folder / name) != manifest["files"][name]["header_xxh3_128"]:
+            raise _altered(folder, f"the header of {name} was changed after the merge")
+    block = manifest["arguments"]["block"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    head_dim = head_dim_of(config) if block == "head" else None
+    with open_checkpoint(Source(str(folder), manifest["output_kind"], str(folder))) as model:
+        for name, info in model.tensors.items():
+            if info.file not in files:
+                continue
+            entry = manifest["tensors"].get(name)
+            if entry is None:
+                raise _altered(folder, f"tensor {name!r} in {info.file} is not in the manifest")
+            # A tensor that a callback skipped was cut as if it were merged.
+            cut = block_shape(name, info.shape, block if entry["action"] != "copy" else "tensor", head_dim)
+            if _tensor_digest(model, name, *cut) != entry["output_xxh3_128"]:
+                raise _altered(folder, f"tensor {name!r} in {info.file} was changed after the merge")
+
+
+def _tensor_digest(model: Checkpoint, name: str, n_blocks: int, block_len: int) -> str:
+    """Digest of a tensor as the engine takes it: of the digests of its pieces."""
+    bits = DTYPE_BITS[model.tensors[name].dtype]
+    parts = []
+    for piece in pieces(n_blocks, block_len):
+        start, stop = piece.start * bits // 8, piece.stop * bits // 8
+        parts.append(digest(model.read(name, start, stop)))
+        model.release(name, start, stop)
+    return join_digests(parts)
+
+
+def _altered(folder: Path, what: str) -> HubError:
+    return HubError(
+        f"{folder} is not what the merge wrote: {what}. Only what can be verified is pushed: restore the file or "
+        "merge again. `frmerge verify` says more."
+    )

@@ -1,0 +1,155 @@
+"""Make a recorded merge again from its manifest, and say whether every bit is the same."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.record.manifest import local_sources, read_manifest, recorded_models
+from hf_frmerge.merging.run import run_merge
+from hf_frmerge.provenance.plan_again import by_name, find_models, plan_again, record_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hf_frmerge.merging.planning.plan import TensorStep
+
+
+@dataclass
+class Reproduction:
+    """
+    A merge made again.
+
+    Attributes:
+        output_dir: where it is; `None` if it was compared and thrown away.
+        n_tensors, n_files: how many were compared.
+        differences: sentences on every tensor and file of the model that is not the same bit for bit.
+        causes: sentences on what else is not as it was then: inputs, versions, machine.
+    """
+
+    output_dir: str | None = None
+    n_tensors: int = 0
+    n_files: int = 0
+    differences: list[str] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
+
+    @property
+    def identical(self) -> bool:
+        """Whether every tensor and file is the same bit for bit."""
+        return not self.differences
+
+
+def reproduce(
+    model: str,
+    output_dir: str | None = None,
+    *,
+    experts: Mapping[str, Sequence[str]] | None = None,
+    device: str | None = None,
+    token: str | None = None,
+    observer: StepObserver | None = None,
+) -> Reproduction:
+    """
+    Make a merge again from its record: the experts at their recorded commits, with the recorded arguments.
+
+    Only the record of a pushed merge is fetched, not its weights: their digests are in it.
+
+    Args:
+        model: Folder of a merge, or its Hub id.
+        output_dir: Where to write; by default a temporary folder, gone when the comparison is done.
+        experts: Name of a recorded model -> where it is now, one place for each model of that name. Needed for models
+            that were local and are not on this machine.
+        device: Where to compute, if not where it was.
+        token: Token for the Hub.
+        observer: Told about every tensor.
+
+    Raises:
+        MergeError: If the record cannot be read, a model not be found, or the merge fails.
+    """
+    folder = record_folder(model, token)
+    manifest = read_manifest(folder)
+    here, _ = local_sources(Path(folder), manifest)
+    models = find_models(manifest, by_name(manifest, experts or {}), here, option="--expert NAME=PATH")
+    changes = {"device": device} if device else {}
+    with TemporaryDirectory(prefix="frmerge-reproduce-") as temporary:
+        made = output_dir or str(Path(temporary) / "merged")
+        with closing(plan_again(manifest, models, output_dir=made, hub_token=token, **changes)) as plan:
+            run_merge(plan, _AsRecorded(manifest, observer or StepObserver()), Processes())
+        reproduction = compare_records(manifest, read_manifest(made))
+    reproduction.output_dir = output_dir
+    return reproduction
+
+
+def compare_records(recorded: dict[str, Any], made: dict[str, Any]) -> Reproduction:
+    """Compare the digests of two merges that should be one."""
+    found = Reproduction(n_tensors=len(made["tensors"]))
+    for name in sorted(recorded["tensors"].keys() | made["tensors"].keys()):
+        then, now = recorded["tensors"].get(name), made["tensors"].get(name)
+        if then is None or now is None:
+            found.differences.append(f"Tensor {name!r} is only in the {'new' if then is None else 'recorded'} merge.")
+        elif then["output_xxh3_128"] != now["output_xxh3_128"]:
+            found.differences.append(f"Tensor {name!r} differs.")
+    for name in sorted(recorded["files"].keys() | made["files"].keys()):
+        then, now = recorded["files"].get(name), made["files"].get(name)
+        found.n_files += 1
+        if then is None or now is None:
+            found.differences.append(f"File {name} is only in the {'new' if then is None else 'recorded'} merge.")
+        elif not _same_file(then, now):
+            found.differences.append(f"File {name} differs.")
+    found.causes = _causes(recorded, made)
+    return found
+
+
+class _AsRecorded(StepObserver):
+    """Skips the tensors that a callback skipped in the recorded merge."""
+
+    def __init__(self, manifest: dict[str, Any], observer: StepObserver) -> None:
+        self._tensors = manifest["tensors"]
+        self._observer = observer
+
+    def begin(self, step: TensorStep) -> bool:
+        self._observer.begin(step)
+        return bool(self._tensors.get(step.name, {}).get("action") != "skip")
+
+    def end(self, outcome: StepOutcome) -> bool:
+        return self._observer.end(outcome)
+
+
+def _same_file(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Compare what both records know; weight files too large to be hashed are compared tensor by tensor."""
+    common = [key for key in then.keys() & now.keys() if None not in (then[key], now[key])]
+    return all(then[key] == now[key] for key in common)
+
+
+def _causes(recorded: dict[str, Any], made: dict[str, Any]) -> list[str]:
+    causes = []
+    for index, (then, now) in enumerate(zip(recorded_models(recorded), recorded_models(made))):
+        role = str(index if index < len(recorded["experts"]) else -1)
+        shared = then["files"].keys() & now["files"].keys()
+        changed = [name for name in sorted(shared) if not _same_file(then["files"][name], now["files"][name])]
+        tensors = [
+            name
+            for name, entry in recorded["tensors"].items()
+            if role in entry["inputs_xxh3_128"]
+            and made["tensors"].get(name, entry)["inputs_xxh3_128"].get(role) != entry["inputs_xxh3_128"][role]
+        ]
+        if changed or tensors:
+            parts = [", ".join(changed)] if changed else []
+            parts += [f"{len(tensors)} tensors, such as {tensors[0]!r}"] if tensors else []
+            causes.append(f"{then['id']} is not what was merged then; different: {'; '.join(parts)}.")
+    if recorded["report"]["kernels"] != made["report"]["kernels"]:
+        causes.append(
+            f"Computed with the kernels {made['report']['kernels']}, then with {recorded['report']['kernels']}."
+        )
+    if recorded["machine"] != made["machine"]:
+        here, there = (" ".join(record["machine"].values()) for record in (made, recorded))
+        causes.append(f"Computed on {here}, then on {there}.")
+    versions = [{"hf_frmerge": record["hf_frmerge"], **record["versions"]} for record in (recorded, made)]
+    for name in sorted(versions[0].keys() & versions[1].keys()):
+        if versions[0][name] != versions[1][name]:
+            causes.append(f"{name} {versions[1][name]}, then {versions[0][name]}.")
+    return causes

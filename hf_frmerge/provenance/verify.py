@@ -1,0 +1,235 @@
+"""Derive a merged model again from its experts and its coefficient table, and compare bit for bit."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_frmerge.checkpoints.resolve import Source, resolve
+from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint, unchanged
+from hf_frmerge.errors import CheckpointError, NonFiniteError
+from hf_frmerge.kernels import load_kernels
+from hf_frmerge.merging.engine.engine import StepObserver, worker_count
+from hf_frmerge.merging.engine.inputs import join_digests
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning.blocks import pieces
+from hf_frmerge.merging.record.checksums import header_digest, sha256_of
+from hf_frmerge.merging.record.manifest import local_sources, read_coefficients, read_manifest, record_checksums
+from hf_frmerge.merging.run import run_merge
+from hf_frmerge.provenance.plan_again import find_models, plan_again
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint
+    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.engine.inputs import TensorInputs
+    from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
+
+
+@dataclass
+class VerifyReport:
+    """
+    What was checked, and every problem found as a sentence.
+
+    Attributes:
+        without_sha256: inputs whose SHA-256 was to be recorded but cannot be: `model: file`.
+    """
+
+    checked_files: int = 0
+    checked_tensors: int = 0
+    problems: list[str] = field(default_factory=list)
+    without_sha256: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as recorded."""
+        return not self.problems
+
+
+def verify(
+    output_dir: str,
+    *,
+    experts: Sequence[str] | None = None,
+    base_model: str | None = None,
+    sha256: bool = False,
+) -> VerifyReport:
+    """
+    Check a merged model against its record and its experts.
+
+    Small files are compared by SHA-256, weight files header by header and tensor by tensor; every merged tensor is
+    computed again from the experts and the recorded coefficients, and compared bit for bit.
+
+    Args:
+        output_dir: Folder of the merged model, or its Hub id.
+        experts: Where the experts are, if they are not where they were.
+        base_model: Where the base model is, if it is not where it was.
+        sha256: Whether to compare weight files by SHA-256 too, and, if all is well, to record those that the manifest
+            lacks.
+
+    Raises:
+        CheckpointError: If the folder holds no merge, or the experts cannot be found.
+    """
+    folder = _folder(output_dir)
+    manifest = read_manifest(folder)
+    report = VerifyReport()
+    _check_files(folder, manifest, report, sha256)
+    try:
+        coefficients = read_coefficients(folder)
+        merged = open_checkpoint(Source(output_dir, manifest["output_kind"], str(folder)))
+    except CheckpointError as error:  # nothing to compare with; what is wrong with the files is known
+        report.problems.append(str(error))
+        return report
+    with closing(merged), closing(_plan(folder, manifest, experts, base_model)) as plan:
+        if plan.layout is None:
+            _check_adapter(merged, plan, report)
+        else:
+            with unchanged([merged, *(model.weights for model in plan.models)]):
+                _check_model(merged, coefficients, manifest, plan, report)
+    if sha256 and report.ok and folder == Path(output_dir):  # never in the cache of the Hub
+        report.without_sha256 = record_checksums(folder)
+    return report
+
+
+def _folder(output_dir: str) -> Path:
+    """Return the folder; from the Hub, all files of the record are fetched. A missing one is for the report to say."""
+    if Path(output_dir).is_dir():
+        return Path(output_dir)
+    found = resolve(output_dir)
+    if found.commit is None:
+        return Path(found.path)
+    files = read_manifest(Path(found.path))["files"]
+    return Path(resolve(f"{found.repo_id}@{found.commit}", extra=tuple(files)).path)
+
+
+def _check_model(
+    merged: Checkpoint,
+    coefficients: dict[str, NDArray[np.float64]],
+    manifest: dict[str, Any],
+    plan: MergePlan,
+    report: VerifyReport,
+) -> None:
+    """Derive every tensor again and compare it bit for bit."""
+    kernels = load_kernels()
+    with ThreadPoolExecutor(worker_count(plan)) as pool:
+        work = [(step, manifest["tensors"].get(step.name), coefficients.get(step.name)) for step in plan.steps]
+        found = pool.map(lambda item: _check_tensor(plan, kernels, merged, *item), work)
+        for problem in found:
+            report.checked_tensors += 1
+            report.problems += [problem] if problem else []
+    extra = sorted(set(merged.tensors) - {step.name for step in plan.steps})
+    report.problems += [f"Tensor {name!r} is in the merged model, but its experts have none." for name in extra]
+
+
+def _check_adapter(found: Checkpoint, plan: MergePlan, report: VerifyReport) -> None:
+    """Merge the adapters once more and compare the factors bit for bit."""
+    with TemporaryDirectory(prefix="frmerge-verify-") as again:
+        plan.args.output_dir = again
+        try:
+            run_merge(plan, StepObserver(), Processes())
+        except NonFiniteError as error:
+            report.problems.append(str(error))
+            return
+        with open_checkpoint(Source(again, "adapter", again)) as expected:
+            for name in sorted(found.tensors.keys() | expected.tensors.keys()):
+                report.checked_tensors += 1
+                if name not in found.tensors or name not in expected.tensors:
+                    report.problems.append(f"Tensor {name!r} is only in one of the merged adapter and its derivation.")
+                elif not np.array_equal(found.read(name), expected.read(name)):
+                    report.problems.append(f"Tensor {name!r} differs from what its experts and options give.")
+
+
+def _check_files(folder: Path, manifest: dict[str, Any], report: VerifyReport, sha256: bool) -> None:
+    for name, entry in manifest["files"].items():
+        report.checked_files += 1
+        path = folder / name
+        if not path.exists():
+            report.problems.append(f"File {name} is missing.")
+            continue
+        # All bytes of weights are compared anyway: the header here, the tensors later.
+        is_hashed = entry["sha256"] is not None and (sha256 or "header_xxh3_128" not in entry)
+        if path.stat().st_size != entry["size"]:
+            report.problems.append(f"File {name} has {path.stat().st_size} bytes, {entry['size']} were written.")
+        elif "header_xxh3_128" in entry and header_digest(path) != entry["header_xxh3_128"]:
+            report.problems.append(f"The header of {name} was changed after the merge.")
+        elif is_hashed and sha256_of(path) != entry["sha256"]:
+            report.problems.append(f"File {name} was changed after the merge.")
+
+
+def _plan(folder: Path, manifest: dict[str, Any], experts: Sequence[str] | None, base_model: str | None) -> MergePlan:
+    """Rebuild the plan of the merge from its manifest."""
+    n_experts = len(manifest["experts"])
+    if experts is not None and len(experts) != n_experts:
+        raise CheckpointError(f"The merge had {n_experts} experts, but {len(experts)} were given.")
+    given: list[str | None] = [*experts] if experts is not None else [None] * n_experts
+    here, _ = local_sources(folder, manifest)
+    models = find_models(manifest, [*given, base_model], here, option="--experts and --base-model")
+    # A folder that cannot be an input: nothing is written, but a plan wants a place to write to.
+    return plan_again(manifest, models, output_dir=str(folder / "verify"))
+
+
+def _check_tensor(
+    plan: MergePlan,
+    kernels: Kernels,
+    merged: Checkpoint,
+    step: TensorStep,
+    entry: dict[str, Any] | None,
+    coefficients: NDArray[np.float64] | None,
+) -> str | None:
+    """Return what is wrong with a tensor, or `None`."""
+    info = merged.tensors.get(step.name)
+    if entry is None or info is None:
+        return f"Tensor {step.name!r} is missing in the {'manifest' if entry is None else 'merged model'}."
+    if (info.dtype, info.shape) != (step.dtype, step.shape):
+        return f"Tensor {step.name!r} is {info.dtype} {list(info.shape)}, expected {step.dtype} {list(step.shape)}."
+    if step.action == "merge" and entry["action"] == "skip":
+        step = plan.copied(step)
+    if step.action == "merge" and (coefficients is None or coefficients.shape not in _shapes(plan, step)):
+        return f"Tensor {step.name!r} was merged, but the coefficient table has no coefficients that fit it."
+    inputs = plan.inputs(step)
+    size = DTYPE_BITS[step.dtype] // 8
+    for piece in pieces(step.n_blocks, step.block_len):
+        expected = np.empty((piece.stop - piece.start) * size, np.uint8)
+        try:
+            if step.action == "merge":
+                assert coefficients is not None
+                inputs.combine(kernels, piece, coefficients, expected, step.dtype)
+            else:
+                expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
+        except NonFiniteError as error:
+            return str(error)
+        found = merged.read(step.name, piece.start * size, piece.stop * size)
+        if not np.array_equal(expected, found):
+            wrong = int(np.count_nonzero((expected != found).reshape(-1, size).any(axis=1)))
+            sentence = (
+                f"Tensor {step.name!r} differs from what its experts and coefficients give in {wrong:,} elements"
+            )
+            changed = _changed_inputs(inputs, step, entry["inputs_xxh3_128"])
+            return (
+                f"{sentence}; it was changed in {' and '.join(changed)} after the merge."
+                if changed
+                else f"{sentence}."
+            )
+        inputs.release(piece)
+        merged.release(step.name, piece.start * size, piece.stop * size)
+    return None
+
+
+def _changed_inputs(inputs: TensorInputs, step: TensorStep, recorded: dict[str, str]) -> list[str]:
+    """Name the models whose tensor is not the one that was merged."""
+    parts = [inputs.digests(piece) for piece in pieces(step.n_blocks, step.block_len)]
+    found = {owner: join_digests([part[owner] for part in parts]) for owner in parts[0]}
+    return [inputs.labels[owner] for owner, value in found.items() if recorded.get(str(owner)) != value]
+
+
+def _shapes(plan: MergePlan, step: TensorStep) -> list[tuple[int, int]]:
+    """Shapes a tensor's coefficients may have: a group of tensors shares one row."""
+    return [(1, len(plan.experts)), (step.n_blocks, len(plan.experts))]
