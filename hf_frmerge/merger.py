@@ -31,6 +31,7 @@ from hf_frmerge.merging.callbacks.progress import ProgressCallback
 from hf_frmerge.merging.callbacks.reporting import reporting_callbacks
 from hf_frmerge.merging.callbacks.state import MergeState
 from hf_frmerge.merging.engine.processes import Processes, check_same_commits
+from hf_frmerge.merging.output_folder import check_output_dir
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.disk_space import check_space
 from hf_frmerge.merging.run import run_merge
@@ -460,5 +461,6 @@ def _copy_anew(source: str, target: str) -> None:
 
 
 def _check_permitted_and_fitting(plan: MergePlan) -> None:
+    check_output_dir(plan.args, [model.source.path for model in plan.models])
     licences_of_plan(plan).raise_if_refused()
     check_space(plan)

@@ -30,6 +30,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
     expert_arguments, args = arguments_from(experts, config, options)
     with results_only():
         from hf_frmerge.checkpoints.lock import refuse_while_merging
+        from hf_frmerge.merging.output_folder import check_output_dir
         from hf_frmerge.merging.planning.build_plan import build_plan
         from hf_frmerge.merging.planning.disk_space import check_space, download_bytes
 
@@ -38,6 +39,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
             expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
         )
     with closing(merge_plan):
+        check_output_dir(args, [model.source.path for model in merge_plan.models])
         with results_only():
             description = merge_plan.describe() | {
                 "licences": _licences(merge_plan),

@@ -178,11 +178,7 @@ def _excerpt(text: str) -> str:
 
 
 def _verdict(experts: list[str], base: str) -> str:
-    # A plan checks its output folder, and inspecting has none.
-    with (
-        tempfile.TemporaryDirectory() as unused,
-        closing(build_plan(experts, MergingArguments(output_dir=unused), base_model=base)) as plan,
-    ):
+    with closing(build_plan(experts, MergingArguments(), base_model=base)) as plan:
         return inspect_experts(plan).verdict
 
 

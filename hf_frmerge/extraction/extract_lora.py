@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter, make_config
+from hf_frmerge.checkpoints.adapters.writer import AdapterModule, make_config, new_adapter
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
@@ -182,10 +182,9 @@ def _extract(
     config |= {"base_model_name_or_path": source.repo_id or source.spec, "revision": source.revision}
     config["fan_in_fan_out"] = any(target.is_conv1d for target in targets)
     remove_model(Path(output_dir))
-    with AdapterWriter(output_dir, modules, config, code) as writer:
+    with new_adapter(output_dir, modules, config, code) as writer:
         for result in found:
             writer.write(result.output, result.up, result.down)
-        writer.publish_weights()
     return ExtractedAdapter(
         Path(output_dir),
         [result.report for result in found],

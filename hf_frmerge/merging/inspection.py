@@ -13,6 +13,7 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels import load_kernels
 from hf_frmerge.merging.engine.engine import worker_count
+from hf_frmerge.merging.engine.open_inputs import open_tensors
 from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.merging.planning.blocks import pieces
 from hf_frmerge.merging.record.summary import ROUNDING_ANGLE
@@ -113,7 +114,7 @@ def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = No
 
 
 def _gram(plan: MergePlan, kernels: Kernels, step: TensorStep) -> NDArray[np.float64]:
-    inputs = plan.inputs(step)
+    inputs = open_tensors(plan, step)
     size = inputs.n_experts + inputs.has_base
     total = np.zeros((step.n_blocks, size, size))
     for piece in pieces(step.n_blocks, step.block_len):
@@ -135,6 +136,7 @@ def _space_view(plan: MergePlan, name: str, points: NDArray[np.float64]) -> Spac
     experts = [expert.spec for expert in plan.experts]
     [solution] = solve(points[None], [plan.weights], "karcher", options, tensors=[name], experts=experts)
     geometry = solution.geometry
+    assert geometry is not None
     return SpaceView(
         geometry.norms, geometry.max_angle, geometry.mean_angle, geometry.gap_to_nre, geometry.linear_norm_ratio
     )

@@ -39,8 +39,7 @@ class Method:
     """
     One merge method, described once for the whole package.
 
-    Planning, help, card and report read this; only the engine acts on `kind`, and only for `span` is there anything
-    to call.
+    Planning, help, card and report read this; only the engine acts on `kind`.
 
     Attributes:
         name: as an option names it.
@@ -49,7 +48,6 @@ class Method:
         how: what it does to one block, in plain words, for someone who never merged a model.
         why: what it is good for, and against what.
         options: the arguments it obeys beside the weights.
-        solve: of a span method: points of many blocks in, coefficients out.
         n_experts: how many experts it takes, if not any number.
         extension: the method that takes any number, where `n_experts` is set.
         needs_deltas: whether its points are differences to a base model by definition.
@@ -67,7 +65,6 @@ class Method:
     how: str
     why: str
     options: tuple[str, ...] = ()
-    solve: SpanMethod | None = None
     n_experts: int | None = None
     extension: str | None = None
     needs_deltas: bool = False
@@ -77,3 +74,14 @@ class Method:
     blocks: tuple[str, ...] = ("tensor", "row", "head", "layer", "model")
     paper: Paper | None = None
     tags: tuple[str, ...] = ()
+
+    def solver(self) -> SpanMethod:
+        """
+        Return the function of a span method: the one of its name in `methods/span.py`.
+
+        Imported only now: help and arguments read the table of methods, and numpy takes a tenth of a second.
+        """
+        from hf_frmerge.methods import span
+
+        found: SpanMethod = vars(span)[self.name]
+        return found

@@ -2,7 +2,7 @@
 Methods whose merged block is a combination of the experts' blocks, `sum_i c_i x_i`, found from a Gram matrix alone.
 
 Every method is a function `(points, weights, options) -> SpanResult` on coordinates of the blocks (see
-`geometry.gram.embed`), all blocks at once; `SPAN_METHODS` names them. `karcher`, `slerp` and `nre` choose a
+`geometry.gram.embed`), all blocks at once; `methods.table` has their names. `karcher`, `slerp` and `nre` choose a
 direction and share one norm policy: with `n` the norms and `u` the directions,
 
     |merged| = coherence ** beta * (mean | median | max of n),    coherence = |sum_i w_i u_i|
@@ -183,15 +183,6 @@ def karcher(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResu
     residual = np.where(ambiguous | blocks.coincide, 0.0, mean.residual)
     coefficients = blocks.on_points(mean.coeffs, options)
     return blocks.result(coefficients, ambiguous, options, n_iter=mean.n_iter, residual=residual)
-
-
-SPAN_METHODS: dict[str, SpanMethod] = {
-    "karcher": karcher,
-    "slerp": slerp,
-    "linear": linear,
-    "nre": nre,
-    "task_arithmetic": task_arithmetic,
-}
 
 
 @dataclass(frozen=True)

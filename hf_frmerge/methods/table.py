@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hf_frmerge.methods import span
 from hf_frmerge.methods.method import Method, Paper
 
 FISHER_RAO = Paper(
@@ -40,7 +39,6 @@ _ALL = (
         "shrink, and it works for any number of experts. On the sphere this stands in for a mean on the Fisher–Rao "
         "manifold, where distance measures how differently two models predict.",
         options=(*_NORM, "tol", "max_iter"),
-        solve=span.karcher,
         is_directional=True,
         is_spherical=True,
         is_iterative=True,
@@ -56,7 +54,6 @@ _ALL = (
         "Unlike a plain average, a point on the arc is not shorter than the two arrows it lies between. For two "
         "experts this is the same as the Karcher mean.",
         options=_NORM,
-        solve=span.slerp,
         n_experts=2,
         extension="karcher",
         is_directional=True,
@@ -70,7 +67,6 @@ _ALL = (
         "the merged values are the weighted average of the experts' values.",
         "It is the simplest merge there is, and works well when the experts are close to each other; where they "
         "point in different directions, the average is shorter than the experts.",
-        solve=span.linear,
         tags=("linear-merge",),
     ),
     Method(
@@ -81,7 +77,6 @@ _ALL = (
         "The stretching undoes the shrinking that averaging brings, at no cost; it is the simple baseline that "
         "spherical methods have to beat.",
         options=_NORM,
-        solve=span.nre,
         is_directional=True,
         tags=("norm-rescaled-mean",),
     ),
@@ -93,7 +88,6 @@ _ALL = (
         "Adding instead of averaging keeps each expert's change at its full size; the scale decides how loudly the "
         "experts speak together.",
         options=("scale",),
-        solve=span.task_arithmetic,
         needs_deltas=True,
         paper=TASK_ARITHMETIC,
         tags=("task-arithmetic",),

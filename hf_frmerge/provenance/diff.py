@@ -10,7 +10,8 @@ import numpy as np
 
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, load_record
 from hf_frmerge.hub.card.commands import is_about_the_result
-from hf_frmerge.merging.record.manifest import read_coefficients, read_manifest, recorded_models
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
+from hf_frmerge.merging.record.manifest import read_manifest, recorded_models
 from hf_frmerge.provenance.plan_again import record_folder
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
         name for name in common if tensors[0][name]["output_xxh3_128"] != tensors[1][name]["output_xxh3_128"]
     ]
     diff.files = _changes(_files(first), _files(second))
-    tables = [read_coefficients(folder) for folder in folders]
+    tables = [
+        read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest["files"] else {}
+        for folder, manifest in zip(folders, (first, second))
+    ]
     experts = [_keys(manifest)[: len(manifest["experts"])] for manifest in (first, second)]
     diff.n_coefficients, diff.coefficients = _coefficients(tables[0], tables[1], experts[0], experts[1])
     records = [load_record(folder) for folder in folders]

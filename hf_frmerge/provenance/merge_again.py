@@ -77,7 +77,7 @@ def reproduce(
     changes = {"device": device} if device else {}
     with TemporaryDirectory(prefix="frmerge-reproduce-") as temporary:
         made = output_dir or str(Path(temporary) / "merged")
-        with closing(plan_again(manifest, models, output_dir=made, hub_token=token, **changes)) as plan:
+        with closing(plan_again(manifest, models, folder, output_dir=made, hub_token=token, **changes)) as plan:
             run_merge(plan, _AsRecorded(manifest, observer or StepObserver()), Processes())
         reproduction = compare_records(manifest, read_manifest(made))
     reproduction.output_dir = output_dir

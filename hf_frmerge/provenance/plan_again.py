@@ -79,13 +79,14 @@ def find_models(
     return [spec for spec in specs if spec is not None]
 
 
-def plan_again(manifest: dict[str, Any], models: Sequence[str], **changes: Any) -> MergePlan:
+def plan_again(manifest: dict[str, Any], models: Sequence[str], folder: str, **changes: Any) -> MergePlan:
     """
     Plan the recorded merge of `models` (the experts in order, then the base if there was one).
 
     Args:
         manifest: Record of the merge.
         models: Where they are.
+        folder: Where the record is.
         changes: Arguments to set anew; they should not alter the result.
 
     Raises:
@@ -105,6 +106,8 @@ def plan_again(manifest: dict[str, Any], models: Sequence[str], **changes: Any) 
         )
     # Whatever the merge did to its own folder, and whoever it told about it, is not repeated.
     recorded |= {"overwrite": False, "resume_from_checkpoint": False, "push_to_hub": False, "space": manifest["space"]}
+    if recorded.get("coefficients") is not None:
+        recorded["coefficients"] = folder  # the table that was given is part of the record
     n_experts = len(manifest["experts"])
     return build_plan(
         list(models[:n_experts]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,22 @@ from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint, unchanged
 from hf_frmerge.errors import CheckpointError, NonFiniteError
 from hf_frmerge.kernels import load_kernels
+from hf_frmerge.merging.engine.decisions import Trimming
 from hf_frmerge.merging.engine.engine import StepObserver, worker_count
 from hf_frmerge.merging.engine.inputs import join_digests
+from hf_frmerge.merging.engine.open_inputs import open_tensors
+from hf_frmerge.merging.engine.outputs import apply_decision
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.blocks import pieces
+from hf_frmerge.merging.planning.coefficient_table import read_coefficients
 from hf_frmerge.merging.record.checksums import header_digest, sha256_of
-from hf_frmerge.merging.record.manifest import local_sources, read_coefficients, read_manifest, record_checksums
+from hf_frmerge.merging.record.manifest import (
+    COEFFICIENTS_FILE,
+    local_sources,
+    read_manifest,
+    record_checksums,
+    recorded_decision,
+)
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.provenance.plan_again import find_models, plan_again
 
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.engine.decisions import Decision
     from hf_frmerge.merging.engine.inputs import TensorInputs
     from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
 
@@ -83,7 +94,7 @@ def verify(
     report = VerifyReport()
     _check_files(folder, manifest, report, sha256)
     try:
-        coefficients = read_coefficients(folder)
+        coefficients = read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest["files"] else {}
         merged = open_checkpoint(Source(output_dir, manifest["output_kind"], str(folder)))
     except CheckpointError as error:  # nothing to compare with; what is wrong with the files is known
         report.problems.append(str(error))
@@ -132,9 +143,8 @@ def _check_model(
 def _check_adapter(found: Checkpoint, plan: MergePlan, report: VerifyReport) -> None:
     """Merge the adapters once more and compare the factors bit for bit."""
     with TemporaryDirectory(prefix="frmerge-verify-") as again:
-        plan.args.output_dir = again
         try:
-            run_merge(plan, StepObserver(), Processes())
+            run_merge(replace(plan, args=replace(plan.args, output_dir=again)), StepObserver(), Processes())
         except NonFiniteError as error:
             report.problems.append(str(error))
             return
@@ -172,8 +182,7 @@ def _plan(folder: Path, manifest: dict[str, Any], experts: Sequence[str] | None,
     given: list[str | None] = [*experts] if experts is not None else [None] * n_experts
     here, _ = local_sources(folder, manifest)
     models = find_models(manifest, [*given, base_model], here, option="--experts and --base-model")
-    # A folder that cannot be an input: nothing is written, but a plan wants a place to write to.
-    return plan_again(manifest, models, output_dir=str(folder / "verify"))
+    return plan_again(manifest, models, str(folder))
 
 
 def _check_tensor(
@@ -192,16 +201,16 @@ def _check_tensor(
         return f"Tensor {step.name!r} is {info.dtype} {list(info.shape)}, expected {step.dtype} {list(step.shape)}."
     if step.action == "merge" and entry["action"] == "skip":
         step = plan.copied(step)
-    if step.action == "merge" and (coefficients is None or coefficients.shape not in _shapes(plan, step)):
-        return f"Tensor {step.name!r} was merged, but the coefficient table has no coefficients that fit it."
-    inputs = plan.inputs(step)
+    decision = recorded_decision(entry, coefficients) if step.action == "merge" else None
+    if step.action == "merge" and not _fits(decision, plan, step):
+        return f"Tensor {step.name!r} was merged, but the record has no {_named(entry)} that fit it."
+    inputs = open_tensors(plan, step)
     size = DTYPE_BITS[step.dtype] // 8
     for piece in pieces(step.n_blocks, step.block_len):
         expected = np.empty((piece.stop - piece.start) * size, np.uint8)
         try:
-            if step.action == "merge":
-                assert coefficients is not None
-                inputs.combine(kernels, piece, coefficients, expected, step.dtype)
+            if decision is not None:
+                apply_decision(decision, inputs, kernels, piece, expected, step.dtype)
             else:
                 expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
         except NonFiniteError as error:
@@ -210,7 +219,7 @@ def _check_tensor(
         if not np.array_equal(expected, found):
             wrong = int(np.count_nonzero((expected != found).reshape(-1, size).any(axis=1)))
             sentence = (
-                f"Tensor {step.name!r} differs from what its experts and coefficients give in {wrong:,} elements"
+                f"Tensor {step.name!r} differs from what its experts and {_named(entry)} give in {wrong:,} elements"
             )
             changed = _changed_inputs(inputs, step, entry["inputs_xxh3_128"])
             return (
@@ -230,6 +239,13 @@ def _changed_inputs(inputs: TensorInputs, step: TensorStep, recorded: dict[str, 
     return [inputs.labels[owner] for owner, value in found.items() if recorded.get(str(owner)) != value]
 
 
-def _shapes(plan: MergePlan, step: TensorStep) -> list[tuple[int, int]]:
-    """Shapes a tensor's coefficients may have: a group of tensors shares one row."""
-    return [(1, len(plan.experts)), (step.n_blocks, len(plan.experts))]
+def _fits(decision: Decision | None, plan: MergePlan, step: TensorStep) -> bool:
+    """Whether a recorded decision can be one for this tensor: a group of tensors shares one row of coefficients."""
+    n_experts = len(plan.experts)
+    if isinstance(decision, Trimming):
+        return len(decision.thresholds) == len(decision.weights) == n_experts
+    return decision is not None and decision.coefficients.shape in ((1, n_experts), (step.n_blocks, n_experts))
+
+
+def _named(entry: dict[str, Any]) -> str:
+    return "thresholds" if entry.get("decision", {}).get("kind") == "trimming" else "coefficients"

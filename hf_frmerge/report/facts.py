@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from hf_frmerge.evaluation.models.names import models_of_merge
 from hf_frmerge.evaluation.record import EvaluationRecord, load_record
 from hf_frmerge.merging.arguments.weight_rules import layer_index
-from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, read_coefficients, read_manifest
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.wording.geometry import Geometry
 
 
@@ -75,7 +76,7 @@ def read_facts(folder: Path | str) -> MergeFacts:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    coefficients = read_coefficients(folder) if (folder / COEFFICIENTS_FILE).exists() else {}
+    coefficients = read_coefficients(folder).rows if (folder / COEFFICIENTS_FILE).exists() else {}
     kinds = _kinds(manifest["tensors"])
     tensors = [
         TensorFacts(

@@ -15,7 +15,7 @@ from hf_frmerge.wording.verdicts import Verdict
 @dataclass(frozen=True)
 class Geometry:
     """
-    Totals over the merged tensors, as `hf_frmerge.merging.record.summary.summary` reports them; `None` where not known.
+    Totals over the merged tensors, as `merging.record.summary.summary` reports them; `None` where not known.
 
     Angles are in radians. Of a tensor, `angle` is the largest between two experts in any block, and `gap` the largest
     between the merged point and the norm-rescaled average; `linear_norm_ratio` is the norm of the plain weighted

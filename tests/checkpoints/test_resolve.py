@@ -445,8 +445,9 @@ def test_offline_snapshot_that_lacks_only_what_a_merge_can_do_without(hub, tmp_p
 def test_local_folders_need_no_hub_client(model):
     program = (
         "import sys; from hf_frmerge.checkpoints.tensors.reader import open_checkpoint; "
-        "from hf_frmerge.checkpoints.resolve import resolve; from hf_frmerge.checkpoints.tensors.alignment import align; "
-        "from hf_frmerge.checkpoints import donor, writer; "
+        "from hf_frmerge.checkpoints.resolve import resolve; "
+        "from hf_frmerge.checkpoints.tensors.alignment import align; "
+        "from hf_frmerge.checkpoints.beside import donor; from hf_frmerge.checkpoints.tensors import writer; "
         "c = open_checkpoint(resolve(sys.argv[1])); align([c, c]); c.read('model.norm.weight'); "
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'fsspec', 'safetensors'}; "
         "print(sorted(heavy & set(sys.modules)))"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from adapter_merges import merge_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -18,8 +20,10 @@ from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import AmbiguousMeanError, ArgumentError, CheckpointError, MergeError
 from hf_frmerge.geometry.core_space import core_space
 from hf_frmerge.geometry.lowrank import Factors
-from hf_frmerge.merging.adapters import merge_adapters
-from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
+from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
+from hf_frmerge.merging.engine.outputs import FactorOutput
+from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.methods.table import METHODS
 
 LLAMA = LlamaConfig(
     vocab_size=40,
@@ -131,7 +135,7 @@ def test_peft_loads_the_karcher_mean_of_the_dense_deltas(
     folders = [make_adapter(base, tmp_path / f"{i}", i, dtype, **config) for i, config in enumerate(configs)]
     weights = np.arange(1, len(folders) + 1, dtype=float)
     weights /= weights.sum()
-    report = merge_adapters([read(folder) for folder in folders], weights.tolist(), tmp_path / "merged")
+    report = merge_adapters(folders, weights.tolist(), tmp_path / "merged")
 
     sources = [peft_deltas(base, folder) for folder in folders]
     merged = peft_deltas(base, tmp_path / "merged")
@@ -143,7 +147,7 @@ def test_peft_loads_the_karcher_mean_of_the_dense_deltas(
         points = [source.get(name, np.zeros_like(found)) for source in sources]
         assert relative_error(found, karcher_dense(points, weights)) < tolerance
     for module in report.modules:
-        assert module.geometry.converged
+        assert module.geometry["unconverged"] == []
         assert module.truncation_error == 0.0
         assert module.norm == pytest.approx(np.linalg.norm(merged[module.module]), rel=tolerance)
 
@@ -154,8 +158,8 @@ def test_every_span_method_gives_its_combination_of_dense_deltas(
 ) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
     weights = [0.3, 0.7]
-    options = SpanOptions(scale=0.5)
-    merge_adapters([read(folder) for folder in folders], weights, tmp_path / "merged", method=method, options=options)
+    options = {"scale": 0.5} if method == "task_arithmetic" else {}
+    merge_adapters(folders, weights, tmp_path / "merged", method=method, **options)
     sources = [peft_deltas(bases["llama"], folder) for folder in folders]
     for name, found in peft_deltas(bases["llama"], tmp_path / "merged").items():
         x, y = (source[name] for source in sources)
@@ -173,7 +177,7 @@ def test_every_span_method_gives_its_combination_of_dense_deltas(
 def test_merged_logits_equal_those_of_the_dense_merge(bases: dict[str, Path], tmp_path: Path) -> None:
     base = bases["llama"]
     folders = [make_adapter(base, tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
-    merge_adapters([read(folder) for folder in folders], [0.2, 0.3, 0.5], tmp_path / "merged")
+    merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / "merged")
     dense = load_base(base)
     # merge_and_unload of each adapter, minus the base, is a second way to its delta
     base_weights = {name: value.double() for name, value in load_base(base).state_dict().items()}
@@ -196,10 +200,9 @@ def test_merged_logits_equal_those_of_the_dense_merge(bases: dict[str, Path], tm
 
 def test_recompression_loses_the_discarded_singular_values(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
-    adapters = [read(folder) for folder in folders]
-    merge_adapters(adapters, [1 / 3] * 3, tmp_path / "exact")
+    merge_adapters(folders, [1 / 3] * 3, tmp_path / "exact")
     exact = peft_deltas(bases["llama"], tmp_path / "exact")
-    report = merge_adapters(adapters, [1 / 3] * 3, tmp_path / "small", rank=5)
+    report = merge_adapters(folders, [1 / 3] * 3, tmp_path / "small", adapter_rank=5)
     small = peft_deltas(bases["llama"], tmp_path / "small")
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 5
@@ -217,10 +220,9 @@ def test_recompression_loses_the_discarded_singular_values(bases: dict[str, Path
 
 def test_an_energy_bound_chooses_the_smallest_rank_per_module(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
-    adapters = [read(folder) for folder in folders]
-    merge_adapters(adapters, [0.2, 0.3, 0.5], tmp_path / "exact")
+    merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / "exact")
     exact = peft_deltas(bases["llama"], tmp_path / "exact")
-    report = merge_adapters(adapters, [0.2, 0.3, 0.5], tmp_path / "small", energy=0.9)
+    report = merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / "small", adapter_energy=0.9)
     small = peft_deltas(bases["llama"], tmp_path / "small")
     assert len({module.rank for module in report.modules}) > 1  # so that the rank pattern is put to the test
     for module in report.modules:
@@ -244,7 +246,7 @@ def test_karcher_in_core_space_is_karcher_of_dense_deltas() -> None:
 
 def test_one_hot_weights_return_that_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, torch.bfloat16, **LINEAR) for i in range(3)]
-    report = merge_adapters([read(folder) for folder in folders], [0.0, 1.0, 0.0], tmp_path / "merged")
+    report = merge_adapters(folders, [0.0, 1.0, 0.0], tmp_path / "merged")
     assert {module.rank for module in report.modules} == {4}
     chosen, merged = (
         load_file(folders[1] / "adapter_model.safetensors"),
@@ -257,7 +259,7 @@ def test_one_hot_weights_return_that_adapter(bases: dict[str, Path], tmp_path: P
 
 def test_identical_adapters_return_the_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = make_adapter(bases["llama"], tmp_path / "a", 1, **LINEAR)
-    report = merge_adapters([read(folder)] * 3, [0.2, 0.3, 0.5], tmp_path / "merged", rank=4)
+    report = merge_adapters([folder] * 3, [0.2, 0.3, 0.5], tmp_path / "merged", adapter_rank=4)
     source, merged = peft_deltas(bases["llama"], folder), peft_deltas(bases["llama"], tmp_path / "merged")
     assert report.truncation_error < 1e-12
     for name, delta in source.items():
@@ -274,11 +276,10 @@ def edit_tensors(folder: Path, change) -> None:
 def test_antipodal_adapters_are_refused_by_name_or_averaged(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / name, 1, **LINEAR) for name in "ab"]
     edit_tensors(folders[1], lambda name, tensor: -tensor if "lora_B" in name else tensor)
-    adapters = [read(folder) for folder in folders]
     with pytest.raises(AmbiguousMeanError, match=r"layers\.0\.mlp\.down_proj\.weight.*/a'.*/b'"):
-        merge_adapters(adapters, [0.5, 0.5], tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
-    merge_adapters(adapters, [0.75, 0.25], tmp_path / "merged", options=SpanOptions(on_ambiguous="linear"))
+        merge_adapters(folders, [0.5, 0.5], tmp_path / "merged")
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    merge_adapters(folders, [0.75, 0.25], tmp_path / "merged", on_ambiguous="linear", overwrite=True)
     source, merged = peft_deltas(bases["llama"], folders[0]), peft_deltas(bases["llama"], tmp_path / "merged")
     for name, delta in source.items():
         assert relative_error(merged[name], 0.5 * delta) < 1e-6
@@ -288,7 +289,7 @@ def test_a_zero_adapter_has_no_direction_but_a_norm(bases: dict[str, Path], tmp_
     folders = [make_adapter(bases["llama"], tmp_path / name, i, **LINEAR) for i, name in enumerate("abc")]
     edit_tensors(folders[2], lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
     weights = np.array([0.5, 0.3, 0.2])
-    report = merge_adapters([read(folder) for folder in folders], weights.tolist(), tmp_path / "merged")
+    report = merge_adapters(folders, weights.tolist(), tmp_path / "merged")
     assert any("zero delta in 4 of 4 modules" in note and "/c'" in note for note in report.notes)
     assert {module.rank for module in report.modules} == {8}
     sources = [peft_deltas(bases["llama"], folder) for folder in folders]
@@ -300,7 +301,7 @@ def test_adapters_that_are_all_zero_give_a_zero_adapter(bases: dict[str, Path], 
     folders = [make_adapter(bases["llama"], tmp_path / name, i, **LINEAR) for i, name in enumerate("ab")]
     for folder in folders:
         edit_tensors(folder, lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
-    report = merge_adapters([read(folder) for folder in folders], [0.5, 0.5], tmp_path / "merged")
+    report = merge_adapters(folders, [0.5, 0.5], tmp_path / "merged")
     assert all(not delta.any() for delta in peft_deltas(bases["llama"], tmp_path / "merged").values())
     assert report.truncation_error == 0.0
 
@@ -308,20 +309,19 @@ def test_adapters_that_are_all_zero_give_a_zero_adapter(bases: dict[str, Path], 
 def test_missing_modules_are_noted_and_strict_refuses(bases: dict[str, Path], tmp_path: Path) -> None:
     first = make_adapter(bases["llama"], tmp_path / "a", 0, **LINEAR)
     second = make_adapter(bases["llama"], tmp_path / "b", 1, **LINEAR | {"target_modules": ["q_proj"]})
-    adapters = [read(first), read(second)]
-    report = merge_adapters(adapters, [0.5, 0.5], tmp_path / "merged")
+    folders = [first, second]
+    report = merge_adapters(folders, [0.5, 0.5], tmp_path / "merged")
     assert any(f"{str(second)!r} does not change 2 of 4 modules" in note for note in report.notes)
     with pytest.raises(CheckpointError, match=r"/b' does not change model\.layers\.0\.mlp\.down_proj"):
-        merge_adapters(adapters, [0.5, 0.5], tmp_path / "strict", strict=True)
+        merge_adapters(folders, [0.5, 0.5], tmp_path / "strict", strict=True)
 
 
 def test_one_sphere_per_layer_or_model_has_one_set_of_coefficients(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
-    adapters = [read(folder) for folder in folders]
     sources = [peft_deltas(bases["llama"], folder) for folder in folders]
     names = sorted(sources[0])
     for block, keys in {"layer": ["layers.0.", "layers.1."], "model": [""]}.items():
-        merge_adapters(adapters, [0.4, 0.6], tmp_path / block, block=block)
+        merge_adapters(folders, [0.4, 0.6], tmp_path / block, block=block)
         merged = peft_deltas(bases["llama"], tmp_path / block)
         for key in keys:
             mine = [name for name in names if key in name]
@@ -332,36 +332,31 @@ def test_one_sphere_per_layer_or_model_has_one_set_of_coefficients(bases: dict[s
 
 def test_weights_by_module(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
-    adapters = [read(folder) for folder in folders]
 
-    def weights_for(target: str) -> list[float]:
-        return [1.0, 0.0] if "q_proj" in target else [0.0, 1.0]
-
-    report = merge_adapters(adapters, [0.5, 0.5], tmp_path / "merged", weights_for=weights_for)
+    rules = [".*q_proj.*=1,0", ".*=0,1"]
+    report = merge_adapters(folders, [0.5, 0.5], tmp_path / "merged", weight_rules=rules)
     for module in report.modules:
-        assert list(module.coefficients) == weights_for(module.target)
-    with pytest.raises(ArgumentError, match=r"one block \('model\.layers\.0'\) different weights"):
-        merge_adapters(adapters, [0.5, 0.5], tmp_path / "layer", weights_for=weights_for, block="layer")
+        assert module.coefficients == ([1.0, 0.0] if "q_proj" in module.target else [0.0, 1.0])
+    with pytest.raises(ArgumentError, match=r"both lie on one sphere \(group 'model\.layers\.0'\)"):
+        merge_adapters(folders, [0.5, 0.5], tmp_path / "layer", weight_rules=rules, block="layer")
 
 
 def test_what_no_adapter_can_express_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     base = bases["llama"]
-    plain = read(make_adapter(base, tmp_path / "plain", 0, **LINEAR))
-    dora = read(make_adapter(base, tmp_path / "dora", 1, **LINEAR | {"use_dora": True}))
-    saved = read(make_adapter(base, tmp_path / "saved", 2, **LINEAR | {"modules_to_save": ["lm_head"]}))
-    gpt2 = read(make_adapter(bases["gpt2"], tmp_path / "gpt2", 2, r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    plain = make_adapter(base, tmp_path / "plain", 0, **LINEAR)
+    dora = make_adapter(base, tmp_path / "dora", 1, **LINEAR | {"use_dora": True})
+    saved = make_adapter(base, tmp_path / "saved", 2, **LINEAR | {"modules_to_save": ["lm_head"]})
+    gpt2 = make_adapter(bases["gpt2"], tmp_path / "gpt2", 2, r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     refusals = [
-        (dora, CheckpointError, r'/dora.*use_dora is set.*adapter_output="merged"'),
-        (saved, CheckpointError, r'/saved.*modules_to_save: lm_head\.weight.*adapter_output="merged"'),
-        (gpt2, CheckpointError, r"different base models"),
+        (dora, {}, r'/dora.*use_dora is set.*adapter_output="merged"'),
+        (saved, {}, r'/saved.*modules_to_save: lm_head\.weight.*adapter_output="merged"'),
+        (gpt2, {}, r"different base models"),
+        (plain, {"block": "row"}, r"block='row'"),
+        (plain, {"method": "ties"}, r"ties drops single elements.*adapter_output='merged'"),
     ]
-    for other, kind, message in refusals:
-        with pytest.raises(kind, match=message):
-            merge_adapters([plain, other], [0.5, 0.5], tmp_path / "merged")
-    with pytest.raises(ArgumentError, match=r"block='row'"):
-        merge_adapters([plain, plain], [0.5, 0.5], tmp_path / "merged", block="row")
-    with pytest.raises(ArgumentError, match=r"got 3 for 2 adapters"):
-        merge_adapters([plain, plain], [0.5, 0.3, 0.2], tmp_path / "merged")
+    for other, options, message in refusals:
+        with pytest.raises((ArgumentError, CheckpointError), match=message):
+            merge_adapters([plain, other], [0.5, 0.5], tmp_path / "merged", adapter_output="adapter", **options)
     assert not (tmp_path / "merged").exists()
 
 
@@ -370,7 +365,7 @@ def test_a_module_under_two_names_is_refused(bases: dict[str, Path], tmp_path: P
     path = folders[1] / "adapter_model.safetensors"
     save_file({name.replace("model.model.", "model."): tensor for name, tensor in load_file(path).items()}, path)
     with pytest.raises(CheckpointError, match=r"names a module 'model\.layers.*/b' may name 'layers.*Pass base_model"):
-        merge_adapters([read(folder) for folder in folders], [0.5, 0.5], tmp_path / "merged")
+        merge_adapters(folders, [0.5, 0.5], tmp_path / "merged")
 
 
 def test_the_written_config_is_that_of_a_plain_lora(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -379,7 +374,7 @@ def test_the_written_config_is_that_of_a_plain_lora(bases: dict[str, Path], tmp_
         make_adapter(bases["llama"], tmp_path / "a", 0, **first),
         make_adapter(bases["llama"], tmp_path / "b", 1, **LINEAR | {"r": 2}),
     ]
-    merge_adapters([read(folder) for folder in folders], [0.5, 0.5], tmp_path / "merged", dtype="BF16")
+    merge_adapters(folders, [0.5, 0.5], tmp_path / "merged", dtype="bfloat16")
     config = LoraConfig.from_pretrained(tmp_path / "merged")
     assert config.base_model_name_or_path == str(bases["llama"])
     assert (config.task_type, config.use_rslora, config.inference_mode) == ("CAUSAL_LM", False, True)
@@ -390,42 +385,80 @@ def test_the_written_config_is_that_of_a_plain_lora(bases: dict[str, Path], tmp_
         assert (delta.rank, delta.scale) == (ranks[module], 1.0)
         assert delta.up.dtype == "BF16"
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
+        ".frmerge_sources.json",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "merge_coefficients.safetensors",
+        "merge_manifest.json",
     ]
 
 
-def test_a_failed_write_leaves_nothing_behind(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing_that_loads(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = make_adapter(bases["llama"], tmp_path / "a", 1, **LINEAR | {"lora_alpha": 400000})
     with pytest.raises(MergeError, match=r"more than float16 can\. Write it with dtype='bfloat16'"):
-        merge_adapters([read(folder)] * 2, [0.5, 0.5], tmp_path / "merged", dtype="F16")
-    assert not list((tmp_path / "merged").iterdir())
+        merge_adapters([folder] * 2, [0.5, 0.5], tmp_path / "merged", dtype="float16")
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == [".frmerge"]
+
+
+class Listener(StepObserver):
+    """Notes what ends, and may stop the merge after some modules."""
+
+    def __init__(self, last: int = 99) -> None:
+        self.ended: list[str] = []
+        self._last = last
+
+    def end(self, outcome: StepOutcome) -> bool:
+        self.ended.append(outcome.step.name)
+        return len(self.ended) < self._last
 
 
 def test_the_result_does_not_depend_on_threads(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
-    adapters = [read(folder) for folder in folders]
     files = []
     for workers in (1, 3):
-        seen: list[str] = []
-        merge_adapters(
-            adapters,
-            [0.2, 0.3, 0.5],
-            tmp_path / f"w{workers}",
-            num_workers=workers,
-            on_module=lambda m, s=seen: s.append(m.module),
-        )
+        listener = Listener()
+        merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / f"w{workers}", listener, num_workers=workers)
         files.append((tmp_path / f"w{workers}" / "adapter_model.safetensors").read_bytes())
-        assert seen == [delta.module for delta in adapters[0].deltas.values()]
+        assert listener.ended == list(read(folders[0]).deltas)
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"adapter_rank": 3}, {"adapter_energy": 0.7}], ids=["exact", "rank", "energy"]
+)
+def test_a_failed_merge_resumes_to_the_same_bits(
+    bases: dict[str, Path], tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
+    merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / "whole", **options)
+    write, count = FactorOutput.merge, 0
+
+    def fail_at_the_third(*args: Any) -> str:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorOutput, "merge", fail_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / "out", num_workers=1, **options)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    report = merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / "out", resume_from_checkpoint=True, **options)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "merge_coefficients.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    recorded = [read_manifest(tmp_path / name)["tensors"] for name in ("out", "whole")]
+    assert recorded[0] == recorded[1]
+    assert report.truncation_error == read_manifest(tmp_path / "whole")["report"]["truncation_error"]
+
+
 def test_every_method_of_the_table_runs_on_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapters = [read(make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR)) for i in range(2)]
-    for method in SPAN_METHODS:
-        report = merge_adapters(adapters, [0.5, 0.5], tmp_path / method, method=method)
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
+    for method in (method.name for method in METHODS.values() if method.kind == "span"):
+        report = merge_adapters(folders, [0.5, 0.5], tmp_path / method, method=method)
         gram = report.modules[0].geometry
-        assert gram.norms == pytest.approx(
+        assert gram["norms"] == pytest.approx(
             [
                 np.linalg.norm(peft_deltas(bases["llama"], tmp_path / f"{i}")[report.modules[0].module])
                 for i in range(2)

@@ -15,7 +15,8 @@ from hf_frmerge.merging.engine.engine import StepObserver, StepOutcome
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning import blocks
 from hf_frmerge.merging.planning.build_plan import build_plan
-from hf_frmerge.merging.record.manifest import read_coefficients, read_manifest
+from hf_frmerge.merging.planning.coefficient_table import read_coefficients
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.run import MergeOutcome, run_merge
 
 
@@ -99,7 +100,7 @@ def test_blocks_are_what_one_sphere_covers(tmp_path: Path, block: str, space: st
         found = torch.cat([merged[name].flatten() for name in group])
         np.testing.assert_allclose(found.double().numpy(), expected, rtol=2e-6, atol=1e-7)
         for name in group:
-            assert read_coefficients(tmp_path / "out")[name].shape == (n_blocks, 3)
+            assert read_coefficients(tmp_path / "out").rows[name].shape == (n_blocks, 3)
 
 
 @pytest.mark.parametrize("block", ["tensor", "row", "model"])
@@ -330,7 +331,7 @@ def test_statistics_are_those_of_the_tensors(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["pair_angles"], angles, rtol=1e-3)  # recorded to four digits
     np.testing.assert_allclose(found["norm_ratio"], np.linalg.norm(linear) / (norms @ [0.2, 0.3, 0.5]), rtol=1e-7)
     np.testing.assert_allclose(found["gap_to_nre"], nre_gap, atol=1e-7)
-    np.testing.assert_allclose(read_coefficients(tmp_path / "out")[name], [[0.2, 0.3, 0.5]], rtol=1e-15)
+    np.testing.assert_allclose(read_coefficients(tmp_path / "out").rows[name], [[0.2, 0.3, 0.5]], rtol=1e-15)
 
 
 def test_angles_of_pairs_are_medians_over_the_blocks_that_have_one(tmp_path: Path) -> None:

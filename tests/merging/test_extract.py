@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_merges import merge_adapters
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -18,7 +19,6 @@ from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint
 from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from hf_frmerge.extraction import difference as dense_delta
 from hf_frmerge.extraction.extract_lora import extract_lora
-from hf_frmerge.merging.adapters import merge_adapters
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -131,7 +131,7 @@ def test_a_merge_of_adapters_comes_back_at_the_sum_of_their_ranks(llama: Path, t
     for index in range(3):
         change(llama, tmp_path / f"full-{index}", lambda name, shape, i=index: low_rank(name * (i + 1), shape))
         extract_lora(read(tmp_path / f"full-{index}"), read(llama), tmp_path / f"{index}", rank=5, seed=index)
-        adapters.append(open_adapter(Source(f"{index}", "adapter", str(tmp_path / f"{index}"))))
+        adapters.append(tmp_path / f"{index}")
     merge_adapters(adapters, [0.2, 0.3, 0.5], tmp_path / "adapter")
     base = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
     PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "dense")

@@ -19,7 +19,8 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge import FisherRaoMerger, MergingArguments, __version__
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.merging.record.manifest import read_coefficients, read_manifest
+from hf_frmerge.merging.planning.coefficient_table import read_coefficients
+from hf_frmerge.merging.record.manifest import read_manifest
 
 
 def merge(
@@ -74,7 +75,7 @@ def test_arguments_versions_and_totals(tmp_path: Path) -> None:
     assert {name: found["arguments"][name] for name in options} == options
     assert found["arguments"]["hub_token"] == "<HUB_TOKEN>"
     assert (found["format_version"], found["method"], found["space"], found["output_kind"]) == (
-        2, "nre", "weights", "full",
+        3, "nre", "weights", "full",
     )  # fmt: skip
     # What was recorded makes the same arguments again.
     again = MergingArguments(**{k: v for k, v in found["arguments"].items() if k != "hub_token"})
@@ -120,7 +121,7 @@ def test_copies_say_where_they_come_from(tmp_path: Path) -> None:
         "action": "copy", "dtype": "I64", "shape": [7], "donor": 0,
         "inputs_xxh3_128": {"0": digest}, "output_xxh3_128": digest,
     }  # fmt: skip
-    assert "position_ids" not in read_coefficients(tmp_path / "out")
+    assert "position_ids" not in read_coefficients(tmp_path / "out").rows
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -164,7 +165,7 @@ def test_coefficients_and_experts_give_the_model_bit_for_bit(
     base, experts = write_family(tmp_path, 3, dtype)
     out = tmp_path / "out"
     merge(experts, out, [0.5, 0.3, 0.2], base, space=space, block=block)
-    table = read_coefficients(out)
+    table = read_coefficients(out).rows
     merged, origin = load_file(out / "model.safetensors"), load_file(Path(base) / "model.safetensors")
     sources = [load_file(Path(expert) / "model.safetensors") for expert in experts]
     for name in SHAPES:

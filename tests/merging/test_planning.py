@@ -23,6 +23,7 @@ from hf_frmerge.hub.card.licences import licences_of_plan
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.output_folder import check_output_dir
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.record.manifest import read_manifest
@@ -61,9 +62,13 @@ def plan(tmp_path: Path) -> Plan:
 
     def build(experts: list[Any], weights: list[float] | None = None, base: Any = None, **options: Any) -> MergePlan:
         args = MergingArguments(**{"output_dir": str(tmp_path / "out"), **options})
-        return build_plan([str(e) for e in experts], args, weights, str(base) if base else None)
+        return build_plan([str(e) for e in experts], args, weights, str(base) if base else None, check=_check_output)
 
     return build
+
+
+def _check_output(plan: MergePlan) -> None:
+    check_output_dir(plan.args, [model.source.path for model in plan.models])
 
 
 def refused(error: type[MergeError], call: Callable[[], object], output: Path) -> str:
@@ -128,7 +133,7 @@ def test_unknown_words_get_the_nearest_known_one(
 
 def test_a_method_that_needs_a_base_or_two_experts(plan: Plan, family: Path, tmp_path: Path) -> None:
     three, out = [family / f"e{i}" for i in range(3)], tmp_path / "out"
-    assert "exactly two experts, got 3" in refused(ArgumentError, lambda: plan(three, method="slerp"), out)
+    assert "exactly 2 experts, got 3" in refused(ArgumentError, lambda: plan(three, method="slerp"), out)
     assert "needs base_model" in refused(ArgumentError, lambda: plan(three, space="deltas"), out)
     for space in (None, "weights", "deltas"):
         message = refused(ArgumentError, lambda s=space: plan(three, method="task_arithmetic", space=s), out)

@@ -362,7 +362,7 @@ def run_on_full_disk(self, steps):
     full()
     if when == "journal":
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
-        self._writer.write = lambda *args: None  # only the record is written
+        self._output._writer.write = lambda *args: None  # only the record is written
     return run(self, steps)
 if when == "start":
     full()

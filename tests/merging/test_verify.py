@@ -151,7 +151,7 @@ def remove_config(folder: Path) -> str:
 def edit_coefficients(folder: Path) -> str:
     table = {name: array.copy() for name, array in load_numpy(folder / COEFFICIENTS_FILE).items()}
     table[HEAD][0, 0] *= 1.1
-    save_numpy(table, folder / COEFFICIENTS_FILE, metadata={"format": "np"})
+    save_numpy(table, folder / COEFFICIENTS_FILE, metadata={"space": "weights"})
     return f"File {COEFFICIENTS_FILE} was changed after the merge."
 
 
@@ -221,7 +221,7 @@ def test_coefficients_that_do_not_fit(merged: Path, change: str) -> None:
         table[HEAD] = np.ones((1, 4))
     save_numpy(table, merged / COEFFICIENTS_FILE)
     assert any(
-        f"Tensor {HEAD!r} was merged, but the coefficient table has no coefficients that fit it" in problem
+        f"Tensor {HEAD!r} was merged, but the record has no coefficients that fit it" in problem
         for problem in problems(merged)
     )
 

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.geometry.gram import difference_gram, embed, embed_differences
-from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions, SpanResult
+from hf_frmerge.methods.span import SpanOptions, SpanResult
+from hf_frmerge.methods.table import METHODS
+
+SPAN_METHODS = {method.name: method.solver() for method in METHODS.values() if method.kind == "span"}
 
 DIRECTIONAL = ["karcher", "slerp", "nre"]
 NORM_KEEPING = ["karcher", "nre"]

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from hf_frmerge.errors import CheckpointError, MergeError
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, LayerActivations, Recovered
-from hf_frmerge.merging.record.manifest import read_coefficients, read_manifest
+from hf_frmerge.merging.planning.coefficient_table import read_coefficients
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.report import figures
 from hf_frmerge.report.facts import read_facts
 from hf_frmerge.report.figures import draw_figures, save_figures
@@ -142,7 +143,7 @@ def test_two_experts_have_one_angle_and_no_heat_map(merge: Callable[..., Path]) 
 @pytest.mark.parametrize("block", ["tensor", "row"])
 def test_coefficients_are_those_of_the_table_over_the_weights(merge: Callable[..., Path], block: str) -> None:
     folder = merge(3, block=block)
-    table = read_coefficients(folder)
+    table = read_coefficients(folder).rows
     panels = drawn(coefficients_figure(read_facts(folder))).axes[:3]
     assert [axes.get_title(loc="left") for axes in panels] == ["e0", "e1", "e2"]
     rows = [label.get_text() for label in panels[0].get_yticklabels()]

@@ -73,13 +73,17 @@ class LowRankDelta:
             CheckpointError: If the module is a DoRA module, which has no low-rank delta.
             NonFiniteError: If a factor holds NaN or infinity.
         """
+        self.check_low_rank()
+        return self._read_pair()
+
+    def check_low_rank(self) -> None:
+        """Raise `CheckpointError` if this is a DoRA module, which has no low-rank delta."""
         if self.is_dora:
             raise CheckpointError(
                 f"Adapter {self.checkpoint.source.spec!r}, module {self.module!r}: use_dora is set. A DoRA update is "
                 'not low-rank, so it cannot be merged as factors; use adapter_output="merged", which merges the '
                 "effective weights."
             )
-        return self._read_pair()
 
     def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """

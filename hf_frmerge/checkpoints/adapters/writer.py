@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME
-from hf_frmerge.checkpoints.disk import remove_file, remove_folder, rename, write_file
+from hf_frmerge.checkpoints.disk import make_folder, remove_file, remove_folder, rename, write_file
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES, dtypes_that_hold, narrow, widen
+from hf_frmerge.checkpoints.tensors.layout import ShardLayout
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
-from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, ShardLayout, remove_staging
+from hf_frmerge.checkpoints.tensors.writer import STAGING, CheckpointWriter, remove_staging
 from hf_frmerge.errors import NonFiniteError
 
 _KEYS = {
@@ -106,55 +107,59 @@ def make_config(source: Mapping[str, Any], modules: Sequence[AdapterModule]) -> 
 
 class AdapterWriter:
     """
-    Writes factors under a temporary name, then renames the weights, and the configuration last.
-
-    Use it as a context manager, `write` all modules, then `publish_weights`: leaving it without an error gives the
-    configuration its name, an error removes the weights.
+    Writes factors under a temporary name; `publish` renames them, and whoever calls it gives the adapter its
+    configuration last.
 
     Args:
         output_dir (`str` or `Path`):
             Folder of the finished adapter; created if needed.
-        modules (`Sequence[AdapterModule]`):
-            What will be written.
-        config (`Mapping[str, Any]`):
-            What `make_config` returned.
         dtype (`str`):
             Safetensors code of the factors: `"BF16"`, `"F16"`, `"F32"` or `"F64"`.
     """
 
-    def __init__(
-        self, output_dir: str | Path, modules: Sequence[AdapterModule], config: Mapping[str, Any], dtype: str
-    ) -> None:
+    def __init__(self, output_dir: str | Path, dtype: str) -> None:
         self.output_dir = Path(output_dir)
-        self.config = config
+        self.staging = self.output_dir / STAGING
         self.dtype = dtype
-        tensors = [(key, dtype, shape) for module in modules for key, shape in zip(module.keys, module.shapes)]
+        self.config: dict[str, Any] = {}
+        self._writer: CheckpointWriter | None = None
+
+    def lay_out(self, modules: Sequence[AdapterModule], config: Mapping[str, Any]) -> None:
+        """
+        Make the file, or go on with the one an earlier run left if it is of the same layout.
+
+        Args:
+            modules (`Sequence[AdapterModule]`):
+                What will be written.
+            config (`Mapping[str, Any]`):
+                What `make_config` returned.
+        """
+        self.config = dict(config)
+        tensors = [(key, self.dtype, shape) for module in modules for key, shape in zip(module.keys, module.shapes)]
         nbytes = 8 * sum(int(np.prod(shape)) for _, _, shape in tensors)
         layout = ShardLayout.plan(tensors, max(nbytes, 1))  # one file: PEFT does not shard
         layout = replace(layout, shards=(replace(layout.shards[0], file=ADAPTER_FILE),))
         self._writer = CheckpointWriter(layout, self.output_dir)
-        self._config_file = self._writer.staging / CONFIG_NAME
-        self._is_published = False
+        self._writer.reopen()
 
-    def __enter__(self) -> Self:
-        remove_folder(self._writer.staging)
-        self._writer.create()
-        return self
-
-    def write(self, module: AdapterModule, up: NDArray[np.floating], down: NDArray[np.floating]) -> None:
+    def write(
+        self, module: AdapterModule, up: NDArray[np.floating], down: NDArray[np.floating]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """
-        Write the factors of one module; from any thread.
+        Write the factors of one module and return the bytes of `down` and `up`; from any thread.
 
         Raises:
             NonFiniteError: If a value does not fit into the adapter's dtype.
             MergeError: If the disk is full.
         """
+        written = []
         for key, values in zip(module.keys, (down, up)):
             with np.errstate(over="ignore"):  # looked at below
-                narrowed = narrow(values, self.dtype)
-            if not np.isfinite(widen(narrowed, self.dtype)).all():
+                written.append(narrow(values, self.dtype))
+            if not np.isfinite(widen(written[-1], self.dtype)).all():
                 raise self._not_finite(module, float(np.abs(values).max()))
-            self._writer.write(key, 0, narrowed)
+            self._file.write(key, 0, written[-1])
+        return written[0], written[1]
 
     def _not_finite(self, module: AdapterModule, peak: float) -> NonFiniteError:
         dtype = next(name for name, code in DTYPE_CODES.items() if code == self.dtype)
@@ -165,28 +170,51 @@ class AdapterWriter:
             "a smaller scale, or a beta nearer to 0, or lower the lora_alpha of what it was made from."
         )
 
-    def publish_weights(self) -> Path:
-        """
-        Make the weights durable and give them their name.
+    def read_back(self, module: AdapterModule) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Read the bytes of `down` and `up` of a module from the unfinished file; from any thread."""
+        down, up = (self._file.read_back(key, 0, self._file.layout.nbytes[key]) for key in module.keys)
+        return down, up
 
-        Returns:
-            `Path`: The configuration, which gets its own name when the context is left.
-        """
-        self._writer.sync()
-        # Without its configuration an adapter cannot be loaded, so no half-replaced one ever is.
-        remove_file(self.output_dir / CONFIG_NAME)
-        self._is_published = True
-        self._writer.publish()
-        write_file(self._config_file, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
-        return self._config_file
+    def sync(self) -> None:
+        """Force the file to disk and close it."""
+        self._file.sync()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.close()
-        if kind is None:
-            rename(self._config_file, self.output_dir / CONFIG_NAME)
-        elif self._is_published:
-            remove_file(self.output_dir / ADAPTER_FILE)
-            return  # the staging folder tells from now on that what else was written belongs to unfinished work
-        remove_staging(self._writer.staging)
+    def publish(self) -> None:
+        """Give the weights their name. Without its configuration an adapter is none to any loader."""
+        self._file.publish()
+
+    def write_config(self) -> Path:
+        """Write the configuration beside the unfinished weights, for the last rename of all."""
+        path = self.staging / CONFIG_NAME
+        write_file(path, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+        return path
+
+    def close(self) -> None:
+        """Close the file; it stays for a resume."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def _file(self) -> CheckpointWriter:
+        assert self._writer is not None, "lay_out comes first"
+        return self._writer
+
+
+@contextmanager
+def new_adapter(
+    output_dir: str | Path, modules: Sequence[AdapterModule], config: Mapping[str, Any], dtype: str
+) -> Iterator[AdapterWriter]:
+    """Open a writer for a new adapter that is finished on leaving without an error; an error removes what was made."""
+    writer = AdapterWriter(output_dir, dtype)
+    remove_folder(writer.staging)
+    make_folder(writer.staging)
+    try:
+        writer.lay_out(modules, config)
+        yield writer
+        writer.sync()
+        remove_file(writer.output_dir / CONFIG_NAME)  # no half-replaced adapter can be loaded
+        writer.publish()
+        rename(writer.write_config(), writer.output_dir / CONFIG_NAME)
+    finally:
+        writer.close()
+        remove_staging(writer.staging)

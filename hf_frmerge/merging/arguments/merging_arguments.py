@@ -12,8 +12,8 @@ from typing import Any, get_type_hints
 from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
+from hf_frmerge.methods.table import METHODS
 
-METHODS = ("karcher", "slerp", "linear", "nre", "task_arithmetic")
 SPACES = ("weights", "deltas")
 BLOCKS = ("tensor", "row", "head", "layer", "model")
 NORMS = ("mean", "median", "max")
@@ -32,6 +32,7 @@ LOG_LEVELS = {
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (math.isfinite, "finite"),
     "scale": (math.isfinite, "finite"),
+    "density": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the elements that stay)"),
     "tol": (lambda v: 0 < v < math.inf, "above 0 (radians)"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
     "num_workers": (lambda v: v >= 1, "at least 1"),
@@ -46,6 +47,11 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 # Arguments of earlier versions, in the records of their merges, that never changed anything.
 RETIRED = ("seed", "metric_for_best_model", "greater_is_better", "hub_strategy")
+
+
+def _methods_with(option: str) -> str:
+    """Names of the methods that obey an option."""
+    return ", ".join(method.name for method in METHODS.values() if option in method.options)
 
 
 def _describe(text: str, choices: Iterable[str] | None = None) -> dict[str, Any]:
@@ -120,7 +126,20 @@ class MergingArguments:
             "Exponent of the coherence factor on the norm: 0 keeps the norm, 1 is the plain mean, -1 the plain sum."
         ),
     )
-    scale: float = field(default=1.0, metadata=_describe("Factor of the summed deltas in task_arithmetic."))
+    scale: float = field(
+        default=1.0, metadata=_describe(f"Factor of the deltas that are added to the base ({_methods_with('scale')}).")
+    )
+    density: float = field(
+        default=0.2,
+        metadata=_describe(f"Share of the largest elements of every delta that stay ({_methods_with('density')})."),
+    )
+    coefficients: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Safetensors file, or folder of a merge, with the coefficients of every tensor, blocks down and experts "
+            "across. They take the place of a method."
+        ),
+    )
     tol: float = field(
         default=1e-12,
         metadata=_describe("Stop the Karcher iteration when the gradient norm, in radians, is below this."),
@@ -274,6 +293,8 @@ class MergingArguments:
         for name, hint in get_type_hints(type(self)).items():
             setattr(self, name, coerce(name, self.__dict__[name], hint))
         self.output_dir = local_folder(self.output_dir)
+        if self.coefficients is not None and self.method == type(self).method:
+            self.method = "given"
         self._validate()
         if self.disable_tqdm is None:
             self.disable_tqdm = self._default_disable_tqdm()
@@ -341,6 +362,16 @@ class MergingArguments:
         self._validate_combinations()
 
     def _validate_combinations(self) -> None:
+        method = METHODS[self.method]
+        if (method.kind == "given") != (self.coefficients is not None):
+            raise ArgumentError(
+                f"`method={self.method!r}` and `coefficients={self.coefficients!r}` do not go together: a table of "
+                "coefficients takes the place of a method. Give the table alone, or a method without it."
+            )
+        if self.block not in method.blocks:
+            raise ArgumentError(
+                f"`method={self.method!r}` takes block={' or '.join(method.blocks)}, but got {self.block!r}."
+            )
         if self.bf16_full_eval and self.fp16_full_eval:
             raise ArgumentError("`bf16_full_eval` and `fp16_full_eval` exclude each other: choose one.")
         if self.adapter_rank is not None and self.adapter_energy is not None:

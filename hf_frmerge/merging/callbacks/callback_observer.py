@@ -59,10 +59,9 @@ class CallbackObserver(StepObserver):
 
 def step_result(outcome: StepOutcome) -> StepResult:
     """Return what callbacks are told about a tensor."""
-    step, solution = outcome.step, outcome.solution
-    if solution is None:
+    step, geometry = outcome.step, outcome.geometry
+    if geometry is None:
         return StepResult(step.name, outcome.action, step.nbytes, (), 1.0, 0.0, 0, 0.0, True, 0)
-    geometry = solution.geometry
     return StepResult(
         name=step.name,
         action="merge",

@@ -1,9 +1,8 @@
-"""Which tensors are solved together: many calls on few numbers cost more than the merge of a small tensor."""
+"""Which tensors are decided together: many calls on few numbers cost more than the merge of a small tensor."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,19 +18,28 @@ BATCH_TENSORS = 16
 _MANY_BLOCKS = 256
 
 
-def in_batches(steps: Sequence[TensorStep], n_models: int) -> list[TensorStep]:
+def in_batches(steps: Sequence[TensorStep], n_models: int) -> list[list[TensorStep]]:
     """
-    Name the batch of every tensor.
+    Gather steps into batches: runs with equally many blocks, groups whole, copies alone. A matter of speed only.
 
-    Batches are runs of the plan with equally many blocks. They decide how fast it goes and no bit of a coefficient.
+    A group of several tensors is a batch of its own, at the place of its first tensor.
     """
     sizes = Counter(step.group for step in steps if step.action == "merge")
-    found: list[TensorStep] = []
-    batch, n_blocks, nbytes, count = "", 0, 0, 0
+    batches: list[list[TensorStep]] = []
+    groups: dict[str, list[TensorStep]] = {}
+    nbytes, is_open = 0, False
     for step in steps:
+        if step.action == "merge" and step.group in groups:
+            groups[step.group].append(step)
+            continue
+        nbytes += step.nbytes * n_models
+        fits = is_open and nbytes <= BATCH_BYTES and len(batches[-1]) < BATCH_TENSORS
         alone = step.action == "copy" or sizes[step.group] > 1 or step.n_blocks > _MANY_BLOCKS
-        nbytes, count = nbytes + step.nbytes * n_models, count + 1
-        if alone or step.n_blocks != n_blocks or nbytes > BATCH_BYTES or count > BATCH_TENSORS:
-            batch, n_blocks, nbytes, count = step.group, 0 if alone else step.n_blocks, step.nbytes * n_models, 1
-        found.append(replace(step, batch=batch))
-    return found
+        if not alone and fits and batches[-1][0].n_blocks == step.n_blocks:
+            batches[-1].append(step)
+            continue
+        batches.append([step])
+        nbytes, is_open = step.nbytes * n_models, not alone
+        if step.action == "merge" and sizes[step.group] > 1:
+            groups[step.group] = batches[-1]
+    return batches

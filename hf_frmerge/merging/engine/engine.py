@@ -16,24 +16,22 @@ from itertools import count
 from queue import PriorityQueue, SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from hf_frmerge.errors import ArgumentError, ResumeError
-from hf_frmerge.kernels import digest
-from hf_frmerge.merging.engine.inputs import Piece
+from hf_frmerge.merging.engine.batches import in_batches
+from hf_frmerge.merging.engine.open_inputs import open_inputs
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
-from hf_frmerge.merging.engine.solve import points_of, solve
-from hf_frmerge.merging.engine.tensor_work import BatchWork, TensorGram, TensorWork, sum_grams
-from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS, pieces
+from hf_frmerge.merging.engine.rules import rule_for
+from hf_frmerge.merging.engine.tensor_work import BatchWork, TensorWork
+from hf_frmerge.merging.planning.blocks import Piece, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
-    from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter
     from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.engine.decisions import Decided
     from hf_frmerge.merging.engine.journal import Journal
+    from hf_frmerge.merging.engine.outputs import Output
+    from hf_frmerge.merging.engine.rules import Gather
     from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
 
 logger = logging.getLogger(__name__)
@@ -55,28 +53,29 @@ class Engine:
     Args:
         plan: What to do.
         kernels: What computes.
-        writer: Where results go; its files exist already.
+        output: Where results go.
         journal: Record of finished work; what it holds is checked and kept.
         observer: Told about every tensor.
-        share_grams: With several processes and `block="model"`, gathers from all of them what each holds:
-            `{tensor: its Gram matrix}`. Every process calls it once. By default there is one process.
+        gather: With several processes and `block="model"`, which decide together, returns what each of them passes.
+            By default a process decides alone.
     """
 
     def __init__(
         self,
         plan: MergePlan,
         kernels: Kernels,
-        writer: CheckpointWriter,
+        output: Output,
         journal: Journal,
         observer: StepObserver,
-        share_grams: Callable[[dict[str, TensorGram]], dict[str, TensorGram]] | None = None,
+        gather: Gather | None = None,
     ) -> None:
         self._plan = plan
         self._kernels = kernels
-        self._writer = writer
+        self._output = output
+        self._rule = rule_for(plan, gather)
+        self._decides_together = gather is not None
         self._journal = journal
         self._observer = observer
-        self._share_grams = share_grams
         self._workers = worker_count(plan)
         self._budget = plan.args.memory_budget_bytes
         # Batches to go on with on the calling thread, errors, and None to have it look again.
@@ -86,7 +85,6 @@ class Engine:
         self._jobs: PriorityQueue[tuple[int, int, tuple[_Job, BatchWork, TensorWork, int] | None]] = PriorityQueue()
         self._age = count()
         self._queued = 0
-        self._local = threading.local()
 
     def run(self, steps: Sequence[TensorStep]) -> tuple[list[StepOutcome], bool]:
         """
@@ -98,7 +96,7 @@ class Engine:
         Raises:
             MergeError: Whatever went wrong, after all threads have stopped; finished tensors stay in the journal.
         """
-        todo = deque(_in_batches(steps))
+        todo = deque(self._batches(steps))
         window: deque[TensorWork] = deque()
         outcomes: list[StepOutcome] = []
         threads = [threading.Thread(target=self._work, name=f"frmerge-{i}", daemon=True) for i in range(self._workers)]
@@ -119,41 +117,65 @@ class Engine:
                 self._jobs.put((_STOP, next(self._age), None))
             for thread in threads:
                 thread.join()
-        if self._share_grams is not None and "" not in self._journal.solved:
-            self._share_grams({})  # nothing to merge here: the others wait for this process all the same
+        if self._decides_together and "" not in self._journal.decided:
+            self._rule.join()  # nothing to merge here: the others wait for this process all the same
         return outcomes, go_on and not todo
 
     # Scheduling. Batches are admitted and observers told on the calling thread; what follows a pass runs on the thread
     # that ended it.
 
+    def _batches(self, steps: Sequence[TensorStep]) -> list[list[TensorStep]]:
+        """Gather steps into batches. The file of an adapter is laid out when all modules are decided: one batch."""
+        if self._plan.layout is None:
+            return [list(steps)] if steps else []
+        return in_batches(steps, len(self._plan.models))
+
     def _admit(self, steps: list[TensorStep]) -> list[TensorWork]:
         """Start on a batch; tensors of it that are skipped go their own way."""
         opened = [self._open(step) for step in steps]
-        kept = [tensor for tensor in opened if not tensor.skipped]
-        for tensors in [[tensor] for tensor in opened if tensor.skipped] + ([kept] if kept else []):
-            if tensors[0].step.action == "copy":
-                known = self._journal.written.get(tensors[0].step.name, {}).get("inputs")
-                job, then = (self._check_piece, self._checked) if known else (self._copy_piece, self._wrote)
-                self._start(BatchWork(tensors), job, then)
-                continue
-            nbytes = sum(tensor.step.nbytes for tensor in tensors) * len(self._plan.models)
-            batch = BatchWork(tensors, is_large=nbytes > self._budget)
-            if all(tensor.step.name in self._recorded(tensor) for tensor in tensors):
-                self._start(batch, self._check_piece, self._checked)
-            else:
-                self._start(batch, self._gram_piece, self._solve)
+        for tensor in opened:
+            if tensor.step.action == "copy":
+                known = self._journal.written.get(tensor.step.name)
+                job, then = (self._copy_piece, self._wrote) if known is None else (self._check_piece, self._checked)
+                self._start(BatchWork([tensor]), job, then)
+        merged = [tensor for tensor in opened if tensor.step.action == "merge"]
+        if merged:
+            nbytes = sum(tensor.step.nbytes for tensor in merged) * len(self._plan.models)
+            self._admit_merged(BatchWork(merged, is_large=nbytes > self._budget))
         return opened
 
-    def _recorded(self, tensor: TensorWork) -> dict[str, dict[str, str]]:
-        """Digests of the inputs its sphere was solved from, if it was."""
-        return self._journal.solved[tensor.step.group][1] if tensor.step.group in self._journal.solved else {}
+    def _admit_merged(self, batch: BatchWork) -> None:
+        if self._rule.rounds == 0:
+            self._take(batch, self._rule.decide(batch.tensors))
+            begun = all(tensor.step.name in self._journal.written for tensor in batch.tensors)
+            job, then = (self._check_piece, self._checked) if begun else (self._merge_piece, self._wrote)
+            self._start(batch, job, then)
+        elif all(tensor.step.name in self._decided_inputs(tensor) for tensor in batch.tensors):
+            self._take(batch, self._journal.decided)
+            self._start(batch, self._check_piece, self._checked)
+        else:
+            self._start(batch, self._measure_piece, self._decide)
+
+    def _decided_inputs(self, tensor: TensorWork) -> dict[str, dict[str, str]]:
+        """Digests of the inputs its group was decided from, by tensor, if it was."""
+        decided = self._journal.decided.get(tensor.step.group)
+        return decided.inputs if decided is not None else {}
+
+    def _take(self, batch: BatchWork, decided: dict[str, Decided]) -> None:
+        for tensor in batch.tensors:
+            tensor.decision = decided[tensor.step.group].decision
+        self._output.lay_out(batch.tensors)
 
     def _open(self, step: TensorStep) -> TensorWork:
         skipped = not self._observer.begin(step) and step.action == "merge"
+        if skipped and self._plan.layout is None:
+            raise ArgumentError(f"{step.name!r} cannot be skipped in an adapter. Use adapter_output='merged'.")
         if skipped:
             step = self._plan.copied(step)
-        inputs = self._plan.inputs(step)
-        return TensorWork(step, inputs, list(pieces(step.n_blocks, step.block_len)), skipped)
+        # Factors are read whole.
+        whole = [Piece(0, step.numel, 0, step.n_blocks)]
+        cut = whole if self._plan.layout is None else list(pieces(step.n_blocks, step.block_len))
+        return TensorWork(step, open_inputs(self._plan, step), cut, skipped)
 
     def _start(
         self, batch: BatchWork, job: _Job, then: Callable[[BatchWork], None], only: list[TensorWork] | None = None
@@ -166,7 +188,7 @@ class Engine:
         with self._lock:
             self._queued += len(work)
         # What the first pass read may still be in the cache.
-        urgency = _SOON if job == self._combine_piece else _LATER
+        urgency = _SOON if job == self._merge_piece else _LATER
         for item in work:
             self._jobs.put((urgency, next(self._age), item))
         if not work:
@@ -184,75 +206,51 @@ class Engine:
         for checkpoint, file in files:
             checkpoint.check_unchanged([file])
 
-    def _solve(self, batch: BatchWork) -> None:
+    def _decide(self, batch: BatchWork) -> None:
         self._check_files(batch)
-        spheres = batch.spheres()
-        rough = [t for t in batch.tensors if t.needs_precision(spheres[t.step.group][t.step.name].gram)]
-        if rough:
-            for tensor in rough:
-                tensor.precise = True
-            self._start(batch, self._gram_piece, self._solve, rough)
+        again = self._rule.unfinished(batch.tensors)
+        if again:
+            self._start(batch, self._measure_piece, self._decide, again)
             return
-        if self._share_grams is not None:
-            spheres = {group: self._share_grams(found) for group, found in spheres.items()}
-        weights = {tensor.step.group: tensor.step.weights for tensor in batch.tensors}
-        grams = np.stack([sum_grams(found) for found in spheres.values()])
-        solutions = solve(
-            points_of(grams, self._plan.space, batch.tensors[0].inputs.has_base),
-            [weights[group] for group in spheres],
-            self._plan.args.method,
-            self._plan.span_options,
-            tensors=[
-                next(iter(found)) if len(found) == 1 else group or "the whole model"
-                for group, found in spheres.items()
-            ],
-            experts=[expert.spec for expert in self._plan.experts],
-        )
-        self._journal.record_solved(
-            {
-                group: (solution, {name: found[name].inputs for name in sorted(found)})
-                for (group, found), solution in zip(spheres.items(), solutions)
-            }
-        )
-        self._set_solutions(batch)
-        self._start(batch, self._combine_piece, self._wrote)
-
-    def _set_solutions(self, batch: BatchWork) -> None:
-        for tensor in batch.tensors:
-            if tensor.step.action == "merge":
-                tensor.solution = self._journal.solved[tensor.step.group][0]
+        decided = self._rule.decide(batch.tensors)
+        self._journal.record_decided(decided)
+        self._take(batch, decided)
+        self._start(batch, self._merge_piece, self._wrote)
 
     def _wrote(self, batch: BatchWork) -> None:
         self._check_files(batch)
         for tensor in batch.tensors:
             if not tensor.done:
-                inputs = tensor.inputs_digest() if tensor.step.action == "copy" else None
-                self._journal.record_written(tensor.step.name, tensor.output_digest(), inputs)
+                name = tensor.step.name
+                inputs = None if tensor.step.name in self._decided_inputs(tensor) else tensor.inputs_digest()
+                tensor.details = self._output.details(name)
+                self._journal.record_written(name, tensor.output_digest(), inputs, tensor.details)
                 # As a whole: faulting in a piece maps some pages around it, of pieces that were released before.
                 tensor.inputs.release(Piece(0, tensor.step.numel, 0, tensor.step.n_blocks))
                 tensor.done = True
 
     def _checked(self, batch: BatchWork) -> None:
         """Keep what is still good, write again what is not, refuse if an input is not what it was."""
-        self._set_solutions(batch)
         for tensor in batch.tensors:
             name = tensor.step.name
             written = self._journal.written.get(name, {})
-            expected = self._recorded(tensor)[name] if tensor.solution else written["inputs"]
-            found = tensor.inputs_digest()
-            for owner, value in found.items():
+            expected = self._decided_inputs(tensor).get(name) or written["inputs"]
+            for owner, value in tensor.inputs_digest().items():
                 if expected.get(owner) != value:
                     raise ResumeError(
                         f"Tensor {name!r} of {tensor.inputs.labels[int(owner)]} is not what it was when this merge "
                         "was interrupted. Restore the file, or pass --overwrite to start anew."
                     )
             tensor.done = written.get("output") == tensor.output_digest()
-        job = self._copy_piece if batch.tensors[0].solution is None else self._combine_piece
+            tensor.details = written.get("details")
+        job = self._copy_piece if batch.tensors[0].step.action == "copy" else self._merge_piece
         self._start(batch, job, self._wrote)
 
     def _outcome(self, tensor: TensorWork) -> StepOutcome:
         action: Literal["merge", "copy", "skip"] = "skip" if tensor.skipped else tensor.step.action
-        return StepOutcome(tensor.step, action, tensor.solution, tensor.inputs_digest(), tensor.output_digest())
+        return StepOutcome(
+            tensor.step, action, tensor.decision, tensor.inputs_digest(), tensor.output_digest(), tensor.details
+        )
 
     # Jobs: everything below runs on the engine's threads.
 
@@ -270,59 +268,38 @@ class Engine:
             self._queued -= 1
             batch.remaining -= 1
             last, hungry = batch.remaining == 0, self._queued < _AHEAD * self._workers
-        if last and self._share_grams is not None:
+        if last and self._decides_together:
             self._events.put(batch)  # processes speak to each other on the calling thread
         elif last:
             batch.then(batch)
         if last or hungry:
             self._events.put(None)
 
-    def _gram_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
-        piece = tensor.pieces[index]
-        gram, digests = tensor.inputs.gram(self._kernels, piece, precise=tensor.precise)
-        first = index if tensor.is_cut else piece.first_block
-        tensor.grams[first : first + piece.n_blocks] = gram
-        tensor.input_digests[index] = digests
+    def _measure_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
+        self._rule.measure(self._kernels, tensor, index)
         if batch.is_large:  # else its pages stay mapped until it is written, which is faster
-            tensor.inputs.release(piece)
+            tensor.inputs.release(tensor.pieces[index])
 
-    def _combine_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
-        assert tensor.solution is not None
+    def _merge_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
         piece = tensor.pieces[index]
-        out = self._buffer(tensor, piece)
-        tensor.output_digests[index] = tensor.inputs.combine(
-            self._kernels, piece, tensor.solution.coefficients, out, tensor.step.dtype
-        )
-        self._write(tensor, piece, out)
+        tensor.output_digests[index] = self._output.merge(self._kernels, tensor, piece)
+        if not tensor.input_digests[index]:  # nothing was measured: now its pages are in memory
+            tensor.input_digests[index] = tensor.inputs.digests(piece)
         if batch.is_large:
             tensor.inputs.release(piece)
 
     def _copy_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
-        step, piece = tensor.step, tensor.pieces[index]
-        out = self._buffer(tensor, piece)
-        data, tensor.output_digests[index] = tensor.inputs.copy(self._kernels, piece, out, step.dtype)
+        piece = tensor.pieces[index]
+        tensor.output_digests[index] = self._output.copy(self._kernels, tensor, piece)
         tensor.input_digests[index] = tensor.inputs.digests(piece)
-        self._write(tensor, piece, data)
         tensor.inputs.release(piece)
 
     def _check_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
         piece = tensor.pieces[index]
         tensor.input_digests[index] = tensor.inputs.digests(piece)
         if tensor.step.name in self._journal.written:
-            start, stop = tensor.byte_range(piece)
-            tensor.output_digests[index] = digest(self._writer.read_back(tensor.step.name, start, stop))
+            tensor.output_digests[index] = self._output.read_back(tensor, piece)
         tensor.inputs.release(piece)
-
-    def _write(self, tensor: TensorWork, piece: Piece, data: NDArray[np.uint8]) -> None:
-        self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], data)
-
-    def _buffer(self, tensor: TensorWork, piece: Piece) -> NDArray[np.uint8]:
-        """Return this thread's output buffer, cut to the piece. Fresh memory is slow, so it is kept."""
-        start, stop = tensor.byte_range(piece)
-        held: NDArray[np.uint8] | None = self._local.__dict__.get("buffer")
-        if held is None or held.size < stop - start:
-            held = self._local.buffer = np.empty(max(stop - start, PIECE_ELEMENTS * 4), np.uint8)
-        return held[: stop - start]
 
 
 def worker_count(plan: MergePlan) -> int:
@@ -341,11 +318,3 @@ def worker_count(plan: MergePlan) -> int:
         )
     wanted = plan.args.num_workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     return int(min(wanted, affordable))
-
-
-def _in_batches(steps: Sequence[TensorStep]) -> list[list[TensorStep]]:
-    """Gather the steps of each batch; copies stand alone."""
-    batches: dict[str, list[TensorStep]] = {}
-    for step in steps:
-        batches.setdefault(step.batch if step.action == "merge" else f"copy {step.name}", []).append(step)
-    return list(batches.values())

@@ -20,6 +20,7 @@ from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels import Operand, digest
 from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.engine.overflow import LEAST_SQUARES, delta_overflows, result_overflows, squares_leave_float64
+from hf_frmerge.methods.sparse import ties
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.page_cache import Mapping as FileMapping
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
     from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.engine.decisions import Trimming
+    from hf_frmerge.merging.planning.blocks import Piece
 
 
 _SHORT = 1 << 14
@@ -122,26 +125,6 @@ class DoraTensor:
     @cached_property
     def _weight(self) -> DoraWeight:
         return self.delta.dora_weight()
-
-
-@dataclass(frozen=True)
-class Piece:
-    """
-    A run of elements that is handled in one go: some whole blocks, or a part of one block.
-
-    Pieces are cut by fixed rules from the shape alone (never from memory or threads), because partial sums of a Gram
-    matrix depend on where they are cut.
-    """
-
-    start: int
-    stop: int
-    first_block: int
-    n_blocks: int
-
-    @property
-    def block_len(self) -> int:
-        """Elements of a block that lie in this piece."""
-        return (self.stop - self.start) // self.n_blocks
 
 
 class _Factors(NamedTuple):
@@ -261,6 +244,34 @@ class TensorInputs:
             labels.append(some(self.labels[index] for index in sorted(self.low_rank)))
             columns.append(np.ones(piece.n_blocks))
         return self._combine(kernels, operands, labels, np.stack(columns, axis=1), piece, out, out_dtype)
+
+    def deltas(self, kernels: Kernels, piece: Piece) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """
+        Yield the base `(D,)` and the experts' differences to it `(N, D)`, float64, some elements of a piece at a time.
+
+        Raises `NonFiniteError` naming the expert when NaN or infinity was read.
+        """
+        assert self.base is not None
+        prefetch(self._mapped(piece.start, piece.stop))
+        operands, owners = self._gram_operands(piece)
+        for start in range(0, piece.stop - piece.start, _SHORT):
+            base_D, *others = (_widened(operand, start, start + _SHORT) for operand in operands)
+            deltas_ND = np.zeros((self.n_experts, len(base_D)))
+            for owner, operand, values_D in zip(owners[1:], operands[1:], others):
+                deltas_ND[owner] = values_D if operand.is_delta else values_D - base_D
+            if not np.isfinite(deltas_ND).all():
+                self._check_finite(kernels, operands, [self.labels[owner] for owner in owners])
+            yield base_D, deltas_ND
+
+    def trim(self, kernels: Kernels, piece: Piece, trimming: Trimming, out: NDArray[np.uint8], out_dtype: str) -> str:
+        """Write the elements of a piece, merged by TIES, into `out`, each rounded once; return their digest."""
+        thresholds = np.array(trimming.thresholds, dtype=np.float32).view(np.uint32)
+        weights = np.array(trimming.weights)
+        merged = np.concatenate(
+            [base + trimming.scale * ties(deltas, thresholds, weights) for base, deltas in self.deltas(kernels, piece)]
+        )
+        operand, ones = Operand(merged.view(np.uint8), "F64"), np.ones((piece.n_blocks, 1))
+        return self._combine(kernels, [operand], ["the sum of base and trimmed deltas"], ones, piece, out, out_dtype)
 
     def copy(
         self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str
@@ -404,3 +415,9 @@ class TensorInputs:
             values = widen(operand.data, operand.dtype).reshape(len(gram_BKK), -1)
             if values[vanishing_B].any():
                 raise squares_leave_float64(self.name, self.labels[owner])
+
+
+def _widened(operand: Operand, start: int, stop: int) -> NDArray[np.float64]:
+    """Elements `[start, stop)` of an operand as float64."""
+    size = DTYPE_BITS[operand.dtype] // 8
+    return widen(operand.data[start * size : stop * size], operand.dtype).astype(np.float64)

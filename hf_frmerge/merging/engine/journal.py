@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import os
@@ -12,21 +11,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.disk import create_file, disk_errors, rename
 from hf_frmerge.errors import MergeError, ResumeError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.engine.solve import Geometry, Solution
+from hf_frmerge.merging.engine.decisions import Decided, from_journal
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from hf_frmerge.merging.planning.plan import MergePlan
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 2  # of the records; other versions cannot go on with each other's merges
 _AFTER_RECORD = len(', ""]\n') + 32  # bytes of a line after its record: a digest of 32 hexadecimal digits
 
 # Options that do not change a bit of the output: a merge may be resumed with others.
@@ -55,8 +52,11 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
     """Return everything the output depends on and that can be told without reading weights, part by part."""
     options = plan.args.to_dict()
     parts: dict[str, Any] = {f"option {name}": options[name] for name in result_options()}
+    parts["journal"] = _FORMAT
     parts["weights"] = plan.weights
     parts["compute kernels"] = kernels
+    if plan.coefficients is not None:
+        parts["coefficients"] = plan.coefficients.digest
     models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]
     for role, model in [*models, *([("base model", plan.base)] if plan.base else [])]:
         parts[role] = {"spec": model.spec, "files": model.weights.files}
@@ -93,7 +93,7 @@ class Journal:
         Raises:
             ResumeError: If an earlier merge there was started differently; the message says what changed.
         """
-        self.solved: dict[str, tuple[Solution, dict[str, dict[str, str]]]] = {}
+        self.decided: dict[str, Decided] = {}
         self.written: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._path = folder / f"journal-{rank}.jsonl"
@@ -110,23 +110,25 @@ class Journal:
         self._whole = b""
         rename(unfinished, self._path)
 
-    def record_solved(self, solved: dict[str, tuple[Solution, dict[str, dict[str, str]]]]) -> None:
-        """Keep the coefficients of all groups of a batch, and the digests of what they were computed from."""
-        self.solved |= solved
-        spheres = [
-            {
-                "group": group,
-                "coefficients": _encode(solution.coefficients),
-                "geometry": vars(solution.geometry),
-                "inputs": inputs,
-            }
-            for group, (solution, inputs) in solved.items()
-        ]
-        self._append({"kind": "solved", "spheres": spheres})
+    def record_decided(self, decided: dict[str, Decided]) -> None:
+        """Keep the decisions for all groups of a batch, and the digests of what they were taken from."""
+        self.decided |= decided
+        groups = {group: {**found.decision.to_journal(), "inputs": found.inputs} for group, found in decided.items()}
+        self._append({"kind": "decided", "groups": groups})
 
-    def record_written(self, tensor: str, output: str, inputs: dict[str, str] | None = None) -> None:
-        """Keep the digest of a tensor that is wholly in its file (and, for a copy, of what it was copied from)."""
-        self._append({"kind": "written", "tensor": tensor, "output": output, "inputs": inputs})
+    def record_written(
+        self, tensor: str, output: str, inputs: dict[str, str] | None, details: dict[str, Any] | None
+    ) -> None:
+        """
+        Keep the digest of a tensor that is wholly in its file.
+
+        Args:
+            tensor: Its name.
+            output: Digest of what was written.
+            inputs: Digests of what it was made from, where no decision holds them: of a copy, say.
+            details: What is to be recorded of it beside.
+        """
+        self._append({"kind": "written", "tensor": tensor, "output": output, "inputs": inputs, "details": details})
 
     def close(self) -> None:
         """Close the file."""
@@ -165,8 +167,10 @@ class Journal:
             if number == 0:
                 _check_header(line, header, path)
                 _warn_of_rewritten(line["marks"], marks)
-            elif line["kind"] == "solved":
-                self.solved |= {sphere["group"]: _decode_sphere(sphere) for sphere in line["spheres"]}
+            elif line["kind"] == "decided":
+                self.decided |= {
+                    group: Decided(from_journal(found), found["inputs"]) for group, found in line["groups"].items()
+                }
             else:
                 self.written[line["tensor"]] = line
         return b"".join(lines)
@@ -209,17 +213,3 @@ def _warn_of_rewritten(found: dict[str, Any], expected: dict[str, Any]) -> None:
                 "compared with their digests; others are taken as they are now.",
                 spec,
             )
-
-
-def _decode_sphere(sphere: dict[str, Any]) -> tuple[Solution, dict[str, dict[str, str]]]:
-    lists = {name: tuple(value) for name, value in sphere["geometry"].items() if isinstance(value, list)}
-    geometry = Geometry(**{**sphere["geometry"], **lists})
-    return Solution(_decode(sphere["coefficients"]), geometry), sphere["inputs"]
-
-
-def _encode(array: NDArray[np.float64]) -> dict[str, Any]:
-    return {"shape": array.shape, "float64": base64.b64encode(array.tobytes()).decode()}
-
-
-def _decode(stored: dict[str, Any]) -> NDArray[np.float64]:
-    return np.frombuffer(base64.b64decode(stored["float64"]), dtype=np.float64).reshape(stored["shape"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_frmerge.merging.engine.decisions import Solution
 
 if TYPE_CHECKING:
-    from hf_frmerge.merging.engine.solve import Solution
+    from hf_frmerge.merging.engine.decisions import Decision, Geometry
     from hf_frmerge.merging.planning.plan import TensorStep
 
 
@@ -16,16 +18,33 @@ class StepOutcome:
     What happened to one tensor.
 
     Attributes:
-        solution: coefficients and geometry; shared by the tensors of a group, `None` for copies.
+        decision: what the method decided; shared by the tensors of a group, `None` for copies.
         inputs: digest of every stored input by role (`"-1"` is the base, `"0"`, `"1"`, ... the experts).
         output: digest of the written bytes.
+        details: what is recorded of it beside.
     """
 
     step: TensorStep
     action: Literal["merge", "copy", "skip"]
-    solution: Solution | None
+    decision: Decision | None
     inputs: dict[str, str]
     output: str
+    details: dict[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the output."""
+        return self.step.nbytes
+
+    @property
+    def solution(self) -> Solution | None:
+        """Coefficients, and geometry if it was measured, of a merge that is a sum of the experts."""
+        return self.decision if isinstance(self.decision, Solution) else None
+
+    @property
+    def geometry(self) -> Geometry | None:
+        """What was measured of the experts, if anything was."""
+        return self.solution.geometry if self.solution is not None else None
 
 
 class StepObserver:

@@ -9,6 +9,7 @@ import numpy as np
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES, dtypes_that_hold, widen
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import NonFiniteError
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,8 +74,9 @@ def squares_leave_float64(tensor: str, owner: str) -> NonFiniteError:
 
 def coefficients_overflow(tensor: str, method: str, options: SpanOptions) -> NonFiniteError:
     """Say which option makes coefficients infinite, or all of them vanish."""
-    option = f"scale={options.scale:g}" if method == "task_arithmetic" else f"beta={options.beta:g}"
-    advice = "Choose a smaller one." if method == "task_arithmetic" else "Choose one nearer to 0."
+    is_scaled = "scale" in METHODS[method].options
+    option = f"scale={options.scale:g}" if is_scaled else f"beta={options.beta:g}"
+    advice = "Choose a smaller one." if is_scaled else "Choose one nearer to 0."
     return NonFiniteError(
         f"Tensor {tensor!r}: with {option} the coefficients of the experts leave the range of float64. {advice}"
     )

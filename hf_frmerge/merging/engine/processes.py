@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.errors import MergeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
 
 
@@ -94,20 +92,23 @@ class Processes:
         self._heard = not failures
         return [item for part, _ in parts for item in part]
 
-    def share(self, steps: Sequence[TensorStep], block: str) -> list[TensorStep]:
+    def share(self, plan: MergePlan) -> list[TensorStep]:
         """
         Return this process's part of the steps, about as many bytes as everyone's.
 
-        Batches stay together, except that of `block="model"`: its Gram matrices are added up across processes.
+        Groups stay together, except that of `block="model"`, which the processes decide together. An adapter is
+        seconds of work and one file: all of it is the main process's.
         """
-        total = sum(step.nbytes for step in steps) or 1
+        if plan.layout is None:
+            return plan.steps if self.is_main else []
+        total = sum(step.nbytes for step in plan.steps) or 1
         mine, before = [], 0
-        owner_of_batch: dict[str, int] = {}
-        for step in steps:
+        owner_of_group: dict[str, int] = {}
+        for step in plan.steps:
             owner = min(self.size - 1, (before + step.nbytes // 2) * self.size // total)
             before += step.nbytes
-            if step.action == "merge" and block != "model":
-                owner = owner_of_batch.setdefault(step.batch, owner)
+            if step.action == "merge" and plan.args.block != "model":
+                owner = owner_of_group.setdefault(step.group, owner)
             if owner == self.rank:
                 mine.append(step)
         return mine

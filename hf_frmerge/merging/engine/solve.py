@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -14,64 +13,19 @@ from hf_frmerge.errors import AmbiguousMeanError
 from hf_frmerge.geometry.gram import delta_gram, embed, embed_differences
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.geometry.sphere import combine, distance, dot, normalise, norms, pairwise_angles
+from hf_frmerge.merging.engine.decisions import Geometry, Solution
 from hf_frmerge.merging.engine.overflow import coefficients_overflow, squares_leave_float64
-from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
+    from hf_frmerge.methods.span import SpanOptions
 
 # Coordinates of pairs at a time, 2 MiB of float64: the work then stays in a core's cache.
 _SLAB_ELEMENTS = 1 << 18
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """
-    What the Gram matrices of a tensor say about its experts and about the merge.
-
-    Attributes:
-        norms: norm of every expert's point over the whole tensor.
-        norm_ratio: norm of the merged point over the weighted mean norm of the experts' points; below 1 the merge
-            shrank the tensor.
-        linear_norm_ratio: the same for the plain weighted mean, the honest baseline: what averaging would have kept.
-        max_angle: largest angle between two experts in any block, in radians.
-        mean_angle: mean of those angles over pairs and blocks, in radians.
-        gap_to_nre: largest angle in any block between the merged point and the norm-rescaled mean, in radians.
-        n_iter: most steps any block took.
-        residual: worst tangent norm at the end, in radians.
-        unconverged: indices of the blocks that did not meet the tolerance.
-        n_ambiguous: blocks in which no direction is preferred.
-        pair_angles: median over blocks of the angle between two experts, in radians, to four digits, of the pairs
-            (0, 1), (0, 2), ..., (1, 2), ...; `None` where one of the two is zero.
-    """
-
-    norms: tuple[float, ...]
-    norm_ratio: float
-    linear_norm_ratio: float
-    max_angle: float
-    mean_angle: float
-    gap_to_nre: float
-    n_iter: int
-    residual: float
-    unconverged: tuple[int, ...]
-    n_ambiguous: int
-    pair_angles: tuple[float | None, ...] = ()
-
-    @property
-    def converged(self) -> bool:
-        """Whether every block met the tolerance."""
-        return not self.unconverged
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Coefficients `(B, N)`, float64, on the points of every block, and the geometry they come from."""
-
-    coefficients: NDArray[np.float64]
-    geometry: Geometry
 
 
 def points_of(gram_BKK: NDArray[np.float64], space: str, has_base: bool) -> NDArray[np.float64]:
@@ -80,12 +34,12 @@ def points_of(gram_BKK: NDArray[np.float64], space: str, has_base: bool) -> NDAr
 
     Args:
         gram_BKK: Gram matrix of the first operand and of the others' differences to it, float64. The first operand
-            is the base model if `has_base`, else the first expert.
+            is the base model if `has_base`, else the first expert. In delta space without a base: of the deltas.
         space: `"weights"` (points are the tensors) or `"deltas"` (points are the differences to the base).
         has_base: Whether the first operand is the base model, which is not a point of its own.
     """
     if space == "deltas":
-        return embed(delta_gram(gram_BKK))
+        return embed(delta_gram(gram_BKK) if has_base else gram_BKK)
     points = embed_differences(gram_BKK)
     return points[..., 1:, :] if has_base else points
 
@@ -119,14 +73,14 @@ def solve(
     if wild_T.any():
         raise squares_leave_float64(tensors[int(np.argmax(wild_T))], "its experts")
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # looked at below
-        result = SPAN_METHODS[method](points_TBNK, weights_T1N, options)
+        result = METHODS[method].solver()(points_TBNK, weights_T1N, options)
     n_ambiguous_T = np.count_nonzero(result.ambiguous, axis=1)
     if n_ambiguous_T.any() and options.on_ambiguous == "raise":
         first = int(np.flatnonzero(n_ambiguous_T)[0])
         raise AmbiguousMeanError(_ambiguity(points_TBNK[first], result.ambiguous[first], tensors[first], experts))
 
     wild_T = ~np.isfinite(result.coefficients).all(axis=(1, 2))
-    if method != "task_arithmetic":  # no expert at all is never an answer, but that of a scale of 0
+    if METHODS[method].is_directional:  # no expert at all is never an answer
         wild_T |= (result.coefficients == 0).all(axis=2).any(axis=1)
     if wild_T.any():
         raise coefficients_overflow(tensors[int(np.argmax(wild_T))], method, options)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.merging.engine.inputs import Piece, TensorInputs
-    from hf_frmerge.merging.engine.solve import Solution
+    from hf_frmerge.merging.engine.decisions import Decision
+    from hf_frmerge.merging.engine.factor_inputs import FactorInputs
+    from hf_frmerge.merging.engine.inputs import TensorInputs
+    from hf_frmerge.merging.planning.blocks import Piece
     from hf_frmerge.merging.planning.plan import TensorStep
 
 # Below this mean square, float32 products of the first operand start to vanish; the Gram pass is then done again
@@ -41,16 +43,18 @@ class TensorWork:
     Attributes:
         skipped: whether it is copied because an observer said so.
         precise: whether its Gram pass multiplies in float64.
-        solution: its coefficients, once they are known.
+        decision: what the method decided, once that is known.
+        details: what is recorded of it beside its decision.
         done: whether it is in its file and recorded.
     """
 
     step: TensorStep
-    inputs: TensorInputs
+    inputs: TensorInputs | FactorInputs
     pieces: list[Piece]
     skipped: bool = False
     precise: bool = False
-    solution: Solution | None = None
+    decision: Decision | None = None
+    details: dict[str, Any] | None = None
     done: bool = False
     input_digests: list[dict[int, str]] = field(init=False)
     output_digests: list[str] = field(init=False)
@@ -113,14 +117,6 @@ class BatchWork:
     is_large: bool = False
     then: Callable[[BatchWork], None] = field(init=False)
     remaining: int = field(init=False)
-
-    def spheres(self) -> dict[str, dict[str, TensorGram]]:
-        """Return the Gram matrices by group, and in it by tensor."""
-        found: dict[str, dict[str, TensorGram]] = {}
-        for tensor in self.tensors:
-            gram = TensorGram(tensor.gram(), tensor.inputs_digest())
-            found.setdefault(tensor.step.group, {})[tensor.step.name] = gram
-        return found
 
 
 def sum_grams(tensors: dict[str, TensorGram]) -> NDArray[np.float64]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.engine.inputs import Piece
 
 PIECE_ELEMENTS = 1 << 20
 """Elements handled in one go. Fixed: partial sums, and so the last bits of a Gram matrix, depend on it."""
@@ -18,6 +18,26 @@ _HEAD_ROWS = re.compile(
     r"(^|\.)(q|k|v|query|key|value|q_proj|k_proj|v_proj|q_lin|k_lin|v_lin|qkv|qkv_proj|query_key_value|Wqkv)"
     r"\.(weight|bias)$"
 )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """
+    A run of elements that is handled in one go: some whole blocks, or a part of one block.
+
+    Pieces are cut by fixed rules from the shape alone (never from memory or threads), because partial sums of a Gram
+    matrix depend on where they are cut.
+    """
+
+    start: int
+    stop: int
+    first_block: int
+    n_blocks: int
+
+    @property
+    def block_len(self) -> int:
+        """Elements of a block that lie in this piece."""
+        return (self.stop - self.start) // self.n_blocks
 
 
 def block_shape(name: str, shape: tuple[int, ...], block: str, head_dim: int | None) -> tuple[int, int]:

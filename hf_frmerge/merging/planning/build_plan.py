@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.adapters.adapter import open_adapter
@@ -20,11 +21,11 @@ from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, open_checkpoint,
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import validate_weights
 from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_index
-from hf_frmerge.merging.engine.batches import in_batches
-from hf_frmerge.merging.output_folder import check_output_dir
 from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
+from hf_frmerge.merging.planning.coefficient_table import CoefficientTable, cut_as_given, read_coefficients
 from hf_frmerge.merging.planning.model_class import read_structure
 from hf_frmerge.merging.planning.plan import Expert, MergePlan, TensorStep
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.adapters.adapter import Adapter
     from hf_frmerge.checkpoints.resolve import Source
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+    from hf_frmerge.methods.method import Method
 
 
 def build_plan(
@@ -65,7 +67,6 @@ def build_plan(
         raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
     alphas = validate_weights(weights, len(experts))
     sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
-    check_output_dir(args, [source.path for source in sources])
     plan = _plan(sources, args, alphas, base_model is not None)
     try:
         if check is not None:
@@ -92,28 +93,43 @@ def is_downloaded(source: Source, args: MergingArguments) -> bool:
 def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float], with_base: bool) -> MergePlan:
     opened = [_open(source) for source in sources]
     base = opened.pop() if with_base else None
-    if args.method == "slerp" and len(opened) != 2:
+    method = METHODS[args.method]
+    if method.n_experts is not None and len(opened) != method.n_experts:
         raise ArgumentError(
-            f"slerp joins exactly two experts, got {len(opened)}. Use method='karcher', its extension."
+            f"{method.name} joins exactly {method.n_experts} experts, got {len(opened)}. Use "
+            f"method={method.extension!r}, its extension."
         )
+    table = read_coefficients(args.coefficients) if args.coefficients is not None else None
     to_adapter = _makes_adapter(args, opened)
-    space = _space(args, opened, base, to_adapter)
+    space = _space(args, opened, base, to_adapter, table)
     if base is not None and base.checkpoint is not None and not to_adapter:
         refuse_quantised(base.checkpoint)  # before adapters look in vain for their modules' weights
     opened = _match_adapters(opened, base, to_adapter)
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
-        layout = None
     else:
         steps, notes = _steps(args, opened, base, alphas)
-        steps = in_batches(steps, len(opened) + (base is not None))
+    notes += _unused_options(args, method)
+    if table is not None:
+        steps = cut_as_given(steps, table, len(opened))
+    layout = None
+    if not to_adapter:
         layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
     beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
     notes += beside.notes
-    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files)
+    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files, table)
     for model in plan.models:
         model.weights.watch([file.name for file in beside.files if file.source == model.source])
     return plan
+
+
+def _unused_options(args: MergingArguments, method: Method) -> list[str]:
+    """Name the options of methods that were changed and that this method does not obey."""
+    of_methods = dict.fromkeys(name for other in METHODS.values() for name in other.options)
+    options = args.to_dict()
+    defaults = {field.name: field.default for field in fields(args)}
+    changed = [name for name in of_methods if name not in method.options and options[name] != defaults[name]]
+    return [f"`{name}` changes nothing with method={method.name!r}." for name in changed]
 
 
 def _open(source: Source) -> Expert:
@@ -126,6 +142,11 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
     """Whether the output is an adapter; only adapters in delta space can make one."""
     full = [expert.spec for expert in experts if expert.checkpoint]
     if args.adapter_output == "adapter":
+        if METHODS[args.method].kind == "sparse":
+            raise ArgumentError(
+                f"{args.method} drops single elements of the deltas, so what it makes has no low rank and no adapter "
+                "can express it. Use adapter_output='merged'."
+            )
         if full:
             raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0]!r} is a full checkpoint.")
         if args.space == "weights":
@@ -136,7 +157,8 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
         return True
     kept_dense = any(e.adapter.dense or e.adapter.uses_dora for e in experts if e.adapter)
     factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and not kept_dense
-    return args.adapter_output == "auto" and not full and factored
+    is_sum = METHODS[args.method].kind != "sparse"
+    return args.adapter_output == "auto" and not full and factored and is_sum
 
 
 def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool) -> list[Expert]:
@@ -157,7 +179,13 @@ def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool
     return [match(expert) for expert in experts]
 
 
-def _space(args: MergingArguments, experts: list[Expert], base: Expert | None, to_adapter: bool) -> str:
+def _space(
+    args: MergingArguments,
+    experts: list[Expert],
+    base: Expert | None,
+    to_adapter: bool,
+    table: CoefficientTable | None,
+) -> str:
     adapters = [expert for expert in experts if expert.adapter]
     if base is not None and base.checkpoint is None:
         raise ArgumentError(f"The base model {base.spec!r} is an adapter; a full checkpoint is needed.")
@@ -166,9 +194,13 @@ def _space(args: MergingArguments, experts: list[Expert], base: Expert | None, t
             f"{adapters[0].spec!r} is an adapter: pass the model it was trained from as base_model "
             f"(its config names {adapters[0].adapter.config.base_model!r})."  # type: ignore[union-attr]
         )
-    space = args.space or ("deltas" if adapters or args.method == "task_arithmetic" else "weights")
-    if args.method == "task_arithmetic" and space != "deltas":
-        raise ArgumentError('task_arithmetic adds deltas: it needs space="deltas" and a base_model.')
+    needs_deltas = METHODS[args.method].needs_deltas
+    given = table.space if table is not None else None
+    space = args.space or given or ("deltas" if adapters or needs_deltas else "weights")
+    if needs_deltas and space != "deltas":
+        raise ArgumentError(f'{args.method} is made of deltas: it needs space="deltas" and a base_model.')
+    if given is not None and space != given:
+        raise ArgumentError(f"{args.coefficients} holds coefficients of {given}, but space={space!r} was asked for.")
     if space == "deltas" and base is None and not to_adapter:
         raise ArgumentError('space="deltas" needs base_model: deltas are the differences to it.')
     return space
@@ -178,6 +210,7 @@ def _adapter_steps(
     args: MergingArguments, adapters: list[Adapter], weights: list[float], base: Expert | None
 ) -> tuple[list[TensorStep], list[str]]:
     """One step per module; its shape is that of the delta."""
+    _check_expressible(args, adapters)
     common_base(adapters, base.source if base else None)
     rows = align_adapters(adapters)
     names = [row.first.target for row in rows]
@@ -200,6 +233,23 @@ def _adapter_steps(
     _check_groups(steps)
     notes += missing_notes(adapters, rows, args.strict, is_matched=base is not None)
     return steps, notes + (base_notes(adapters, base.source) if base else [])
+
+
+def _check_expressible(args: MergingArguments, adapters: list[Adapter]) -> None:
+    """Refuse what low-rank factors cannot hold."""
+    if args.block not in ("tensor", "layer", "model"):
+        raise ArgumentError(
+            f"block={args.block!r} gives rows of one module different coefficients, which factors cannot express. Use "
+            '"tensor", "layer" or "model", or adapter_output="merged".'
+        )
+    for adapter in adapters:
+        if adapter.dense:
+            raise CheckpointError(
+                f"Adapter {adapter.spec!r} holds full tensors beside its factors (modules_to_save: "
+                f'{some(adapter.dense)}), which a merged adapter cannot carry. Use adapter_output="merged".'
+            )
+        for delta in adapter.deltas.values():
+            delta.check_low_rank()
 
 
 def _adapter_notes(experts: list[Expert], base: Expert | None, strict: bool) -> list[str]:

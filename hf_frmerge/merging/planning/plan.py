@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, DTYPE_BITS, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
-from hf_frmerge.merging.engine.inputs import DoraTensor, StoredTensor, TensorInputs
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.methods.span import SpanOptions
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.layout import ShardLayout
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-    from hf_frmerge.merging.engine.inputs import DenseTensor
+    from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,6 @@ class Expert:
         assert self.adapter is not None
         return self.adapter.checkpoint
 
-    def dense_tensor(self, step: TensorStep, base: StoredTensor | None) -> DenseTensor | None:
-        """Return the expert's full tensor where it has one; an adapter has one for saved and DoRA modules."""
-        if self.checkpoint is not None:
-            return StoredTensor(self.checkpoint, self.checkpoint.tensors[step.name])
-        assert self.adapter is not None and base is not None
-        if step.name in self.adapter.dense:
-            return StoredTensor(self.adapter.checkpoint, self.adapter.dense[step.name])
-        delta = self.adapter.deltas.get(step.name)
-        return DoraTensor(base, delta, step.cols) if delta and delta.is_dora else None
-
 
 @dataclass(frozen=True)
 class TensorStep:
@@ -71,7 +60,6 @@ class TensorStep:
         action: `"merge"`, or `"copy"` from the model with index `donor` (-1 is the base).
         weights: one per expert, summing to 1; empty for a copy.
         group: tensors of one group lie on one sphere and get the same coefficients.
-        batch: groups of one batch are solved together, which may decide the last bit of their coefficients.
         n_blocks, block_len: how the tensor is cut into blocks, in elements.
     """
 
@@ -84,7 +72,6 @@ class TensorStep:
     group: str
     n_blocks: int
     block_len: int
-    batch: str = ""
 
     @property
     def numel(self) -> int:
@@ -109,6 +96,7 @@ class MergePlan:
 
     `layout` is where the tensors of a full model go; `None` if the output is an adapter, whose steps are its modules.
     `carried` are the files beside weights and config that the output takes over.
+    `coefficients` is the table that was given in place of a method.
     """
 
     args: MergingArguments
@@ -120,6 +108,7 @@ class MergePlan:
     layout: ShardLayout | None
     notes: list[str] = field(default_factory=list)
     carried: tuple[CarriedFile, ...] = ()
+    coefficients: CoefficientTable | None = None
 
     @property
     def output_kind(self) -> str:
@@ -153,33 +142,6 @@ class MergePlan:
         """Return a step that copies the tensor from the base, or the first full expert, instead of merging it."""
         donor = -1 if self.base else self.experts.index(self.donor)
         return replace(step, action="copy", donor=donor, weights=())
-
-    def inputs(self, step: TensorStep) -> TensorInputs:
-        """Return what has to be read for a step."""
-        labels = {index: f"expert {expert.spec!r}" for index, expert in enumerate(self.experts)}
-        if self.base is not None:
-            labels[-1] = f"base model {self.base.spec!r}"
-        if step.action == "copy":
-            donor = self.base if step.donor < 0 else self.experts[step.donor]
-            assert donor is not None and donor.checkpoint is not None
-            only = StoredTensor(donor.checkpoint, donor.checkpoint.tensors[step.name])
-            return TensorInputs(step.name, 1, 1, None, {0: only}, {}, {0: labels[step.donor]})
-        base = None
-        if self.base is not None and (self.space == "deltas" or any(expert.adapter for expert in self.experts)):
-            assert self.base.checkpoint is not None
-            base = StoredTensor(self.base.checkpoint, self.base.checkpoint.tensors[step.name])
-        dense: dict[int, DenseTensor] = {}
-        low_rank = {}
-        for index, expert in enumerate(self.experts):
-            weights = expert.dense_tensor(step, base)
-            if weights is not None:
-                dense[index] = weights
-            elif expert.adapter is not None and step.name in expert.adapter.deltas:
-                low_rank[index] = expert.adapter.deltas[step.name]
-        factored = base is not None and not dense and step.n_blocks == 1
-        return TensorInputs(
-            step.name, step.cols, len(self.experts), base, dense, low_rank, labels, self.space, factored
-        )
 
     def describe(self) -> dict[str, Any]:
         """Return a summary that can be written as JSON: what will be merged and copied, sizes, disk and memory."""

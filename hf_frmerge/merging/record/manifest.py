@@ -16,6 +16,8 @@ from hf_frmerge import __version__
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.errors import CheckpointError
+from hf_frmerge.merging.engine.decisions import Solution, Trimming, trimming_of
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record import checksums
 from hf_frmerge.merging.record.checksums import file_entry, input_files, is_unchanged, modification_marks, sha256_of
 
@@ -25,11 +27,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.checkpoints.tensors.layout import Shard
+    from hf_frmerge.merging.engine.decisions import Decision
     from hf_frmerge.merging.engine.outcomes import StepOutcome
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
 
 MANIFEST_FILE = "merge_manifest.json"
-COEFFICIENTS_FILE = "merge_coefficients.safetensors"
 LOCAL_SOURCES_FILE = ".frmerge_sources.json"
 """Where the models lie on this machine. Kept beside the manifest, and never pushed."""
 
@@ -38,39 +40,31 @@ REPORT_FILE = "merge_report.html"
 STALE_FILES = (MANIFEST_FILE, EVALUATION_FILE, REPORT_FILE)
 """What tells of a merge and would be untrue of the next one in its folder."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Records of version 2 know coefficients only, and do not say so."""
+
 SCHEMA_FILE = "merge_manifest.schema.json"
 """JSON schema of the manifest, beside this module."""
 
 _PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 
 
-def write_coefficients(output_dir: Path, outcomes: Sequence[StepOutcome]) -> None:
+def write_coefficients(output_dir: Path, outcomes: Sequence[StepOutcome], space: str) -> bool:
     """
     Write the coefficient table: tensor -> float64 `(blocks, experts)`, on the points of the merge.
 
-    With it and the experts, the merged model can be derived again bit for bit. Copied tensors are not in it.
+    With it and the experts, the merged model can be derived again bit for bit. Copied tensors are not in it. Returns
+    whether there is one: not all methods give a sum of the experts.
     """
     from safetensors.numpy import save
 
+    # One entry: safetensors writes several in any order, and the file is compared bit for bit.
     table = {o.step.name: o.solution.coefficients for o in outcomes if o.solution is not None}
-    write_file(output_dir / COEFFICIENTS_FILE, save(table, metadata={"format": "np"}))
-
-
-def read_coefficients(output_dir: Path | str) -> dict[str, NDArray[np.float64]]:
-    """Read the coefficient table, from a folder as `read_manifest` does."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    folder = open_folder(str(output_dir))
-    if not folder.exists(COEFFICIENTS_FILE):
-        raise CheckpointError(
-            f"{output_dir} has no {COEFFICIENTS_FILE}: it was not written by hf_frmerge, or is torn."
-        )
-    try:
-        return load(folder.read(COEFFICIENTS_FILE))
-    except SafetensorError as error:
-        raise CheckpointError(f"{output_dir}/{COEFFICIENTS_FILE} is damaged: {error}. Merge again.") from error
+    if not table:
+        return False
+    write_file(output_dir / COEFFICIENTS_FILE, save(table, metadata={"space": space}))
+    return True
 
 
 def write_manifest(
@@ -81,7 +75,6 @@ def write_manifest(
     report: dict[str, Any],
     n_processes: int,
     small_files: dict[str, Path],
-    details: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """
     Write `merge_manifest.json`.
@@ -89,10 +82,11 @@ def write_manifest(
     Args:
         report: Totals of the merge.
         small_files: Name of every file but the shards of a full model -> where it lies now.
-        details: What else is to be recorded of a tensor, by its name.
     """
     arguments = plan.args.to_dict()
     arguments.pop("output_dir")
+    if plan.coefficients is not None:
+        arguments["coefficients"] = COEFFICIENTS_FILE  # the table that was given is in the record itself
     shards = plan.layout.shards if plan.layout else ()
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -108,12 +102,12 @@ def write_manifest(
         "machine": {"architecture": platform.machine(), "system": platform.system()},
         "report": {name: value for name, value in report.items() if name not in ("output_dir", "notes")},
         "versions": package_versions(),
-        "notes": [_without_paths(note, plan.models) for note in plan.notes],
+        "notes": [_without_paths(note, plan.models) for note in report["notes"]],
         "files": {
             **{shard.file: _shard_entry(output_dir / shard.file, shard) for shard in shards},
             **{name: file_entry(path) for name, path in small_files.items()},
         },
-        "tensors": {o.step.name: _tensor(o) | (details or {}).get(o.step.name, {}) for o in outcomes},
+        "tensors": {o.step.name: _tensor(o) for o in outcomes},
     }
     write_file(output_dir / MANIFEST_FILE, _as_text(manifest))
     paths = [m.source.path if "://" in m.source.path else str(Path(m.source.path).resolve()) for m in plan.models]
@@ -180,12 +174,26 @@ def read_manifest(output_dir: Path | str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}. Merge again.") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{path} has format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}. Update "
-            "hf_frmerge."
+            f"{path} has format {manifest.get('format_version')!r}, this version reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}. Update hf_frmerge."
         )
     return manifest
+
+
+def recorded_decision(entry: dict[str, Any], coefficients: NDArray[np.float64] | None) -> Decision | None:
+    """
+    Return the decision a merged tensor came from, `None` if the record has none.
+
+    Args:
+        entry: Of the tensor, in the manifest.
+        coefficients: Of the tensor, in the coefficient table.
+    """
+    recorded = entry.get("decision", {"kind": "coefficients"})  # version 2 knows no other
+    if recorded["kind"] == "trimming":
+        return trimming_of(recorded)
+    return Solution(coefficients, None) if coefficients is not None else None
 
 
 def package_versions() -> dict[str, str]:
@@ -242,6 +250,14 @@ def _tensor(outcome: StepOutcome) -> dict[str, Any]:
         "inputs_xxh3_128": outcome.inputs,
         "output_xxh3_128": outcome.output,
     }
-    if outcome.solution is None:
+    if outcome.decision is None:
         return {**entry, "donor": step.donor}
-    return {**entry, "n_blocks": step.n_blocks, "geometry": vars(outcome.solution.geometry)}
+    entry |= {"n_blocks": step.n_blocks, "decision": _decision(outcome.decision), **(outcome.details or {})}
+    return entry if outcome.geometry is None else {**entry, "geometry": vars(outcome.geometry)}
+
+
+def _decision(decision: Decision) -> dict[str, Any]:
+    """What the merged tensor comes from; coefficients have a file of their own."""
+    if isinstance(decision, Trimming):
+        return {"kind": "trimming", **vars(decision)}
+    return {"kind": "coefficients"}

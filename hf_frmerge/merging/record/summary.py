@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.tensors.reader import some
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -45,7 +47,7 @@ class MergeOutcome:
 
 
 def make_report(
-    plan: MergePlan, outcomes: Sequence[StepOutcome], kernels: str, seconds: float, output_bytes: int
+    plan: MergePlan, outcomes: Sequence[StepOutcome], kernels: str, seconds: float, notes: Sequence[str]
 ) -> dict[str, Any]:
     """Return what a finished merge tells: what was asked, totals over the tensors, bytes and speed."""
     read = sum(model.nbytes for model in plan.models)
@@ -56,18 +58,18 @@ def make_report(
         "output_dir": plan.args.output_dir,
         **summary(outcomes),
         "input_bytes": read,
-        "output_bytes": output_bytes,
+        "output_bytes": sum(outcome.nbytes for outcome in outcomes),
         "seconds": seconds,
         "bytes_per_second": read / seconds,
         "kernels": kernels,
-        "notes": plan.notes,
+        "notes": [*plan.notes, *zero_notes(plan, outcomes), *notes],
+        **_factor_totals(outcomes),
     }
 
 
 def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
     """Return totals over all merged tensors: angles in radians, norm ratios, iterations, residuals."""
-    merged = {o.step.group: o.solution.geometry for o in outcomes if o.solution is not None}
-    geometry = list(merged.values())
+    geometry = list({o.step.group: o.geometry for o in outcomes if o.geometry is not None}.values())
     counts = {action: sum(o.action == action for o in outcomes) for action in ("merge", "copy", "skip")}
     totals: dict[str, Any] = {"n_merged": counts["merge"], "n_copied": counts["copy"], "n_skipped": counts["skip"]}
     if not geometry:
@@ -86,3 +88,32 @@ def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
         "n_not_converged": sum(len(g.unconverged) for g in geometry),
         "n_ambiguous": sum(g.n_ambiguous for g in geometry),
     }
+
+
+def zero_notes(plan: MergePlan, outcomes: Sequence[StepOutcome]) -> list[str]:
+    """Say which adapters have factors whose product is zero: no direction, but a weight."""
+    notes = []
+    for index, expert in enumerate(plan.experts):
+        if plan.layout is not None or expert.adapter is None:
+            continue
+        zero = [
+            expert.adapter.deltas[o.step.name].module
+            for o in outcomes
+            if o.step.name in expert.adapter.deltas and o.geometry is not None and o.geometry.norms[index] == 0
+        ]
+        if zero:
+            notes.append(
+                f"Adapter {expert.spec!r} has a zero delta in {len(zero)} of {len(outcomes)} modules ({some(zero)}): "
+                "no direction, but its weight counts in the norm."
+            )
+    return notes
+
+
+def _factor_totals(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
+    """Largest rank of a merged adapter, and the norm of what recompression left out as a share of its norm."""
+    details = [outcome.details for outcome in outcomes if outcome.details is not None]
+    if not details:
+        return {}
+    total = math.hypot(*(found["norm"] for found in details))
+    lost = math.hypot(*(found["norm"] * found["truncation_error"] for found in details))
+    return {"truncation_error": lost / total if total else 0.0, "max_rank": max(found["rank"] for found in details)}

@@ -1,0 +1,338 @@
+"""Where merged tensors go: into the shards of a full model, or as factors into an adapter."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from xxhash import xxh3_128_hexdigest
+
+from hf_frmerge.checkpoints.adapters.base import common_base
+from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter, make_config
+from hf_frmerge.checkpoints.beside.donor import write_config
+from hf_frmerge.checkpoints.beside.look_beside import copy_files
+from hf_frmerge.checkpoints.disk import make_folder
+from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, INDEX_FILE
+from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space
+from hf_frmerge.geometry.lowrank import Factors, concatenate, recompress
+from hf_frmerge.geometry.sphere import combine, dot
+from hf_frmerge.kernels import digest
+from hf_frmerge.merging.engine.decisions import Decision, Solution, Trimming
+from hf_frmerge.merging.engine.factor_inputs import FactorInputs
+from hf_frmerge.merging.engine.inputs import TensorInputs
+from hf_frmerge.merging.engine.ordered_pool import ordered_pool
+from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hf_frmerge.checkpoints.adapters.rows import AdapterRow
+    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.merging.engine.tensor_work import TensorWork
+    from hf_frmerge.merging.planning.blocks import Piece
+    from hf_frmerge.merging.planning.plan import MergePlan
+
+
+class Output(Protocol):
+    """
+    What the engine writes to. Methods that take a piece are called from any thread.
+
+    Attributes:
+        staging: folder of what is unfinished.
+        notes: what should be said about the output, known when all is laid out.
+    """
+
+    staging: Path
+    notes: list[str]
+
+    def begin(self) -> bool:
+        """Make the unfinished files, or go on with those of an earlier run; return whether any had to be made."""
+        ...
+
+    def lay_out(self, tensors: Sequence[TensorWork]) -> None:
+        """Learn what was decided for a batch, before any of it is written or read back."""
+        ...
+
+    def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
+        """Carry out the decision on a piece and write it; return the digest of what was written."""
+        ...
+
+    def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
+        """Write a piece of the one tensor there is; return the digest of what was written."""
+        ...
+
+    def read_back(self, tensor: TensorWork, piece: Piece) -> str:
+        """Return the digest of what lies in the unfinished output."""
+        ...
+
+    def details(self, tensor: str) -> dict[str, Any] | None:
+        """Return what is to be recorded of a written tensor beside its decision."""
+        ...
+
+    def sync(self) -> None:
+        """Force to disk what this process wrote."""
+        ...
+
+    def publish(self) -> dict[str, Path]:
+        """Give the files their names; return all that are not shards, but for the config, by name."""
+        ...
+
+    def write_config(self) -> Path:
+        """Write the config, without which no loader takes the folder for a model, beside what is unfinished."""
+        ...
+
+    def close(self) -> None:
+        """Close the files; they stay for a resume."""
+        ...
+
+
+def apply_decision(
+    decision: Decision, inputs: TensorInputs, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], dtype: str
+) -> str:
+    """Write the merged elements of a piece into `out`, each rounded once from float64, and return their digest."""
+    if isinstance(decision, Trimming):
+        return inputs.trim(kernels, piece, decision, out, dtype)
+    return inputs.combine(kernels, piece, decision.coefficients, out, dtype)
+
+
+class ShardOutput:
+    """Tensors at their places in the shards of a full model."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        assert plan.layout is not None
+        self._plan = plan
+        self._writer = CheckpointWriter(plan.layout, plan.args.output_dir)
+        self.staging = self._writer.staging
+        self.notes: list[str] = []
+        self._local = threading.local()
+
+    def begin(self) -> bool:
+        """Make the unfinished shards, or go on with those of an earlier run; return whether any had to be made."""
+        if not self.staging.exists():
+            check_free_space(self._writer.output_dir, self._writer.layout.file_bytes)
+        return bool(self._writer.reopen())
+
+    def lay_out(self, tensors: Sequence[TensorWork]) -> None:
+        """Do nothing: places follow from the plan."""
+
+    def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
+        """Carry out the decision on a piece and write it; return the digest of what was written."""
+        assert tensor.decision is not None and isinstance(tensor.inputs, TensorInputs)
+        out = self._buffer(tensor, piece)
+        found = apply_decision(tensor.decision, tensor.inputs, kernels, piece, out, tensor.step.dtype)
+        self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], out)
+        return found
+
+    def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
+        """Write a piece of the one tensor there is; return the digest of what was written."""
+        assert isinstance(tensor.inputs, TensorInputs)
+        data, found = tensor.inputs.copy(kernels, piece, self._buffer(tensor, piece), tensor.step.dtype)
+        self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], data)
+        return found
+
+    def read_back(self, tensor: TensorWork, piece: Piece) -> str:
+        """Return the digest of what lies in the unfinished shard."""
+        return digest(self._writer.read_back(tensor.step.name, *tensor.byte_range(piece)))
+
+    def details(self, tensor: str) -> None:
+        """Return nothing: the decision says all."""
+
+    def sync(self) -> None:
+        """Force this process's shards to disk."""
+        self._writer.sync()
+
+    def publish(self) -> dict[str, Path]:
+        """Name the shards, and put beside them what the model takes over from its donor."""
+        folder = self._writer.output_dir
+        names = copy_files(self._plan.carried, folder)
+        self._writer.publish()
+        names += [INDEX_FILE] if self._writer.layout.index_json() is not None else []
+        return {name: folder / name for name in names}
+
+    def write_config(self) -> Path:
+        """Write `config.json` beside the unfinished shards."""
+        return write_config(self._plan.donor.source, self.staging, dtype=self._plan.args.dtype)
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._writer.close()
+
+    def _buffer(self, tensor: TensorWork, piece: Piece) -> NDArray[np.uint8]:
+        """Return this thread's output buffer, cut to the piece. Fresh memory is slow, so it is kept."""
+        start, stop = tensor.byte_range(piece)
+        held: NDArray[np.uint8] | None = self._local.__dict__.get("buffer")
+        if held is None or held.size < stop - start:
+            held = self._local.buffer = np.empty(max(stop - start, PIECE_ELEMENTS * 4), np.uint8)
+        return held[: stop - start]
+
+
+@dataclass(frozen=True)
+class FactorDetails:
+    """
+    How one module was written.
+
+    Attributes:
+        rank: of the written factors.
+        norm: Frobenius norm of the merged delta.
+        truncation_error: norm of what recompression left out, as a share of `norm`; 0 where nothing was.
+    """
+
+    rank: int
+    norm: float
+    truncation_error: float
+
+
+class FactorOutput:
+    """
+    Modules as factors in one adapter file.
+
+    The file is laid out when all modules are decided: ranks follow from the coefficients. So they are one batch.
+    """
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan = plan
+        self._modules: dict[str, AdapterModule] = {}
+        self._details: dict[str, FactorDetails] = {}
+        self._writer = AdapterWriter(plan.args.output_dir, plan.steps[0].dtype)
+        self.staging = self._writer.staging
+        self.notes: list[str] = []
+
+    def begin(self) -> bool:
+        """Make the folder of what is unfinished. The file follows when it can be laid out, in one process."""
+        make_folder(self.staging)
+        return False
+
+    def lay_out(self, tensors: Sequence[TensorWork]) -> None:
+        """Decide the rank of every module, and make the file or go on with that of an earlier run."""
+        args, base = self._plan.args, self._plan.base
+        most = max(_most_rank(_row(tensor), _coefficients(tensor)) for tensor in tensors)
+        wanted = None if args.adapter_rank is None else min(args.adapter_rank, most)
+        with ordered_pool(args.num_workers) as workers:
+            found = workers.map(
+                lambda tensor: _rank(_row(tensor), _coefficients(tensor), wanted, args.adapter_energy), tensors
+            )
+            modules = [_module(_row(tensor), rank) for tensor, rank in zip(tensors, found)]
+        self._modules = {tensor.step.name: module for tensor, module in zip(tensors, modules)}
+        self.notes = _rank_notes([module.rank for module in modules], most)
+        adapters = [expert.adapter for expert in self._plan.experts if expert.adapter]
+        base_model, revision = common_base(adapters, base.source if base else None)
+        source = next((a.config.raw for a in adapters if a.config.base_model), adapters[0].config.raw)
+        config = make_config(source, modules) | {"base_model_name_or_path": base_model, "revision": revision}
+        self._writer.lay_out(modules, config)
+
+    def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
+        """Put the factors of a module together and write them; return the digest of what was written."""
+        row, coefficients = _row(tensor), _coefficients(tensor)
+        module, used = self._modules[tensor.step.name], _used(row, coefficients)
+        if module.rank < _full_rank(row, used):
+            pair, error = recompress(concatenate(row.factors(used), coefficients), module.rank)
+        else:
+            pair, error = _exact(row, coefficients, used), 0.0
+        # After a resume it was not measured in this run.
+        gram = tensor.grams[0] if tensor.grams.any() else tensor.inputs.gram(kernels, piece)[0][0]
+        norm = float(np.sqrt(np.maximum(dot(combine(coefficients, gram), coefficients), 0.0)))
+        self._details[tensor.step.name] = FactorDetails(module.rank, norm, error)
+        missing = module.rank - pair.A.shape[0]  # one rank for all modules fills some up with zeros
+        up, down = np.pad(pair.B, ((0, 0), (0, missing))), np.pad(pair.A, ((0, missing), (0, 0)))
+        return _joint_digest(self._writer.write(module, up, down))
+
+    def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
+        """Refuse: nothing in an adapter can stand for a module of the base."""
+        raise AssertionError("plans of adapters copy nothing")
+
+    def read_back(self, tensor: TensorWork, piece: Piece) -> str:
+        """Return the digest of the factors that lie in the unfinished file."""
+        return _joint_digest(self._writer.read_back(self._modules[tensor.step.name]))
+
+    def details(self, tensor: str) -> dict[str, Any]:
+        """Return rank, norm and truncation error of a written module."""
+        return asdict(self._details[tensor])
+
+    def sync(self) -> None:
+        """Force the file to disk."""
+        self._writer.sync()
+
+    def publish(self) -> dict[str, Path]:
+        """Name the file, and put beside it what the adapter takes over."""
+        folder = self._writer.output_dir
+        names = copy_files(self._plan.carried, folder)
+        self._writer.publish()
+        return {name: folder / name for name in [*names, ADAPTER_FILE]}
+
+    def write_config(self) -> Path:
+        """Write `adapter_config.json` beside the unfinished file."""
+        return self._writer.write_config()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def _joint_digest(parts: Sequence[NDArray[np.uint8]]) -> str:
+    return xxh3_128_hexdigest(b"".join(part.data for part in parts))
+
+
+def _row(tensor: TensorWork) -> AdapterRow:
+    assert isinstance(tensor.inputs, FactorInputs)
+    return tensor.inputs.row
+
+
+def _coefficients(tensor: TensorWork) -> NDArray[np.float64]:
+    assert isinstance(tensor.decision, Solution)
+    return tensor.decision.coefficients[0]
+
+
+def _used(row: AdapterRow, coefficients: NDArray[np.float64]) -> list[bool]:
+    """Tell which adapters' factors are written: those with a coefficient, or one if there is none."""
+    used = [bool(c) and delta is not None for c, delta in zip(coefficients, row.deltas)]
+    return used if any(used) else [delta is row.first for delta in row.deltas]
+
+
+def _full_rank(row: AdapterRow, used: Sequence[bool]) -> int:
+    return sum(delta.rank for delta, use in zip(row.deltas, used) if use and delta is not None)
+
+
+def _rank(row: AdapterRow, coefficients: NDArray[np.float64], rank: int | None, energy: float | None) -> int:
+    """Return the rank to write. The file is laid out before it is written, so an energy bound is worked out twice."""
+    used = _used(row, coefficients)
+    if energy is not None:
+        return recompress(concatenate(row.factors(used), coefficients), rank, energy)[0].A.shape[0]
+    return _full_rank(row, used) if rank is None else rank
+
+
+def _most_rank(row: AdapterRow, coefficients: NDArray[np.float64]) -> int:
+    """Return the rank that the merged delta of a module does not exceed."""
+    return min(_full_rank(row, _used(row, coefficients)), row.n_out, row.n_in)
+
+
+def _rank_notes(ranks: Sequence[int], most: int) -> list[str]:
+    """Say that ranks differ: PEFT reads every module's own, others the one of the whole adapter."""
+    if len(set(ranks)) == 1:
+        return []
+    return [
+        f"The modules of the merged adapter have ranks from {min(ranks)} to {max(ranks)}, listed in rank_pattern and "
+        "alpha_pattern of its adapter_config.json. PEFT reads these; runtimes that read only r and lora_alpha scale "
+        f"some modules wrongly. adapter_rank={most} (--adapter-rank {most}) gives all modules one rank and loses "
+        "nothing; a lower one makes a smaller file, and what it loses is reported."
+    ]
+
+
+def _exact(row: AdapterRow, coefficients: NDArray[np.float64], used: Sequence[bool]) -> Factors:
+    """Like `concatenate`, but float32 where the inputs are: half the memory traffic for what is rounded next."""
+    parts = [
+        (pair.B * np.float64(c * pair.scale), pair.A)
+        for c, pair, use in zip(coefficients, row.factors(used), used)
+        if use
+    ]
+    dtype = np.result_type(*(down for _, down in parts))
+    up = np.concatenate([up for up, _ in parts], axis=1, dtype=dtype, casting="same_kind")
+    return Factors(up, np.concatenate([down for _, down in parts]))
+
+
+def _module(row: AdapterRow, rank: int) -> AdapterModule:
+    first = row.first
+    return AdapterModule(first.module, first.kind, rank, row.n_out, first.down.shape[1:])

@@ -1,0 +1,116 @@
+"""Coefficients from a file in place of a method: read, and held against the tensors they are for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from xxhash import xxh3_128_hexdigest
+
+from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hf_frmerge.merging.planning.plan import TensorStep
+
+COEFFICIENTS_FILE = "merge_coefficients.safetensors"
+
+
+@dataclass(frozen=True)
+class CoefficientTable:
+    """
+    Tensor -> coefficients `(blocks, experts)`, float64, on the points of a merge.
+
+    Attributes:
+        origin: where it was read, for messages.
+        space: whether the points are weights or deltas, if the file says so.
+        digest: of the file; another table makes another merge.
+    """
+
+    origin: str
+    rows: dict[str, NDArray[np.float64]]
+    space: str | None
+    digest: str
+
+
+def read_coefficients(path: str | Path) -> CoefficientTable:
+    """
+    Read a coefficient table.
+
+    Args:
+        path: A safetensors file, or the folder of a merge, local or behind a URL.
+
+    Raises:
+        CheckpointError: If there is none, it is damaged, or a tensor in it is no table of floats.
+        NonFiniteError: If a coefficient is NaN or infinite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    where, name = str(path), COEFFICIENTS_FILE
+    if where.endswith(".safetensors"):
+        where, _, name = where.rpartition("/")
+    folder = open_folder(where or ".")
+    if not folder.exists(name):
+        raise CheckpointError(f"{path} has no {name}: it was not written by hf_frmerge, or is torn.")
+    data = folder.read(name)
+    try:
+        rows = load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{where}/{name} is damaged: {error}. Merge again.") from error
+    for tensor, row in rows.items():
+        if row.ndim != 2 or row.dtype.kind != "f" or 0 in row.shape:
+            raise CheckpointError(
+                f"{where}/{name}: {tensor!r} is {row.dtype} of shape {list(row.shape)}, expected floating-point "
+                "numbers, blocks down and experts across."
+            )
+        if not np.isfinite(row).all():
+            raise NonFiniteError(f"{where}/{name}: a coefficient of {tensor!r} is not a finite number. Correct it.")
+    size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    rows = {tensor: row.astype(np.float64) for tensor, row in rows.items()}
+    return CoefficientTable(str(path), rows, metadata.get("space"), xxh3_128_hexdigest(data))
+
+
+def cut_as_given(steps: Sequence[TensorStep], table: CoefficientTable, n_experts: int) -> list[TensorStep]:
+    """
+    Cut every merged tensor into the blocks that a table has coefficients for; each is a group of its own.
+
+    Raises:
+        ArgumentError: If a tensor has no coefficients, or they do not fit it or the experts; or if the table has
+            coefficients for a tensor that is not merged.
+    """
+    merged = {step.name for step in steps if step.action == "merge"}
+    missing, unknown = sorted(merged - table.rows.keys()), sorted(table.rows.keys() - merged)
+    if missing:
+        raise ArgumentError(
+            f"{table.origin} has no coefficients for {some(missing)}, which would be merged. Add a row of them for "
+            "every such tensor."
+        )
+    if unknown:
+        raise ArgumentError(
+            f"{table.origin} has coefficients for {some(unknown)}, which is no tensor to merge here. Leave it out, or "
+            "pass the models that the table is for."
+        )
+    return [_cut(step, table, n_experts) if step.action == "merge" else step for step in steps]
+
+
+def _cut(step: TensorStep, table: CoefficientTable, n_experts: int) -> TensorStep:
+    n_blocks, n_columns = table.rows[step.name].shape
+    if n_columns != n_experts:
+        raise ArgumentError(
+            f"{table.origin}: {step.name!r} has coefficients for {n_columns} experts, but {n_experts} are given."
+        )
+    if n_blocks > 1 and (not step.shape or step.shape[0] % n_blocks):
+        raise ArgumentError(
+            f"{table.origin}: {step.name!r} has {n_blocks} rows of coefficients, but a tensor of shape "
+            f"{list(step.shape)} cannot be cut into that many blocks of whole rows. Give one, or as many as divide it."
+        )
+    return replace(step, group=step.name, n_blocks=n_blocks, block_len=step.numel // n_blocks)

@@ -1,0 +1,62 @@
+"""Adapters merged into an adapter by the engine, and what the record says of every module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.outcomes import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.planning.coefficient_table import read_coefficients
+from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.merging.run import run_merge
+
+
+@dataclass(frozen=True)
+class RecordedModule:
+    """One module, from the record of a merge."""
+
+    target: str
+    rank: int
+    norm: float
+    truncation_error: float
+    coefficients: list[float]
+    geometry: dict[str, Any]
+
+    @property
+    def module(self) -> str:
+        return self.target.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class RecordedAdapter:
+    """A merged adapter, from its record."""
+
+    modules: list[RecordedModule]
+    truncation_error: float
+    notes: list[str]
+
+
+def merge_adapters(
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    output: Path,
+    observer: StepObserver | None = None,
+    **options: Any,
+) -> RecordedAdapter:
+    args = MergingArguments(output_dir=str(output), **options)
+    with closing(build_plan([str(folder) for folder in folders], args, weights)) as plan:
+        outcome = run_merge(plan, observer or StepObserver(), Processes())
+    table = read_coefficients(output).rows
+    modules = [
+        RecordedModule(
+            name, entry["rank"], entry["norm"], entry["truncation_error"], table[name][0].tolist(), entry["geometry"]
+        )
+        for name, entry in read_manifest(output)["tensors"].items()
+    ]
+    return RecordedAdapter(modules, outcome.report["truncation_error"], outcome.report["notes"])
