@@ -72,9 +72,10 @@ def make_adapters(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Run in a process of its own, so that time and memory are those of one merge."""
+    from hf_frmerge.merging.adapters import merge_adapters
+
     from hf_frmerge.checkpoints.adapters.adapter import open_adapter
     from hf_frmerge.checkpoints.resolve import resolve
-    from hf_frmerge.merging.adapters import merge_adapters
 
     imported = time.process_time()
     adapters = [open_adapter(resolve(str(args.workdir / f"adapter-{i}"))) for i in range(args.adapters)]

@@ -102,7 +102,7 @@ def test_the_source_distribution_builds_with_a_compiler_and_without(tmp_path: Pa
     program = (
         "from hf_frmerge.demo.texts import expert_dirs; "
         "from hf_frmerge import FisherRaoMerger as M, MergingArguments as A; "
-        "from hf_frmerge.kernels import load_kernels; "
+        "from hf_frmerge.kernels.load import load_kernels; "
         "args = A(output_dir='out', disable_tqdm=True); "
         "merger = M([str(folder) for folder in expert_dirs().values()], args).merge(); "
         "print(load_kernels().name, merger.report['n_merged'])"

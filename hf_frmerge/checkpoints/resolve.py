@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hf_frmerge.checkpoints.folders import LocalFolder, open_folder
+from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.source import Source, is_on_hub, kind_of
 from hf_frmerge.errors import CheckpointError
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder
+    from hf_frmerge.checkpoints.local_folder import LocalFolder
+    from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 

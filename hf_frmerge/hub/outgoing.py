@@ -15,7 +15,7 @@ from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.source import is_hub_id
 from hf_frmerge.checkpoints.tensors.writer import STAGING
 from hf_frmerge.errors import HubError
-from hf_frmerge.hub.card.commands import hide_local_paths
+from hf_frmerge.hub.card.private_paths import hide_local_paths, is_public_base
 from hf_frmerge.merging.record.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
@@ -75,14 +75,6 @@ def check_base_is_public(folder: Path) -> None:
             f"{ADAPTER_CONFIG} names the base model {name!r}, which is no Hub id: nobody else would find it. Merge "
             'again with the Hub id of the base (--base-model ORG/NAME, base_model="ORG/NAME"), then push.'
         )
-
-
-def is_public_base(folder: Path, name: str) -> bool:
-    """Whether the base that the merged adapter in `folder` names is on the Hub; a path can read as an id, too."""
-    base = read_manifest(folder)["base_model"]
-    if base and base["on_hub"] and base["id"] == name:
-        return True
-    return "/" in name and is_hub_id(name) and not Path(name).exists()
 
 
 def check_nothing_local(folder: Path, token: str | None) -> None:

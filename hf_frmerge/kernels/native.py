@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.kernels import Combined, Operand, _native, digest, digests_of
+from hf_frmerge.kernels import _native
+from hf_frmerge.kernels.interface import Combined, Operand, digest, digests_of
 
 _SHORT = 240
 """Bytes up to which XXH3 is another function, which the extension does not have."""

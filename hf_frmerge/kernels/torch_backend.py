@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.kernels import ITEMSIZE, OVERFLOWS_AT, Combined, Operand, digest, digests_of
+from hf_frmerge.kernels.interface import ITEMSIZE, OVERFLOWS_AT, Combined, Operand, digest, digests_of
 
 _PRECISION = {"BF16": (8, 2.0**-126), "F16": (11, 2.0**-14)}  # significant bits, least normal number
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

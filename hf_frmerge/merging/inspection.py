@@ -11,10 +11,10 @@ import numpy as np
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.geometry.portable import fold
-from hf_frmerge.kernels import load_kernels
+from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.engine import worker_count
-from hf_frmerge.merging.engine.open_inputs import open_tensors
 from hf_frmerge.merging.engine.solve import points_of, solve
+from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.planning.blocks import pieces
 from hf_frmerge.merging.record.summary import ROUNDING_ANGLE
 from hf_frmerge.methods.span import SpanOptions
@@ -22,8 +22,9 @@ from hf_frmerge.methods.span import SpanOptions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
+    from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.tensors.reader import unchanged
 from hf_frmerge.checkpoints.tensors.writer import remove_staging
 from hf_frmerge.errors import MergeError
-from hf_frmerge.kernels import load_kernels
+from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.engine import Engine
 from hf_frmerge.merging.engine.journal import Journal, fingerprint, modification_marks
-from hf_frmerge.merging.engine.outputs import FactorOutput, Output, ShardOutput
+from hf_frmerge.merging.engine.output import Output
 from hf_frmerge.merging.engine.shared_observer import SharedObserver
 from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
+from hf_frmerge.merging.outputs.factor_output import FactorOutput
+from hf_frmerge.merging.outputs.shard_output import ShardOutput
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record.manifest import write_coefficients, write_manifest
 from hf_frmerge.merging.record.summary import MergeOutcome, make_report
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hf_frmerge.checkpoints.lock import FolderLock
-    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
     from hf_frmerge.merging.engine.processes import Processes
     from hf_frmerge.merging.planning.plan import MergePlan

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, load_record
-from hf_frmerge.hub.card.commands import is_about_the_result
+from hf_frmerge.merging.arguments.result_options import is_about_the_result
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
 from hf_frmerge.merging.record.manifest import read_manifest, recorded_models
 from hf_frmerge.provenance.plan_again import record_folder

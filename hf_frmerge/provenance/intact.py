@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint
 from hf_frmerge.errors import CheckpointError, HubError
-from hf_frmerge.kernels import digest
-from hf_frmerge.merging.engine.inputs import join_digests
+from hf_frmerge.kernels.interface import digest
+from hf_frmerge.merging.operands.tensor_inputs import join_digests
 from hf_frmerge.merging.planning.blocks import block_shape, head_dim_of, pieces
 from hf_frmerge.merging.record.checksums import header_digest, sha256_of
 from hf_frmerge.merging.record.manifest import read_manifest

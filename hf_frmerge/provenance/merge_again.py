@@ -17,7 +17,7 @@ from hf_frmerge.provenance.plan_again import by_name, find_models, plan_again, r
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from hf_frmerge.merging.planning.plan import TensorStep
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 @dataclass

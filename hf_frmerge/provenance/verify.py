@@ -14,13 +14,12 @@ import numpy as np
 from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint, unchanged
 from hf_frmerge.errors import CheckpointError, NonFiniteError
-from hf_frmerge.kernels import load_kernels
-from hf_frmerge.merging.engine.decisions import Trimming
+from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.decisions import Trimming
 from hf_frmerge.merging.engine.engine import StepObserver, worker_count
-from hf_frmerge.merging.engine.inputs import join_digests
-from hf_frmerge.merging.engine.open_inputs import open_tensors
-from hf_frmerge.merging.engine.outputs import apply_decision
 from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.operands.open_inputs import open_tensors
+from hf_frmerge.merging.operands.tensor_inputs import join_digests
 from hf_frmerge.merging.planning.blocks import pieces
 from hf_frmerge.merging.planning.coefficient_table import read_coefficients
 from hf_frmerge.merging.record.checksums import header_digest, sha256_of
@@ -40,10 +39,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
-    from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.engine.decisions import Decision
-    from hf_frmerge.merging.engine.inputs import TensorInputs
-    from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
+    from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.decisions import Decision
+    from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
+    from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 @dataclass
@@ -210,7 +210,7 @@ def _check_tensor(
         expected = np.empty((piece.stop - piece.start) * size, np.uint8)
         try:
             if decision is not None:
-                apply_decision(decision, inputs, kernels, piece, expected, step.dtype)
+                inputs.apply(decision, kernels, piece, expected, step.dtype)
             else:
                 expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
         except NonFiniteError as error:

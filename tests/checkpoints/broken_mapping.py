@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from hf_frmerge.checkpoints.page_cache import MappedRange, Mapping, prefetch
-from hf_frmerge.kernels import Operand
+from hf_frmerge.kernels.interface import Operand
 from hf_frmerge.kernels.native import NativeKernels, _native
 from hf_frmerge.kernels.torch_backend import TorchKernels
 

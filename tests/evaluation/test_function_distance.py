@@ -20,8 +20,8 @@ from hf_frmerge.evaluation.measures.function_distance import (
     pair_distances,
     summarise,
 )
-from hf_frmerge.evaluation.measures.predictions import predictions
 from hf_frmerge.evaluation.measures.token_tables import OutputFormat, TokenTable
+from hf_frmerge.evaluation.models.predictions import predictions
 from hf_frmerge.evaluation.record import MERGED, FunctionDistance
 from hf_frmerge.geometry.simplex import barycentre, chord_to_distance, fisher_rao_distance
 

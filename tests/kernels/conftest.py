@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_frmerge.kernels import Kernels
+from hf_frmerge.kernels.interface import Kernels
 from hf_frmerge.kernels.torch_backend import TorchKernels
 
 try:

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128_hexdigest
 
-from hf_frmerge.kernels import ITEMSIZE, Operand
+from hf_frmerge.kernels.interface import ITEMSIZE, Operand
 
 DTYPES = ["BF16", "F16", "F32", "F64"]
 GUARD = 0xA5
@@ -218,7 +218,7 @@ def test_one_infinity_or_nan_is_seen_wherever_it_is(kernels, dtype, out_dtype):
 @given(values=st.lists(st.floats(width=64), min_size=1, max_size=40))
 @example(values=[math.inf, -math.inf, math.nan, 0.0, -0.0, 2.0**-1074, 1.7976931348623157e308])
 def test_any_float64_rounds_to_nearest_even(values):
-    from hf_frmerge.kernels import load_kernels
+    from hf_frmerge.kernels.load import load_kernels
     from hf_frmerge.kernels.torch_backend import TorchKernels
 
     for backend in (load_kernels(), TorchKernels("cpu")):

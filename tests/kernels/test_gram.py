@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from hf_frmerge.kernels import Kernels, Operand
+from hf_frmerge.kernels.interface import Kernels, Operand
 
 DTYPES = ["BF16", "F16", "F32", "F64"]
 NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.kernels import Operand, load_kernels
+from hf_frmerge.kernels.interface import Operand
+from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.kernels.torch_backend import TorchKernels
 
 

@@ -21,7 +21,7 @@ from hf_frmerge.errors import AmbiguousMeanError, ArgumentError, CheckpointError
 from hf_frmerge.geometry.core_space import core_space
 from hf_frmerge.geometry.lowrank import Factors
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
-from hf_frmerge.merging.engine.outputs import FactorOutput
+from hf_frmerge.merging.outputs.factor_output import FactorOutput
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.methods.table import METHODS
 

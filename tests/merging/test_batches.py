@@ -13,7 +13,7 @@ from hf_frmerge.errors import AmbiguousMeanError
 from hf_frmerge.merging.engine import batches
 from hf_frmerge.merging.engine.batches import in_batches
 from hf_frmerge.merging.engine.solve import solve
-from hf_frmerge.merging.planning.plan import TensorStep
+from hf_frmerge.merging.planning.tensor_step import TensorStep
 from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.table import METHODS
 

@@ -22,9 +22,8 @@ from hf_frmerge.merging.callbacks.callback import (
     MergeCallback,
     MergeControl,
     PrinterCallback,
-    StepResult,
 )
-from hf_frmerge.merging.callbacks.state import MergeState
+from hf_frmerge.merging.callbacks.state import MergeState, StepResult
 
 EVENTS = [name for name in vars(MergeCallback) if name.startswith("on_")]
 

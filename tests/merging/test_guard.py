@@ -8,9 +8,9 @@ import pytest
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl, StepResult
+from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl
 from hf_frmerge.merging.callbacks.collapse_guard import CollapseGuardCallback
-from hf_frmerge.merging.callbacks.state import MergeState
+from hf_frmerge.merging.callbacks.state import MergeState, StepResult
 from hf_frmerge.merging.callbacks.thresholds import Trip, parse_threshold
 
 ARGS = MergingArguments()

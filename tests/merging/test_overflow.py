@@ -14,12 +14,13 @@ from merge_reference import naive_karcher, random_model, write_family, write_mod
 from safetensors.torch import load_file, save_file
 
 from hf_frmerge.errors import CheckpointError, NonFiniteError
-from hf_frmerge.kernels import Operand, load_kernels
+from hf_frmerge.kernels.interface import Operand
+from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.engine import overflow
-from hf_frmerge.merging.engine.inputs import TensorInputs
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.operands import overflow
+from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.provenance import verify
@@ -104,6 +105,19 @@ def test_a_beta_of_everything_is_an_answer_where_points_coincide(tmp_path: Path)
     assert torch.equal(merged[PROJECTION], model[PROJECTION])
     merged = merge(experts, tmp_path / "scaled", experts[0], method="task_arithmetic", scale=0.0)
     assert torch.equal(merged[PROJECTION], model[PROJECTION])
+
+
+def test_a_median_norm_of_zero_is_an_answer(tmp_path: Path) -> None:
+    """Two of three rows are zero, so half of the weight does not exceed 0; of these alone nothing is left."""
+    models = [random_model(i) for i in range(3)]
+    for model in models[:2]:
+        model[PROJECTION][5] = 0
+    experts = [write_model(tmp_path / f"e{i}", model) for i, model in enumerate(models)]
+    for beta in (0.0, 1.0):
+        merged = merge(experts, tmp_path / f"out{beta}", block="row", norm="median", beta=beta)[PROJECTION]
+        assert merged.any(dim=1).tolist() == [row != 5 for row in range(24)]
+    with pytest.raises(NonFiniteError, match=r"with beta=1e\+308"):
+        merge(experts, tmp_path / "out", block="row", norm="median", beta=1e308)
 
 
 @pytest.mark.parametrize("power", [1000, -1020])

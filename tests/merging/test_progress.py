@@ -5,9 +5,9 @@ import re
 import pytest
 
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl, StepResult
+from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl
 from hf_frmerge.merging.callbacks.progress import ProgressCallback
-from hf_frmerge.merging.callbacks.state import MergeState
+from hf_frmerge.merging.callbacks.state import MergeState, StepResult
 
 ARGS = MergingArguments()
 

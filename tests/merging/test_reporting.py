@@ -9,9 +9,9 @@ from transformers import TrainerCallback
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl, StepResult
+from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl
 from hf_frmerge.merging.callbacks.reporting import ReporterBridge, reporting_callbacks
-from hf_frmerge.merging.callbacks.state import MergeState
+from hf_frmerge.merging.callbacks.state import MergeState, StepResult
 
 STEP = StepResult("w", "merge", 10, (1.0, 3.0), 1.0, 0.1, 3, 1e-13, True, 0)
 

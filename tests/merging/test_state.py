@@ -9,8 +9,7 @@ from merge_reference import SHAPES, write_family
 from transformers import TrainerState
 
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.callbacks.callback import StepResult
-from hf_frmerge.merging.callbacks.state import MergeState
+from hf_frmerge.merging.callbacks.state import MergeState, StepResult
 from hf_frmerge.merging.planning.build_plan import build_plan
 
 

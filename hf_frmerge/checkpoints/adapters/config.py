@@ -7,11 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
+from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.tensors.reader import read_json
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped_pattern
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.kernels import OVERFLOWS_AT
+from hf_frmerge.kernels.interface import OVERFLOWS_AT
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.checkpoints.disk import write_file
-from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder, open_folder
+from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
+from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.reader import read_file, read_json
 from hf_frmerge.errors import CheckpointError

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder, open_folder
+from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import MODULES_FILE, Module, parse_modules
+from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.source import Source
 from hf_frmerge.checkpoints.tensors.reader import read_file, some
 from hf_frmerge.errors import CheckpointError

@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_frmerge.checkpoints.folders import LocalFolder
 from hf_frmerge.checkpoints.hub.errors import is_unreachable, reading_from_hub
 from hf_frmerge.checkpoints.hub.folder import HubFolder, found_folder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import MODULES_FILE, parse_modules
 from hf_frmerge.checkpoints.source import HUB_SCHEME, WEIGHTS, Source, is_on_hub, kind_of
 from hf_frmerge.errors import CheckpointError, HubError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_frmerge.checkpoints.folders import RemoteFolder
 from hf_frmerge.checkpoints.hub.errors import reading_from_hub
+from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.source import HUB_SCHEME
 
 if TYPE_CHECKING:

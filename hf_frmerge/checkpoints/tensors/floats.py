@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.kernels import OVERFLOWS_AT
+from hf_frmerge.kernels.interface import OVERFLOWS_AT
 
 DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 

@@ -8,7 +8,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
+from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.errors import CheckpointError
 
 # Bits per element of every dtype code in the safetensors format, smallest alignment first: the order its own

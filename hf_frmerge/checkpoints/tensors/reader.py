@@ -13,8 +13,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.checkpoints.folders import LocalFolder, RemoteFolder, open_folder
+from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.page_cache import Mapping
+from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.header import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, read_header
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.evaluation.measures.predictions import Predictions
 from hf_frmerge.evaluation.measures.token_tables import Columns, OutputFormat, TokenTable
+from hf_frmerge.evaluation.models.predictions import Predictions
 from hf_frmerge.evaluation.record import MERGED, FunctionDistance, Objective, Spread
 from hf_frmerge.geometry.simplex import (
     Divergences,

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import MergeError
-from hf_frmerge.evaluation.measures.predictions import Predictions
+from hf_frmerge.evaluation.models.predictions import Predictions
 
 # Column -> dtype and width; width 1 is one number a token.
 Columns = Mapping[str, tuple[str, int]]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
-from hf_frmerge.checkpoints.folders import LocalFolder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import Source
 
 _READ_BYTES = 8 << 20

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from hf_frmerge.evaluation.measures.collapse import ActivationStatistics
 from hf_frmerge.evaluation.measures.function_distance import PAIR_COLUMNS, compare
-from hf_frmerge.evaluation.measures.predictions import predictions
 from hf_frmerge.evaluation.measures.token_tables import OutputFormat, TokenTable
+from hf_frmerge.evaluation.models.predictions import predictions
 from hf_frmerge.evaluation.text.forward import forward_blocks, rows_of
 from hf_frmerge.evaluation.text.token_blocks import TokenBlocks
 

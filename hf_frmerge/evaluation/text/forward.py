@@ -14,8 +14,8 @@ from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from hf_frmerge.evaluation.measures.predictions import predictions
 from hf_frmerge.evaluation.models.loading import predicts_next_token
+from hf_frmerge.evaluation.models.predictions import predictions
 from hf_frmerge.evaluation.text.token_blocks import (
     IGNORED_LABEL,
     Rows,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.hub.card.commands import (
     again_command,
-    hide_local_paths,
     reproduce_command,
     reproduce_python,
     result_arguments,
@@ -23,6 +22,7 @@ from hf_frmerge.hub.card.evaluation_section import evaluation_section, hide_name
 from hf_frmerge.hub.card.licences import LicenceDecision, SourceMetadata, combine
 from hf_frmerge.hub.card.markdown import cell
 from hf_frmerge.hub.card.model_index import eval_results
+from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.wording import parts
 from hf_frmerge.wording.geometry import geometry_verdicts
 from hf_frmerge.wording.methods import BLOCKS, NORMS, SPACES, bibtex, method_of

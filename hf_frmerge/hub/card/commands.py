@@ -6,56 +6,15 @@ Nothing here may carry a local path or a secret into a public card.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
 
 from hf_frmerge.hub.card.data import CardSource, MergeCard
-from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.engine.journal import result_options
+from hf_frmerge.hub.card.private_paths import hide_local_paths
+from hf_frmerge.merging.arguments.result_options import is_about_the_result
 
 # Arguments that change no bit of the result, but without which it might not be made.
 _NEEDED = ("strict", "allow_license")
-
-_PART = r"[^\s/\\'\"`,;:)\]}|]+"
-# An absolute POSIX path of two parts or more, `~/...`, `file:///...` or a Windows path; not the path of a URL.
-_ABSOLUTE_PATH = re.compile(
-    rf"(?:file://|(?<![\w:/.~@-]))(?:(?:/{_PART}){{2,}}|~(?:/{_PART})+)/?" rf"|(?<!\w)[A-Za-z]:(?:\\+{_PART})+\\*"
-)
-
-
-def hide_local_paths(text: str, sources: Sequence[CardSource] = ()) -> str:
-    """
-    Shorten local paths in `text` to their last part, as `./name`.
-
-    Args:
-        text (`str`):
-            Text on its way into a public card.
-        sources (`Sequence[CardSource]`, *optional*):
-            Sources whose local specs, relative ones too, are replaced by their folder name.
-
-    Returns:
-        `str`: Text without absolute paths; URLs and Hub ids stay.
-
-    Example:
-    ```python
-    >>> hide_local_paths("differs from /home/ann/experts/math: see https://hf.co/docs/hub")
-    'differs from ./math: see https://hf.co/docs/hub'
-
-    ```
-    """
-    local = [source for source in sources if source.repo_id is None]
-    for source in sorted(local, key=lambda source: len(source.spec), reverse=True):
-        if re.search(r"[\\/~]", source.spec):  # a bare folder name has nothing to hide and may be an ordinary word
-            text = text.replace(source.spec, f"./{source.name}")
-    return _ABSOLUTE_PATH.sub(lambda match: "./" + re.split(r"[\\/]", match[0].rstrip("\\/"))[-1], text)
-
-
-def is_about_the_result(argument: str) -> bool:
-    """Whether it takes this argument to make the same model: not if it says where to run, what to print or to push."""
-    is_known = argument in {field.name for field in fields(MergingArguments)}
-    return argument in (*result_options(), *_NEEDED) or not (is_known or argument.endswith("_token"))
 
 
 def result_arguments(card: MergeCard) -> dict[str, object]:

@@ -14,8 +14,8 @@ from hf_frmerge.evaluation.record import load_record
 from hf_frmerge.hub.card.card import write_card
 from hf_frmerge.hub.card.data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.card.licences import SourceMetadata, read_source_metadata
+from hf_frmerge.hub.card.private_paths import is_public_base
 from hf_frmerge.hub.card.tasks import read_task
-from hf_frmerge.hub.outgoing import is_public_base
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.record.manifest import (
     COEFFICIENTS_FILE,

@@ -54,8 +54,17 @@ def _methods_with(option: str) -> str:
     return ", ".join(method.name for method in METHODS.values() if option in method.options)
 
 
-def _describe(text: str, choices: Iterable[str] | None = None) -> dict[str, Any]:
-    return {"help": text} if choices is None else {"help": text, "choices": list(choices)}
+def _describe(text: str, choices: Iterable[str] | None = None, *, decides_result: bool = False) -> dict[str, Any]:
+    """
+    Return the metadata of a field.
+
+    Args:
+        text: What `--help` says.
+        choices: The values there are.
+        decides_result: Whether another value may make another model: a resume must not change it, and a card shows it.
+    """
+    found: dict[str, Any] = {"help": text, "decides_result": decides_result}
+    return found if choices is None else {**found, "choices": list(choices)}
 
 
 @dataclass
@@ -106,69 +115,92 @@ class MergingArguments:
     )
 
     # 1. The mean
-    method: str = field(default="karcher", metadata=_describe("How the experts are combined.", METHODS))
+    method: str = field(
+        default="karcher", metadata=_describe("How the experts are combined.", METHODS, decides_result=True)
+    )
     space: str | None = field(
         default=None,
         metadata=_describe(
             "Whether the points are the weights or their differences to the base model. Default: deltas if any expert "
             "is an adapter, else weights.",
             SPACES,
+            decides_result=True,
         ),
     )
-    block: str = field(default="tensor", metadata=_describe("What one sphere covers.", BLOCKS))
+    block: str = field(default="tensor", metadata=_describe("What one sphere covers.", BLOCKS, decides_result=True))
     norm: str = field(
         default="mean",
-        metadata=_describe("Which norm of the experts a merged block gets (weighted mean, median, max).", NORMS),
+        metadata=_describe(
+            "Which norm of the experts a merged block gets (weighted mean, median, max).", NORMS, decides_result=True
+        ),
     )
     beta: float = field(
         default=0.0,
         metadata=_describe(
-            "Exponent of the coherence factor on the norm: 0 keeps the norm, 1 is the plain mean, -1 the plain sum."
+            "Exponent of the coherence factor on the norm: 0 keeps the norm, 1 is the plain mean, -1 the plain sum.",
+            decides_result=True,
         ),
     )
     scale: float = field(
-        default=1.0, metadata=_describe(f"Factor of the deltas that are added to the base ({_methods_with('scale')}).")
+        default=1.0,
+        metadata=_describe(
+            f"Factor of the deltas that are added to the base ({_methods_with('scale')}).", decides_result=True
+        ),
     )
     density: float = field(
         default=0.2,
-        metadata=_describe(f"Share of the largest elements of every delta that stay ({_methods_with('density')})."),
+        metadata=_describe(
+            f"Share of the largest elements of every delta that stay ({_methods_with('density')}).",
+            decides_result=True,
+        ),
     )
     coefficients: str | None = field(
         default=None,
         metadata=_describe(
             "Safetensors file, or folder of a merge, with the coefficients of every tensor, blocks down and experts "
-            "across. They take the place of a method."
+            "across. They take the place of a method.",
+            decides_result=True,
         ),
     )
     tol: float = field(
         default=1e-12,
-        metadata=_describe("Stop the Karcher iteration when the gradient norm, in radians, is below this."),
+        metadata=_describe(
+            "Stop the Karcher iteration when the gradient norm, in radians, is below this.", decides_result=True
+        ),
     )
     max_iter: int = field(
         default=100,
-        metadata=_describe("Give up the Karcher iteration after this many steps; the report then says so."),
+        metadata=_describe(
+            "Give up the Karcher iteration after this many steps; the report then says so.", decides_result=True
+        ),
     )
     on_ambiguous: str = field(
         default="raise",
         metadata=_describe(
             "What to do with a block whose experts cancel out, so that no mean direction is preferred.",
             ("raise", "linear"),
+            decides_result=True,
         ),
     )
     weight_rules: list[str] | None = field(
         default=None,
         metadata=_describe(
             "Weights for some tensors only: ordered 'REGEX=w1,w2,...' rules, the first that matches a tensor name "
-            "wins; 'a:b:c' in place of a number is interpolated over the layers."
+            "wins; 'a:b:c' in place of a number is interpolated over the layers.",
+            decides_result=True,
         ),
     )
 
     # 2. Reading and writing
     dtype: str = field(
         default="auto",
-        metadata=_describe("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
+        metadata=_describe(
+            "Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES, decides_result=True
+        ),
     )
-    max_shard_size: str = field(default="50GB", metadata=_describe("Largest size of one output file, such as 5GB."))
+    max_shard_size: str = field(
+        default="50GB", metadata=_describe("Largest size of one output file, such as 5GB.", decides_result=True)
+    )
     overwrite: bool = field(default=False, metadata=_describe("Write into an output folder that is not empty."))
     resume_from_checkpoint: bool = field(
         default=False, metadata=_describe("Continue a merge that was interrupted in the same output folder.")
@@ -199,19 +231,23 @@ class MergingArguments:
     adapter_output: str = field(
         default="auto",
         metadata=_describe(
-            "Whether merged adapters are written as an adapter or added to the base model.", ADAPTER_OUTPUTS
+            "Whether merged adapters are written as an adapter or added to the base model.",
+            ADAPTER_OUTPUTS,
+            decides_result=True,
         ),
     )
     adapter_rank: int | None = field(
         default=None,
         metadata=_describe(
-            "Rank of all modules of the merged adapter, compressed if need be. Default: exact, ranks added up."
+            "Rank of all modules of the merged adapter, compressed if need be. Default: exact, ranks added up.",
+            decides_result=True,
         ),
     )
     adapter_energy: float | None = field(
         default=None,
         metadata=_describe(
-            "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1]."
+            "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1].",
+            decides_result=True,
         ),
     )
 

@@ -17,58 +17,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.errors import ArgumentError
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-    from hf_frmerge.merging.callbacks.state import MergeState
+    from hf_frmerge.merging.callbacks.state import MergeState, StepResult
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """
-    What happened to one tensor.
-
-    Args:
-        name (`str`):
-            Name of the tensor.
-        action (`str`):
-            `"merge"`, `"copy"` (not a floating-point tensor, or the same everywhere) or `"skip"` (a callback asked).
-        nbytes (`int`):
-            Bytes of the tensor in the output.
-        norms (`tuple[float, ...]`):
-            Frobenius norm of the tensor in each expert (of its delta in delta space).
-        norm_ratio (`float`):
-            Norm of the merged tensor over the weighted mean of `norms`: below 1 where the merge shrank it.
-        max_angle (`float`):
-            Largest angle between two experts in any block, in radians.
-        n_iter (`int`):
-            Most steps any block took.
-        residual (`float`):
-            Largest residual of any block, in radians.
-        converged (`bool`):
-            Whether all blocks met the tolerance.
-        ambiguous (`int`):
-            Blocks without a preferred direction, answered by `on_ambiguous="linear"`.
-        n_blocks (`int`, *optional*, defaults to `1`):
-            Blocks in the tensor.
-    """
-
-    name: str
-    action: Literal["merge", "copy", "skip"]
-    nbytes: int
-    norms: tuple[float, ...]
-    norm_ratio: float
-    max_angle: float
-    n_iter: int
-    residual: float
-    converged: bool
-    ambiguous: int
-    n_blocks: int = 1
 
 
 @dataclass

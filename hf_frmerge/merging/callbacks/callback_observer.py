@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl, StepResult
+from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl
+from hf_frmerge.merging.callbacks.state import StepResult
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.merging.callbacks.state import MergeState
-    from hf_frmerge.merging.planning.plan import TensorStep
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 class CallbackObserver(StepObserver):

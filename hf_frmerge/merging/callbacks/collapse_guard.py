@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl, StepResult
+from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl
+from hf_frmerge.merging.callbacks.state import StepResult
 from hf_frmerge.merging.callbacks.thresholds import Trip, parse_threshold
 
 if TYPE_CHECKING:

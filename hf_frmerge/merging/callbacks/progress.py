@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl, StepResult, readable_logs
+from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl, readable_logs
+from hf_frmerge.merging.callbacks.state import StepResult
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.values import did_you_mean
-from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl, StepResult
+from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl
+from hf_frmerge.merging.callbacks.state import StepResult
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

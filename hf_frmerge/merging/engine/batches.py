@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_frmerge.merging.planning.plan import TensorStep
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 # What a batch reads, at most, unless it is one tensor. The Gram pass reads all of it before the combine pass reads it
 # again: four times as much was 2 % faster, and would keep more pages mapped.

@@ -18,21 +18,22 @@ from typing import TYPE_CHECKING, Literal
 
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.engine.batches import in_batches
-from hf_frmerge.merging.engine.open_inputs import open_inputs
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.engine.rules import rule_for
 from hf_frmerge.merging.engine.tensor_work import BatchWork, TensorWork
+from hf_frmerge.merging.operands.open_inputs import open_inputs
 from hf_frmerge.merging.planning.blocks import Piece, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.engine.decisions import Decided
+    from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.decisions import Decided
     from hf_frmerge.merging.engine.journal import Journal
-    from hf_frmerge.merging.engine.outputs import Output
+    from hf_frmerge.merging.engine.output import Output
     from hf_frmerge.merging.engine.rules import Gather
-    from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
+    from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.disk import create_file, disk_errors, rename
 from hf_frmerge.errors import MergeError, ResumeError
-from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.engine.decisions import Decided, from_journal
+from hf_frmerge.merging.arguments.result_options import result_options
+from hf_frmerge.merging.decisions import Decided, from_journal
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -25,27 +24,6 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 2  # of the records; other versions cannot go on with each other's merges
 _AFTER_RECORD = len(', ""]\n') + 32  # bytes of a line after its record: a digest of 32 hexadecimal digits
-
-# Options that do not change a bit of the output: a merge may be resumed with others.
-_FREE_OPTIONS = frozenset(
-    {
-        "output_dir",
-        "overwrite",
-        "resume_from_checkpoint",
-        "allow_license",
-        "strict",
-        "stream_from_hub",
-        "memory_budget",
-        "num_workers",
-        "device",
-    }
-)
-
-
-def result_options() -> list[str]:
-    """Return the names of the options that can change a bit of the output."""
-    names = [f.name for f in fields(MergingArguments)]
-    return [name for name in names[: names.index("run_name")] if name not in _FREE_OPTIONS]
 
 
 def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_frmerge.merging.engine.decisions import Solution
+from hf_frmerge.merging.decisions import Solution
 
 if TYPE_CHECKING:
-    from hf_frmerge.merging.engine.decisions import Decision, Geometry
-    from hf_frmerge.merging.planning.plan import TensorStep
+    from hf_frmerge.merging.decisions import Decision, Geometry
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.errors import MergeError
 
 if TYPE_CHECKING:
-    from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
+    from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 # How long a process may wait for a slower one. By default gloo gives up after half an hour.

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hf_frmerge.merging.engine.decisions import Decided, Solution, Trimming
-from hf_frmerge.merging.engine.inputs import TensorInputs
+from hf_frmerge.merging.decisions import Decided, Solution, Trimming
 from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.merging.engine.tensor_work import TensorGram, sum_grams
+from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 from hf_frmerge.methods.sparse import Search, count_high, count_low, magnitude_keys, n_kept
 from hf_frmerge.methods.table import METHODS
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.plan import MergePlan
 

@@ -8,7 +8,8 @@ from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.engine.processes import Processes
-    from hf_frmerge.merging.planning.plan import MergePlan, TensorStep
+    from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 class SharedObserver(StepObserver):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ from hf_frmerge.errors import AmbiguousMeanError
 from hf_frmerge.geometry.gram import delta_gram, embed, embed_differences
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.geometry.sphere import combine, distance, dot, normalise, norms, pairwise_angles
-from hf_frmerge.merging.engine.decisions import Geometry, Solution
-from hf_frmerge.merging.engine.overflow import coefficients_overflow, squares_leave_float64
+from hf_frmerge.merging.decisions import Geometry, Solution
+from hf_frmerge.merging.operands.overflow import coefficients_overflow, squares_leave_float64
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -80,8 +81,10 @@ def solve(
         raise AmbiguousMeanError(_ambiguity(points_TBNK[first], result.ambiguous[first], tensors[first], experts))
 
     wild_T = ~np.isfinite(result.coefficients).all(axis=(1, 2))
-    if METHODS[method].is_directional:  # no expert at all is never an answer
-        wild_T |= (result.coefficients == 0).all(axis=2).any(axis=1)
+    vanished_TB = (result.coefficients == 0).all(axis=2)
+    if vanished_TB.any() and options.beta:  # the median of norms may be 0, but no power of the coherence is
+        plain = METHODS[method].solver()(points_TBNK, weights_T1N, replace(options, beta=0.0))
+        wild_T |= (vanished_TB & plain.coefficients.any(axis=2)).any(axis=1)
     if wild_T.any():
         raise coefficients_overflow(tensors[int(np.argmax(wild_T))], method, options)
 

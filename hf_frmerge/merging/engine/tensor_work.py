@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS
-from hf_frmerge.merging.engine.inputs import join_digests
+from hf_frmerge.merging.operands.tensor_inputs import join_digests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.merging.engine.decisions import Decision
-    from hf_frmerge.merging.engine.factor_inputs import FactorInputs
-    from hf_frmerge.merging.engine.inputs import TensorInputs
+    from hf_frmerge.merging.decisions import Decision
+    from hf_frmerge.merging.operands.factor_inputs import FactorInputs
+    from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
     from hf_frmerge.merging.planning.blocks import Piece
-    from hf_frmerge.merging.planning.plan import TensorStep
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 # Below this mean square, float32 products of the first operand start to vanish; the Gram pass is then done again
 # with float64 products. It is far below the weights of any trained model, so the second pass is paid by zeros only.

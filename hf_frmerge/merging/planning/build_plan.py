@@ -24,7 +24,8 @@ from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_inde
 from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
 from hf_frmerge.merging.planning.coefficient_table import CoefficientTable, cut_as_given, read_coefficients
 from hf_frmerge.merging.planning.model_class import read_structure
-from hf_frmerge.merging.planning.plan import Expert, MergePlan, TensorStep
+from hf_frmerge.merging.planning.plan import Expert, MergePlan
+from hf_frmerge.merging.planning.tensor_step import TensorStep
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from hf_frmerge.merging.planning.plan import TensorStep
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 COEFFICIENTS_FILE = "merge_coefficients.safetensors"
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, DTYPE_BITS, FLOAT_DTYPES
+from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.methods.span import SpanOptions
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 @dataclass(frozen=True)
@@ -48,45 +48,6 @@ class Expert:
             return self.checkpoint
         assert self.adapter is not None
         return self.adapter.checkpoint
-
-
-@dataclass(frozen=True)
-class TensorStep:
-    """
-    One tensor of the output.
-
-    Attributes:
-        dtype: dtype code of the output (`"BF16"`, ...).
-        action: `"merge"`, or `"copy"` from the model with index `donor` (-1 is the base).
-        weights: one per expert, summing to 1; empty for a copy.
-        group: tensors of one group lie on one sphere and get the same coefficients.
-        n_blocks, block_len: how the tensor is cut into blocks, in elements.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    action: Literal["merge", "copy"]
-    donor: int
-    weights: tuple[float, ...]
-    group: str
-    n_blocks: int
-    block_len: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def cols(self) -> int:
-        """Elements of a row."""
-        return self.numel // self.shape[0] if self.shape and self.numel else 1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the output."""
-        return self.numel * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass

@@ -16,7 +16,8 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.disk import disk_errors
-from hf_frmerge.checkpoints.folders import LocalFolder, open_folder
+from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
 
 if TYPE_CHECKING:

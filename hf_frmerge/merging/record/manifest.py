@@ -16,7 +16,7 @@ from hf_frmerge import __version__
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.merging.engine.decisions import Solution, Trimming, trimming_of
+from hf_frmerge.merging.decisions import Solution, Trimming, trimming_of
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record import checksums
 from hf_frmerge.merging.record.checksums import file_entry, input_files, is_unchanged, modification_marks, sha256_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.checkpoints.tensors.layout import Shard
-    from hf_frmerge.merging.engine.decisions import Decision
+    from hf_frmerge.merging.decisions import Decision
     from hf_frmerge.merging.engine.outcomes import StepOutcome
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
 

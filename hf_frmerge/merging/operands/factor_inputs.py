@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.adapters.rows import AdapterRow
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
-    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.planning.blocks import Piece
 
 

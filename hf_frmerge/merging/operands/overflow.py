@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.kernels import Kernels, Operand
+    from hf_frmerge.kernels.interface import Kernels, Operand
     from hf_frmerge.methods.span import SpanOptions
 
 _NAME_OF = {code: name for name, code in DTYPE_CODES.items()}

@@ -1,173 +1,34 @@
-"""Where merged tensors go: into the shards of a full model, or as factors into an adapter."""
+"""Merged modules as factors into an adapter, without ever building a dense delta."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.adapters.base import common_base
 from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter, make_config
-from hf_frmerge.checkpoints.beside.donor import write_config
 from hf_frmerge.checkpoints.beside.look_beside import copy_files
 from hf_frmerge.checkpoints.disk import make_folder
-from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, INDEX_FILE
-from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space
+from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
 from hf_frmerge.geometry.lowrank import Factors, concatenate, recompress
 from hf_frmerge.geometry.sphere import combine, dot
-from hf_frmerge.kernels import digest
-from hf_frmerge.merging.engine.decisions import Decision, Solution, Trimming
-from hf_frmerge.merging.engine.factor_inputs import FactorInputs
-from hf_frmerge.merging.engine.inputs import TensorInputs
+from hf_frmerge.merging.decisions import Solution
 from hf_frmerge.merging.engine.ordered_pool import ordered_pool
-from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
+from hf_frmerge.merging.operands.factor_inputs import FactorInputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.checkpoints.adapters.rows import AdapterRow
-    from hf_frmerge.kernels import Kernels
+    from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.blocks import Piece
     from hf_frmerge.merging.planning.plan import MergePlan
-
-
-class Output(Protocol):
-    """
-    What the engine writes to. Methods that take a piece are called from any thread.
-
-    Attributes:
-        staging: folder of what is unfinished.
-        notes: what should be said about the output, known when all is laid out.
-    """
-
-    staging: Path
-    notes: list[str]
-
-    def begin(self) -> bool:
-        """Make the unfinished files, or go on with those of an earlier run; return whether any had to be made."""
-        ...
-
-    def lay_out(self, tensors: Sequence[TensorWork]) -> None:
-        """Learn what was decided for a batch, before any of it is written or read back."""
-        ...
-
-    def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Carry out the decision on a piece and write it; return the digest of what was written."""
-        ...
-
-    def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Write a piece of the one tensor there is; return the digest of what was written."""
-        ...
-
-    def read_back(self, tensor: TensorWork, piece: Piece) -> str:
-        """Return the digest of what lies in the unfinished output."""
-        ...
-
-    def details(self, tensor: str) -> dict[str, Any] | None:
-        """Return what is to be recorded of a written tensor beside its decision."""
-        ...
-
-    def sync(self) -> None:
-        """Force to disk what this process wrote."""
-        ...
-
-    def publish(self) -> dict[str, Path]:
-        """Give the files their names; return all that are not shards, but for the config, by name."""
-        ...
-
-    def write_config(self) -> Path:
-        """Write the config, without which no loader takes the folder for a model, beside what is unfinished."""
-        ...
-
-    def close(self) -> None:
-        """Close the files; they stay for a resume."""
-        ...
-
-
-def apply_decision(
-    decision: Decision, inputs: TensorInputs, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], dtype: str
-) -> str:
-    """Write the merged elements of a piece into `out`, each rounded once from float64, and return their digest."""
-    if isinstance(decision, Trimming):
-        return inputs.trim(kernels, piece, decision, out, dtype)
-    return inputs.combine(kernels, piece, decision.coefficients, out, dtype)
-
-
-class ShardOutput:
-    """Tensors at their places in the shards of a full model."""
-
-    def __init__(self, plan: MergePlan) -> None:
-        assert plan.layout is not None
-        self._plan = plan
-        self._writer = CheckpointWriter(plan.layout, plan.args.output_dir)
-        self.staging = self._writer.staging
-        self.notes: list[str] = []
-        self._local = threading.local()
-
-    def begin(self) -> bool:
-        """Make the unfinished shards, or go on with those of an earlier run; return whether any had to be made."""
-        if not self.staging.exists():
-            check_free_space(self._writer.output_dir, self._writer.layout.file_bytes)
-        return bool(self._writer.reopen())
-
-    def lay_out(self, tensors: Sequence[TensorWork]) -> None:
-        """Do nothing: places follow from the plan."""
-
-    def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Carry out the decision on a piece and write it; return the digest of what was written."""
-        assert tensor.decision is not None and isinstance(tensor.inputs, TensorInputs)
-        out = self._buffer(tensor, piece)
-        found = apply_decision(tensor.decision, tensor.inputs, kernels, piece, out, tensor.step.dtype)
-        self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], out)
-        return found
-
-    def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Write a piece of the one tensor there is; return the digest of what was written."""
-        assert isinstance(tensor.inputs, TensorInputs)
-        data, found = tensor.inputs.copy(kernels, piece, self._buffer(tensor, piece), tensor.step.dtype)
-        self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], data)
-        return found
-
-    def read_back(self, tensor: TensorWork, piece: Piece) -> str:
-        """Return the digest of what lies in the unfinished shard."""
-        return digest(self._writer.read_back(tensor.step.name, *tensor.byte_range(piece)))
-
-    def details(self, tensor: str) -> None:
-        """Return nothing: the decision says all."""
-
-    def sync(self) -> None:
-        """Force this process's shards to disk."""
-        self._writer.sync()
-
-    def publish(self) -> dict[str, Path]:
-        """Name the shards, and put beside them what the model takes over from its donor."""
-        folder = self._writer.output_dir
-        names = copy_files(self._plan.carried, folder)
-        self._writer.publish()
-        names += [INDEX_FILE] if self._writer.layout.index_json() is not None else []
-        return {name: folder / name for name in names}
-
-    def write_config(self) -> Path:
-        """Write `config.json` beside the unfinished shards."""
-        return write_config(self._plan.donor.source, self.staging, dtype=self._plan.args.dtype)
-
-    def close(self) -> None:
-        """Close the shards."""
-        self._writer.close()
-
-    def _buffer(self, tensor: TensorWork, piece: Piece) -> NDArray[np.uint8]:
-        """Return this thread's output buffer, cut to the piece. Fresh memory is slow, so it is kept."""
-        start, stop = tensor.byte_range(piece)
-        held: NDArray[np.uint8] | None = self._local.__dict__.get("buffer")
-        if held is None or held.size < stop - start:
-            held = self._local.buffer = np.empty(max(stop - start, PIECE_ELEMENTS * 4), np.uint8)
-        return held[: stop - start]
 
 
 @dataclass(frozen=True)

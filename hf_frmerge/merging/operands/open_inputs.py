@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.adapters.rows import AdapterRow
-from hf_frmerge.merging.engine.factor_inputs import FactorInputs
-from hf_frmerge.merging.engine.inputs import DenseTensor, DoraTensor, StoredTensor, TensorInputs
+from hf_frmerge.merging.operands.factor_inputs import FactorInputs
+from hf_frmerge.merging.operands.tensor_inputs import DenseTensor, DoraTensor, StoredTensor, TensorInputs
 
 if TYPE_CHECKING:
-    from hf_frmerge.merging.planning.plan import Expert, MergePlan, TensorStep
+    from hf_frmerge.merging.planning.plan import Expert, MergePlan
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 def open_inputs(plan: MergePlan, step: TensorStep) -> TensorInputs | FactorInputs:

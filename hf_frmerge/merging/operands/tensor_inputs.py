@@ -17,9 +17,15 @@ from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, FLOAT_DTYPES, some
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
 from hf_frmerge.geometry.portable import fold
-from hf_frmerge.kernels import Operand, digest
+from hf_frmerge.kernels.interface import Operand, digest
 from hf_frmerge.kernels.product import product
-from hf_frmerge.merging.engine.overflow import LEAST_SQUARES, delta_overflows, result_overflows, squares_leave_float64
+from hf_frmerge.merging.decisions import Trimming
+from hf_frmerge.merging.operands.overflow import (
+    LEAST_SQUARES,
+    delta_overflows,
+    result_overflows,
+    squares_leave_float64,
+)
 from hf_frmerge.methods.sparse import ties
 
 if TYPE_CHECKING:
@@ -30,8 +36,8 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.adapters.factors import DoraWeight, LowRankDelta
     from hf_frmerge.checkpoints.page_cache import Mapping as FileMapping
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
-    from hf_frmerge.kernels import Kernels
-    from hf_frmerge.merging.engine.decisions import Trimming
+    from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.decisions import Decision
     from hf_frmerge.merging.planning.blocks import Piece
 
 
@@ -244,6 +250,12 @@ class TensorInputs:
             labels.append(some(self.labels[index] for index in sorted(self.low_rank)))
             columns.append(np.ones(piece.n_blocks))
         return self._combine(kernels, operands, labels, np.stack(columns, axis=1), piece, out, out_dtype)
+
+    def apply(self, decision: Decision, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str) -> str:
+        """Write the merged elements of a piece into `out`, each rounded once from float64, and return their digest."""
+        if isinstance(decision, Trimming):
+            return self.trim(kernels, piece, decision, out, out_dtype)
+        return self.combine(kernels, piece, decision.coefficients, out, out_dtype)
 
     def deltas(self, kernels: Kernels, piece: Piece) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """

@@ -1,0 +1,145 @@
+"""Gram matrices and linear combinations over the raw bytes of tensors: the two passes every merge is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_128_hexdigest
+
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes an element, for the dtypes every kernel knows
+
+# The least float64 that rounds to infinity: half a unit of the last place above the greatest number of the dtype.
+OVERFLOWS_AT = {
+    "BF16": 2.0**128 - 2.0**119,
+    "F16": 2.0**16 - 2.0**4,
+    "F32": 2.0**128 - 2.0**103,
+    "F64": math.inf,
+}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """
+    One expert's values, as they lie on disk.
+
+    Args:
+        data (`np.ndarray`):
+            The little-endian bytes, 1-D contiguous `uint8`; no alignment is needed.
+        dtype (`str`):
+            `"BF16"`, `"F16"`, `"F32"` or `"F64"`, the spelling of safetensors.
+        is_delta (`bool`, *optional*, defaults to `False`):
+            Whether the values are differences to the first operand already.
+    """
+
+    data: NDArray[np.uint8]
+    dtype: str
+    is_delta: bool = False
+
+
+class Combined(NamedTuple):
+    """What a backend says of the elements it has written: their digest, and whether all of them are finite."""
+
+    digest: str
+    is_finite: bool
+
+
+class Kernels(Protocol):
+    """
+    What a backend offers. All methods take equally long operands, read as `n_blocks` blocks of `block_len` elements.
+
+    Methods are safe to call from several threads and raise `ValueError` if sizes, dtypes or buffers do not fit.
+    """
+
+    name: str
+
+    def gram(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
+    ) -> NDArray[np.float64]:
+        """
+        Return the inner products of each block's `(x_0, d_1, ..., d_{K-1})`, where `d_i = x_i - x_0`.
+
+        Differences are formed after widening and before any product, so that the small angles between fine-tunes of
+        one base survive. An operand with `is_delta` is taken as its own difference.
+
+        Args:
+            operands (`Sequence[Operand]`):
+                K operands; dtypes may differ.
+            n_blocks (`int`):
+                Number of blocks.
+            block_len (`int`):
+                Elements in a block.
+            precise (`bool`, *optional*, defaults to `False`):
+                Subtract and multiply in float64. Otherwise a backend may do so in float32, if it flushes sums to
+                float64 every 512 elements or sooner; products then overflow near 1e19 and vanish near 1e-23. Always
+                on if an operand is `"F64"`.
+
+        Returns:
+            `np.ndarray`: `(n_blocks, K, K)`, float64, symmetric.
+        """
+        ...
+
+    def gram_and_digests(
+        self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
+    ) -> tuple[NDArray[np.float64], list[str]]:
+        """
+        Return what `gram` returns, and the XXH3-128 digest of every operand's bytes as hexadecimal text.
+
+        One call, because a backend that digests what it has just read saves a pass over memory. The digest of an
+        operand with `is_delta`, which no file holds, is empty.
+        """
+        ...
+
+    def combine(
+        self,
+        operands: Sequence[Operand],
+        coefficients: NDArray[np.float64],
+        out: NDArray[np.uint8],
+        out_dtype: str,
+        n_blocks: int,
+        block_len: int,
+    ) -> Combined:
+        """
+        Write `sum_k coefficients[block, k] * x_k`, the same bits on every backend and machine.
+
+        The sum runs in float64 in the order of the operands, each product and each addition rounded, and is rounded
+        once, to nearest even, to `out_dtype`. Operands whose coefficient is zero are left out, so that a one-hot row
+        returns its operand bit for bit (-0 too); NaN is written as the positive quiet NaN. `is_delta` plays no part.
+
+        Args:
+            operands (`Sequence[Operand]`):
+                K operands; dtypes may differ.
+            coefficients (`np.ndarray`):
+                `(n_blocks, K)`, float64.
+            out (`np.ndarray`):
+                Writable 1-D contiguous `uint8`, `n_blocks * block_len` elements of `out_dtype`.
+            out_dtype (`str`):
+                `"BF16"`, `"F16"`, `"F32"` or `"F64"`.
+            n_blocks (`int`):
+                Number of blocks.
+            block_len (`int`):
+                Elements in a block.
+
+        Returns:
+            `Combined`: `digest` of `out`, and whether all of it is finite: a backend that looks at what it has just
+            written saves two passes over memory.
+        """
+        ...
+
+    def count_nonfinite(self, operand: Operand) -> int:
+        """Return how many values are NaN or infinite."""
+        ...
+
+
+def digest(data: NDArray[np.uint8]) -> str:
+    """Return the XXH3-128 digest of some bytes: not against forgery, but at the speed of memory."""
+    return xxh3_128_hexdigest(data.data)
+
+
+def digests_of(operands: Sequence[Operand]) -> list[str]:
+    """Return the digests of `Kernels.gram_and_digests`, by a pass of their own."""
+    return ["" if operand.is_delta else digest(operand.data) for operand in operands]

@@ -1,0 +1,3 @@
+"""Where merged tensors go."""
+
+from __future__ import annotations

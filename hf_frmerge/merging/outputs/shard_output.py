@@ -1,0 +1,97 @@
+"""Merged tensors into the shards of a full model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_frmerge.checkpoints.beside.donor import write_config
+from hf_frmerge.checkpoints.beside.look_beside import copy_files
+from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
+from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space
+from hf_frmerge.kernels.interface import digest
+from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
+from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.engine.tensor_work import TensorWork
+    from hf_frmerge.merging.planning.blocks import Piece
+    from hf_frmerge.merging.planning.plan import MergePlan
+
+
+class ShardOutput:
+    """Tensors at their places in the shards of a full model."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        assert plan.layout is not None
+        self._plan = plan
+        self._writer = CheckpointWriter(plan.layout, plan.args.output_dir)
+        self.staging = self._writer.staging
+        self.notes: list[str] = []
+        self._local = threading.local()
+
+    def begin(self) -> bool:
+        """Make the unfinished shards, or go on with those of an earlier run; return whether any had to be made."""
+        if not self.staging.exists():
+            check_free_space(self._writer.output_dir, self._writer.layout.file_bytes)
+        return bool(self._writer.reopen())
+
+    def lay_out(self, tensors: Sequence[TensorWork]) -> None:
+        """Do nothing: places follow from the plan."""
+
+    def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
+        """Carry out the decision on a piece and write it; return the digest of what was written."""
+        assert tensor.decision is not None and isinstance(tensor.inputs, TensorInputs)
+        out = self._buffer(tensor, piece)
+        found = tensor.inputs.apply(tensor.decision, kernels, piece, out, tensor.step.dtype)
+        self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], out)
+        return found
+
+    def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
+        """Write a piece of the one tensor there is; return the digest of what was written."""
+        assert isinstance(tensor.inputs, TensorInputs)
+        data, found = tensor.inputs.copy(kernels, piece, self._buffer(tensor, piece), tensor.step.dtype)
+        self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], data)
+        return found
+
+    def read_back(self, tensor: TensorWork, piece: Piece) -> str:
+        """Return the digest of what lies in the unfinished shard."""
+        return digest(self._writer.read_back(tensor.step.name, *tensor.byte_range(piece)))
+
+    def details(self, tensor: str) -> None:
+        """Return nothing: the decision says all."""
+
+    def sync(self) -> None:
+        """Force this process's shards to disk."""
+        self._writer.sync()
+
+    def publish(self) -> dict[str, Path]:
+        """Name the shards, and put beside them what the model takes over from its donor."""
+        folder = self._writer.output_dir
+        names = copy_files(self._plan.carried, folder)
+        self._writer.publish()
+        names += [INDEX_FILE] if self._writer.layout.index_json() is not None else []
+        return {name: folder / name for name in names}
+
+    def write_config(self) -> Path:
+        """Write `config.json` beside the unfinished shards."""
+        return write_config(self._plan.donor.source, self.staging, dtype=self._plan.args.dtype)
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._writer.close()
+
+    def _buffer(self, tensor: TensorWork, piece: Piece) -> NDArray[np.uint8]:
+        """Return this thread's output buffer, cut to the piece. Fresh memory is slow, so it is kept."""
+        start, stop = tensor.byte_range(piece)
+        held: NDArray[np.uint8] | None = self._local.__dict__.get("buffer")
+        if held is None or held.size < stop - start:
+            held = self._local.buffer = np.empty(max(stop - start, PIECE_ELEMENTS * 4), np.uint8)
+        return held[: stop - start]
