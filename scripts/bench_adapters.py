@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
 def make_adapters(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter, make_config
+    from hf_frmerge.checkpoints.adapters.writer import AdapterModule, make_config, new_adapter
 
     modules = [
         AdapterModule(f"model.layers.{layer}.{name}", "linear", args.rank, rows, (cols,))
@@ -62,36 +62,32 @@ def make_adapters(args: argparse.Namespace) -> None:
         if (folder / "adapter_config.json").exists():
             continue
         rng = np.random.default_rng(index)
-        with AdapterWriter(folder, modules, config, "BF16") as writer:
+        with new_adapter(folder, modules, config, "BF16") as writer:
             for module in modules:
                 up = rng.standard_normal((module.n_out, module.rank), dtype=np.float32)
                 down = rng.standard_normal((module.rank, *module.input_shape), dtype=np.float32)
                 writer.write(module, up * 1e-2, down * 1e-2)
-            writer.publish_weights()
 
 
 def merge(args: argparse.Namespace) -> None:
     """Run in a process of its own, so that time and memory are those of one merge."""
-    from hf_frmerge.merging.adapters import merge_adapters
-
-    from hf_frmerge.checkpoints.adapters.adapter import open_adapter
-    from hf_frmerge.checkpoints.resolve import resolve
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+    from hf_frmerge.merging.engine.outcomes import StepObserver
+    from hf_frmerge.merging.engine.processes import Processes
+    from hf_frmerge.merging.planning.build_plan import build_plan
+    from hf_frmerge.merging.run import run_merge
 
     imported = time.process_time()
-    adapters = [open_adapter(resolve(str(args.workdir / f"adapter-{i}"))) for i in range(args.adapters)]
-    options = {"exact": {}, "recompressed": {"rank": args.rank}, "energy": {"energy": 0.5}}[args.run]
-    report = merge_adapters(
-        adapters,
-        [1 / args.adapters] * args.adapters,
-        args.workdir / f"merged-{args.run}",
-        num_workers=args.workers,
-        **options,
-    )
+    options = {"exact": {}, "recompressed": {"adapter_rank": args.rank}, "energy": {"adapter_energy": 0.5}}[args.run]
+    output = str(args.workdir / f"merged-{args.run}")
+    arguments = MergingArguments(output, num_workers=args.workers, overwrite=True, **options)
+    plan = build_plan([str(args.workdir / f"adapter-{i}") for i in range(args.adapters)], arguments)
+    report = run_merge(plan, StepObserver(), Processes()).report
     usage = resource.getrusage(resource.RUSAGE_SELF)
     facts = {
-        "modules": len(report.modules),
-        "rank": max(module.rank for module in report.modules),
-        "truncation_error": report.truncation_error,
+        "modules": report["n_merged"],
+        "rank": report["max_rank"],
+        "truncation_error": report["truncation_error"],
         "cpu": usage.ru_utime + usage.ru_stime,
         "cpu_import": imported,
         "peak_mb": usage.ru_maxrss / 1024,

@@ -16,14 +16,14 @@ tests=(
     tests/cli/test_commands.py
     tests/cli/test_demo.py
     tests/demo
-    tests/evaluation/test_loop.py
+    tests/evaluation/text/test_forward.py
     tests/hub/test_hub_server.py
     tests/hub/test_push.py
     tests/hub/test_round_trip.py
     tests/kernels
-    tests/merging/test_adapter_merge.py
+    tests/merging/outputs/test_factor_output.py
     tests/merging/test_hub_inputs.py
-    tests/merging/test_reporting.py
+    tests/merging/callbacks/test_reporting.py
     tests/methods
     tests/report/test_figures.py
     tests/test_merger.py

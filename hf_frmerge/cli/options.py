@@ -29,6 +29,8 @@ MEAN = {
         "tol",
         "max_iter",
         "on_ambiguous",
+        "density",
+        "coefficients",
     )
 }
 OUTPUT = {

@@ -316,14 +316,14 @@ def test_ranks_that_differ_are_noted_and_the_advice_gives_one(base: Any, tmp_pat
         make_adapter(folder, tmp_path / "a", target_modules=["q_proj", "down_proj"]),
         make_adapter(folder, tmp_path / "b", seed=2, target_modules=["q_proj"]),
     ]
-    plan = merge(experts, tmp_path / "exact")
-    (note,) = (note for note in plan.notes if "runtimes that read only r and lora_alpha" in note)
+    merge(experts, tmp_path / "exact")
+    notes = json.loads((tmp_path / "exact/merge_manifest.json").read_text())["notes"]
+    (note,) = (note for note in notes if "runtimes that read only r and lora_alpha" in note)
     assert "ranks from 4 to 8" in note
-    assert note in json.loads((tmp_path / "exact/merge_manifest.json").read_text())["notes"]
     rank = int(re.findall(r"--adapter-rank (\d+)", note)[0])
 
-    plan = merge(experts, tmp_path / "uniform", adapter_rank=rank)
-    assert not any("lora_alpha" in note for note in plan.notes)
+    merge(experts, tmp_path / "uniform", adapter_rank=rank)
+    assert "lora_alpha" not in str(json.loads((tmp_path / "uniform/merge_manifest.json").read_text())["notes"])
     config = json.loads((tmp_path / "uniform/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (rank, rank, {}, {})
     tensors = load_file(tmp_path / "uniform/adapter_model.safetensors")
@@ -340,7 +340,7 @@ def test_ranks_that_differ_are_noted_and_the_advice_gives_one(base: Any, tmp_pat
                 naive.get_submodule(module).weight += delta
     check_logits(naive, exact, load(folder))
 
-    plan = merge(experts, tmp_path / "large", adapter_rank=100)  # no more zeros than one rank takes
+    merge(experts, tmp_path / "large", adapter_rank=100)  # no more zeros than one rank takes
     assert json.loads((tmp_path / "large/adapter_config.json").read_text())["r"] == rank
 
 

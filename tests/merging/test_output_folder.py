@@ -26,7 +26,7 @@ from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
 from hf_frmerge.evaluation.record import EvaluationRecord
 from hf_frmerge.extraction.extract_lora import extract_lora
-from hf_frmerge.merging import run_adapters
+from hf_frmerge.merging import run
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.callbacks.callback import MergeCallback
 
@@ -325,13 +325,13 @@ def test_an_adapter_cannot_be_loaded_before_its_record_is_there(
         assert not (out / "adapter_config.json").exists()
         raise Stop
 
-    owner: Any = run_adapters if place.startswith("write_") and place != "write_file" else adapter_writer
+    owner: Any = adapter_writer if place == "write_file" else run
     with monkeypatch.context() as patch:
         patch.setattr(adapter_writer.CheckpointWriter if place == "publish" else owner, place, stops)
         with pytest.raises(Stop):
             merge(adapters, out)
     assert not (out / "adapter_config.json").exists()
-    assert (out / "adapter_model.safetensors").exists() == (place == "rename")  # the last there is to do
+    assert (out / "adapter_model.safetensors").exists() == (place != "publish")
     merge(adapters, out, resume_from_checkpoint=True)
     for name in ("adapter_model.safetensors", "adapter_config.json", "merge_coefficients.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

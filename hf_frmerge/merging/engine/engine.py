@@ -113,6 +113,8 @@ class Engine:
                 while window and window[0].done:
                     outcomes.append(self._outcome(window.popleft()))
                     go_on = self._observer.end(outcomes[-1]) and go_on
+                    if not go_on and self._plan.layout is None:
+                        return outcomes, False  # all of an adapter is under way: to finish that is no stop
         finally:
             for _ in threads:
                 self._jobs.put((_STOP, next(self._age), None))

@@ -21,7 +21,7 @@ from hf_frmerge.merging.record.summary import ROUNDING_ANGLE
 from hf_frmerge.wording.geometry import Geometry
 from hf_frmerge.wording.metrics import METRICS
 
-MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
+MODEL_CARDS = Path(__file__).parents[3] / "model_cards"
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))

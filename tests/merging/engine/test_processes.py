@@ -19,7 +19,7 @@ from hf_frmerge.errors import ResumeError
 from hf_frmerge.merging.engine.engine import StepObserver, StepOutcome
 from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE
 
-SCRIPT = Path(__file__).parents[1] / "process_scenarios.py"
+SCRIPT = Path(__file__).parents[2] / "process_scenarios.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [
     "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",

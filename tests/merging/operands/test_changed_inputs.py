@@ -94,10 +94,10 @@ def changing(place: tuple[Any, str], change: Callable[[Path], None], path: Path,
 
 
 PLACES = [
-    (Engine, "_gram_piece"),
-    (Engine, "_solve"),
-    (Journal, "record_solved"),
-    (Engine, "_combine_piece"),
+    (Engine, "_measure_piece"),
+    (Engine, "_decide"),
+    (Journal, "record_decided"),
+    (Engine, "_merge_piece"),
     (CheckpointWriter, "write"),
     (Journal, "record_written"),
     (CheckpointWriter, "sync"),
@@ -172,7 +172,7 @@ def test_a_file_cut_short_while_its_pages_are_held_does_not_end_the_process(
     path = Path(models[2]) / "model.safetensors"
     with (
         pytest.raises(CheckpointError, match=r"large2/model\.safetensors changed .* it had \d+ bytes and now has \d+"),
-        changing((Engine, "_combine_piece"), cut_short, path, at=0),
+        changing((Engine, "_merge_piece"), cut_short, path, at=0),
     ):
         merge(models, tmp_path / "out")
 
@@ -201,7 +201,7 @@ def test_a_failing_disk_is_named(models: list[str], tmp_path: Path) -> None:
         pytest.raises(
             CheckpointError, match=r"changed while it was in use: a part of it could not be read from the disk"
         ),
-        changing((Engine, "_combine_piece"), fail, path, at=0),
+        changing((Engine, "_merge_piece"), fail, path, at=0),
     ):
         patch.setattr(Engine, "_check_files", check_after_the_disk_is_back)
         merge(models, tmp_path / "out")
@@ -230,7 +230,7 @@ def test_a_changed_adapter_leaves_no_merged_adapter(
         changing((AdapterWriter, "write"), change, path, at=1),
     ):
         run_merge(build_plan([str(tmp_path / name) for name in "ab"], args), StepObserver(), Processes())
-    assert not list(out.iterdir())
+    assert [path.name for path in out.iterdir()] == [".frmerge"]
 
 
 def extract(base: str, model: str, out: Path) -> None:

@@ -44,8 +44,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.M
         save(tmp_path / kind, WORDS, 0.2)
         (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program = Path(__file__).parents[1] / "evaluation_processes.py"
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parents[1])])
+    program = Path(__file__).parents[2] / "evaluation_processes.py"
+    paths = os.pathsep.join([str(Path(__file__).parents[3]), str(Path(__file__).parents[2])])
     environment = os.environ | {"HF_FRMERGE_CACHE": str(tmp_path / "cache2"), "PYTHONPATH": paths}
     subprocess.run([*command, str(program), str(tmp_path)], check=True, timeout=240, env=environment)
 
