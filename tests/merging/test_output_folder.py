@@ -172,11 +172,14 @@ def test_a_second_merge_is_refused_and_changes_nothing(
     experts, out = request.getfixturevalue(kind), tmp_path / "out"
     merge(experts, tmp_path / "whole")
 
+    def outside_staging() -> dict[str, bytes]:  # where the first merge goes on while the second is refused
+        return {name: data for name, data in contents(out).items() if not name.startswith(f"{STAGING}/")}
+
     def second() -> None:
-        before = contents(out)
+        before = outside_staging()
         with pytest.raises(MergeError, match=TAKEN):
             merge(experts, out, method="linear", **options)
-        assert contents(out) == before
+        assert outside_staging() == before
 
     merge(experts, out, AtTensor(second))
     weights = [path.name for path in out.glob("*.safetensors")]
