@@ -22,7 +22,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from bench_models import SIZES, ensure_models
 
 from hf_frmerge.geometry.karcher import karcher_mean
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.batches import in_batches
 from hf_frmerge.merging.planning.build_plan import build_plan
 
 FLOOR = r"""
@@ -231,19 +231,19 @@ def report(found: list[Candidate], input_bytes: int, n: int) -> None:
         )
 
 
-def fixed_point(experts: list[Path], unused: Path, whole: float) -> None:
+def fixed_point(experts: list[Path], whole: float) -> None:
     """Print what the Karcher iteration takes of a merge of `whole` CPU seconds: random directions 0.3 rad apart."""
-    with closing(build_plan([str(expert) for expert in experts], MergingArguments(output_dir=str(unused)))) as plan:
-        batches = Counter(step.batch for step in plan.steps)
+    with closing(build_plan([str(expert) for expert in experts], MergingArguments())) as plan:
+        sizes = [len(batch) for batch in in_batches(plan.steps, len(experts))]
     rng, n = np.random.default_rng(0), len(experts)
-    points = rng.standard_normal(n) + 0.2 * rng.standard_normal((batches.total(), n, n))
+    points = rng.standard_normal(n) + 0.2 * rng.standard_normal((sum(sizes), n, n))
     units = points / np.linalg.norm(points, axis=-1, keepdims=True)
     start = time.process_time()
-    for size in batches.values():
+    for size in sizes:
         karcher_mean(units[:size], np.full(n, 1 / n))
     seconds = time.process_time() - start
     print(
-        f"The fixed point itself, {batches.total()} tensors in {len(batches)} batches: {seconds:.3f} s of CPU, "
+        f"The fixed point itself, {sum(sizes)} tensors in {len(sizes)} batches: {seconds:.3f} s of CPU, "
         f"{seconds / whole:.1%} of the merge's."
     )
 
@@ -275,7 +275,7 @@ def main() -> None:
             print(f"\n## {size}")
             report(found, sum(path.stat().st_size for path in inputs), n)
             [karcher] = [c for c in found if c.name == "frmerge karcher"]
-            fixed_point(experts, folder / "unused", statistics.median(karcher.cpu))
+            fixed_point(experts, statistics.median(karcher.cpu))
             if not options.no_exactness:
                 exactness(experts, {c.name: c.out for c in found if "karcher" in c.name})
             for candidate in found:

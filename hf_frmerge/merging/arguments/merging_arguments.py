@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
@@ -54,17 +54,8 @@ def _methods_with(option: str) -> str:
     return ", ".join(method.name for method in METHODS.values() if option in method.options)
 
 
-def _describe(text: str, choices: Iterable[str] | None = None, *, decides_result: bool = False) -> dict[str, Any]:
-    """
-    Return the metadata of a field.
-
-    Args:
-        text: What `--help` says.
-        choices: The values there are.
-        decides_result: Whether another value may make another model: a resume must not change it, and a card shows it.
-    """
-    found: dict[str, Any] = {"help": text, "decides_result": decides_result}
-    return found if choices is None else {**found, "choices": list(choices)}
+def _describe(text: str, choices: Collection[str] | None = None) -> dict[str, Any]:
+    return {"help": text} if choices is None else {"help": text, "choices": choices}
 
 
 @dataclass
@@ -115,92 +106,70 @@ class MergingArguments:
     )
 
     # 1. The mean
-    method: str = field(
-        default="karcher", metadata=_describe("How the experts are combined.", METHODS, decides_result=True)
-    )
+    method: str = field(default="karcher", metadata=_describe("How the experts are combined.", METHODS.keys()))
     space: str | None = field(
         default=None,
         metadata=_describe(
             "Whether the points are the weights or their differences to the base model. Default: deltas if any expert "
             "is an adapter, else weights.",
             SPACES,
-            decides_result=True,
         ),
     )
-    block: str = field(default="tensor", metadata=_describe("What one sphere covers.", BLOCKS, decides_result=True))
+    block: str = field(default="tensor", metadata=_describe("What one sphere covers.", BLOCKS))
     norm: str = field(
         default="mean",
-        metadata=_describe(
-            "Which norm of the experts a merged block gets (weighted mean, median, max).", NORMS, decides_result=True
-        ),
+        metadata=_describe("Which norm of the experts a merged block gets (weighted mean, median, max).", NORMS),
     )
     beta: float = field(
         default=0.0,
         metadata=_describe(
-            "Exponent of the coherence factor on the norm: 0 keeps the norm, 1 is the plain mean, -1 the plain sum.",
-            decides_result=True,
+            "Exponent of the coherence factor on the norm: 0 keeps the norm, 1 is the plain mean, -1 the plain sum."
         ),
     )
     scale: float = field(
         default=1.0,
-        metadata=_describe(
-            f"Factor of the deltas that are added to the base ({_methods_with('scale')}).", decides_result=True
-        ),
+        metadata=_describe(f"Factor of the deltas that are added to the base ({_methods_with('scale')})."),
     )
     density: float = field(
         default=0.2,
-        metadata=_describe(
-            f"Share of the largest elements of every delta that stay ({_methods_with('density')}).",
-            decides_result=True,
-        ),
+        metadata=_describe(f"Share of the largest elements of every delta that stay ({_methods_with('density')})."),
     )
     coefficients: str | None = field(
         default=None,
         metadata=_describe(
             "Safetensors file, or folder of a merge, with the coefficients of every tensor, blocks down and experts "
-            "across. They take the place of a method.",
-            decides_result=True,
+            "across. They take the place of a method."
         ),
     )
     tol: float = field(
         default=1e-12,
-        metadata=_describe(
-            "Stop the Karcher iteration when the gradient norm, in radians, is below this.", decides_result=True
-        ),
+        metadata=_describe("Stop the Karcher iteration when the gradient norm, in radians, is below this."),
     )
     max_iter: int = field(
         default=100,
-        metadata=_describe(
-            "Give up the Karcher iteration after this many steps; the report then says so.", decides_result=True
-        ),
+        metadata=_describe("Give up the Karcher iteration after this many steps; the report then says so."),
     )
     on_ambiguous: str = field(
         default="raise",
         metadata=_describe(
             "What to do with a block whose experts cancel out, so that no mean direction is preferred.",
             ("raise", "linear"),
-            decides_result=True,
         ),
     )
     weight_rules: list[str] | None = field(
         default=None,
         metadata=_describe(
             "Weights for some tensors only: ordered 'REGEX=w1,w2,...' rules, the first that matches a tensor name "
-            "wins; 'a:b:c' in place of a number is interpolated over the layers.",
-            decides_result=True,
+            "wins; 'a:b:c' in place of a number is interpolated over the layers."
         ),
     )
 
     # 2. Reading and writing
     dtype: str = field(
         default="auto",
-        metadata=_describe(
-            "Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES, decides_result=True
-        ),
+        metadata=_describe("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
     )
-    max_shard_size: str = field(
-        default="50GB", metadata=_describe("Largest size of one output file, such as 5GB.", decides_result=True)
-    )
+    max_shard_size: str = field(default="50GB", metadata=_describe("Largest size of one output file, such as 5GB."))
     overwrite: bool = field(default=False, metadata=_describe("Write into an output folder that is not empty."))
     resume_from_checkpoint: bool = field(
         default=False, metadata=_describe("Continue a merge that was interrupted in the same output folder.")
@@ -231,23 +200,19 @@ class MergingArguments:
     adapter_output: str = field(
         default="auto",
         metadata=_describe(
-            "Whether merged adapters are written as an adapter or added to the base model.",
-            ADAPTER_OUTPUTS,
-            decides_result=True,
+            "Whether merged adapters are written as an adapter or added to the base model.", ADAPTER_OUTPUTS
         ),
     )
     adapter_rank: int | None = field(
         default=None,
         metadata=_describe(
-            "Rank of all modules of the merged adapter, compressed if need be. Default: exact, ranks added up.",
-            decides_result=True,
+            "Rank of all modules of the merged adapter, compressed if need be. Default: exact, ranks added up."
         ),
     )
     adapter_energy: float | None = field(
         default=None,
         metadata=_describe(
-            "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1].",
-            decides_result=True,
+            "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1]."
         ),
     )
 

@@ -14,7 +14,7 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.disk import create_file, disk_errors, rename
 from hf_frmerge.errors import MergeError, ResumeError
-from hf_frmerge.merging.arguments.result_options import result_options
+from hf_frmerge.merging.arguments.result_options import RESULT_OPTIONS
 from hf_frmerge.merging.decisions import Decided, from_journal
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _AFTER_RECORD = len(', ""]\n') + 32  # bytes of a line after its record: a diges
 def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
     """Return everything the output depends on and that can be told without reading weights, part by part."""
     options = plan.args.to_dict()
-    parts: dict[str, Any] = {f"option {name}": options[name] for name in result_options()}
+    parts: dict[str, Any] = {f"option {name}": options[name] for name in RESULT_OPTIONS}
     parts["journal"] = _FORMAT
     parts["weights"] = plan.weights
     parts["compute kernels"] = kernels
