@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -126,8 +126,10 @@ def solve(
         raise AmbiguousMeanError(_ambiguity(points_TBNK[first], result.ambiguous[first], tensors[first], experts))
 
     wild_T = ~np.isfinite(result.coefficients).all(axis=(1, 2))
-    if method != "task_arithmetic":  # no expert at all is never an answer, but that of a scale of 0
-        wild_T |= (result.coefficients == 0).all(axis=2).any(axis=1)
+    vanished_TB = (result.coefficients == 0).all(axis=2)
+    if vanished_TB.any() and options.beta:  # the median of norms may be 0, but no power of the coherence is
+        plain = SPAN_METHODS[method](points_TBNK, weights_T1N, replace(options, beta=0.0))
+        wild_T |= (vanished_TB & plain.coefficients.any(axis=2)).any(axis=1)
     if wild_T.any():
         raise coefficients_overflow(tensors[int(np.argmax(wild_T))], method, options)
 

@@ -105,6 +105,19 @@ def test_a_beta_of_everything_is_an_answer_where_points_coincide(tmp_path: Path)
     assert torch.equal(merged[PROJECTION], model[PROJECTION])
 
 
+def test_a_median_norm_of_zero_is_an_answer(tmp_path: Path) -> None:
+    """Two of three rows are zero, so half of the weight does not exceed 0; of these alone nothing is left."""
+    models = [random_model(i) for i in range(3)]
+    for model in models[:2]:
+        model[PROJECTION][5] = 0
+    experts = [write_model(tmp_path / f"e{i}", model) for i, model in enumerate(models)]
+    for beta in (0.0, 1.0):
+        merged = merge(experts, tmp_path / f"out{beta}", block="row", norm="median", beta=beta)[PROJECTION]
+        assert merged.any(dim=1).tolist() == [row != 5 for row in range(24)]
+    with pytest.raises(NonFiniteError, match=r"with beta=1e\+308"):
+        merge(experts, tmp_path / "out", block="row", norm="median", beta=1e308)
+
+
 @pytest.mark.parametrize("power", [1000, -1020])
 @pytest.mark.parametrize("block", ["tensor", "row", "layer"])
 def test_squares_that_leave_float64_are_refused_and_a_power_of_two_brings_them_back(
