@@ -25,7 +25,8 @@ from hf_frmerge.checkpoints.adapters.factors import DoraWeight
 from hf_frmerge.geometry.lowrank import Factors, base_gram, concatenate, factor_gram
 from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.engine.solve import points_of, solve
-from hf_frmerge.methods.span import SPAN_METHODS, SpanOptions
+from hf_frmerge.methods.span import SpanOptions
+from hf_frmerge.methods.table import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = ["tests/geometry", "tests/methods", "tests/kernels"]
@@ -105,7 +106,7 @@ def digest() -> None:
 def _numbers() -> dict[str, hashlib._Hash]:
     rng = np.random.default_rng(0)
     solved, factored = hashlib.sha256(), hashlib.sha256()
-    for method in SPAN_METHODS:
+    for method in (method.name for method in METHODS.values() if method.kind == "span"):
         for n in (2,) if method == "slerp" else (2, 3, 8, 17):
             for spread in (1e-4, 0.1, 1.0, 3.0):
                 points = points_of(_grams(rng, 2, 60, n, spread), "weights", has_base=False)
