@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -84,14 +83,13 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
 
     Reads all weights once and writes nothing. With a base model, the differences to it are measured too.
     """
-    with results_only(), TemporaryDirectory() as unused:
+    with results_only():
         from tqdm import tqdm
 
         from hf_frmerge.merging.inspection import inspect_experts
         from hf_frmerge.merging.planning.build_plan import build_plan
 
-        # A plan checks its output folder, and inspecting has none.
-        expert_arguments, args = arguments_from(experts, config, {**options, "output_dir": unused})
+        expert_arguments, args = arguments_from(experts, config, options)
         with closing(
             build_plan(expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model)
         ) as merge_plan:
