@@ -11,6 +11,7 @@ from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.methods.span import SpanOptions
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.adapters.adapter import Adapter
@@ -131,6 +132,8 @@ class MergePlan:
         """Most bytes one worker holds at a time, whatever the size of the model."""
         # Output piece, one float32 row buffer per low-rank expert, and a copy of each input where it is remote.
         copies = 1 + sum(1 for e in self.experts if e.adapter) + len(self.experts) + (self.base is not None)
+        if METHODS[self.args.method].kind == "sparse":
+            copies += 4  # the merged piece in float64, in parts and joined
         return copies * PIECE_ELEMENTS * 4
 
     def close(self) -> None:
