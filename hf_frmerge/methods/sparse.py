@@ -103,16 +103,17 @@ def ties(
     Returns:
         `(D,)`, float64. Sums run over the experts in order, element by element: the same bits however `D` is cut.
     """
-    kept_ND = magnitude_keys(deltas_ND) >= thresholds_N[:, None]
-    vote_D = np.zeros(deltas_ND.shape[1])
-    for weight, delta_D, kept_D in zip(weights_N, deltas_ND, kept_ND):
-        vote_D += np.where(kept_D, weight * delta_D, 0.0)
-    is_positive_D = vote_D >= 0
+    # In place where it can be: what takes the time is memory, not arithmetic.
+    kept_ND = deltas_ND * (magnitude_keys(deltas_ND) >= thresholds_N[:, None])
+    vote_D, term_D = np.zeros(kept_ND.shape[1]), np.empty(kept_ND.shape[1])
+    for weight, kept_D in zip(weights_N, kept_ND):
+        vote_D += np.multiply(kept_D, weight, out=term_D)
+    elected_D = np.where(vote_D >= 0, 1.0, -1.0)
     total_D, share_D = np.zeros_like(vote_D), np.zeros_like(vote_D)
-    for weight, delta_D, kept_D in zip(weights_N, deltas_ND, kept_ND):
-        agrees_D = kept_D & np.where(is_positive_D, delta_D > 0, delta_D < 0)
-        total_D += np.where(agrees_D, weight * delta_D, 0.0)
-        share_D += np.where(agrees_D, weight, 0.0)
+    for weight, kept_D in zip(weights_N, kept_ND):
+        agrees_D = np.multiply(kept_D, elected_D, out=term_D) > 0
+        total_D += np.multiply(np.multiply(kept_D, agrees_D, out=term_D), weight, out=term_D)
+        share_D += np.multiply(agrees_D, weight, out=term_D)
     return np.divide(total_D, share_D, out=np.zeros_like(total_D), where=share_D > 0)
 
 

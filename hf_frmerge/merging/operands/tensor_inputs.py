@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 _SHORT = 1 << 14
 """Elements up to which float64 products cost nothing worth saving."""
 
+_DELTA_ELEMENTS = 1 << 15
+"""Elements of a piece that are held as float64 deltas at a time; with fewer it is the calls that take the time."""
+
 
 def join_digests(digests: Sequence[str]) -> str:
     """Return the digest of a tensor: of the digests of its pieces, which are fixed by its shape."""
@@ -266,8 +269,8 @@ class TensorInputs:
         assert self.base is not None
         prefetch(self._mapped(piece.start, piece.stop))
         operands, owners = self._gram_operands(piece)
-        for start in range(0, piece.stop - piece.start, _SHORT):
-            base_D, *others = (_widened(operand, start, start + _SHORT) for operand in operands)
+        for start in range(0, piece.stop - piece.start, _DELTA_ELEMENTS):
+            base_D, *others = (_widened(operand, start, start + _DELTA_ELEMENTS) for operand in operands)
             deltas_ND = np.zeros((self.n_experts, len(base_D)))
             for owner, operand, values_D in zip(owners[1:], operands[1:], others):
                 deltas_ND[owner] = values_D if operand.is_delta else values_D - base_D
