@@ -68,7 +68,7 @@ def find_models(
     Raises:
         CheckpointError: If a local model is not known on this machine.
     """
-    specs = [said or model.spec or path for said, model, path in zip(given, manifest.models, here)]
+    specs = [said or model.pinned or path for said, model, path in zip(given, manifest.models, here)]
     missing = [model.id for model, spec in zip(manifest.models, specs) if spec is None]
     if missing:
         raise CheckpointError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hf_frmerge.merging.record.manifest import Manifest
 from hf_frmerge.merging.record.summary import ROUNDING_ANGLE, is_below_rounding
 from hf_frmerge.wording.methods import DTYPES, POINTS, method_of
 from hf_frmerge.wording.numbers import angle, counted, number, percent
 from hf_frmerge.wording.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.record.manifest import Manifest
 
 
 @dataclass(frozen=True)

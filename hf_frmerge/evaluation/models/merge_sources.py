@@ -48,7 +48,7 @@ def sources_of_merge(
         return MergeSources(list(experts), None, base_model)
     manifest = read_manifest(folder)
     paths, _ = local_sources(folder, manifest)
-    places = [model.spec or path for model, path in zip(manifest.models, paths)]
+    places = [model.pinned or path for model, path in zip(manifest.models, paths)]
     found, base = places[: len(manifest.experts)], places[-1] if manifest.base_model is not None else None
     if experts:
         names = [Path(spec.partition("@")[0]).name for spec in experts]

@@ -136,9 +136,10 @@ def read_manifest(output_dir: Path | str) -> Manifest:
     Raises:
         CheckpointError: If there is none, it is of another format, or it is not as a merge writes it.
     """
+    values = read_values(output_dir)
     try:
-        return Manifest.from_dict(read_values(output_dir))
-    except (AttributeError, KeyError, TypeError) as error:  # what is read lacks something, or is of another type
+        return Manifest.from_dict(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # something is missing, or not of its type
         raise CheckpointError(
             f"{output_dir}/{MANIFEST_FILE} is not what a merge writes ({type(error).__name__}: {error}). Restore the "
             "file, or merge again."
@@ -156,9 +157,10 @@ def read_values(output_dir: Path | str) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}. Merge again.") from error
-    if values.get("format_version") not in READABLE_VERSIONS:
+    found = values.get("format_version") if isinstance(values, dict) else None
+    if found not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{path} has format {values.get('format_version')!r}, this version reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}. Update hf_frmerge."
+            f"{path} has format {found!r}, this version reads {' and '.join(map(str, READABLE_VERSIONS))}. Update "
+            "hf_frmerge."
         )
     return values

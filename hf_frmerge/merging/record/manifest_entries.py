@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.decisions import Geometry, Solution, Trimming, geometry_of, trimming_of
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class RecordedModel:
     weight: float | None = None
 
     @property
-    def spec(self) -> str | None:
+    def pinned(self) -> str | None:
         """Hub id at the recorded commit; `None` of a local model."""
         return f"{self.id}@{self.commit}" if self.on_hub else None
 
@@ -159,9 +158,9 @@ class RecordedTensor:
         }
         if self.action != "merge":
             return {**values, "donor": self.donor}
-        values["n_blocks"] = self.n_blocks
-        is_elsewhere = self.decision is None
-        values["decision"] = {"kind": "coefficients"} if is_elsewhere else {"kind": "trimming", **vars(self.decision)}
+        trimming = self.decision
+        decision = {"kind": "coefficients"} if trimming is None else {"kind": "trimming", **vars(trimming)}
+        values |= {"n_blocks": self.n_blocks, "decision": decision}
         if self.rank is not None:
             values |= {"rank": self.rank, "norm": self.norm, "truncation_error": self.truncation_error}
         return values if self.geometry is None else {**values, "geometry": vars(self.geometry)}
@@ -185,7 +184,4 @@ def _decision(entry: dict[str, Any]) -> Trimming | None:
         return trimming_of(entry)
     if entry["kind"] == "coefficients":
         return None
-    raise CheckpointError(
-        f"The record has a decision of kind {entry['kind']!r}, this version knows coefficients and trimming. Update "
-        "hf_frmerge."
-    )
+    raise ValueError(f"a decision of kind {entry['kind']!r}")

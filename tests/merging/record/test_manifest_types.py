@@ -21,6 +21,7 @@ from hf_frmerge.hub.card.describe import describe_merge
 from hf_frmerge.merging.decisions import Trimming
 from hf_frmerge.merging.record.checksums import sha256_of
 from hf_frmerge.merging.record.manifest import Manifest, read_manifest
+from hf_frmerge.merging.record.manifest_entries import RecordedTensor
 from hf_frmerge.provenance.diff import diff_merges
 from hf_frmerge.provenance.verify import verify
 
@@ -201,8 +202,6 @@ def test_a_module_of_an_adapter_of_version_2_has_no_norm() -> None:
         "action": "merge", "dtype": "F32", "shape": [4, 4], "inputs_xxh3_128": {}, "output_xxh3_128": "",
         "n_blocks": 1, "rank": 2, "truncation_error": 0.125,
     }  # fmt: skip
-    from hf_frmerge.merging.record.manifest_entries import RecordedTensor
-
     found = RecordedTensor.from_dict(entry)
     assert (found.rank, found.norm, found.truncation_error) == (2, None, 0.125)
 
@@ -242,10 +241,10 @@ def test_a_record_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     )
     assert "not what a merge writes" in refused(values | {"experts": 3})
     assert "not what a merge writes" in refused(values | {"report": {"max_angle": 1.0}})
-    assert "decision of kind 'dice'" in refused(
+    assert "not what a merge writes (ValueError: a decision of kind 'dice')" in refused(
         values | {"tensors": tensors | {HEAD: tensors[HEAD] | {"decision": {"kind": "dice"}}}}
     )
-    assert "not what a merge writes" in refused([values])
+    assert "has format None" in refused([values])
     # The advice: a restored file is read.
     path.write_text(json.dumps(values))
     assert read_manifest(tmp_path / "out") == Manifest.from_dict(values)
