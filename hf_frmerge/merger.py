@@ -205,7 +205,7 @@ class FisherRaoMerger:
             observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
             outcome = run_merge(plan, observer, self.processes, self._complete_folder)
         self.control = observer.control
-        self.report = {**outcome.report, "complete": outcome.complete}
+        self.report = {**outcome.report.to_dict(), "complete": outcome.complete}
         if not outcome.complete:
             # Reporters close their run and bars their line here, so a stopped merge has an end too.
             self.control = self.callback_handler.on_merge_end(self.args, self.state, self.control)

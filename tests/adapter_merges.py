@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.decisions import Geometry
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.build_plan import build_plan
@@ -26,7 +27,7 @@ class RecordedModule:
     norm: float
     truncation_error: float
     coefficients: list[float]
-    geometry: dict[str, Any]
+    geometry: Geometry
 
     @property
     def module(self) -> str:
@@ -55,8 +56,9 @@ def merge_adapters(
     table = read_coefficients(output).rows
     modules = [
         RecordedModule(
-            name, entry["rank"], entry["norm"], entry["truncation_error"], table[name][0].tolist(), entry["geometry"]
+            name, tensor.rank, tensor.norm, tensor.truncation_error, table[name][0].tolist(), tensor.geometry
         )
-        for name, entry in read_manifest(output)["tensors"].items()
+        for name, tensor in read_manifest(output).tensors.items()
     ]
-    return RecordedAdapter(modules, outcome.report["truncation_error"], outcome.report["notes"])
+    assert outcome.report.factors is not None
+    return RecordedAdapter(modules, outcome.report.factors.truncation_error, list(outcome.report.notes))

@@ -34,6 +34,8 @@ def print_diff(diff: MergeDiff, a: str, b: str) -> None:
             f"Coefficients differ in {diff.n_coefficients} tensors, most in {found.tensor!r}, block {found.block}: "
             f"{found.expert} has {found.a:.6g} and {found.b:.6g}."
         )
+    if diff.n_thresholds:
+        out.print(f"Thresholds differ in {diff.n_thresholds} tensors.")
     for only, where in ((diff.only_a, a), (diff.only_b, b)):
         if only:
             out.print(f"Only in {where}: {_some(only)}.")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
 from hf_frmerge.merging.record.manifest import read_manifest
@@ -63,14 +62,14 @@ def headlines(record: EvaluationRecord) -> list[Headline]:
 
 def norm_headline(output_dir: str | Path) -> list[Headline]:
     """`norm_ratio`: the merged tensor that kept least of its experts' norm, from the manifest of a merge."""
-    tensors: Mapping[str, Mapping[str, Any]] = read_manifest(Path(output_dir))["tensors"]
-    ratios = [
-        Headline("norm_ratio", math.nan if ratio is None else ratio, name)
-        for name, entry in tensors.items()
-        if any(entry.get("geometry", {}).get("norms", ()))  # an all-zero tensor has no norm to lose
-        for ratio in [entry["geometry"]["norm_ratio"]]
-    ]
-    return _lowest(ratios)
+    measured = ((name, tensor.geometry) for name, tensor in read_manifest(Path(output_dir)).tensors.items())
+    return _lowest(
+        [
+            Headline("norm_ratio", geometry.norm_ratio, name)
+            for name, geometry in measured
+            if geometry is not None and any(geometry.norms)  # an all-zero tensor has no norm to lose
+        ]
+    )
 
 
 def by_key(found: Iterable[Headline], prefix: str = "", *, name_domains: bool = True) -> dict[str, Headline]:

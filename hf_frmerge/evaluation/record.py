@@ -12,7 +12,8 @@ from typing import Any, Literal
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, EVALUATION_FILE
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.record.manifest import EVALUATION_FILE
 
 FORMAT_VERSION = 2
 

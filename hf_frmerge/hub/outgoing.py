@@ -88,7 +88,7 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
     places |= _places_of_sources(folder)
     # Whole path prefixes only: not the middle of a URL or of a longer path.
     local = [re.compile(rf"(?<![\w./:-]){re.escape(str(place))}/") for place in places if len(place.parts) > 1]
-    written = read_manifest(folder)["files"]
+    written = read_manifest(folder).files
     for name, content in outgoing_files(folder).items():
         text = _readable_part(name, content)
         if token and token in text:
@@ -147,6 +147,7 @@ def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
             if without != config:
                 files[name] = (json.dumps(without, indent=2, ensure_ascii=False) + "\n").encode()
     if MANIFEST_FILE in files:
+        # As JSON values: names are hidden wherever they stand, also in what only another version records.
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         public: Any = _hide(manifest)
         for name, content in files.items():

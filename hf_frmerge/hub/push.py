@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from hf_frmerge.errors import ArgumentError, HubError
 from hf_frmerge.hub.outgoing import check_base_is_public, check_complete, check_nothing_local, outgoing_files
-from hf_frmerge.merging.record.manifest import MANIFEST_FILE, record_checksums
+from hf_frmerge.merging.record.manifest import MANIFEST_FILE
+from hf_frmerge.merging.record.write_manifest import record_checksums
 from hf_frmerge.provenance.intact import check_unaltered
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -109,7 +109,7 @@ def from_journal(entry: dict[str, Any]) -> Decision:
         return trimming_of(entry)
     coefficients, geometry = entry["coefficients"], entry["geometry"]
     table = np.frombuffer(base64.b64decode(coefficients["data"]), np.float64).reshape(coefficients["shape"])
-    return Solution(table, _geometry_of(geometry) if geometry is not None else None)
+    return Solution(table, geometry_of(geometry) if geometry is not None else None)
 
 
 def trimming_of(entry: dict[str, Any]) -> Trimming:
@@ -117,6 +117,9 @@ def trimming_of(entry: dict[str, Any]) -> Trimming:
     return Trimming(tuple(entry["thresholds"]), tuple(entry["weights"]), entry["scale"])
 
 
-def _geometry_of(entry: dict[str, Any]) -> Geometry:
-    lists: dict[str, Any] = {name: tuple(value) for name, value in entry.items() if isinstance(value, list)}
-    return Geometry(**{**entry, **lists})
+def geometry_of(entry: dict[str, Any]) -> Geometry:
+    """Read a `Geometry` from the JSON values of its fields; others are passed over."""
+    known = [field.name for field in fields(Geometry) if field.name in entry]
+    values: dict[str, Any] = {name: entry[name] for name in known}
+    lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Geometry(**{**values, **lists})

@@ -15,7 +15,8 @@ from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
 from hf_frmerge.checkpoints.tensors.writer import STAGING, remove_weights
 from hf_frmerge.errors import ArgumentError, ResumeError
-from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, LOCAL_SOURCES_FILE, MANIFEST_FILE, STALE_FILES
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.record.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE, STALE_FILES
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments

@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.disk import rename
 from hf_frmerge.checkpoints.lock import sole_writer
@@ -22,8 +22,8 @@ from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
 from hf_frmerge.merging.outputs.factor_output import FactorOutput
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
-from hf_frmerge.merging.record.manifest import write_coefficients, write_manifest
 from hf_frmerge.merging.record.summary import MergeOutcome, make_report
+from hf_frmerge.merging.record.write_manifest import write_coefficients, write_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
     from hf_frmerge.merging.engine.processes import Processes
     from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.record.summary import MergeReport
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def _prepare(plan: MergePlan, output: Output, kernels: Kernels, processes: Proce
 
 
 def _finish(
-    plan: MergePlan, output: Output, outcomes: Sequence[StepOutcome], report: dict[str, Any], n_processes: int
+    plan: MergePlan, output: Output, outcomes: Sequence[StepOutcome], report: MergeReport, n_processes: int
 ) -> None:
     """Give everything its name, the config last: without it no loader takes the folder for a model."""
     folder = Path(plan.args.output_dir)

@@ -11,11 +11,14 @@ import numpy as np
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, load_record
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
-from hf_frmerge.merging.record.manifest import read_manifest, recorded_models
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.plan_again import record_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from hf_frmerge.merging.decisions import Trimming
+    from hf_frmerge.merging.record.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class MergeDiff:
         only_a, only_b: tensors of one only.
         coefficients: `None` if they are the same, or cannot be compared.
         n_coefficients: tensors whose coefficients differ.
+        n_thresholds: tensors in which an expert of both was trimmed from another magnitude on.
         evaluation: measured numbers of the merged models, `domain: metric`, if both were evaluated.
     """
 
@@ -65,6 +69,7 @@ class MergeDiff:
     only_a: list[str] = field(default_factory=list)
     only_b: list[str] = field(default_factory=list)
     n_coefficients: int = 0
+    n_thresholds: int = 0
     coefficients: CoefficientDifference | None = None
     evaluation: list[Change] = field(default_factory=list)
 
@@ -89,26 +94,28 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
     folders = [record_folder(model, token) for model in (a, b)]
     first, second = (read_manifest(folder) for folder in folders)
     diff = MergeDiff(sources=_sources(first, second))
-    arguments = _changes(first["arguments"], second["arguments"])
-    arguments += _changes(*({k: m[k] for k in ("method", "space", "output_kind")} for m in (first, second)))
+    arguments = _changes(first.arguments, second.arguments)
+    arguments += _changes(
+        *({"method": m.method, "space": m.space, "output_kind": m.output_kind} for m in (first, second))
+    )
     for change in {change.what: change for change in arguments}.values():
         (diff.arguments if is_about_the_result(change.what) else diff.running).append(change)
     diff.running += _changes(_surroundings(first), _surroundings(second))
-    tensors = [manifest["tensors"] for manifest in (first, second)]
-    common = [name for name in tensors[0] if name in tensors[1]]
+    common = [name for name in first.tensors if name in second.tensors]
     diff.n_tensors = len(common)
-    diff.only_a = [name for name in tensors[0] if name not in tensors[1]]
-    diff.only_b = [name for name in tensors[1] if name not in tensors[0]]
-    diff.different_tensors = [
-        name for name in common if tensors[0][name]["output_xxh3_128"] != tensors[1][name]["output_xxh3_128"]
-    ]
+    diff.only_a = [name for name in first.tensors if name not in second.tensors]
+    diff.only_b = [name for name in second.tensors if name not in first.tensors]
+    diff.different_tensors = [name for name in common if first.tensors[name].output != second.tensors[name].output]
     diff.files = _changes(_files(first), _files(second))
     tables = [
-        read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest["files"] else {}
+        read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest.files else {}
         for folder, manifest in zip(folders, (first, second))
     ]
-    experts = [_keys(manifest)[: len(manifest["experts"])] for manifest in (first, second)]
+    experts = [_keys(manifest)[: len(manifest.experts)] for manifest in (first, second)]
     diff.n_coefficients, diff.coefficients = _coefficients(tables[0], tables[1], experts[0], experts[1])
+    diff.n_thresholds = sum(
+        _differ_in_thresholds(first.tensors[name].decision, second.tensors[name].decision, *experts) for name in common
+    )
     records = [load_record(folder) for folder in folders]
     if records[0] is not None and records[1] is not None:
         diff.evaluation = _changes(_numbers(records[0]), _numbers(records[1]))
@@ -120,24 +127,24 @@ def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
     return [Change(name, a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)]
 
 
-def _keys(manifest: dict[str, Any]) -> list[str]:
+def _keys(manifest: Manifest) -> list[str]:
     """Names of the recorded models, told apart where they repeat: `math`, `math (2)`."""
     seen: Counter[str] = Counter()
     keys = []
-    for model in recorded_models(manifest):
-        seen[model["id"]] += 1
-        keys.append(model["id"] if seen[model["id"]] == 1 else f"{model['id']} ({seen[model['id']]})")
+    for model in manifest.models:
+        seen[model.id] += 1
+        keys.append(model.id if seen[model.id] == 1 else f"{model.id} ({seen[model.id]})")
     return keys
 
 
-def _sources(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
+def _sources(a: Manifest, b: Manifest) -> list[Change]:
     facts = []
     for manifest in (a, b):
         known: dict[str, dict[str, Any]] = {}
-        for key, model in zip(_keys(manifest), recorded_models(manifest)):
-            role = "expert" if "weight" in model else "base model"
-            known[key] = {"role": role, "weight": model.get("weight"), "commit": model["commit"]}
-            known[key] |= {name: entry["sha256"] for name, entry in model["files"].items()}
+        for key, model in zip(_keys(manifest), manifest.models):
+            role = "base model" if model is manifest.base_model else "expert"
+            known[key] = {"role": role, "weight": model.weight, "commit": model.commit}
+            known[key] |= {name: file.sha256 for name, file in model.files.items()}
         facts.append(known)
     changes = []
     for key in dict.fromkeys([*facts[0], *facts[1]]):
@@ -153,19 +160,18 @@ def _sources(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
     return changes
 
 
-def _surroundings(manifest: dict[str, Any]) -> dict[str, Any]:
+def _surroundings(manifest: Manifest) -> dict[str, Any]:
     return {
-        "hf_frmerge": manifest["hf_frmerge"],
-        **manifest["versions"],
-        **manifest["machine"],
-        "kernels": manifest["report"]["kernels"],
-        "n_processes": manifest["n_processes"],
+        **manifest.all_versions,
+        **vars(manifest.machine),
+        "kernels": manifest.report.kernels,
+        "n_processes": manifest.n_processes,
     }
 
 
-def _files(manifest: dict[str, Any]) -> dict[str, Any]:
+def _files(manifest: Manifest) -> dict[str, Any]:
     """SHA-256 of the files; of weights, which are compared tensor by tensor, the digest of their header."""
-    return {name: entry.get("header_xxh3_128") or entry["sha256"] for name, entry in manifest["files"].items()}
+    return {name: file.header_xxh3_128 or file.sha256 for name, file in manifest.files.items()}
 
 
 def _coefficients(
@@ -188,6 +194,14 @@ def _coefficients(
             values = float(mine[block, expert]), float(theirs[block, expert])
             largest = CoefficientDifference(tensor, block, shared[expert], *values)
     return n_different, largest
+
+
+def _differ_in_thresholds(a: Trimming | None, b: Trimming | None, experts_a: list[str], experts_b: list[str]) -> bool:
+    """Tell whether an expert of both was trimmed at another magnitude."""
+    if a is None or b is None:
+        return False
+    mine, theirs = dict(zip(experts_a, a.thresholds)), dict(zip(experts_b, b.thresholds))
+    return any(mine[name] != theirs[name] for name in mine.keys() & theirs.keys())
 
 
 def _numbers(record: EvaluationRecord) -> dict[str, float]:

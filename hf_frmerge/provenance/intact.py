@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint
@@ -18,6 +18,7 @@ from hf_frmerge.merging.record.manifest import read_manifest
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
+    from hf_frmerge.merging.record.manifest import Manifest
 
 
 def check_unaltered(folder: Path, sha256: Mapping[str, str]) -> None:
@@ -36,14 +37,14 @@ def check_unaltered(folder: Path, sha256: Mapping[str, str]) -> None:
     try:
         manifest = read_manifest(folder)
         unhashed = []
-        for name, entry in manifest["files"].items():
+        for name, entry in manifest.files.items():
             if not (folder / name).is_file():
                 raise _altered(folder, f"{name} is missing")
-            if (folder / name).stat().st_size != entry["size"]:
+            if (folder / name).stat().st_size != entry.size:
                 raise _altered(folder, f"{name} has another size than the merge gave it")
-            if entry["sha256"] is None:
+            if entry.sha256 is None:
                 unhashed.append(name)
-            elif sha256.get(name, "") != entry["sha256"] != sha256_of(folder / name):
+            elif sha256.get(name, "") != entry.sha256 != sha256_of(folder / name):
                 raise _altered(folder, f"{name} was changed after the merge")
         if unhashed:
             _check_tensors(folder, manifest, unhashed)
@@ -51,23 +52,23 @@ def check_unaltered(folder: Path, sha256: Mapping[str, str]) -> None:
         raise HubError(f"{folder} cannot be pushed: {error}") from error
 
 
-def _check_tensors(folder: Path, manifest: dict[str, Any], files: list[str]) -> None:
+def _check_tensors(folder: Path, manifest: Manifest, files: list[str]) -> None:
     for name in files:
-        if header_digest(folder / name) != manifest["files"][name]["header_xxh3_128"]:
+        if header_digest(folder / name) != manifest.files[name].header_xxh3_128:
             raise _altered(folder, f"the header of {name} was changed after the merge")
-    block = manifest["arguments"]["block"]
+    block = manifest.arguments["block"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     head_dim = head_dim_of(config) if block == "head" else None
-    with open_checkpoint(Source(str(folder), manifest["output_kind"], str(folder))) as model:
+    with open_checkpoint(Source(str(folder), manifest.output_kind, str(folder))) as model:
         for name, info in model.tensors.items():
             if info.file not in files:
                 continue
-            entry = manifest["tensors"].get(name)
+            entry = manifest.tensors.get(name)
             if entry is None:
                 raise _altered(folder, f"tensor {name!r} in {info.file} is not in the manifest")
             # A tensor that a callback skipped was cut as if it were merged.
-            cut = block_shape(name, info.shape, block if entry["action"] != "copy" else "tensor", head_dim)
-            if _tensor_digest(model, name, *cut) != entry["output_xxh3_128"]:
+            cut = block_shape(name, info.shape, block if entry.action != "copy" else "tensor", head_dim)
+            if _tensor_digest(model, name, *cut) != entry.output:
                 raise _altered(folder, f"tensor {name!r} in {info.file} was changed after the merge")
 
 

@@ -6,11 +6,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.engine.processes import Processes
-from hf_frmerge.merging.record.manifest import local_sources, read_manifest, recorded_models
+from hf_frmerge.merging.record.manifest import local_sources, read_manifest
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.provenance.plan_again import by_name, find_models, plan_again, record_folder
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hf_frmerge.merging.planning.tensor_step import TensorStep
+    from hf_frmerge.merging.record.manifest import Manifest
+    from hf_frmerge.merging.record.manifest_entries import RecordedFile
 
 
 @dataclass
@@ -84,21 +86,21 @@ def reproduce(
     return reproduction
 
 
-def compare_records(recorded: dict[str, Any], made: dict[str, Any]) -> Reproduction:
+def compare_records(recorded: Manifest, made: Manifest) -> Reproduction:
     """Compare the digests of two merges that should be one."""
-    found = Reproduction(n_tensors=len(made["tensors"]))
-    for name in sorted(recorded["tensors"].keys() | made["tensors"].keys()):
-        then, now = recorded["tensors"].get(name), made["tensors"].get(name)
+    found = Reproduction(n_tensors=len(made.tensors))
+    for name in sorted(recorded.tensors.keys() | made.tensors.keys()):
+        then, now = recorded.tensors.get(name), made.tensors.get(name)
         if then is None or now is None:
             found.differences.append(f"Tensor {name!r} is only in the {'new' if then is None else 'recorded'} merge.")
-        elif then["output_xxh3_128"] != now["output_xxh3_128"]:
+        elif then.output != now.output:
             found.differences.append(f"Tensor {name!r} differs.")
-    for name in sorted(recorded["files"].keys() | made["files"].keys()):
-        then, now = recorded["files"].get(name), made["files"].get(name)
+    for name in sorted(recorded.files.keys() | made.files.keys()):
+        before, after = recorded.files.get(name), made.files.get(name)
         found.n_files += 1
-        if then is None or now is None:
-            found.differences.append(f"File {name} is only in the {'new' if then is None else 'recorded'} merge.")
-        elif not _same_file(then, now):
+        if before is None or after is None:
+            found.differences.append(f"File {name} is only in the {'new' if before is None else 'recorded'} merge.")
+        elif not _same_file(before, after):
             found.differences.append(f"File {name} differs.")
     found.causes = _causes(recorded, made)
     return found
@@ -107,49 +109,47 @@ def compare_records(recorded: dict[str, Any], made: dict[str, Any]) -> Reproduct
 class _AsRecorded(StepObserver):
     """Skips the tensors that a callback skipped in the recorded merge."""
 
-    def __init__(self, manifest: dict[str, Any], observer: StepObserver) -> None:
-        self._tensors = manifest["tensors"]
+    def __init__(self, manifest: Manifest, observer: StepObserver) -> None:
+        self._tensors = manifest.tensors
         self._observer = observer
 
     def begin(self, step: TensorStep) -> bool:
         self._observer.begin(step)
-        return bool(self._tensors.get(step.name, {}).get("action") != "skip")
+        recorded = self._tensors.get(step.name)
+        return recorded is None or recorded.action != "skip"
 
     def end(self, outcome: StepOutcome) -> bool:
         return self._observer.end(outcome)
 
 
-def _same_file(then: dict[str, Any], now: dict[str, Any]) -> bool:
+def _same_file(then: RecordedFile, now: RecordedFile) -> bool:
     """Compare what both records know; weight files too large to be hashed are compared tensor by tensor."""
-    common = [key for key in then.keys() & now.keys() if None not in (then[key], now[key])]
-    return all(then[key] == now[key] for key in common)
+    pairs = [(then.size, now.size), (then.sha256, now.sha256), (then.header_xxh3_128, now.header_xxh3_128)]
+    return all(a == b for a, b in pairs if None not in (a, b))
 
 
-def _causes(recorded: dict[str, Any], made: dict[str, Any]) -> list[str]:
+def _causes(recorded: Manifest, made: Manifest) -> list[str]:
     causes = []
-    for index, (then, now) in enumerate(zip(recorded_models(recorded), recorded_models(made))):
-        role = str(index if index < len(recorded["experts"]) else -1)
-        shared = then["files"].keys() & now["files"].keys()
-        changed = [name for name in sorted(shared) if not _same_file(then["files"][name], now["files"][name])]
+    for index, (then, now) in enumerate(zip(recorded.models, made.models)):
+        role = str(index if index < len(recorded.experts) else -1)
+        shared = then.files.keys() & now.files.keys()
+        changed = [name for name in sorted(shared) if not _same_file(then.files[name], now.files[name])]
         tensors = [
             name
-            for name, entry in recorded["tensors"].items()
-            if role in entry["inputs_xxh3_128"]
-            and made["tensors"].get(name, entry)["inputs_xxh3_128"].get(role) != entry["inputs_xxh3_128"][role]
+            for name, tensor in recorded.tensors.items()
+            if role in tensor.inputs and made.tensors.get(name, tensor).inputs.get(role) != tensor.inputs[role]
         ]
         if changed or tensors:
             parts = [", ".join(changed)] if changed else []
             parts += [f"{len(tensors)} tensors, such as {tensors[0]!r}"] if tensors else []
-            causes.append(f"{then['id']} is not what was merged then; different: {'; '.join(parts)}.")
-    if recorded["report"]["kernels"] != made["report"]["kernels"]:
-        causes.append(
-            f"Computed with the kernels {made['report']['kernels']}, then with {recorded['report']['kernels']}."
-        )
-    if recorded["machine"] != made["machine"]:
-        here, there = (" ".join(record["machine"].values()) for record in (made, recorded))
+            causes.append(f"{then.id} is not what was merged then; different: {'; '.join(parts)}.")
+    if recorded.report.kernels != made.report.kernels:
+        causes.append(f"Computed with the kernels {made.report.kernels}, then with {recorded.report.kernels}.")
+    if recorded.machine != made.machine:
+        here, there = (f"{record.machine.architecture} {record.machine.system}" for record in (made, recorded))
         causes.append(f"Computed on {here}, then on {there}.")
-    versions = [{"hf_frmerge": record["hf_frmerge"], **record["versions"]} for record in (recorded, made)]
-    for name in sorted(versions[0].keys() & versions[1].keys()):
-        if versions[0][name] != versions[1][name]:
-            causes.append(f"{name} {versions[1][name]}, then {versions[0][name]}.")
+    versions = recorded.all_versions
+    for name in sorted(versions.keys() & made.all_versions.keys()):
+        if versions[name] != made.all_versions[name]:
+            causes.append(f"{name} {made.all_versions[name]}, then {versions[name]}.")
     return causes

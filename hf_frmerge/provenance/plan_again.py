@@ -10,7 +10,8 @@ from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import RETIRED, MergingArguments
 from hf_frmerge.merging.planning.build_plan import build_plan
-from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, recorded_models
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.record.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ def record_folder(model: str, token: str | None = None) -> str:
     return resolve(model, token=token, download=False, extra=(COEFFICIENTS_FILE,)).path
 
 
-def by_name(manifest: dict[str, Any], chosen: Mapping[str, Sequence[str]]) -> list[str | None]:
+def by_name(manifest: Manifest, chosen: Mapping[str, Sequence[str]]) -> list[str | None]:
     """
     Give every recorded model, experts then base, the place chosen for its name; `None` where none was.
 
@@ -43,7 +44,7 @@ def by_name(manifest: dict[str, Any], chosen: Mapping[str, Sequence[str]]) -> li
     Raises:
         ArgumentError: If `chosen` names a model that is not in the record.
     """
-    names = [model["id"] for model in recorded_models(manifest)]
+    names = [model.id for model in manifest.models]
     unknown = [name for name in chosen if name not in names]
     if unknown:
         expected = ", ".join(dict.fromkeys(names))
@@ -53,7 +54,7 @@ def by_name(manifest: dict[str, Any], chosen: Mapping[str, Sequence[str]]) -> li
 
 
 def find_models(
-    manifest: dict[str, Any], given: Sequence[str | None], here: Sequence[str | None], *, option: str
+    manifest: Manifest, given: Sequence[str | None], here: Sequence[str | None], *, option: str
 ) -> list[str]:
     """
     Say where every recorded model is to be read, the experts in order, then the base.
@@ -67,10 +68,8 @@ def find_models(
     Raises:
         CheckpointError: If a local model is not known on this machine.
     """
-    models = recorded_models(manifest)
-    pinned = [f"{model['id']}@{model['commit']}" if model["on_hub"] else None for model in models]
-    specs = [said or pin or path for said, pin, path in zip(given, pinned, here)]
-    missing = [model["id"] for model, spec in zip(models, specs) if spec is None]
+    specs = [said or model.pinned or path for said, model, path in zip(given, manifest.models, here)]
+    missing = [model.id for model, spec in zip(manifest.models, specs) if spec is None]
     if missing:
         raise CheckpointError(
             f"The merge used local models that are not known on this machine: {', '.join(missing)}. Say where they "
@@ -79,7 +78,7 @@ def find_models(
     return [spec for spec in specs if spec is not None]
 
 
-def plan_again(manifest: dict[str, Any], models: Sequence[str], folder: str, **changes: Any) -> MergePlan:
+def plan_again(manifest: Manifest, models: Sequence[str], folder: str, **changes: Any) -> MergePlan:
     """
     Plan the recorded merge of `models` (the experts in order, then the base if there was one).
 
@@ -95,23 +94,23 @@ def plan_again(manifest: dict[str, Any], models: Sequence[str], folder: str, **c
     known = {field.name for field in fields(MergingArguments)}
     recorded = {
         name: value
-        for name, value in manifest["arguments"].items()
+        for name, value in manifest.arguments.items()
         if name not in RETIRED and not name.endswith("_token")
     }
     unknown = sorted(recorded.keys() - known)
     if unknown:
         raise CheckpointError(
-            f"The merge was made by hf_frmerge {manifest['hf_frmerge']} with arguments that this version does not "
+            f"The merge was made by hf_frmerge {manifest.hf_frmerge} with arguments that this version does not "
             f"know: {', '.join(unknown)}. Install that version."
         )
     # Whatever the merge did to its own folder, and whoever it told about it, is not repeated.
-    recorded |= {"overwrite": False, "resume_from_checkpoint": False, "push_to_hub": False, "space": manifest["space"]}
+    recorded |= {"overwrite": False, "resume_from_checkpoint": False, "push_to_hub": False, "space": manifest.space}
     if recorded.get("coefficients") is not None:
         recorded["coefficients"] = folder  # the table that was given is part of the record
-    n_experts = len(manifest["experts"])
+    n_experts = len(manifest.experts)
     return build_plan(
         list(models[:n_experts]),
         MergingArguments(**{**recorded, **changes}),
-        [expert["weight"] for expert in manifest["experts"]],
-        models[n_experts] if manifest["base_model"] else None,
+        manifest.weights,
+        models[n_experts] if manifest.base_model is not None else None,
     )

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,15 +21,10 @@ from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.operands.tensor_inputs import join_digests
 from hf_frmerge.merging.planning.blocks import pieces
-from hf_frmerge.merging.planning.coefficient_table import read_coefficients
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
 from hf_frmerge.merging.record.checksums import header_digest, sha256_of
-from hf_frmerge.merging.record.manifest import (
-    COEFFICIENTS_FILE,
-    local_sources,
-    read_manifest,
-    record_checksums,
-    recorded_decision,
-)
+from hf_frmerge.merging.record.manifest import local_sources, read_manifest
+from hf_frmerge.merging.record.write_manifest import record_checksums
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.provenance.plan_again import find_models, plan_again
 
@@ -44,6 +39,8 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
+    from hf_frmerge.merging.record.manifest import Manifest
+    from hf_frmerge.merging.record.manifest_entries import RecordedTensor
 
 
 @dataclass
@@ -94,8 +91,8 @@ def verify(
     report = VerifyReport()
     _check_files(folder, manifest, report, sha256)
     try:
-        coefficients = read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest["files"] else {}
-        merged = open_checkpoint(Source(output_dir, manifest["output_kind"], str(folder)))
+        coefficients = read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest.files else {}
+        merged = open_checkpoint(Source(output_dir, manifest.output_kind, str(folder)))
     except CheckpointError as error:  # nothing to compare with; what is wrong with the files is known
         report.problems.append(str(error))
         return report
@@ -117,21 +114,21 @@ def _folder(output_dir: str) -> Path:
     found = resolve(output_dir)
     if found.commit is None:
         return Path(found.path)
-    files = read_manifest(Path(found.path))["files"]
+    files = read_manifest(Path(found.path)).files
     return Path(resolve(f"{found.repo_id}@{found.commit}", extra=tuple(files)).path)
 
 
 def _check_model(
     merged: Checkpoint,
     coefficients: dict[str, NDArray[np.float64]],
-    manifest: dict[str, Any],
+    manifest: Manifest,
     plan: MergePlan,
     report: VerifyReport,
 ) -> None:
     """Derive every tensor again and compare it bit for bit."""
     kernels = load_kernels()
     with ThreadPoolExecutor(worker_count(plan)) as pool:
-        work = [(step, manifest["tensors"].get(step.name), coefficients.get(step.name)) for step in plan.steps]
+        work = [(step, manifest.tensors.get(step.name), coefficients.get(step.name)) for step in plan.steps]
         found = pool.map(lambda item: _check_tensor(plan, kernels, merged, *item), work)
         for problem in found:
             report.checked_tensors += 1
@@ -157,26 +154,26 @@ def _check_adapter(found: Checkpoint, plan: MergePlan, report: VerifyReport) -> 
                     report.problems.append(f"Tensor {name!r} differs from what its experts and options give.")
 
 
-def _check_files(folder: Path, manifest: dict[str, Any], report: VerifyReport, sha256: bool) -> None:
-    for name, entry in manifest["files"].items():
+def _check_files(folder: Path, manifest: Manifest, report: VerifyReport, sha256: bool) -> None:
+    for name, entry in manifest.files.items():
         report.checked_files += 1
         path = folder / name
         if not path.exists():
             report.problems.append(f"File {name} is missing.")
             continue
         # All bytes of weights are compared anyway: the header here, the tensors later.
-        is_hashed = entry["sha256"] is not None and (sha256 or "header_xxh3_128" not in entry)
-        if path.stat().st_size != entry["size"]:
-            report.problems.append(f"File {name} has {path.stat().st_size} bytes, {entry['size']} were written.")
-        elif "header_xxh3_128" in entry and header_digest(path) != entry["header_xxh3_128"]:
+        is_hashed = entry.sha256 is not None and (sha256 or entry.header_xxh3_128 is None)
+        if path.stat().st_size != entry.size:
+            report.problems.append(f"File {name} has {path.stat().st_size} bytes, {entry.size} were written.")
+        elif entry.header_xxh3_128 is not None and header_digest(path) != entry.header_xxh3_128:
             report.problems.append(f"The header of {name} was changed after the merge.")
-        elif is_hashed and sha256_of(path) != entry["sha256"]:
+        elif is_hashed and sha256_of(path) != entry.sha256:
             report.problems.append(f"File {name} was changed after the merge.")
 
 
-def _plan(folder: Path, manifest: dict[str, Any], experts: Sequence[str] | None, base_model: str | None) -> MergePlan:
+def _plan(folder: Path, manifest: Manifest, experts: Sequence[str] | None, base_model: str | None) -> MergePlan:
     """Rebuild the plan of the merge from its manifest."""
-    n_experts = len(manifest["experts"])
+    n_experts = len(manifest.experts)
     if experts is not None and len(experts) != n_experts:
         raise CheckpointError(f"The merge had {n_experts} experts, but {len(experts)} were given.")
     given: list[str | None] = [*experts] if experts is not None else [None] * n_experts
@@ -190,7 +187,7 @@ def _check_tensor(
     kernels: Kernels,
     merged: Checkpoint,
     step: TensorStep,
-    entry: dict[str, Any] | None,
+    entry: RecordedTensor | None,
     coefficients: NDArray[np.float64] | None,
 ) -> str | None:
     """Return what is wrong with a tensor, or `None`."""
@@ -199,9 +196,9 @@ def _check_tensor(
         return f"Tensor {step.name!r} is missing in the {'manifest' if entry is None else 'merged model'}."
     if (info.dtype, info.shape) != (step.dtype, step.shape):
         return f"Tensor {step.name!r} is {info.dtype} {list(info.shape)}, expected {step.dtype} {list(step.shape)}."
-    if step.action == "merge" and entry["action"] == "skip":
+    if step.action == "merge" and entry.action == "skip":
         step = plan.copied(step)
-    decision = recorded_decision(entry, coefficients) if step.action == "merge" else None
+    decision = entry.decision_with(coefficients) if step.action == "merge" else None
     if step.action == "merge" and not _fits(decision, plan, step):
         return f"Tensor {step.name!r} was merged, but the record has no {_named(entry)} that fit it."
     inputs = open_tensors(plan, step)
@@ -221,7 +218,7 @@ def _check_tensor(
             sentence = (
                 f"Tensor {step.name!r} differs from what its experts and {_named(entry)} give in {wrong:,} elements"
             )
-            changed = _changed_inputs(inputs, step, entry["inputs_xxh3_128"])
+            changed = _changed_inputs(inputs, step, entry.inputs)
             return (
                 f"{sentence}; it was changed in {' and '.join(changed)} after the merge."
                 if changed
@@ -247,5 +244,5 @@ def _fits(decision: Decision | None, plan: MergePlan, step: TensorStep) -> bool:
     return decision is not None and decision.coefficients.shape in ((1, n_experts), (step.n_blocks, n_experts))
 
 
-def _named(entry: dict[str, Any]) -> str:
-    return "thresholds" if entry.get("decision", {}).get("kind") == "trimming" else "coefficients"
+def _named(entry: RecordedTensor) -> str:
+    return "coefficients" if entry.decision is None else "thresholds"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +12,9 @@ from numpy.typing import NDArray
 from hf_frmerge.evaluation.models.names import models_of_merge
 from hf_frmerge.evaluation.record import EvaluationRecord, load_record
 from hf_frmerge.merging.arguments.weight_rules import layer_index
+from hf_frmerge.merging.decisions import Geometry as TensorGeometry
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
-from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.merging.record.manifest import Manifest, read_manifest
 from hf_frmerge.wording.geometry import Geometry
 
 
@@ -26,8 +26,8 @@ class TensorFacts:
     Attributes:
         layer: index of the layer it belongs to; `None` for what is outside of the layers.
         kind: its name without the layer's number and what all layers' tensors have in common: `mlp.up_proj`.
-        geometry: as the manifest has it, see `hf_frmerge.merging.engine.solve.Geometry`; `None` if it was copied.
-        coefficients: `(experts,)`, float64, mean over its blocks; `None` if it was copied.
+        geometry: what was measured of the experts; `None` if it was copied, or merged without measuring.
+        coefficients: `(experts,)`, float64, mean over its blocks; `None` if it is no sum of the experts.
     """
 
     name: str
@@ -35,7 +35,7 @@ class TensorFacts:
     kind: str
     action: str
     n_blocks: int
-    geometry: dict[str, Any] | None
+    geometry: TensorGeometry | None
     coefficients: NDArray[np.float64] | None
 
 
@@ -51,14 +51,19 @@ class MergeFacts:
     """
 
     name: str
-    manifest: dict[str, Any]
+    manifest: Manifest
     experts: list[str]
     tensors: list[TensorFacts]
     record: EvaluationRecord | None
 
     @property
     def merged_tensors(self) -> list[TensorFacts]:
-        """Tensors that are a combination of the experts'."""
+        """Tensors that come from all experts."""
+        return [tensor for tensor in self.tensors if tensor.action == "merge"]
+
+    @property
+    def measured_tensors(self) -> list[TensorFacts]:
+        """Merged tensors of which angles and lengths are known: not every method measures them."""
         return [tensor for tensor in self.tensors if tensor.geometry is not None]
 
     @property
@@ -77,20 +82,20 @@ def read_facts(folder: Path | str) -> MergeFacts:
     folder = Path(folder)
     manifest = read_manifest(folder)
     coefficients = read_coefficients(folder).rows if (folder / COEFFICIENTS_FILE).exists() else {}
-    kinds = _kinds(manifest["tensors"])
+    kinds = _kinds(manifest.tensors)
     tensors = [
         TensorFacts(
             name,
             layer_index(name),
             kinds[name],
-            entry["action"],
-            entry.get("n_blocks", 0),
-            entry.get("geometry"),
+            tensor.action,
+            tensor.n_blocks,
+            tensor.geometry,
             coefficients[name].mean(axis=0) if name in coefficients else None,
         )
-        for name, entry in manifest["tensors"].items()
+        for name, tensor in manifest.tensors.items()
     ]
-    experts = list(models_of_merge([expert["id"] for expert in manifest["experts"]])[0])
+    experts = list(models_of_merge([expert.id for expert in manifest.experts])[0])
     return MergeFacts(folder.resolve().name, manifest, experts, tensors, load_record(folder))
 
 

@@ -35,7 +35,7 @@ def angles_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     """
     table = pair_angles(facts)
     has_pairs = table is not None and len(table) > 2
-    has_layers = any(tensor.layer is not None for tensor in facts.merged_tensors)
+    has_layers = any(tensor.layer is not None for tensor in facts.measured_tensors)
     if not has_pairs and not has_layers:
         return None
     n = len(facts.experts)
@@ -52,13 +52,13 @@ def angles_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     if has_pairs and table is not None:
         _draw_pairs(figure.add_subplot(places[0]), table, facts.experts)
     if has_layers:
-        _draw_angles_by_layer(figure.add_subplot(places[-1]), facts.merged_tensors)
+        _draw_angles_by_layer(figure.add_subplot(places[-1]), facts.measured_tensors)
     return figure
 
 
 def pair_angles(facts: MergeFacts) -> NDArray[np.float64] | None:
     """Median over tensors of the angle of two experts, `(experts, experts)`, in radians; `None` in old records."""
-    rows = [tensor.geometry.get("pair_angles") for tensor in facts.merged_tensors if tensor.geometry]
+    rows = [tensor.geometry.pair_angles for tensor in facts.measured_tensors if tensor.geometry]
     known = np.array([row for row in rows if row], dtype=np.float64)
     if not known.size:
         return None
@@ -97,7 +97,7 @@ def _draw_pairs(axes: Axes, table: NDArray[np.float64], experts: Sequence[str]) 
 def _draw_angles_by_layer(axes: Axes, tensors: Sequence[TensorFacts]) -> None:
     inside = [tensor for tensor in tensors if tensor.layer is not None]
     layers = np.array([tensor.layer for tensor in inside], dtype=np.float64)
-    angles = np.array([tensor.geometry["mean_angle"] for tensor in inside if tensor.geometry], dtype=np.float64)
+    angles = np.array([tensor.geometry.mean_angle for tensor in inside if tensor.geometry], dtype=np.float64)
     axes.plot(layers, angles, "o", color=MUTED, alpha=0.45, markersize=2.6, markeredgewidth=0, label="tensors")
     levels = np.unique(layers)
     medians = [np.median(angles[layers == level]) for level in levels]
@@ -139,7 +139,7 @@ def coefficients_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None
     lines = math.ceil(n / columns)
     figure = new_figure(width, lines * (0.14 * len(rows) + 0.45) + 0.8)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    weights = np.array([expert["weight"] for expert in facts.manifest["experts"]])
+    weights = np.array(facts.manifest.weights)
     relative = np.divide(
         table, weights[:, None, None], out=np.full_like(table, np.nan), where=weights[:, None, None] > 0
     )

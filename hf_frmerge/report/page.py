@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, WorstToken
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record.manifest import REPORT_FILE
 from hf_frmerge.report.facts import MergeFacts, read_facts
 from hf_frmerge.report.figures import draw_figures
@@ -23,6 +24,7 @@ from hf_frmerge.report.svg import inline_svg
 from hf_frmerge.report.tables import block_table, distance_table, layer_table, objective_table, score_tables
 from hf_frmerge.report.verdicts import verdicts
 from hf_frmerge.wording import parts
+from hf_frmerge.wording.geometry import NOTHING_MERGED, unmeasured
 from hf_frmerge.wording.methods import method_of
 from hf_frmerge.wording.numbers import number, percent, visible
 
@@ -72,7 +74,7 @@ def render_page(facts: MergeFacts) -> str:
     script = _template("page.js")
     return environment.from_string(_template("page.html.jinja")).render(
         facts=facts,
-        method=method_of(facts.manifest["method"]),
+        method=method_of(facts.manifest.method),
         record=facts.record,
         verdicts=verdicts(facts),
         figures=_figures(facts),
@@ -82,6 +84,8 @@ def render_page(facts: MergeFacts) -> str:
         objective_table=objective_table(record),
         layer_table=layer_table(record),
         block_table=block_table(facts),
+        unmeasured=unmeasured(facts.manifest.method) if facts.merged_tensors else NOTHING_MERGED,
+        has_coefficients=COEFFICIENTS_FILE in facts.manifest.files,
         worst_tokens=_worst_tokens(record),
         n_worst_tokens=len(record.worst_tokens),
         generations=list(_generations(record)),
@@ -143,7 +147,7 @@ def _generations(record: EvaluationRecord) -> Iterator[Prompt]:
 
 def _evaluate_command(facts: MergeFacts) -> str:
     """Return what to type to evaluate this merge; local models are known by name only."""
-    experts = [part for expert in facts.manifest["experts"] for part in ("--experts", expert["id"])]
-    base = facts.manifest["base_model"]
-    parts = ["frmerge", "evaluate", facts.name, *experts, *(["--base-model", base["id"]] if base else [])]
+    experts = [part for expert in facts.manifest.experts for part in ("--experts", expert.id)]
+    base = facts.manifest.base_model
+    parts = ["frmerge", "evaluate", facts.name, *experts, *(["--base-model", base.id] if base else [])]
     return shlex.join([*parts, "--data", "heldout.txt"])

@@ -201,16 +201,16 @@ def layer_table(record: EvaluationRecord) -> Table | None:
 
 def block_table(facts: MergeFacts) -> Table | None:
     """Return statistics of the merge, a row a tensor; of a kind in a layer, where there are very many tensors."""
-    if not facts.merged_tensors:
+    if not facts.measured_tensors:
         return None
     groups: dict[str, list[TensorFacts]] = {}
-    together = len(facts.merged_tensors) > MAX_ROWS
-    for tensor in facts.merged_tensors:
+    together = len(facts.measured_tensors) > MAX_ROWS
+    for tensor in facts.measured_tensors:
         name = tensor.name if not together or tensor.layer is None else f"layer {tensor.layer}: {tensor.kind}"
         groups.setdefault(name, []).append(tensor)
     note = "Angles in radians; lengths are Euclidean norms."
     if together:
-        note += f" {len(facts.merged_tensors):,} tensors, those of a kind in a layer together: means, and the worst."
+        note += f" {len(facts.measured_tensors):,} tensors, those of a kind in a layer together: means, and the worst."
     return Table(
         "blocks",
         f"{parts.BLOCKS.title}, tensor by tensor",
@@ -236,24 +236,18 @@ def block_table(facts: MergeFacts) -> Table | None:
 def _block_row(name: str, group: Sequence[TensorFacts]) -> tuple[Cell, ...]:
     geometry = [tensor.geometry for tensor in group if tensor.geometry is not None]
 
-    def of(key: str, choose: str) -> float:
-        values = [math.nan if entry[key] is None else float(entry[key]) for entry in geometry]
-        if choose == "mean":
-            return math.fsum(values) / len(values)
-        return max(values) if choose == "max" else min(values)
-
-    norms = [norm for entry in geometry for norm in entry["norms"]]
+    norms = [norm for entry in geometry for norm in entry.norms]
     lengths = number(min(norms)) if min(norms) == max(norms) else f"{number(min(norms))} to {number(max(norms))}"
     return (
         Cell(name),
         _count(sum(tensor.n_blocks for tensor in group)),
         Cell(lengths, max(norms)),
-        _number(of("mean_angle", "mean")),
-        _number(of("max_angle", "max")),
-        _number(of("linear_norm_ratio", "min"), 4),
-        _number(of("norm_ratio", "min"), 4),
-        _number(of("gap_to_nre", "max"), 2),
-        _count(int(of("n_iter", "max"))),
-        _number(of("residual", "max"), 2),
-        _count(sum(len(entry["unconverged"]) for entry in geometry)),
+        _number(math.fsum(entry.mean_angle for entry in geometry) / len(geometry)),
+        _number(max(entry.max_angle for entry in geometry)),
+        _number(min(entry.linear_norm_ratio for entry in geometry), 4),
+        _number(min(entry.norm_ratio for entry in geometry), 4),
+        _number(max(entry.gap_to_nre for entry in geometry), 2),
+        _count(max(entry.n_iter for entry in geometry)),
+        _number(max(entry.residual for entry in geometry), 2),
+        _count(sum(len(entry.unconverged) for entry in geometry)),
     )

@@ -18,20 +18,20 @@ def verdicts(facts: MergeFacts) -> list[Verdict]:
 
 def _what(facts: MergeFacts) -> Verdict:
     manifest = facts.manifest
-    kinds = {expert["kind"] for expert in manifest["experts"]}
+    kinds = {expert.kind for expert in manifest.experts}
     kind = {"full": "fine-tuned models", "adapter": "LoRA adapters"}[kinds.pop()] if len(kinds) == 1 else "models"
-    weights = [expert["weight"] for expert in manifest["experts"]]
+    weights = manifest.weights
     if len(weights) <= N_NAMED:
         names = listed([f"{name} (weight {weight:.3g})" for name, weight in zip(facts.experts, weights)])
     else:
         names = f"with weights of {min(weights):.3g} to {max(weights):.3g}"
         names = f"of weight {weights[0]:.3g} each" if min(weights) == max(weights) else names
-    block, points = BLOCKS[manifest["arguments"]["block"]], POINTS[manifest["space"]]
+    block, points = BLOCKS[manifest.arguments["block"]], POINTS[manifest.space]
     copied = len(facts.tensors) - len(facts.merged_tensors)
     counts = f"{counted(len(facts.merged_tensors), 'tensor')} merged" + (f", {copied:,} copied" if copied else "")
     return Verdict(
         "fact",
         "What was merged",
-        f"{len(weights)} {kind}, {names}, by {method_of(manifest['method']).title} of their {points}, {block} at a "
+        f"{len(weights)} {kind}, {names}, by {method_of(manifest.method).title} of their {points}, {block} at a "
         f"time. {counts}.",
     )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hf_frmerge.merging.record.summary import ROUNDING_ANGLE, is_below_rounding
 from hf_frmerge.wording.methods import DTYPES, POINTS, method_of
 from hf_frmerge.wording.numbers import angle, counted, number, percent
 from hf_frmerge.wording.verdicts import Verdict
 
+if TYPE_CHECKING:
+    from hf_frmerge.merging.record.manifest import Manifest
+
 
 @dataclass(frozen=True)
 class Geometry:
     """
-    Totals over the merged tensors, as `merging.record.summary.summary` reports them; `None` where not known.
+    Totals over the merged tensors, as `merging.record.summary.GeometryTotals` has them; `None` where not known.
 
     Angles are in radians. Of a tensor, `angle` is the largest between two experts in any block, and `gap` the largest
     between the merged point and the norm-rescaled average; `linear_norm_ratio` is the norm of the plain weighted
@@ -38,37 +40,47 @@ class Geometry:
     n_ambiguous: int = 0
 
     @classmethod
-    def of_manifest(cls, manifest: Mapping[str, Any]) -> Geometry:
+    def of_manifest(cls, manifest: Manifest) -> Geometry:
         """Take the totals from the record of a merge; `dtype` is that of its least precise merged tensors."""
-        report = manifest["report"]
-        dtypes = {entry["dtype"] for entry in manifest["tensors"].values() if entry["action"] == "merge"}
-
-        def total(name: str, of: str) -> float | None:
-            value: float | None = report.get(name, {}).get(of)
-            return value
-
+        dtypes = {tensor.dtype for tensor in manifest.tensors.values() if tensor.action == "merge"}
+        dtype = next((dtype for dtype in DTYPES if dtype in dtypes), None)
+        totals = manifest.report.geometry
+        if totals is None:
+            return cls(manifest.method, manifest.space, dtype)
         return cls(
-            manifest["method"],
-            manifest["space"],
-            next((dtype for dtype in DTYPES if dtype in dtypes), None),
-            angle_median=total("max_angle", "median"),
-            angle_max=total("max_angle", "max"),
-            linear_norm_ratio_median=total("linear_norm_ratio", "median"),
-            linear_norm_ratio_min=total("linear_norm_ratio", "min"),
-            norm_ratio_median=total("norm_ratio", "median"),
-            norm_ratio_min=total("norm_ratio", "min"),
-            gap_max=total("gap_to_nre", "max"),
-            residual=report.get("residual"),
-            n_iter=report.get("n_iter"),
-            n_not_converged=report.get("n_not_converged", 0),
-            n_ambiguous=report.get("n_ambiguous", 0),
+            manifest.method,
+            manifest.space,
+            dtype,
+            angle_median=totals.max_angle.median,
+            angle_max=totals.max_angle.max,
+            linear_norm_ratio_median=totals.linear_norm_ratio.median,
+            linear_norm_ratio_min=totals.linear_norm_ratio.min,
+            norm_ratio_median=totals.norm_ratio.median,
+            norm_ratio_min=totals.norm_ratio.min,
+            gap_max=totals.gap_to_nre.max,
+            residual=totals.residual,
+            n_iter=totals.n_iter,
+            n_not_converged=totals.n_not_converged,
+            n_ambiguous=totals.n_ambiguous,
         )
 
 
+NOTHING_MERGED = "Nothing was merged: all tensors were copied."
+
+
+def unmeasured(method: str) -> str:
+    """Say why there are no angles and lengths of merged tensors."""
+    return f"Angles and lengths were not measured: a merge by {method_of(method).title} does not need them."
+
+
 def geometry_verdicts(found: Geometry) -> list[Verdict]:
-    """Say what is known: angles, lengths, whether the method matters, and whether the iteration converged."""
+    """
+    Say what is known: angles, lengths, whether the method matters, and whether the iteration converged.
+
+    Where tensors were merged and nothing was measured, say that alone; where none was merged, nothing.
+    """
     if found.angle_max is None:
-        return []
+        return [Verdict("fact", "Not measured", unmeasured(found.method))] if found.dtype is not None else []
     verdicts = [
         Verdict("fact", "Angles", _angles(found)),
         Verdict("fact", "Lengths", _lengths(found)),

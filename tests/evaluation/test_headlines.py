@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from evaluation_records import make_record
+from manifests import make_geometry, make_manifest
 
 from hf_frmerge.evaluation.headlines import by_key, headlines, norm_headline
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, LayerActivations, Recovered, Score
-from hf_frmerge.merging.record.manifest import FORMAT_VERSION
+from hf_frmerge.merging.record.manifest_entries import RecordedTensor
 
 
 def test_headlines_are_the_worst_of_what_was_measured() -> None:
@@ -70,10 +71,13 @@ def test_no_number_is_the_worst_wherever_it_stands(broken: int) -> None:
 
 
 def test_the_norm_is_that_of_the_worst_tensor_of_the_manifest(tmp_path: Path) -> None:
-    def tensor(ratio: float, *norms: float) -> dict:
-        return {"action": "merge", "geometry": {"norm_ratio": ratio, "norms": norms}}
+    def tensor(ratio: float, *norms: float) -> RecordedTensor:
+        return RecordedTensor(
+            "merge", "F32", (2,), {}, "", n_blocks=1, geometry=make_geometry(norm_ratio=ratio, norms=norms)
+        )
 
-    tensors = {"a": tensor(0.9, 1, 2), "b": tensor(0.7, 1, 2), "zero": tensor(math.nan, 0, 0), "c": {"action": "copy"}}
-    (tmp_path / "merge_manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "tensors": tensors}))
+    copied = RecordedTensor("copy", "F32", (2,), {}, "", donor=0)
+    tensors = {"a": tensor(0.9, 1, 2), "b": tensor(0.7, 1, 2), "zero": tensor(math.nan, 0, 0), "c": copied}
+    (tmp_path / "merge_manifest.json").write_text(json.dumps(make_manifest(tensors).to_dict()))
     [headline] = norm_headline(tmp_path)
     assert (headline.name, headline.value, headline.place) == ("norm_ratio", 0.7, "b")

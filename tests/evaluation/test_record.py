@@ -19,7 +19,8 @@ from hf_frmerge.evaluation.record import (
     load_record,
     save_record,
 )
-from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE, EVALUATION_FILE
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.record.manifest import EVALUATION_FILE
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:

@@ -229,6 +229,7 @@ EXAMPLES = {"full": full, "adapter": adapter, "mixed": mixed}
 def save_figures(into: Path) -> None:
     """Draw the figures of `full`, from angles and coefficients such as those of its experts."""
     import numpy as np
+    from manifests import make_geometry, make_manifest
 
     from hf_frmerge.report.facts import MergeFacts, TensorFacts
     from hf_frmerge.report.figures import draw_figures
@@ -241,13 +242,15 @@ def save_figures(into: Path) -> None:
     for layer in range(30):
         for kind in kinds:
             angles = 0.0113 * np.exp(0.2 * random.standard_normal(3) + layer / 60)
-            geometry = {"mean_angle": angles.mean(), "max_angle": angles.max(), "pair_angles": angles.tolist()}
+            geometry = make_geometry(
+                mean_angle=angles.mean(), max_angle=angles.max(), pair_angles=tuple(angles.tolist())
+            )
             coefficients = np.array([0.5, 0.3, 0.2]) * (1 + 1e-4 * random.standard_normal(3))
             name = f"model.layers.{layer}.{kind}.weight"
             tensors.append(TensorFacts(name, layer, kind, "merge", 1, geometry, coefficients))
-    weights = [{"weight": weight} for weight in (0.5, 0.3, 0.2)]
+    manifest = make_manifest({}, (0.5, 0.3, 0.2))
     experts = [name for name in LOSS if name not in ("base", MERGED)]
-    facts = MergeFacts("reader-135m", {"experts": weights, "space": "weights"}, experts, tensors, evaluation())
+    facts = MergeFacts("reader-135m", manifest, experts, tensors, evaluation())
     into.mkdir(exist_ok=True)
 
     @styled

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from evaluation_records import make_record
 from hub_server import HubServer
 from merge_reference import SHAPES, random_model, write_family, write_model
 from safetensors.numpy import load_file
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.cli.main import main
 from hf_frmerge.evaluation.record import save_record
 from hf_frmerge.provenance.diff import Change, diff_merges
 
@@ -75,6 +77,34 @@ def test_one_tensor_alone(family: tuple[str, list[str]], tmp_path: Path) -> None
     block, column = np.unravel_index(np.abs(rows[0] - rows[1]).argmax(), rows[0].shape)
     assert (found.coefficients.block, found.coefficients.a) == (block, rows[0][block, column])
     assert [change.what for change in found.files] == ["merge_coefficients.safetensors"]
+
+
+def test_thresholds_of_trimmed_merges(family: tuple[str, list[str]], tmp_path: Path) -> None:
+    base, experts = family
+    few, many, louder, turned = (
+        merge(models, tmp_path / name, base=base, method="ties", **options)
+        for name, models, options in (
+            ("few", experts, {"density": 0.2}),
+            ("many", experts, {"density": 0.5}),
+            ("louder", experts, {"density": 0.2, "scale": 0.7}),
+            ("turned", experts[::-1], {"density": 0.2}),
+        )
+    )
+    origin, *models = (load_file(Path(folder) / "model.safetensors") for folder in [base, *experts])
+
+    def threshold(model: dict[str, Any], name: str, density: float) -> float:
+        magnitudes = np.sort(np.abs(model[name].astype(np.float64) - origin[name]).astype(np.float32).ravel())
+        return float(magnitudes[-max(1, int(density * magnitudes.size))])
+
+    changed = [name for name in SHAPES if any(threshold(m, name, 0.2) != threshold(m, name, 0.5) for m in models)]
+    found = diff_merges(few, many)
+    assert found.n_thresholds == len(changed) == len(SHAPES) and found.n_coefficients == 0
+    found = diff_merges(few, louder)
+    assert found.n_thresholds == 0 and len(found.different_tensors) == len(SHAPES)
+    assert diff_merges(few, turned).n_thresholds == 0  # experts are matched by name
+    assert diff_merges(few, merge(experts, tmp_path / "mean", base=base)).n_thresholds == 0  # nothing to compare
+    done = CliRunner().invoke(main, ["diff", few, many])
+    assert f"Thresholds differ in {len(SHAPES)} tensors." in done.output
 
 
 def test_experts_in_another_order_and_another_expert(family: tuple[str, list[str]], tmp_path: Path) -> None:

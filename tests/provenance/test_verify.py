@@ -24,7 +24,7 @@ from hf_frmerge.merging.engine.engine import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning import blocks
 from hf_frmerge.merging.planning.build_plan import build_plan
-from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.provenance.verify import verify
 

@@ -119,20 +119,20 @@ def test_recovery_bars_are_shares_and_say_where_there_is_none(merge: Callable[..
 
 def test_angles_are_medians_over_the_tensors(merge: Callable[..., Path]) -> None:
     folder = merge(3)
-    tensors = read_manifest(folder)["tensors"]
-    expected = np.median([entry["geometry"]["pair_angles"] for entry in tensors.values()], axis=0)
+    tensors = read_manifest(folder).tensors
+    expected = np.median([tensor.geometry.pair_angles for tensor in tensors.values()], axis=0)
     pairs, layers = drawn(angles_figure(read_facts(folder))).axes
     shown = np.ma.filled(pairs.images[0].get_array(), np.nan)
     np.testing.assert_allclose([shown[0, 0], shown[1, 0], shown[1, 1]], expected)  # pairs 01, 02, 12
     assert np.isnan(shown[0, 1])
     assert words(pairs) == [f"{angle:.2f}" for angle in expected]
     dots = next(found for found in layers.lines if found.get_label() == "tensors")
-    inside = {name: entry["geometry"] for name, entry in tensors.items() if ".layers." in name}
+    inside = {name: tensor.geometry for name, tensor in tensors.items() if ".layers." in name}
     assert dots.get_xdata().tolist() == [int(name.split(".")[2]) for name in inside]
-    np.testing.assert_allclose(dots.get_ydata(), [entry["mean_angle"] for entry in inside.values()])
-    largest = max(inside, key=lambda name: inside[name]["mean_angle"])
+    np.testing.assert_allclose(dots.get_ydata(), [geometry.mean_angle for geometry in inside.values()])
+    largest = max(inside, key=lambda name: inside[name].mean_angle)
     kind = largest.split(".", 3)[3].removesuffix(".weight")
-    assert words(layers) == [f"{inside[largest]['mean_angle']:.3g} rad: {kind}"]
+    assert words(layers) == [f"{inside[largest].mean_angle:.3g} rad: {kind}"]
 
 
 def test_two_experts_have_one_angle_and_no_heat_map(merge: Callable[..., Path]) -> None:

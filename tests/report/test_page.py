@@ -116,7 +116,7 @@ def test_hostile_text_stays_text(merge: Callable[..., Path], page: Page) -> None
     )
     record.scores = [replace(score, domain=HOSTILE) for score in record.scores]
     folder = merge(record=record)
-    manifest = read_manifest(folder)
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
     manifest["notes"] = [HOSTILE]
     manifest["experts"][0]["id"] = HOSTILE
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
@@ -155,10 +155,10 @@ def test_numbers_of_the_record_are_in_the_tables(page: Page) -> None:
 def test_geometry_of_the_manifest_is_in_the_table(merge: Callable[..., Path]) -> None:
     folder = merge(3, block="row")
     rows = {row[0]: row for row in page_of(folder).tables["blocks"]}
-    for name, entry in read_manifest(folder)["tensors"].items():
-        geometry = entry["geometry"]
+    for name, tensor in read_manifest(folder).tensors.items():
+        geometry = vars(tensor.geometry)
         row = rows[name]
-        assert int(row[1]) == entry["n_blocks"]
+        assert int(row[1]) == tensor.n_blocks
         for cell, key in zip(row[3:7], ("mean_angle", "max_angle", "linear_norm_ratio", "norm_ratio"), strict=True):
             assert float(cell) == pytest.approx(geometry[key], rel=6e-3)
         assert int(row[8]) == geometry["n_iter"]
@@ -167,7 +167,7 @@ def test_geometry_of_the_manifest_is_in_the_table(merge: Callable[..., Path]) ->
 
 def test_very_many_tensors_are_put_together(merge: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = merge(2)
-    manifest = read_manifest(folder)
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
     template = manifest["tensors"].pop("model.layers.1.mlp.up_proj.weight")
     for number in range(7):
         entry: dict[str, Any] = json.loads(json.dumps(template))

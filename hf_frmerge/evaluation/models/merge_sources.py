@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.record.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
+from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, read_manifest
 
 
 @dataclass(frozen=True)
@@ -48,32 +47,16 @@ def sources_of_merge(
     if not (folder / MANIFEST_FILE).is_file():
         return MergeSources(list(experts), None, base_model)
     manifest = read_manifest(folder)
-    entries = manifest["experts"]
-    weights = [float(entry["weight"]) for entry in entries]
+    paths, _ = local_sources(folder, manifest)
+    places = [model.pinned or path for model, path in zip(manifest.models, paths)]
+    found, base = places[: len(manifest.experts)], places[-1] if manifest.base_model is not None else None
     if experts:
         names = [Path(spec.partition("@")[0]).name for spec in experts]
-        same = names == [Path(entry["id"]).name for entry in entries]
-        return MergeSources(list(experts), weights if same else None, base_model or _base(folder, manifest))
-    found = [_spec(entry, path) for entry, path in zip(entries, _paths(folder, len(entries)))]
+        same = names == [Path(expert.id).name for expert in manifest.experts]
+        return MergeSources(list(experts), manifest.weights if same else None, base_model or base)
     if None in found:
         raise ArgumentError(
-            f"{folder} does not say where {entries[found.index(None)]['id']!r} is on this machine: give --experts "
-            "once for every expert, in their order."
+            f"{folder} does not say where {manifest.experts[found.index(None)].id!r} is on this machine: give "
+            "--experts once for every expert, in their order."
         )
-    return MergeSources([spec for spec in found if spec is not None], weights, base_model or _base(folder, manifest))
-
-
-def _base(folder: Path, manifest: dict) -> str | None:
-    if manifest["base_model"] is None:
-        return None
-    return _spec(manifest["base_model"], _paths(folder, len(manifest["experts"]) + 1)[-1])
-
-
-def _paths(folder: Path, count: int) -> list[str | None]:
-    file = folder / LOCAL_SOURCES_FILE
-    known = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else []
-    return [*known[:count], *[None] * (count - len(known))]
-
-
-def _spec(entry: dict, path: str | None) -> str | None:
-    return f"{entry['id']}@{entry['commit']}" if entry["on_hub"] else path
+    return MergeSources([spec for spec in found if spec is not None], manifest.weights, base_model or base)

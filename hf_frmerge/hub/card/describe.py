@@ -17,12 +17,13 @@ from hf_frmerge.hub.card.licences import SourceMetadata, read_source_metadata
 from hf_frmerge.hub.card.private_paths import is_public_base
 from hf_frmerge.hub.card.tasks import read_task
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record.manifest import (
-    COEFFICIENTS_FILE,
     EVALUATION_FILE,
-    LOCAL_SOURCES_FILE,
     MANIFEST_FILE,
     REPORT_FILE,
+    Manifest,
+    local_sources,
     read_manifest,
 )
 from hf_frmerge.wording.geometry import Geometry
@@ -79,15 +80,15 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
     """
     folder = Path(output_dir)
     manifest = read_manifest(folder)
-    arguments = manifest["arguments"]
+    arguments = manifest.arguments
     hub_model_id = card_fields.get("hub_model_id")
     name = hub_model_id.rpartition("/")[2] if hub_model_id else folder.resolve().name
     facts: dict[str, Any] = {
         "model_name": name,
         "output_kind": "adapter" if (folder / "adapter_config.json").is_file() else "full",
         "sources": _sources(folder, manifest),
-        "method": manifest["method"],
-        "space": manifest["space"],
+        "method": manifest.method,
+        "space": manifest.space,
         "block": arguments["block"],
         "norm": arguments["norm"],
         "task": read_task(folder),
@@ -95,31 +96,29 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         "evaluation": load_record(folder),
         "report_file": REPORT_FILE if _is_current(folder / REPORT_FILE) else None,
         "statistics": _statistics(manifest),
-        "notes": manifest["notes"],
-        "versions": {"hf_frmerge": manifest["hf_frmerge"], **manifest["versions"]},
+        "notes": list(manifest.report.notes),
+        "versions": manifest.all_versions,
         "manifest_files": [name for name in (MANIFEST_FILE, COEFFICIENTS_FILE) if (folder / name).is_file()],
     }
     return MergeCard(**{**facts, **card_fields})
 
 
-def _sources(folder: Path, manifest: dict[str, Any]) -> list[CardSource]:
-    entries = [*manifest["experts"], *([manifest["base_model"]] if manifest["base_model"] else [])]
-    local = folder / LOCAL_SOURCES_FILE
-    paths = json.loads(local.read_text(encoding="utf-8"))["models"] if local.is_file() else [None] * len(entries)
+def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
+    paths, _ = local_sources(folder, manifest)
     sources = [
         CardSource(
-            spec=entry["id"],
-            repo_id=entry["id"] if entry["on_hub"] else None,
-            commit=entry["commit"],
-            weight=entry.get("weight"),
-            role="base" if index == len(manifest["experts"]) else "expert",
-            kind=entry["kind"],
+            spec=model.id,
+            repo_id=model.id if model.on_hub else None,
+            commit=model.commit,
+            weight=model.weight,
+            role="base" if model is manifest.base_model else "expert",
+            kind=model.kind,
             metadata=read_source_metadata(path) if _is_readable(path) else SourceMetadata(),
         )
-        for index, (entry, path) in enumerate(zip(entries, paths))
+        for model, path in zip(manifest.models, paths)
     ]
     trained_on = _base_of_adapter(folder)
-    if trained_on is not None and not manifest["base_model"]:
+    if trained_on is not None and manifest.base_model is None:
         sources.append(CardSource(spec=trained_on, repo_id=trained_on, role="base"))
     return sources
 
@@ -151,12 +150,11 @@ def _non_default(arguments: dict[str, Any]) -> dict[str, object]:
     return {name: value for name, value in arguments.items() if name in defaults and value != defaults[name]}
 
 
-def _statistics(manifest: dict[str, Any]) -> CardStatistics:
-    entries = manifest["tensors"].values()
-    merged = [entry for entry in entries if entry["action"] == "merge"]
+def _statistics(manifest: Manifest) -> CardStatistics:
+    merged = [tensor for tensor in manifest.tensors.values() if tensor.action == "merge"]
     return CardStatistics(
         n_tensors_merged=len(merged),
-        n_tensors_copied=len(entries) - len(merged),
-        n_parameters=sum(math.prod(entry["shape"]) for entry in merged),
+        n_tensors_copied=len(manifest.tensors) - len(merged),
+        n_parameters=sum(math.prod(tensor.shape) for tensor in merged),
         geometry=Geometry.of_manifest(manifest),
     )

@@ -49,7 +49,7 @@ def hide_local_paths(text: str, sources: Sequence[CardSource] = ()) -> str:
 
 def is_public_base(folder: Path, name: str) -> bool:
     """Whether the base that the merged adapter in `folder` names is on the Hub; a path can read as an id, too."""
-    base = read_manifest(folder)["base_model"]
-    if base and base["on_hub"] and base["id"] == name:
+    base = read_manifest(folder).base_model
+    if base is not None and base.on_hub and base.id == name:
         return True
     return "/" in name and is_hub_id(name) and not Path(name).exists()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.engine.batches import in_batches
-from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
+from hf_frmerge.merging.engine.outcomes import FactorDetails, StepObserver, StepOutcome
 from hf_frmerge.merging.engine.rules import rule_for
 from hf_frmerge.merging.engine.tensor_work import BatchWork, TensorWork
 from hf_frmerge.merging.operands.open_inputs import open_inputs
@@ -245,7 +245,8 @@ class Engine:
                         "was interrupted. Restore the file, or pass --overwrite to start anew."
                     )
             tensor.done = written.get("output") == tensor.output_digest()
-            tensor.details = written.get("details")
+            details = written.get("details")
+            tensor.details = FactorDetails(**details) if details is not None else None
         job = self._copy_piece if batch.tensors[0].step.action == "copy" else self._merge_piece
         self._start(batch, job, self._wrote)
 

@@ -18,6 +18,7 @@ from hf_frmerge.merging.arguments.result_options import RESULT_OPTIONS
 from hf_frmerge.merging.decisions import Decided, from_journal
 
 if TYPE_CHECKING:
+    from hf_frmerge.merging.engine.outcomes import FactorDetails
     from hf_frmerge.merging.planning.plan import MergePlan
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Journal:
         self._append({"kind": "decided", "groups": groups})
 
     def record_written(
-        self, tensor: str, output: str, inputs: dict[str, str] | None, details: dict[str, Any] | None
+        self, tensor: str, output: str, inputs: dict[str, str] | None, details: FactorDetails | None
     ) -> None:
         """
         Keep the digest of a tensor that is wholly in its file.
@@ -104,9 +105,10 @@ class Journal:
             tensor: Its name.
             output: Digest of what was written.
             inputs: Digests of what it was made from, where no decision holds them: of a copy, say.
-            details: What is to be recorded of it beside.
+            details: How its factors were written, of a module of an adapter.
         """
-        self._append({"kind": "written", "tensor": tensor, "output": output, "inputs": inputs, "details": details})
+        record = {"kind": "written", "tensor": tensor, "output": output, "inputs": inputs}
+        self._append({**record, "details": vars(details) if details is not None else None})
 
     def close(self) -> None:
         """Close the file."""

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hf_frmerge.merging.decisions import Solution
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.decisions import Decision, Geometry
     from hf_frmerge.merging.planning.tensor_step import TensorStep
+
+
+@dataclass(frozen=True)
+class FactorDetails:
+    """
+    How one module of an adapter was written.
+
+    Attributes:
+        rank: of the written factors.
+        norm: Frobenius norm of the merged delta.
+        truncation_error: norm of what recompression left out, as a share of `norm`; 0 where nothing was.
+    """
+
+    rank: int
+    norm: float
+    truncation_error: float
 
 
 @dataclass(frozen=True)
@@ -21,7 +37,7 @@ class StepOutcome:
         decision: what the method decided; shared by the tensors of a group, `None` for copies.
         inputs: digest of every stored input by role (`"-1"` is the base, `"0"`, `"1"`, ... the experts).
         output: digest of the written bytes.
-        details: what is recorded of it beside.
+        details: of a module of a merged adapter: how its factors were written.
     """
 
     step: TensorStep
@@ -29,7 +45,7 @@ class StepOutcome:
     decision: Decision | None
     inputs: dict[str, str]
     output: str
-    details: dict[str, Any] | None = None
+    details: FactorDetails | None = None
 
     @property
     def nbytes(self) -> int:

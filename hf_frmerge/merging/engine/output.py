@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.engine.outcomes import FactorDetails
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.blocks import Piece
 
@@ -44,8 +45,8 @@ class Output(Protocol):
         """Return the digest of what lies in the unfinished output."""
         ...
 
-    def details(self, tensor: str) -> dict[str, Any] | None:
-        """Return what is to be recorded of a written tensor beside its decision."""
+    def details(self, tensor: str) -> FactorDetails | None:
+        """Return how the factors of a written module came out; `None` where the decision says all."""
         ...
 
     def sync(self) -> None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.merging.decisions import Decision
+    from hf_frmerge.merging.engine.outcomes import FactorDetails
     from hf_frmerge.merging.operands.factor_inputs import FactorInputs
     from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
     from hf_frmerge.merging.planning.blocks import Piece
@@ -44,7 +45,7 @@ class TensorWork:
         skipped: whether it is copied because an observer said so.
         precise: whether its Gram pass multiplies in float64.
         decision: what the method decided, once that is known.
-        details: what is recorded of it beside its decision.
+        details: of a module of an adapter: how its factors were written, once they are.
         done: whether it is in its file and recorded.
     """
 
@@ -54,7 +55,7 @@ class TensorWork:
     skipped: bool = False
     precise: bool = False
     decision: Decision | None = None
-    details: dict[str, Any] | None = None
+    details: FactorDetails | None = None
     done: bool = False
     input_digests: list[dict[int, str]] = field(init=False)
     output_digests: list[str] = field(init=False)

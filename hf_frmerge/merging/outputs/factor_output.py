@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
@@ -19,6 +18,7 @@ from hf_frmerge.geometry.lowrank import Factors, concatenate, recompress
 from hf_frmerge.geometry.sphere import combine, dot
 from hf_frmerge.merging.decisions import Solution
 from hf_frmerge.merging.engine.ordered_pool import ordered_pool
+from hf_frmerge.merging.engine.outcomes import FactorDetails
 from hf_frmerge.merging.operands.factor_inputs import FactorInputs
 
 if TYPE_CHECKING:
@@ -29,22 +29,6 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.blocks import Piece
     from hf_frmerge.merging.planning.plan import MergePlan
-
-
-@dataclass(frozen=True)
-class FactorDetails:
-    """
-    How one module was written.
-
-    Attributes:
-        rank: of the written factors.
-        norm: Frobenius norm of the merged delta.
-        truncation_error: norm of what recompression left out, as a share of `norm`; 0 where nothing was.
-    """
-
-    rank: int
-    norm: float
-    truncation_error: float
 
 
 class FactorOutput:
@@ -109,9 +93,9 @@ class FactorOutput:
         """Return the digest of the factors that lie in the unfinished file."""
         return _joint_digest(self._writer.read_back(self._modules[tensor.step.name]))
 
-    def details(self, tensor: str) -> dict[str, Any]:
+    def details(self, tensor: str) -> FactorDetails:
         """Return rank, norm and truncation error of a written module."""
-        return asdict(self._details[tensor])
+        return self._details[tensor]
 
     def sync(self) -> None:
         """Force the file to disk."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
@@ -73,7 +73,7 @@ class MergePlan:
     coefficients: CoefficientTable | None = None
 
     @property
-    def output_kind(self) -> str:
+    def output_kind(self) -> Literal["full", "adapter"]:
         """`"full"` or `"adapter"`."""
         return "full" if self.layout else "adapter"
 

@@ -2,8 +2,8 @@
 SHA-256 of the files that went into a merge and came out of it: small ones at once, large ones when there is time.
 
 Hashing tens of gigabytes takes longer than merging them. A merge therefore records the SHA-256 of small files and of
-what the Hub names by it anyway; every tensor has a faster digest from the start. `manifest.record_checksums` fills in
-the rest, when a model is pushed or verified with `--sha256`.
+what the Hub names by it anyway; every tensor has a faster digest from the start.
+`write_manifest.record_checksums` fills in the rest, when a model is pushed or verified with `--sha256`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from hf_frmerge.checkpoints.disk import disk_errors
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
+from hf_frmerge.merging.record.manifest_entries import RecordedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hf_frmerge.checkpoints.beside.look_beside import CarriedFile
     from hf_frmerge.merging.planning.plan import Expert
@@ -43,12 +44,12 @@ def header_digest(path: Path) -> str:
         return xxh3_128_hexdigest(length + file.read(int.from_bytes(length, "little")))
 
 
-def file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> RecordedFile:
     """Size and SHA-256 of a file."""
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    return RecordedFile(path.stat().st_size, sha256_of(path))
 
 
-def input_files(model: Expert, carried: Sequence[CarriedFile]) -> dict[str, dict[str, Any]]:
+def input_files(model: Expert, carried: Sequence[CarriedFile]) -> dict[str, RecordedFile]:
     """
     List the files of a model that a merge reads, with their sizes and, where it costs little, their SHA-256.
 
@@ -63,10 +64,10 @@ def input_files(model: Expert, carried: Sequence[CarriedFile]) -> dict[str, dict
     return {name: _input_entry(folder, name) for name in dict.fromkeys(names)}
 
 
-def modification_marks(path: str, files: dict[str, dict[str, Any]]) -> dict[str, str]:
+def modification_marks(path: str, files: Mapping[str, RecordedFile]) -> dict[str, str]:
     """Mark of every local file without a SHA-256, which changes when it is rewritten."""
     folder = open_folder(path)
-    unknown = [name for name, entry in files.items() if entry["sha256"] is None]
+    unknown = [name for name, entry in files.items() if entry.sha256 is None]
     return {name: folder.identity(name) for name in unknown} if isinstance(folder, LocalFolder) else {}
 
 
@@ -76,8 +77,8 @@ def is_unchanged(path: str, name: str, marks: dict[str, str]) -> bool:
     return isinstance(folder, LocalFolder) and folder.exists(name) and folder.identity(name) == marks.get(name)
 
 
-def _input_entry(folder: Any, name: str) -> dict[str, Any]:
+def _input_entry(folder: Any, name: str) -> RecordedFile:
     size, sha256 = folder.size(name), folder.known_sha256(name)
     if sha256 is None and size <= SMALL_FILE:
         sha256 = hashlib.sha256(folder.read(name)).hexdigest()
-    return {"size": size, "sha256": sha256}
+    return RecordedFile(size, sha256)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -33,61 +34,166 @@ def is_below_rounding(gap: float, space: str, dtype: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class MergeOutcome:
+class Extremes:
+    """Of a number over all merged tensors: the median, and the ends that say how bad it gets."""
+
+    median: float
+    min: float | None = None
+    max: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Extremes:
+        """Read them from JSON values."""
+        return cls(values["median"], values.get("min"), values.get("max"))
+
+    def to_dict(self) -> dict[str, float]:
+        """Return them as JSON values, in order."""
+        values = {"min": self.min, "median": self.median, "max": self.max}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class GeometryTotals:
+    """Totals over the `Geometry` of all merged tensors: angles and residual in radians, `n_` of blocks."""
+
+    max_angle: Extremes
+    norm_ratio: Extremes
+    linear_norm_ratio: Extremes
+    gap_to_nre: Extremes
+    n_iter: int
+    residual: float
+    n_not_converged: int
+    n_ambiguous: int
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GeometryTotals:
+        """Read them from JSON values; others are passed over."""
+        known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls)}
+        extremes = {name: Extremes.from_dict(value) for name, value in known.items() if isinstance(value, dict)}
+        return cls(**{**known, **extremes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them as JSON values."""
+        return {name: value.to_dict() if isinstance(value, Extremes) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class FactorTotals:
+    """Of a merged adapter: norm of what recompression left out as a share of its norm, and the largest rank."""
+
+    truncation_error: float
+    max_rank: int
+
+
+@dataclass(frozen=True)
+class MergeReport:
     """
-    A merge that ended.
+    What a finished merge tells: what was asked, totals over the tensors, bytes and speed.
 
     Attributes:
-        complete: whether the output was finished; an observer may have stopped the merge before.
-        report: totals: tensors, bytes, seconds, angles, norm ratios, convergence, kernels, notes.
+        block: what one block covered.
+        output_dir: where it is; `None` in a manifest, which is pushed.
+        n_merged, n_copied, n_skipped: tensors; skipped ones were copied because a callback said so.
+        geometry: `None` if nothing was measured of the experts.
+        seconds: from the first byte read to the last written.
+        bytes_per_second: of input.
+        kernels: what computed, and with which instructions.
+        notes: what the models disagree about and what was taken, and what else should be known.
+        factors: of a merged adapter; `None` of a full model.
     """
 
+    method: str
+    space: str
+    block: str
+    output_dir: str | None
+    n_merged: int
+    n_copied: int
+    n_skipped: int
+    geometry: GeometryTotals | None
+    input_bytes: int
+    output_bytes: int
+    seconds: float
+    bytes_per_second: float
+    kernels: str
+    notes: tuple[str, ...]
+    factors: FactorTotals | None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MergeReport:
+        """Read it from JSON values; those that this version does not know are passed over."""
+        apart: dict[str, Any] = {
+            "output_dir": values.get("output_dir"),
+            "geometry": GeometryTotals.from_dict(values) if "max_angle" in values else None,
+            "notes": tuple(values["notes"]),
+            "factors": FactorTotals(values["truncation_error"], values["max_rank"]) if "max_rank" in values else None,
+        }
+        return cls(**apart, **{f.name: values[f.name] for f in fields(cls) if f.name not in apart})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values in one level, but for the parts of totals."""
+        values: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name == "geometry":
+                values |= self.geometry.to_dict() if self.geometry is not None else {}
+            elif name == "factors":
+                values |= vars(self.factors) if self.factors is not None else {}
+            else:
+                values[name] = list(value) if name == "notes" else value
+        return values
+
+
+@dataclass(frozen=True)
+class MergeOutcome:
+    """A merge that ended; whether its output is complete: an observer may have stopped it before."""
+
     complete: bool
-    report: dict[str, Any]
+    report: MergeReport
 
 
 def make_report(
     plan: MergePlan, outcomes: Sequence[StepOutcome], kernels: str, seconds: float, notes: Sequence[str]
-) -> dict[str, Any]:
-    """Return what a finished merge tells: what was asked, totals over the tensors, bytes and speed."""
+) -> MergeReport:
+    """Add up what a merge tells."""
+    counts = Counter(outcome.action for outcome in outcomes)
     read = sum(model.nbytes for model in plan.models)
-    return {
-        "method": plan.args.method,
-        "space": plan.space,
-        "block": plan.args.block,
-        "output_dir": plan.args.output_dir,
-        **summary(outcomes),
-        "input_bytes": read,
-        "output_bytes": sum(outcome.nbytes for outcome in outcomes),
-        "seconds": seconds,
-        "bytes_per_second": read / seconds,
-        "kernels": kernels,
-        "notes": [*plan.notes, *zero_notes(plan, outcomes), *notes],
-        **_factor_totals(outcomes),
-    }
+    return MergeReport(
+        method=plan.args.method,
+        space=plan.space,
+        block=plan.args.block,
+        output_dir=plan.args.output_dir,
+        n_merged=counts["merge"],
+        n_copied=counts["copy"],
+        n_skipped=counts["skip"],
+        geometry=geometry_totals(outcomes),
+        input_bytes=read,
+        output_bytes=sum(outcome.nbytes for outcome in outcomes),
+        seconds=seconds,
+        bytes_per_second=read / seconds,
+        kernels=kernels,
+        notes=(*plan.notes, *zero_notes(plan, outcomes), *notes),
+        factors=_factor_totals(outcomes),
+    )
 
 
-def summary(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
-    """Return totals over all merged tensors: angles in radians, norm ratios, iterations, residuals."""
+def geometry_totals(outcomes: Sequence[StepOutcome]) -> GeometryTotals | None:
+    """Return totals over all merged tensors, those that share a block once; `None` if none was measured."""
     geometry = list({o.step.group: o.geometry for o in outcomes if o.geometry is not None}.values())
-    counts = {action: sum(o.action == action for o in outcomes) for action in ("merge", "copy", "skip")}
-    totals: dict[str, Any] = {"n_merged": counts["merge"], "n_copied": counts["copy"], "n_skipped": counts["skip"]}
     if not geometry:
-        return totals
+        return None
     angles = [g.max_angle for g in geometry]
     ratios = [g.norm_ratio for g in geometry]
     linear = [g.linear_norm_ratio for g in geometry]
     gaps = [g.gap_to_nre for g in geometry]
-    return totals | {
-        "max_angle": {"min": min(angles), "median": median(angles), "max": max(angles)},
-        "norm_ratio": {"min": min(ratios), "median": median(ratios)},
-        "linear_norm_ratio": {"min": min(linear), "median": median(linear)},
-        "gap_to_nre": {"median": median(gaps), "max": max(gaps)},
-        "n_iter": max(g.n_iter for g in geometry),
-        "residual": max(g.residual for g in geometry),
-        "n_not_converged": sum(len(g.unconverged) for g in geometry),
-        "n_ambiguous": sum(g.n_ambiguous for g in geometry),
-    }
+    return GeometryTotals(
+        max_angle=Extremes(median(angles), min=min(angles), max=max(angles)),
+        norm_ratio=Extremes(median(ratios), min=min(ratios)),
+        linear_norm_ratio=Extremes(median(linear), min=min(linear)),
+        gap_to_nre=Extremes(median(gaps), max=max(gaps)),
+        n_iter=max(g.n_iter for g in geometry),
+        residual=max(g.residual for g in geometry),
+        n_not_converged=sum(len(g.unconverged) for g in geometry),
+        n_ambiguous=sum(g.n_ambiguous for g in geometry),
+    )
 
 
 def zero_notes(plan: MergePlan, outcomes: Sequence[StepOutcome]) -> list[str]:
@@ -109,11 +215,10 @@ def zero_notes(plan: MergePlan, outcomes: Sequence[StepOutcome]) -> list[str]:
     return notes
 
 
-def _factor_totals(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
-    """Largest rank of a merged adapter, and the norm of what recompression left out as a share of its norm."""
-    details = [outcome.details for outcome in outcomes if outcome.details is not None]
-    if not details:
-        return {}
-    total = math.hypot(*(found["norm"] for found in details))
-    lost = math.hypot(*(found["norm"] * found["truncation_error"] for found in details))
-    return {"truncation_error": lost / total if total else 0.0, "max_rank": max(found["rank"] for found in details)}
+def _factor_totals(outcomes: Sequence[StepOutcome]) -> FactorTotals | None:
+    modules = [outcome.details for outcome in outcomes if outcome.details is not None]
+    if not modules:
+        return None
+    total = math.hypot(*(module.norm for module in modules))
+    lost = math.hypot(*(module.norm * module.truncation_error for module in modules))
+    return FactorTotals(lost / total if total else 0.0, max(module.rank for module in modules))

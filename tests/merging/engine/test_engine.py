@@ -194,7 +194,7 @@ def test_mixed_dtypes_merge_and_are_noted(tmp_path: Path) -> None:
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     experts = [write_model(tmp_path / f"e{i}", random_model(i, dtype)) for i, dtype in enumerate(dtypes)]
     outcome = merge(experts, tmp_path / "out", dtype="float32")
-    assert any("F16" in note for note in outcome.report["notes"])
+    assert any("F16" in note for note in outcome.report.notes)
     merged, sources = weights_of(tmp_path / "out"), [weights_of(e) for e in experts]
     for name in SHAPES:
         expected = merged_reference("karcher", [s[name] for s in sources], [1, 1, 1], None)
@@ -219,7 +219,7 @@ def test_experts_saved_inside_a_wrapper_merge_under_the_names_of_the_model(tmp_p
     sources = [weights_of(expert) for expert in experts]
     write_model(Path(experts[0]), {wrapper + name: tensor for name, tensor in sources[0].items()})
     outcome = merge(experts, tmp_path / "out")
-    assert any("saved inside a wrapper" in note for note in outcome.report["notes"])
+    assert any("saved inside a wrapper" in note for note in outcome.report.notes)
     merged = weights_of(tmp_path / "out")
     assert list(merged) == list(weights_of(experts[1]))
     for name in SHAPES:
@@ -249,7 +249,7 @@ def test_antipodal_experts_raise_or_fall_back_as_declared(tmp_path: Path) -> Non
     with pytest.raises(AmbiguousMeanError, match=r"lm_head.weight.*plus.*minus.*3\.1416"):
         merge(experts, tmp_path / "out")
     outcome = merge(experts, tmp_path / "linear", on_ambiguous="linear")
-    assert outcome.report["n_ambiguous"] == 1
+    assert outcome.report.geometry.n_ambiguous == 1
     assert torch.count_nonzero(weights_of(tmp_path / "linear")["lm_head.weight"]) == 0
 
 
@@ -284,7 +284,7 @@ def test_a_skipped_tensor_comes_from_the_base(tmp_path: Path) -> None:
     base, experts = write_family(tmp_path)
     outcome = merge(experts, tmp_path / "out", base=base, observer=SkipHead())
     assert torch.equal(weights_of(tmp_path / "out")["lm_head.weight"], weights_of(base)["lm_head.weight"])
-    assert (outcome.report["n_skipped"], outcome.report["n_merged"]) == (1, len(SHAPES) - 1)
+    assert (outcome.report.n_skipped, outcome.report.n_merged) == (1, len(SHAPES) - 1)
 
 
 def test_a_skipped_tensor_is_checked_like_a_merged_one(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_statistics_are_those_of_the_tensors(tmp_path: Path) -> None:
     angles = np.arccos(cosines[np.triu_indices(3, 1)])
     linear = np.array([0.2, 0.3, 0.5]) @ x
     nre_gap = 0.0  # the plain mean and the norm-rescaled mean point the same way
-    found = read_manifest(tmp_path / "out")["tensors"][name]["geometry"]
+    found = vars(read_manifest(tmp_path / "out").tensors[name].geometry)
     np.testing.assert_allclose(found["norms"], norms, rtol=1e-7)
     np.testing.assert_allclose([found["max_angle"], found["mean_angle"]], [angles.max(), angles.mean()], rtol=1e-6)
     np.testing.assert_allclose(found["pair_angles"], angles, rtol=1e-3)  # recorded to four digits
@@ -343,8 +343,8 @@ def test_angles_of_pairs_are_medians_over_the_blocks_that_have_one(tmp_path: Pat
     merge(experts, tmp_path / "out", block="row", on_ambiguous="linear")
     first, second = (model[name][30:].double().numpy() for model in models[:2])
     cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
-    found = read_manifest(tmp_path / "out")["tensors"][name]["geometry"]["pair_angles"]
-    assert found[1:] == [None, None]
+    found = read_manifest(tmp_path / "out").tensors[name].geometry.pair_angles
+    assert found[1:] == (None, None)
     np.testing.assert_allclose(found[0], np.median(np.arccos(cosines)), rtol=1e-3)
 
 

@@ -17,7 +17,7 @@ from process_scenarios import BLOCKS, SKIPPED, merge, merge_all, merge_and_liste
 
 from hf_frmerge.errors import ResumeError
 from hf_frmerge.merging.engine.engine import StepObserver, StepOutcome
-from hf_frmerge.merging.record.manifest import COEFFICIENTS_FILE
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 
 SCRIPT = Path(__file__).parents[2] / "process_scenarios.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -198,7 +198,7 @@ def test_adapters_alone_need_no_base_model(base: Any, tmp_path: Path) -> None:
     outcome = run_merge(
         build_plan(experts, MergingArguments(output_dir=str(tmp_path / "out"))), StepObserver(), Processes()
     )
-    assert outcome.report["max_rank"] == 6
+    assert outcome.report.factors.max_rank == 6
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 

@@ -147,7 +147,7 @@ def test_peft_loads_the_karcher_mean_of_the_dense_deltas(
         points = [source.get(name, np.zeros_like(found)) for source in sources]
         assert relative_error(found, karcher_dense(points, weights)) < tolerance
     for module in report.modules:
-        assert module.geometry["unconverged"] == []
+        assert module.geometry.unconverged == ()
         assert module.truncation_error == 0.0
         assert module.norm == pytest.approx(np.linalg.norm(merged[module.module]), rel=tolerance)
 
@@ -448,17 +448,16 @@ def test_a_failed_merge_resumes_to_the_same_bits(
     report = merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / "out", resume_from_checkpoint=True, **options)
     for name in ("adapter_model.safetensors", "adapter_config.json", "merge_coefficients.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    recorded = [read_manifest(tmp_path / name)["tensors"] for name in ("out", "whole")]
+    recorded = [read_manifest(tmp_path / name).tensors for name in ("out", "whole")]
     assert recorded[0] == recorded[1]
-    assert report.truncation_error == read_manifest(tmp_path / "whole")["report"]["truncation_error"]
+    assert report.truncation_error == read_manifest(tmp_path / "whole").report.factors.truncation_error
 
 
 def test_every_method_of_the_table_runs_on_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
     for method in (method.name for method in METHODS.values() if method.kind == "span"):
         report = merge_adapters(folders, [0.5, 0.5], tmp_path / method, method=method)
-        gram = report.modules[0].geometry
-        assert gram["norms"] == pytest.approx(
+        assert report.modules[0].geometry.norms == pytest.approx(
             [
                 np.linalg.norm(peft_deltas(bases["llama"], tmp_path / f"{i}")[report.modules[0].module])
                 for i in range(2)

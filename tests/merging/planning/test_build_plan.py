@@ -382,8 +382,8 @@ def test_a_merged_adapter_brings_the_tokenizer_of_its_adapters(adapters: Path, t
     with closing(plan(experts)) as planned:
         assert not any("left behind" in note for note in planned.notes)
         run_merge(planned, StepObserver(), Processes())
-    files = read_manifest(tmp_path / "out")["files"]
+    files = read_manifest(tmp_path / "out").files
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (experts[0] / name).read_bytes()
-        assert files[name]["size"] == (experts[0] / name).stat().st_size
+        assert files[name].size == (experts[0] / name).stat().st_size
     assert verify(str(tmp_path / "out")).ok

@@ -14,7 +14,7 @@ from merge_reference import write_family
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.merging.record import checksums
-from hf_frmerge.merging.record.manifest import record_checksums
+from hf_frmerge.merging.record.write_manifest import record_checksums
 from hf_frmerge.provenance.verify import verify
 
 WEIGHTS = "model.safetensors"

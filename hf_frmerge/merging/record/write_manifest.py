@@ -1,0 +1,199 @@
+"""The record of a merge, written: coefficients, manifest, and checksums that follow later."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xxhash import xxh3_128_hexdigest
+
+from hf_frmerge import __version__
+from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.merging.decisions import Trimming
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.record import checksums
+from hf_frmerge.merging.record.checksums import file_entry, input_files, is_unchanged, modification_marks, sha256_of
+from hf_frmerge.merging.record.manifest import (
+    LOCAL_SOURCES_FILE,
+    MANIFEST_FILE,
+    Manifest,
+    local_sources,
+    read_manifest,
+    read_values,
+)
+from hf_frmerge.merging.record.manifest_entries import Machine, RecordedFile, RecordedModel, RecordedTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hf_frmerge.checkpoints.tensors.layout import Shard
+    from hf_frmerge.merging.engine.outcomes import StepOutcome
+    from hf_frmerge.merging.planning.plan import Expert, MergePlan
+    from hf_frmerge.merging.record.summary import MergeReport
+
+_PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
+
+
+def write_coefficients(output_dir: Path, outcomes: Sequence[StepOutcome], space: str) -> bool:
+    """
+    Write the coefficient table: tensor -> float64 `(blocks, experts)`, on the points of the merge.
+
+    With it and the experts, the merged model can be derived again bit for bit. Copied tensors are not in it. Returns
+    whether there is one: not all methods give a sum of the experts.
+    """
+    from safetensors.numpy import save
+
+    # One entry: safetensors writes several in any order, and the file is compared bit for bit.
+    table = {o.step.name: o.solution.coefficients for o in outcomes if o.solution is not None}
+    if not table:
+        return False
+    write_file(output_dir / COEFFICIENTS_FILE, save(table, metadata={"space": space}))
+    return True
+
+
+def write_manifest(
+    output_dir: Path,
+    plan: MergePlan,
+    outcomes: Sequence[StepOutcome],
+    *,
+    report: MergeReport,
+    n_processes: int,
+    small_files: dict[str, Path],
+) -> None:
+    """
+    Write `merge_manifest.json`.
+
+    Args:
+        report: Totals of the merge.
+        small_files: Name of every file but the shards of a full model -> where it lies now.
+    """
+    arguments = plan.args.to_dict()
+    arguments.pop("output_dir")
+    if plan.coefficients is not None:
+        arguments["coefficients"] = COEFFICIENTS_FILE  # the table that was given is in the record itself
+    shards = plan.layout.shards if plan.layout else ()
+    manifest = Manifest(
+        hf_frmerge=__version__,
+        output_kind=plan.output_kind,
+        method=plan.args.method,
+        space=plan.space,
+        arguments=arguments,
+        experts=tuple(_model(expert, plan, weight) for expert, weight in zip(plan.experts, plan.weights)),
+        base_model=_model(plan.base, plan, None) if plan.base else None,
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        n_processes=n_processes,
+        machine=Machine(platform.machine(), platform.system()),
+        report=replace(
+            report, output_dir=None, notes=tuple(_without_paths(note, plan.models) for note in report.notes)
+        ),
+        versions=package_versions(),
+        files={
+            **{shard.file: _shard_entry(output_dir / shard.file, shard) for shard in shards},
+            **{name: file_entry(path) for name, path in small_files.items()},
+        },
+        tensors={outcome.step.name: _tensor(outcome) for outcome in outcomes},
+    )
+    write_file(output_dir / MANIFEST_FILE, _as_text(manifest.to_dict()))
+    paths = [m.source.path if "://" in m.source.path else str(Path(m.source.path).resolve()) for m in plan.models]
+    marks = [modification_marks(path, model.files) for path, model in zip(paths, manifest.models)]
+    write_file(output_dir / LOCAL_SOURCES_FILE, json.dumps({"models": paths, "marks": marks}) + "\n")
+
+
+def record_checksums(output_dir: Path, known: Mapping[str, str] | None = None) -> list[str]:
+    """
+    Fill in the SHA-256 that the manifest of a finished merge lacks.
+
+    Args:
+        output_dir: Folder of the merge.
+        known: SHA-256 of its files that somebody computed already, such as the client that uploads them.
+
+    Returns:
+        Inputs that stay without one, as `model: file`: they are not on this machine, or were rewritten since.
+    """
+    manifest = read_manifest(output_dir)
+    values = read_values(output_dir)  # to be changed and written: what only another version knows stays as it is
+    for name, entry in values["files"].items():
+        if entry["sha256"] is None:
+            entry["sha256"] = (known or {}).get(name) or sha256_of(output_dir / name)
+    missing = []
+    paths, marks = local_sources(output_dir, manifest)
+    models = [*values["experts"], *([values["base_model"]] if values["base_model"] else [])]
+    for model, path, unchanged in zip(models, paths, marks):
+        for name, entry in model["files"].items():
+            if entry["sha256"] is None and path is not None and is_unchanged(path, name, unchanged):
+                entry["sha256"] = sha256_of(Path(path) / name)
+            if entry["sha256"] is None:
+                missing.append(f"{model['id']}: {name}")
+    if Manifest.from_dict(values) != manifest:
+        write_file(output_dir / MANIFEST_FILE, _as_text(values))
+    return missing
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries a merge may involve, without importing them."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _as_text(values: dict[str, Any]) -> str:
+    """Give every tensor a line. To indent all that is in them takes ten times as long, and nobody reads it so."""
+    before, key, after = json.dumps({**values, "tensors": {}}, indent=1).rpartition('"tensors": {}')
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in values["tensors"].items()]
+    return "".join([before, key[:-1], "\n  ", ",\n  ".join(lines), "\n }", after, "\n"])
+
+
+def _shard_entry(path: Path, shard: Shard) -> RecordedFile:
+    sha256 = sha256_of(path) if shard.size <= checksums.SMALL_FILE else None
+    return RecordedFile(shard.size, sha256, xxh3_128_hexdigest(shard.header))
+
+
+def _model(expert: Expert, plan: MergePlan, weight: float | None) -> RecordedModel:
+    """Identity of a model. Local folders are known by their name only: the manifest is pushed."""
+    source = expert.source
+    return RecordedModel(
+        id=source.repo_id or Path(source.path).name,
+        on_hub=source.repo_id is not None,
+        revision=source.revision,
+        commit=source.commit,
+        kind=source.kind,
+        files=input_files(expert, plan.carried),
+        weight=weight,
+    )
+
+
+def _without_paths(note: str, models: Sequence[Expert]) -> str:
+    """Call local models by the names of their folders."""
+    local = [model.source for model in models if model.source.repo_id is None]
+    for source in sorted(local, key=lambda source: len(source.spec), reverse=True):
+        if "/" in source.spec or "\\" in source.spec:  # a bare name hides nothing, and may be an ordinary word
+            note = note.replace(source.spec, Path(source.path).name)
+    return note
+
+
+def _tensor(outcome: StepOutcome) -> RecordedTensor:
+    step, details = outcome.step, outcome.details
+    is_merged = outcome.decision is not None
+    return RecordedTensor(
+        outcome.action,
+        step.dtype,
+        step.shape,
+        outcome.inputs,
+        outcome.output,
+        donor=None if is_merged else step.donor,
+        n_blocks=step.n_blocks if is_merged else 0,
+        decision=outcome.decision if isinstance(outcome.decision, Trimming) else None,
+        rank=details.rank if details else None,
+        norm=details.norm if details else None,
+        truncation_error=details.truncation_error if details else None,
+        geometry=outcome.geometry,
+    )
