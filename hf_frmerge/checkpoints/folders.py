@@ -1,4 +1,4 @@
-"""Open a checkpoint folder, wherever it is."""
+"""Open a checkpoint folder: local, behind a URL, or on the Hub."""
 
 from __future__ import annotations
 
