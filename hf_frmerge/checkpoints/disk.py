@@ -97,7 +97,7 @@ def write_file(path: Path, content: bytes | str) -> None:
             fd = create_file(temporary)
             try:
                 write_all(fd, content.encode() if isinstance(content, str) else content, 0)
-                os.fsync(fd)
+                os.fsync(fd)  # before the rename: after a power cut the name must not stand for an empty file
             finally:
                 os.close(fd)
             temporary.replace(path)

@@ -107,6 +107,7 @@ def refuse_while_merging(folder: str | Path) -> None:
 def _acquire(folder: Path) -> FolderLock:
     path = folder / LOCK_FILE
     while True:
+        # O_NOFOLLOW: a link of this name must not make us create or lock a file elsewhere.
         with disk_errors(path, "opened"):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:

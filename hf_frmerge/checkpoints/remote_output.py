@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 _CONFIG = "config.json"
 _LOCAL_URL = re.compile(r"(?:file|local)://(?=/)")
+# Files of an older model at the URL without which no loader can load it.
 _STALE = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?")
 
 
@@ -28,6 +29,7 @@ def local_folder(output_dir: str) -> str:
     output_dir = _LOCAL_URL.sub("", output_dir)
     if "://" not in output_dir:
         return str(Path(output_dir).expanduser())
+    # Quoted with safe="", the parent is a single path component, which `url_of` can unquote.
     parent, _, name = output_dir.rstrip("/").rpartition("/")
     return str(_cache() / quote(parent, safe="") / name)
 
@@ -69,6 +71,7 @@ def upload(folder: str | Path) -> None:
         for old in store.find(root, maxdepth=1):
             if _STALE.fullmatch(old.rpartition("/")[2]):
                 store.rm_file(old)
+        # False sorts before True: the config comes last.
         for path in sorted(paths, key=lambda path: (path.name == _CONFIG, path)):
             target = f"{root}/{path.relative_to(folder).as_posix()}"
             store.makedirs(target.rpartition("/")[0], exist_ok=True)

@@ -44,6 +44,7 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
     if "://" in local:
         return Source(spec, kind_of(open_folder(local), spec), local)
     path = Path(local).expanduser()
+    # A local folder goes before a Hub id of the same name, as in `from_pretrained`.
     if path.is_dir():
         return Source(spec, kind_of(LocalFolder(str(path)), spec), str(path))
     if path.exists():

@@ -78,6 +78,7 @@ def name_of(source: Source) -> tuple[str, str | None]:
         return source.repo_id, source.commit
     if "://" in source.path:
         return source.path, None
+    # A path into a Hub cache is only valid on this machine; id and commit are valid everywhere.
     path = str(Path(source.path).absolute())
     return cached_hub_id(path) or (path, None)
 

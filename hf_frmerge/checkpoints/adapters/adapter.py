@@ -242,7 +242,7 @@ def open_adapter(source: Source) -> Adapter:
         factor = _FACTOR.fullmatch(stem)
         if factor:
             parts.setdefault(factor["module"], {})[factor["slot"]] = info
-        elif stem.endswith(".base_layer.weight"):
+        elif stem.endswith(".base_layer.weight"):  # PEFT's name for the original weight of an adapted module
             base_layers[stem.removesuffix(".base_layer.weight") + ".weight"] = info
         elif "lora_" in stem or ".base_layer." in stem or "trainable_tokens" in stem:
             raise CheckpointError(
@@ -281,6 +281,8 @@ def _build_delta(
             f"Adapter {spec!r}, module {module!r}: its configuration says rank {rank}, its factors have shapes "
             f"{down.shape} and {up.shape}. The configuration belongs to other weights.{grouped}"
         )
+    # Factors of an embedding give its transpose. For linear layers this is a first guess, which `match` corrects by
+    # the shape in the base.
     transposed = embedding or (config.fan_in_fan_out and not conv)
     shape = (down.shape[1], up.shape[0]) if transposed else (up.shape[0], *down.shape[1:])
     delta = LowRankDelta(

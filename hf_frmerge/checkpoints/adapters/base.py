@@ -36,7 +36,7 @@ def common_base(adapters: Sequence[Adapter], base: Source | None = None) -> tupl
     """
     named = [(adapter.spec, *_named_by(adapter)) for adapter in adapters if adapter.config.base_model]
     if base is not None:
-        return _name_of_given(base, {(name, revision) for _, name, revision in named})
+        return _name_of_chosen(base, {(name, revision) for _, name, revision in named})
     if not named:
         return None, None
     (first, name, revision), *others = named
@@ -70,7 +70,7 @@ def _named_by(adapter: Adapter) -> tuple[str, str | None]:
     return cached_hub_id(name) or (name, adapter.config.revision)
 
 
-def _name_of_given(base: Source, named: set[tuple[str, str | None]]) -> tuple[str, str | None]:
+def _name_of_chosen(base: Source, named: set[tuple[str, str | None]]) -> tuple[str, str | None]:
     name, revision = name_of(base)
     # Adapters that name org/model, and a local folder .../model: a copy of it. Others can only load org/model.
     copied = {(theirs, rev) for theirs, rev in named if _is_on_hub(theirs) and _last_part(theirs) == _last_part(name)}

@@ -45,8 +45,10 @@ def find_targets(
     by_leaf: dict[str, list[str]] = {}
     for key in shapes:
         by_leaf.setdefault(leaf(key), []).append(key)
+    # All names must share one change of prefix, so every candidate can be found from the first name.
     possible = {_edit(unknown[0], key) for key in by_leaf.get(leaf(unknown[0]), [])}
     edits = {edit for edit in possible if edit and all(_apply(edit, name) in shapes for name in unknown)}
+    # If shapes rule out all candidates, keep them: the error below then lists them.
     if len(edits) > 1 and isinstance(names, Mapping):
         edits = {
             edit

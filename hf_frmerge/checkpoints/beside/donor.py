@@ -129,6 +129,7 @@ def _is_copied(name: str) -> bool:
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     """Set the dtype of a config and of the configs nested in it; return whether anything changed."""
     changed = False
+    # transformers renamed `torch_dtype` to `dtype`: change whichever the config has.
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     for key in keys:
         changed |= config[key] != dtype

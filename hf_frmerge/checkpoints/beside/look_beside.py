@@ -93,17 +93,17 @@ def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter
     experts = list(dict.fromkeys(experts))
     models = list(dict.fromkeys([*([base] if base and not makes_adapter else []), *experts]))
     try:
-        lying = [_Lying.of(model) for model in models]
+        model_folders = [_ModelFolder.of(model) for model in models]
         carried: dict[str, Source] = {}
         donor = base or next((expert for expert in experts if expert.kind == "full"), None)
         if makes_adapter or donor is None:
-            notes = _inputs_of_adapters(lying, carried)
+            notes = _inputs_of_adapters(model_folders, carried)
         else:
             carried.update(dict.fromkeys(donor_files(donor), donor))
-            notes = _inputs_without_donor(lying, carried) + find_disagreements([donor, *models])
+            notes = _inputs_without_donor(model_folders, carried) + find_disagreements([donor, *models])
         notes += _embeddings_too_few(carried, donor)
-        notes += _carry_pipeline(lying, base, carried)
-        notes += _differing(lying, carried) + _left(lying, carried)
+        notes += _carry_pipeline(model_folders, base, carried)
+        notes += _differing(model_folders, carried) + _left(model_folders, carried)
     except OSError as error:
         raise CheckpointError(f"The files beside the weights could not be compared: {error}.") from error
     return Beside(tuple(CarriedFile(source, name) for name, source in carried.items()), tuple(notes))
@@ -121,7 +121,7 @@ def copy_files(files: Iterable[CarriedFile], output_dir: str | Path) -> list[str
 
 
 @dataclass(frozen=True)
-class _Lying:
+class _ModelFolder:
     """Contents of a model's folder: names of files and of further folders, and its sentence-transformers modules."""
 
     model: Source
@@ -130,7 +130,7 @@ class _Lying:
     pipeline: Pipeline | None
 
     @classmethod
-    def of(cls, model: Source) -> _Lying:
+    def of(cls, model: Source) -> _ModelFolder:
         folder = open_folder(model.path)
         names, pipeline = list_folder(folder), read_pipeline(model)
         known = {name.partition("/")[0] for name in names if "/" in name}
@@ -155,17 +155,19 @@ def _has_tokenizer(names: Iterable[str]) -> bool:
     return any(name in VOCABULARIES or name == "tokenizer_config.json" for name in names)
 
 
-def _inputs_without_donor(lying: Sequence[_Lying], carried: dict[str, Source]) -> list[str]:
+def _inputs_without_donor(model_folders: Sequence[_ModelFolder], carried: dict[str, Source]) -> list[str]:
     """If the donor has no tokenizer, take that of the first model that has one."""
-    holder = next((each for each in lying if _has_tokenizer(each.names)), None)
+    holder = next((each for each in model_folders if _has_tokenizer(each.names)), None)
     if holder is None or _has_tokenizer(carried):
         return []
     names = [name for name in holder.inputs if name not in carried]
     carried.update(dict.fromkeys(names, holder.model))
-    return [f"{lying[0].model.spec!r} has no tokenizer; that of {holder.model.spec!r} is taken ({some(names)})."]
+    return [
+        f"{model_folders[0].model.spec!r} has no tokenizer; that of {holder.model.spec!r} is taken ({some(names)})."
+    ]
 
 
-def _inputs_of_adapters(adapters: Sequence[_Lying], carried: dict[str, Source]) -> list[str]:
+def _inputs_of_adapters(adapters: Sequence[_ModelFolder], carried: dict[str, Source]) -> list[str]:
     """Take the tokenizer and chat template of the adapters, if all that have one agree."""
     holders = [adapter for adapter in adapters if adapter.inputs]
     if not holders:
@@ -197,40 +199,42 @@ def _embeddings_too_few(carried: Mapping[str, Source], model: Source | None) -> 
     ]
 
 
-def _carry_pipeline(lying: Sequence[_Lying], base: Source | None, carried: dict[str, Source]) -> list[str]:
+def _carry_pipeline(
+    model_folders: Sequence[_ModelFolder], base: Source | None, carried: dict[str, Source]
+) -> list[str]:
     """Take the sentence-transformers modules of the experts, which were trained with them, else those of the base."""
-    experts = [each for each in lying if each.model != base]
+    experts = [each for each in model_folders if each.model != base]
     pipelines = [each.pipeline for each in experts if each.pipeline]
-    pipelines = pipelines or [each.pipeline for each in lying if each.pipeline]
+    pipelines = pipelines or [each.pipeline for each in model_folders if each.pipeline]
     if not pipelines:
         return []
     check_same_embeddings(pipelines)
     first = pipelines[0]
     carried.update(dict.fromkeys(first.files, first.source))
-    lacking = [repr(each.model.spec) for each in lying if each.pipeline is None]
+    lacking = [repr(each.model.spec) for each in model_folders if each.pipeline is None]
     if not lacking:
         return []
     return [f"{some(first.files)} are those of {first.source.spec!r}; there are none in {some(lacking)}."]
 
 
-def _differing(lying: Sequence[_Lying], carried: Mapping[str, Source]) -> list[str]:
+def _differing(model_folders: Sequence[_ModelFolder], carried: Mapping[str, Source]) -> list[str]:
     """Note the files that are taken from one model and differ in another."""
     notes = []
     for name, holder in carried.items():
         if _COMPARED.fullmatch(name) or name == "generation_config.json":
             continue
-        others = [each for each in lying if each.model != holder and name in each.names]
-        taken = next(each for each in lying if each.model == holder).read(name) if others else b""
+        others = [each for each in model_folders if each.model != holder and name in each.names]
+        taken = next(each for each in model_folders if each.model == holder).read(name) if others else b""
         different = [repr(each.model.spec) for each in others if not same_content(name, taken, each.read(name))]
         if different:
             notes.append(f"{name} differs in {some(different)}; that of {holder.spec!r} is taken.")
     return notes
 
 
-def _left(lying: Sequence[_Lying], carried: Mapping[str, Source]) -> list[str]:
+def _left(model_folders: Sequence[_ModelFolder], carried: Mapping[str, Source]) -> list[str]:
     """Note the files that are not taken, unless no loader needs them or another note is about them."""
     holders: dict[str, list[str]] = {}
-    for each in lying:
+    for each in model_folders:
         vocabularies, taken = set(VOCABULARIES) & set(each.names), set(VOCABULARIES) & set(carried)
         # A vocabulary in another format than the one taken was compared with nothing, so it must be named here.
         is_compared = _has_tokenizer(carried) and (not vocabularies or bool(vocabularies & taken))

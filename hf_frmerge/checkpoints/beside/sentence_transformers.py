@@ -135,11 +135,13 @@ def _settings(content: bytes) -> Any:
         return content
     if not isinstance(parsed, dict):
         return parsed
+    # Old and new versions of sentence-transformers write the same settings under different names.
     poolings = [name for key, name in _POOLINGS.items() if parsed.pop(key, False)]
     if poolings:
         parsed["pooling_mode"] = poolings[0] if len(poolings) == 1 else poolings
     if "word_embedding_dimension" in parsed:
         parsed["embedding_dimension"] = parsed.pop("word_embedding_dimension")
+    # A setting that is False, null or empty counts as missing, too.
     return {
         key: value
         for key, value in parsed.items()

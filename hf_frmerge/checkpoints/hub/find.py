@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.hub.errors import is_unreachable, reading_from_hub
-from hf_frmerge.checkpoints.hub.folder import HubFolder, found_folder
+from hf_frmerge.checkpoints.hub.folder import HubFolder, hub_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import MODULES_FILE, parse_modules
 from hf_frmerge.checkpoints.source import HUB_SCHEME, WEIGHTS, Source, is_on_hub, kind_of
@@ -65,15 +65,16 @@ def find(spec: str, repo_id: str, revision: str | None, token: str | bool | None
     if snapshot is not None:
         return Source(spec, kind_of(LocalFolder(str(snapshot)), spec), str(snapshot), info.id, revision, commit)
     path = f"{HUB_SCHEME}{info.id}@{commit}"
-    return Source(spec, kind_of(found_folder(path, token, anew=True), spec), path, info.id, revision, commit)
+    return Source(spec, kind_of(hub_folder(path, token, anew=True), spec), path, info.id, revision, commit)
 
 
 def download_size(sources: Iterable[Source]) -> int:
     """Return the download size of the sources, in bytes, without the files that are in the cache."""
     size = 0
     for source in {source.path: source for source in sources if is_on_hub(source)}.values():
-        folder = found_folder(source.path)
+        folder = hub_folder(source.path)
         blobs = _repo_cache(str(source.repo_id)) / "blobs"
+        # The cache names blobs by SHA-256 (large files) or git id (small ones), both of which the Hub lists.
         missing = [n for n in _needed(folder) if not (blobs / (folder.known_sha256(n) or folder.identity(n))).exists()]
         size += sum(map(folder.size, missing))
     return size
@@ -132,7 +133,8 @@ def _download(source: Source, token: str | bool | None, extra: Sequence[str]) ->
     from huggingface_hub import snapshot_download
 
     repo_id, commit = str(source.repo_id), str(source.commit)
-    names = _needed(found_folder(source.path, token), extra)
+    names = _needed(hub_folder(source.path, token), extra)
+    # Names are escaped, because `allow_patterns` would take a bracket in a file name for a pattern.
     with reading_from_hub(repo_id, source.revision):
         path = snapshot_download(
             repo_id, revision=commit, token=token, allow_patterns=[glob.escape(name) for name in names]

@@ -23,10 +23,10 @@ _KEPT_BYTES = 256 << 20
 
 _Range = tuple[str, int, int]
 
-_found: dict[str, HubFolder] = {}
+_folders: dict[str, HubFolder] = {}
 
 
-def found_folder(path: str, token: str | bool | None = None, *, anew: bool = False) -> HubFolder:
+def hub_folder(path: str, token: str | bool | None = None, *, anew: bool = False) -> HubFolder:
     """
     Return the folder of `hub://org/name@commit`; the same object for every call, so that its files are listed once.
 
@@ -38,9 +38,9 @@ def found_folder(path: str, token: str | bool | None = None, *, anew: bool = Fal
         anew (`bool`, *optional*, defaults to `False`):
             Create a new object, for instance because the token may have changed.
     """
-    if anew or path not in _found:
-        _found[path] = HubFolder(path, token)
-    return _found[path]
+    if anew or path not in _folders:
+        _folders[path] = HubFolder(path, token)
+    return _folders[path]
 
 
 class HubFolder(RemoteFolder):
@@ -100,6 +100,7 @@ class HubFolder(RemoteFolder):
         stop = size if stop is None else min(stop, size)
         if stop <= start:
             return b""
+        # Whole small files and the heads of large ones are kept in memory, other ranges are not.
         if stop > _FIRST_BYTES and stop < size:
             return self._fetch(name, start, stop)
         whole = 0, size if stop > _FIRST_BYTES else min(_FIRST_BYTES, size)
@@ -118,6 +119,7 @@ class HubFolder(RemoteFolder):
         if kept is None:
             data = self._fetch(name, start, stop) if stop > start else b""
             kept = np.frombuffer(data, np.uint8)
+            # Another thread may have fetched the same range meanwhile: count its bytes once.
             with self._lock:
                 if HubFolder._kept_bytes + kept.size <= _KEPT_BYTES and key not in self._kept:
                     HubFolder._kept_bytes += kept.size
@@ -148,9 +150,9 @@ class HubFolder(RemoteFolder):
                 url = hf_hub_url(self.repo_id, name, revision=self.commit)
                 data = self._get(url, build_hf_headers(token=self._token), start, stop, name)
         if data is None or len(data) != stop - start:
-            found = "an answer without a range" if data is None else f"{len(data)} bytes"
+            received = "an answer without a range" if data is None else f"{len(data)} bytes"
             raise OSError(
-                errno.EIO, f"asked the Hub for {stop - start} bytes of {name} from byte {start}, got {found}"
+                errno.EIO, f"asked the Hub for {stop - start} bytes of {name} from byte {start}, got {received}"
             )
         return data
 

@@ -74,7 +74,7 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
             config, by its tensors, or because the models differ in a matrix of integers).
     """
     checkpoints = [*([base] if base is not None else []), *experts]
-    first_index = 0 if base is None else -1
+    first_index = 0 if base is None else -1  # donor index of checkpoints[0]; -1 is the base
     for checkpoint in checkpoints:
         refuse_quantised(checkpoint)
     notes = _repeated(experts) + _wrapper_notes(checkpoints)
@@ -210,9 +210,9 @@ def _refuse_names(checkpoints: Sequence[Checkpoint], left_out: set[str]) -> None
     reference = checkpoints[0]
     wanted = {name for name, info in reference.tensors.items() if info.is_float} - left_out
     for checkpoint in checkpoints[1:]:
-        found = {name for name, info in checkpoint.tensors.items() if info.is_float} - left_out
-        missing = sorted(wanted - found)
-        extra = sorted(found - wanted)
+        present = {name for name, info in checkpoint.tensors.items() if info.is_float} - left_out
+        missing = sorted(wanted - present)
+        extra = sorted(present - wanted)
         if not missing and not extra:
             continue
         parts = []
@@ -222,14 +222,19 @@ def _refuse_names(checkpoints: Sequence[Checkpoint], left_out: set[str]) -> None
             parts.append(f"it has {len(extra)} others ({some(extra)})")
         raise CheckpointError(
             f"{checkpoint.source.spec!r} and {reference.source.spec!r} do not have the same tensors: "
-            f"{' and '.join(parts)}. {_names_hint(wanted, found, missing, extra, checkpoint, reference)}"
+            f"{' and '.join(parts)}. {_names_hint(wanted, present, missing, extra, checkpoint, reference)}"
         )
 
 
 def _names_hint(
-    wanted: set[str], found: set[str], missing: list[str], extra: list[str], checkpoint: Checkpoint, other: Checkpoint
+    wanted: set[str],
+    present: set[str],
+    missing: list[str],
+    extra: list[str],
+    checkpoint: Checkpoint,
+    other: Checkpoint,
 ) -> str:
-    for longer, shorter, owner in ((found, wanted, checkpoint), (wanted, found, other)):
+    for longer, shorter, owner in ((present, wanted, checkpoint), (wanted, present, other)):
         prefix = _common_prefix(longer, shorter)
         if prefix:
             return (
@@ -251,12 +256,14 @@ def _common_prefix(longer: set[str], shorter: set[str]) -> str | None:
     """Return the prefix that turns most names of `shorter` into names of `longer`, if there is one."""
     if not shorter:
         return None
+    # Look for the longest of the unmatched names: it is the least likely to end like another name by accident.
     probe = max(shorter - longer, key=len, default=None)
     if probe is None:
         return None
     for name in longer:
         if name.endswith("." + probe):
             prefix = name[: -len(probe)]
+            # Some tensors may be missing for other reasons, so a majority is enough.
             matching = sum(prefix + each in longer for each in shorter)
             if 2 * matching > len(shorter):
                 return prefix
@@ -274,20 +281,20 @@ def _refuse_shapes(checkpoints: Sequence[Checkpoint]) -> None:
         if not wrong:
             continue
         listed = some(
-            f"{here.name} is {list(here.shape)} in {checkpoint.source.spec!r} and {list(there.shape)} in "
+            f"{other.name} is {list(other.shape)} in {checkpoint.source.spec!r} and {list(expected.shape)} in "
             f"{reference.source.spec!r}"
-            for there, here in wrong
+            for expected, other in wrong
         )
         raise CheckpointError(f"{len(wrong)} tensors differ in shape: {listed}. {_shapes_hint(wrong)}")
 
 
 def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]]) -> str:
-    rows = {(there.shape[0], here.shape[0]) for there, here in wrong if there.shape and here.shape}
-    only_rows = all(there.shape[1:] == here.shape[1:] for there, here in wrong) and len(rows) == 1
-    if only_rows and any(_EMBEDDING.search(there.name) for there, _ in wrong):
-        ((there_rows, here_rows),) = rows
+    rows = {(expected.shape[0], other.shape[0]) for expected, other in wrong if expected.shape and other.shape}
+    only_rows = all(expected.shape[1:] == other.shape[1:] for expected, other in wrong) and len(rows) == 1
+    if only_rows and any(_EMBEDDING.search(expected.name) for expected, _ in wrong):
+        ((expected_rows, other_rows),) = rows
         return (
-            f"The vocabularies have different sizes ({here_rows} and {there_rows}): give all one tokenizer, "
+            f"The vocabularies have different sizes ({other_rows} and {expected_rows}): give all one tokenizer, "
             "call `model.resize_token_embeddings(...)` and save again."
         )
     return "Only models of one architecture and size can be merged."
@@ -299,12 +306,12 @@ def _dtype_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     for checkpoint in checkpoints[1:]:
         pairs: dict[tuple[str, str], int] = {}
         for name, info in reference.tensors.items():
-            here = checkpoint.tensors.get(name)
-            if here is not None and info.is_float and here.dtype != info.dtype:
-                pairs[info.dtype, here.dtype] = pairs.get((info.dtype, here.dtype), 0) + 1
+            other = checkpoint.tensors.get(name)
+            if other is not None and info.is_float and other.dtype != info.dtype:
+                pairs[info.dtype, other.dtype] = pairs.get((info.dtype, other.dtype), 0) + 1
         notes += [
-            f"{count} tensors are {here} in {checkpoint.source.spec!r} and {there} in {reference.source.spec!r}."
-            for (there, here), count in pairs.items()
+            f"{count} tensors are {other} in {checkpoint.source.spec!r} and {expected} in {reference.source.spec!r}."
+            for (expected, other), count in pairs.items()
         ]
     return notes
 

@@ -161,12 +161,13 @@ class CheckpointWriter:
         Call it once, after every process has called `sync`.
         """
         staged = {self._staged(index): self.output_dir / shard.file for index, shard in enumerate(self.layout.shards)}
+        # Check all files before renaming any, so that an error leaves the staged files as they are.
         for path in staged:
             if not path.is_file():
                 raise MergeError(f"{path} is missing: another program removed it. Start the merge afresh.")
         for path, final in staged.items():
             rename(path, final)
-        text = self.layout.index_json()
+        text = self.layout.index_json()  # written after the shards that it names
         if text is not None:
             write_file(self.output_dir / INDEX_FILE, text)
         keep = {shard.file for shard in self.layout.shards} | ({INDEX_FILE} if text is not None else set())
@@ -217,9 +218,9 @@ class CheckpointWriter:
     def _adopt(self, index: int) -> bool:
         """Open a shard that an earlier run left, if it can be continued; return whether it was."""
         staged, final = self._staged(index), self.output_dir / self.layout.shards[index].file
-        fd = self._open_own(staged, index)
+        fd = self._open_earlier(staged, index)
         if fd is None and not os.path.lexists(staged):
-            fd = self._open_own(final, index)
+            fd = self._open_earlier(final, index)
             if fd is not None:
                 # The earlier run was killed while it renamed its shards. Take the final name away again, so that the
                 # folder does not look finished.
@@ -228,7 +229,7 @@ class CheckpointWriter:
             self._fds[index] = fd
         return fd is not None
 
-    def _open_own(self, path: Path, index: int) -> int | None:
+    def _open_earlier(self, path: Path, index: int) -> int | None:
         """Open a file of an earlier run; None if it is missing, a link, has other hard links, or is another shard."""
         shard = self.layout.shards[index]
         with disk_errors(path, "opened"):
