@@ -1,4 +1,4 @@
-"""Changes to files that happen wholly or raise a sentence, and never reach a file through a link."""
+"""Changes to files and folders: each succeeds completely or raises `MergeError`, and none writes through a link."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 @contextmanager
 def disk_errors(path: Path, done: str) -> Iterator[None]:
     """
-    Turn an `OSError` into a sentence.
+    Raise any `OSError` of the block as a `MergeError` with a readable message.
 
     Args:
-        path: File or folder it is about.
-        done: What could not be done to it, as a participle: `"written"`.
+        path: File or folder the message names.
+        done: Participle that completes "could not be ...", such as `"written"`.
 
     Raises:
-        MergeError: With the file, what could not be done, why, and what to do.
+        MergeError: With the file, the failed action, the reason and the remedy.
     """
     try:
         yield
@@ -57,9 +57,9 @@ def disk_errors(path: Path, done: str) -> Iterator[None]:
 
 def create_file(path: Path) -> int:
     """
-    Create a file that was not there and open it for reading and writing; what had its name before loses it.
+    Create a new file and open it for reading and writing; a file that had the name is unlinked first.
 
-    A file is never opened for writing by a name that it has already: it may be another name of an input.
+    An existing file is never opened for writing, because its name may be a hard link to an input.
 
     Returns:
         `int`: File descriptor.
@@ -70,10 +70,10 @@ def create_file(path: Path) -> int:
 
 def write_all(fd: int, data: bytes | memoryview, start: int) -> None:
     """
-    Write bytes at `start` to the last one: the system may take fewer than it is given.
+    Write all bytes at `start`, in several calls if need be: `pwrite` may write fewer bytes than it is given.
 
     Raises:
-        OSError: If it takes no more.
+        OSError: If a byte cannot be written.
     """
     view = memoryview(data)
     while view:
@@ -86,10 +86,10 @@ def write_all(fd: int, data: bytes | memoryview, start: int) -> None:
 
 def write_file(path: Path, content: bytes | str) -> None:
     """
-    Write a file so that it is either whole, on disk and in place, or not there at all.
+    Write a file atomically: to a temporary name, synced to disk, then renamed.
 
     Raises:
-        MergeError: If it cannot be written; what was there before is then left as it is.
+        MergeError: If it cannot be written; an older file of that name is then still there.
     """
     temporary = path.with_name(f".{path.name}.partial")
     with disk_errors(path, "written"):
@@ -97,7 +97,7 @@ def write_file(path: Path, content: bytes | str) -> None:
             fd = create_file(temporary)
             try:
                 write_all(fd, content.encode() if isinstance(content, str) else content, 0)
-                os.fsync(fd)
+                os.fsync(fd)  # before the rename: after a power cut the name must not stand for an empty file
             finally:
                 os.close(fd)
             temporary.replace(path)
@@ -109,25 +109,25 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file its name; a file or link that had it loses it, and stays what it is under its other names."""
+    """Rename a file over `target`. If `target` is a link, the link is replaced and the file it points to untouched."""
     with disk_errors(target, "put in place"):
         path.replace(target)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, unless it is there."""
+    """Create a folder and its parents, unless it exists."""
     with disk_errors(path, "created"):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file or link, if it is there."""
+    """Remove a file or link, if it exists."""
     with disk_errors(path, "removed"):
         path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it, if it is there; of a link, the link."""
+    """Remove a folder with its contents, if it exists; if it is a link, only the link is removed."""
     with disk_errors(path, "removed"):
         if path.is_symlink():
             path.unlink()
@@ -136,7 +136,7 @@ def remove_folder(path: Path) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
+    """Sync a folder to disk, so that the renames in it survive a power cut."""
     with disk_errors(folder, "forced to disk"):
         fd = os.open(folder, os.O_RDONLY)
         try:

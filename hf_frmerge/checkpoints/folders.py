@@ -1,4 +1,4 @@
-"""Open a checkpoint folder, wherever it is."""
+"""Open a checkpoint folder: local, behind a URL, or on the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Folder = LocalFolder | RemoteFolder
 def open_folder(path: str) -> Folder:
     """Open a checkpoint folder given as a local path, as an fsspec URL, or as `hub://org/name@commit`."""
     if path.startswith(HUB_SCHEME):
-        from hf_frmerge.checkpoints.hub.folder import found_folder  # the Hub's client takes half a second to import
+        from hf_frmerge.checkpoints.hub.folder import hub_folder  # the Hub's client takes half a second to import
 
-        return found_folder(path)
+        return hub_folder(path)
     return RemoteFolder(path) if "://" in path else LocalFolder(path)

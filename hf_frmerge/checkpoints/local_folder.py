@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder on a local disk, read by byte ranges."""
+"""Checkpoint folder on a local disk, read by byte ranges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.page_cache import MappedRange, Mapping, release
 
-# One mapping holds one file descriptor; 1024 descriptors is a common limit and a large model has 200 shards.
+# Each mapping holds a file descriptor. 1024 descriptors is a common limit, and a large model has 200 shards.
 _OPEN_MAPPINGS = 32
 
 
@@ -27,16 +27,16 @@ class LocalFolder:
         self._lock = Lock()
 
     def names(self, subfolder: str = "") -> list[str]:
-        """Names of the files directly in the folder or in a subfolder of it, sorted; none if it does not exist."""
+        """List the files directly in the folder or in a subfolder of it, sorted; empty if there is no such folder."""
         folder = self._root / subfolder
         return sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
 
     def subfolders(self) -> list[str]:
-        """Names of the folders directly in the folder, sorted."""
+        """List the folders directly in the folder, sorted."""
         return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir()) if self._root.is_dir() else []
 
     def exists(self, name: str) -> bool:
-        """Whether `name` is a file; a dangling link is none."""
+        """Whether `name` is a file; False for a dangling link."""
         return (self._root / name).is_file()
 
     def size(self, name: str) -> int:
@@ -45,38 +45,38 @@ class LocalFolder:
 
     def identity(self, name: str) -> str:
         """
-        Cheap mark that changes when the file is rewritten, cut short or replaced: size, time of modification, inode.
+        Return a cheap mark that changes when the file is rewritten, truncated or replaced: size, mtime and inode.
 
-        The time of the last change of status is left out: another name or other permissions change no contents.
+        The ctime is left out: it also changes with links and permissions, which do not touch the contents.
         """
-        found = (self._root / name).stat()
-        return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ino}"
+        status = (self._root / name).stat()
+        return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
 
     def is_broken(self, name: str) -> bool:
-        """Whether something that was read of `name` through its mapping was not in the file; see `Mapping`."""
+        """Whether a page of `name` was read that could not be loaded from the file; see `Mapping`."""
         with self._lock:
             mapping = self._mappings.get(name)
         return mapping is not None and mapping.is_broken
 
     def known_sha256(self, name: str) -> str | None:
-        """SHA-256 of `name` where it is known without reading: the Hub's cache names large files by it."""
+        """Return the SHA-256 of `name` if it is known without reading: the Hub's cache names large files by it."""
         path = self._root / name
         blob = path.readlink() if path.is_symlink() else Path()
         is_blob = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
         return blob.name if is_blob else None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes `[start, stop)` of `name`; fewer if the file ends before."""
+        """Read bytes `[start, stop)` of `name`; fewer if the file ends before `stop`."""
         with (self._root / name).open("rb") as file:
             file.seek(start)
             return file.read() if stop is None else file.read(stop - start)
 
     def view(self, name: str, size: int, start: int, stop: int) -> NDArray[np.uint8]:
         """
-        Bytes `[start, stop)` of `name` without a copy where the system allows it.
+        Return bytes `[start, stop)` of `name`, without a copy if the system allows it.
 
-        The pages are faulted in here and not while the caller computes: a disk error or a file cut short then
-        arrives as an `OSError`, where touching the mapping would kill the process with SIGBUS.
+        The pages are faulted in by this call and not while the caller computes, so that a disk error or a truncated
+        file is an `OSError` and not a SIGBUS.
 
         Args:
             name (`str`):
@@ -96,19 +96,19 @@ class LocalFolder:
         return self._read_copy(name, start, stop) if view is None else view
 
     def release(self, name: str, start: int, stop: int) -> None:
-        """Give back the pages that lie wholly inside `[start, stop)`; the page cache keeps their contents."""
+        """Unmap the pages that lie wholly inside `[start, stop)`; the system's page cache keeps their contents."""
         with self._lock:
             mapping = self._mappings.get(name)
         if mapping is not None:
             release([MappedRange(mapping, start, stop)])
 
     def close(self) -> None:
-        """Forget all mappings; views handed out stay valid until they are dropped themselves."""
+        """Drop all mappings; views that were handed out keep theirs alive."""
         with self._lock:
             self._mappings.clear()
 
     def mapping(self, name: str, size: int) -> Mapping:
-        """Map the whole of `name`, or return its mapping; see `Mapping` for what it raises."""
+        """Return the mapping of `name`, mapping the whole file if need be; see `Mapping` for what it raises."""
         with self._lock:
             mapping = self._mappings.get(name)
             if mapping is None:
@@ -121,6 +121,7 @@ class LocalFolder:
             return mapping
 
     def _read_copy(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Read a range into memory: without the native extension, or if faulting in failed, to raise the reason."""
         out = np.empty(stop - start, np.uint8)
         with (self._root / name).open("rb", buffering=0) as file:
             file.seek(start)

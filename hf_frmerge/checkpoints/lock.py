@@ -1,4 +1,4 @@
-"""One writer in an output folder at a time: a lock that ends with its process, however that ends."""
+"""Lock of an output folder: one writer at a time, released by the system when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from hf_frmerge.errors import MergeError
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".frmerge.lock"
-"""Beside the staging folder, which comes and goes, and under a name that no push takes along."""
+"""Lies outside the staging folder, which is created and removed during a merge. A push leaves it out."""
 
+# What flock says on file systems that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
 class FolderLock:
-    """The lock of an output folder, held."""
+    """Held lock of an output folder."""
 
     folder: Path
     fd: int
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the locked file is still the one in the folder: another may lie there once this was removed."""
+        """Whether the locked file is still the one in the folder; if it was removed, another may have its name."""
         try:
-            there = os.lstat(self.folder / LOCK_FILE)
+            current = os.lstat(self.folder / LOCK_FILE)
         except FileNotFoundError:
             return False
-        return os.path.samestat(there, os.fstat(self.fd))
+        return os.path.samestat(current, os.fstat(self.fd))
 
     def check(self) -> None:
         """
-        Refuse to go on in a folder that was removed meanwhile: another merge may have made it anew.
+        Check that the folder was not removed in the meantime: another merge may have created it again.
 
         Raises:
-            MergeError: If it was.
+            MergeError: If the folder was removed or replaced.
         """
         if not self.is_in_place:
             raise MergeError(
@@ -55,13 +56,14 @@ class FolderLock:
 @contextmanager
 def sole_writer(folder: str | Path) -> Iterator[FolderLock]:
     """
-    Hold the lock of an output folder, which is made if it is not there.
+    Hold the lock of an output folder, which is created if it does not exist.
 
-    The lock is on an open file: it excludes other processes, other threads and other merges of this process alike, and
-    those of other machines where the file system passes locks on, as NFS does. Where it has none, a warning is logged.
+    flock belongs to the open file, so it excludes other processes as well as other threads and merges of this process.
+    It also excludes other machines if the file system forwards locks, as NFS does. If the file system has no locks, a
+    warning is logged.
 
     Raises:
-        MergeError: If another merge holds it.
+        MergeError: If another merge holds the lock.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -70,33 +72,34 @@ def sole_writer(folder: str | Path) -> Iterator[FolderLock]:
     try:
         yield lock
     finally:
-        # Removed while it is locked: whoever has opened it already will find that it is not in place.
+        # Remove the file before unlocking it: a process that has already opened it and gets the lock next then sees
+        # that its file is not in place any more, and tries again.
         with suppress(OSError):
             if lock.is_in_place:
                 (folder / LOCK_FILE).unlink()
         os.close(lock.fd)
         if is_new:
-            with suppress(OSError):  # there is something in it, as a rule
+            with suppress(OSError):  # usually it is not empty any more
                 folder.rmdir()
 
 
 def refuse_while_merging(folder: str | Path) -> None:
     """
-    Refuse a folder that a merge is writing to. Creates nothing.
+    Raise if a merge is writing to a folder. Creates nothing.
 
     Raises:
-        MergeError: If one is.
+        MergeError: If another merge holds the lock of the folder.
     """
     try:
         fd = os.open(Path(folder) / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
-        return  # no lock, or one that only those can see who may write there
+        return  # there is no lock file, or it cannot be read
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _is_taken(folder) from None
     except OSError:
-        return  # a file system without locks: whoever merges there was warned
+        return  # a file system without locks: the merge that writes there has logged a warning
     finally:
         os.close(fd)
 
@@ -104,6 +107,7 @@ def refuse_while_merging(folder: str | Path) -> None:
 def _acquire(folder: Path) -> FolderLock:
     path = folder / LOCK_FILE
     while True:
+        # O_NOFOLLOW: a link of this name must not make us create or lock a file elsewhere.
         with disk_errors(path, "opened"):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -121,7 +125,7 @@ def _acquire(folder: Path) -> FolderLock:
         lock = FolderLock(folder, fd)
         if lock.is_in_place:
             return lock
-        os.close(fd)  # its last holder removed it after we had opened it
+        os.close(fd)  # the last holder removed the file after we had opened it: try again
 
 
 def _is_taken(folder: str | Path) -> MergeError:

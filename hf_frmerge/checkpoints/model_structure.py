@@ -1,4 +1,4 @@
-"""What of a model only its class tells: which tensors share their values, and which square weights lie transposed."""
+"""Facts about a model that its tensors do not show: tied tensors, and square weights that are stored transposed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class ModelStructure:
     """
-    Facts about the class of a base model, for which it must be built (without weights).
+    Facts about the class of a base model. To learn them, the model must be built (without weights).
 
     Attributes:
-        tied: names in memory of the tensors that share their values with another; None if nothing tells.
-        conv1d: paths in memory of the modules that keep their weight as `(n_in, n_out)`; None if nothing tells.
+        tied: names in memory of the tensors that share their values with another; None if unknown.
+        conv1d: paths in memory of the modules that store their weight as `(n_in, n_out)`; None if unknown.
     """
 
     tied: frozenset[str] | None
     conv1d: frozenset[str] | None
 
     def ties(self, name: str) -> bool:
-        """Whether a tensor is a tied one. Only the last two parts are compared: prefixes differ between classes."""
+        """Whether a tensor may be tied; compares the last two parts of its name, since prefixes differ by class."""
         return self.tied is None or leaf(name) in {leaf(each) for each in self.tied}
 
     def is_conv1d(self, module: str) -> bool | None:
-        """Whether a module keeps its weight as `(n_in, n_out)`; None if nothing tells."""
+        """Whether a module stores its weight as `(n_in, n_out)`; None if unknown."""
         if self.conv1d is None:
             return None
         return any(f".{each}".endswith(f".{module}") or f".{module}".endswith(f".{each}") for each in self.conv1d)
@@ -34,21 +34,21 @@ UNKNOWN = ModelStructure(None, None)
 
 
 def leaf(name: str) -> str:
-    """Last two parts of a tensor's name, such as `"q_proj.weight"`."""
+    """Return the last two parts of a tensor's name, such as `"q_proj.weight"`."""
     return ".".join(name.split(".")[-2:])
 
 
 def may_be_tied(name: str) -> bool:
-    """Whether a tensor can be an embedding or an output layer: those are not in numbered layers."""
+    """Whether a tensor can be an embedding or an output layer: these do not belong to a numbered layer."""
     return not any(part.isdigit() for part in name.split("."))
 
 
 def may_be_conv1d(target: str, shapes: Mapping[str, Sequence[int]]) -> bool:
     """
-    Whether the weight of a square linear layer can lie as `(n_in, n_out)`, as far as the tensors of the model tell.
+    Whether the weight of a square linear layer may be stored as `(n_in, n_out)`, judged by the model's tensors.
 
-    Such layers (transformers' `Conv1D`) always have a bias, and a class that has them has some that are not square,
-    whose bias is as long as their rows.
+    Layers that store it so (transformers' `Conv1D`) always have a bias. A class with such layers also has some that
+    are not square, and their bias is as long as a row of their weight.
     """
     return _bias_of(target) in shapes and any(
         len(shape) == 2 and shape[0] != shape[1] and tuple(shapes.get(_bias_of(name), ())) == (shape[1],)

@@ -1,4 +1,4 @@
-"""`modules.json` of sentence-transformers: the steps that make an embedding of what the model returns."""
+"""`modules.json` of sentence-transformers: the modules that turn a model's outputs into an embedding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODULES_FILE = "modules.json"
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A step: its class without the package it is in, and the folder of its files (empty: that of the model)."""
+    """One module: the name of its class without the package, and the folder of its files ("" for the model's own)."""
 
     kind: str
     path: str
@@ -21,10 +21,10 @@ class Module:
 
 def parse_modules(content: bytes, spec: str) -> list[Module]:
     """
-    Read the steps from the contents of `modules.json`.
+    Parse the contents of `modules.json`.
 
     Raises:
-        CheckpointError: If it is no list of modules, or names a folder outside of the model's.
+        CheckpointError: If it is not a list of modules, or names a folder outside of the model's.
     """
     try:
         modules = [

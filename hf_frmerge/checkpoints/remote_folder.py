@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder behind an fsspec URL, read by byte ranges."""
+"""Checkpoint folder behind an fsspec URL, read by byte ranges."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class RemoteFolder:
             raise CheckpointError(f"Cannot open {path!r}: {error}") from error
 
     def names(self, subfolder: str = "") -> list[str]:
-        """Names of the files directly in the folder or a subfolder, sorted; plain web servers may not tell."""
+        """List the files directly in the folder or a subfolder, sorted; plain web servers may not be able to."""
         return self._entries_of("file", self._join(subfolder) if subfolder else self._root)
 
     def subfolders(self) -> list[str]:
-        """Names of the folders directly in the folder, sorted; plain web servers may not tell."""
+        """List the folders directly in the folder, sorted; plain web servers may not be able to."""
         return self._entries_of("directory", self._root)
 
     def exists(self, name: str) -> bool:
@@ -37,8 +37,8 @@ class RemoteFolder:
         try:
             return bool(self._info(name)["type"] == "file")
         except FileNotFoundError as error:
-            # fsspec's HTTP file system says so of every failure and keeps the real one as the cause. Object stores
-            # answer 403 for a missing file to those who may not list the bucket.
+            # fsspec's HTTP file system raises FileNotFoundError for every failure and keeps the real one as the cause.
+            # Object stores answer 403 for a missing file if the user may not list the bucket.
             cause = error.__cause__
             if cause is None or getattr(cause, "status", None) in (403, 404, 410):
                 return False
@@ -52,18 +52,18 @@ class RemoteFolder:
         return int(size)
 
     def identity(self, name: str) -> str:
-        """Mark that changes when the file is rewritten: its size, and what else the store keeps for it."""
-        self._fs.invalidate_cache(self._join(name))  # or a listing kept from before would answer
+        """Return a mark that changes when the file is rewritten: its size, and a tag or time from the store."""
+        self._fs.invalidate_cache(self._join(name))  # otherwise fsspec answers from a cached listing
         info = self._info(name)
-        known = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"))
-        return f"{info['size']}-{next((value for value in known if value), '')}"
+        tags = (info.get(key) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created"))
+        return f"{info['size']}-{next((tag for tag in tags if tag), '')}"
 
     def known_sha256(self, name: str) -> str | None:
-        """SHA-256 of `name` where it is known without reading: stores do not tell."""
+        """Return None: stores do not give the SHA-256 of a file."""
         return None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes `[start, stop)` of `name`."""
+        """Read bytes `[start, stop)` of `name`."""
         if stop is None:
             return bytes(self._ask("cat_file", self._join(name)))
         data = bytes(self._ask("cat_file", self._join(name), start=start, end=stop))
@@ -72,7 +72,7 @@ class RemoteFolder:
         return data
 
     def view(self, name: str, size: int, start: int, stop: int) -> NDArray[np.uint8]:
-        """Bytes `[start, stop)` of `name`, fetched by one ranged request; read-only uint8, 1-D."""
+        """Fetch bytes `[start, stop)` of `name` by one ranged request; read-only uint8, 1-D."""
         data = self.read(name, start, stop) if stop > start else b""
         if len(data) != stop - start:
             raise OSError(errno.EIO, f"asked for {stop - start} bytes from byte {start}, got {len(data)}")
@@ -103,5 +103,5 @@ class RemoteFolder:
         except (OSError, NotImplementedError):
             raise
         except Exception as error:
-            # Each store raises the errors of its own client library; to us they all mean that it did not answer.
+            # Each store raises the errors of its own client library. They all mean that the store did not answer.
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error

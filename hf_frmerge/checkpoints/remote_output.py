@@ -1,4 +1,4 @@
-"""Outputs behind fsspec URLs: merged in a local folder that stands for the URL, then uploaded, the config last."""
+"""Outputs behind fsspec URLs: the merge is written to a local folder and uploaded when it is complete."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ logger = logging.getLogger(__name__)
 
 _CONFIG = "config.json"
 _LOCAL_URL = re.compile(r"(?:file|local)://(?=/)")
+# Files of an older model at the URL without which no loader can load it.
 _STALE = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?")
 
 
 def local_folder(output_dir: str) -> str:
     """
-    Return where a merge is made: the folder itself or, for a URL, one in the cache, always the same.
+    Return the local folder a merge writes to: the folder itself or, for a URL, one in the cache.
 
-    Its path is made of the URL, so it can be resumed like any other, and `url_of` finds the way back.
+    The path encodes the URL. The same URL thus gives the same folder, so that a merge can be resumed, and `url_of` can
+    recover the URL.
     """
     output_dir = _LOCAL_URL.sub("", output_dir)
     if "://" not in output_dir:
         return str(Path(output_dir).expanduser())
+    # Quoted with safe="", the parent is a single path component, which `url_of` can unquote.
     parent, _, name = output_dir.rstrip("/").rpartition("/")
     return str(_cache() / quote(parent, safe="") / name)
 
 
 def url_of(folder: str | Path) -> str | None:
-    """Return the URL a folder stands for; `None` if it is a folder like any other."""
+    """Return the URL that a folder of the cache is uploaded to; `None` for any other folder."""
     folder = Path(folder)
     return f"{unquote(folder.parent.name)}/{folder.name}" if folder.parent.parent == _cache() else None
 
 
 def check_vacant(folder: str | Path) -> None:
-    """Refuse a URL that holds a model; there is nothing to refuse for a local folder."""
+    """Raise `ArgumentError` if there is a model at the URL of a folder. Does nothing for a local folder."""
     url = url_of(folder)
     if url is None:
         return
@@ -51,10 +54,10 @@ def check_vacant(folder: str | Path) -> None:
 
 def upload(folder: str | Path) -> None:
     """
-    Upload a finished merge to the URL its folder stands for, if it stands for one.
+    Upload a finished merge to the URL of its folder, if it has one.
 
-    A model that is there loses its config and weights first, and the new config goes last: what is there in between is
-    no model to any loader.
+    Config and weights of an older model are removed first, and the new config is uploaded last, so that no loader can
+    load a mixture of the two in between.
 
     Raises:
         MergeError: If the store fails; the finished merge stays in the folder.
@@ -68,6 +71,7 @@ def upload(folder: str | Path) -> None:
         for old in store.find(root, maxdepth=1):
             if _STALE.fullmatch(old.rpartition("/")[2]):
                 store.rm_file(old)
+        # False sorts before True: the config comes last.
         for path in sorted(paths, key=lambda path: (path.name == _CONFIG, path)):
             target = f"{root}/{path.relative_to(folder).as_posix()}"
             store.makedirs(target.rpartition("/")[0], exist_ok=True)

@@ -1,4 +1,4 @@
-"""Find a checkpoint: a local folder, an fsspec URL, or a Hub id pinned to one commit."""
+"""Resolve what a user wrote to a checkpoint: a local folder, an fsspec URL, or a Hub id pinned to one commit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?
 
 def resolve(spec: str, *, token: str | bool | None = None, download: bool = True, extra: Sequence[str] = ()) -> Source:
     """
-    Find the folder a user means, downloading it from the Hub if need be.
+    Find the checkpoint a user means, downloading it from the Hub if need be.
 
     Args:
         spec (`str`):
@@ -27,8 +27,8 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
         token (`str` or `bool`, *optional*):
             Hub token; by default the one `hf auth login` stored, `False` for none.
         download (`bool`, *optional*, defaults to `True`):
-            Fetch the files of a Hub id that are not in the cache. If not, its path is then `hub://org/name@commit`, to
-            be read by ranges.
+            Fetch the files of a Hub id that are not in the cache. If `False`, the path of such a checkpoint is
+            `hub://org/name@commit`, to be read by ranges.
         extra (`Sequence[str]`, *optional*):
             Patterns of files to fetch from the Hub besides those a merge reads.
 
@@ -44,6 +44,7 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
     if "://" in local:
         return Source(spec, kind_of(open_folder(local), spec), local)
     path = Path(local).expanduser()
+    # A local folder goes before a Hub id of the same name, as in `from_pretrained`.
     if path.is_dir():
         return Source(spec, kind_of(LocalFolder(str(path)), spec), str(path))
     if path.exists():
@@ -58,19 +59,19 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
 
 
 def resolve_all(specs: Iterable[str], *, token: str | bool | None = None, download: bool = True) -> list[Source]:
-    """Resolve each spec, in order. One listed twice is looked up once, and all are found before any is fetched."""
-    found: dict[str, Source] = {}
+    """Resolve each spec, in order. A spec listed twice is looked up once; all are looked up before any download."""
+    resolved: dict[str, Source] = {}
     sources = []
     for spec in specs:
-        if spec not in found:
-            found[spec] = resolve(spec, token=token, download=False)
-        sources.append(found[spec])
+        if spec not in resolved:
+            resolved[spec] = resolve(spec, token=token, download=False)
+        sources.append(resolved[spec])
     return fetch_all(sources, token=token) if download else sources
 
 
 def fetch_all(sources: Sequence[Source], *, token: str | bool | None = None) -> list[Source]:
-    """Download the sources that are on the Hub and not on this machine; the others stay as they are."""
-    if not any(is_on_hub(source) for source in sources):  # local merges need no client of the Hub
+    """Download the sources that are on the Hub and not on this machine; the others are returned unchanged."""
+    if not any(is_on_hub(source) for source in sources):  # local merges do not import the Hub's client
         return list(sources)
     from hf_frmerge.checkpoints.hub.find import fetch
 

@@ -1,4 +1,4 @@
-"""A checkpoint that was found, and what kind of checkpoint a folder holds."""
+"""Location and kind (full model or adapter) of a checkpoint."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _CONVERT_ADAPTER = (
 @dataclass(frozen=True, slots=True)
 class Source:
     """
-    One checkpoint, found.
+    Location of one checkpoint.
 
-    `spec` is what the user wrote. `path` is a local folder or a URL; that of a Hub checkpoint that is not on this
-    machine is `hub://org/name@commit`. Of a Hub checkpoint, `repo_id`, the requested `revision` (None: the default
-    branch) and the `commit` it stood for are known as well.
+    `spec` is what the user wrote. `path` is a local folder, a URL, or `hub://org/name@commit` for a Hub checkpoint
+    that is not on this machine. For a Hub checkpoint `repo_id`, the requested `revision` (None: the default branch)
+    and the `commit` it resolved to are set.
     """
 
     spec: str
@@ -62,32 +62,33 @@ def is_on_hub(source: Source) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name reads as a Hub id (`org/name` or `name`); a relative path of one or two parts does, too."""
+    """Whether a name has the form of a Hub id (`org/name` or `name`), which short relative paths have, too."""
     return _HUB_ID.fullmatch(name) is not None and not set(name.split("/")) & {".", ".."}
 
 
 def cached_hub_id(path: str) -> tuple[str, str] | None:
-    """Hub id and commit that a snapshot in a cache of the Hub stands for, on whichever machine; None elsewhere."""
-    found = _CACHED.fullmatch(path)
-    return (found["repo"].replace("--", "/"), found["commit"]) if found else None
+    """Return Hub id and commit of a path in a Hub cache, also in that of another machine; None for other paths."""
+    match = _CACHED.fullmatch(path)
+    return (match["repo"].replace("--", "/"), match["commit"]) if match else None
 
 
 def name_of(source: Source) -> tuple[str, str | None]:
-    """Name and revision under which others find a model: Hub id and commit; else, only here, its absolute path."""
+    """Return the name and revision others can find a model by: Hub id and commit, else URL or absolute path."""
     if source.repo_id is not None:
         return source.repo_id, source.commit
     if "://" in source.path:
         return source.path, None
+    # A path into a Hub cache is only valid on this machine; id and commit are valid everywhere.
     path = str(Path(source.path).absolute())
     return cached_hub_id(path) or (path, None)
 
 
 def kind_of(folder: LocalFolder | RemoteFolder, spec: str) -> Literal["full", "adapter"]:
     """
-    Tell a full checkpoint from an adapter.
+    Return whether a folder holds a full checkpoint or an adapter.
 
     Raises:
-        CheckpointError: If the folder is neither, saying what it holds instead, or both.
+        CheckpointError: If it holds neither or both; the message says what it holds.
     """
     try:
         weights = next((name for name in WEIGHTS if folder.exists(name)), None)
@@ -122,7 +123,7 @@ def _names(folder: LocalFolder | RemoteFolder) -> Iterable[str]:
     try:
         return folder.names()
     except (OSError, NotImplementedError):
-        # A web server need not list its folders; without a list the message just cannot say what is there.
+        # Web servers often do not list folders. Without a list the message cannot say what the folder holds.
         if "://" in folder.path:
             return []
         raise

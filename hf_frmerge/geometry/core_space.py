@@ -1,4 +1,4 @@
-"""Low-rank matrices as small dense ones with the same inner products (Core Space, arXiv 2509.17786)."""
+"""Replace low-rank matrices by small dense ones with the same inner products (Core Space, arXiv 2509.17786)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from hf_frmerge.geometry.sphere import Array
 @dataclass(frozen=True)
 class CoreSpace:
     """
-    Small matrices with the same inner products as the low-rank ones they stand for.
+    Small dense matrices ("cores"), one for each low-rank matrix, with the same inner products.
 
-    Orthonormal columns make `M -> U_B @ M @ V_A.T` an isometry, so norms, angles and means agree with the dense ones.
+    `U_B` and `V_A` have orthonormal columns, so `M -> U_B @ M @ V_A.T` is an isometry: norms, angles and means of the
+    cores agree with those of the full matrices.
     """
 
     U_B: Array  # (m, P): orthonormal basis of all columns, leading left singular vectors of [B_1 ... B_N]
@@ -27,7 +28,7 @@ class CoreSpace:
     cores: Array  # (N, P, Q): x_i = U_B @ cores[i] @ V_A.T
 
     def factors(self, core: Array) -> Factors:
-        """Return the low-rank matrix that a `(P, Q)` core stands for."""
+        """Map a `(P, Q)` core back to the low-rank matrix it represents."""
         return Factors(self.U_B @ core, self.V_A.T)
 
 
@@ -47,7 +48,9 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
         ValueError: If there is no pair, or the shapes do not fit.
     """
     B_mR, A_Rn, owner_NR = stack_factors(factors)
+    # Bases of the stacked factors contain the columns and rows of every matrix, whatever the ranks: nothing is lost.
     U_B = np.linalg.svd(B_mR, full_matrices=False)[0]
     V_A = np.linalg.svd(A_Rn, full_matrices=False)[2].T
+    # Both products are shared by all matrices; owner_R picks the ranks of one of them, with its scale.
     left_PR, right_RQ = U_B.T @ B_mR, A_Rn @ V_A
     return CoreSpace(U_B, V_A, np.stack([(left_PR * owner_R) @ right_RQ for owner_R in owner_NR]))

@@ -1,9 +1,10 @@
 """
 Gram matrices of a few very long vectors, and short coordinate vectors that have the same Gram matrix.
 
-Fine-tunes of one base differ by 1e-3 of their norm and less, and a Gram matrix of the vectors themselves squares that
-away. So the matrix that travels through this package is that of `(x_0, x_1 - x_0, ..., x_{K-1} - x_0)`, here called
-the difference Gram: it holds the norms and the small angles both, to full relative accuracy.
+Fine-tunes of one base differ by 1e-3 of their norm or less. In a Gram matrix of the vectors themselves that difference
+enters squared, as 1e-6 of the entries, and is lost to rounding. This package therefore uses the Gram matrix of
+`(x_0, x_1 - x_0, ..., x_{K-1} - x_0)`, called the difference Gram: it holds both the norms and the small angles, to
+full relative accuracy.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from hf_frmerge.geometry.sphere import Array, norms
 
 # Shape suffixes: K = number of vectors, M = number of blocks.
 
-# A residual below this many roundings of a unit diagonal, per vector, is rounding: the vector depends on earlier ones.
+# Rank tolerance, in units of eps per vector on a unit diagonal: a pivot below it is rounding error, so the vector is
+# a combination of the earlier ones.
 _RANK_ROUNDINGS = 4.0
-# Four times the relative error, 1e-6, that the fast kernels promise of a Gram matrix; elimination adds some. An inner
-# product may exceed what the norms allow (Cauchy and Schwarz) by this much and no more: unbounded, noise divided by a
-# pivot of noise can be of any size. The matrix of the points is never farther off than about this.
+# How far an inner product may exceed the Cauchy-Schwarz bound. Four times the relative error of 1e-6 that the fast
+# kernels promise for a Gram matrix, because elimination adds to it. Without a bound, noise divided by a pivot that is
+# itself noise can be of any size. The Gram matrix of the resulting points is off by about this at most.
 _GRAM_NOISE = 4e-6
 # Matrix entries factored at a time, 1 MiB of float64: fits a core's second-level cache.
 _SLAB_ELEMENTS = 1 << 17
@@ -29,9 +31,9 @@ _SLAB_ELEMENTS = 1 << 17
 
 def difference_gram(arrays: Sequence[NDArray[np.floating]], chunk: int = 1 << 18) -> Array:
     """
-    Gram matrix of the first array and of the differences of all others to it, in float64 throughout.
+    Compute the Gram matrix of the first array and the differences of all others to it, in float64 throughout.
 
-    This is the reference the fast kernels are held to. Memory is `len(arrays) * chunk` float64 values, whatever the
+    The fast kernels are tested against this. It needs memory for `len(arrays) * chunk` float64 values, whatever the
     layout and size of the arrays.
 
     Args:
@@ -77,7 +79,7 @@ def difference_gram(arrays: Sequence[NDArray[np.floating]], chunk: int = 1 << 18
 
 def delta_gram(differences: Array) -> Array:
     """
-    Gram matrix of the differences `(x_1 - x_0, ..., x_{K-1} - x_0)`: the points of delta space when `x_0` is the base.
+    Return the Gram matrix of `(x_1 - x_0, ..., x_{K-1} - x_0)`; with the base as `x_0` these are the experts' deltas.
 
     Args:
         differences (`np.ndarray`): Gram matrix of `(x_0, x_1 - x_0, ...)`, `(..., K, K)`, float64.
@@ -92,9 +94,9 @@ def embed(gram: Array) -> Array:
     """
     Find coordinates with the given Gram matrix: `points @ points.T == gram`.
 
-    Diagonally pivoted Cholesky of the matrix scaled to unit diagonal, all blocks at once. The scaling keeps the
-    relative accuracy of short vectors beside long ones; the pivoting keeps noise at its own size, also where it has
-    made the matrix slightly indefinite; and equal rows of `gram` give bit-equal rows of points, zero rows zero rows.
+    Diagonally pivoted Cholesky of the matrix scaled to unit diagonal, all blocks at once. The scaling preserves the
+    relative accuracy of short vectors beside long ones. The pivoting does not amplify noise, even where noise has made
+    the matrix slightly indefinite. Equal rows of `gram` give bit-equal points, and zero rows give zero points.
 
     Args:
         gram (`np.ndarray`): Positive semidefinite up to rounding, `(..., N, N)`, float64.
@@ -118,9 +120,9 @@ def embed_differences(differences: Array) -> Array:
     """
     Find coordinates of `x_0, ..., x_{K-1}` from the difference Gram, with the first axis along `x_0`.
 
-    Each difference is placed to its own relative accuracy and only then added to `x_0`, so that an angle of 1e-6 rad
-    between two points comes out with about ten digits. If `x_0` is zero the first axis is empty. A point shorter than
-    the rounding of `x_0` is zero.
+    Each difference is embedded to its own relative accuracy and only then added to `x_0`, so that an angle of 1e-6 rad
+    between two points comes out with about ten digits. If `x_0` is zero, all first coordinates are 0. A point shorter
+    than the rounding error of `x_0` becomes exactly zero.
 
     Args:
         differences (`np.ndarray`): Gram matrix of `(x_0, x_1 - x_0, ...)`, `(..., K, K)`, float64.
@@ -144,25 +146,28 @@ def embed_differences(differences: Array) -> Array:
     others, first = placed[..., 1:, :], placed[..., :1, :]
     rounding = _RANK_ROUNDINGS * differences.shape[-1] * np.finfo(np.float64).eps * norms(first)
     others += first
-    # A zero vector is x_0 and a difference that cancels it; what rounding leaves is not a direction.
+    # A zero expert is x_0 plus a difference that cancels it. Rounding leaves a tiny vector, and a method that
+    # normalises it would take a direction made of noise.
     others[norms(others) <= rounding] = 0.0
     return placed
 
 
 def _pivoted_cholesky(gram: Array, first_pivot: int | None) -> Array:
-    # Blocks last: with millions of 3 x 3 matrices, numpy is fast only when its inner loop runs over the blocks.
-    # Slab by slab: the work then stays in cache, and its memory does not grow with the number of blocks.
+    """Factor all blocks; `first_pivot` is the vector to eliminate first, `None` the longest one of each block."""
+    # Block axis last: with millions of 3 x 3 matrices, numpy is fast only when its inner loop runs over the blocks.
+    # One slab of blocks at a time: the work stays in cache, and memory does not grow with the number of blocks.
     n = gram.shape[-1]
     gram_KKM = np.moveaxis(gram.reshape(-1, n, n), 0, -1)
     factor_KKM = np.empty(gram_KKM.shape)
     slab = max(_SLAB_ELEMENTS // (n * n), 1)
     for start in range(0, gram_KKM.shape[-1], slab):
-        here = slice(start, start + slab)
-        factor_KKM[..., here] = _factor_slab(np.array(gram_KKM[..., here], dtype=np.float64, order="C"), first_pivot)
+        part = slice(start, start + slab)
+        factor_KKM[..., part] = _factor_slab(np.array(gram_KKM[..., part], dtype=np.float64, order="C"), first_pivot)
     return np.moveaxis(factor_KKM, -1, 0).reshape(gram.shape)
 
 
 def _factor_slab(left_KKM: Array, first_pivot: int | None) -> Array:
+    """Factor one slab; overwrites `left_KKM`, which holds the Gram matrix of what is not yet eliminated."""
     n = len(left_KKM)
     every = np.arange(n)
     scale_KM = np.sqrt(np.maximum(left_KKM[every, every], 0.0))
@@ -180,9 +185,10 @@ def _factor_slab(left_KKM: Array, first_pivot: int | None) -> Array:
         else:
             pivot_M = np.argmax(diagonal_KM, axis=0)
         height_M = np.maximum(diagonal_KM[pivot_M, block_M], 0.0)
-        safe_M = np.where(height_M > floor, height_M, np.inf)
+        safe_M = np.where(height_M > floor, height_M, np.inf)  # dividing by infinity leaves zero columns
         inner_KM = left_KKM[:, pivot_M, block_M]
-        # Vectors that coincide with the pivot in what is left are finished: equal vectors stay equal bit by bit.
+        # A vector whose remainder equals the pivot's is fully eliminated by this step. Its row is set to zero below
+        # rather than subtracted: rounding would make copies of one vector differ in their last bits.
         finished_KM = (inner_KM == height_M) & (diagonal_KM == height_M)
         bound_KM = np.sqrt((np.maximum(diagonal_KM, 0.0) + _GRAM_NOISE) * height_M)
         inner_KM = np.minimum(np.maximum(inner_KM, -bound_KM), bound_KM)

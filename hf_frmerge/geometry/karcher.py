@@ -1,4 +1,4 @@
-"""Weighted Karcher mean on the unit sphere, for many small sets of points at once, and when it is not unique."""
+"""Weighted Karcher mean on the unit sphere, for many small sets of points at once, and a test for its uniqueness."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hf_frmerge.geometry.portable import Array, angle_over_sine, cosine_and_sinc
 
 # Shape suffixes: N = number of points, K = number of coordinates, M = number of blocks; `...` = blocks.
 
-# Distance from the origin to the convex hull of the unit vectors below which they are said to balance out (for two
-# vectors: an angle within 2e-3 rad of pi). Gram matrices from the fast kernels carry relative errors up to 1e-6, which
-# move a nearly dependent unit vector by up to 1e-3; closer than that, opposed and nearly opposed look the same.
+# Unit vectors count as cancelling when the origin is nearer than this to their convex hull (for two vectors: an angle
+# within 2e-3 rad of pi). Gram matrices from the fast kernels have relative errors up to 1e-6, which can move a nearly
+# dependent unit vector by up to 1e-3, so opposite and nearly opposite vectors cannot be told apart below that.
 MIN_MARGIN = 1e-3
-# Steps of the search for a hemisphere, taken only by blocks that their own mean does not settle.
+# Limit on the search for a hemisphere, which only runs for blocks whose weighted sum is not the centre of one.
 _HULL_STEPS = 1000
 # Coordinates iterated at a time, 1 MiB of float64: fits a core's second-level cache.
 _SLAB_ELEMENTS = 1 << 17
@@ -36,17 +36,17 @@ def karcher_mean(units: Array, weights: ArrayLike, *, tol: float = 1e-12, max_it
     Weighted Karcher mean of unit vectors: the point that minimises \(\sum_i w_i\, d(\mu, u_i)^2\), \(d\) the angle.
 
     Repeats \(\mu \leftarrow \mathrm{Exp}_\mu(\eta \sum_i w_i \mathrm{Log}_\mu u_i)\) (arXiv 2603.04972, section 3.3)
-    from the normalised weighted sum. The unit step, \(\eta = 1\), never overshoots: the Hessian of \(d^2/2\) has the
-    eigenvalues 1 and \(\theta\cot\theta \le 1\), so no damping is ever needed; but it needs hundreds of steps where
-    angles approach \(\pi/2\), as between the deltas of many experts. The step is therefore lengthened by the secant
-    rule (Barzilai and Borwein 1988), between 1 and the step \(1 / \sum_i w_i \theta_i\cot\theta_i\) that would make
-    the iterate the normalised sum of the pulls \(w_i \theta_i / \sin\theta_i\, u_i\), and starts again from 1
+    starting at the normalised weighted sum. The unit step, \(\eta = 1\), never overshoots and needs no damping,
+    because the Hessian of \(d^2/2\) has the eigenvalues 1 and \(\theta\cot\theta \le 1\). But it takes hundreds of
+    steps where angles approach \(\pi/2\), as between the deltas of many experts. The step is therefore lengthened by
+    the secant rule (Barzilai and Borwein 1988), between 1 and the step \(1 / \sum_i w_i \theta_i\cot\theta_i\) that
+    would make the iterate the normalised sum of the pulls \(w_i \theta_i / \sin\theta_i\, u_i\). It is reset to 1
     whenever the gradient has grown.
 
-    Where the gradient vanishes the mean *is* proportional to the sum of the pulls, and this gives the coefficients.
-    They are unique even where the vectors are dependent: equal vectors share in proportion to their weights.
+    Where the gradient is zero, the mean is proportional to the sum of the pulls, which gives the coefficients. They
+    are unique even if the vectors are linearly dependent: equal vectors share in proportion to their weights.
 
-    A finished block leaves the iteration.
+    Blocks that have converged are dropped from the arrays, so that later steps only pay for the rest.
 
     Args:
         units (`np.ndarray`):
@@ -60,8 +60,8 @@ def karcher_mean(units: Array, weights: ArrayLike, *, tol: float = 1e-12, max_it
 
     Returns:
         `KarcherResult`: Coefficients, residual, steps and convergence of every block. Blocks whose weighted sum is
-        shorter than `MIN_MARGIN` are not iterated: NaN coefficients, infinite residual. [`is_ambiguous`] tells
-        which of the others have no unique mean.
+        shorter than `MIN_MARGIN` are not iterated: their coefficients are NaN and their residual infinite. Use
+        [`is_ambiguous`] to find which of the others have no unique mean.
 
     Raises:
         ValueError: If `weights` cannot be broadcast to `(..., N)`.
@@ -82,9 +82,9 @@ def karcher_mean(units: Array, weights: ArrayLike, *, tol: float = 1e-12, max_it
     n_iter_M = np.zeros(n_blocks, dtype=np.int64)
     slab = max(_SLAB_ELEMENTS // (n_points * n_coordinates), 1)
     for start in range(0, n_blocks, slab):
-        here = slice(start, start + slab)
-        coeffs_NM[:, here], residual_M[here], n_iter_M[here] = _iterate(
-            np.ascontiguousarray(units_NKM[..., here]), weights_NM[:, here], tol, max_iter
+        part = slice(start, start + slab)
+        coeffs_NM[:, part], residual_M[part], n_iter_M[part] = _iterate(
+            np.ascontiguousarray(units_NKM[..., part]), weights_NM[:, part], tol, max_iter
         )
     blocks = units.shape[:-2]
     residual = residual_M.reshape(blocks)
@@ -95,16 +95,16 @@ def karcher_mean(units: Array, weights: ArrayLike, *, tol: float = 1e-12, max_it
 
 def is_ambiguous(units: Array, weights: ArrayLike) -> NDArray[np.bool_]:
     """
-    Tell in which blocks the weighted vectors balance out, so that a unique mean is not guaranteed.
+    Flag the blocks whose vectors can cancel, where a unique mean is not guaranteed.
 
     The mean is unique when the vectors of positive weight lie in an open hemisphere (Buss and Fillmore 2001; Afsari
-    2011), that is when the origin is not in their convex hull. Flagged are blocks where the origin is in the hull or
+    2011), that is, when the origin is not in their convex hull. A block is flagged if the origin is in the hull or
     nearer to it than `MIN_MARGIN`: opposite vectors, three at 120 degrees in a plane, or any others of which some
-    average cancels. Whether the mean lies within 90 degrees of every vector is *not* the test: two vectors 120
-    degrees apart have a unique mean for any weights. Linearly independent vectors always lie in a hemisphere, so
-    that only blocks with fewer elements than experts, or with copies, are flagged in practice.
+    average is zero. Testing whether the mean lies within 90 degrees of every vector would be wrong: two vectors 120
+    degrees apart have a unique mean for any weights. Linearly independent vectors always lie in a hemisphere, so only
+    dependent ones can be flagged: in practice, blocks with fewer elements than experts, or with copies of an expert.
 
-    Weights matter only by being zero or not; a vanishing weighted sum implies a vanishing distance to the hull.
+    It only matters whether a weight is zero: if any weighted sum vanishes, so does the distance to the hull.
 
     Args:
         units (`np.ndarray`):
@@ -133,7 +133,7 @@ def is_ambiguous(units: Array, weights: ArrayLike) -> NDArray[np.bool_]:
 
 
 def _blocks_last(units: Array, weights: ArrayLike) -> tuple[Array, Array]:
-    # numpy is fast on millions of tiny problems only when its inner loop runs over the problems.
+    # numpy is fast on millions of tiny blocks only when its inner loop runs over the blocks.
     n_points, n_coordinates = units.shape[-2:]
     units_NKM = np.moveaxis(units.reshape(-1, n_points, n_coordinates), 0, -1)
     weights_NM = np.broadcast_to(np.asarray(weights, dtype=np.float64), units.shape[:-1]).reshape(-1, n_points).T
@@ -145,6 +145,7 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> tuple[Array, Array, NDArray[np.int64]]:
+    """Run the iteration of `karcher_mean` on one slab; return coefficients, residuals and step counts."""
     coeffs_NM = np.full(weights_NM.shape, np.nan)
     residual_M = np.full(weights_NM.shape[1], np.inf)
     n_iter_M = np.zeros(weights_NM.shape[1], dtype=np.int64)
@@ -159,10 +160,11 @@ def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> 
 
     for step in range(max_iter + 1):
         cos_NM = _dot(units_NKM.swapaxes(0, 1), mean_KM[:, None])
-        # A cosine is blind to angles below 1.5e-8 rad, but theta / sin(theta) is 1 there to the last bit.
+        # A float64 cosine cannot resolve angles below 1.5e-8 rad, but there theta / sin(theta) is exactly 1 anyway.
         pull_NM = weights_NM * angle_over_sine(cos_NM)
         pulled_KM = _dot(pull_NM[:, None], units_NKM)
-        along_M = _dot(pulled_KM, mean_KM)  # = sum_i w_i theta_i cot(theta_i), the softest curvature there can be
+        # = sum_i w_i theta_i cot(theta_i), a lower bound on the eigenvalues of the Hessian.
+        along_M = _dot(pulled_KM, mean_KM)
         gradient_KM = pulled_KM - along_M * mean_KM
         gradient_sq_M = _dot(gradient_KM, gradient_KM)
         length_M = np.sqrt(gradient_sq_M)
@@ -176,16 +178,17 @@ def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> 
             if done_M.all():
                 break
 
-        # Secant step: with s = eta * before and y = before - gradient, eta = <s, s> / <s, y>.
+        # Secant step (Barzilai and Borwein): with s = eta * before and y = before - gradient, eta = <s, s> / <s, y>.
+        # If <s, y> is not positive or the gradient grew, the secant says nothing useful: take the safe unit step.
         fall_M = before_sq_M - _dot(before_KM, gradient_KM)
         grew_M = (gradient_sq_M >= before_sq_M) | (fall_M <= 0.0) | (step == 0)
         secant_M = eta_M * before_sq_M / np.where(grew_M, 1.0, fall_M)
         longest_M = 1.0 / np.minimum(np.maximum(along_M, 0.1), 1.0)
-        longest_M = np.minimum(longest_M, np.pi / np.maximum(length_M, 0.1))  # nor beyond the opposite point
+        longest_M = np.minimum(longest_M, np.pi / np.maximum(length_M, 0.1))  # not past the antipode
         eta_M = np.where(grew_M, 1.0, np.minimum(np.maximum(secant_M, 1.0), longest_M))
         cosine_M, sinc_M = cosine_and_sinc(eta_M * length_M)
         next_KM = cosine_M * mean_KM + (eta_M * sinc_M) * gradient_KM
-        next_KM /= np.sqrt(_dot(next_KM, next_KM))  # against the slow drift of rounding
+        next_KM /= np.sqrt(_dot(next_KM, next_KM))  # rounding makes the norm drift away from 1
 
         on_M = ~done_M
         index_M, eta_M, before_sq_M = index_M[on_M], eta_M[on_M], gradient_sq_M[on_M]
@@ -195,7 +198,7 @@ def _iterate(units_NKM: Array, weights_NM: Array, tol: float, max_iter: int) -> 
 
 
 def _is_centre(units_NKM: Array, weights_NM: Array, centre_KM: Array) -> NDArray[np.bool_]:
-    # Every vector of positive weight at least MIN_MARGIN inside the hemisphere around `centre`?
+    """Tell whether all vectors of positive weight lie at least `MIN_MARGIN` inside the hemisphere around `centre`."""
     height_NM = _dot(units_NKM.swapaxes(0, 1), centre_KM[:, None])
     lowest_M = np.min(np.where(weights_NM > 0, height_NM, np.inf), axis=0)
     length_M = np.sqrt(_dot(centre_KM, centre_KM))
@@ -203,17 +206,19 @@ def _is_centre(units_NKM: Array, weights_NM: Array, centre_KM: Array) -> NDArray
 
 
 def _search_hemisphere(units_NKM: Array, weights_NM: Array) -> NDArray[np.bool_]:
-    # Point of the convex hull nearest to the origin, by moving mass from the vector that lies furthest out along it
-    # to the one furthest back (Mitchell, Demyanov and Malozemov 1974). That point, if not the origin, is the centre
-    # of the widest hemisphere.
-    found_M = np.zeros(weights_NM.shape[1], dtype=bool)
+    """Tell which blocks have a hemisphere with all vectors of positive weight."""
+    # Algorithm of Mitchell, Demyanov and Malozemov (1974) for the point of the convex hull nearest to the origin: move
+    # mass from the vector with the largest inner product with the current point to the one with the smallest. The
+    # nearest point, unless it is the origin, is the centre of a hemisphere that holds all vectors.
+    in_hemisphere_M = np.zeros(weights_NM.shape[1], dtype=bool)
     used_NM = weights_NM > 0
     mass_NM = used_NM / used_NM.sum(axis=0)
     index_M = np.arange(weights_NM.shape[1])
     for _ in range(_HULL_STEPS):
         nearest_KM = _dot(mass_NM[:, None], units_NKM)
-        found_M[index_M] = _is_centre(units_NKM, weights_NM, nearest_KM)
-        open_M = ~found_M[index_M] & (np.sqrt(_dot(nearest_KM, nearest_KM)) >= MIN_MARGIN)
+        in_hemisphere_M[index_M] = _is_centre(units_NKM, weights_NM, nearest_KM)
+        # A point within MIN_MARGIN of the origin settles it the other way: the vectors cancel.
+        open_M = ~in_hemisphere_M[index_M] & (np.sqrt(_dot(nearest_KM, nearest_KM)) >= MIN_MARGIN)
         if not open_M.any():
             break
         index_M, units_NKM, nearest_KM = index_M[open_M], units_NKM[..., open_M], nearest_KM[:, open_M]
@@ -225,8 +230,9 @@ def _search_hemisphere(units_NKM: Array, weights_NM: Array) -> NDArray[np.bool_]
         column_M = np.arange(index_M.size)
         apart_KM = units_NKM[out_M, :, column_M].T - units_NKM[back_M, :, column_M].T
         apart_sq_M = np.maximum(_dot(apart_KM, apart_KM), np.finfo(np.float64).tiny)
+        # The step that minimises the distance to the origin along this segment, without making a mass negative.
         move_M = (height_NM[out_M, column_M] - height_NM[back_M, column_M]) / apart_sq_M
         move_M = np.clip(move_M, 0.0, mass_NM[out_M, column_M])
         mass_NM[out_M, column_M] -= move_M
         mass_NM[back_M, column_M] += move_M
-    return found_M
+    return in_hemisphere_M

@@ -1,11 +1,12 @@
 """
 Low-rank matrices held as factors, `x = scale * B @ A`: inner products, sums, recompression.
 
-Nothing here builds a dense `(m, n)` matrix. Factors of any floating dtype are widened to float64 first. A module that
-an adapter does not touch is a pair of rank 0.
+No function builds a dense `(m, n)` matrix. Factors of any floating dtype are first widened to float64. A module that
+an adapter does not change is a pair of rank 0.
 
-Gram matrices are given the matrix product to use: their last bits, and so those of coefficients, hang on the order in
-which it takes its sums (`np.matmul` will do where that is no matter; a merge gives `kernels.product.product`).
+The functions that return Gram matrices take the matrix product as an argument. Its order of summation decides the last
+bits of the Gram matrix, and so of the coefficients: a merge passes `kernels.product.product`, which has a fixed order;
+where the last bits do not matter, `np.matmul` will do.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class Factors(NamedTuple):
 
 def factor_gram(factors: Sequence[Factors], product: Product) -> Array:
     r"""
-    Gram matrix of low-rank matrices, from their factors.
+    Compute the Gram matrix of low-rank matrices from their factors.
 
-    \(\langle s_i B_i A_i, s_j B_j A_j\rangle = s_i s_j \sum (B_i^\top B_j) \circ (A_i A_j^\top)\), all pairs from two
-    products of the stacked factors, `(R, R)` each.
+    \(\langle s_i B_i A_i, s_j B_j A_j\rangle = s_i s_j \sum (B_i^\top B_j) \circ (A_i A_j^\top)\). Two products of the
+    stacked factors, `(R, R)` each, give the blocks of all pairs.
 
     Args:
         factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
-        product (`Product`): Matrix product that decides the bits.
+        product (`Product`): Matrix product; its order of summation decides the last bits.
 
     Returns:
         `np.ndarray`: `(N, N)`, float64.
@@ -68,15 +69,15 @@ def factor_gram(factors: Sequence[Factors], product: Product) -> Array:
 
 def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Factors], product: Product) -> Array:
     r"""
-    Difference Gram of `(W_0, W_0 + x_1, ..., W_0 + x_N)`, reading the dense `W_0` once, some rows at a time.
+    Compute the difference Gram of `(W_0, W_0 + x_1, ..., W_0 + x_N)`, reading the dense `W_0` once, in row chunks.
 
-    \(\langle W_0, s B A\rangle = s \sum (B^\top W_0) \circ A\). Goes to [`embed_differences`] for means in weight
-    space: the result there is not a low-rank update of `W_0`, since its coefficients on `W_0` do not sum to 1.
+    \(\langle W_0, s B A\rangle = s \sum (B^\top W_0) \circ A\). Pass the result to [`embed_differences`] for means in
+    weight space. Such a mean is not a low-rank update of `W_0`, since the coefficients do not sum to 1.
 
     Args:
         base_rows (`Iterable[np.ndarray]`): Consecutive row chunks of `W_0`, `(rows, n)`, of any floating dtype.
         factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
-        product (`Product`): Matrix product that decides the bits.
+        product (`Product`): Matrix product; its order of summation decides the last bits.
 
     Returns:
         `np.ndarray`: Gram matrix of `(W_0, x_1, ..., x_N)`, `(N + 1, N + 1)`, float64.
@@ -107,7 +108,7 @@ def base_gram(base_rows: Iterable[NDArray[np.floating]], factors: Sequence[Facto
 
 def concatenate(factors: Sequence[Factors], coefficients: Array) -> Factors:
     """
-    Weighted sum of low-rank matrices as one pair of rank `R`, exactly.
+    Write the weighted sum of low-rank matrices, exactly, as one pair of rank `R`.
 
     Args:
         factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
@@ -125,11 +126,11 @@ def concatenate(factors: Sequence[Factors], coefficients: Array) -> Factors:
 
 def recompress(pair: Factors, rank: int | None = None, energy: float | None = None) -> tuple[Factors, float]:
     """
-    Best approximation of a low-rank matrix by one of smaller rank (Eckart and Young), and its relative error.
+    Approximate a low-rank matrix by one of smaller rank (Eckart and Young), and return the relative error.
 
-    Two thin QR factorisations and one SVD of an `(R, R)` matrix; the singular values are shared evenly, `sqrt(S)` to
-    each side, so that both factors have the same scale. They are LAPACK's, so the last bits of the factors, and the
-    signs of their columns, may differ from one machine to another; coefficients and the factors given do not.
+    Two thin QR factorisations and one SVD of an `(R, R)` matrix. Each factor takes `sqrt(S)`, so that both have the
+    same scale. QR and SVD come from LAPACK, so the last bits of the new factors and the signs of their columns may
+    differ from one machine to another; the coefficients of the merge do not.
 
     Args:
         pair (`Factors`):
@@ -166,7 +167,8 @@ def recompress(pair: Factors, rank: int | None = None, energy: float | None = No
     Q_B, triangle_B = np.linalg.qr(B_mR * pair.scale)
     Q_A, triangle_A = np.linalg.qr(A_Rn.T)
     U, S, Vt = np.linalg.svd(triangle_B @ triangle_A.T, full_matrices=False)
-    # left[r] is the squared norm that remains after the first r, summed from the smallest up: no cancellation.
+    # left[r] is the squared norm of the singular values after the first r. Summed from the smallest up: subtracting
+    # the kept part from the total would lose small remainders to cancellation.
     left = np.append(np.cumsum((S * S)[::-1])[::-1], 0.0)
     keep = available if rank is None else min(rank, available)
     if energy is not None:
@@ -177,7 +179,12 @@ def recompress(pair: Factors, rank: int | None = None, energy: float | None = No
 
 
 def stack_factors(factors: Sequence[Factors]) -> tuple[Array, Array, Array]:
-    """Stack to `B` `(m, R)` and `A` `(R, n)`, with `owner[i, k]` the scale of `i` where it owns rank `k`, else 0."""
+    """
+    Stack all pairs to one `B` `(m, R)` and one `A` `(R, n)`.
+
+    The third array returned, `(N, R)`, says which rank belongs to which pair: `owner[i, k]` is the scale of pair `i`
+    if rank `k` belongs to it, else 0.
+    """
     if not factors:
         raise ValueError("`factors` must hold at least one pair, got none.")
     shapes = [(pair.B.shape, pair.A.shape) for pair in factors]

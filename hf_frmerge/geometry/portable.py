@@ -1,10 +1,10 @@
 r"""
-Sums, and functions of an angle, that have the same bits on every machine and for every size of array.
+Sums, powers and functions of an angle that have the same bits on every machine and for every size of array.
 
-IEEE 754 says what `+ - * /` and `sqrt` return to the last bit; it says nothing of the order in which a library takes a
-sum, nor of sines and powers. einsum, matmul and BLAS choose the order by size and by processor, and numpy takes its
-inverse functions and its powers from other code where there is AVX-512. So what coefficients are made of is here, in
-those five operations, elementwise over the blocks.
+IEEE 754 fixes the last bit of `+ - * /` and `sqrt`. It does not fix the order in which a library adds up a sum, nor
+the results of sines and powers. einsum, matmul and BLAS choose the order by size and by processor, and numpy uses
+different code for inverse trigonometric functions and powers on processors with AVX-512. The functions of this module
+use only those five operations, elementwise over the blocks; everything that coefficients depend on goes through them.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ _SINC = (
     -0.16666666666666666,
 )
 _PI_REST = 1.2246467991473532e-16  # pi minus its float64
-# Up to this many rows of more than so many elements in all, one by one is faster; no bit depends on it.
+# Arrays of at most _SHORT rows and more than _FEW_ELEMENTS elements are added row by row, which is faster. The order
+# of the additions is the same either way, so no bit depends on these.
 _SHORT, _FEW_ELEMENTS = 16, 1024
-_TINY = 2.0**-54  # keeps the quotient of an angle of pi by its sine finite
+_TINY = 2.0**-54  # lower bound of cos(theta/2)**2: keeps theta / sin(theta) finite at theta = pi
 
 
 def fold(terms: Array) -> Array:
     """
-    Sum over the first axis, its second half onto its first until one is left: an order that only its length decides.
+    Sum over the first axis in an order that depends only on its length.
 
-    Works in place, so `terms` is used up.
+    Adds the second half of the rows to the first half until one row is left. Works in place: `terms` is overwritten.
 
     Args:
         terms (`np.ndarray`): `(n, ...)`, float64, owned by the caller.
@@ -60,7 +61,8 @@ def fold(terms: Array) -> Array:
     n = len(terms)
     if n == 0:
         return np.zeros(terms.shape[1:])
-    # numpy is slow where a short axis lies innermost: there, row by row. The order is the same.
+    # numpy is slow where the innermost axis is short, as after a transpose. Adding row by row avoids that, in the same
+    # order.
     by_rows = n <= _SHORT and terms.strides[0] == terms.itemsize and terms.size > _FEW_ELEMENTS
     rows = list(terms) if by_rows else []
     while n > 1:
@@ -77,13 +79,14 @@ def fold(terms: Array) -> Array:
 def sinc(x: Array) -> Array:
     """Return `sin(x) / x`, and 1 at 0, for `x` in radians, between 0 and pi."""
     x = np.asarray(x, dtype=np.float64)
-    # sin(x) is sin(pi - x); the quotient is exactly 1 up to pi/2, and nowhere loses digits to cancellation.
+    # sin(x) = sin(pi - x), so the polynomial is only needed up to pi/2. The quotient nearer / x is exactly 1 up to
+    # there, and beyond it pi - x does not cancel, because _PI_REST holds the digits that float64 pi lacks.
     nearer = np.minimum(x, np.pi - x + _PI_REST)
     return _sinc(nearer) * np.divide(nearer, x, out=np.ones_like(x), where=x > 0)
 
 
 def cosine_and_sinc(x: Array) -> tuple[Array, Array]:
-    """Return `cos(x)` and `sin(x) / x` for `x` in radians, between 0 and pi; within 1e-8 of pi their sizes are off."""
+    """Return `cos(x)` and `sin(x) / x` for `x` in radians, 0 to pi; the sine is inaccurate within 1e-8 of pi."""
     half = 0.5 * x
     half_sinc = _sinc(half)
     square = (half * half_sinc) ** 2
@@ -92,9 +95,10 @@ def cosine_and_sinc(x: Array) -> tuple[Array, Array]:
 
 def angle_over_sine(cosine: Array) -> Array:
     r"""
-    Return \(\theta / \sin\theta\), and 1 at 0, from \(\cos\theta\); rounding may carry the cosine outside of [-1, 1].
+    Return \(\theta / \sin\theta\), and 1 at 0, from \(\cos\theta\), which rounding may have pushed out of [-1, 1].
 
-    \(\sin\theta = 4 \sin(\theta/4) \cos(\theta/4) \cos(\theta/2)\) leaves a quotient at an angle of at most pi/4.
+    \(\sin\theta = 4 \sin(\theta/4) \cos(\theta/4) \cos(\theta/2)\), so that the polynomial is only needed for the
+    angle \(\theta/4\), at most pi/4.
     """
     half_cosine = np.sqrt(np.minimum(np.maximum(0.5 + 0.5 * cosine, _TINY), 1.0))
     quarter_cosine = np.sqrt(0.5 + 0.5 * half_cosine)
@@ -103,15 +107,16 @@ def angle_over_sine(cosine: Array) -> Array:
 
 def arctan2(y: Array, x: Array) -> Array:
     r"""
-    Angle of the points `(x, y)`, neither of them negative, in radians: between 0 and pi/2, and 0 at the origin.
+    Angle of the point `(x, y)` in radians, for `x` and `y` that are not negative: from 0 to pi/2, and 0 at the origin.
 
-    \(\tan(\theta/2) = y / (x + \sqrt{x^2 + y^2})\), twice, leaves an angle of at most pi/8, and never cancels.
+    Halves the angle twice by \(\tan(\theta/2) = y / (x + \sqrt{x^2 + y^2})\), which adds only non-negative numbers and
+    so never cancels. The angle that remains is at most pi/8.
     """
     hypotenuse = x + np.sqrt(x * x + y * y)
     half_tangent = np.divide(y, hypotenuse, out=np.zeros_like(hypotenuse), where=hypotenuse > 0)
     tangent = half_tangent / (1.0 + np.sqrt(1.0 + half_tangent * half_tangent))
     square = tangent * tangent
-    # With t the tangent of a quarter of the angle: the sine of half of it is 2t / (1 + t**2).
+    # With t = tan(angle / 4): sin(angle / 2) = 2t / (1 + t**2) and sin(angle / 4)**2 = t**2 / (1 + t**2).
     return 4.0 * tangent / (1.0 + square) * _over_sine(square / (1.0 + square))
 
 
@@ -119,7 +124,8 @@ def power(base: Array, exponent: float) -> Array:
     """
     Return `base ** exponent` for `base > 0`, to about 1e-14 relative for exponents around 1.
 
-    By the binary digits of the exponent: squares for the whole ones, square roots for those behind the point.
+    Goes through the binary digits of the exponent: repeated squares for the whole part, repeated square roots for the
+    fraction.
     """
     whole = int(abs(exponent))
     fraction = abs(exponent) - whole
@@ -138,11 +144,13 @@ def power(base: Array, exponent: float) -> Array:
 
 
 def _sinc(x: Array) -> Array:
+    """Return `sin(x) / x` for `x` in `[0, pi/2]`."""
     square = x * x
     return 1.0 + square * _polynomial(_SINC, square)
 
 
 def _over_sine(half_sine_square: Array) -> Array:
+    """Return `x / sin(x)` from `sin(x/2)**2`, for `x` in `[0, pi/4]`."""
     return 1.0 + half_sine_square * _polynomial(_OVER_SINE, half_sine_square)
 
 

@@ -1,10 +1,10 @@
 r"""
-Categorical distributions, as points of the sphere of their square roots.
+Fisher-Rao geometry of categorical distributions.
 
-\(p \mapsto \sqrt p\) maps the simplex onto the positive orthant of the unit sphere; there the Fisher-Rao metric is
-four times the sphere's own, so that distances are twice the angles. Everything starts from the squared chord
-\(h = \sum_v (\sqrt{p_v} - \sqrt{q_v})^2 = 2 - 2 \sum_v \sqrt{p_v q_v}\), which knows small distances to full relative
-accuracy where the sum of products has long been rounded to 1.
+\(p \mapsto \sqrt p\) maps the simplex onto the positive orthant of the unit sphere. There the Fisher-Rao metric is
+four times the metric of the sphere, so that distances are twice the angles. All distances are computed from the
+squared chord \(h = \sum_v (\sqrt{p_v} - \sqrt{q_v})^2 = 2 - 2 \sum_v \sqrt{p_v q_v}\): it has full relative accuracy
+for small distances, where the sum of products rounds to 1.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from hf_frmerge.geometry.sphere import Array
 
 # Shape suffixes: N = number of distributions, V = number of outcomes; `...` = tokens.
 
-# Squared chords below this, 2e-8 rad, are none: inner products are differences of chords, and what rounding leaves of
-# those of so short a vector points anywhere.
+# Squared chords below this (2e-8 rad) are treated as zero. Inner products are differences of chords; for so short a
+# vector they are rounding error, and its direction would be random.
 _SAME_CHORD = 1e-16
 
 
 class Divergences(NamedTuple):
     """
-    Terms of four divergences of `p` and `q`, none of them negative: summed over the outcomes they are the divergences.
+    Terms of four divergences of `p` and `q`, one per outcome, all non-negative; their sum is the divergence.
 
     Attributes:
-        chord: of the squared chord, `sum (sqrt(p) - sqrt(q))**2`, in `[0, 2]`.
-        kl_pq: of `KL(p || q)`, in nats.
-        kl_qp: of `KL(q || p)`, in nats.
-        jensen_shannon: of `(KL(p || m) + KL(q || m)) / 2`, `m` the mean of both, in `[0, ln 2]` nats.
+        chord: terms of the squared chord, `sum (sqrt(p) - sqrt(q))**2`, in `[0, 2]`.
+        kl_pq: terms of `KL(p || q)`, in nats.
+        kl_qp: terms of `KL(q || p)`, in nats.
+        jensen_shannon: terms of `(KL(p || m) + KL(q || m)) / 2`, `m` the mean of both, in `[0, ln 2]` nats.
     """
 
     chord: Array
@@ -45,10 +45,11 @@ class Divergences(NamedTuple):
 
 def divergence_terms(log_p: Array, log_q: Array) -> Divergences:
     r"""
-    Terms of the divergences between distributions, outcome by outcome.
+    Compute the terms of the divergences between two distributions, one per outcome.
 
-    They are the f-divergences' own terms with \(\pm(q_v - p_v)\) added, which sums to zero and makes every term
-    non-negative: also the sum over some of the outcomes then is a lower bound, and a sample of them has little noise.
+    Each term of the usual sum gets \(\pm(q_v - p_v)\) added. Over all outcomes that sums to zero, and it makes every
+    term non-negative. The sum over some of the outcomes is then a lower bound, and a sample of outcomes has little
+    noise.
 
     Args:
         log_p (`np.ndarray`): Log-probabilities, `(...)`, float64; `-inf` for outcomes that cannot happen.
@@ -64,15 +65,15 @@ def divergence_terms(log_p: Array, log_q: Array) -> Divergences:
         kl_qp = np.where(q > 0, -q * ratio, 0.0) + (p - q)
         middle = 0.5 * (np.where(p > 0, p * (log_p - log_m), 0.0) + np.where(q > 0, q * (log_q - log_m), 0.0))
     chord = (np.exp(0.5 * log_p) - np.exp(0.5 * log_q)) ** 2
-    # Rounding of terms that cancel: 1e-16 of the probability they belong to.
+    # Where p and q agree the parts of a term cancel, and rounding can leave about -1e-16 of the probability.
     return Divergences(chord, np.maximum(kl_pq, 0.0), np.maximum(kl_qp, 0.0), np.maximum(middle, 0.0))
 
 
 def lumped_divergences(p: Array, q: Array) -> Divergences:
     r"""
-    Least that outcomes of which only the sums are known can add to the divergences of two distributions.
+    Lower bound on the divergence from outcomes that are only known as a sum.
 
-    Lumping outcomes into one never raises a divergence (data processing; Chentsov 1972 for Fisher-Rao).
+    Lumping outcomes into one never raises a divergence (data processing inequality; Chentsov 1972 for Fisher-Rao).
 
     Args:
         p (`np.ndarray`): Probability of the outcomes under one distribution, `(...)`, float64.
@@ -84,7 +85,7 @@ def lumped_divergences(p: Array, q: Array) -> Divergences:
 
 def chord_to_distance(chord: ArrayLike) -> Array:
     r"""
-    Fisher-Rao distance \(2\arccos\sum_v\sqrt{p_v q_v}\) from the squared chord, to full relative accuracy near 0.
+    Compute the Fisher-Rao distance \(2\arccos\sum_v\sqrt{p_v q_v}\) from the squared chord, accurately also near 0.
 
     Args:
         chord (`ArrayLike`): Squared chord, `(...)`, in `[0, 2]`.
@@ -94,7 +95,7 @@ def chord_to_distance(chord: ArrayLike) -> Array:
 
     Example:
     ```python
-    >>> chord_to_distance([0.0, 2.0]).round(6).tolist()  # equal, and without a common outcome
+    >>> chord_to_distance([0.0, 2.0]).round(6).tolist()  # equal distributions; distributions with no common outcome
     [0.0, 3.141593]
 
     ```
@@ -126,11 +127,10 @@ def fisher_rao_distance(p: Array, q: Array) -> Array:
 
 def barycentre(p: Array, weights: ArrayLike) -> Array:
     r"""
-    Fisher-Rao barycentre: the distribution \(q\) that minimises \(\sum_i w_i d(q, p_i)^2\).
+    Compute the Fisher-Rao barycentre: the distribution \(q\) that minimises \(\sum_i w_i d(q, p_i)^2\).
 
-    It is the square of the Karcher mean of the square roots. All distributions lie within a quarter turn of each
-    other, so it is unique; and a combination of the square roots with coefficients that are not negative, so it is a
-    distribution.
+    It is the square of the Karcher mean of the square roots. The square roots are at most 90 degrees apart, so the
+    mean is unique. The mean is a combination of them with non-negative coefficients, so its square is a distribution.
 
     Args:
         p (`np.ndarray`): Probabilities, `(..., N, V)`, float64.
@@ -154,10 +154,10 @@ def barycentre(p: Array, weights: ArrayLike) -> Array:
 
 def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Array]:
     r"""
-    Distances to the Fisher-Rao barycentre of distributions of which only the mutual chords are known.
+    Compute distances to the Fisher-Rao barycentre when only the mutual chords of the distributions are known.
 
-    The barycentre lies in the span of the square roots, so the chords hold all there is to know: no distribution is
-    needed, only N + 1 choose 2 numbers a token.
+    The barycentre lies in the span of the square roots, so the chords determine it: the distributions themselves are
+    not needed, only N + 1 choose 2 numbers per token.
 
     Args:
         chords (`np.ndarray`):
@@ -169,6 +169,8 @@ def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Ar
         `tuple[np.ndarray, np.ndarray]`: Fisher-Rao distance of the point from the barycentre, `(...)`, and of each of
         the distributions from it, `(..., N)`; radians.
     """
+    # Inner products of the differences to point 0, by the law of cosines; row and column 0 then become those with the
+    # point itself, a unit vector, which makes this the difference Gram that `embed_differences` takes.
     gram = 0.5 * (chords[..., :1, :] + chords[..., :, :1] - chords)
     same = chords[..., 0, :] < _SAME_CHORD
     gram[same[..., None, :] | same[..., :, None]] = 0.0

@@ -1,8 +1,8 @@
 """
-The unit sphere, on coordinate vectors in the last axis: distance, log, exp, slerp.
+The unit sphere: distance, log, exp and slerp of coordinate vectors in the last axis.
 
-Everything broadcasts over leading axes. Nothing here branches on small angles: removable singularities go through
-`sinc`, and angles come from chords, because `arccos` of an inner product cannot see below 1.5e-8 rad.
+Everything broadcasts over leading axes. No function branches on small angles: removable singularities are written with
+`sinc`, and angles come from chords, because `arccos` of an inner product cannot resolve angles below 1.5e-8 rad.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_frmerge.geometry.portable import Array, arctan2, cosine_and_sinc, fold, 
 
 def dot(a: Array, b: Array) -> Array:
     """
-    Sum `a * b` over the last axis, in an order that depends on K alone.
+    Inner product over the last axis, added up in an order that depends only on K.
 
     Args:
         a (`np.ndarray`): `(..., K)`, float64.
@@ -60,7 +60,7 @@ def norms(points: Array) -> Array:
 
 def normalise(points: Array) -> Array:
     """
-    Divide by the norm over the last axis; a zero vector has no direction and stays zero.
+    Divide vectors by their norms; a zero vector has no direction and stays zero.
 
     Args:
         points (`np.ndarray`): `(..., K)`, float64.
@@ -76,7 +76,8 @@ def distance(a: Array, b: Array) -> Array:
     """
     Angle between unit vectors, in radians, to full relative accuracy near 0 and near pi.
 
-    `2 * atan2(|a - b|, |a + b|)`: one of the two chords is always well away from cancellation.
+    `2 * atan2(|a - b|, |a + b|)`: the smaller of the two chords subtracts nearly equal numbers, which rounds nothing,
+    and the other is well away from cancellation.
 
     Args:
         a (`np.ndarray`): Unit vectors, `(..., K)`, float64.
@@ -99,10 +100,10 @@ def distance(a: Array, b: Array) -> Array:
 
 def log(base: Array, point: Array) -> Array:
     r"""
-    Tangent vector at `base` that points at `point` and is as long as the arc between them.
+    Log map: tangent vector at `base` that points to `point` and is as long as the arc between them.
 
-    \(\mathrm{Log}_p(q) = \frac{\theta}{\sin\theta}(q - \cos\theta\, p)\), with \(q - \cos\theta\, p\) taken as
-    \((q - p) + \tfrac12 |q - p|^2 p\), which does not cancel when `q` is close to `p`.
+    \(\mathrm{Log}_p(q) = \frac{\theta}{\sin\theta}(q - \cos\theta\, p)\). The difference \(q - \cos\theta\, p\) would
+    cancel when `q` is close to `p`, so it is computed as \((q - p) + \tfrac12 |q - p|^2 p\).
 
     Args:
         base (`np.ndarray`): Unit vectors, `(..., K)`, float64.
@@ -118,7 +119,7 @@ def log(base: Array, point: Array) -> Array:
 
 def exp(base: Array, tangent: Array) -> Array:
     r"""
-    Point reached from `base` along the great circle that leaves in direction `tangent`.
+    Exp map: point reached from `base` along the great circle in direction `tangent`.
 
     \(\mathrm{Exp}_p(v) = \cos|v|\, p + \frac{\sin|v|}{|v|} v\).
 
@@ -145,10 +146,10 @@ def exp(base: Array, tangent: Array) -> Array:
 
 def slerp_coefficients(angle: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
     r"""
-    Coefficients of the point a fraction `t` of the way along the arc between two unit vectors.
+    Coefficients of the point at a fraction `t` of the arc between two unit vectors.
 
-    \(\sin((1-t)\theta)/\sin\theta\) and \(\sin(t\theta)/\sin\theta\), written with `sinc` so that angle 0 needs no
-    branch; `t` of exactly 0 or 1 gives exactly one vector.
+    \(\sin((1-t)\theta)/\sin\theta\) and \(\sin(t\theta)/\sin\theta\) (Shoemake 1985), written with `sinc` so that
+    angle 0 needs no branch. With `t` exactly 0 or 1 the coefficients are exactly 0 and 1.
 
     Args:
         angle (`ArrayLike`): Angle between the vectors, in radians, below pi.
@@ -164,7 +165,7 @@ def slerp_coefficients(angle: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
 
 def slerp(a: Array, b: Array, t: ArrayLike) -> Array:
     """
-    Point a fraction `t` of the way along the great circle from `a` to `b`.
+    Point at a fraction `t` of the arc from `a` to `b`.
 
     Args:
         a (`np.ndarray`): Unit vectors, `(..., K)`, float64.
@@ -188,7 +189,7 @@ def slerp(a: Array, b: Array, t: ArrayLike) -> Array:
 
 def pairwise_angles(points: Array) -> Array:
     """
-    Angles between all pairs of points, which need not be of unit norm.
+    Angles between all pairs of points of any norm.
 
     Args:
         points (`np.ndarray`): `(..., N, K)`, float64.

@@ -1,3 +1,3 @@
-"""Gram matrices and linear combinations over the raw bytes of tensors: the two passes every merge is made of."""
+"""Kernels of the two passes of every merge: Gram matrices and linear combinations over the raw bytes of tensors."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gram matrices and linear combinations over the raw bytes of tensors: the two passes every merge is made of."""
+"""Interface of the kernels: Gram matrices and linear combinations over the raw bytes of tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xxhash import xxh3_128_hexdigest
 
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes an element, for the dtypes every kernel knows
 
-# The least float64 that rounds to infinity: half a unit of the last place above the greatest number of the dtype.
+# Smallest float64 that rounds to infinity: half a unit in the last place above the largest number of the dtype.
 OVERFLOWS_AT = {
     "BF16": 2.0**128 - 2.0**119,
     "F16": 2.0**16 - 2.0**4,
@@ -25,15 +25,15 @@ OVERFLOWS_AT = {
 @dataclass(frozen=True)
 class Operand:
     """
-    One expert's values, as they lie on disk.
+    Values of one expert, as raw bytes.
 
     Args:
         data (`np.ndarray`):
-            The little-endian bytes, 1-D contiguous `uint8`; no alignment is needed.
+            Little-endian bytes, 1-D contiguous `uint8`; no alignment is needed, as tensors start anywhere in a file.
         dtype (`str`):
             `"BF16"`, `"F16"`, `"F32"` or `"F64"`, the spelling of safetensors.
         is_delta (`bool`, *optional*, defaults to `False`):
-            Whether the values are differences to the first operand already.
+            Whether the values are already differences to the first operand.
     """
 
     data: NDArray[np.uint8]
@@ -42,7 +42,7 @@ class Operand:
 
 
 class Combined(NamedTuple):
-    """What a backend says of the elements it has written: their digest, and whether all of them are finite."""
+    """Digest of the bytes written by `Kernels.combine`, and whether all elements are finite."""
 
     digest: str
     is_finite: bool
@@ -50,9 +50,10 @@ class Combined(NamedTuple):
 
 class Kernels(Protocol):
     """
-    What a backend offers. All methods take equally long operands, read as `n_blocks` blocks of `block_len` elements.
+    Interface of a kernel backend.
 
-    Methods are safe to call from several threads and raise `ValueError` if sizes, dtypes or buffers do not fit.
+    All operands of a call have the same length and are read as `n_blocks` blocks of `block_len` elements. Methods are
+    safe to call from several threads and raise `ValueError` if sizes, dtypes or buffers do not fit.
     """
 
     name: str
@@ -63,8 +64,8 @@ class Kernels(Protocol):
         """
         Return the inner products of each block's `(x_0, d_1, ..., d_{K-1})`, where `d_i = x_i - x_0`.
 
-        Differences are formed after widening and before any product, so that the small angles between fine-tunes of
-        one base survive. An operand with `is_delta` is taken as its own difference.
+        Values are widened and subtracted before any product, so that the small angles between fine-tunes of one base
+        are not lost to rounding. An operand with `is_delta` is already a difference and used as it is.
 
         Args:
             operands (`Sequence[Operand]`):
@@ -74,9 +75,9 @@ class Kernels(Protocol):
             block_len (`int`):
                 Elements in a block.
             precise (`bool`, *optional*, defaults to `False`):
-                Subtract and multiply in float64. Otherwise a backend may do so in float32, if it flushes sums to
-                float64 every 512 elements or sooner; products then overflow near 1e19 and vanish near 1e-23. Always
-                on if an operand is `"F64"`.
+                Subtract and multiply in float64. Otherwise a backend may use float32 if it flushes sums to float64 at
+                least every 512 elements: longer float32 sums drift, above all on the diagonal. In float32, squares of
+                values overflow near 1e19 and vanish near 1e-23. Always on if an operand is `"F64"`.
 
         Returns:
             `np.ndarray`: `(n_blocks, K, K)`, float64, symmetric.
@@ -87,10 +88,10 @@ class Kernels(Protocol):
         self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
     ) -> tuple[NDArray[np.float64], list[str]]:
         """
-        Return what `gram` returns, and the XXH3-128 digest of every operand's bytes as hexadecimal text.
+        Return the result of `gram`, and the XXH3-128 digest of every operand's bytes in hexadecimal.
 
-        One call, because a backend that digests what it has just read saves a pass over memory. The digest of an
-        operand with `is_delta`, which no file holds, is empty.
+        Both are one call so that a backend can digest bytes it has just read, while they are in the cache, and save a
+        pass over memory. An operand with `is_delta` is not stored in any file; its digest is empty.
         """
         ...
 
@@ -106,9 +107,10 @@ class Kernels(Protocol):
         """
         Write `sum_k coefficients[block, k] * x_k`, the same bits on every backend and machine.
 
-        The sum runs in float64 in the order of the operands, each product and each addition rounded, and is rounded
-        once, to nearest even, to `out_dtype`. Operands whose coefficient is zero are left out, so that a one-hot row
-        returns its operand bit for bit (-0 too); NaN is written as the positive quiet NaN. `is_delta` plays no part.
+        The sum is taken in float64 in the order of the operands, with a rounding after each product and each addition
+        (no fused multiply-add), and then rounded once, to nearest even, to `out_dtype`. Operands with coefficient zero
+        are skipped, so that a one-hot row returns its operand bit for bit (-0 too). NaN is written as the positive
+        quiet NaN. `is_delta` is ignored.
 
         Args:
             operands (`Sequence[Operand]`):
@@ -125,8 +127,8 @@ class Kernels(Protocol):
                 Elements in a block.
 
         Returns:
-            `Combined`: `digest` of `out`, and whether all of it is finite: a backend that looks at what it has just
-            written saves two passes over memory.
+            `Combined`: `digest` of `out`, and whether all of it is finite. Both are part of this call because a
+            backend can take them from what it has just written, which saves two passes over memory.
         """
         ...
 
@@ -136,10 +138,10 @@ class Kernels(Protocol):
 
 
 def digest(data: NDArray[np.uint8]) -> str:
-    """Return the XXH3-128 digest of some bytes: not against forgery, but at the speed of memory."""
+    """Return the XXH3-128 digest of some bytes. It runs at the speed of memory, but is not safe against forgery."""
     return xxh3_128_hexdigest(data.data)
 
 
 def digests_of(operands: Sequence[Operand]) -> list[str]:
-    """Return the digests of `Kernels.gram_and_digests`, by a pass of their own."""
+    """Compute the digests of `Kernels.gram_and_digests` in a separate pass."""
     return ["" if operand.is_delta else digest(operand.data) for operand in operands]

@@ -1,4 +1,4 @@
-"""Choose the kernels for a device."""
+"""Choice of the kernels for a device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 def load_kernels(device: str = "cpu") -> Kernels:
     """
-    Return the fastest kernels for a device: on the CPU the native extension if it was built, otherwise torch.
+    Load the fastest kernels for a device: on the CPU the native extension if it was built, otherwise torch.
 
     Args:
         device (`str`, *optional*, defaults to `"cpu"`):
@@ -23,6 +23,7 @@ def load_kernels(device: str = "cpu") -> Kernels:
         ArgumentError: If there is no such device here, or it has no float64 (`"mps"`).
     """
     kernels: Kernels
+    # Backends are imported only when chosen: a CPU merge with the native kernels does not pay for importing torch.
     if device == "cpu":
         try:
             from hf_frmerge.kernels.native import NativeKernels

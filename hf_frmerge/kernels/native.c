@@ -1,9 +1,10 @@
 /*
  * hf_frmerge.kernels._native: Gram matrices and linear combinations over raw tensor bytes.
  *
- * The arithmetic is in native_isa.h, compiled here once per instruction-set level; the level is chosen by the caller
- * from levels(). This file checks every size before the first byte is touched, and works without the GIL.
- * Floating-point contraction must be off (-ffp-contract=off): combine promises the same bits on every machine.
+ * The arithmetic is in native_isa.h, which is compiled here once per instruction-set level; the caller chooses one of
+ * levels(). This file checks every size before it touches the first byte, and releases the GIL while it computes.
+ * Floating-point contraction must be off (-ffp-contract=off): a fused multiply-add rounds once where combine() promises
+ * two roundings, and so would give other bits on machines that have one.
  */
 
 #define Py_LIMITED_API 0x030B0000
@@ -28,7 +29,7 @@
 typedef enum { BF16, F16, F32_, F64_ } DType;
 static const char *const DTYPE_NAMES[] = {"BF16", "F16", "F32", "F64"};
 static const size_t SIZE[] = {2, 2, 4, 8};
-/* Bits of the least float64 that rounds to infinity: half a unit of the last place above the greatest number. */
+/* Bits of the smallest float64 that rounds to infinity: half a unit in the last place above the largest number. */
 static const uint64_t OVERFLOWS_AT[] = {
     UINT64_C(0x47eff00000000000), /* 0x1.ffp127 */
     UINT64_C(0x40effe0000000000), /* 0x1.ffep15 */
@@ -42,7 +43,7 @@ typedef struct {
     int is_delta;
 } Operand;
 
-/* Strides in bytes; a transposed matrix is one with its strides exchanged. */
+/* Strides are in bytes; a transposed matrix has its strides exchanged. */
 typedef struct {
     const uint8_t *data;
     ptrdiff_t row, column;
@@ -58,7 +59,10 @@ typedef struct {
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(f) JOIN(f, ISA)
 
-/* Compilers split some vector conversions in pieces; those are spelled out. */
+/*
+ * Vector operations that GCC and Clang compile badly from vector extensions: they split some conversions into pieces.
+ * Those are written as intrinsics here, for each level.
+ */
 #if defined(__x86_64__)
 #define ISA _avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
@@ -136,7 +140,7 @@ typedef struct {
     void (*matmul64)(Matrix, Matrix, void *, size_t, size_t, size_t, int);
 } Level;
 
-/* Best first. */
+/* Fastest first: levels() keeps this order, and callers take the first level by default. */
 static const Level LEVELS[] = {
 #if defined(__x86_64__)
     {"avx512", gram_avx512, combine_avx512, count_nonfinite_avx512, matmul32_avx512, matmul64_avx512},
@@ -176,7 +180,7 @@ static int parse_dtype(PyObject *name, DType *dtype) {
     return -1;
 }
 
-/* Get a contiguous buffer of exactly `size` bytes. */
+/* Get a contiguous buffer of exactly `size` bytes; returns -1 with ValueError otherwise. */
 static int get_buffer(PyObject *object, const char *what, size_t size, int flags, Py_buffer *view) {
     if (PyObject_GetBuffer(object, view, flags)) {
         const char *writable = flags & PyBUF_WRITABLE ? " writable" : "";
@@ -191,7 +195,7 @@ static int get_buffer(PyObject *object, const char *what, size_t size, int flags
     return 0;
 }
 
-/* n_blocks * block_len, or -1 with ValueError if that many elements of 8 bytes could not be addressed. */
+/* Returns n_blocks * block_len, or -1 with ValueError if that many elements of 8 bytes would overflow a size. */
 static Py_ssize_t count_elements(Py_ssize_t n_blocks, Py_ssize_t block_len) {
     Py_ssize_t count, bytes;
     if (n_blocks < 0 || block_len < 0 || __builtin_mul_overflow(n_blocks, block_len, &count) ||
@@ -213,7 +217,7 @@ static void release_operands(Operands *operands) {
     free(operands);
 }
 
-/* From a tuple of (buffer, dtype, is_delta), each buffer holding `count` elements. */
+/* Parse a tuple of (buffer, dtype, is_delta) in which every buffer holds `count` elements. */
 static Operands *get_operands(PyObject *tuple, size_t count) {
     Py_ssize_t n = PyTuple_Size(tuple);
     if (n < 1 || n > MAX_OPERANDS) {
@@ -316,7 +320,7 @@ static PyObject *py_combine(PyObject *module, PyObject *args) {
             finite = level->combine(operands->x, operands->n, n_blocks, block_len, table.buf, out.buf, dtype,
                                     wanted ? digest : NULL);
             Py_END_ALLOW_THREADS;
-            /* A null pointer becomes None. */
+            /* "y#" turns a null pointer into None: short outputs have no digest. */
             result = Py_BuildValue("y#N", wanted ? (const char *)digest : NULL, (Py_ssize_t)sizeof digest,
                                    PyBool_FromLong(finite));
             PyBuffer_Release(&out);
@@ -351,7 +355,7 @@ static PyObject *py_count_nonfinite(PyObject *module, PyObject *args) {
     return PyErr_Occurred() ? NULL : PyLong_FromSize_t(found);
 }
 
-/* Get a matrix of float32 or float64. */
+/* Get a matrix of float32 or float64 with any strides. */
 static int get_matrix(PyObject *object, const char *what, Py_buffer *view, Matrix *matrix) {
     if (PyObject_GetBuffer(object, view, PyBUF_STRIDES | PyBUF_FORMAT)) return -1;
     if (view->ndim == 2 && (!strcmp(view->format, "f") || !strcmp(view->format, "d"))) {
@@ -379,6 +383,7 @@ static PyObject *py_matmul(PyObject *module, PyObject *args) {
                  __builtin_mul_overflow(bytes, left_view.itemsize, &bytes))
             PyErr_SetString(PyExc_ValueError, "the product is too large");
         else if (!get_buffer(out_object, "out", bytes, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE, &out)) {
+            /* A matrix times its own transpose, recognised by its memory: only half of it is computed. */
             int symmetric = left.data == right.data && rows == columns && left.row == right.column &&
                             left.column == right.row;
             Py_BEGIN_ALLOW_THREADS;

@@ -13,11 +13,16 @@ from hf_frmerge.kernels import _native
 from hf_frmerge.kernels.interface import Combined, Operand, digest, digests_of
 
 _SHORT = 240
-"""Bytes up to which XXH3 is another function, which the extension does not have."""
+"""Up to this many bytes XXH3 uses a different algorithm, which the extension does not implement."""
 
 
 def available_level(level: str | None = None) -> str:
-    """Return `level`, else that of `HF_FRMERGE_ISA`, else the best there is; `ArgumentError` if it is not here."""
+    """
+    Choose an instruction-set level: `level`, else the one in `HF_FRMERGE_ISA`, else the best of this machine.
+
+    Raises:
+        ArgumentError: If this machine does not have that level.
+    """
     available = _native.levels()
     wanted = level or os.environ.get("HF_FRMERGE_ISA") or available[0]
     if wanted not in available:
@@ -77,8 +82,9 @@ class NativeKernels:
         table = np.ascontiguousarray(coefficients, dtype=np.float64)
         if table.shape != (n_blocks, len(operands)):
             raise ValueError(f"expected coefficients of shape {(n_blocks, len(operands))}, got {table.shape}")
-        found, finite = _native.combine(self.level, _as_tuples(operands), table, n_blocks, block_len, out, out_dtype)
-        return Combined(digest(out) if found is None else found.hex(), finite)
+        # The native digest is None for outputs of up to `_SHORT` bytes.
+        native, finite = _native.combine(self.level, _as_tuples(operands), table, n_blocks, block_len, out, out_dtype)
+        return Combined(digest(out) if native is None else native.hex(), finite)
 
     def count_nonfinite(self, operand: Operand) -> int:
         """Return how many values are NaN or infinite."""

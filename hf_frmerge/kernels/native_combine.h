@@ -1,14 +1,16 @@
 /*
- * Linear combinations, rounded once, the digest of what was written, and whether all of it is finite. Part of
- * native_isa.h.
+ * The combine pass: linear combinations rounded once, the digest of the output, and whether all of it is finite. Part
+ * of native_isa.h.
  */
 
 #define QUICK 4 /* registers at a time: the loop over operands costs as much as the arithmetic on one */
-#define COMBINE_RUN 8192 /* elements between looks at the digest: what was written is still in the first cache */
+#define COMBINE_RUN 8192 /* elements between digest updates: the bytes just written are still in the first cache */
 
 /*
- * Sum of c[i] * x[i] over `units` registers: float64, in order, multiplication and addition each rounded. Sets the top
- * bit of a lane of `wild` if it holds NaN, or a sum that rounds to infinity: positive floats are ordered as their bits.
+ * Sum of c[i] * x[i] over `units` registers: in float64, in order, with a rounding after each multiplication and each
+ * addition. Sets the top bit of a lane of `wild` if its sum is NaN or rounds to infinity. The test is an integer
+ * addition: the bits of non-negative floats sort like the floats, with infinity and NaN on top, and adding 2^63 minus
+ * the bits of the threshold sets the top bit from the threshold on.
  */
 TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, size_t start, int units, uint8_t *out,
                                       DType out_dtype, U64 *wild) {
@@ -35,11 +37,12 @@ TARGET INLINE void NAME(combine_step)(const Operand *x, const double *c, int n, 
 }
 
 /*
- * The same for QUICK registers of LANES values, 16-bit in and bfloat16 out, in float32 where that cannot change the
- * answer. Returns a bit for every register in which some lane is in doubt; what is written for those is worthless.
+ * The same in float32, for QUICK registers of LANES values, 16-bit in and bfloat16 out. Returns a bit for every
+ * register in which the float64 sum of some lane might round differently; the caller must compute those again.
  *
- * Float32 and float64 sums differ by less than 2 n + 2 roundings of the sum of magnitudes: one for every coefficient,
- * product and addition. Where the numbers that far below and above round to the same bfloat16 number, so do both sums.
+ * The float32 and float64 sums differ by less than 2 n + 2 float32 roundings of the sum of magnitudes: one for every
+ * coefficient, product and addition. If sum - doubt and sum + doubt round to the same bfloat16 number, so does the
+ * float64 sum, which lies between them.
  */
 TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, int n, size_t start, uint8_t *out) {
     F32 sum[QUICK], magnitude[QUICK];
@@ -57,7 +60,7 @@ TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, i
     for (int i = 0; i < n; i++) {
         const uint8_t *p = x[i].data + start * 2;
         for (size_t line = 0; line < QUICK * 2 * LANES; line += 64)
-            __builtin_prefetch(p + 1024 + line, 0, 2); /* the hardware's own stops at every page */
+            __builtin_prefetch(p + 1024 + line, 0, 2); /* the hardware prefetcher stops at every page boundary */
         if (x[i].dtype == BF16) {
             ADD(BF16);
         } else {
@@ -69,7 +72,7 @@ TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, i
     UNROLL for (int u = 0; u < QUICK; u++) {
         F32 doubt = magnitude[u] * ((2 * n + 2) * 0x1p-24f);
         U32 low = ((U32)(sum[u] - doubt) + 0x8000) >> 16, high = ((U32)(sum[u] + doubt) + 0x8000) >> 16;
-        /* Products neither vanish nor overflow, so sums are finite; zeros are exact, with their signs. */
+        /* The bound holds only in a range where no product underflows or overflows. A magnitude of 0 is exact. */
         I32 plain = (I32)((U32)magnitude[u] - 0x08800000 < (U32){0} + (0x7b800000 - 0x08800000)); /* 2^-110 to 2^120 */
         I32 certain = (I32)(low == high) & (plain | (magnitude[u] == 0.0f));
         in_doubt |= (unsigned)(ANY(~certain) != 0) << u;
@@ -78,19 +81,22 @@ TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, i
     return in_doubt;
 }
 
-/* A run of one block; `doubts` counts what could not be done in float32 so far. */
+/* Combine one run of a block. `doubts` counts the registers that had to be computed again in float64 so far. */
 TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, size_t start, size_t length,
                                     uint8_t *out, DType out_dtype, size_t *doubts, U64 *wild) {
     size_t k = 0, size = SIZE[out_dtype];
     if (out_dtype == BF16) {
-        float quick[2 * MAX_OPERANDS]; /* coefficients, and behind them their magnitudes */
+        float quick[2 * MAX_OPERANDS]; /* coefficients, followed by their magnitudes */
         int narrow = 1;
         for (int i = 0; i < n; i++) {
             narrow &= SIZE[x[i].dtype] == 2;
             quick[i] = (float)c[i];
             quick[MAX_OPERANDS + i] = c[i] < 0 ? -quick[i] : quick[i];
         }
-        /* Coefficients such as 1/2 give midpoints by the million: then trying is a waste. */
+        /*
+         * With coefficients such as 1/2 a large share of the sums falls midway between two bfloat16 numbers and is in
+         * doubt. Stop trying once about one register in four of those seen has been.
+         */
         size_t step = QUICK * LANES;
         for (; narrow && k + step <= length && *doubts < 64 + (start + k) / (4 * LANES); k += step) {
             unsigned in_doubt = NAME(combine_quickly)(x, quick, n, start + k, out + 2 * k);
@@ -106,7 +112,8 @@ TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, si
         NAME(combine_step)(x, c, n, start + k, 4, out + k * size, out_dtype, wild);
     for (; k + HALF <= length; k += HALF) NAME(combine_step)(x, c, n, start + k, 1, out + k * size, out_dtype, wild);
     if (k == length) return;
-    uint8_t tail[MAX_OPERANDS][8 * HALF], last[8 * HALF]; /* the rest, copied so that no read or write goes too far */
+    /* The last, incomplete register works on copies, so that it neither reads nor writes past the end. */
+    uint8_t tail[MAX_OPERANDS][8 * HALF], last[8 * HALF];
     Operand padded[MAX_OPERANDS];
     for (int i = 0; i < n; i++) {
         memset(tail[i], 0, sizeof tail[i]);
@@ -117,7 +124,7 @@ TARGET INLINE void NAME(combine_as)(const Operand *x, const double *c, int n, si
     memcpy(out + k * size, last, (length - k) * size);
 }
 
-/* `digest_bytes` has room for 16 bytes, or is NULL. Returns whether all that was written is finite. */
+/* Combine all blocks. `digest_bytes` has room for 16 bytes, or is NULL. Returns whether the whole output is finite. */
 TARGET static int NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t block_len,
                                 const uint8_t *coefficients, uint8_t *out, DType out_dtype, uint8_t *digest_bytes) {
     size_t item = SIZE[out_dtype], size = n_blocks * block_len * item, doubts = 0;
@@ -126,7 +133,7 @@ TARGET static int NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t
     for (size_t block = 0; block < n_blocks; block++) {
         Operand used[MAX_OPERANDS];
         double c[MAX_OPERANDS];
-        int n_used = 0;
+        int n_used = 0; /* operands with coefficient 0 are skipped, so that a one-hot row copies its operand exactly */
         for (int i = 0; i < n; i++, coefficients += sizeof(double)) {
             memcpy(c + n_used, coefficients, sizeof(double));
             if (c[n_used] != 0) used[n_used++] = x[i];
@@ -134,12 +141,13 @@ TARGET static int NAME(combine)(const Operand *x, int n, size_t n_blocks, size_t
         size_t end = (block + 1) * block_len;
         for (size_t start = end - block_len; start < end; start += COMBINE_RUN) {
             size_t length = end - start < COMBINE_RUN ? end - start : COMBINE_RUN;
-            uint8_t *here = out + start * item;
-            if (n_used == 0) memset(here, 0, length * item);
-            else if (out_dtype == BF16) NAME(combine_as)(used, c, n_used, start, length, here, BF16, &doubts, &wild);
-            else if (out_dtype == F16) NAME(combine_as)(used, c, n_used, start, length, here, F16, &doubts, &wild);
-            else if (out_dtype == F32_) NAME(combine_as)(used, c, n_used, start, length, here, F32_, &doubts, &wild);
-            else NAME(combine_as)(used, c, n_used, start, length, here, F64_, &doubts, &wild);
+            uint8_t *part = out + start * item;
+            /* One inlined copy of combine_as per output dtype, so that the inner loops do not test it. */
+            if (n_used == 0) memset(part, 0, length * item);
+            else if (out_dtype == BF16) NAME(combine_as)(used, c, n_used, start, length, part, BF16, &doubts, &wild);
+            else if (out_dtype == F16) NAME(combine_as)(used, c, n_used, start, length, part, F16, &doubts, &wild);
+            else if (out_dtype == F32_) NAME(combine_as)(used, c, n_used, start, length, part, F32_, &doubts, &wild);
+            else NAME(combine_as)(used, c, n_used, start, length, part, F64_, &doubts, &wild);
             if (digest_bytes) NAME(digest_advance)(&digest, out, size, (start + length) * item);
         }
     }

@@ -1,12 +1,12 @@
 /*
- * XXH3, 128 bits, of inputs longer than 240 bytes, as its specification has it
- * (github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md), so that the Gram pass digests what it has just read while
- * that is still in the cache. The Python package xxhash, against which the tests compare, reads everything again.
- * The loop over stripes is in native_isa.h.
+ * XXH3-128 for inputs longer than 240 bytes, after its specification
+ * (github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md). It is implemented here so that the Gram pass can digest
+ * what it has just read while that is still in the cache; the Python package xxhash would read everything again. The
+ * tests compare with that package. The loop over stripes is in native_isa.h.
  */
 
 #define STRIPE 64
-#define DIGEST_BLOCK 1024 /* 16 stripes, each with the secret moved on by 8 bytes */
+#define DIGEST_BLOCK 1024 /* 16 stripes; the secret advances by 8 bytes from one to the next */
 #define DIGEST_LEAST 241
 
 #define PRIME32_1 0x9E3779B1u
@@ -35,7 +35,7 @@ static const uint8_t SECRET[192] = {
 
 typedef struct {
     uint64_t acc[8];
-    size_t blocks; /* whole blocks taken in */
+    size_t blocks; /* whole blocks digested so far */
 } Digest;
 
 static const Digest DIGEST_START = {
@@ -57,7 +57,7 @@ static uint64_t merge_accumulators(const uint64_t *acc, const uint8_t *secret, u
     return start ^ start >> 32;
 }
 
-/* The digest of `size` bytes, big-endian as the canonical form wants it. */
+/* Write the digest of `size` bytes in the canonical form, which is big-endian. */
 static void finish_digest(const uint64_t *acc, uint64_t size, uint8_t out[16]) {
     uint64_t low = merge_accumulators(acc, SECRET + 11, size * PRIME64_1);
     uint64_t high = merge_accumulators(acc, SECRET + sizeof SECRET - STRIPE - 11, ~(size * PRIME64_2));

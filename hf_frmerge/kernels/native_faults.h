@@ -1,10 +1,10 @@
 /*
- * Mapped files whose pages cannot be read any more: the file was cut short, or the disk fails. The system answers with
- * SIGBUS, which would end the process. Here the rest of the mapping becomes zeros and the mapping is marked as broken,
- * for its owner to ask about before anything made of it is kept.
+ * Guards against SIGBUS from mapped files. If a file is truncated while it is mapped, or its disk fails, touching such
+ * a page raises SIGBUS, which would end the process. The handler here replaces the rest of the mapping with zeros and
+ * marks the mapping as broken; its owner checks that mark before it keeps any result.
  *
- * The handler is installed with the first guard and stays. It runs on the thread that touched the page, whatever that
- * was doing, and so only loads, stores and makes system calls.
+ * The handler is installed with the first guard and stays. It may interrupt the touching thread anywhere, inside malloc
+ * or with a lock held, so it only uses loads, stores and system calls.
  */
 
 #if defined(__linux__)
@@ -14,16 +14,16 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* Guards are used again, never freed: the handler may be looking at them. */
+/* Guards are reused but never freed, because the handler may be reading the list at any time. */
 typedef struct Guard {
-    _Atomic uintptr_t start, end; /* an end of 0: not in use */
+    _Atomic uintptr_t start, end; /* end is 0 while the guard is not in use */
     atomic_int broken;
     struct Guard *next;
 } Guard;
 
 static _Atomic(Guard *) guards;
 static uintptr_t page_size;
-static struct sigaction previous; /* who is asked about the mappings of others */
+static struct sigaction previous; /* handler for faults outside of our mappings */
 static atomic_int passed_on;
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
@@ -38,14 +38,17 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
         errno = error;
         return;
     }
-    /* Back to whoever was there before, for the same touch again; if that leads here once more, the process ends. */
+    /*
+     * Not our mapping: reinstall the previous handler and return, so that the same access faults again and reaches it.
+     * If that handler passes the fault back to us, the second time restores the default, which ends the process.
+     */
     struct sigaction none = {.sa_handler = SIG_DFL};
     sigaction(SIGBUS, atomic_exchange(&passed_on, 1) ? &none : &previous, NULL);
-    if (info->si_code <= 0) raise(number); /* sent by a process: there is no touch that would come again */
+    if (info->si_code <= 0) raise(number); /* sent by kill(): no access will fault again, so send it once more */
     errno = error;
 }
 
-/* Installed again if somebody else was in between (faulthandler does that). */
+/* Install the handler, also if another one has replaced it since (faulthandler does that). */
 static void watch_sigbus(void) {
     struct sigaction current, ours = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK};
     sigaction(SIGBUS, NULL, &current);

@@ -1,13 +1,13 @@
-/* Gram matrices of differences, and digests of what was read for them. Part of native_isa.h. */
+/* The Gram pass: Gram matrices of differences, and digests of the bytes read for them. Part of native_isa.h. */
 
-/* What every block of a Gram pass works on: room for widened runs and partial sums, and digests if they are wanted. */
+/* Buffers of a Gram pass, shared by all blocks: widened runs, partial sums, and digests if they are wanted. */
 typedef struct {
     double *zeros, *runs, *sums;
     Digest *digests;
-    size_t count; /* elements of an operand, all blocks together */
+    size_t count; /* elements of one operand over all blocks */
 } NAME(Scratch);
 
-/* Digest what lies before element `upto` and was read a moment ago. */
+/* Extend the digest of operand `i` to element `upto`: the bytes before it were just read and are in the cache. */
 TARGET INLINE void NAME(digest_run)(const Operand *x, int i, size_t upto, const NAME(Scratch) *scratch) {
     size_t size = SIZE[x[i].dtype];
     if (scratch->digests && !x[i].is_delta)
@@ -18,7 +18,7 @@ TARGET INLINE void NAME(digest_run)(const Operand *x, int i, size_t upto, const 
 TARGET INLINE void NAME(fill_as)(const uint8_t *p, DType dtype, size_t count, const float *base, float *out) {
     size_t k = 0, size = SIZE[dtype];
     for (; k + LANES <= count; k += LANES) {
-        __builtin_prefetch(p + (k + 2 * RUN) * size, 0, 2); /* two runs ahead, beyond the products in between */
+        __builtin_prefetch(p + (k + 2 * RUN) * size, 0, 2); /* two runs ahead: products are computed in between */
         *(F32 *)(out + k) = NAME(widen_all)(p + k * size, dtype) - *(const F32 *)(base + k);
     }
     if (k < count) {
@@ -38,7 +38,10 @@ TARGET static void NAME(fill)(const Operand *x, size_t start, size_t count, cons
     }
 }
 
-/* Products of `rows` x `cols` widened runs; each pair's lanes go to its HALF float64 sums, `stride` pairs a row. */
+/*
+ * Inner products of `rows` x `cols` widened runs, kept in registers. The LANES float32 partial sums of each pair are
+ * then added to its HALF float64 sums; a row of `sums` has `stride` pairs.
+ */
 TARGET INLINE void NAME(tile)(const float *a, const float *b, int rows, int cols, int diagonal, size_t count,
                               double *sums, size_t stride) {
     F32 acc[4][4];
@@ -105,7 +108,7 @@ TARGET static void NAME(gram_block)(const Operand *x, int n, size_t start, size_
     }
 }
 
-/* The same with values widened to float64 before the subtraction and the product. */
+/* The same with values widened to float64 before the subtraction and the product: slower, but nothing overflows. */
 TARGET static void NAME(gram_block_precise)(const Operand *x, int n, size_t start, size_t length,
                                             const NAME(Scratch) *scratch) {
     const double *zeros = scratch->zeros;
@@ -139,7 +142,7 @@ TARGET static void NAME(gram_block_precise)(const Operand *x, int n, size_t star
     }
 }
 
-/* `digest_bytes` has room for 16 bytes an operand, or is NULL. */
+/* Compute the Gram matrices of all blocks. `digest_bytes` has room for 16 bytes per operand, or is NULL. */
 TARGET static int NAME(gram)(const Operand *x, int n, size_t n_blocks, size_t block_len, int precise, double *out,
                              uint8_t *digest_bytes) {
     size_t n_sums = (size_t)n * n * HALF, n_runs = (size_t)n * RUN;

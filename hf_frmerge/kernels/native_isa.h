@@ -1,18 +1,18 @@
 /*
- * The kernels at one instruction-set level, in GCC/Clang vector extensions. native.c includes this file once per
- * level, after defining
+ * The kernels for one instruction-set level, written in GCC/Clang vector extensions because auto-vectorised C was no
+ * faster than torch. native.c includes this file once per level, after defining
  *
  *     ISA       suffix of every name below
  *     TARGET    function attribute that turns the instructions on
  *     LANES     float32 lanes of the registers the Gram products run in
  *     HALF      lanes of one widening or float64 step
  *     PARTS     registers that HALF doubles take
- *     CROSS     columns of a register tile off the diagonal (rows: 4), as many as the register file holds
+ *     CROSS     columns of a register tile off the diagonal (it has 4 rows), as many as there are registers for
  *     FMA       a * b + c on F32, fused or not
  *     LOAD16, STORE16        HALF 16-bit values in memory to 32-bit lanes and back; LOAD16_ALL, STORE16_ALL for LANES
  *     ANY                    whether any lane of a mask of LANES is set
  *     MUL32                  products of the low halves of two U64; SWAP64 exchanges neighbouring lanes of one
- *     CLAMP                  F64 held between two others; none is NaN
+ *     CLAMP                  F64 clamped between two others; none may be NaN
  *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back
  *     LOAD_F16, STORE_F16    optional: HALF float16 values in memory to floats and back; LOAD_F16_ALL for LANES
  */
@@ -28,9 +28,13 @@
 #define I32H NAME(i32h_)
 #define U32 NAME(u32_)    /* LANES of each integer type */
 #define I32 NAME(i32_)
-#define RUN (32 * LANES) /* elements between flushes to float64: 32 additions a lane, at most 512 elements */
+/*
+ * Elements between flushes of float32 sums to float64: 32 additions per lane, at most 512 elements. Long float32 sums
+ * of squares drift systematically, and cosines with them; flushing this often cost no speed.
+ */
+#define RUN (32 * LANES)
 
-/* Alignment 1: a tensor starts where its file put it. */
+/* Alignment 1, because a tensor may start at any byte of its file. */
 typedef float F32 __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef float F32H __attribute__((vector_size(4 * HALF), aligned(1), may_alias));
 typedef double F64 __attribute__((vector_size(8 * HALF / PARTS), aligned(1), may_alias));
@@ -54,7 +58,7 @@ TARGET INLINE F32H NAME(widen)(const uint8_t *p, DType dtype) {
     return LOAD_F16(p);
 #else
     U32H wide = (U32H)LOAD16(p);
-    /* Exponent and mantissa moved into place; the product puts the bias right and normalises subnormals. */
+    /* Shift exponent and mantissa into place; the product then corrects the exponent bias and normalises subnormals. */
     U32H magnitude = (wide & 0x7fff) << 13;
     U32H special = (U32H)(magnitude >= 0x7c00u << 13) & 0x7f800000u;
     F32H value = (F32H)magnitude * 0x1p112f;
@@ -62,7 +66,7 @@ TARGET INLINE F32H NAME(widen)(const uint8_t *p, DType dtype) {
 #endif
 }
 
-/* LANES values, for the loops that matter most. */
+/* Widen LANES values at once, for the inner loops. */
 TARGET INLINE F32 NAME(widen_all)(const uint8_t *p, DType dtype) {
     if (dtype == F32_) return *(const F32 *)p;
     if (dtype == BF16) return (F32)((U32)LOAD16_ALL(p) << 16);
@@ -88,15 +92,15 @@ TARGET INLINE void NAME(add)(WIDE *sum, WIDE term) {
 #define SELECT(mask, a, b) (((mask) & (a)) | (~(mask) & (b)))
 
 /*
- * Keep `precision` significant bits, fewer below `smallest`, the least normal power of two. Beside an addend of 1.5
- * times 2^52 units of the last place wanted, the addition rounds to that place, and the subtraction is exact.
+ * Round to `precision` significant bits, and to fewer below `smallest`, the smallest normal number. Adding 1.5 * 2^52
+ * units of the last place to keep makes the float64 addition round to that place; the subtraction is exact.
  */
 TARGET INLINE F64 NAME(round)(F64 value, int precision, double smallest) {
     F64 power = (F64)((I64)value & (INT64_C(0x7ff) << 52));
-    power = CLAMP(power, (F64){0} + smallest, (F64){0} + 0x1p200); /* above, room is needed for the addend */
+    power = CLAMP(power, (F64){0} + smallest, (F64){0} + 0x1p200); /* the addend itself must not overflow */
     F64 addend = power * (1.5 * (double)(INT64_C(1) << (53 - precision)));
     F64 rounded = value + addend - addend;
-    return (F64)((I64)rounded | ((I64)value & INT64_MIN)); /* the sign of zero */
+    return (F64)((I64)rounded | ((I64)value & INT64_MIN)); /* the addition loses the sign of -0 */
 }
 
 TARGET INLINE void NAME(store)(WIDE value, uint8_t *out, DType dtype) {
@@ -141,7 +145,7 @@ TARGET INLINE void NAME(digest_stripes)(U64 *acc, const uint8_t *data, size_t st
     }
 }
 
-/* Take in the blocks that lie wholly before byte `upto`; the last one, whole or not, is left for the end. */
+/* Digest the blocks that end before byte `upto`. The last block, whole or not, is left to digest_end(). */
 TARGET INLINE void NAME(digest_advance)(Digest *digest, const uint8_t *data, size_t size, size_t upto) {
     size_t last = (size - 1) / DIGEST_BLOCK, end = upto / DIGEST_BLOCK < last ? upto / DIGEST_BLOCK : last;
     if (digest->blocks >= end) return;
@@ -163,7 +167,7 @@ TARGET static void NAME(digest_end)(Digest *digest, const uint8_t *data, size_t 
     U64 acc[8 / U64_LANES];
     memcpy(acc, digest->acc, sizeof acc);
     NAME(digest_stripes)(acc, data + done, (size - 1 - done) / STRIPE);
-    UNROLL for (int v = 0; v < 8 / U64_LANES; v++) { /* the last stripe, with the secret of its own */
+    UNROLL for (int v = 0; v < 8 / U64_LANES; v++) { /* the last stripe uses another part of the secret */
         U64 value = *(const U64 *)(data + size - STRIPE + 8 * U64_LANES * v);
         U64 key = value ^ *(const U64 *)(SECRET + sizeof SECRET - STRIPE - 7 + 8 * U64_LANES * v);
         acc[v] += SWAP64(value) + MUL32(key, key >> 32);

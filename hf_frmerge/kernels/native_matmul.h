@@ -1,18 +1,19 @@
 /*
- * Matrix products whose every sum runs in the order of the inner dimension, each product and each addition rounded: the
- * same bits at every level, since lanes are columns of the result. Part of native_isa.h, once for each type, after
+ * Matrix products that add in the order of the inner dimension, with a rounding after each product and each addition.
+ * Lanes are columns of the result, so no sum is split between lanes and the bits are the same at every level. Part of
+ * native_isa.h, included once for each type, after
  *
  *     SCALAR, VECTOR    float and F32, or double and F64
- *     MATMUL            name of the function; TILE, PACK and SWEEP, of its parts
+ *     MATMUL            name of the function; TILE, PACK and SWEEP are the names of its parts
  */
 
 #define WIDTH (2 * sizeof(VECTOR) / sizeof(SCALAR)) /* columns of a panel */
-#define DEPTH 128 /* rows of a panel: 16 KiB at most, half of a first-level cache */
-#define PANELS 4  /* gathered at a time: a row of `right` is then read for more than a line or two */
+#define DEPTH 128 /* rows of a panel, at most 16 KiB: half of a first-level cache */
+#define PANELS 4  /* panels packed at a time, so that more than one or two cache lines of a row of `right` are read */
 #define AT(matrix, i, k) \
     (*(const SCALAR *)((matrix).data + (ptrdiff_t)(i) * (matrix).row + (ptrdiff_t)(k) * (matrix).column))
 
-/* Add to `rows` rows of `out` the products of a panel. */
+/* Add the products of a panel to `rows` rows of `out`. */
 TARGET INLINE void TILE(Matrix left, size_t i, size_t k, size_t run, const SCALAR *panel, SCALAR *out, size_t stride,
                         int rows) {
     VECTOR sum[4][2];
@@ -28,7 +29,7 @@ TARGET INLINE void TILE(Matrix left, size_t i, size_t k, size_t run, const SCALA
     UNROLL for (int r = 0; r < rows; r++) memcpy(out + r * stride, sum[r], sizeof sum[r]);
 }
 
-/* Gather `columns` columns of `right`, at most PANELS panels of them; the last one is filled up with zeros. */
+/* Copy `columns` columns of `right` into at most PANELS panels; the last panel is padded with zeros. */
 TARGET INLINE void PACK(Matrix right, size_t k, size_t run, size_t j, size_t columns, SCALAR *panels) {
     if (columns % WIDTH) memset(panels + columns / WIDTH * DEPTH * WIDTH, 0, run * WIDTH * sizeof *panels);
     for (size_t p = 0; p < run && right.column == sizeof(SCALAR); p++)
@@ -40,12 +41,13 @@ TARGET INLINE void PACK(Matrix right, size_t k, size_t run, size_t j, size_t col
             panels[c / WIDTH * DEPTH * WIDTH + p * WIDTH + c % WIDTH] = AT(right, k + p, j + c);
 }
 
-/* Add the products of one panel, `wide` columns of it, to the first `end` rows of `out`. */
+/* Add the products of one panel, of which `wide` columns count, to the first `end` rows of `out`. */
 TARGET static void SWEEP(Matrix left, size_t k, size_t run, const SCALAR *panel, SCALAR *out, size_t stride,
                          size_t wide, size_t rows, size_t end) {
     SCALAR edge[4 * WIDTH] = {0};
     for (size_t i = 0; i < end; i += 4, out += 4 * stride) {
-        int high = rows - i < 4 ? rows - i : 4, whole = wide == WIDTH; /* else registers reach beyond the last column */
+        /* A panel that is not full works on a copy (`edge`), because registers reach beyond the last column. */
+        int high = rows - i < 4 ? rows - i : 4, whole = wide == WIDTH;
         SCALAR *tile = whole ? out : edge;
         size_t step = whole ? stride : WIDTH;
         for (int r = 0; r < high && !whole; r++) memcpy(edge + r * WIDTH, out + r * stride, wide * sizeof *out);
@@ -59,7 +61,7 @@ TARGET static void SWEEP(Matrix left, size_t k, size_t run, const SCALAR *panel,
     }
 }
 
-/* Of a matrix and its own transpose (`symmetric`) only what lies on and above the diagonal is worked out. */
+/* If `symmetric`, only the elements on and above the diagonal are computed, and then mirrored. */
 TARGET static void MATMUL(Matrix left, Matrix right, void *result, size_t rows, size_t depth, size_t columns,
                           int symmetric) {
     SCALAR *out = result, panels[PANELS * DEPTH * WIDTH] __attribute__((aligned(64)));

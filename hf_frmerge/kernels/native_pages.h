@@ -1,6 +1,6 @@
 /*
- * Pages of mapped files, faulted in and given back for many ranges at once: every call gives up the interpreter lock
- * and has to win it back, which takes longer than the pages of one range.
+ * Fault in and release pages of mapped files, for many ranges in one call: every call releases the interpreter lock and
+ * has to win it back, which takes longer than the pages of one range.
  */
 
 #if defined(__linux__)
@@ -16,7 +16,7 @@ typedef struct {
     size_t size;
 } Range;
 
-/* From a tuple of buffers, which has to outlive the array; NULL with an exception if something in it is no buffer. */
+/* Addresses of a tuple of buffers, valid while the tuple lives; NULL with an exception if an item is not a buffer. */
 static Range *get_ranges(PyObject *tuple, Py_ssize_t *n) {
     if (!PyTuple_Check(tuple)) {
         PyErr_SetString(PyExc_TypeError, "expected a tuple of buffers");
@@ -37,7 +37,7 @@ static Range *get_ranges(PyObject *tuple, Py_ssize_t *n) {
     return ranges;
 }
 
-/* True if every page can be read now; a disk error or a file cut short, which would be a SIGBUS later, is False. */
+/* Returns True if all pages could be read, False for a disk error or a truncated file, which would be SIGBUS later. */
 static PyObject *py_fault_in(PyObject *module, PyObject *tuple) {
     Py_ssize_t n;
     Range *ranges = get_ranges(tuple, &n);
@@ -57,6 +57,7 @@ static PyObject *py_fault_in(PyObject *module, PyObject *tuple) {
     return PyBool_FromLong(done);
 }
 
+/* Only pages that lie wholly inside a range are dropped: the others also hold bytes of its neighbours. */
 static PyObject *py_give_back(PyObject *module, PyObject *tuple) {
     Py_ssize_t n;
     Range *ranges = get_ranges(tuple, &n);

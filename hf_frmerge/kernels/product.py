@@ -1,4 +1,4 @@
-"""Matrix products that have the same bits on every machine, which those of a BLAS do not."""
+"""Matrix products with the same bits on every machine; a BLAS adds in an order that depends on the processor."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from numpy.typing import NDArray
 try:
     from hf_frmerge.kernels import _native
     from hf_frmerge.kernels.native import available_level
-except ImportError:  # no compiler was at hand
+except ImportError:  # the extension was not built
     _native = None  # type: ignore[assignment]
 
 Scalar = TypeVar("Scalar", np.float32, np.float64)
 
-_ROWS = 1 << 15  # elements of the result that numpy works on at a time: they stay in a core's cache
+_ROWS = 1 << 15  # elements of the result that numpy works on at a time, so that they stay in a core's cache
 
 
 def product(left: NDArray[Scalar], right: NDArray[Scalar]) -> NDArray[Scalar]:
     """
-    Return `left @ right`, every sum in the order of the inner dimension, each product and each addition rounded.
+    Return `left @ right`, adding in the order of the inner dimension with a rounding after each operation.
 
-    The same bits natively, at every instruction-set level, and in numpy, which takes over where the extension was not
-    built and is some tens of times slower. An element depends on its row and its column alone. A matrix and its own
-    transpose (`x @ x.T`, one memory) take half of the work. Runs on the calling thread, without the GIL.
+    The bits are the same at every instruction-set level and in numpy, which is used if the extension was not built and
+    is some tens of times slower. An element depends only on its row and its column. The product of a matrix and its
+    own transpose (`x @ x.T`, on the same memory) takes half the work. Runs on the calling thread, without the GIL.
 
     Args:
-        left (`np.ndarray`): `(m, k)`, float32 or float64, strided as it may be.
+        left (`np.ndarray`): `(m, k)`, float32 or float64, with any strides.
         right (`np.ndarray`): `(k, n)`, of the same dtype.
 
     Returns:
@@ -44,7 +44,12 @@ def product(left: NDArray[Scalar], right: NDArray[Scalar]) -> NDArray[Scalar]:
 
 
 def elementwise_product(left: NDArray[Scalar], right: NDArray[Scalar]) -> NDArray[Scalar]:
-    """Return what `product` does, in numpy: it adds and multiplies elements as IEEE 754 says, on every machine."""
+    """
+    Compute `product` in numpy.
+
+    One row of `right` at a time, elementwise: IEEE 754 fixes the result of each addition and multiplication, so the
+    bits are those of the native product.
+    """
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0] or left.dtype != right.dtype:
         raise ValueError(
             f"left and right must be of one type and (m, k) and (k, n), got {left.dtype} {left.shape} and "

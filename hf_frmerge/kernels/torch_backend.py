@@ -1,10 +1,10 @@
 """
-The kernels in torch: for accelerators, and for CPUs where no compiler was at hand.
+Kernels in torch: for accelerators, and for CPUs if the native extension was not built.
 
-Chunks are copied to one of two sets of (on an accelerator: pinned) host buffers, from there to the device on a stream
-of their own, and used on the default stream, so that copying the next chunk overlaps with computing on this one. The
-CPU takes the same path, with torch's stand-ins for streams and events. It has been run on the CPU only: not yet on a
-GPU of any maker, so neither the overlap nor the speed there has been measured.
+Each chunk is copied to one of two sets of host buffers (pinned, on an accelerator), from there to the device on a
+separate stream, and used on the default stream. Copying the next chunk thus overlaps with computing on this one. The
+CPU takes the same path, with torch's stand-ins for streams and events. This code has only been run on CPUs; neither
+the overlap nor the speed on a GPU has been measured.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.interface import ITEMSIZE, OVERFLOWS_AT, Combined, Operand, digest, digests_of
 
-_PRECISION = {"BF16": (8, 2.0**-126), "F16": (11, 2.0**-14)}  # significant bits, least normal number
+_PRECISION = {"BF16": (8, 2.0**-126), "F16": (11, 2.0**-14)}  # significant bits, smallest normal number
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-# Elements of one operand in a chunk. CPU: where float64 products were fastest. Accelerator: 8 MiB of bf16, so that a
-# copy takes long against the launch of the operations that use it.
+# Elements of one operand in a chunk. CPU: the size at which float64 products were fastest. Accelerator: 8 MiB of bf16,
+# so that a copy takes much longer than launching the operations that use it.
 _CHUNK = {"cpu": 1 << 16, "accelerator": 1 << 22}
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Part of the operands: whole blocks `first..first + rows`, or elements `offset..offset + length` of one."""
+    """Part of the operands: whole blocks `first..first + rows`, or elements `offset..offset + length` of one block."""
 
     first: int
     rows: int
@@ -39,7 +39,7 @@ class _Span:
 
 class TorchKernels:
     """
-    Kernels on a torch device. Sums and products are float64 throughout, whether or not `precise` is asked for.
+    Kernels on a torch device. Sums and products are always in float64, whatever `precise` says.
 
     Args:
         device (`str`):
@@ -54,7 +54,7 @@ class TorchKernels:
             self.device = torch.device(device)
             torch.empty(1, device=self.device, dtype=torch.float64)
         except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-            # torch has an error class of its own for each way of not having a device.
+            # torch raises a different class for each way in which a device can be missing.
             raise ArgumentError(
                 f"Expected a torch device of this machine that has float64, got {device!r}: {error}. "
                 "Use device='cpu' instead; the passes are bound by reading, so little is lost."
@@ -77,7 +77,8 @@ class TorchKernels:
                 if i and not operand.is_delta:
                     points[:, i] -= points[:, 0]
             gram[span.first : span.first + span.rows] += points @ points.mT
-        return (0.5 * (gram + gram.mT)).cpu().numpy()  # a product with the transpose may round its halves differently
+        # `points @ points.mT` need not be exactly symmetric: BLAS may add up the two triangles in different orders.
+        return (0.5 * (gram + gram.mT)).cpu().numpy()
 
     def gram_and_digests(
         self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
@@ -107,14 +108,15 @@ class TorchKernels:
             blocks = slice(span.first, span.first + span.rows)
             total = torch.full_like(chunk[0], -0.0, dtype=torch.float64)  # -0 + y is y for every y, also for -0
             for k, x in enumerate(chunk):
-                # Two operations, two roundings: a fused one would give other bits.
+                # Two operations with a rounding each: a fused multiply-add would give other bits than the native code.
                 term = x.to(torch.float64).mul_(table[blocks, k : k + 1])
+                # Operands with coefficient 0 are skipped: adding 0 * x would turn -0 into +0, and infinity into NaN.
                 if (coefficients[blocks, k] == 0).any():
                     term[table[blocks, k] == 0] = -0.0
                 total.add_(term)
             if not coefficients[blocks].any(axis=1).all():
                 total[(table[blocks] == 0).all(dim=1)] = 0.0
-            is_finite = is_finite and bool((total.abs() < OVERFLOWS_AT[out_dtype]).all())  # NaN is not less
+            is_finite = is_finite and bool((total.abs() < OVERFLOWS_AT[out_dtype]).all())  # False for NaN, too
             start = (span.first * block_len + span.offset) * ITEMSIZE[out_dtype]
             rounded = _round(total, out_dtype).reshape(-1).view(torch.uint8).cpu().numpy()
             out[start : start + rounded.size] = rounded
@@ -129,12 +131,13 @@ class TorchKernels:
     def _stream(
         self, operands: Sequence[Operand], n_blocks: int, block_len: int
     ) -> Iterator[tuple[_Span, list[torch.Tensor]]]:
-        """Yield each span with the operands' values on the device, `(rows, length)` each, in their own dtypes."""
+        """Yield each span and the values of all operands on the device, `(rows, length)`, in their stored dtypes."""
         spans = list(_spans(n_blocks, block_len, self._chunk))
         if not spans:
             return
         largest = max(span.rows * span.length for span in spans)
         copying = self._module.Stream()
+        # Two slots: while the caller computes on one span, the next one is copied into the other slot.
         slots = [_Slot(operands, largest, self.device, self._module) for _ in range(min(2, len(spans)))]
         slots[0].send(operands, spans[0], block_len, copying)
         for i, span in enumerate(spans):
@@ -145,7 +148,7 @@ class TorchKernels:
 
 
 class _Slot:
-    """Host and device buffers for one chunk of every operand, and the events that say who may touch them."""
+    """Host and device buffers for one chunk of every operand, with the events that guard their reuse."""
 
     def __init__(self, operands: Sequence[Operand], largest: int, device: torch.device, module: Any) -> None:
         self.module = module
@@ -157,8 +160,8 @@ class _Slot:
         self.release()
 
     def send(self, operands: Sequence[Operand], span: _Span, block_len: int, copying: Any) -> None:
-        """Start copying a span to the device, once the last copy from here is through and its values are used."""
-        self.copied.synchronize()
+        """Start copying a span to the device, after the slot's previous copy is done and its values were used."""
+        self.copied.synchronize()  # the host buffers may still be the source of the previous copy
         with self.module.stream(copying):
             self.used.wait()
             for operand, host, device in zip(operands, self.host, self.device):
@@ -170,7 +173,7 @@ class _Slot:
             self.copied.record()
 
     def receive(self, operands: Sequence[Operand], span: _Span) -> list[torch.Tensor]:
-        """Have the default stream wait for the copy, and return the values."""
+        """Return the values on the device; the default stream waits for their copy."""
         self.copied.wait()
         count = span.rows * span.length
         return [
@@ -179,11 +182,12 @@ class _Slot:
         ]
 
     def release(self) -> None:
-        """Let the next copy in when what was launched so far is done."""
+        """Allow the next copy to start once all work launched so far has finished."""
         self.used.record()
 
 
 def _spans(n_blocks: int, block_len: int, chunk: int) -> Iterator[_Span]:
+    """Cut the blocks into spans of at most `chunk` elements: parts of one long block, or several short ones."""
     if block_len == 0:
         return
     if block_len >= chunk:
@@ -199,8 +203,8 @@ def _spans(n_blocks: int, block_len: int, chunk: int) -> Iterator[_Span]:
 def _round(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """Round float64 to nearest even, once; 16-bit results are returned as int16 bits."""
     if dtype in _PRECISION:
-        # As in native_isa.h: beside an addend of 1.5 times 2^52 units of the last place wanted, adding rounds to that
-        # place. torch's own conversion goes by the nearest float32 and so rounds twice.
+        # As in native_isa.h: adding 1.5 * 2^52 units of the last place to keep makes the float64 addition round to
+        # that place; subtracting it again is exact. torch's own conversion rounds twice, through float32.
         precision, smallest = _PRECISION[dtype]
         power = (values.view(torch.int64) & (0x7FF << 52)).view(torch.float64)
         addend = power.clamp_(smallest, 2.0**200).mul_(1.5 * 2.0 ** (53 - precision))

@@ -1,3 +1,3 @@
-"""Arguments, state, callbacks and reporting of a merge, and the engine that plans and carries it out."""
+"""A merge: its arguments, planning, engine, record and callbacks."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a method decided for the tensors of a group. The decision is the record: with it the tensors come out again."""
+"""Decisions of a method for the tensors of a group. They are what a merge records: the tensors follow from them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Geometry:
     """
-    What the Gram matrices of a tensor say about its experts and about the merge.
+    Measurements of a tensor's experts and of the merge, from Gram matrices.
 
     Attributes:
         norms: norm of every expert's point over the whole tensor.
         norm_ratio: norm of the merged point over the weighted mean norm of the experts' points; below 1 the merge
             shrank the tensor.
-        linear_norm_ratio: the same for the plain weighted mean, the honest baseline: what averaging would have kept.
+        linear_norm_ratio: the same for the plain weighted mean, as a baseline: what averaging would have kept.
         max_angle: largest angle between two experts in any block, in radians.
         mean_angle: mean of those angles over pairs and blocks, in radians.
         gap_to_nre: largest angle in any block between the merged point and the norm-rescaled mean, in radians.
-        n_iter: most steps any block took.
-        residual: worst tangent norm at the end, in radians.
-        unconverged: indices of the blocks that did not meet the tolerance.
-        n_ambiguous: blocks in which no direction is preferred.
-        pair_angles: median over blocks of the angle between two experts, in radians, to four digits, of the pairs
-            (0, 1), (0, 2), ..., (1, 2), ...; `None` where one of the two is zero.
+        n_iter: largest number of steps over the blocks.
+        residual: largest gradient norm over the blocks at the last step, in radians.
+        unconverged: indices of the blocks that did not reach the tolerance.
+        n_ambiguous: number of blocks in which no direction is preferred.
+        pair_angles: angle between two experts as the median over blocks, in radians, to four digits, for the pairs
+            (0, 1), (0, 2), ..., (1, 2), ...; `None` if one of the two is zero.
     """
 
     norms: tuple[float, ...]
@@ -47,7 +47,7 @@ class Geometry:
 
     @property
     def converged(self) -> bool:
-        """Whether every block met the tolerance."""
+        """Whether every block reached the tolerance."""
         return not self.unconverged
 
 
@@ -57,15 +57,15 @@ class Solution:
     Coefficients of a merge that is a sum of the experts.
 
     Attributes:
-        coefficients: `(B, N)`, float64, on the points of every block; one row where all blocks share it.
-        geometry: what was measured; `None` where the coefficients were given.
+        coefficients: `(B, N)`, float64, on the points of every block; one row if all blocks share it.
+        geometry: measurements; `None` if the coefficients come from a table.
     """
 
     coefficients: NDArray[np.float64]
     geometry: Geometry | None
 
     def to_journal(self) -> dict[str, Any]:
-        """Return it as JSON values, all bits kept."""
+        """Return JSON values that keep every bit of the coefficients."""
         coefficients = {
             "shape": list(self.coefficients.shape),
             "data": base64.b64encode(self.coefficients.tobytes()).decode(),
@@ -76,11 +76,11 @@ class Solution:
 @dataclass(frozen=True)
 class Trimming:
     """
-    What TIES decided: the magnitude from which on the deltas of an expert stay, and how what stays is put together.
+    Decision of TIES: which elements of each delta are kept, and how they are combined.
 
     Attributes:
-        thresholds: one an expert; float32 values.
-        weights: of the experts, in the vote and in the mean.
+        thresholds: for every expert the smallest magnitude that is kept; float32 values.
+        weights: weights of the experts in the vote and in the mean.
         scale: factor of the merged delta.
     """
 
@@ -89,7 +89,7 @@ class Trimming:
     scale: float
 
     def to_journal(self) -> dict[str, Any]:
-        """Return it as JSON values; they give every number back exactly."""
+        """Return JSON values, from which every number can be read back exactly."""
         return vars(self)
 
 
@@ -97,14 +97,14 @@ Decision = Solution | Trimming
 
 
 class Decided(NamedTuple):
-    """The decision for a group, and the digests of the inputs it was taken from, by tensor and role."""
+    """Decision for a group, with the digests of the inputs it was computed from, by tensor and role."""
 
     decision: Decision
     inputs: dict[str, dict[str, str]]
 
 
 def from_journal(entry: dict[str, Any]) -> Decision:
-    """Read back what `to_journal` of any decision returned."""
+    """Read a decision from the JSON values that its `to_journal` returned."""
     if "thresholds" in entry:
         return trimming_of(entry)
     coefficients, geometry = entry["coefficients"], entry["geometry"]

@@ -1,4 +1,4 @@
-"""Angles and norms of the experts, block by block, and whether geometry can matter for them."""
+"""Measure angles and norms of the experts, and judge whether the choice of a method can matter for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SpaceView:
     """
-    The experts of a tensor, or of the whole model, as points of one space.
+    Geometry of the experts of a tensor, or of the whole model, in one space.
 
     Attributes:
         norms: Frobenius norm of every expert's point.
@@ -48,7 +48,7 @@ class SpaceView:
 
 @dataclass(frozen=True)
 class TensorView:
-    """One tensor in weight space and, if there is a base model, in delta space."""
+    """Geometry of one tensor in weight space and, if there is a base model, in delta space."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,13 +59,13 @@ class TensorView:
 @dataclass(frozen=True)
 class Inspection:
     """
-    What `inspect_experts` found.
+    Result of `inspect_experts`.
 
     Attributes:
         experts: experts as the user named them.
         tensors: every tensor that would be merged.
         total: the whole model as one point.
-        verdict: a sentence: can geometry matter here?
+        verdict: sentences on whether the choice of a method can matter.
     """
 
     experts: list[str]
@@ -74,7 +74,7 @@ class Inspection:
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything in a form that can be written as JSON."""
+        """Return all fields as JSON values."""
         return asdict(self)
 
 
@@ -83,8 +83,8 @@ def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = No
     Measure angles and norms of the experts of a plan; one pass over the weights, nothing is written.
 
     Args:
-        plan: A plan; with a base model both spaces are measured, else weights only.
-        progress: Called with the bytes of every tensor when it is done.
+        plan: Plan of a merge. With a base model both spaces are measured, else weights only.
+        progress: Called after every tensor, with its size in bytes.
 
     Raises:
         ArgumentError: If an expert is an adapter and there is no base model.
@@ -97,7 +97,8 @@ def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = No
             "can be measured beside the weights they change."
         )
     if plan.base is not None:
-        # One Gram matrix serves both spaces if the base is in it: in delta space, and where there are adapters.
+        # A Gram matrix that includes the base serves both spaces. It does in delta space, and wherever there are
+        # adapters.
         plan = replace(plan, space="weights" if any(expert.adapter for expert in plan.experts) else "deltas")
     kernels = load_kernels(plan.args.device)
     steps = [step for step in plan.steps if step.action == "merge"]
@@ -105,6 +106,7 @@ def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = No
     with ThreadPoolExecutor(worker_count(plan)) as pool:
         for step, gram in zip(steps, pool.map(lambda step: _gram(plan, kernels, step), steps)):
             views.append(_view(plan, step.name, step.shape, gram))
+            # Inner products of blocks add up to those of the tensor, and these to those of the model.
             whole = fold(gram.copy())[None]
             total = whole if total is None else total + whole
             if progress is not None:
@@ -144,16 +146,16 @@ def _space_view(plan: MergePlan, name: str, points: NDArray[np.float64]) -> Spac
 
 
 def _verdict(views: list[TensorView], plan: MergePlan) -> str:
-    """Say in words what the numbers mean for the choice of a method."""
+    """Explain in words what the numbers mean for the choice of a method."""
     parts = []
-    for name, found in (("weight", [v.weights for v in views]), ("delta", [v.deltas for v in views])):
-        measured = [(view, whole.weights) for view, whole in zip(found, views) if view is not None]
+    for name, in_space in (("weight", [v.weights for v in views]), ("delta", [v.deltas for v in views])):
+        measured = [(view, whole.weights) for view, whole in zip(in_space, views) if view is not None]
         if not measured:
             continue
         angle = max(view.max_angle for view, _ in measured)
         kept = min(view.linear_norm_ratio for view, _ in measured)
         gap = max(view.karcher_nre_gap for view, _ in measured)
-        # What counts in the end are weights: an angle between deltas moves them by its share of their norm.
+        # The output are weights: an angle between deltas moves them by that angle times the deltas' share of the norm.
         shift = max(view.karcher_nre_gap * _mean_norm(view) / (_mean_norm(whole) or 1.0) for view, whole in measured)
         sentence = (
             f"In {name} space experts are up to {angle:.2g} rad apart and a plain mean keeps at least {kept:.1%} of "

@@ -1,4 +1,4 @@
-"""The output folder before a merge: what may not be there, and what has to go."""
+"""Check and clear the output folder before a merge."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
     """
-    Refuse an output folder that is an input, shares a file with one, or is not empty.
+    Check that the output folder is not an input, shares no file with one, and is empty or may be overwritten.
 
     Raises:
-        ArgumentError: With the option that would allow it.
+        ArgumentError: If it may not be used; the message names the option that would allow it.
     """
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
@@ -53,11 +53,13 @@ def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
 
 def clear_output_dir(args: MergingArguments) -> None:
     """
-    Refuse what cannot be resumed, and remove what would make an unfinished merge look finished.
+    Prepare the folder for a new or a resumed merge: remove an older model, or at least its configs.
+
+    While a merge is unfinished the folder must not look like a model, so its configs go in any case.
 
     Raises:
-        ArgumentError: If the folder stands for a URL, there is a model at it, and it is not to be overwritten.
-        ResumeError: If a resume is asked for, and there is a finished model or one that is no merge.
+        ArgumentError: If the folder is uploaded to a URL, there is a model at it, and `overwrite` is not set.
+        ResumeError: If a resume was requested, but the folder holds a finished merge, or files of another origin.
     """
     output = Path(args.output_dir)
     staging = output / STAGING
@@ -76,7 +78,7 @@ def clear_output_dir(args: MergingArguments) -> None:
 
 
 def remove_model(output: Path) -> None:
-    """Remove a model or adapter and what is told about it, so that no part of it is taken for one of the next."""
+    """Remove a model or adapter and the files about it, so that none of them is taken for a part of the next merge."""
     _remove_configs(output)
     remove_weights(output)
     for name in (ADAPTER_FILE, COEFFICIENTS_FILE, LOCAL_SOURCES_FILE):
@@ -84,11 +86,13 @@ def remove_model(output: Path) -> None:
 
 
 def _remove_configs(output: Path) -> None:
-    for name in (CONFIG_FILE, ADAPTER_CONFIG, *STALE_FILES):  # without the first two the rest is no model to a loader
+    # The configs first: without them no loader takes the rest for a model, should this be interrupted.
+    for name in (CONFIG_FILE, ADAPTER_CONFIG, *STALE_FILES):
         remove_file(output / name)
 
 
 def _check_resumable(args: MergingArguments, output: Path, staging: Path) -> None:
+    """Raise `ResumeError` if there is no merge to resume in this folder, and `overwrite` is not set."""
     if staging.is_symlink():
         raise ResumeError(
             f"{staging} is a link, so an interrupted merge is not gone on with there. Start anew with --overwrite "
@@ -108,12 +112,13 @@ def _check_resumable(args: MergingArguments, output: Path, staging: Path) -> Non
 
 
 def _check_is_no_input(output: Path, inputs: Sequence[str]) -> None:
-    """Refuse an output folder that is an input or has a file or folder of one in it, under whatever names."""
+    """Raise if the output folder is an input, or holds a file or folder of one, under whatever name (links)."""
     for folder in (Path(path) for path in inputs if output.is_dir() and Path(path).is_dir()):
         if output.samefile(folder):
             raise ArgumentError(f"The output folder {str(output)!r} is also an input. Choose another output_dir.")
-        own = {_inode(path): path for path in _files(folder)}
-        shared = {path: own[_inode(path)] for path in _files(output) if _inode(path) in own}
+        of_input = {_inode(path): path for path in _files(folder)}
+        shared = {path: of_input[_inode(path)] for path in _files(output) if _inode(path) in of_input}
+        # A linked subfolder (additional_chat_templates, say) would be written into, too.
         shared |= {
             path: path.resolve()
             for path in output.iterdir()
@@ -132,8 +137,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _inode(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _holds_files(folder: Path) -> bool:

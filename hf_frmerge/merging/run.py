@@ -1,4 +1,4 @@
-"""One merge from plan to finished folder: staging, engine, record, and names given last."""
+"""Run one merge from plan to finished folder: staging, engine, record, final names."""
 
 from __future__ import annotations
 
@@ -42,27 +42,28 @@ def run_merge(
     plan: MergePlan, observer: StepObserver, processes: Processes, on_complete: Callable[[], None] | None = None
 ) -> MergeOutcome:
     """
-    Compute a plan into its output folder, alone in it.
+    Run a plan and write its output folder, holding the lock of the folder.
 
-    Until the last moment the folder has no `config.json` (no `adapter_config.json` for an adapter) and its weights
-    have temporary names, so that nothing takes a torn merge for a model. After an error or an interruption, the same
-    call with `resume_from_checkpoint` goes on.
+    Until the last moment the folder has no `config.json` (or `adapter_config.json`) and its weights have temporary
+    names, so that no loader takes an unfinished merge for a model. After an error or an interruption, the same call
+    with `resume_from_checkpoint` continues.
 
     Args:
-        plan: What to do.
-        observer: Told about every tensor.
-        processes: Who takes part.
-        on_complete: Called by the main process on a complete merge, before another may write to the folder.
+        plan: Plan of the merge.
+        observer: Notified of every tensor.
+        processes: Processes that share the merge.
+        on_complete: Called by the main process after a complete merge, while it still holds the lock.
 
     Raises:
         MergeError: Whatever stopped the merge.
     """
     with processes.sharing_errors():
-        processes.wait()  # until all have planned: what is created here must not look to them like another merge
+        # Until all processes have planned: the files created below would look to the others like another merge.
+        processes.wait()
         if not processes.is_main:
             return _run(plan, observer, processes, None)
         with sole_writer(plan.args.output_dir) as lock:
-            # Once more: another merge may have begun and ended since this one was planned.
+            # Checked again, under the lock: another merge may have begun and ended since this one was planned.
             check_output_dir(plan.args, [model.source.path for model in plan.models])
             outcome = _run(plan, observer, processes, lock)
             if outcome.complete and on_complete is not None:
@@ -77,40 +78,41 @@ def _run(plan: MergePlan, observer: StepObserver, processes: Processes, lock: Fo
     with closing(output), closing(_prepare(plan, output, kernels, processes)) as journal:
         if processes.size > 1:
             observer = SharedObserver(observer, plan, processes)
+        # With block="model" the tensors of all processes share one decision.
         together = plan.layout is not None and plan.args.block == "model" and processes.size > 1
         engine = Engine(plan, kernels, output, journal, observer, processes.gather if together else None)
         inputs = [model.weights for model in plan.models]
         with unchanged(inputs):
-            own, complete = engine.run(processes.share(plan))
-        outcomes = own
+            outcomes, complete = engine.run(processes.share(plan))
         if isinstance(observer, SharedObserver):
-            outcomes = observer.all_outcomes(own)
+            outcomes = observer.all_outcomes(outcomes)
             complete = all(processes.gather([complete and observer.go_on]))
         if complete:
             output.sync()
-            for checkpoint in inputs:  # until here: files that are copied from the donor are read after this
+            # The last check before the result gets its name.
+            for checkpoint in inputs:
                 checkpoint.check_unchanged()
     report = make_report(plan, outcomes, kernels.name, time.perf_counter() - started, output.notes)
-    processes.wait()
+    processes.wait()  # until all have synced their part of the shards, which the main process now renames
     if complete and lock is not None:
         lock.check()
         _finish(plan, output, outcomes, report, processes.size)
-    processes.wait()
+    processes.wait()  # no process returns before the output has its final names
     return MergeOutcome(complete, report)
 
 
 def _prepare(plan: MergePlan, output: Output, kernels: Kernels, processes: Processes) -> Journal:
-    """Check what is there, then lay out the files: the main process removes and creates, the others only open."""
+    """Clear the folder, read the journal and lay out the files: the main process creates, the others only open."""
     resume = plan.args.resume_from_checkpoint
     if processes.is_main:
         clear_output_dir(plan.args)
-    processes.wait()
+    processes.wait()  # the folder is cleared before any process looks for journals in it
     header, marks = fingerprint(plan, kernels.name), modification_marks(plan)
     journal = Journal(output.staging, processes.rank, header, marks, resume=resume)
-    processes.wait()
+    processes.wait()  # all have read all journals before `start` rewrites any
     if processes.is_main:
         output.begin()
-    processes.wait()
+    processes.wait()  # the main process has created the files that the others open
     if not processes.is_main and output.begin():
         raise MergeError(
             f"Process {processes.rank} does not see the files that the main process made in {plan.args.output_dir!r}. "
@@ -123,7 +125,7 @@ def _prepare(plan: MergePlan, output: Output, kernels: Kernels, processes: Proce
 def _finish(
     plan: MergePlan, output: Output, outcomes: Sequence[StepOutcome], report: MergeReport, n_processes: int
 ) -> None:
-    """Give everything its name, the config last: without it no loader takes the folder for a model."""
+    """Rename staged files and write the record; the config comes last, as no loader takes a folder without it."""
     folder = Path(plan.args.output_dir)
     small = output.publish()
     if write_coefficients(folder, outcomes, plan.space):

@@ -1,3 +1,3 @@
-"""Merging methods. `span`: those whose answer is a combination of the experts, found from a Gram matrix alone."""
+"""Merge methods. `table` lists them, `span` has the linear combinations, `sparse` the elementwise ones (TIES)."""
 
 from __future__ import annotations

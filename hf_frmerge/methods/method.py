@@ -1,4 +1,4 @@
-"""What a merge method is: what it needs, what it decides, and how people speak of it."""
+"""Description of a merge method: its options, what the engine must measure for it, and its texts for people."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 Kind = Literal["span", "sparse", "given"]
 """
-How the engine carries a method out: what the first pass over the inputs measures, and what is decided from it.
+How the engine runs a method: what the first pass over the inputs measures, and what is decided from that.
 
-    kind    measures                                  decides                      applies it
-    span    Gram matrices of differences              coefficients, block x expert a sum of the experts
-    sparse  how often which magnitude of a delta is   a threshold for each expert  element by element
-    given   nothing                                   coefficients from a file     a sum of the experts
+    kind    first pass measures            decision                      second pass writes
+    span    Gram matrices of differences   coefficients, block x expert  a sum of the experts
+    sparse  histogram of the deltas' size  a threshold for each expert   deltas merged element by element
+    given   nothing                        coefficients from a file      a sum of the experts
 """
 
 
@@ -30,33 +30,33 @@ class Paper:
 
     @property
     def url(self) -> str:
-        """Address of its abstract."""
+        """URL of its abstract."""
         return f"https://arxiv.org/abs/{self.arxiv}"
 
 
 @dataclass(frozen=True)
 class Method:
     """
-    One merge method, described once for the whole package.
+    Description of one merge method, for the whole package.
 
     Planning, help, card and report read this; only the engine acts on `kind`.
 
     Attributes:
-        name: as an option names it.
-        kind: how the engine carries it out.
-        title: fits "combined by ...".
+        name: value of the `method` option.
+        kind: how the engine runs it.
+        title: completes "combined by ...".
         how: what it does to one block, in plain words, for someone who never merged a model.
-        why: what it is good for, and against what.
-        options: the arguments it obeys beside the weights.
-        n_experts: how many experts it takes, if not any number.
-        extension: the method that takes any number, where `n_experts` is set.
-        needs_deltas: whether its points are differences to a base model by definition.
-        is_directional: whether it chooses a direction and gives it a norm by policy (`norm`, `beta`).
+        why: what it is good for, and compared with what.
+        options: the arguments it uses beside the weights.
+        n_experts: the number of experts it takes; `None` for any number.
+        extension: if `n_experts` is set, the method to use for other numbers.
+        needs_deltas: whether it is defined on differences to a base model.
+        is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
         is_spherical: whether its direction can differ from that of the plain mean.
-        is_iterative: whether it stops at a tolerance, so that it has to be said how near it came.
-        blocks: what one block may cover; by default anything.
-        paper: where it comes from.
-        tags: what a model on the Hub is tagged with.
+        is_iterative: whether it stops at a tolerance, so that steps and residual must be reported.
+        blocks: the block sizes it supports; by default all.
+        paper: where it was published.
+        tags: tags of the merged model on the Hub.
     """
 
     name: str
@@ -77,11 +77,12 @@ class Method:
 
     def solver(self) -> SpanMethod:
         """
-        Return the function of a span method: the one of its name in `methods/span.py`.
+        Return the function of a span method: the one in `methods/span.py` that has its name.
 
-        Imported only now: help and arguments read the table of methods, and numpy takes a tenth of a second.
+        The import is inside because `--help` and the arguments read the table of methods, and importing numpy would
+        cost them a tenth of a second.
         """
         from hf_frmerge.methods import span
 
-        found: SpanMethod = vars(span)[self.name]
-        return found
+        function: SpanMethod = vars(span)[self.name]
+        return function

@@ -1,18 +1,19 @@
 """
-Methods whose merged block is a combination of the experts' blocks, `sum_i c_i x_i`, found from a Gram matrix alone.
+Methods whose merged block is a linear combination `sum_i c_i x_i` of the experts' blocks.
 
-Every method is a function `(points, weights, options) -> SpanResult` on coordinates of the blocks (see
-`geometry.gram.embed`), all blocks at once; `methods.table` has their names. `karcher`, `slerp` and `nre` choose a
-direction and share one norm policy: with `n` the norms and `u` the directions,
+The coefficients follow from the Gram matrix alone. Every method is a function `(points, weights, options) ->
+SpanResult` on coordinates of the blocks (see `geometry.gram.embed`), for all blocks at once; `methods.table` lists
+them. `karcher`, `slerp` and `nre` choose a direction and share one rule for the norm. With `n` the norms and `u` the
+directions,
 
     |merged| = coherence ** beta * (mean | median | max of n),    coherence = |sum_i w_i u_i|
 
-so that `beta=0` preserves norms, `beta=1` shrinks as the plain mean does, `beta=-1` grows as the plain sum does.
+so that `beta=0` preserves norms, `beta=1` shrinks like the plain mean, and `beta=-1` grows like the plain sum.
 
-One rule holds exactly, not to rounding, for all methods except `task_arithmetic`, a scaled sum by definition: where
-all experts of positive weight are the same point (one expert of weight 1, equal experts, all-zero blocks) the
-coefficients are the weights themselves. An expert with a zero block has no direction: it gets coefficient 0 from the
-three directional methods, the others share the direction by their weights, and it still counts in the norm.
+If all experts of positive weight are the same point (one expert of weight 1, equal experts, all-zero blocks), the
+coefficients are exactly the weights, without rounding. This holds for all methods except `task_arithmetic`, which is a
+scaled sum by definition. An expert with a zero block has no direction: the three directional methods give it
+coefficient 0 and share the direction among the others by their weights, but its norm of 0 still counts in the norm.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from hf_frmerge.geometry.karcher import MIN_MARGIN, is_ambiguous, karcher_mean
 from hf_frmerge.geometry.portable import power
 from hf_frmerge.geometry.sphere import Array, combine, distance, dot, normalise, norms, slerp_coefficients
 
-# Weights are normalised in float64: a cumulative sum this close to one half is one half.
+# Normalised weights carry rounding errors, so a cumulative sum this close to one half counts as one half.
 _HALF_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class SpanOptions:
     """
-    What the methods of this module leave open.
+    Options of the span methods.
 
     Args:
         norm (`str`, *optional*, defaults to `"mean"`):
@@ -46,14 +47,15 @@ class SpanOptions:
         beta (`float`, *optional*, defaults to `0.0`):
             Power of the coherence that multiplies the norm.
         scale (`float`, *optional*, defaults to `1.0`):
-            Factor of `task_arithmetic`: with equal weights every expert is added `scale` times.
+            Factor of `task_arithmetic`: with equal weights, every delta is added `scale` times.
         tol (`float`, *optional*, defaults to `1e-12`):
             Norm of the gradient, in radians, at which the Karcher iteration stops.
         max_iter (`int`, *optional*, defaults to `100`):
-            Steps after which it gives up.
+            Maximum number of steps.
         on_ambiguous (`str`, *optional*, defaults to `"raise"`):
-            Coefficients of blocks where no direction is preferred: with `"linear"` the weights, as in a plain mean;
-            with `"raise"` NaN, for the caller to raise, who knows the names. Both are flagged.
+            Coefficients of blocks where no direction is preferred: `"linear"` takes the weights, as in a plain mean.
+            `"raise"` returns NaN, and the caller raises, because only the caller knows the tensor names. Such blocks
+            are flagged either way.
     """
 
     norm: Literal["mean", "median", "max"] = "mean"
@@ -80,7 +82,7 @@ SpanMethod = Callable[[Array, ArrayLike, SpanOptions], SpanResult]
 
 def linear(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
     """
-    Plain weighted mean, `c = w`. It is shorter than its inputs by the coherence.
+    Plain weighted mean, `c = w`. Of inputs of one norm, it is shorter than they are by the factor `coherence`.
 
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
@@ -95,7 +97,7 @@ def linear(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResul
 
 def task_arithmetic(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
     """
-    Scaled sum, `c_i = scale * N * w_i` (Ilharco et al. 2023): meant for deltas.
+    Scaled sum, `c_i = scale * N * w_i` (Ilharco et al. 2023); meant for deltas.
 
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
@@ -110,7 +112,7 @@ def task_arithmetic(points: Array, weights: ArrayLike, options: SpanOptions) -> 
 
 def nre(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
     """
-    Norm-rescaled mean: direction of the plain weighted mean `sum_i w_i x_i`, norm by policy.
+    Norm-rescaled mean: direction of the plain weighted mean `sum_i w_i x_i`, norm by `norm` and `beta`.
 
     Ambiguous where that mean is shorter than `MIN_MARGIN` times the mean of norms.
 
@@ -134,7 +136,8 @@ def slerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult
     """
     Point on the great circle from the first expert to the second, at the fraction `w_2` (Shoemake 1985).
 
-    This is the Karcher mean of two, in closed form. Ambiguous where the two are opposite, within `2 * MIN_MARGIN`.
+    This is the Karcher mean of two experts in closed form. Ambiguous where the two are opposite to within
+    `2 * MIN_MARGIN` rad.
 
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., 2, K)`, float64.
@@ -154,6 +157,8 @@ def slerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult
         )
     blocks = _Blocks.of(points, weights)
     first, second = blocks.units[..., 0, :], blocks.units[..., 1, :]
+    # The midpoint of two unit vectors is the point of their convex hull nearest to the origin: the same test as in
+    # `is_ambiguous`, in closed form.
     ambiguous = 0.5 * norms(first + second) < MIN_MARGIN
     angle = np.where(ambiguous, 0.0, distance(first, second))
     on_units = np.stack(slerp_coefficients(angle, blocks.direction_weights[..., 1]), axis=-1)
@@ -162,7 +167,7 @@ def slerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult
 
 def karcher(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
     """
-    Weighted Karcher mean of the directions (arXiv 2603.04972, section 3.4), norm by policy.
+    Weighted Karcher mean of the directions (arXiv 2603.04972, section 3.4), norm by `norm` and `beta`.
 
     Ambiguous where the directions do not lie in an open hemisphere; see `geometry.karcher.is_ambiguous`.
 
@@ -175,7 +180,7 @@ def karcher(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResu
         `SpanResult`: Coefficients, with steps and residual of the iteration.
     """
     blocks = _Blocks.of(points, weights)
-    # Weight 0 takes a block out of the search and of the iteration.
+    # All weights 0: neither the hemisphere search nor the iteration spends a step on a block that needs no answer.
     open_weights = np.where(blocks.coincide[..., None], 0.0, blocks.direction_weights)
     ambiguous = is_ambiguous(blocks.units, open_weights)
     open_weights[ambiguous] = 0.0
@@ -187,7 +192,7 @@ def karcher(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResu
 
 @dataclass(frozen=True)
 class _Blocks:
-    """What the directional methods need to know of the points."""
+    """Norms, directions and weights of the experts in each block, shared by the directional methods."""
 
     weights: Array  # (..., N)
     lengths: Array  # (..., N): norms of the points
@@ -201,7 +206,8 @@ class _Blocks:
         lengths = norms(points)
         moving = np.where(lengths > 0, spread, 0.0)
         total = dot(moving, np.ones_like(moving))[..., None]
-        # Dividing by a total that only rounding keeps from 1 would cost equal experts their exact weights.
+        # Divide only where a zero point was left out: elsewhere the total differs from 1 by rounding at most, and the
+        # division would change the weights in their last bits.
         total = np.where((total > 0) & (moving != spread).any(axis=-1, keepdims=True), total, 1.0)
         heaviest = np.take_along_axis(points, np.argmax(spread, axis=-1)[..., None, None], axis=-2)
         coincide = ((points == heaviest).all(axis=-1) | (spread == 0)).all(axis=-1)
@@ -217,10 +223,11 @@ class _Blocks:
         if options.beta == 0.0:
             return norm
         coherence = norms(combine(self.direction_weights, self.units))
-        # A vanishing coherence belongs to an ambiguous block, whose norm is not used.
+        # Where the coherence is 0 the block is ambiguous and its norm is not used; 1 avoids a division by zero.
         return norm * power(np.where(coherence > 0, coherence, 1.0), options.beta)
 
     def on_points(self, on_units: Array, options: SpanOptions) -> Array:
+        """Turn coefficients on unit vectors into coefficients on the points, with the target norm."""
         return on_units * (self.target_norm(options)[..., None] / np.where(self.lengths > 0, self.lengths, np.inf))
 
     def result(
@@ -231,6 +238,7 @@ class _Blocks:
         n_iter: NDArray[np.int64] | None = None,
         residual: Array | None = None,
     ) -> SpanResult:
+        """Fill in the exact answers where points coincide, and what `on_ambiguous` asks for, around `coefficients`."""
         ambiguous = np.asarray(ambiguous & ~self.coincide)
         coefficients = np.where(self.coincide[..., None], self.weights, coefficients)
         unanswered = self.weights if options.on_ambiguous == "linear" else np.full_like(self.weights, np.nan)

@@ -1,10 +1,10 @@
 """
 Methods that keep some elements of the experts' deltas and drop others: TIES (arXiv 2306.01708).
 
-A delta is the difference of an expert to the base. What is kept is decided by its magnitude: the `density` share of
-largest ones stays. The threshold that separates them is found exactly and in bounded memory, in two passes over the
-deltas: magnitudes are counted by the upper half of their bits, then those of the one bin that holds the threshold by
-the lower half. Counts add up in any order, so chunks, threads and processes do not matter.
+A delta is the difference of an expert to the base. The `density` share of its elements with the largest magnitudes is
+kept. The threshold between kept and dropped is found exactly and in bounded memory, by two histograms: one of all
+magnitudes by the upper half of their bits, then one, by the lower half, of those in the bin that holds the threshold.
+Counts are integers and add up the same in any order, so the result does not depend on chunks, threads or processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 # Shape suffixes: N = experts, D = elements.
 
 _LOW_BITS = 16
-HIGH_BINS = 1 << 15  # of the upper half of a float32 without its sign
+HIGH_BINS = 1 << 15  # values of the upper half of a float32 without its sign bit
 LOW_BINS = 1 << _LOW_BITS
 
 Counts = NDArray[np.int64]
@@ -25,7 +25,9 @@ Counts = NDArray[np.int64]
 
 def magnitude_keys(deltas: NDArray[np.floating]) -> NDArray[np.uint32]:
     """
-    Return whole numbers in the order of the magnitudes of deltas: the bits of `|delta|` as float32.
+    Return integers that sort like the magnitudes of deltas: the bits of `|delta|` as float32.
+
+    The bits of non-negative floats, read as integers, are in the order of the floats.
 
     Args:
         deltas: Any shape, finite. Magnitudes are rounded to float32 for the comparison only.
@@ -37,18 +39,18 @@ def magnitude_keys(deltas: NDArray[np.floating]) -> NDArray[np.uint32]:
 
 
 def n_kept(n_elements: int, density: float) -> int:
-    """Return how many of `n_elements` are to stay: at least one, else rounded down."""
+    """Return how many of `n_elements` are kept: `density` of them rounded down, but at least one."""
     return min(n_elements, max(1, int(density * n_elements)))
 
 
 @dataclass(frozen=True)
 class Search:
     """
-    The search for the `rank`-th largest key, after the upper half of its bits is known.
+    Search for the `rank`-th largest key, once the upper half of its bits is known.
 
     Attributes:
-        bin: the upper half of the key.
-        rank: which key of that bin it is, 1 the largest.
+        bin: the upper half of the key's bits.
+        rank: its rank among the keys of that bin; the largest has rank 1.
     """
 
     bin: int
@@ -69,13 +71,13 @@ class Search:
         return cls(*_from_the_top(counts, rank))
 
     def end(self, counts: Counts) -> int:
-        """Return the key, given `count_low` of all keys in the bin, `(LOW_BINS,)`."""
+        """Return the key, from `count_low` of all keys in the bin, `(LOW_BINS,)`."""
         low, _ = _from_the_top(counts, self.rank)
         return self.bin << _LOW_BITS | low
 
 
 def count_high(keys: NDArray[np.uint32]) -> Counts:
-    """Count keys by the upper half of their bits, `(HIGH_BINS,)`; counts of parts add up."""
+    """Count keys by the upper half of their bits, `(HIGH_BINS,)`; the counts of parts may be added."""
     return np.bincount(keys >> _LOW_BITS, minlength=HIGH_BINS)
 
 
@@ -89,19 +91,19 @@ def ties(
     deltas_ND: NDArray[np.float64], thresholds_N: NDArray[np.uint32], weights_N: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     r"""
-    Merge deltas element by element: trim, elect a sign, take the weighted mean of those that have it.
+    Merge deltas element by element: trim, elect a sign, average the deltas that have it.
 
     With \(m_i = [\,|\delta_i| \ge t_i]\), the elected sign is that of \(\sum_i w_i m_i \delta_i\) (positive where the
-    sum is 0), and the result \(\sum_i w_i \delta_i / \sum_i w_i\) over the kept deltas of that sign; 0 where there is
-    none. Elements equal to the threshold stay, as in the paper's code; with a base in bf16 there are many.
+    sum is 0). The result is \(\sum_i w_i \delta_i / \sum_i w_i\) over the kept deltas of that sign, or 0 if there is
+    none. Elements equal to the threshold are kept, as in the paper's code; with a base in bf16 there are many.
 
     Args:
         deltas_ND: Differences to the base, float64.
         thresholds_N: Keys of the smallest magnitudes that stay, as `magnitude_keys` gives them.
-        weights_N: Not negative.
+        weights_N: Non-negative.
 
     Returns:
-        `(D,)`, float64. Sums run over the experts in order, element by element: the same bits however `D` is cut.
+        `(D,)`, float64. Every element is summed over the experts in order, so no bit depends on how `D` is cut.
     """
     # In place where it can be: what takes the time is memory, not arithmetic.
     kept_ND = deltas_ND * (magnitude_keys(deltas_ND) >= thresholds_N[:, None])
@@ -109,6 +111,7 @@ def ties(
     for weight, kept_D in zip(weights_N, kept_ND):
         vote_D += np.multiply(kept_D, weight, out=term_D)
     elected_D = np.where(vote_D >= 0, 1.0, -1.0)
+    # Second loop over the experts: only now is the elected sign known, and only deltas that have it are averaged.
     total_D, share_D = np.zeros_like(vote_D), np.zeros_like(vote_D)
     for weight, kept_D in zip(weights_N, kept_ND):
         agrees_D = np.multiply(kept_D, elected_D, out=term_D) > 0
@@ -118,7 +121,7 @@ def ties(
 
 
 def _from_the_top(counts: Counts, rank: int) -> tuple[int, int]:
-    """Return the bin that holds the `rank`-th largest, and its rank among those in the bin."""
+    """Return the bin that holds the `rank`-th largest key, and the rank of that key within the bin."""
     above = np.cumsum(counts[::-1])
     if not 1 <= rank <= above[-1]:
         raise ValueError(f"There are {above[-1]} keys, so there is no {rank}-th largest.")

@@ -1,4 +1,4 @@
-"""All methods by name. Choices, help, planning, card and report derive from this table; nothing else names methods."""
+"""Table of all methods. Choices, help, planning, card and report derive from it; no other module names a method."""
 
 from __future__ import annotations
 

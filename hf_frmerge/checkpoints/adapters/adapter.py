@@ -1,4 +1,4 @@
-"""Open PEFT LoRA adapters: which modules they change, checked against their configuration and a base model."""
+"""Open PEFT LoRA adapters, and check their modules against their configuration and against a base model."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PEFT_PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<slot>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
 )
-_COMPARE_ELEMENTS = 1 << 22  # per step when a stored copy of the base is compared with the base
+_COMPARE_ELEMENTS = 1 << 22  # elements compared at a time when an adapter stores a copy of a base tensor
 
 
 @dataclass(frozen=True)
 class Adapter:
     """
-    A LoRA adapter whose headers were read and checked; factors are read module by module.
+    LoRA adapter with checked headers; factors are read module by module.
 
     Attributes:
-        checkpoint: its tensors; `checkpoint.source` says where they came from.
+        checkpoint: its tensors; `checkpoint.source` is their location.
         config: its `adapter_config.json`.
         deltas: target tensor -> low-rank delta.
         dense: target tensor -> full tensor that replaces the base's (`modules_to_save`).
-        base_layers: target tensor -> copy of the base's own tensor, which PEFT stores beside embedding factors.
+        base_layers: target tensor -> copy of the base tensor, which PEFT stores beside embedding factors.
     """
 
     checkpoint: Checkpoint
@@ -52,7 +52,7 @@ class Adapter:
 
     @property
     def spec(self) -> str:
-        """What the user calls this adapter."""
+        """Name of the adapter as the user wrote it."""
         return self.checkpoint.source.spec
 
     @property
@@ -70,33 +70,35 @@ class Adapter:
         """
         Return the same adapter with its modules mapped to tensors of a base checkpoint.
 
-        Module paths are those of the model in memory; the checkpoint may have another prefix (`"model."` more or
-        less). Whether a two-dimensional weight is stored transposed is read off the base's shape, and asked of the
-        base's class where it is square: PEFT's `fan_in_fan_out` is one flag for all modules, and often not true.
+        Module paths are those of the model in memory; the checkpoint may have another prefix (with or without
+        `"model."`). Whether a matrix is stored transposed follows from its shape in the base or, if it is square, from
+        the base's class. PEFT's `fan_in_fan_out` is not used: it is one flag for all modules, and often wrong.
 
         Args:
             shapes (`Mapping[str, Sequence[int]]`):
                 Shape of every tensor of the base checkpoint.
             structure (`Callable[[], ModelStructure]`, *optional*):
-                What the class of the base tells; called only if the tensors do not tell, since it costs seconds.
+                Returns the facts about the base's class; called only if the tensors do not decide, as it takes
+                seconds.
             into_adapter (`bool`, *optional*, defaults to `False`):
-                Whether the deltas stay an adapter. Then a tied output layer needs no tensor of its own, and nothing
-                depends on how weights are stored.
+                Whether the output is an adapter. Then a tied output layer needs no tensor in the base, and it does not
+                matter how weights are stored.
 
         Raises:
-            CheckpointError: If a module has no tensor, several, or one of another shape; if deltas are to be added to
-                a tied embedding, or to a square weight of which nothing tells how it is stored.
+            CheckpointError: If a module has no tensor, several, or one of another shape; if deltas would be added to a
+                tied embedding, or to a square weight of which it is unknown how it is stored.
         """
-        own = {delta.target: delta.shape for delta in self.deltas.values()}
-        own |= {name: info.shape for name, info in (self.dense | self.base_layers).items()}
+        changed = {delta.target: delta.shape for delta in self.deltas.values()}
+        changed |= {name: info.shape for name, info in (self.dense | self.base_layers).items()}
+        # Only tensors outside of the numbered layers can be tied, so only for these must the class be asked.
         outside = [name for name in (*self.deltas, *self.dense) if self._may_be_tied(name)]
         if not into_adapter and outside:
             self._refuse_tied(outside, structure())
         stored = {leaf(name) for name in shapes}
         alone = [name for name in self.deltas if into_adapter and name in outside and leaf(name) not in stored]
         alone = [name for name in alone if structure().tied is not None and structure().ties(name)]
-        targets = find_targets(self.spec, {name: own[name] for name in own if name not in alone}, shapes)
-        # PEFT stores a copy of a tied output layer, too; the tensor it repeats is compared as the input embedding.
+        targets = find_targets(self.spec, {name: changed[name] for name in changed if name not in alone}, shapes)
+        # PEFT also stores a copy of a tied output layer. It repeats the input embedding, which is compared anyway.
         base_layers = {name: info for name, info in self.base_layers.items() if name not in alone}
         for name, info in (self.dense | base_layers).items():
             self._check_shape(name, info.shape, targets[name], shapes[targets[name]])
@@ -113,10 +115,10 @@ class Adapter:
 
     def check_base_layers(self, base: Checkpoint) -> None:
         """
-        Compare the stored copies of base tensors with the base itself (call it on a matched adapter).
+        Compare the stored copies of base tensors with the base itself. Call it on a matched adapter.
 
         Raises:
-            CheckpointError: If a copy differs: the adapter was trained on another base.
+            CheckpointError: If a copy differs, that is, if the adapter was trained on another base.
         """
         for target, info in self.base_layers.items():
             theirs = base.tensors[target]
@@ -139,17 +141,21 @@ class Adapter:
         shapes: Mapping[str, Sequence[int]],
         structure: Callable[[], ModelStructure] | None,
     ) -> LowRankDelta:
-        """Bind a delta to a tensor of the base; without `structure` nothing depends on how a square one is stored."""
-        found, transposed = tuple(shapes[target]), delta.transposed
+        """
+        Return a delta with the name, shape and orientation of its tensor in the base.
+
+        Without `structure` the orientation of a square weight does not matter, as for a merged adapter.
+        """
+        stored, transposed = tuple(shapes[target]), delta.transposed
         if delta.kind != "linear":
-            self._check_shape(delta.target, delta.shape, target, found)
+            self._check_shape(delta.target, delta.shape, target, stored)
         else:
             as_linear = (delta.up.shape[0], delta.down.shape[1])
-            transposed = found != as_linear
-            self._check_shape(delta.target, as_linear[::-1] if transposed else as_linear, target, found)
-            if found == found[::-1] and structure is not None:
+            transposed = stored != as_linear
+            self._check_shape(delta.target, as_linear[::-1] if transposed else as_linear, target, stored)
+            if stored == stored[::-1] and structure is not None:
                 transposed = self._is_conv1d(delta, target, shapes, structure)
-        oriented = replace(delta, target=target, shape=found, transposed=transposed)
+        oriented = replace(delta, target=target, shape=stored, transposed=transposed)
         _refuse_unsupported_dora(self.spec, oriented)
         return oriented
 
@@ -160,23 +166,23 @@ class Adapter:
         shapes: Mapping[str, Sequence[int]],
         structure: Callable[[], ModelStructure],
     ) -> bool:
-        """Whether a square weight lies as `(n_in, n_out)`."""
+        """Whether a square weight is stored as `(n_in, n_out)`."""
         if not may_be_conv1d(target, shapes):
             return False
-        told = structure().is_conv1d(delta.module)
-        if told is None:
+        is_conv1d = structure().is_conv1d(delta.module)
+        if is_conv1d is None:
             raise CheckpointError(
                 f"Adapter {self.spec!r}: the weight of {delta.module!r} is square, and nothing tells whether the base "
                 "stores it as (in, out) or as (out, in): transformers does not know the base's class. Merge the "
                 "adapter into its base with PEFT's `merge_and_unload` and merge the full checkpoints."
             )
-        return told
+        return is_conv1d
 
-    def _check_shape(self, name: str, expected: Sequence[int], target: str, found: Sequence[int]) -> None:
-        if tuple(expected) != tuple(found):
+    def _check_shape(self, name: str, expected: Sequence[int], target: str, stored: Sequence[int]) -> None:
+        if tuple(expected) != tuple(stored):
             raise CheckpointError(
                 f"Adapter {self.spec!r}: {name!r} changes a weight of shape {tuple(expected)}, but {target!r} of the "
-                f"base has shape {tuple(found)}. It belongs to another base, or its vocabulary was resized."
+                f"base has shape {tuple(stored)}. It belongs to another base, or its vocabulary was resized."
             )
 
     def _may_be_tied(self, name: str) -> bool:
@@ -209,14 +215,14 @@ class Adapter:
 
 def open_adapter(source: Source) -> Adapter:
     """
-    Open a LoRA adapter, checking its configuration and the shape of every factor; contents are not read yet.
+    Open a LoRA adapter and check its configuration and the shape of every factor; contents are not read yet.
 
     Args:
         source (`Source`):
-            What `resolve` returned, of kind `"adapter"`.
+            Result of `resolve`, of kind `"adapter"`.
 
     Returns:
-        `Adapter`: deltas by target tensor (`module + ".weight"`; see `Adapter.match`).
+        `Adapter`: Deltas by target tensor (`module + ".weight"`; see `Adapter.match`).
 
     Raises:
         CheckpointError: If files are missing or broken, factors do not fit together, or the adapter is of a kind that
@@ -236,7 +242,7 @@ def open_adapter(source: Source) -> Adapter:
         factor = _FACTOR.fullmatch(stem)
         if factor:
             parts.setdefault(factor["module"], {})[factor["slot"]] = info
-        elif stem.endswith(".base_layer.weight"):
+        elif stem.endswith(".base_layer.weight"):  # PEFT's name for the original weight of an adapted module
             base_layers[stem.removesuffix(".base_layer.weight") + ".weight"] = info
         elif "lora_" in stem or ".base_layer." in stem or "trainable_tokens" in stem:
             raise CheckpointError(
@@ -275,6 +281,8 @@ def _build_delta(
             f"Adapter {spec!r}, module {module!r}: its configuration says rank {rank}, its factors have shapes "
             f"{down.shape} and {up.shape}. The configuration belongs to other weights.{grouped}"
         )
+    # Factors of an embedding give its transpose. For linear layers this is a first guess, which `match` corrects by
+    # the shape in the base.
     transposed = embedding or (config.fan_in_fan_out and not conv)
     shape = (down.shape[1], up.shape[0]) if transposed else (up.shape[0], *down.shape[1:])
     delta = LowRankDelta(

@@ -1,4 +1,4 @@
-"""Which base model adapters belong to, and the name that an adapter made from them gives it."""
+"""Find the base model that adapters share, and the name for it in the config of a merged adapter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def common_base(adapters: Sequence[Adapter], base: Source | None = None) -> tuple[str | None, str | None]:
     """
-    Return the name and revision that an adapter made from these gives its base model.
+    Return the name and revision of the base model, for an adapter merged from these.
 
-    A base that the user named settles it, whatever the adapters call theirs: it is named by its Hub id, also where it
-    is a copy of what an adapter names by a Hub id with the same last part; else by its path. Without one, the
-    adapters must agree. Two different names that are local paths are then taken as one base if their last parts
-    agree (the same folder, seen from two machines); Hub ids must be equal. An adapter that names no base agrees with
-    any. A Hub id goes before a path.
+    If the user named a base, it is that one, whatever the adapters call theirs. Its name is its Hub id, else its path;
+    but if the path is a copy of a Hub model that the adapters name (their last parts agree), it is that Hub id.
+    Otherwise the adapters must agree. Two different names of which one is a local path count as the same base if their
+    last parts agree (one folder seen from two machines); Hub ids must be equal. An adapter that names no base agrees
+    with any. A Hub id is preferred to a path.
 
     Args:
         adapters (`Sequence[Adapter]`):
@@ -36,7 +36,7 @@ def common_base(adapters: Sequence[Adapter], base: Source | None = None) -> tupl
     """
     named = [(adapter.spec, *_named_by(adapter)) for adapter in adapters if adapter.config.base_model]
     if base is not None:
-        return _name_of_given(base, {(name, revision) for _, name, revision in named})
+        return _name_of_chosen(base, {(name, revision) for _, name, revision in named})
     if not named:
         return None, None
     (first, name, revision), *others = named
@@ -57,22 +57,22 @@ def common_base(adapters: Sequence[Adapter], base: Source | None = None) -> tupl
 
 
 def base_notes(adapters: Sequence[Adapter], base: Source) -> list[str]:
-    """Say what adapters call their base where that is not the base that the user named."""
-    given, _ = name_of(base)
+    """Note the bases that adapters name, if they differ from the base that the user named."""
+    chosen, _ = name_of(base)
     others = [_named_by(adapter)[0] for adapter in adapters if adapter.config.base_model]
-    others = [repr(name) for name in dict.fromkeys(others) if not _same_base(name, given)]
+    others = [repr(name) for name in dict.fromkeys(others) if not _same_base(name, chosen)]
     return [f"The adapters were trained on {some(others)}; {base.spec!r} is taken for it."] if others else []
 
 
 def _named_by(adapter: Adapter) -> tuple[str, str | None]:
-    """What an adapter calls its base; a folder of the Hub's cache is called by its id on every machine."""
+    """Return the base an adapter names; a folder in a Hub cache is replaced by its Hub id, valid on every machine."""
     name = str(adapter.config.base_model)
     return cached_hub_id(name) or (name, adapter.config.revision)
 
 
-def _name_of_given(base: Source, named: set[tuple[str, str | None]]) -> tuple[str, str | None]:
+def _name_of_chosen(base: Source, named: set[tuple[str, str | None]]) -> tuple[str, str | None]:
     name, revision = name_of(base)
-    # Adapters of org/model and a folder .../model: a copy of it, and org/model is what others can load.
+    # Adapters that name org/model, and a local folder .../model: a copy of it. Others can only load org/model.
     copied = {(theirs, rev) for theirs, rev in named if _is_on_hub(theirs) and _last_part(theirs) == _last_part(name)}
     return copied.pop() if len(copied) == 1 and not is_hub_id(name) else (name, revision)
 

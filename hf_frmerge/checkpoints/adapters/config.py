@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a PEFT LoRA adapter: its scales, and what is refused because it is no plain LoRA."""
+"""Read `adapter_config.json` of a PEFT LoRA adapter: ranks and scales. What is not a plain LoRA is refused."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from hf_frmerge.kernels.interface import OVERFLOWS_AT
 
 CONFIG_NAME = "adapter_config.json"
 
-# PEFT methods whose update is a delta of the weight, which PEFT itself can rewrite as LoRA factors.
+# PEFT methods whose update is a delta of the weight: PEFT itself can convert it to LoRA factors.
 _CONVERTIBLE = frozenset(
     {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS"}
     | {"PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
 )
 
-# PEFT methods that leave the weights alone and add inputs, or layers of their own.
+# PEFT methods that do not change the weights, but add inputs or layers of their own.
 _WITHOUT_WEIGHTS = frozenset(
     {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"}
 )
 
-# Field of the config -> why a set value changes what the factors mean. DoRA is not here: the modules carry it.
+# Field of the config -> why the factors mean something else if it is set. DoRA is not in the list: it is supported,
+# and recognised by the magnitude vectors of the modules.
 _REFUSED = {
     "lora_bias": "its factors also carry a bias, which is no part of a low-rank delta",
     "trainable_token_indices": "it replaces single embedding rows beside the factors",
@@ -42,10 +43,12 @@ _REFUSED = {
     "monteclora_config": "its factors are samples of a distribution",
 }
 
-# Initialisations that subtract something from the base weights (or, for MiCA, take a factor from them).
+# Initialisations that change the base weights (or, for MiCA, take a factor from them): such factors are no delta to
+# the published base.
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
 
-# The remaining fields that look like switches of a variant (`use_*`, `*_config`) and are known to be harmless.
+# Fields that look like switches of a variant (`use_*`, `*_config`) and are known to be harmless. Any other one is
+# refused: a future PEFT version may change the meaning of the factors with it.
 _KNOWN_SWITCHES = frozenset(
     {"use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"}
 )
@@ -53,7 +56,7 @@ _KNOWN_SWITCHES = frozenset(
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What the factors of a LoRA adapter need from its `adapter_config.json`; `raw` keeps the file as it is."""
+    """Fields of `adapter_config.json` that decide what the factors mean; `raw` is the whole file."""
 
     raw: dict[str, Any]
     base_model: str | None
@@ -63,16 +66,16 @@ class AdapterConfig:
     fan_in_fan_out: bool
 
     def rank(self, module: str) -> int:
-        """Rank of `module` (path in the base model): `rank_pattern`, else `r`."""
+        """Return the rank of `module` (path in the base model): from `rank_pattern`, else `r`."""
         return int(self._pattern("rank_pattern", module, self.raw.get("r", 8)))
 
     def alpha(self, module: str) -> float:
-        """Numerator of the scale of `module`: `alpha_pattern`, else `lora_alpha`."""
+        """Return the numerator of the scale of `module`: from `alpha_pattern`, else `lora_alpha`."""
         return float(self._pattern("alpha_pattern", module, self.raw.get("lora_alpha", 8)))
 
     def scale(self, module: str) -> float:
         """
-        Effective scale `s` of `module`, so that its delta is `s * up @ down`.
+        Return the effective scale `s` of `module`: its delta is `s * up @ down`.
 
         `alpha / r`, or `alpha / sqrt(r)` for a rank-stabilised adapter (rsLoRA, arXiv 2312.03732).
         """
@@ -95,10 +98,10 @@ def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> Adapte
         folder (`LocalFolder` or `RemoteFolder`):
             Folder with `adapter_config.json`.
         spec (`str`):
-            What the user calls this adapter, for errors.
+            Name of the adapter as the user wrote it, for errors.
 
     Returns:
-        `AdapterConfig`: the fields that decide what the factors mean.
+        `AdapterConfig`: The fields that decide what the factors mean.
 
     Raises:
         CheckpointError: If the file is missing or broken, or the adapter is of a kind that is not a plain LoRA.
@@ -121,7 +124,7 @@ def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> Adapte
 
 
 def _check_numbers(raw: dict[str, Any], spec: str) -> None:
-    """Refuse ranks and scales that are no numbers, or that float32, in which an adapter is applied, cannot hold."""
+    """Check that ranks and alphas are numbers, and that alphas fit into float32, in which an adapter is applied."""
     ranks = {"r": raw.get("r", 8), **_entries(raw, "rank_pattern", spec)}
     alphas = {"lora_alpha": raw.get("lora_alpha", 8), **_entries(raw, "alpha_pattern", spec)}
     for key, value in ranks.items():

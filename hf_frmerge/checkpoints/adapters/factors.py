@@ -1,9 +1,9 @@
 """
-Delta of one weight as two low-rank factors, and the effective weight of a DoRA module.
+Low-rank delta of one weight, and the effective weight of a DoRA module.
 
-PEFT keeps, for every adapted module, a factor `down` (its `lora_A`, `(r, n_in)`) and a factor `up` (`lora_B`,
-`(n_out, r)`); the delta of the weight is `scale * up @ down`, transposed where the checkpoint stores the weight as
-`(n_in, n_out)`: `Conv1D` of GPT-2, and embeddings.
+For every adapted module PEFT stores a factor `down` (`lora_A`, `(r, n_in)`) and a factor `up` (`lora_B`,
+`(n_out, r)`). The delta of the weight is `scale * up @ down`. It is transposed if the checkpoint stores the weight as
+`(n_in, n_out)`, as GPT-2's `Conv1D` and embeddings do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_frmerge.kernels.product import product
 @dataclass(frozen=True)
 class LowRankDelta:
     """
-    Delta of one weight, known as two factors that are read when asked for.
+    Delta of one weight as two factors, which are read on demand.
 
     Attributes:
         checkpoint: the adapter's tensors.
@@ -34,9 +34,9 @@ class LowRankDelta:
         rank: number of columns of `up` and rows of `down`.
         scale: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA.
         shape: shape of the delta as the base checkpoint stores it.
-        transposed: whether that is the transpose of `up @ down`.
-        down, up: where the factors lie.
-        magnitude: DoRA's length of every output row; such a module has no low-rank delta.
+        transposed: whether that shape is the one of `(up @ down).T`.
+        down, up: location of the factors.
+        magnitude: DoRA's norm of every output row; a module that has it has no low-rank delta.
     """
 
     checkpoint: Checkpoint
@@ -53,7 +53,7 @@ class LowRankDelta:
 
     @property
     def is_dora(self) -> bool:
-        """Whether the effective weight is a DoRA weight: defined, but not the base plus a low-rank delta."""
+        """Whether this is a DoRA module, whose effective weight is not the base plus a low-rank delta."""
         return self.magnitude is not None
 
     @property
@@ -63,11 +63,11 @@ class LowRankDelta:
 
     def read(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
         """
-        Read the factors as PEFT lays them out, without the scale.
+        Read the factors in PEFT's layout, without the scale.
 
         Returns:
-            `tuple`: `up` `(n_out, r)` and `down` `(r, n_in)`, float32 (float64 if stored so). Kernels of a
-            convolution are flattened into `n_in`.
+            `tuple`: `up` `(n_out, r)` and `down` `(r, n_in)`, float32 (float64 if stored as such). The kernel of a
+            convolution is flattened into `n_in`.
 
         Raises:
             CheckpointError: If the module is a DoRA module, which has no low-rank delta.
@@ -87,7 +87,7 @@ class LowRankDelta:
 
     def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """
-        Read the factors as the base checkpoint lays out the weight, with the scale in the left one.
+        Read the factors in the layout of the base checkpoint, with the scale multiplied into the left one.
 
         Returns:
             `tuple`: `left` `(rows, r)` and `right` `(r, cols)`, float32, contiguous. Rows `[a, b)` of the delta
@@ -95,18 +95,18 @@ class LowRankDelta:
 
         Raises:
             CheckpointError: If the module is a DoRA module, which has no low-rank delta.
-            NonFiniteError: If a factor holds NaN or infinity, or float32 cannot hold it.
+            NonFiniteError: If a factor holds NaN or infinity, or does not fit into float32.
         """
         return self._lay_out(*self.read())
 
     def read_magnitude(self) -> NDArray[np.floating]:
-        """Read DoRA's length of every output row, `(rows,)`."""
+        """Read DoRA's norm of every output row, `(rows,)`."""
         if self.magnitude is None:
             raise ValueError(f"Module {self.module!r} has no magnitude: it is not a DoRA module.")
         return self._read(self.magnitude).reshape(-1)
 
     def dora_weight(self) -> DoraWeight:
-        """Read what is needed to compute the effective weight of a DoRA module row by row."""
+        """Read factors and magnitudes, from which the effective weight of a DoRA module is computed row by row."""
         return DoraWeight(*self._lay_out(*self._read_pair()), self.read_magnitude())
 
     def _read_pair(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
@@ -116,7 +116,7 @@ class LowRankDelta:
         self, up: NDArray[np.floating], down: NDArray[np.floating]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         left, right = (down.T, up.T) if self.transposed else (up, down)
-        scaled = left * np.float64(self.scale)  # in float64, so that a scale such as 1/3 is rounded in once only
+        scaled = left * np.float64(self.scale)  # in float64, so that a scale such as 1/3 is not rounded beforehand
         with np.errstate(over="ignore"):
             single = scaled.astype(np.float32, order="C"), np.ascontiguousarray(right, dtype=np.float32)
         if not all(np.isfinite(factor).all() for factor in single):
@@ -145,7 +145,7 @@ class DoraWeight:
     Effective weight of a DoRA module (arXiv 2402.09353, eq. 5): `magnitude * (W0 + delta) / ‖W0 + delta‖` by rows.
 
     Attributes:
-        left: `(rows, r)`, float32, with the scale in it.
+        left: `(rows, r)`, float32, scale included.
         right: `(r, cols)`, float32.
         magnitude: `(rows,)`.
     """
@@ -156,7 +156,7 @@ class DoraWeight:
 
     def rows(self, base_rows: NDArray[np.floating], start: int) -> NDArray[np.float32]:
         """
-        Return the effective weight of the rows from `start` on.
+        Compute the effective weight of the rows from `start` on.
 
         Args:
             base_rows (`numpy.ndarray`):
@@ -169,7 +169,7 @@ class DoraWeight:
         """
         stop = start + len(base_rows)
         rows = base_rows + product(self.left[start:stop], self.right)
-        found = norms(rows.astype(np.float64))
-        wanted = self.magnitude[start:stop].astype(np.float64)
-        factor = np.divide(wanted, found, out=np.zeros_like(found), where=found > 0)
+        lengths = norms(rows.astype(np.float64))
+        magnitudes = self.magnitude[start:stop].astype(np.float64)
+        factor = np.divide(magnitudes, lengths, out=np.zeros_like(lengths), where=lengths > 0)
         return (rows * factor[:, None]).astype(np.float32)

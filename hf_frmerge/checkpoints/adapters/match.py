@@ -1,4 +1,4 @@
-"""Map tensor names of a model in memory to names in a checkpoint that was saved with another prefix."""
+"""Map the tensor names of an adapter, which are those of a model in memory, to the names in the base checkpoint."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def find_targets(
     """
     Find the base tensor of every name of an adapter.
 
-    Names that the base has are taken as they are. The others must all become base tensors by one and the same change
-    of prefix (`"model."` added, `"transformer."` removed, `"language_model.model."` for `"model.language_model."`): a
-    rule for each name alone would let the layers of a vision tower answer for those of the language model.
+    Names that the base has are taken as they are. The others must all become base tensors by the same change of prefix
+    (`"model."` added, `"transformer."` removed, `"language_model.model."` for `"model.language_model."`). Matching
+    each name by itself could assign layers of a vision tower to layers of the language model.
 
     Args:
         spec (`str`):
-            What the user calls the adapter, for errors.
+            Name of the adapter as the user wrote it, for errors.
         names (`Mapping[str, Sequence[int]]` or `Iterable[str]`):
-            Tensor names the adapter asks for; where several changes of prefix fit, shapes decide if they are given
-            (those of a matrix in any order: it may be stored transposed).
+            Tensor names in the adapter, with or without shapes. Shapes decide if several changes of prefix fit (the
+            two sizes of a matrix in either order, since it may be stored transposed).
         shapes (`Mapping[str, Sequence[int]]`):
             Shape of every tensor of the base.
 
     Returns:
-        `dict[str, str]`: adapter's name -> base's name.
+        `dict[str, str]`: Name in the adapter -> name in the base.
 
     Raises:
         CheckpointError: If no change of prefix fits, or more than one.
@@ -45,8 +45,10 @@ def find_targets(
     by_leaf: dict[str, list[str]] = {}
     for key in shapes:
         by_leaf.setdefault(leaf(key), []).append(key)
+    # All names must share one change of prefix, so every candidate can be found from the first name.
     possible = {_edit(unknown[0], key) for key in by_leaf.get(leaf(unknown[0]), [])}
     edits = {edit for edit in possible if edit and all(_apply(edit, name) in shapes for name in unknown)}
+    # If shapes rule out all candidates, keep them: the error below then lists them.
     if len(edits) > 1 and isinstance(names, Mapping):
         edits = {
             edit
@@ -59,9 +61,9 @@ def find_targets(
             f"{_closest(unknown[0], by_leaf)}. Pass the base it was trained on."
         )
     if len(edits) > 1:
-        found = sorted(str(_apply(edit, unknown[0])) for edit in edits)
+        candidates = sorted(str(_apply(edit, unknown[0])) for edit in edits)
         raise CheckpointError(
-            f"Adapter {spec!r}: {unknown[0]!r} could mean several tensors of the base: {some(found)}. "
+            f"Adapter {spec!r}: {unknown[0]!r} could mean several tensors of the base: {some(candidates)}. "
             "Save the base with the class the adapter was trained on."
         )
     (edit,) = edits
@@ -74,10 +76,10 @@ def find_targets(
 
 def _edit(name: str, key: str) -> tuple[str, str] | None:
     """
-    Change of prefix `(removed, added)` that turns `name` into `key`.
+    Return the change of prefix `(removed, added)` that turns `name` into `key`.
 
-    None if it would turn a model into another (`bert.`, `roberta.`), or a layer or an expert: parts of a prefix come,
-    go, or change places, but numbers do not.
+    None if the change would replace a part (`bert.` by `roberta.`, another model) or move a number (another layer or
+    expert). Parts of a prefix may be added, removed or reordered, but not both added and removed.
     """
     mine, theirs = name.split("."), key.split(".")
     while mine and theirs and mine[-1] == theirs[-1]:
@@ -89,6 +91,7 @@ def _edit(name: str, key: str) -> tuple[str, str] | None:
 
 
 def _apply(edit: tuple[str, str], name: str) -> str | None:
+    """Change the prefix of a name; None if it does not have the prefix."""
     removed, added = edit
     return added + name.removeprefix(removed) if name.startswith(removed) else None
 

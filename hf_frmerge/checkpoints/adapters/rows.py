@@ -1,4 +1,4 @@
-"""The modules of several adapters side by side: which adapter changes which, and do they fit together."""
+"""Align the modules of several adapters, check that they fit together, and report which adapter lacks which."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hf_frmerge.geometry.lowrank import Factors
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One module in all adapters; None where an adapter does not change it."""
+    """Deltas of one module in all adapters; None for an adapter that does not change it."""
 
     deltas: tuple[LowRankDelta | None, ...]
 
     @property
     def first(self) -> LowRankDelta:
-        """Delta of the first adapter that has one; it names the module and gives the shapes."""
+        """Delta of the first adapter that changes the module; it gives the name and the shapes."""
         return next(delta for delta in self.deltas if delta is not None)
 
     @property
@@ -35,11 +35,11 @@ class AdapterRow:
 
     @property
     def n_in(self) -> int:
-        """Columns of `down`, a convolution's kernel included."""
+        """Columns of `down`, including the kernel of a convolution."""
         return math.prod(self.first.down.shape[1:])
 
     def factors(self, only: Sequence[bool] | None = None) -> list[Factors]:
-        """Read the factors; rank 0 for an adapter without the module, or not among `only`."""
+        """Read the factors; an adapter without the module, or for which `only` is False, has factors of rank 0."""
         nothing = Factors(np.zeros((self.n_out, 0)), np.zeros((0, self.n_in)))
         wanted = only or [True] * len(self.deltas)
         return [
@@ -50,10 +50,10 @@ class AdapterRow:
 
 def align_adapters(adapters: Sequence[Adapter]) -> list[AdapterRow]:
     """
-    Line up the modules of all adapters, in the order they first appear.
+    Align the modules of all adapters, in the order in which they first appear.
 
     Raises:
-        CheckpointError: If a module has different kinds or shapes.
+        CheckpointError: If a module has another kind or shape in one adapter than in another.
     """
     targets = list(dict.fromkeys(target for adapter in adapters for target in adapter.deltas))
     rows = [AdapterRow(tuple(adapter.deltas.get(target) for adapter in adapters)) for target in targets]
@@ -74,7 +74,7 @@ def missing_notes(
     adapters: Sequence[Adapter], rows: Sequence[AdapterRow], strict: bool, *, is_matched: bool
 ) -> list[str]:
     """
-    Say which adapters do not change which modules.
+    Note which adapters do not change which modules.
 
     Args:
         adapters (`Sequence[Adapter]`):
@@ -82,12 +82,13 @@ def missing_notes(
         rows (`Sequence[AdapterRow]`):
             What `align_adapters` returned for them.
         strict (`bool`):
-            Refuse a module that an adapter lacks.
+            Raise if an adapter lacks a module.
         is_matched (`bool`):
-            Whether a base tells which names mean one module.
+            Whether the names were matched to a base, so that each module has one name.
 
     Raises:
-        CheckpointError: If that is not allowed (`strict`), or a module only seems missing because it has another name.
+        CheckpointError: If a module is missing and `strict` is set, or if it seems to be missing only because it has
+            another name.
     """
     if not is_matched:
         _refuse_other_names(adapters, rows)
@@ -109,7 +110,7 @@ def missing_notes(
 
 
 def _refuse_other_names(adapters: Sequence[Adapter], rows: Sequence[AdapterRow]) -> None:
-    """Refuse two adapters that each lack a module of the other which is alike but for what stands before its name."""
+    """Raise if two adapters each lack a module of the other, and the two modules differ only in their prefix."""
     for (i, one), (j, other) in combinations(enumerate(adapters), 2):
         only_one = {_likeness(row.deltas[i]): row for row in rows if row.deltas[i] and not row.deltas[j]}
         only_other = {_likeness(row.deltas[j]): row for row in rows if row.deltas[j] and not row.deltas[i]}
@@ -123,7 +124,7 @@ def _refuse_other_names(adapters: Sequence[Adapter], rows: Sequence[AdapterRow])
 
 
 def _likeness(delta: LowRankDelta | None) -> tuple[object, ...]:
-    """What one module has in common under all names: last name, layer, kind and shape."""
+    """Return what a module has in common under all its names: last part, layer, kind and shape."""
     assert delta is not None
     parts = delta.module.split(".")
     layer = tuple(part for part in parts if part.isdigit())
@@ -133,7 +134,7 @@ def _likeness(delta: LowRankDelta | None) -> tuple[object, ...]:
 def zero_notes(
     adapters: Sequence[Adapter], rows: Sequence[AdapterRow], grams: Sequence[NDArray[np.float64]]
 ) -> list[str]:
-    """Say which adapters have zero deltas, given the Gram matrix `(N, N)` of every row."""
+    """Note which adapters have zero deltas, from the Gram matrix `(N, N)` of every row."""
     notes = []
     for index, adapter in enumerate(adapters):
         zero = [

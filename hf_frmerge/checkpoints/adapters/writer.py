@@ -28,7 +28,7 @@ _KEYS = {
     "embedding": (".lora_embedding_A", ".lora_embedding_B"),
 }
 
-# Fields of a source's configuration that say how it was trained or which modules it chose: not true of the result.
+# Fields that say how a source adapter was trained, or how it chose its modules. They do not hold for the result.
 _RESET: dict[str, Any] = {
     "use_rslora": False,
     "use_dora": False,
@@ -52,12 +52,12 @@ _RESET: dict[str, Any] = {
 @dataclass(frozen=True)
 class AdapterModule:
     """
-    One module of an adapter to be written.
+    One module of a new adapter.
 
     Attributes:
         module: path in the base model.
         kind: `"linear"`, `"embedding"` or `"conv"`.
-        rank: rank of its factors; its scale will be 1.
+        rank: rank of its factors; its scale is 1.
         n_out: rows of `up`.
         input_shape: `(n_in,)`, or `(n_in, *kernel)` for a convolution.
     """
@@ -82,16 +82,16 @@ class AdapterModule:
 
 def make_config(source: Mapping[str, Any], modules: Sequence[AdapterModule]) -> dict[str, Any]:
     """
-    Return the `adapter_config.json` under which PEFT gives every module of the new adapter scale 1.
+    Make the `adapter_config.json` of a new adapter, in which PEFT gives every module scale 1.
 
     Args:
         source (`Mapping[str, Any]`):
-            Configuration of an adapter it was made from: its base model, revision, task and `fan_in_fan_out` stay.
+            Configuration of a source adapter. Its base model, revision, task and `fan_in_fan_out` are kept.
         modules (`Sequence[AdapterModule]`):
             Modules with their ranks.
     """
     common = Counter(module.rank for module in modules).most_common(1)[0][0]
-    # PEFT reads the keys as regular expressions for the end of a path; these match one path each.
+    # PEFT matches these keys as regular expressions at the end of a module path; "^" makes each match one path only.
     ranks = {"^" + re.escape(module.module): module.rank for module in modules if module.rank != common}
     return {
         **source,
@@ -107,8 +107,9 @@ def make_config(source: Mapping[str, Any], modules: Sequence[AdapterModule]) -> 
 
 class AdapterWriter:
     """
-    Writes factors under a temporary name; `publish` renames them, and whoever calls it gives the adapter its
-    configuration last.
+    Writer of a new adapter: factors go to a temporary file, which `publish` renames.
+
+    The caller writes the configuration after that: without it no loader takes the folder for an adapter.
 
     Args:
         output_dir (`str` or `Path`):
@@ -126,13 +127,13 @@ class AdapterWriter:
 
     def lay_out(self, modules: Sequence[AdapterModule], config: Mapping[str, Any]) -> None:
         """
-        Make the file, or go on with the one an earlier run left if it is of the same layout.
+        Create the file, or open the one of an earlier run if it has the same layout.
 
         Args:
             modules (`Sequence[AdapterModule]`):
-                What will be written.
+                Modules that will be written.
             config (`Mapping[str, Any]`):
-                What `make_config` returned.
+                Result of `make_config`.
         """
         self.config = dict(config)
         tensors = [(key, self.dtype, shape) for module in modules for key, shape in zip(module.keys, module.shapes)]
@@ -154,7 +155,7 @@ class AdapterWriter:
         """
         written = []
         for key, values in zip(module.keys, (down, up)):
-            with np.errstate(over="ignore"):  # looked at below
+            with np.errstate(over="ignore"):  # an overflow is checked for below
                 written.append(narrow(values, self.dtype))
             if not np.isfinite(widen(written[-1], self.dtype)).all():
                 raise self._not_finite(module, float(np.abs(values).max()))
@@ -176,15 +177,15 @@ class AdapterWriter:
         return down, up
 
     def sync(self) -> None:
-        """Force the file to disk and close it."""
+        """Sync the file to disk and close it."""
         self._file.sync()
 
     def publish(self) -> None:
-        """Give the weights their name. Without its configuration an adapter is none to any loader."""
+        """Rename the weights into place. The folder is an adapter only once its configuration is there, too."""
         self._file.publish()
 
     def write_config(self) -> Path:
-        """Write the configuration beside the unfinished weights, for the last rename of all."""
+        """Write the configuration into the staging folder and return its path; renaming it is the last step."""
         path = self.staging / CONFIG_NAME
         write_file(path, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
         return path
@@ -204,7 +205,7 @@ class AdapterWriter:
 def new_adapter(
     output_dir: str | Path, modules: Sequence[AdapterModule], config: Mapping[str, Any], dtype: str
 ) -> Iterator[AdapterWriter]:
-    """Open a writer for a new adapter that is finished on leaving without an error; an error removes what was made."""
+    """Open a writer for a new adapter; it is published at the end of the block, or removed if the block raises."""
     writer = AdapterWriter(output_dir, dtype)
     remove_folder(writer.staging)
     make_folder(writer.staging)
@@ -212,7 +213,7 @@ def new_adapter(
         writer.lay_out(modules, config)
         yield writer
         writer.sync()
-        remove_file(writer.output_dir / CONFIG_NAME)  # no half-replaced adapter can be loaded
+        remove_file(writer.output_dir / CONFIG_NAME)  # so that a half-replaced adapter cannot be loaded
         writer.publish()
         rename(writer.write_config(), writer.output_dir / CONFIG_NAME)
     finally:

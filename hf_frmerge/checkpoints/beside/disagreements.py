@@ -1,4 +1,4 @@
-"""Where the models of a merge disagree about configs, vocabularies and chat templates, and which one is taken."""
+"""Find where the models of a merge disagree about configs, vocabularies and chat templates, and say which is taken."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.reader import read_file, read_json, some
 from hf_frmerge.errors import CheckpointError
 
-# Differences that say nothing about the function: names, versions, and dtypes (which alignment reports).
+# Keys that do not affect what a model computes: names, versions, and dtypes (which alignment reports).
 _IGNORED_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-# Worth a word even where one config leaves them to the default of its transformers version.
+# Keys that are reported even if one config leaves them to the default of its transformers version.
 _IMPORTANT_PARTS = (
     "rope",
     "eos_token_id",
@@ -34,25 +34,25 @@ _ABSENT = "not given"
 
 def find_disagreements(sources: Sequence[Source]) -> list[str]:
     """
-    Say where configs, tokenizers and chat templates differ, and which one the output takes.
+    Describe where configs, tokenizers and chat templates differ, and which one the output takes.
 
     Args:
         sources (`Sequence[Source]`):
-            Donor first, then the others. Adapters without a config or tokenizer of their own are passed over.
+            Donor first, then the others. Adapters without a config or tokenizer of their own are skipped.
 
     Returns:
-        `list[str]`: One sentence per difference; empty if all agree.
+        `list[str]`: One sentence for each difference; empty if all agree.
     """
     folders = [(source, open_folder(source.path)) for source in dict.fromkeys(sources)]
     try:
-        found = _differing_configs(folders, CONFIG_FILE) + _differing_configs(folders, "generation_config.json")
+        in_configs = _differing_configs(folders, CONFIG_FILE) + _differing_configs(folders, "generation_config.json")
     except OSError as error:
         raise CheckpointError(f"Configs could not be compared: {error}.") from error
-    return found + find_tokenizer_disagreements(sources)
+    return in_configs + find_tokenizer_disagreements(sources)
 
 
 def find_tokenizer_disagreements(sources: Sequence[Source]) -> list[str]:
-    """Say where vocabularies, special tokens and chat templates differ; of each, that of the first holder is taken."""
+    """Describe where vocabularies, special tokens and chat templates differ; those of the first model are taken."""
     folders = [(source, open_folder(source.path)) for source in dict.fromkeys(sources)]
     try:
         return _differing_vocabularies(folders) + _differing_special_tokens(folders) + _differing_templates(folders)
@@ -61,7 +61,7 @@ def find_tokenizer_disagreements(sources: Sequence[Source]) -> list[str]:
 
 
 def token_ids(source: Source) -> dict[str, int]:
-    """Return the id of every token in the `tokenizer.json` of a model, those that were added included."""
+    """Return the id of every token in the `tokenizer.json` of a model, including added tokens."""
     return _token_ids(source, read_file(open_folder(source.path), "tokenizer.json", source.spec))
 
 
@@ -85,7 +85,7 @@ def _differing_configs(folders: _Folders, name: str) -> list[str]:
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; rotary settings under one name, whichever transformers version wrote them."""
+    """Flatten a config to dotted keys; rotary settings get the names of the newest transformers version."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if key in _IGNORED_KEYS:
@@ -109,7 +109,7 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _by_value(values: list[tuple[Source, str]]) -> str:
-    """Put sources of one value together: `1 in 'a' and 'b' (taken), 2 in 'c'`."""
+    """Group sources by value: `1 in 'a' and 'b' (taken), 2 in 'c'`."""
     holders: dict[str, list[str]] = {}
     for source, value in values:
         holders.setdefault(_short(value), []).append(repr(source.spec))
@@ -142,7 +142,7 @@ def _differing_vocabularies(folders: _Folders) -> list[str]:
 
 
 def _vocabulary_difference(name: str, reference: tuple[Source, bytes], other: tuple[Source, bytes]) -> str:
-    """Say how many tokens have another id; empty if only settings around the vocabulary differ."""
+    """Describe how many tokens have another id; empty if only the settings around the vocabulary differ."""
     if name != "tokenizer.json":
         return "other bytes"
     ours, theirs = _token_ids(*reference), _token_ids(*other)
@@ -172,7 +172,7 @@ def _differing_special_tokens(folders: _Folders) -> list[str]:
 
 
 def _text_of(token: Any) -> Any:
-    """Text of a token that may be stored with its settings."""
+    """Return the text of a token, which may be stored as an object with its settings."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -189,7 +189,7 @@ def _differing_templates(folders: _Folders) -> list[str]:
 
 
 def _chat_template(folder: LocalFolder | RemoteFolder, source: Source) -> str | None:
-    """Text of the chat template, empty if the tokenizer has none, None if there is no tokenizer."""
+    """Return the text of the chat template, empty if the tokenizer has none, None if there is no tokenizer."""
     if folder.exists("chat_template.jinja"):
         return read_file(folder, "chat_template.jinja", source.spec).decode(errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):

@@ -1,4 +1,4 @@
-"""The donor of a merge: which of its files a loader needs beside the weights, and its config with another dtype."""
+"""Files the output takes from its donor (the base, else the first full expert), and the config with a new dtype."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG_FILE = "config.json"
 
 _SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".codes", ".py")
 _TEMPLATES = "additional_chat_templates"
-# Files that describe the donor's weights, its training or its evaluation, not the model's inputs.
+# Not copied: files about the donor's weights, its training or its evaluation.
 _NOT_COPIED = {
     CONFIG_FILE,
     "config_sentence_transformers.json",
@@ -30,7 +30,7 @@ _NOT_COPIED = {
     "trainer_state.json",
 }
 _NOT_COPIED_PARTS = ("adapter_", ".index.json", "_results", "eval_", "train_", "training_", "optimizer", "readme")
-# Asked for by name where a server cannot list a folder.
+# Names to try if a server cannot list a folder.
 _KNOWN = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -53,7 +53,7 @@ _KNOWN = (
 
 def donor_files(source: Source) -> list[str]:
     """
-    List what a merged model takes over from its donor besides weights and `config.json`.
+    List the files that a merged model takes from its donor, besides weights and `config.json`.
 
     Args:
         source (`Source`):
@@ -75,9 +75,9 @@ def donor_files(source: Source) -> list[str]:
 
 def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = None) -> Path:
     """
-    Write the donor's `config.json`, changed in its dtype only.
+    Write the donor's `config.json`, changed only in its dtype.
 
-    Write it last: a folder without it is not a model to any loader.
+    It must be the last file: no loader takes a folder without it for a model.
 
     Args:
         source (`Source`):
@@ -85,7 +85,7 @@ def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = 
         output_dir (`str` or `Path`):
             Folder to write into.
         dtype (`str`, *optional*):
-            Name of the output dtype, such as `"bfloat16"`. None or `"auto"` keeps what the donor says.
+            Name of the output dtype, such as `"bfloat16"`. None or `"auto"` keeps the donor's.
 
     Returns:
         `Path`: The file.
@@ -106,7 +106,7 @@ def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = 
 
 
 def list_folder(folder: LocalFolder | RemoteFolder) -> list[str]:
-    """Names of a folder's files and of its further chat templates; of a server that lists none, the known ones."""
+    """List the files of a folder and its further chat templates; if a server cannot list, the known names it has."""
     try:
         templates = [name for name in folder.names(_TEMPLATES) if name.endswith(".jinja")]
         return folder.names() + [f"{_TEMPLATES}/{name}" for name in templates]
@@ -127,8 +127,9 @@ def _is_copied(name: str) -> bool:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
-    """Set the dtype of a config and of the configs nested in it; whether anything changed."""
+    """Set the dtype of a config and of the configs nested in it; return whether anything changed."""
     changed = False
+    # transformers renamed `torch_dtype` to `dtype`: change whichever the config has.
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     for key in keys:
         changed |= config[key] != dtype

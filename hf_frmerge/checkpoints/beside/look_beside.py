@@ -1,4 +1,4 @@
-"""What lies beside the weights of the models of a merge: what the output takes over from whom, and what is left."""
+"""Decide which files beside the weights the output takes, from which model, and say which are left behind."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from hf_frmerge.checkpoints.source import Source
 from hf_frmerge.checkpoints.tensors.reader import read_file, read_json, some
 from hf_frmerge.errors import CheckpointError
 
-# What turns text, images or sound into inputs of the model.
+# Files that turn text, images or sound into inputs of the model: tokenizers, chat templates, processors.
 _INPUTS = re.compile(
     r"tokenizer.*|added_tokens\.json|special_tokens_map\.json|vocab\..+|merges\.txt|.+\.(model|tiktoken|spm|codes)"
     r"|chat_template\..+|additional_chat_templates/.+|(video_)?(pre)?processor_config\.json"
 )
-# Of these, differences are told by what they mean (disagreements.py), not by their bytes.
+# Of these, the files that disagreements.py compares by meaning; they are not compared by bytes as well.
 _COMPARED = re.compile(
     r"tokenizer(_config)?\.json|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|vocab\..+|merges\.txt"
     r"|added_tokens\.json|special_tokens_map\.json|chat_template\..+"
 )
-# No loader of the merged model would look at these: weights in other formats, traces of the training, documents.
+# Files that no loader of the merged model reads: weights in other formats, traces of the training, documents.
 _IRRELEVANT = re.compile(
     r"config\.json|model(-\d+-of-\d+)?\.safetensors|adapter_(config\.json|model\..+)|consolidated.*|.+\.index\.json"
     r"|(pytorch|tf|flax|rust)_model.*|.+\.(gguf|onnx|onnx_data|h5|msgpack|ot|mlmodel|tflite)"
@@ -53,7 +53,7 @@ _IRRELEVANT_FOLDERS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class CarriedFile:
-    """A file that the output takes over, under its name, from one of the models."""
+    """File that the output takes from one of the models, under the same name."""
 
     source: Source
     name: str
@@ -61,7 +61,7 @@ class CarriedFile:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What the output takes over beside weights and config, and what should be said about it and about the rest."""
+    """Files the output takes besides weights and config, and notes about these and about files left behind."""
 
     files: tuple[CarriedFile, ...]
     notes: tuple[str, ...]
@@ -69,12 +69,12 @@ class Beside:
 
 def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter: bool) -> Beside:
     """
-    Decide what lies beside the merged weights, by reading small files only.
+    Decide which files lie beside the merged weights. Reads small files only.
 
-    A full model gets the files of its donor (base, else first full expert), and inputs (tokenizer, chat template,
-    processor) of the first expert that has some if the donor has none. A merged adapter gets the inputs of its
-    adapters if they agree. Both get the steps of sentence-transformers that the experts agree on, else those of the
-    base.
+    A full model gets the files of its donor (base, else first full expert). If the donor has no tokenizer, it gets
+    the inputs (tokenizer, chat template, processor) of the first model that has one. A merged adapter gets the inputs
+    of its adapters if they agree. Both get the sentence-transformers modules of the experts, which must agree, else
+    those of the base.
 
     Args:
         experts (`Sequence[Source]`):
@@ -85,32 +85,32 @@ def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter
             Whether the output is an adapter.
 
     Returns:
-        `Beside`: The files, and sentences on what comes from others than the donor, what differs, what was left.
+        `Beside`: The files, and notes on files that come from another model, that differ, or that are left behind.
 
     Raises:
-        CheckpointError: If a file cannot be read or makes no sense, or experts pool their outputs differently.
+        CheckpointError: If a file cannot be read or parsed, or experts pool their outputs differently.
     """
     experts = list(dict.fromkeys(experts))
     models = list(dict.fromkeys([*([base] if base and not makes_adapter else []), *experts]))
     try:
-        lying = [_Lying.of(model) for model in models]
+        model_folders = [_ModelFolder.of(model) for model in models]
         carried: dict[str, Source] = {}
         donor = base or next((expert for expert in experts if expert.kind == "full"), None)
         if makes_adapter or donor is None:
-            notes = _inputs_of_adapters(lying, carried)
+            notes = _inputs_of_adapters(model_folders, carried)
         else:
             carried.update(dict.fromkeys(donor_files(donor), donor))
-            notes = _inputs_without_donor(lying, carried) + find_disagreements([donor, *models])
+            notes = _inputs_without_donor(model_folders, carried) + find_disagreements([donor, *models])
         notes += _embeddings_too_few(carried, donor)
-        notes += _carry_pipeline(lying, base, carried)
-        notes += _differing(lying, carried) + _left(lying, carried)
+        notes += _carry_pipeline(model_folders, base, carried)
+        notes += _differing(model_folders, carried) + _left(model_folders, carried)
     except OSError as error:
         raise CheckpointError(f"The files beside the weights could not be compared: {error}.") from error
     return Beside(tuple(CarriedFile(source, name) for name, source in carried.items()), tuple(notes))
 
 
 def copy_files(files: Iterable[CarriedFile], output_dir: str | Path) -> list[str]:
-    """Copy what `look_beside` decided into `output_dir`, each file whole or not at all; return the names."""
+    """Copy the files `look_beside` chose into `output_dir`, each one atomically; return their names."""
     names = []
     for file in files:
         target = Path(output_dir) / file.name
@@ -121,8 +121,8 @@ def copy_files(files: Iterable[CarriedFile], output_dir: str | Path) -> list[str
 
 
 @dataclass(frozen=True)
-class _Lying:
-    """What lies in the folder of a model: names of files, names of further folders, steps of sentence-transformers."""
+class _ModelFolder:
+    """Contents of a model's folder: names of files and of further folders, and its sentence-transformers modules."""
 
     model: Source
     names: list[str]
@@ -130,7 +130,7 @@ class _Lying:
     pipeline: Pipeline | None
 
     @classmethod
-    def of(cls, model: Source) -> _Lying:
+    def of(cls, model: Source) -> _ModelFolder:
         folder = open_folder(model.path)
         names, pipeline = list_folder(folder), read_pipeline(model)
         known = {name.partition("/")[0] for name in names if "/" in name}
@@ -139,7 +139,7 @@ class _Lying:
             known |= {module.path.partition("/")[0] for module in pipeline.modules}
         try:
             folders = [name for name in folder.subfolders() if name not in known]
-        except (OSError, NotImplementedError):  # a web server that lists nothing
+        except (OSError, NotImplementedError):  # a web server that cannot list folders
             folders = []
         return cls(model, names, folders, pipeline)
 
@@ -155,17 +155,20 @@ def _has_tokenizer(names: Iterable[str]) -> bool:
     return any(name in VOCABULARIES or name == "tokenizer_config.json" for name in names)
 
 
-def _inputs_without_donor(lying: Sequence[_Lying], carried: dict[str, Source]) -> list[str]:
-    """Take the tokenizer of the first model that has one where the donor has none."""
-    holder = next((each for each in lying if _has_tokenizer(each.names)), None)
+def _inputs_without_donor(model_folders: Sequence[_ModelFolder], carried: dict[str, Source]) -> list[str]:
+    """If the donor has no tokenizer, take that of the first model that has one."""
+    holder = next((each for each in model_folders if _has_tokenizer(each.names)), None)
     if holder is None or _has_tokenizer(carried):
         return []
-    found = [name for name in holder.inputs if name not in carried]
-    carried.update(dict.fromkeys(found, holder.model))
-    return [f"{lying[0].model.spec!r} has no tokenizer; that of {holder.model.spec!r} is taken ({some(found)})."]
+    names = [name for name in holder.inputs if name not in carried]
+    carried.update(dict.fromkeys(names, holder.model))
+    return [
+        f"{model_folders[0].model.spec!r} has no tokenizer; that of {holder.model.spec!r} is taken ({some(names)})."
+    ]
 
 
-def _inputs_of_adapters(adapters: Sequence[_Lying], carried: dict[str, Source]) -> list[str]:
+def _inputs_of_adapters(adapters: Sequence[_ModelFolder], carried: dict[str, Source]) -> list[str]:
+    """Take the tokenizer and chat template of the adapters, if all that have one agree."""
     holders = [adapter for adapter in adapters if adapter.inputs]
     if not holders:
         return []
@@ -180,7 +183,7 @@ def _inputs_of_adapters(adapters: Sequence[_Lying], carried: dict[str, Source]) 
 
 
 def _embeddings_too_few(carried: Mapping[str, Source], model: Source | None) -> list[str]:
-    """Say if a tokenizer has ids that the model has no embeddings for."""
+    """Note it if a tokenizer taken from another model has ids that the model has no embeddings for."""
     source = carried.get("tokenizer.json")
     if source is None or model is None or source == model:
         return []
@@ -196,44 +199,49 @@ def _embeddings_too_few(carried: Mapping[str, Source], model: Source | None) -> 
     ]
 
 
-def _carry_pipeline(lying: Sequence[_Lying], base: Source | None, carried: dict[str, Source]) -> list[str]:
-    """Take the steps of sentence-transformers from the experts, which were trained with them; else from the base."""
-    experts = [each for each in lying if each.model != base]
-    found = [each.pipeline for each in experts if each.pipeline] or [each.pipeline for each in lying if each.pipeline]
-    if not found:
+def _carry_pipeline(
+    model_folders: Sequence[_ModelFolder], base: Source | None, carried: dict[str, Source]
+) -> list[str]:
+    """Take the sentence-transformers modules of the experts, which were trained with them, else those of the base."""
+    experts = [each for each in model_folders if each.model != base]
+    pipelines = [each.pipeline for each in experts if each.pipeline]
+    pipelines = pipelines or [each.pipeline for each in model_folders if each.pipeline]
+    if not pipelines:
         return []
-    check_same_embeddings(found)
-    carried.update(dict.fromkeys(found[0].files, found[0].source))
-    lacking = [repr(each.model.spec) for each in lying if each.pipeline is None]
+    check_same_embeddings(pipelines)
+    first = pipelines[0]
+    carried.update(dict.fromkeys(first.files, first.source))
+    lacking = [repr(each.model.spec) for each in model_folders if each.pipeline is None]
     if not lacking:
         return []
-    return [f"{some(found[0].files)} are those of {found[0].source.spec!r}; there are none in {some(lacking)}."]
+    return [f"{some(first.files)} are those of {first.source.spec!r}; there are none in {some(lacking)}."]
 
 
-def _differing(lying: Sequence[_Lying], carried: Mapping[str, Source]) -> list[str]:
-    """Name the files that are taken from one model and differ in another."""
+def _differing(model_folders: Sequence[_ModelFolder], carried: Mapping[str, Source]) -> list[str]:
+    """Note the files that are taken from one model and differ in another."""
     notes = []
     for name, holder in carried.items():
         if _COMPARED.fullmatch(name) or name == "generation_config.json":
             continue
-        others = [each for each in lying if each.model != holder and name in each.names]
-        taken = next(each for each in lying if each.model == holder).read(name) if others else b""
+        others = [each for each in model_folders if each.model != holder and name in each.names]
+        taken = next(each for each in model_folders if each.model == holder).read(name) if others else b""
         different = [repr(each.model.spec) for each in others if not same_content(name, taken, each.read(name))]
         if different:
             notes.append(f"{name} differs in {some(different)}; that of {holder.spec!r} is taken.")
     return notes
 
 
-def _left(lying: Sequence[_Lying], carried: Mapping[str, Source]) -> list[str]:
-    """Name what is not taken over, unless it is known to be no use to a loader."""
+def _left(model_folders: Sequence[_ModelFolder], carried: Mapping[str, Source]) -> list[str]:
+    """Note the files that are not taken, unless no loader needs them or another note is about them."""
     holders: dict[str, list[str]] = {}
-    for each in lying:
-        own, shared = set(VOCABULARIES) & set(each.names), set(VOCABULARIES) & set(carried)
-        is_compared = _has_tokenizer(carried) and (not own or bool(own & shared))
+    for each in model_folders:
+        vocabularies, taken = set(VOCABULARIES) & set(each.names), set(VOCABULARIES) & set(carried)
+        # A vocabulary in another format than the one taken was compared with nothing, so it must be named here.
+        is_compared = _has_tokenizer(carried) and (not vocabularies or bool(vocabularies & taken))
         for name in each.names:
-            is_step = each.pipeline is not None and "/" in name and name in each.pipeline.files
-            told = is_step or (is_compared and _COMPARED.fullmatch(name))
-            if name not in carried and not told and not _IRRELEVANT.fullmatch(name.lower()):
+            is_module = each.pipeline is not None and "/" in name and name in each.pipeline.files
+            is_noted = is_module or (is_compared and _COMPARED.fullmatch(name))
+            if name not in carried and not is_noted and not _IRRELEVANT.fullmatch(name.lower()):
                 holders.setdefault(name, []).append(repr(each.model.spec))
         for folder in each.folders:
             if not _IRRELEVANT_FOLDERS.fullmatch(folder.lower()):

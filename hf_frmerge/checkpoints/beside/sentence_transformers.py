@@ -1,4 +1,4 @@
-"""Pooling, normalisation and prompts of sentence-transformers models, which lie in folders beside the weights."""
+"""Pooling, normalisation and prompts of sentence-transformers models, stored in folders beside the weights."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hf_frmerge.checkpoints.source import Source
 from hf_frmerge.checkpoints.tensors.reader import read_file, some
 from hf_frmerge.errors import CheckpointError
 
-# Prompts and similarity; longest input and lower case.
+# Files for prompts and similarity, and for the longest input and lower-casing.
 _SETTINGS = re.compile(r"config_sentence_transformers\.json|sentence_[\w-]+_config\.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-# What modules leave out of their configs, depending on the version that wrote them, where it is so.
+# Defaults that some versions of sentence-transformers write into the configs of modules and others leave out.
 _DEFAULTS: dict[str, Any] = {
     "include_prompt": True,
     "module_input_name": "sentence_embedding",
     "module_output_name": "sentence_embedding",
 }
-# Poolings as they were written before they had names.
+# Pooling modes as older versions wrote them: one flag each.
 _POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -41,12 +41,13 @@ _ENCODERS_ALONE = f"To merge the encoders alone, pass copies of the folders with
 @dataclass(frozen=True)
 class Pipeline:
     """
-    What makes embeddings of one model's outputs.
+    Modules that make embeddings from one model's outputs.
 
     Attributes:
         source: the model.
-        modules: its steps.
-        files: names of `modules.json`, of the settings, and of all files in the folders of its modules.
+        modules: its modules, in order.
+        files: names of `modules.json`, of the settings, and of all files in the folders of the modules.
+        folder: where the files are read from.
     """
 
     source: Source
@@ -55,7 +56,7 @@ class Pipeline:
     folder: LocalFolder | RemoteFolder = field(compare=False)
 
     def read(self, name: str) -> bytes:
-        """Contents of one of its files; of one it does not have those of a config in which all is the default."""
+        """Read one of its files; a file it does not have counts as a config with nothing but defaults."""
         return read_file(self.folder, name, self.source.spec) if name in self.files else b"{}"
 
 
@@ -64,7 +65,7 @@ def read_pipeline(source: Source) -> Pipeline | None:
     Return the pipeline of a model; `None` if it has no `modules.json`.
 
     Raises:
-        CheckpointError: If `modules.json` makes no sense, or a module holds models of its own.
+        CheckpointError: If `modules.json` cannot be parsed, or a module holds a model of its own.
     """
     folder = open_folder(source.path)
     if not folder.exists(MODULES_FILE):
@@ -109,12 +110,12 @@ def check_same_embeddings(pipelines: Sequence[Pipeline]) -> None:
 
 
 def same_content(name: str, one: bytes, other: bytes) -> bool:
-    """Whether two files say the same: byte for byte or, if they are JSON, without versions and what is the default."""
+    """Whether two files are equal: byte for byte or, if they are JSON, in everything but versions and defaults."""
     return one == other or (name.endswith(".json") and _settings(one) == _settings(other))
 
 
 def names_in(folder: LocalFolder | RemoteFolder, subfolder: str = "") -> list[str]:
-    """Names of the files in a folder; of a server that lists none, those of sentence-transformers that it has."""
+    """List the files in a folder; if a server cannot list, the files of sentence-transformers that it has."""
     try:
         return folder.names(subfolder)
     except (OSError, NotImplementedError):
@@ -127,18 +128,20 @@ def names_in(folder: LocalFolder | RemoteFolder, subfolder: str = "") -> list[st
 
 
 def _settings(content: bytes) -> Any:
-    """Return what a JSON file says, without versions and what is the default."""
+    """Return the contents of a JSON file without versions and defaults, under the newest names."""
     try:
         parsed = json.loads(content)
     except ValueError:
         return content
     if not isinstance(parsed, dict):
         return parsed
+    # Old and new versions of sentence-transformers write the same settings under different names.
     poolings = [name for key, name in _POOLINGS.items() if parsed.pop(key, False)]
     if poolings:
         parsed["pooling_mode"] = poolings[0] if len(poolings) == 1 else poolings
     if "word_embedding_dimension" in parsed:
         parsed["embedding_dimension"] = parsed.pop("word_embedding_dimension")
+    # A setting that is False, null or empty counts as missing, too.
     return {
         key: value
         for key, value in parsed.items()

@@ -1,4 +1,4 @@
-"""What the Hub's client raises while something is read, as one sentence that says what to do."""
+"""Turn errors of the Hub's client into one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 @contextmanager
 def reading_from_hub(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """
-    Raise errors of the Hub's client as ours.
+    Raise errors of the Hub's client as `MergeError`s.
 
     Raises:
         HubError: If the Hub refuses, fails, or cannot be reached.
-        CheckpointError: If `repo_id` cannot be a Hub id.
+        CheckpointError: If `repo_id` is not a valid Hub id.
     """
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -34,7 +34,7 @@ def reading_from_hub(repo_id: str, revision: str | None = None) -> Iterator[None
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether the Hub gave no answer (offline, connection lost, failed, too busy), so that the cache may have one."""
+    """Whether the Hub did not answer (offline, connection lost, server error, rate limit); then the cache may do."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
@@ -43,7 +43,7 @@ def is_unreachable(error: BaseException) -> bool:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The client answers a failed download with "not in the cache"; what failed is behind it."""
+    """Return the error behind a "not in the cache", which is what the client raises when a download fails."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -69,7 +69,7 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None) -> str:
 
 
 def _refusal(error: HfHubHTTPError, repo_id: str, revision: str | None) -> str:
-    """What the status and the code of an answer mean for someone who reads."""
+    """Explain an HTTP error of the Hub."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         DisabledRepoError,

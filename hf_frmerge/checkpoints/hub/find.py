@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: pinned to a commit, looked up in the cache, and fetched, but only what a merge reads."""
+"""Find checkpoints on the Hub: pin to a commit, look in the cache, and download only the files a merge reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.hub.errors import is_unreachable, reading_from_hub
-from hf_frmerge.checkpoints.hub.folder import HubFolder, found_folder
+from hf_frmerge.checkpoints.hub.folder import HubFolder, hub_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import MODULES_FILE, parse_modules
 from hf_frmerge.checkpoints.source import HUB_SCHEME, WEIGHTS, Source, is_on_hub, kind_of
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Everything transformers reads beside the weights. Never a pickle, and no folder but that of further chat templates:
+# Files that transformers reads beside the weights. Never a pickle, and from folders only further chat templates:
 # `onnx/`, `original/` and the like hold the weights a second time.
 _SMALL_FILES = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.codes", "*.py", "README.md", "LICENSE*",
@@ -37,10 +37,10 @@ _ADAPTER = "adapter_model.safetensors"
 
 def find(spec: str, repo_id: str, revision: str | None, token: str | bool | None, extra: Sequence[str] = ()) -> Source:
     """
-    Pin a Hub id to a commit, by one request.
+    Pin a Hub id to a commit, with one request.
 
     Returns:
-        `Source`: In the local cache if all that would be fetched is there, else at `hub://org/name@commit`.
+        `Source`: In the local cache if all needed files are there, else at `hub://org/name@commit`.
 
     Raises:
         HubError: If there is no such repository or revision, or the Hub cannot be asked and the cache has none.
@@ -65,15 +65,16 @@ def find(spec: str, repo_id: str, revision: str | None, token: str | bool | None
     if snapshot is not None:
         return Source(spec, kind_of(LocalFolder(str(snapshot)), spec), str(snapshot), info.id, revision, commit)
     path = f"{HUB_SCHEME}{info.id}@{commit}"
-    return Source(spec, kind_of(found_folder(path, token, anew=True), spec), path, info.id, revision, commit)
+    return Source(spec, kind_of(hub_folder(path, token, anew=True), spec), path, info.id, revision, commit)
 
 
 def download_size(sources: Iterable[Source]) -> int:
-    """Bytes that fetching the sources would bring."""
+    """Return the download size of the sources, in bytes, without the files that are in the cache."""
     size = 0
     for source in {source.path: source for source in sources if is_on_hub(source)}.values():
-        folder = found_folder(source.path)
+        folder = hub_folder(source.path)
         blobs = _repo_cache(str(source.repo_id)) / "blobs"
+        # The cache names blobs by SHA-256 (large files) or git id (small ones), both of which the Hub lists.
         missing = [n for n in _needed(folder) if not (blobs / (folder.known_sha256(n) or folder.identity(n))).exists()]
         size += sum(map(folder.size, missing))
     return size
@@ -81,18 +82,18 @@ def download_size(sources: Iterable[Source]) -> int:
 
 def fetch(sources: Sequence[Source], token: str | bool | None, extra: Sequence[str] = ()) -> list[Source]:
     """
-    Bring sources from the Hub into its cache, several files at a time; what is there already is not fetched again.
+    Download sources from the Hub into its cache, several files at a time; files in the cache are not fetched again.
 
     Args:
         sources (`Sequence[Source]`):
-            Sources of any kind; those that are on this machine stay as they are.
+            Sources of any kind; those that are on this machine are returned unchanged.
         token (`str` or `bool`, *optional*):
             Hub token.
         extra (`Sequence[str]`, *optional*):
             Patterns of further files to fetch.
 
     Raises:
-        HubError: If the disk has not enough space for all of them, or the Hub refuses or fails.
+        HubError: If the disk is too small for all of them, or the Hub refuses or fails.
     """
     check_cache_space(download_size(sources))
     fetched: dict[str, str] = {}
@@ -103,7 +104,7 @@ def fetch(sources: Sequence[Source], token: str | bool | None, extra: Sequence[s
 
 
 def cache_folder() -> Path:
-    """Folder of the Hub's cache, or the closest one above it that exists."""
+    """Return the folder of the Hub's cache, or its closest parent that exists."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE).absolute()
@@ -114,10 +115,10 @@ def cache_folder() -> Path:
 
 def check_cache_space(needed: int) -> None:
     """
-    Refuse a download that will not fit on the disk.
+    Check that a download fits on the disk of the cache.
 
     Raises:
-        HubError: With what is needed and what is free, in bytes.
+        HubError: If it does not; the message gives the needed and the free space.
     """
     free = shutil.disk_usage(cache_folder()).free if needed else 0
     if free < needed:
@@ -132,7 +133,8 @@ def _download(source: Source, token: str | bool | None, extra: Sequence[str]) ->
     from huggingface_hub import snapshot_download
 
     repo_id, commit = str(source.repo_id), str(source.commit)
-    names = _needed(found_folder(source.path, token), extra)
+    names = _needed(hub_folder(source.path, token), extra)
+    # Names are escaped, because `allow_patterns` would take a bracket in a file name for a pattern.
     with reading_from_hub(repo_id, source.revision):
         path = snapshot_download(
             repo_id, revision=commit, token=token, allow_patterns=[glob.escape(name) for name in names]
@@ -145,7 +147,7 @@ def _download(source: Source, token: str | bool | None, extra: Sequence[str]) ->
 def _needed(
     folder: LocalFolder | HubFolder, extra: Sequence[str] = (), names: Sequence[str] | None = None
 ) -> list[str]:
-    """Names of the files a merge reads: one set of weights, and the small files beside it."""
+    """List the files a merge reads: one set of weights, and the small files beside it."""
     names = folder.all_names() if isinstance(folder, HubFolder) else list(names or ())
     small = [
         name
@@ -167,7 +169,7 @@ def _needed(
 
 
 def _module_folders(folder: LocalFolder | HubFolder, names: Sequence[str]) -> set[str]:
-    """Folders of sentence-transformers' modules; what lies in them is small."""
+    """Return the folders of sentence-transformers' modules; their files are small."""
     if MODULES_FILE not in names:
         return set()
     modules = parse_modules(folder.read(MODULES_FILE), folder.path)
@@ -181,7 +183,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _weight_map(folder: LocalFolder | HubFolder) -> dict[str, str]:
     try:
         weight_map = json.loads(folder.read(_INDEX))["weight_map"]
-    except (ValueError, KeyError, TypeError):  # the reader says what is wrong with it
+    except (ValueError, KeyError, TypeError):  # the reader of the checkpoint raises a message for it
         return {}
     return {name: file for name, file in weight_map.items() if isinstance(file, str)}
 
@@ -198,7 +200,7 @@ def _repo_cache(repo_id: str) -> Path:
 
 
 def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str]) -> Path | None:
-    """Folder of a commit in the cache, if the cache knows its files and has all that are needed."""
+    """Return the folder of a commit in the cache, if the cache knows its file list and has all needed files."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -209,15 +211,16 @@ def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str]) -> Path 
     except CachedRepoTreeNotFoundError:
         return None
     if any(name in names and not folder.exists(name) for name in (_INDEX, MODULES_FILE)):
-        return None  # they tell which other files are needed
+        return None  # these name other files that are needed
     return snapshot if all(folder.exists(name) for name in _needed(folder, extra, names)) else None
 
 
 def _find_in_cache(spec: str, repo_id: str, revision: str | None) -> Source | None:
     """
-    Take what the cache has of a revision.
+    Return what the cache has of a revision, if it is enough for a merge.
 
-    Fetched by other means (say, `from_pretrained`) it may lack README and the like, yet be all a merge needs.
+    A snapshot fetched by other means (say, `from_pretrained`) may lack README and the like, which a merge can do
+    without.
     """
     ref = _repo_cache(repo_id) / "refs" / (revision or "main")
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else str(revision)
@@ -229,12 +232,12 @@ def _find_in_cache(spec: str, repo_id: str, revision: str | None) -> Source | No
         return Source(spec, kind_of(folder, spec), str(snapshot), repo_id, revision, commit)
     except CheckpointError:
         if folder.exists("config.json") or folder.exists("adapter_config.json"):
-            return None  # begun, and interrupted
+            return None  # an interrupted download
         raise
 
 
 def _remember(repo_id: str, revision: str | None, commit: str) -> None:
-    """Write down which commit a branch stood for, as the Hub's own client does, for when the Hub cannot be asked."""
+    """Record the commit of a branch in the cache, as the Hub's own client does, for merges without a connection."""
     ref = _repo_cache(repo_id) / "refs" / (revision or "main")
     ref.parent.mkdir(parents=True, exist_ok=True)
     ref.write_text(commit, encoding="utf-8")

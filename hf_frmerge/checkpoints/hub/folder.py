@@ -1,4 +1,4 @@
-"""Files of a Hub repository at one commit, read by byte ranges: for plans, and for merges without a download."""
+"""Hub repository at one commit, read by byte ranges: for plans, and for merges without a download."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from huggingface_hub import RepoFile
     from numpy.typing import NDArray
 
-# The headers of most shards are shorter, so one request brings the header with its length.
+# First request to a weight file. Most headers are shorter than this, so that one request gets the whole header.
 _FIRST_BYTES = 1 << 17
-# What a Gram pass fetched is kept for the combine pass, up to this many bytes over all repositories.
+# Ranges fetched in the Gram pass are kept for the combine pass, up to this many bytes over all repositories.
 _KEPT_BYTES = 256 << 20
 
 _Range = tuple[str, int, int]
 
-_found: dict[str, HubFolder] = {}
+_folders: dict[str, HubFolder] = {}
 
 
-def found_folder(path: str, token: str | bool | None = None, *, anew: bool = False) -> HubFolder:
+def hub_folder(path: str, token: str | bool | None = None, *, anew: bool = False) -> HubFolder:
     """
-    Return the folder of `hub://org/name@commit`; always the same one, so that its files are listed once.
+    Return the folder of `hub://org/name@commit`; the same object for every call, so that its files are listed once.
 
     Args:
         path (`str`):
             Path of a `Source`.
         token (`str` or `bool`, *optional*):
-            Token to read with. It stays here, and is never part of a path.
+            Token to read with. It is kept in the object and never becomes part of a path.
         anew (`bool`, *optional*, defaults to `False`):
-            Forget what was read before, perhaps with another token.
+            Create a new object, for instance because the token may have changed.
     """
-    if anew or path not in _found:
-        _found[path] = HubFolder(path, token)
-    return _found[path]
+    if anew or path not in _folders:
+        _folders[path] = HubFolder(path, token)
+    return _folders[path]
 
 
 class HubFolder(RemoteFolder):
@@ -48,10 +48,10 @@ class HubFolder(RemoteFolder):
     Repository `hub://org/name@commit`. All methods may be called from several threads.
 
     Raises:
-        HubError: From every method, if the Hub refuses or cannot be reached after some tries.
+        HubError: From every method, if the Hub refuses, or cannot be reached after several tries.
     """
 
-    _kept_bytes = 0  # of all instances
+    _kept_bytes = 0  # over all instances
     _lock = Lock()
 
     def __init__(self, path: str, token: str | bool | None = None) -> None:
@@ -59,22 +59,22 @@ class HubFolder(RemoteFolder):
         self.repo_id, _, self.commit = path.removeprefix(HUB_SCHEME).rpartition("@")
         self._token = token
         self._files: dict[str, RepoFile] | None = None
-        self._locations: dict[str, str] = {}  # where the Hub sent us for a file: signed links to its storage
+        self._locations: dict[str, str] = {}  # signed storage URLs that the Hub has redirected us to, by file
         self._small: dict[_Range, bytes] = {}
         self._kept: dict[_Range, NDArray[np.uint8]] = {}
 
     def names(self, subfolder: str = "") -> list[str]:
-        """Names of the files directly in the repository or in a subfolder of it, sorted."""
+        """List the files directly in the repository or in a subfolder of it, sorted."""
         prefix = f"{subfolder}/" if subfolder else ""
         inside = (path.removeprefix(prefix) for path in self._entries() if path.startswith(prefix))
         return sorted(name for name in inside if "/" not in name)
 
     def subfolders(self) -> list[str]:
-        """Names of the folders directly in the repository, sorted."""
+        """List the folders directly in the repository, sorted."""
         return sorted({path.partition("/")[0] for path in self._entries() if "/" in path})
 
     def all_names(self) -> list[str]:
-        """Names of all files, those in subfolders too, sorted."""
+        """List all files, including those in subfolders, sorted."""
         return sorted(self._entries())
 
     def exists(self, name: str) -> bool:
@@ -86,20 +86,21 @@ class HubFolder(RemoteFolder):
         return int(self._entries()[name].size)
 
     def identity(self, name: str) -> str:
-        """Hash of the contents of `name`."""
+        """Return the git blob id of `name`, a hash of its contents."""
         return str(self._entries()[name].blob_id)
 
     def known_sha256(self, name: str) -> str | None:
-        """SHA-256 of `name` where it is known without reading: the Hub tells that of large files."""
+        """Return the SHA-256 of `name` if it is known without reading: the Hub lists it for large files."""
         lfs = self._entries()[name].lfs
         return str(lfs.sha256) if lfs else None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes `[start, stop)` of `name`; configs and the first bytes of weight files are asked for once."""
+        """Read bytes `[start, stop)` of `name`; small files and the first bytes of weight files are fetched once."""
         size = self.size(name)
         stop = size if stop is None else min(stop, size)
         if stop <= start:
             return b""
+        # Whole small files and the heads of large ones are kept in memory, other ranges are not.
         if stop > _FIRST_BYTES and stop < size:
             return self._fetch(name, start, stop)
         whole = 0, size if stop > _FIRST_BYTES else min(_FIRST_BYTES, size)
@@ -109,15 +110,16 @@ class HubFolder(RemoteFolder):
 
     def view(self, name: str, size: int, start: int, stop: int) -> NDArray[np.uint8]:
         """
-        Bytes `[start, stop)` of `name`; read-only uint8, 1-D.
+        Return bytes `[start, stop)` of `name`; read-only uint8, 1-D.
 
-        They are kept until they are released, so that the second pass over a tensor need not fetch them again.
+        They are kept until they are released, so that the second pass over a tensor does not fetch them again.
         """
         key = (name, start, stop)
         kept = self._kept.get(key)
         if kept is None:
             data = self._fetch(name, start, stop) if stop > start else b""
             kept = np.frombuffer(data, np.uint8)
+            # Another thread may have fetched the same range meanwhile: count its bytes once.
             with self._lock:
                 if HubFolder._kept_bytes + kept.size <= _KEPT_BYTES and key not in self._kept:
                     HubFolder._kept_bytes += kept.size
@@ -125,18 +127,18 @@ class HubFolder(RemoteFolder):
         return kept
 
     def release(self, name: str, start: int, stop: int) -> None:
-        """Forget the ranges that lie inside `[start, stop)`."""
+        """Drop the kept ranges inside `[start, stop)`."""
         with self._lock:
             for key in [key for key in self._kept if key[0] == name and start <= key[1] and key[2] <= stop]:
                 HubFolder._kept_bytes -= self._kept.pop(key).size
 
     def close(self) -> None:
-        """Forget all ranges."""
+        """Drop all kept ranges."""
         for name, _, stop in list(self._kept):
             self.release(name, 0, stop)
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
-        """Ask for one range; the client tries again after rate limits, failures of the Hub and lost connections."""
+        """Fetch one range; the client retries after rate limits, server errors and lost connections."""
         from huggingface_hub import hf_hub_url
 
         with reading_from_hub(self.repo_id, self.commit):
@@ -148,9 +150,9 @@ class HubFolder(RemoteFolder):
                 url = hf_hub_url(self.repo_id, name, revision=self.commit)
                 data = self._get(url, build_hf_headers(token=self._token), start, stop, name)
         if data is None or len(data) != stop - start:
-            found = "an answer without a range" if data is None else f"{len(data)} bytes"
+            received = "an answer without a range" if data is None else f"{len(data)} bytes"
             raise OSError(
-                errno.EIO, f"asked the Hub for {stop - start} bytes of {name} from byte {start}, got {found}"
+                errno.EIO, f"asked the Hub for {stop - start} bytes of {name} from byte {start}, got {received}"
             )
         return data
 
@@ -165,9 +167,11 @@ class HubFolder(RemoteFolder):
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             follow_redirects=True,  # to another host without the Authorization header
         )
-        if name is None and response.status_code == 403:
+        if name is None and response.status_code == 403:  # the signature of a kept storage URL has expired
             return None
         hf_raise_for_status(response)
+        # Later ranges go to the storage directly and save the redirect. Only a URL that was fetched without our token
+        # may be kept: it carries its own signature.
         if name is not None and response.history and "authorization" not in response.request.headers:
             self._locations[name] = str(response.url)
         return response.content

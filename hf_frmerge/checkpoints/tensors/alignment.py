@@ -1,4 +1,4 @@
-"""Match the tensors of several checkpoints by name and shape, and say what is merged, copied or refused."""
+"""Match the tensors of several checkpoints by name and shape, and decide which are merged and which copied."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
 from hf_frmerge.errors import CheckpointError
 
-# Bytes of a non-float tensor above which its contents are not compared between experts.
+# Non-float tensors of more bytes than this are not compared between experts.
 _COMPARE_LIMIT = 16 << 20
 _COMPARE_CHUNK = 4 << 20
-# Only to word an error; what is merged never depends on names.
+# Only used to word an error: what is merged never depends on what a tensor is called.
 _EMBEDDING = re.compile("embed|wte|lm_head|shared")
-# Models tie a handful of weights; with more names in doubt the checkpoints are simply different.
+# Models tie a handful of weights. If more names than this differ, the checkpoints are of different architectures.
 _MOST_TIED = 16
 
 
@@ -40,7 +40,7 @@ class AlignedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """Output tensors in file order of the base model (else of the first expert), and what the user should know."""
+    """Output tensors in file order of the base model (else of the first expert), and notes for the user."""
 
     tensors: list[AlignedTensor]
     notes: list[str]
@@ -50,12 +50,15 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
     """
     Match checkpoints tensor by tensor. Reads headers, and contents only where names differ.
 
-    All float tensors must exist everywhere with one shape. Three differences are settled without loss, each with a
-    note: non-float tensors (say, position ids) missing or differing somewhere are copied from the base model, else
-    from the first expert that has them, but for matrices of integers, which differ as codes do; float tensors that
-    repeat another tensor of their checkpoint byte for byte (a tied weight that was stored) are dropped, or, if the
-    donor of the config stores them, read from that other tensor in the checkpoints that do not; dtypes may differ.
-    `Checkpoint.alias` is called for such tied weights.
+    All float tensors must exist everywhere with one shape. Three kinds of differences are settled without loss, each
+    with a note:
+
+    * Non-float tensors (say, position ids) that are missing or differ somewhere are copied from the base model, else
+      from the first expert that has them. Matrices of integers that differ are refused: they may be quantised codes.
+    * A float tensor that only some checkpoints store, and that repeats another tensor of theirs byte for byte, is a
+      tied weight. It is dropped; or, if the donor of the config stores it, the other checkpoints read it from the
+      tensor it repeats (`Checkpoint.alias`).
+    * Dtypes may differ.
 
     Args:
         experts (`Sequence[Checkpoint]`):
@@ -71,7 +74,7 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
             config, by its tensors, or because the models differ in a matrix of integers).
     """
     checkpoints = [*([base] if base is not None else []), *experts]
-    first_index = 0 if base is None else -1
+    first_index = 0 if base is None else -1  # donor index of checkpoints[0]; -1 is the base
     for checkpoint in checkpoints:
         refuse_quantised(checkpoint)
     notes = _repeated(experts) + _wrapper_notes(checkpoints)
@@ -98,7 +101,7 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
 
 
 def _names_in_order(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Names of all checkpoints, those of the first in its file order, then others."""
+    """Return the tensor names of all checkpoints: those of the first in its file order, then the others."""
     return list(dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors))
 
 
@@ -122,7 +125,7 @@ def _wrapper_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def _settle_tied(checkpoints: Sequence[Checkpoint]) -> tuple[set[str], list[str]]:
-    """Alias or leave out float tensors that only some store, if those repeat another tensor; note each."""
+    """Alias or drop float tensors that only some checkpoints store, if they repeat another tensor; note each."""
     common = set(checkpoints[0].tensors).intersection(*(checkpoint.tensors for checkpoint in checkpoints[1:]))
     partial = [
         name
@@ -140,7 +143,7 @@ def _settle_tied(checkpoints: Sequence[Checkpoint]) -> tuple[set[str], list[str]
             continue
         stored = some(repr(holder.source.spec) for holder in holders)
         if checkpoints[0] is holders[0]:
-            # The config comes from a checkpoint that stores it, so a loader may look for it: keep it in the output.
+            # The config comes from a checkpoint that stores this tensor, so a loader may look for it: keep it.
             for checkpoint in checkpoints:
                 if checkpoint not in holders:
                     checkpoint.alias(name, target)
@@ -152,7 +155,7 @@ def _settle_tied(checkpoints: Sequence[Checkpoint]) -> tuple[set[str], list[str]
 
 
 def _repeated_tensor(name: str, holders: Sequence[Checkpoint], common: set[str]) -> str | None:
-    """Name of a tensor all checkpoints have, whose bytes equal those of `name` wherever that is stored."""
+    """Return a tensor that all checkpoints have, and that equals `name` in every checkpoint which stores `name`."""
     info = holders[0].tensors[name]
     for other in holders[0].tensors.values():
         if (
@@ -160,7 +163,7 @@ def _repeated_tensor(name: str, holders: Sequence[Checkpoint], common: set[str])
             and (other.dtype, other.shape) == (info.dtype, info.shape)
             and all(_same_bytes(each, each.tensors[name], each, each.tensors[other.name]) for each in holders)
         ):
-            # Fresh biases and norm weights are all 0 or 1 and equal by accident; that makes no tie.
+            # Fresh biases and norm weights are all 0 or all 1, so they are equal without being tied.
             return None if _is_constant(holders[0], info) else other.name
     return None
 
@@ -176,7 +179,7 @@ def _is_constant(checkpoint: Checkpoint, info: TensorInfo) -> bool:
 def _same_bytes(left: Checkpoint, a: TensorInfo, right: Checkpoint, b: TensorInfo) -> bool:
     if a.nbytes != b.nbytes:
         return False
-    step = 4096  # almost all different tensors differ here; equal ones go on in large steps
+    step = 4096  # different tensors almost always differ in the first bytes; equal ones continue in large steps
     start = 0
     while start < a.nbytes:
         stop = min(start + step, a.nbytes)
@@ -207,9 +210,9 @@ def _refuse_names(checkpoints: Sequence[Checkpoint], left_out: set[str]) -> None
     reference = checkpoints[0]
     wanted = {name for name, info in reference.tensors.items() if info.is_float} - left_out
     for checkpoint in checkpoints[1:]:
-        found = {name for name, info in checkpoint.tensors.items() if info.is_float} - left_out
-        missing = sorted(wanted - found)
-        extra = sorted(found - wanted)
+        present = {name for name, info in checkpoint.tensors.items() if info.is_float} - left_out
+        missing = sorted(wanted - present)
+        extra = sorted(present - wanted)
         if not missing and not extra:
             continue
         parts = []
@@ -219,14 +222,19 @@ def _refuse_names(checkpoints: Sequence[Checkpoint], left_out: set[str]) -> None
             parts.append(f"it has {len(extra)} others ({some(extra)})")
         raise CheckpointError(
             f"{checkpoint.source.spec!r} and {reference.source.spec!r} do not have the same tensors: "
-            f"{' and '.join(parts)}. {_names_hint(wanted, found, missing, extra, checkpoint, reference)}"
+            f"{' and '.join(parts)}. {_names_hint(wanted, present, missing, extra, checkpoint, reference)}"
         )
 
 
 def _names_hint(
-    wanted: set[str], found: set[str], missing: list[str], extra: list[str], checkpoint: Checkpoint, other: Checkpoint
+    wanted: set[str],
+    present: set[str],
+    missing: list[str],
+    extra: list[str],
+    checkpoint: Checkpoint,
+    other: Checkpoint,
 ) -> str:
-    for longer, shorter, owner in ((found, wanted, checkpoint), (wanted, found, other)):
+    for longer, shorter, owner in ((present, wanted, checkpoint), (wanted, present, other)):
         prefix = _common_prefix(longer, shorter)
         if prefix:
             return (
@@ -248,12 +256,14 @@ def _common_prefix(longer: set[str], shorter: set[str]) -> str | None:
     """Return the prefix that turns most names of `shorter` into names of `longer`, if there is one."""
     if not shorter:
         return None
+    # Look for the longest of the unmatched names: it is the least likely to end like another name by accident.
     probe = max(shorter - longer, key=len, default=None)
     if probe is None:
         return None
     for name in longer:
         if name.endswith("." + probe):
             prefix = name[: -len(probe)]
+            # Some tensors may be missing for other reasons, so a majority is enough.
             matching = sum(prefix + each in longer for each in shorter)
             if 2 * matching > len(shorter):
                 return prefix
@@ -271,20 +281,20 @@ def _refuse_shapes(checkpoints: Sequence[Checkpoint]) -> None:
         if not wrong:
             continue
         listed = some(
-            f"{here.name} is {list(here.shape)} in {checkpoint.source.spec!r} and {list(there.shape)} in "
+            f"{other.name} is {list(other.shape)} in {checkpoint.source.spec!r} and {list(expected.shape)} in "
             f"{reference.source.spec!r}"
-            for there, here in wrong
+            for expected, other in wrong
         )
         raise CheckpointError(f"{len(wrong)} tensors differ in shape: {listed}. {_shapes_hint(wrong)}")
 
 
 def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]]) -> str:
-    rows = {(there.shape[0], here.shape[0]) for there, here in wrong if there.shape and here.shape}
-    only_rows = all(there.shape[1:] == here.shape[1:] for there, here in wrong) and len(rows) == 1
-    if only_rows and any(_EMBEDDING.search(there.name) for there, _ in wrong):
-        ((there_rows, here_rows),) = rows
+    rows = {(expected.shape[0], other.shape[0]) for expected, other in wrong if expected.shape and other.shape}
+    only_rows = all(expected.shape[1:] == other.shape[1:] for expected, other in wrong) and len(rows) == 1
+    if only_rows and any(_EMBEDDING.search(expected.name) for expected, _ in wrong):
+        ((expected_rows, other_rows),) = rows
         return (
-            f"The vocabularies have different sizes ({here_rows} and {there_rows}): give all one tokenizer, "
+            f"The vocabularies have different sizes ({other_rows} and {expected_rows}): give all one tokenizer, "
             "call `model.resize_token_embeddings(...)` and save again."
         )
     return "Only models of one architecture and size can be merged."
@@ -296,12 +306,12 @@ def _dtype_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     for checkpoint in checkpoints[1:]:
         pairs: dict[tuple[str, str], int] = {}
         for name, info in reference.tensors.items():
-            here = checkpoint.tensors.get(name)
-            if here is not None and info.is_float and here.dtype != info.dtype:
-                pairs[info.dtype, here.dtype] = pairs.get((info.dtype, here.dtype), 0) + 1
+            other = checkpoint.tensors.get(name)
+            if other is not None and info.is_float and other.dtype != info.dtype:
+                pairs[info.dtype, other.dtype] = pairs.get((info.dtype, other.dtype), 0) + 1
         notes += [
-            f"{count} tensors are {here} in {checkpoint.source.spec!r} and {there} in {reference.source.spec!r}."
-            for (there, here), count in pairs.items()
+            f"{count} tensors are {other} in {checkpoint.source.spec!r} and {expected} in {reference.source.spec!r}."
+            for (expected, other), count in pairs.items()
         ]
     return notes
 
@@ -334,5 +344,5 @@ def _copy_notes(name: str, holders: list[Checkpoint], n_all: int) -> list[str]:
 
 
 def _may_be_codes(info: TensorInfo) -> bool:
-    """Whether a tensor that holds no floats may hold a weight: a matrix of integers, not a row of ids, not a mask."""
+    """Whether a non-float tensor may hold quantised codes: a matrix of integers, not a row of ids and not a mask."""
     return info.dtype != "BOOL" and sum(length > 1 for length in info.shape) > 1

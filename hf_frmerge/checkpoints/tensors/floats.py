@@ -1,4 +1,4 @@
-"""Raw bytes of a safetensors tensor to numpy floats and back; numpy itself has no bfloat16."""
+"""Convert raw bytes of a safetensors tensor to numpy floats and back; numpy itself has no bfloat16."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _NUMPY_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 def dtypes_that_hold(value: float) -> list[str]:
-    """Names of the dtypes in which a value of this magnitude is finite."""
+    """Return the names of the dtypes in which a value of this magnitude is finite."""
     return [name for name, code in DTYPE_CODES.items() if value < OVERFLOWS_AT[code]]
 
 
 def widen(data: NDArray[np.uint8], dtype: str) -> NDArray[np.floating]:
     """
-    Return the values of raw elements exactly: bf16, fp16 and fp32 as float32, fp64 as float64.
+    Return the exact values of raw elements: bf16, fp16 and fp32 as float32, fp64 as float64.
 
     Args:
         data (`numpy.ndarray`):
@@ -39,16 +39,17 @@ def narrow(values: NDArray[np.floating], dtype: str) -> NDArray[np.uint8]:
     """
     Round float32 or float64 values to nearest, ties to even, and return their raw elements (uint8, 1-D).
 
-    Float64 values go to bf16 through float32: two roundings, at most 2^-16 of a unit in the last place apart from
-    one.
+    Float64 values are converted to bf16 through float32. These two roundings differ from a single one by at most
+    2^-16 of a unit in the last place.
     """
     if dtype == "BF16":
+        # bf16 is the upper half of a float32. Adding 0x7FFF and the last bit that stays rounds to nearest even.
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(-1)
         is_nan = np.isnan(bits.view(np.float32))
         rounded = (bits >> 16) & 1
         rounded += bits
         rounded += 0x7FFF
         rounded >>= 16
-        # Rounding may carry a NaN's payload into the exponent; 0x7FC0 is the quiet NaN.
+        # Rounding may turn a NaN into an infinity, by a carry out of its payload; 0x7FC0 is the quiet NaN.
         return np.where(is_nan, np.uint32(0x7FC0), rounded).astype("<u2").view(np.uint8)
     return np.ascontiguousarray(values, dtype=_NUMPY_DTYPES[dtype]).reshape(-1).view(np.uint8)

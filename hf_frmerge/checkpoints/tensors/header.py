@@ -1,4 +1,4 @@
-"""Headers of safetensors files: parsed by hand and checked, so that a broken file is refused before any work."""
+"""Parse and check the headers of safetensors files, so that a broken file is refused before any work starts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.errors import CheckpointError
 
-# Bits per element of every dtype code in the safetensors format, smallest alignment first: the order its own
-# writer sorts by.
+# Bits per element of every dtype code in the safetensors format, in the order its own writer sorts by: smallest
+# alignment first.
 DTYPE_BITS = {
     "BOOL": 8,
     "F4": 4,
@@ -40,12 +40,12 @@ DTYPE_BITS = {
 }
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
-_MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors format
+_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes from byte `offset` of `file`."""
+    """Name, dtype, shape and location of one tensor: `nbytes` bytes from byte `offset` of `file`."""
 
     name: str
     dtype: str
@@ -61,7 +61,7 @@ class TensorInfo:
 
     @property
     def is_float(self) -> bool:
-        """Whether elements are bf16, fp16, fp32 or fp64: the ones that can be averaged."""
+        """Whether the elements are bf16, fp16, fp32 or fp64, and so can be averaged."""
         return self.dtype in FLOAT_DTYPES
 
 
@@ -141,13 +141,14 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _check_extents(infos: list[TensorInfo], data_start: int, size: int, where: str) -> None:
+    """Check that the tensors fill the file from the header to its end, without holes and without overlaps."""
     end = data_start
     previous = "the header"
     for info in infos:
         if info.offset != end:
-            found = "overlaps" if info.offset < end else "leaves a hole after"
+            fault = "overlaps" if info.offset < end else "leaves a hole after"
             raise CheckpointError(
-                f"{where}: tensor {info.name!r} starts at byte {info.offset} and {found} {previous}, which ends at "
+                f"{where}: tensor {info.name!r} starts at byte {info.offset} and {fault} {previous}, which ends at "
                 f"byte {end}. The file is damaged; download it again."
             )
         end = info.offset + info.nbytes

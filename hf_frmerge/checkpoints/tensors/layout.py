@@ -1,4 +1,4 @@
-"""Where every tensor of the output will lie, planned before a byte is written, as `save_pretrained` would lay it."""
+"""Plan the output files before a byte is written: shards, headers and offsets, as `save_pretrained` makes them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Shard:
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
     """
-    Place of every output tensor, known before a byte is written.
+    Shard and offset of every output tensor.
 
-    Shard names, the split and the index are those of `save_pretrained`; header and order inside a file are those of
+    Shard names, the split and the index are those of `save_pretrained`. Header and order inside a file are those of
     `safetensors.save_file`, so that the same tensors give the same bytes.
     """
 
@@ -49,7 +49,7 @@ class ShardLayout:
             tensors (`Iterable[tuple[str, str, Sequence[int]]]`):
                 Name, safetensors dtype code and shape of each tensor.
             max_shard_size (`int`, *optional*, defaults to 50 GB):
-                Most bytes of tensors in one file. A larger tensor gets its own file.
+                Upper limit for the tensors in one file, in bytes. A larger tensor gets its own file.
 
         Returns:
             `ShardLayout`: The plan.
@@ -61,7 +61,7 @@ class ShardLayout:
         places = {}
         for index, group in enumerate(groups):
             file = SINGLE_FILE if len(groups) == 1 else f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
-            # safetensors puts wide dtypes first, so that every tensor is aligned to its own elements.
+            # safetensors sorts by dtype, widest first, so that every tensor is aligned to its element size.
             order = list(DTYPE_BITS)
             names = sorted(group, key=lambda name: (-order.index(entries[name][0]), name))
             header = _header([(name, *entries[name], nbytes[name]) for name in names])
@@ -74,7 +74,7 @@ class ShardLayout:
         return cls(tuple(shards), places, nbytes, sum(nbytes.values()), parameters)
 
     def where(self, name: str) -> tuple[int, int]:
-        """Index of the shard that holds `name`, and the offset in bytes of its data in that file."""
+        """Return the index of the shard that holds `name`, and the byte offset of its data in that file."""
         return self.places[name]
 
     @property
@@ -83,7 +83,7 @@ class ShardLayout:
         return sum(shard.size for shard in self.shards)
 
     def index_json(self) -> str | None:
-        """Text of `model.safetensors.index.json`; None for a single file, which has no index."""
+        """Return the text of `model.safetensors.index.json`; None for a single file, which has no index."""
         if len(self.shards) == 1:
             return None
         index = {
@@ -94,7 +94,11 @@ class ShardLayout:
 
 
 def _split(nbytes: dict[str, int], limit: int) -> list[list[str]]:
-    """Group names as huggingface_hub does: a tensor above the limit closes no open group and stands before it."""
+    """
+    Group names as huggingface_hub does.
+
+    A tensor above the limit does not close the open group, so its own group comes before that.
+    """
     groups: list[list[str]] = []
     current: list[str] = []
     filled = 0
@@ -111,6 +115,7 @@ def _split(nbytes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def _header(entries: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Return the length and the JSON text of a safetensors header, padded to a multiple of 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape, size in entries:

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: told by their config or by their tensors, and refused with a way out that exists."""
+"""Recognise quantised checkpoints by their config or their tensors, and refuse them with a remedy that works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.tensors.header import TensorInfo
 
-# Ends of the names that quantisers give to their codes, whatever config.json says.
+# Endings of the names that quantisers give to their codes. They are checked even if config.json does not mention
+# quantisation.
 _CODES = (
     ("bitsandbytes, 8 bit", r"\.weight_format"),
     ("bitsandbytes, 4 bit", r"\.quant_state\..+"),
@@ -25,7 +26,7 @@ _CODES = (
     ("HQQ", r"\.W_q"),
     ("AQLM", r"\.codes"),
 )
-# What lies beside a weight that is itself made of codes.
+# Scales that are stored next to a `weight` which itself holds codes.
 _SCALES = (
     ("bitsandbytes, 8 bit", "SCB"),
     ("bitsandbytes, 4 bit", "weight.absmax"),
@@ -35,8 +36,8 @@ _SCALES = (
 )
 
 _ORIGINALS = "Merge the unquantised checkpoints it was made from"
-# Method in `quantization_config` -> how transformers gives the weights back, where it can. Saved in their original
-# format they would be quantised again, or not saved at all.
+# Method in `quantization_config` -> how to dequantise with transformers, for the methods where that works. The result
+# must be saved with save_original_format=False: otherwise it is quantised again, or cannot be saved.
 _WAYS_OUT = {
     "bitsandbytes": "load it with `from_pretrained`, call `model.dequantize()`",
     "fp8": "load it with `from_pretrained(..., quantization_config=FineGrainedFP8Config(dequantize=True))`",
@@ -45,7 +46,7 @@ _WAYS_OUT = {
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """
-    Refuse a checkpoint whose numbers are codes.
+    Raise if a checkpoint is quantised: its numbers are codes, and a mean of codes is meaningless.
 
     Raises:
         CheckpointError: If its config or the names and dtypes of its tensors say that it is quantised.
@@ -59,9 +60,9 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{spec!r} is quantised ({method}): its numbers are codes, which cannot be averaged. {_way_out(method)}"
         )
-    found = _by_tensors(checkpoint.tensors.values())
-    if found:
-        method, names = found
+    recognised = _by_tensors(checkpoint.tensors.values())
+    if recognised:
+        method, names = recognised
         raise CheckpointError(
             f"{spec!r} is quantised ({method}, by its tensors {some(names)}), though its config.json has no "
             f"`quantization_config`: its numbers are codes, which cannot be averaged. {_ORIGINALS}."
@@ -83,7 +84,7 @@ def _way_out(method: str) -> str:
 
 
 def _by_tensors(infos: Iterable[TensorInfo]) -> tuple[str, list[str]] | None:
-    """Name of the format and its tensors; `None` if the tensors are those of no quantiser."""
+    """Return the name of the format and the tensors it is recognised by; `None` if no quantiser made them."""
     tensors = {info.name: info for info in infos}
     coded = [name for name, info in tensors.items() if not info.is_float]
     for method, pattern in _CODES:

@@ -1,4 +1,4 @@
-"""Read safetensors checkpoints by byte ranges: headers first and checked, contents only when asked for."""
+"""Read safetensors checkpoints by byte ranges: headers are read and checked first, contents only on demand."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONFIG_FILES = {"full": "config.json", "adapter": "adapter_config.json"}
 
 class Checkpoint:
     """
-    Weights of one expert, base model or adapter. Contents are read on demand; any thread may read.
+    Weights of one expert, base model or adapter. Contents are read on demand, from any thread.
 
     Args:
         source (`Source`):
@@ -57,10 +57,11 @@ class Checkpoint:
         files (`dict[str, int]`):
             Weight files and their sizes in bytes.
         identities (`dict[str, str]`):
-            What told every file of the folder that is read from a changed one before it was read.
+            `identity` of every file that is read, taken before it was read: if one differs later, the file changed.
 
     Attributes:
-        wrapped (`str`, *optional*): a tensor's name in the file, if wrappers were taken off the names (`unwrapped`).
+        aliases (`dict[str, str]`): names added by `alias`, and the tensor each one reads.
+        wrapped (`str`, *optional*): example of a stored name, if wrappers were removed from the names (`unwrapped`).
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Checkpoint:
             `numpy.ndarray`: Read-only uint8, 1-D. For local files a view of the page cache, not a copy.
 
         Raises:
-            CheckpointError: If the file is gone, was changed, or cannot be read.
+            CheckpointError: If the file is gone, has changed, or cannot be read.
         """
         info = self.tensors[name]
         stop = info.nbytes if stop is None else stop
@@ -116,13 +117,13 @@ class Checkpoint:
             ) from error
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Give back the memory pages of a range that was read; the system's page cache keeps the contents."""
+        """Unmap the pages of a range that was read; the system's page cache keeps the contents."""
         info = self.tensors[name]
         stop = info.nbytes if stop is None else stop
         self.folder.release(info.file, info.offset + start, info.offset + stop)
 
     def mapping(self, name: str) -> Mapping | None:
-        """Return the mapped file a tensor lies in; `None` if it is remote, or for a reason that `read` will meet."""
+        """Return the mapping of a tensor's file; `None` if it is remote or cannot be mapped (`read` will say why)."""
         file = self.tensors[name].file
         if isinstance(self.folder, RemoteFolder):
             return None
@@ -131,23 +132,23 @@ class Checkpoint:
         return None
 
     def alias(self, name: str, target: str) -> None:
-        """Let `name` read the contents of tensor `target`: a tied weight that other checkpoints store twice."""
+        """Add a tensor `name` with the contents of `target`: a tied weight that other checkpoints store twice."""
         info = self.tensors[target]
         self.tensors[name] = TensorInfo(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
         self.aliases[name] = target
 
     def fingerprint(self) -> list[tuple[str, int, str]]:
         """
-        Tell the weight files apart from rewritten ones, without reading them.
+        Return marks that change when a weight file is rewritten, without reading the files.
 
         Returns:
-            `list[tuple[str, int, str]]`: Per file its name, its size in bytes, and its `identity` in the folder, when
+            `list[tuple[str, int, str]]`: For each file its name, its size in bytes and its `identity`, all from when
             the checkpoint was opened.
         """
         return [(file, self.files[file], self._identities[file]) for file in sorted(self.files)]
 
     def watch(self, names: Iterable[str]) -> None:
-        """Have `check_unchanged` look at other files of the folder, too."""
+        """Make `check_unchanged` check further files of the folder."""
         try:
             self._identities |= {name: self.folder.identity(name) for name in names}
         except OSError as error:
@@ -155,16 +156,16 @@ class Checkpoint:
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
         """
-        Refuse files that are not what they were when the checkpoint was opened. For a local file this takes a stat.
+        Check that files have not changed since the checkpoint was opened; costs one `stat` for each local file.
 
-        What was read before a call that succeeds is from the file as it was opened.
+        If it succeeds, everything read so far came from the files as they were opened.
 
         Args:
             files (`Iterable[str]`, *optional*):
-                Some of the files that are read; by default all.
+                Files to check; by default all that are read.
 
         Raises:
-            CheckpointError: If one was rewritten, cut short, replaced or removed, or its disk failed.
+            CheckpointError: If a file was rewritten, truncated, replaced or removed, or its disk failed.
         """
         for name in self._identities if files is None else files:
             change = self._change(name)
@@ -176,7 +177,7 @@ class Checkpoint:
                 )
 
     def _change(self, name: str) -> str:
-        """How a file differs from what it was; empty if it does not."""
+        """Describe how a file has changed; empty if it has not."""
         try:
             if self.folder.identity(name) != self._identities[name]:
                 before, now = self.files.get(name), self.folder.size(name)
@@ -191,11 +192,11 @@ class Checkpoint:
         return "a part of it could not be read from the disk" if broken else ""
 
     def config(self) -> dict[str, Any]:
-        """Parsed `config.json`, empty if there is none."""
+        """Return the parsed `config.json`, empty if there is none."""
         return read_json(self.folder, "config.json", self.source.spec)
 
     def close(self) -> None:
-        """Forget open files. Arrays from `read` stay valid."""
+        """Close open files. Arrays from `read` stay valid."""
         self.folder.close()
 
     def __enter__(self) -> Self:
@@ -210,9 +211,10 @@ class Checkpoint:
 @contextmanager
 def unchanged(checkpoints: Iterable[Checkpoint]) -> Iterator[None]:
     """
-    Refuse, when the block ends, checkpoints whose files changed while it ran; see `Checkpoint.check_unchanged`.
+    Check at the end of a `with` block that no file changed while it ran; see `Checkpoint.check_unchanged`.
 
-    Whatever else goes wrong in the block is raised only if none did: a changed file explains every other error.
+    If the block raises, the files are checked first: a changed file explains any other error, and its message helps
+    the user more.
     """
     opened = list(checkpoints)
     try:
@@ -229,14 +231,14 @@ def open_checkpoint(source: Source) -> Checkpoint:
     """
     Read and check the headers of a checkpoint, single file or sharded, full model or adapter.
 
-    Tensors go by their names in the model: what `torch.compile` or DDP put before them is taken off.
+    Tensors get their names in the model: prefixes from `torch.compile`, DDP and the like are removed.
 
     Args:
         source (`Source`):
             What `resolve` returned.
 
     Returns:
-        `Checkpoint`: Tensors in file order; contents not read yet.
+        `Checkpoint`: Tensors in file order; their contents are not read yet.
 
     Raises:
         CheckpointError: If a file is missing, truncated or not safetensors, or the index disagrees with the shards.
@@ -247,7 +249,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
         if source.kind == "adapter":
             return _checked(_open_files(source, folder, [ADAPTER_FILE]))
         if folder.exists(SINGLE_FILE):
-            # transformers, too, prefers the single file when a folder holds both.
+            # transformers also prefers the single file when a folder holds both.
             return _checked(_open_files(source, folder, [SINGLE_FILE]))
         if not folder.exists(INDEX_FILE):
             raise CheckpointError(
@@ -270,7 +272,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
 
 def read_file(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> bytes:
-    """Contents of a small file of a checkpoint; `spec` names it in errors."""
+    """Read a small file of a checkpoint; `spec` names the checkpoint in errors."""
     try:
         return folder.read(name)
     except OSError as error:
@@ -278,7 +280,7 @@ def read_file(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> bytes
 
 
 def read_json(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> dict[str, Any]:
-    """Parse a JSON object in the folder; empty if there is no such file."""
+    """Read a JSON object from a file of the folder; empty if there is no such file."""
     try:
         if not folder.exists(name):
             return {}
@@ -294,13 +296,14 @@ def read_json(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> dict[
 
 
 def some(items: Iterable[object], limit: int = 3) -> str:
-    """List the first few items for a message, and count the rest."""
+    """Return the first few items as text, for a message, and the number of the others: `a, b, c and 4 more`."""
     shown = [str(item) for item in items]
     rest = len(shown) - limit
     return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _open_files(source: Source, folder: LocalFolder | RemoteFolder, files: list[str]) -> Checkpoint:
+    # Identities are taken before the headers are read: a file that changes in between is noticed.
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
     beside = [name for name in (INDEX_FILE, CONFIG_FILES[source.kind]) if folder.exists(name)]
@@ -338,8 +341,8 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _refuse_empty(checkpoint: Checkpoint) -> None:
-    # One dimension of no elements is what is left of a weight whose elements are on other processes. A matrix of no
-    # rows has its shape still, and may be meant.
+    # A sharded run that does not gather its weights saves them with shape [0]. An empty matrix still has two
+    # dimensions, and may be intended.
     empty = [info.name for info in checkpoint.tensors.values() if info.is_float and info.shape == (0,)]
     if empty:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Write the shards of a layout piece by piece, from any thread, so that nothing unfinished looks finished."""
+"""Write the shards of a layout piece by piece, from any thread, under temporary names until all are complete."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ logger = logging.getLogger(__name__)
 STAGING = ".frmerge"
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# Dirty bytes after which the disk is set to work, so that the last fsync finds little left: 40 % less time to
-# write and fsync 1 GB than leaving it all to fsync.
+# Writeback is started whenever this many bytes are dirty, so that the final fsync finds little left to do. Writing and
+# syncing 1 GB took 40 % less time than leaving everything to fsync.
 _WRITEBACK_BYTES = 32 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>: start writing dirty pages, do not wait
 
-# What posix_fallocate says where a file system cannot reserve blocks and the C library does not stand in.
+# Errors of posix_fallocate if the file system cannot reserve blocks and the C library does not emulate it.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class CheckpointWriter:
     """
-    Writes the shards of a layout under temporary names and gives them their real ones at the end.
+    Writer of the shards of a layout, under temporary names that become the real ones at the end.
 
-    `create` (or `reopen`), `write` and `read_back` from any thread, then `finish`; or, in a job of several
-    processes, each process passes its own `shards`, all call `sync`, and after a barrier one calls `publish`.
+    Call `create` (or `reopen`), then `write` and `read_back` from any thread, then `finish`. In a job of several
+    processes, each process passes its own `shards`, all call `sync`, and after a barrier one of them calls `publish`.
 
     Args:
         layout (`ShardLayout`):
@@ -83,7 +83,7 @@ class CheckpointWriter:
         self._dirty: dict[int, int] = {}
 
     def create(self) -> None:
-        """Create this process's files at full size, with their headers; what was staged under their names is gone."""
+        """Create this process's files at full size, with their headers, replacing staged files of an earlier run."""
         make_folder(self.staging)
         missing = sum(self.layout.shards[index].size for index in self.shards)
         for index in self.shards:
@@ -92,12 +92,13 @@ class CheckpointWriter:
 
     def reopen(self) -> list[int]:
         """
-        Go on with files of an earlier run where their size and header fit, and create the others.
+        Open the files of an earlier run whose size and header fit, and create the others.
 
-        A file that has another name, too, or is a link to one, is not gone on with: it may be an input.
+        A symbolic link, or a file with more than one hard link, is created anew: it may be an input under another
+        name.
 
         Returns:
-            `list[int]`: Shards that were created afresh, so hold no data of the earlier run.
+            `list[int]`: Shards that were created and hold no data of the earlier run.
         """
         make_folder(self.staging)
         created = [index for index in self.shards if not self._adopt(index)]
@@ -137,7 +138,7 @@ class CheckpointWriter:
         return out
 
     def finish(self) -> None:
-        """Make the files durable and give them their real names; alone in its process."""
+        """Sync the files to disk and rename them into place; for a job of one process."""
         self.sync()
         self.publish()
 
@@ -157,15 +158,16 @@ class CheckpointWriter:
         """
         Rename all shards of the layout into place, write the index, and remove weight files of an earlier merge.
 
-        Call once, after every process has called `sync`.
+        Call it once, after every process has called `sync`.
         """
         staged = {self._staged(index): self.output_dir / shard.file for index, shard in enumerate(self.layout.shards)}
+        # Check all files before renaming any, so that an error leaves the staged files as they are.
         for path in staged:
             if not path.is_file():
                 raise MergeError(f"{path} is missing: another program removed it. Start the merge afresh.")
         for path, final in staged.items():
             rename(path, final)
-        text = self.layout.index_json()
+        text = self.layout.index_json()  # written after the shards that it names
         if text is not None:
             write_file(self.output_dir / INDEX_FILE, text)
         keep = {shard.file for shard in self.layout.shards} | ({INDEX_FILE} if text is not None else set())
@@ -173,13 +175,13 @@ class CheckpointWriter:
         sync_directory(self.output_dir)
 
     def close(self) -> None:
-        """Close the files without finishing them; they stay for a resume, which digests what is in them."""
+        """Close the files without finishing them; they stay for a resume, which checks their contents by digest."""
         while self._fds:
             with suppress(OSError):
                 os.close(self._fds.popitem()[1])
 
     def _staged(self, index: int) -> Path:
-        # Not "*.safetensors": no loader may take an unfinished file for a checkpoint.
+        # The suffix is not ".safetensors", so that no loader takes an unfinished file for a checkpoint.
         return self.staging / f"{self.layout.shards[index].file}.partial"
 
     def _locate(self, name: str, start: int, stop: int) -> tuple[int, int]:
@@ -207,25 +209,28 @@ class CheckpointWriter:
         self._fds[index] = fd
 
     def _start_writeback(self, index: int, written: int) -> None:
-        # Threads may lose counts to each other here; that only shifts the moment the disk is set to work.
+        # Not locked: threads may overwrite each other's counts, which only shifts the start of the writeback.
         self._dirty[index] = self._dirty.get(index, 0) + written
         if self._dirty[index] >= _WRITEBACK_BYTES:
             self._dirty[index] = 0
             start_writeback(self._fds[index])
 
     def _adopt(self, index: int) -> bool:
+        """Open a shard that an earlier run left, if it can be continued; return whether it was."""
         staged, final = self._staged(index), self.output_dir / self.layout.shards[index].file
-        fd = self._open_own(staged, index)
+        fd = self._open_earlier(staged, index)
         if fd is None and not os.path.lexists(staged):
-            fd = self._open_own(final, index)
-            if fd is not None:  # the earlier run was killed while it renamed; unfinished work has no final names
+            fd = self._open_earlier(final, index)
+            if fd is not None:
+                # The earlier run was killed while it renamed its shards. Take the final name away again, so that the
+                # folder does not look finished.
                 rename(final, staged)
         if fd is not None:
             self._fds[index] = fd
         return fd is not None
 
-    def _open_own(self, path: Path, index: int) -> int | None:
-        """Open a file to go on with, unless it is not that shard, or the bytes in it have another name, too."""
+    def _open_earlier(self, path: Path, index: int) -> int | None:
+        """Open a file of an earlier run; None if it is missing, a link, has other hard links, or is another shard."""
         shard = self.layout.shards[index]
         with disk_errors(path, "opened"):
             try:
@@ -236,8 +241,8 @@ class CheckpointWriter:
                 if error.errno != errno.ELOOP:
                     raise
                 return None  # a link
-        found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_size == shard.size:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == shard.size:
             with disk_errors(path, "read"):
                 if os.pread(fd, len(shard.header), 0) == shard.header:
                     return fd
@@ -255,7 +260,7 @@ class CheckpointWriter:
 
 def check_free_space(output_dir: str | Path, needed: int) -> None:
     """
-    Refuse work that will not fit on the disk.
+    Check that the output fits on its disk.
 
     Args:
         output_dir (`str` or `Path`):
@@ -264,7 +269,7 @@ def check_free_space(output_dir: str | Path, needed: int) -> None:
             Bytes that will be written.
 
     Raises:
-        MergeError: If fewer bytes are free.
+        MergeError: If fewer than `needed` bytes are free.
     """
     folder = Path(output_dir).absolute()
     while not folder.exists():
@@ -275,7 +280,7 @@ def check_free_space(output_dir: str | Path, needed: int) -> None:
 
 
 def remove_weights(output_dir: str | Path, keep: Iterable[str] = ()) -> None:
-    """Remove `model*.safetensors` files and their index from a folder: a loader would prefer stale ones to new."""
+    """Remove `model*.safetensors` files and their index from a folder: a loader might take stale ones for the new."""
     kept = set(keep)
     with suppress(FileNotFoundError):
         for path in Path(output_dir).iterdir():
@@ -284,7 +289,7 @@ def remove_weights(output_dir: str | Path, keep: Iterable[str] = ()) -> None:
 
 
 def remove_staging(staging: Path) -> None:
-    """Remove the folder of unfinished files, now that all are finished; they are even if that fails."""
+    """Remove the staging folder after a complete merge; if that fails, only warn, as the model itself is complete."""
     try:
         remove_folder(staging)
     except MergeError as error:
@@ -292,7 +297,7 @@ def remove_staging(staging: Path) -> None:
 
 
 def start_writeback(fd: int) -> None:
-    """Ask the system to begin writing a file's dirty pages, where it can be asked; errors are left to fsync."""
+    """Start writing a file's dirty pages to disk (Linux only); errors are left to the fsync at the end."""
     if sys.platform == "linux":
         _libc().sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
@@ -305,7 +310,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Give a new file its size. Reserved blocks make a full disk known now, and later writes 4x faster."""
+    """Set the size of a new file and reserve its blocks: a full disk shows now, and later writes are 4x faster."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)

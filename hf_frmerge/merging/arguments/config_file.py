@@ -15,7 +15,7 @@ from hf_frmerge.merging.arguments.values import did_you_mean
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
-    Options in a YAML or JSON file, by name; every name is known, the values are still as the file has them.
+    Read options by name from a YAML or JSON file. The names are checked; the values are not converted yet.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -23,7 +23,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             [`ExpertArguments`] and [`MergingArguments`], side by side.
 
     Raises:
-        ArgumentError: If the file is missing or broken, holds no mapping, or a key is no option.
+        ArgumentError: If the file is missing or broken, does not hold a mapping, or has a key that is not an option.
     """
     file = Path(path)
     if not file.is_file():

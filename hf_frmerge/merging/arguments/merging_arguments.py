@@ -45,12 +45,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-# Arguments of earlier versions, in the records of their merges, that never changed anything.
+# Arguments that stand in the records of earlier versions and never had an effect. They are ignored when read.
 RETIRED = ("seed", "metric_for_best_model", "greater_is_better", "hub_strategy")
 
 
 def _methods_with(option: str) -> str:
-    """Names of the methods that obey an option."""
+    """Return the names of the methods that use an option, for a help text."""
     return ", ".join(method.name for method in METHODS.values() if option in method.options)
 
 
@@ -60,7 +60,7 @@ def _describe(text: str, choices: Collection[str] | None = None) -> dict[str, An
 
 @dataclass
 class ExpertArguments:
-    """What to merge: the experts, how much each counts, and the model they were fine-tuned from."""
+    """Models of a merge: the experts, their weights, and the model they were fine-tuned from."""
 
     experts: list[str] = field(
         metadata=_describe(
@@ -92,10 +92,10 @@ class ExpertArguments:
 @dataclass
 class MergingArguments:
     """
-    How to merge, evaluate, report and push; every field says in its metadata what it does.
+    Options of merging, evaluating, reporting and pushing. The metadata of every field has its help text.
 
-    Values from the command line, YAML and JSON are brought to the type of their field, so that the three ways give
-    equal objects. Sizes are texts such as `"512MiB"`; `memory_budget_bytes` and `max_shard_bytes` give bytes.
+    Values from the command line, YAML and JSON are converted to the type of their field, so that all three give equal
+    objects. Sizes are texts such as `"512MiB"`; `memory_budget_bytes` and `max_shard_bytes` are in bytes.
 
     Raises:
         ArgumentError: If a value has the wrong type, is out of range or unknown, or contradicts another.
@@ -287,13 +287,14 @@ class MergingArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.report_to is None or isinstance(self.report_to, (list, tuple)):  # both are fine for the Trainer
+        if self.report_to is None or isinstance(self.report_to, (list, tuple)):  # TrainingArguments takes both
             self.report_to = ",".join(self.report_to or ["none"])
-        if isinstance(self.eval_device_map, dict):  # as from_pretrained takes it
+        if isinstance(self.eval_device_map, dict):  # from_pretrained takes a dict
             self.eval_device_map = json.dumps(self.eval_device_map)
         for name, hint in get_type_hints(type(self)).items():
             setattr(self, name, coerce(name, self.__dict__[name], hint))
         self.output_dir = local_folder(self.output_dir)
+        # A table replaces the default method. A method that was chosen beside a table is refused by `_validate`.
         if self.coefficients is not None and self.method == type(self).method:
             self.method = "given"
         self._validate()
@@ -312,34 +313,34 @@ class MergingArguments:
 
     @property
     def eval_dtype(self) -> str:
-        """Name of the dtype models are evaluated in; `"auto"` for the one each is stored in."""
+        """Name of the dtype for evaluation; `"auto"` for the dtype a model is stored in."""
         return "bfloat16" if self.bf16_full_eval else "float16" if self.fp16_full_eval else "auto"
 
     @property
     def device_map(self) -> str | dict[str, str | int] | None:
-        """`eval_device_map` as `from_pretrained` takes it."""
+        """`eval_device_map` in the form that `from_pretrained` takes."""
         if self.eval_device_map is None or not self.eval_device_map.lstrip().startswith("{"):
             return self.eval_device_map
         try:
-            found: dict[str, str | int] = json.loads(self.eval_device_map)
+            devices: dict[str, str | int] = json.loads(self.eval_device_map)
         except ValueError as error:
             raise ArgumentError(f"`eval_device_map` is not valid JSON: {error}.") from error
-        return found
+        return devices
 
     def get_process_log_level(self) -> int:
-        """Level for the loggers of the package; for `"passive"` the one that is in force already."""
+        """Return the level for the loggers of the package; for `"passive"` the level they have already."""
         return LOG_LEVELS[self.log_level] or logging.getLogger("hf_frmerge").getEffectiveLevel()
 
     def to_dict(self) -> dict[str, Any]:
-        """All options, with the value of every name that ends in `_token` masked."""
+        """Return all options; the value of every name that ends in `_token` is masked."""
         return {name: f"<{name.upper()}>" if name.endswith("_token") else v for name, v in asdict(self).items()}
 
     def to_json_string(self) -> str:
-        """All options as indented JSON, tokens masked."""
+        """Return all options as indented JSON, tokens masked."""
         return json.dumps(self.to_dict(), indent=2)
 
     def to_sanitized_dict(self) -> dict[str, bool | int | float | str]:
-        """All options as values a reporter can store, tokens masked and everything else turned into text."""
+        """Return all options as values a reporter can store: tokens masked, lists and the like as text."""
         return {name: v if isinstance(v, (bool, int, float, str)) else str(v) for name, v in self.to_dict().items()}
 
     def _default_disable_tqdm(self) -> bool:
@@ -358,7 +359,7 @@ class MergingArguments:
             value = values[name]
             if value is not None and not holds(value):
                 raise ArgumentError(f"`{name}` must be {wanted}, but got {value}.")
-        # Reading them once makes a bad one fail here rather than in the middle of a merge.
+        # Parse these once, so that a bad value fails now and not in the middle of a merge.
         _ = self.memory_budget_bytes, self.max_shard_bytes, self.device_map
         self._validate_combinations()
 

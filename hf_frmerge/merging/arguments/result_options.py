@@ -1,4 +1,4 @@
-"""Which options decide the merged model, and which only where it is computed, written, shown or pushed."""
+"""Tell options that decide the merged model from those that only decide how it is computed, written or pushed."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ _NEEDED = ("strict", "allow_license")
 
 
 def is_about_the_result(argument: str) -> bool:
-    """Whether it takes this argument to make the same model: not if it says where to run, what to print or to push."""
+    """Whether an argument is needed to make the same model again; False for devices, logging, pushing and the like."""
     is_known = argument in {option.name for option in fields(MergingArguments)}
     return argument in (*RESULT_OPTIONS, *_NEEDED) or not (is_known or argument.endswith("_token"))

@@ -1,4 +1,4 @@
-"""Turn what a command line, a YAML or a JSON file holds into typed values, or say which field is wrong."""
+"""Convert values from a command line, a YAML or a JSON file to the types of their fields."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Sentence naming the closest known word, with a leading space, or nothing when none is close."""
+    """Return a sentence with the closest known word, with a leading space; empty if no word is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def parse_size(name: str, text: str) -> int:
     """
-    Size in bytes of a text such as `"512MiB"` (powers of 1024), `"5GB"` (powers of 1000) or `"4096"`.
+    Parse a size such as `"512MiB"` (powers of 1024), `"5GB"` (powers of 1000) or `"4096"` to bytes.
 
     Args:
         name (`str`):
@@ -53,21 +53,21 @@ def parse_size(name: str, text: str) -> int:
 
 def coerce(name: str, value: object, hint: Any) -> Any:
     """
-    Value of a field as its type hint says, from what a configuration file may hold instead.
+    Convert a value from a configuration file to the type of its field.
 
-    YAML 1.1 reads `1e-6` as text and `5` as a whole number, so text that spells a number is taken for one, and a
-    single item for a list of one.
+    YAML 1.1 reads `1e-6` as text and `5` as an integer. So text that spells a number is accepted as a number, and a
+    single item as a list of one.
 
     Args:
         name (`str`):
             Name of the field, for the error message.
         value (`object`):
-            What was given.
+            Value to convert.
         hint (`type`):
             `float`, `int`, `bool`, `str`, a list of one of them, or any of these `| None`.
 
     Raises:
-        ArgumentError: If the value cannot stand for that type.
+        ArgumentError: If the value cannot be converted to that type.
     """
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if value is None and NoneType in kinds:
@@ -89,7 +89,7 @@ def coerce(name: str, value: object, hint: Any) -> Any:
 
 def validate_weights(weights: Iterable[float] | None, n_experts: int) -> list[float]:
     """
-    Weights of the experts, divided by their sum; `None` weighs all alike.
+    Check the weights of the experts and divide them by their sum; `None` gives equal weights.
 
     Args:
         weights (`Iterable[float]`, *optional*):
@@ -98,7 +98,7 @@ def validate_weights(weights: Iterable[float] | None, n_experts: int) -> list[fl
             Number of experts.
 
     Returns:
-        `list[float]`: weights that sum to 1 within rounding; a single non-zero weight becomes exactly 1.
+        `list[float]`: Weights that sum to 1 within rounding; a single non-zero weight becomes exactly 1.
 
     Raises:
         ArgumentError: If the number of weights is not `n_experts`, or a weight is negative, NaN or infinite, or all
@@ -106,23 +106,23 @@ def validate_weights(weights: Iterable[float] | None, n_experts: int) -> list[fl
     """
     if weights is None:
         return [1 / n_experts] * n_experts
-    given = [float(w) for w in weights]
-    if len(given) != n_experts:
+    numbers = [float(w) for w in weights]
+    if len(numbers) != n_experts:
         raise ArgumentError(
-            f"`weights` needs one number per expert: got {len(given)} ({given}) for {n_experts} experts. Leave it out "
-            "to weigh all experts alike."
+            f"`weights` needs one number per expert: got {len(numbers)} ({numbers}) for {n_experts} experts. Leave it "
+            "out to weigh all experts alike."
         )
-    for position, weight in enumerate(given, start=1):
+    for position, weight in enumerate(numbers, start=1):
         if not math.isfinite(weight) or weight < 0:
             raise ArgumentError(
                 f"`weights` must be finite and not negative, but the weight of expert {position} is {weight}."
             )
-    largest = max(given)
+    largest = max(numbers)
     if largest == 0:
         raise ArgumentError("`weights` are all zero: at least one expert must count.")
-    # A power of two changes no digit, and keeps the sum of very large weights from overflowing.
+    # Scaled by a power of two, which is exact, so that the sum of very large weights does not overflow.
     exponent = math.frexp(largest)[1]
-    scaled = [math.ldexp(w, -exponent) for w in given]
+    scaled = [math.ldexp(w, -exponent) for w in numbers]
     total = math.fsum(scaled)
     return [w / total for w in scaled]
 
@@ -138,7 +138,7 @@ def _as_int(value: object) -> int:
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
         return int(value)
-    number = _as_float(value)
+    number = _as_float(value)  # 5.0 and "5e3" are whole numbers, too
     if not number.is_integer():
         raise ValueError
     return int(number)
@@ -156,7 +156,7 @@ def _as_bool(value: object) -> bool:
 def _as_text(value: object) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    return os.fspath(value)  # type: ignore[call-overload]  # a TypeError is the answer for anything but text and paths
+    return os.fspath(value)  # type: ignore[call-overload]  # raises TypeError for anything but text and paths
 
 
 _SCALARS = {float: _as_float, int: _as_int, bool: _as_bool, str: _as_text}

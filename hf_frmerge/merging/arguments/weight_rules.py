@@ -1,4 +1,4 @@
-"""Weights of the experts for each tensor: one set for all, ordered rules by name, gradients over the layers."""
+"""Weights of the experts for each tensor: defaults, rules by name, and gradients over the layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 def layer_index(name: str) -> int | None:
     """
-    Index of the layer a tensor belongs to: the first part of its name that is a number.
+    Return the index of the layer a tensor belongs to: the first part of its name that is a number.
 
     Example:
 
@@ -34,14 +34,14 @@ def layer_index(name: str) -> int | None:
 class _Rule:
     text: str
     pattern: re.Pattern[str]
-    anchors: tuple[tuple[float, ...], ...]  # one row per expert; a row of one is the same for all layers
+    anchors: tuple[tuple[float, ...], ...]  # one row per expert; a row of one number holds for all layers
 
     @property
     def is_gradient(self) -> bool:
         return any(len(row) > 1 for row in self.anchors)
 
     def applies(self, tensor_name: str) -> bool:
-        """Whether the name matches; a gradient says nothing about a tensor that belongs to no layer."""
+        """Whether the rule decides a tensor's weights; a gradient does not for a tensor outside of the layers."""
         matches = self.pattern.search(tensor_name) is not None
         return matches and not (self.is_gradient and layer_index(tensor_name) is None)
 
@@ -52,12 +52,11 @@ class WeightSchedule:
     Ordered rules `REGEX=w1,w2,...`: the first that applies to a tensor gives its weights.
 
     The rule is split at its last `=`, and the expression is searched for anywhere in the name (`re.search`). Each
-    weight is a number, or a gradient `a:b:c`: its anchors lie at equal distances over the layers, the first anchor at
-    the first layer and the last at the last one, with straight lines between them. A rule with a gradient does not
-    apply to a tensor that belongs to no layer (see [`layer_index`]); the next rules are asked. A tensor that no rule
-    applies to gets the default weights.
+    weight is a number, or a gradient `a:b:c`: its anchors are spread evenly over the layers, from the first layer to
+    the last, and interpolated linearly. A rule with a gradient does not apply to a tensor that belongs to no layer
+    (see [`layer_index`]); then the next rules are tried. A tensor that no rule applies to gets the default weights.
 
-    Make one with [`~WeightSchedule.parse`].
+    Create one with [`~WeightSchedule.parse`].
     """
 
     default_weights: tuple[float, ...]
@@ -66,30 +65,30 @@ class WeightSchedule:
     @classmethod
     def parse(cls, rules: Iterable[str], default_weights: Sequence[float], n_experts: int) -> Self:
         """
-        Read rules.
+        Parse rules.
 
         Args:
             rules (`Iterable[str]`):
-                Rules in the order in which they are asked.
+                Rules in the order in which they are tried.
             default_weights (`Sequence[float]`):
                 Normalised weights of the tensors that no rule applies to, one per expert.
             n_experts (`int`):
                 Number of experts; every rule has as many weights.
 
         Raises:
-            ArgumentError: If a rule cannot be read, or its weights do not fit the experts.
+            ArgumentError: If a rule cannot be parsed, or its weights do not fit the experts.
         """
         return cls(tuple(default_weights), tuple(_parse_rule(text, n_experts) for text in rules))
 
     def weights_for(self, tensor_name: str, n_layers: int) -> list[float]:
         """
-        Weights for one tensor, summing to 1.
+        Return the weights for one tensor, summing to 1.
 
         Args:
             tensor_name (`str`):
                 Name of the tensor.
             n_layers (`int`):
-                Number of layers over which gradients stretch, above the index of every layer.
+                Number of layers that gradients are spread over; larger than the index of every layer.
 
         Raises:
             ArgumentError: If all weights of a gradient are zero at this layer.
@@ -97,7 +96,7 @@ class WeightSchedule:
         for rule in self.rules:
             if not rule.applies(tensor_name):
                 continue
-            # A constant is the same at any layer; a gradient applies only to a tensor that has one.
+            # Without a layer index only constant weights apply, and these do not depend on the layer.
             layer = layer_index(tensor_name) or 0
             weights = [_interpolate(row, layer, n_layers) for row in rule.anchors]
             try:
@@ -107,7 +106,7 @@ class WeightSchedule:
         return list(self.default_weights)
 
     def unused_rules(self, tensor_names: Iterable[str]) -> list[str]:
-        """Rules that decide the weights of none of these tensors: no name fits, or earlier rules take them all."""
+        """Return the rules that decide no tensor's weights: they match no name, or earlier rules match first."""
         used = set()
         for name in tensor_names:
             used.add(next((i for i, rule in enumerate(self.rules) if rule.applies(name)), None))
@@ -117,7 +116,7 @@ class WeightSchedule:
 def _interpolate(anchors: tuple[float, ...], layer: int, n_layers: int) -> float:
     if len(anchors) == 1 or n_layers == 1:
         return anchors[0]
-    # Whole numbers, so that the first and last layer and those on an anchor get exactly the anchor.
+    # In integers, so that a layer that lies on an anchor (the first and the last do) gets exactly its value.
     lower, rest = divmod(layer * (len(anchors) - 1), n_layers - 1)
     if rest == 0:
         return anchors[lower]
@@ -142,11 +141,11 @@ def _parse_rule(text: str, n_experts: int) -> _Rule:
             f"Weight rule {text!r}: weights are numbers, or gradients such as 0:0.5:1, separated by commas; but got "
             f"{weights!r}."
         ) from error
-    # Of each expert a bad anchor if there is one, else the highest: wrong numbers are refused here, and a gradient may
-    # still be zero at one end for all experts but one.
-    telling = [next((a for a in row if not 0 <= a < math.inf), max(row)) for row in anchors]
+    # Check one anchor of each expert: an invalid one if there is any, else the largest, because a gradient may be zero
+    # at one end.
+    to_check = [next((a for a in row if not 0 <= a < math.inf), max(row)) for row in anchors]
     try:
-        validate_weights(telling, n_experts)
+        validate_weights(to_check, n_experts)
     except ArgumentError as error:
         raise ArgumentError(f"Weight rule {text!r}: {error}") from error
     return _Rule(text, pattern, anchors)

@@ -1,11 +1,11 @@
 """
-Events of a merge, who listens to them, and what listeners may ask for.
+Events of a merge, the callbacks that listen to them, and the flags that callbacks may set.
 
 The events fire in this order:
 
     init_end
     merge_begin
-    step_begin, step_end, [log]            once per tensor; log when the cadence or a callback asks for it
+    step_begin, step_end, [log]            once per tensor; log every `logging_steps` tensors, or if a callback asks
     save, log                              the output is complete; summary of the merge
     merge_end
     prediction_step ..., log, evaluate     once per evaluation
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class MergeControl:
     """
-    What callbacks ask the merge to do. They set the flags; the handler resets them as the merge goes on.
+    Flags by which callbacks steer a merge. Callbacks set them, the handler resets them.
 
     Args:
         should_merge_stop (`bool`):
@@ -40,9 +40,9 @@ class MergeControl:
             Set at `on_step_begin`: do not merge this tensor but copy it from the base model (the first expert when
             there is none). Reset for every tensor.
         should_log (`bool`):
-            Log after this tensor. Reset for every tensor and once done.
+            Log after this tensor. Reset for every tensor, and after logging.
         should_evaluate (`bool`):
-            Evaluate the merged model. Reset for every tensor and once done.
+            Evaluate the merged model. Reset for every tensor, and after the evaluation.
         stop_reason (`str`):
             Why a callback asked to stop, for the message to the user.
     """
@@ -56,11 +56,12 @@ class MergeControl:
 
 class MergeCallback:
     """
-    Listener to a merge: override the events of interest.
+    Base class of callbacks: override the events of interest.
 
     Every event gets `args` ([`MergingArguments`]), `state` ([`MergeState`]) and `control` ([`MergeControl`]) by
-    position, and by keyword `model` (`None` until it is loaded), `processing_class` and what the event adds. An event
-    may change `control` in place or return another one; `None` keeps it. Take what else comes in `**kwargs`.
+    position; and by keyword `model` (`None` until it is loaded), `processing_class` and arguments of that event. An
+    event may change `control` in place or return another one; `None` keeps it. Later versions may pass further
+    keywords, so take `**kwargs`.
 
     Example:
 
@@ -73,7 +74,7 @@ class MergeCallback:
 
     @property
     def name(self) -> str:
-        """What messages call it; two callbacks of one name are probably a mistake."""
+        """Name in messages. Adding two callbacks of one name is probably a mistake, and logs a warning."""
         return type(self).__name__
 
     def on_init_end(
@@ -128,8 +129,8 @@ class MergeCallback:
         """
         Called after an evaluation, with a copy of its `metrics`.
 
-        Of several datasets each is told for itself and then, with `is_last=True`, what was measured over all of them.
-        `places` names the layer, dataset or expert in which the value of a metric was found.
+        With several datasets it is called for each of them and then, with `is_last=True`, for the metrics over all of
+        them. `places` names the layer, dataset or expert that a metric's value comes from.
         """
 
     def on_push_begin(
@@ -195,7 +196,7 @@ class CallbackHandler:
         return self.call_event("on_init_end", args, state, control)
 
     def on_merge_begin(self, args: MergingArguments, state: MergeState, control: MergeControl) -> MergeControl:
-        """Forget an earlier stop, then fire `on_merge_begin`."""
+        """Reset the stop of an earlier merge, then fire `on_merge_begin`."""
         control.should_merge_stop = False
         control.stop_reason = ""
         return self.call_event("on_merge_begin", args, state, control)
@@ -216,7 +217,7 @@ class CallbackHandler:
     def on_log(
         self, args: MergingArguments, state: MergeState, control: MergeControl, logs: dict[str, Any]
     ) -> MergeControl:
-        """Note that logging is done, then fire `on_log`."""
+        """Reset `should_log`, then fire `on_log`."""
         control.should_log = False
         return self.call_event("on_log", args, state, control, logs=logs)
 
@@ -237,7 +238,7 @@ class CallbackHandler:
     def on_evaluate(
         self, args: MergingArguments, state: MergeState, control: MergeControl, metrics: dict[str, Any], **details: Any
     ) -> MergeControl:
-        """Note that evaluation is done, then fire `on_evaluate`."""
+        """Reset `should_evaluate`, then fire `on_evaluate`."""
         control.should_evaluate = False
         return self.call_event("on_evaluate", args, state, control, metrics=metrics, **details)
 
@@ -249,16 +250,16 @@ class CallbackHandler:
         self, event: str, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any
     ) -> MergeControl:
         """
-        Call one event of all callbacks, in order, and return the control they leave behind.
+        Call one event of all callbacks, in order, and return the resulting control.
 
-        Dictionaries among `kwargs` are copied for each callback: reporting callbacks change the logs they get, and
-        must damage neither the log history nor what the next callback sees.
+        Dictionaries among `kwargs` are copied for each callback: reporting callbacks modify the logs they get, which
+        must change neither the log history nor what the next callback sees.
         """
         for callback in self.callbacks:
-            own = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-            # The name of the event is one of ours, never a guess at what an object may have.
+            copied = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+            # `getattr` is safe here: `event` is always the name of a method of `MergeCallback`.
             answer = getattr(callback, event)(
-                args, state, control, model=self.model, processing_class=self.processing_class, **own
+                args, state, control, model=self.model, processing_class=self.processing_class, **copied
             )
             if answer is not None:
                 control = answer
@@ -267,14 +268,15 @@ class CallbackHandler:
 
 class DefaultFlowCallback(MergeCallback):
     """
-    Log every `logging_steps` tensors (and the first, with `logging_first_step`); evaluate after the last one if
-    `do_eval`.
+    Set the flags for logging every `logging_steps` tensors, and for evaluating after the last one if `do_eval`.
+
+    With `logging_first_step` the first tensor is logged, too.
     """
 
     def on_step_end(
         self, args: MergingArguments, state: MergeState, control: MergeControl, *, result: StepResult, **kwargs: Any
     ) -> MergeControl:
-        """Set the flags that are due after this tensor."""
+        """Set `should_log` and `should_evaluate` if they are due after this tensor."""
         if state.global_step % args.logging_steps == 0 or (state.global_step == 1 and args.logging_first_step):
             control.should_log = True
         if state.global_step >= state.max_steps:
@@ -283,7 +285,7 @@ class DefaultFlowCallback(MergeCallback):
 
 
 class PrinterCallback(MergeCallback):
-    """Print the logs on the main process of each machine: what is shown without progress bars."""
+    """Print the logs on the main process of each machine; used if there are no progress bars."""
 
     def on_log(
         self, args: MergingArguments, state: MergeState, control: MergeControl, *, logs: dict[str, Any], **kwargs: Any
@@ -294,7 +296,7 @@ class PrinterCallback(MergeCallback):
 
 
 def readable_logs(logs: dict[str, Any], max_str_len: int | None = None) -> dict[str, Any]:
-    """Logs with numbers at four digits and texts longer than `max_str_len` cut, to be shown on one line."""
+    """Format logs for one line: numbers with four digits, texts cut at `max_str_len`."""
     shown: dict[str, Any] = {}
     for name, value in logs.items():
         if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Turns what the engine does into the events callbacks listen to."""
+"""Observer that turns outcomes of the engine into events of callbacks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 class CallbackObserver(StepObserver):
     """
-    Fires `on_step_begin` and `on_step_end`, keeps the state, and obeys the control.
+    Fires `on_step_begin` and `on_step_end`, updates the state, and follows the control.
 
-    Several tensors are under way at once, so some begin before earlier ones have ended; both events come in the order
-    of the plan.
+    Several tensors are processed at the same time, so a tensor may begin before earlier ones have ended. Each of the
+    two events is fired in the order of the plan.
 
     Args:
-        handler: Whom to tell.
-        args, state, control: What events are told.
-        log: Called with what is to be logged, when a callback asks for it.
+        handler: Handler of the callbacks.
+        args, state, control: Arguments of the events.
+        log: Called with a dictionary to log, when a callback asks for it.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class CallbackObserver(StepObserver):
         self._log = log
 
     def begin(self, step: TensorStep) -> bool:
-        """Announce a tensor."""
+        """Fire `on_step_begin`; return whether to merge the tensor."""
         self._state.current_tensor = step.name
         self.control = self._handler.on_step_begin(self._args, self._state, self.control)
         return not self.control.should_skip_tensor
 
     def end(self, outcome: StepOutcome) -> bool:
-        """Report a tensor."""
+        """Update the state and fire `on_step_end`; return whether to continue."""
         result = step_result(outcome)
         self._state.record(result)
         self.control = self._handler.on_step_end(self._args, self._state, self.control, result)
@@ -59,7 +59,7 @@ class CallbackObserver(StepObserver):
 
 
 def step_result(outcome: StepOutcome) -> StepResult:
-    """Return what callbacks are told about a tensor."""
+    """Return the outcome of a tensor in the form that callbacks get."""
     step, geometry = outcome.step, outcome.geometry
     if geometry is None:
         return StepResult(step.name, outcome.action, step.nbytes, (), 1.0, 0.0, 0, 0.0, True, 0)

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def _bar() -> type[tqdm[Any]]:
-    """Return the bar for a notebook or a terminal, as `tqdm.auto` does, which imports asyncio besides."""
+    """Return the bar for a notebook or a terminal. `tqdm.auto` does the same, but imports asyncio as well."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an experimental warning, in notebooks
+        warnings.simplefilter("ignore")  # in notebooks tqdm warns that this module is experimental
         from tqdm.autonotebook import tqdm
     return tqdm
 
 
 class ProgressCallback(MergeCallback):
     """
-    Show bytes and blocks done, GB/s and the time left, and write the logs above the bar.
+    Show a progress bar (bytes, blocks, speed, time left), and write the logs above it.
 
     Args:
         max_str_len (`int`, *optional*, defaults to `100`):
@@ -40,7 +40,7 @@ class ProgressCallback(MergeCallback):
         self._blocks = 0
 
     def on_merge_begin(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
-        """Open the bar; a resumed merge starts where it was interrupted."""
+        """Open the bar."""
         self._blocks = 0
         if state.is_world_process_zero:
             self._merge_bar = _bar()(
@@ -104,6 +104,6 @@ class ProgressCallback(MergeCallback):
     def on_log(
         self, args: MergingArguments, state: MergeState, control: MergeControl, *, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Write the logs above the open bars."""
+        """Write the logs above the bars."""
         if state.is_world_process_zero:
             _bar().write(str(readable_logs(logs, self.max_str_len)))

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 class ReporterBridge(MergeCallback):
     """
-    Let a reporting callback of transformers listen to a merge.
+    Forward the events of a merge to a reporting callback of transformers.
 
-    The events go to the ones it knows: merge begin and end to train begin and end, the others to those of the same
-    name. It reads `MergeState` as it would a `TrainerState`, and a copy of the arguments with tokens masked. What it
-    answers is ignored: a reporter does not steer a merge. Nothing but logs is sent, so environment variables that make
-    a reporter upload checkpoints (such as `WANDB_LOG_MODEL`) are for training.
+    Merge begin and end are forwarded as train begin and end, other events under the same name. The reporter reads
+    `MergeState` as it would read a `TrainerState`, and a copy of the arguments with tokens masked. Its return values
+    are ignored: a reporter does not steer a merge. Only logs are sent, so environment variables that make a reporter
+    upload checkpoints (such as `WANDB_LOG_MODEL`) have no effect.
 
     Args:
         reporter (`transformers.TrainerCallback`):
@@ -36,7 +36,7 @@ class ReporterBridge(MergeCallback):
 
     @property
     def name(self) -> str:
-        """Name of the reporting callback: bridges to different ones go together."""
+        """Name of the reporting callback, so that bridges to different ones are not taken for duplicates."""
         return type(self.reporter).__name__
 
     def on_init_end(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
@@ -44,19 +44,19 @@ class ReporterBridge(MergeCallback):
         self.reporter.on_init_end(_trainer_args(args), state, control, **kwargs)
 
     def on_merge_begin(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
-        """Forward as the begin of a training: reporters open their run here."""
+        """Forward as the begin of a training, where reporters open their run."""
         self.reporter.on_train_begin(_trainer_args(args), state, control, **kwargs)
 
     def on_step_end(
         self, args: MergingArguments, state: MergeState, control: MergeControl, *, result: StepResult, **kwargs: Any
     ) -> None:
-        """Forward without the result, which reporters do not know."""
+        """Forward without `result`, which reporters do not take."""
         self.reporter.on_step_end(_trainer_args(args), state, control, **kwargs)
 
     def on_log(
         self, args: MergingArguments, state: MergeState, control: MergeControl, *, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Forward; after the merge has ended, reporters open their run again for evaluations."""
+        """Forward. Reporters reopen their run for evaluations after the merge has ended."""
         self.reporter.on_log(_trainer_args(args), state, control, logs=logs, **kwargs)
 
     def on_save(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ class ReporterBridge(MergeCallback):
         self.reporter.on_save(_trainer_args(args), state, control, **kwargs)
 
     def on_merge_end(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
-        """Forward as the end of a training: reporters close their run here."""
+        """Forward as the end of a training, where reporters close their run."""
         self.reporter.on_train_end(_trainer_args(args), state, control, **kwargs)
 
     def on_evaluate(
@@ -82,7 +82,7 @@ class ReporterBridge(MergeCallback):
 
 def reporting_callbacks(report_to: str) -> list[ReporterBridge]:
     """
-    Bridges to the integrations named in `MergingArguments.report_to`.
+    Create bridges to the integrations named in `MergingArguments.report_to`.
 
     Args:
         report_to (`str`):
@@ -94,7 +94,7 @@ def reporting_callbacks(report_to: str) -> list[ReporterBridge]:
     names = [name.strip() for name in report_to.split(",")]
     if names == ["none"]:
         return []
-    # Importing the integrations costs seconds (they import torch): only for a merge that reports.
+    # Imported here because it takes seconds (the integrations import torch), and most merges do not report.
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -109,13 +109,13 @@ def reporting_callbacks(report_to: str) -> list[ReporterBridge]:
             )
         try:
             bridges.append(ReporterBridge(INTEGRATION_TO_CALLBACK[name]()))
-        except (ImportError, RuntimeError) as error:  # each integration says in its own words what to install
+        except (ImportError, RuntimeError) as error:  # the message of the integration says what to install
             raise ArgumentError(f"`report_to={name}` cannot be used here: {error}") from error
     return bridges
 
 
 def _trainer_args(args: MergingArguments) -> SimpleNamespace:
-    """Return the options reporters read, with those that only a training has at neutral values."""
+    """Return the options that reporters read; options that only a training has get neutral values."""
     return SimpleNamespace(
         **args.to_dict(),
         to_dict=args.to_dict,
@@ -123,8 +123,8 @@ def _trainer_args(args: MergingArguments) -> SimpleNamespace:
         to_sanitized_dict=args.to_sanitized_dict,
         load_best_model_at_end=False,
         save_total_limit=None,
-        project="huggingface",  # the Trainer's default; trackio files runs under it
+        project="huggingface",  # the Trainer's default, under which trackio stores runs
         trackio_space_id=None,
         trackio_bucket_id=None,
-        trackio_static_space_id=False,  # a merge makes no Space that nobody asked for
+        trackio_static_space_id=False,  # no Space is created without being asked for
     )

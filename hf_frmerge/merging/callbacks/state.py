@@ -1,4 +1,4 @@
-"""Progress of a merge: what callbacks read."""
+"""State of a merge and result of each tensor, as callbacks read them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class StepResult:
     """
-    What happened to one tensor.
+    Result of one tensor.
 
     Args:
         name (`str`):
             Name of the tensor.
         action (`str`):
-            `"merge"`, `"copy"` (not a floating-point tensor, or the same everywhere) or `"skip"` (a callback asked).
+            `"merge"`, `"copy"` (not a floating-point tensor, or the same everywhere) or `"skip"` (copied because a
+            callback asked for it).
         nbytes (`int`):
             Bytes of the tensor in the output.
         norms (`tuple[float, ...]`):
@@ -28,13 +29,13 @@ class StepResult:
         max_angle (`float`):
             Largest angle between two experts in any block, in radians.
         n_iter (`int`):
-            Most steps any block took.
+            Largest number of steps over the blocks.
         residual (`float`):
-            Largest residual of any block, in radians.
+            Largest residual over the blocks, in radians.
         converged (`bool`):
-            Whether all blocks met the tolerance.
+            Whether all blocks reached the tolerance.
         ambiguous (`int`):
-            Blocks without a preferred direction, answered by `on_ambiguous="linear"`.
+            Number of blocks without a preferred direction, which `on_ambiguous="linear"` decided.
         n_blocks (`int`, *optional*, defaults to `1`):
             Blocks in the tensor.
     """
@@ -61,17 +62,17 @@ class MergeState:
         global_step (`int`):
             Tensors done.
         max_steps (`int`):
-            Tensors in all.
+            Number of tensors.
         epoch (`float`):
             Share of the tensors done, in `[0, 1]`; reporting integrations read it under this name.
         bytes_done (`int`):
             Bytes of output done.
         bytes_total (`int`):
-            Bytes of output in all.
+            Bytes of output in total.
         current_tensor (`str`, *optional*):
-            Name of the tensor in work, or of the last one done.
+            Name of the tensor that began or ended last.
         n_not_converged (`int`):
-            Merged tensors whose iteration did not meet `tol`.
+            Merged tensors whose iteration did not reach `tol`.
         worst_residual (`float`):
             Largest residual of a merged tensor, in radians.
         sources (`list[dict]`):
@@ -81,7 +82,7 @@ class MergeState:
         logging_steps (`int`):
             Copy of the argument, for reporting integrations.
 
-    The other fields never change in a merge (`is_*_process_zero` aside); reporting integrations ask for them.
+    The other fields exist for reporting integrations and do not change in a merge (apart from `is_*_process_zero`).
     """
 
     global_step: int = 0
@@ -104,7 +105,7 @@ class MergeState:
     trial_params: dict[str, str | float | int | bool] | None = None
 
     def start(self, plan: MergePlan) -> None:
-        """Count from zero and take the totals of a plan; a merge that resumes counts its finished tensors again."""
+        """Reset all counts and set the totals of a plan. A resumed merge counts its finished tensors again."""
         self.global_step = self.bytes_done = self.n_not_converged = 0
         self.epoch = self.worst_residual = 0.0
         self.max_steps = len(plan.steps)
@@ -116,7 +117,7 @@ class MergeState:
         ]
 
     def record(self, result: StepResult) -> None:
-        """Count one finished tensor, whether it was merged, copied or skipped."""
+        """Add one finished tensor to the counts, whether it was merged, copied or skipped."""
         self.current_tensor = result.name
         self.global_step += 1
         self.bytes_done += result.nbytes

@@ -1,4 +1,4 @@
-"""Bounds on metrics, such as `effective_rank<0.9`: what a collapse guard and `frmerge evaluate --fail-on` share."""
+"""Bounds on metrics, such as `effective_rank<0.9`, for the collapse guard and for `frmerge evaluate --fail-on`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from hf_frmerge.errors import ArgumentError
 
 _FORM = re.compile(r"\s*([^\s<>=]+)\s*([<>])\s*(\S+)\s*")
-# Names that end like another metric's name, which a bound on that other one does not mean.
+# Metrics whose name ends in that of another metric: a bound on `accuracy` must not apply to `token_accuracy`.
 _WHOLE_NAMES = ("token_accuracy",)
 
 
 @dataclass(frozen=True)
 class Trip:
-    """One value out of bounds: `where` (a tensor, a layer, a dataset), which value, and the bound it broke."""
+    """One value out of bounds: `where` (a tensor, a layer, a dataset), its name, the value and the bound."""
 
     where: str
     name: str
@@ -29,7 +29,7 @@ class Trip:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A metric is out of bounds `sign` (`"<"` or `">"`) of `bound`, or when it is not a number."""
+    """Bound on a metric: a value is out of bounds if it is `sign` (`"<"` or `">"`) `bound`, or NaN."""
 
     name: str
     sign: str
@@ -44,10 +44,10 @@ class Threshold:
 
     def find(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """
-        Return the metrics this bound is about.
+        Return the metrics this bound applies to.
 
-        The exact name comes first, then the name after the prefix `eval_`, then the same metric of every dataset:
-        `perplexity` means `eval_math_perplexity` and `eval_code_perplexity` where several datasets were evaluated.
+        That is the metric of exactly this name; else the one with the prefix `eval_`; else the metric of every
+        dataset: `perplexity` applies to `eval_math_perplexity` and `eval_code_perplexity`.
         """
         for name in (self.name, f"eval_{self.name}"):
             if name in metrics:
@@ -60,7 +60,7 @@ class Threshold:
         }
 
     def trips(self, metrics: Mapping[str, float], places: Mapping[str, str]) -> list[Trip]:
-        """Return what is out of bounds, with the place that `places` knows for it or else `"evaluation"`."""
+        """Return the values out of bounds, each with its place from `places`, else `"evaluation"`."""
         return [
             Trip(places.get(name, "evaluation"), name, float(value), str(self))
             for name, value in self.find(metrics).items()
@@ -70,14 +70,14 @@ class Threshold:
 
 def parse_threshold(text: str) -> Threshold:
     """
-    Read a threshold.
+    Parse a threshold.
 
     Args:
         text (`str`):
             `NAME<VALUE` or `NAME>VALUE`: the values that are *not* accepted.
 
     Raises:
-        ArgumentError: If it has another form, or the value is no number.
+        ArgumentError: If it has another form, or the value is not a number.
     """
     match = _FORM.fullmatch(text)
     if match is not None:

@@ -1,4 +1,4 @@
-"""Which tensors are decided together: many calls on few numbers cost more than the merge of a small tensor."""
+"""Group tensors into batches that are decided together: for small tensors, the calls would cost more than the work."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ if TYPE_CHECKING:
 
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
-# What a batch reads, at most, unless it is one tensor. The Gram pass reads all of it before the combine pass reads it
-# again: four times as much was 2 % faster, and would keep more pages mapped.
+# Upper limit of the bytes a batch reads, unless it is a single tensor. The Gram pass reads all of them before the
+# combine pass reads them again. Four times as much was 2 % faster, but would keep more pages mapped.
 BATCH_BYTES = 128 << 20
 BATCH_TENSORS = 16
-# With more blocks than heads, a tensor is enough work for a call.
+# A tensor with more blocks than this (more than heads give) is enough work for a call by itself.
 _MANY_BLOCKS = 256
 
 
 def in_batches(steps: Sequence[TensorStep], n_models: int) -> list[list[TensorStep]]:
     """
-    Gather steps into batches: runs with equally many blocks, groups whole, copies alone. A matter of speed only.
+    Group steps into batches: runs of tensors with equally many blocks, whole groups, and copies by themselves.
 
-    A group of several tensors is a batch of its own, at the place of its first tensor.
+    A group of several tensors is a batch of its own, at the place of its first tensor. Batches only affect speed,
+    never the result.
     """
     sizes = Counter(step.group for step in steps if step.action == "merge")
     batches: list[list[TensorStep]] = []

@@ -1,8 +1,8 @@
 """
 Run a plan: Gram pass, coefficients, combine pass, piece by piece, on plain threads.
 
-The only module that knows about threads, memory budgets, processes and resume. Pieces of several tensors are under way
-at once; what is computed never depends on which thread did it or when.
+This is the only module that deals with threads, memory budgets and resume. Pieces of several tensors are processed at
+the same time; the results never depend on which thread computed a piece, or when.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _AHEAD = 4
-"""Jobs a worker finds queued, at least: the calling thread needs the interpreter lock to queue more."""
+"""Jobs to keep queued per worker: the calling thread may have to wait for the interpreter lock to queue more."""
 
 _STOP, _SOON, _LATER = range(3)
-"""Urgency of a job; to stop comes before everything that is queued."""
+"""Urgency of a job. Stopping comes before all queued jobs."""
 
 
 _Job = Callable[[BatchWork, TensorWork, int], None]
@@ -52,13 +52,13 @@ class Engine:
     Compute and write the tensors of a plan.
 
     Args:
-        plan: What to do.
-        kernels: What computes.
-        output: Where results go.
-        journal: Record of finished work; what it holds is checked and kept.
-        observer: Told about every tensor.
-        gather: With several processes and `block="model"`, which decide together, returns what each of them passes.
-            By default a process decides alone.
+        plan: Plan of the merge.
+        kernels: Kernels of the Gram and the combine pass.
+        output: Output that results are written to.
+        journal: Record of finished work; results of an earlier run are checked and kept.
+        observer: Notified of every tensor.
+        gather: Exchange between processes that decide together (`block="model"`): returns what all of them pass. By
+            default the process decides by itself.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Engine:
         self._observer = observer
         self._workers = worker_count(plan)
         self._budget = plan.args.memory_budget_bytes
-        # Batches to go on with on the calling thread, errors, and None to have it look again.
+        # For the calling thread: batches to continue with, errors to raise, and None to wake it up.
         self._events: SimpleQueue[BatchWork | BaseException | None] = SimpleQueue()
         self._lock = threading.Lock()
-        # By urgency, then by age.
+        # Sorted by urgency, then by age.
         self._jobs: PriorityQueue[tuple[int, int, tuple[_Job, BatchWork, TensorWork, int] | None]] = PriorityQueue()
         self._age = count()
         self._queued = 0
@@ -92,12 +92,13 @@ class Engine:
         Run some steps of the plan to the end.
 
         Returns:
-            Outcomes in the order of `steps`, and whether all of them were done (an observer may stop early).
+            Outcomes in the order of `steps`, and whether all steps were done (an observer may stop early).
 
         Raises:
-            MergeError: Whatever went wrong, after all threads have stopped; finished tensors stay in the journal.
+            MergeError: If anything went wrong, after all threads have stopped; finished tensors stay in the journal.
         """
         todo = deque(self._batches(steps))
+        # Tensors that were admitted, in order. They may finish in any order, but observers are notified in this one.
         window: deque[TensorWork] = deque()
         outcomes: list[StepOutcome] = []
         threads = [threading.Thread(target=self._work, name=f"frmerge-{i}", daemon=True) for i in range(self._workers)]
@@ -113,28 +114,29 @@ class Engine:
                 while window and window[0].done:
                     outcomes.append(self._outcome(window.popleft()))
                     go_on = self._observer.end(outcomes[-1]) and go_on
+                    # An adapter is one batch, all of which is in the window: draining it would not be a stop.
                     if not go_on and self._plan.layout is None:
-                        return outcomes, False  # all of an adapter is under way: to finish that is no stop
+                        return outcomes, False
         finally:
             for _ in threads:
                 self._jobs.put((_STOP, next(self._age), None))
             for thread in threads:
                 thread.join()
         if self._decides_together and "" not in self._journal.decided:
-            self._rule.join()  # nothing to merge here: the others wait for this process all the same
+            self._rule.join()  # this process had nothing to merge, but the others wait for its part of the exchange
         return outcomes, go_on and not todo
 
-    # Scheduling. Batches are admitted and observers told on the calling thread; what follows a pass runs on the thread
-    # that ended it.
+    # Scheduling. The calling thread admits batches and notifies observers. What follows a pass runs on the worker that
+    # ended it: handing it to the calling thread would mean one more wait for the interpreter lock.
 
     def _batches(self, steps: Sequence[TensorStep]) -> list[list[TensorStep]]:
-        """Gather steps into batches. The file of an adapter is laid out when all modules are decided: one batch."""
+        """Group steps into batches; an adapter is one batch, since its file is laid out after all decisions."""
         if self._plan.layout is None:
             return [list(steps)] if steps else []
         return in_batches(steps, len(self._plan.models))
 
     def _admit(self, steps: list[TensorStep]) -> list[TensorWork]:
-        """Start on a batch; tensors of it that are skipped go their own way."""
+        """Start a batch; skipped tensors in it are copied, each as a batch of its own."""
         opened = [self._open(step) for step in steps]
         for tensor in opened:
             if tensor.step.action == "copy":
@@ -148,19 +150,20 @@ class Engine:
         return opened
 
     def _admit_merged(self, batch: BatchWork) -> None:
-        if self._rule.rounds == 0:
+        if self._rule.rounds == 0:  # nothing to measure: the decision is known at once
             self._take(batch, self._rule.decide(batch.tensors))
             begun = all(tensor.step.name in self._journal.written for tensor in batch.tensors)
             job, then = (self._check_piece, self._checked) if begun else (self._merge_piece, self._wrote)
             self._start(batch, job, then)
         elif all(tensor.step.name in self._decided_inputs(tensor) for tensor in batch.tensors):
+            # Decided in an earlier run: check inputs and output by their digests instead of measuring again.
             self._take(batch, self._journal.decided)
             self._start(batch, self._check_piece, self._checked)
         else:
             self._start(batch, self._measure_piece, self._decide)
 
     def _decided_inputs(self, tensor: TensorWork) -> dict[str, dict[str, str]]:
-        """Digests of the inputs its group was decided from, by tensor, if it was."""
+        """Return by tensor the digests of the inputs of the group's decision; empty if it is not decided yet."""
         decided = self._journal.decided.get(tensor.step.group)
         return decided.inputs if decided is not None else {}
 
@@ -175,7 +178,7 @@ class Engine:
             raise ArgumentError(f"{step.name!r} cannot be skipped in an adapter. Use adapter_output='merged'.")
         if skipped:
             step = self._plan.copied(step)
-        # Factors are read whole.
+        # Factors of an adapter are read as a whole, so its modules are one piece each.
         whole = [Piece(0, step.numel, 0, step.n_blocks)]
         cut = whole if self._plan.layout is None else list(pieces(step.n_blocks, step.block_len))
         return TensorWork(step, open_inputs(self._plan, step), cut, skipped)
@@ -183,14 +186,14 @@ class Engine:
     def _start(
         self, batch: BatchWork, job: _Job, then: Callable[[BatchWork], None], only: list[TensorWork] | None = None
     ) -> None:
-        """Queue one job per piece of the tensors not yet done, or of `only`; `then` follows when all have ended."""
+        """Queue a job for each piece of the unfinished tensors, or of `only`; call `then` when all have ended."""
         batch.then = then
         tensors = [tensor for tensor in batch.tensors if not tensor.done] if only is None else only
         work = [(job, batch, tensor, index) for tensor in tensors for index in range(len(tensor.pieces))]
         batch.remaining = len(work)
         with self._lock:
             self._queued += len(work)
-        # What the first pass read may still be in the cache.
+        # Jobs of the combine pass go first: what the Gram pass read may still be in the cache.
         urgency = _SOON if job == self._merge_piece else _LATER
         for item in work:
             self._jobs.put((urgency, next(self._age), item))
@@ -204,7 +207,7 @@ class Engine:
             event.then(event)
 
     def _check_files(self, batch: BatchWork) -> None:
-        """Refuse files that changed since they were opened: nothing that may come of two models is recorded."""
+        """Raise if a file changed since it was opened: otherwise a mixture of two models could be recorded."""
         files = {file for tensor in batch.tensors for file in tensor.inputs.files}
         for checkpoint, file in files:
             checkpoint.check_unchanged([file])
@@ -228,20 +231,21 @@ class Engine:
                 inputs = None if tensor.step.name in self._decided_inputs(tensor) else tensor.inputs_digest()
                 tensor.details = self._output.details(name)
                 self._journal.record_written(name, tensor.output_digest(), inputs, tensor.details)
-                # As a whole: faulting in a piece maps some pages around it, of pieces that were released before.
+                # Release the whole tensor: faulting in one piece also maps pages around it, some of them of pieces
+                # that were released before.
                 tensor.inputs.release(Piece(0, tensor.step.numel, 0, tensor.step.n_blocks))
                 tensor.done = True
 
     def _checked(self, batch: BatchWork) -> None:
-        """Keep what is still good, write again what is not, refuse if an input is not what it was."""
+        """After a resume keep tensors whose output is intact and write the others again; raise if inputs changed."""
         for tensor in batch.tensors:
             name = tensor.step.name
             written = self._journal.written.get(name, {})
             expected = self._decided_inputs(tensor).get(name) or written["inputs"]
-            for owner, value in tensor.inputs_digest().items():
-                if expected.get(owner) != value:
+            for role, value in tensor.inputs_digest().items():
+                if expected.get(role) != value:
                     raise ResumeError(
-                        f"Tensor {name!r} of {tensor.inputs.labels[int(owner)]} is not what it was when this merge "
+                        f"Tensor {name!r} of {tensor.inputs.labels[int(role)]} is not what it was when this merge "
                         "was interrupted. Restore the file, or pass --overwrite to start anew."
                     )
             tensor.done = written.get("output") == tensor.output_digest()
@@ -256,7 +260,7 @@ class Engine:
             tensor.step, action, tensor.decision, tensor.inputs_digest(), tensor.output_digest(), tensor.details
         )
 
-    # Jobs: everything below runs on the engine's threads.
+    # Jobs. Everything below runs on the workers.
 
     def _work(self) -> None:
         while (item := self._jobs.get()[2]) is not None:
@@ -264,7 +268,7 @@ class Engine:
             try:
                 job(batch, tensor, index)
                 self._ended(batch)
-            except BaseException as error:  # handed to the thread that runs the engine, which raises it
+            except BaseException as error:  # passed to the calling thread, which raises it
                 self._events.put(error)
 
     def _ended(self, batch: BatchWork) -> None:
@@ -273,7 +277,7 @@ class Engine:
             batch.remaining -= 1
             last, hungry = batch.remaining == 0, self._queued < _AHEAD * self._workers
         if last and self._decides_together:
-            self._events.put(batch)  # processes speak to each other on the calling thread
+            self._events.put(batch)  # only the calling thread may exchange with other processes
         elif last:
             batch.then(batch)
         if last or hungry:
@@ -281,13 +285,14 @@ class Engine:
 
     def _measure_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
         self._rule.measure(self._kernels, tensor, index)
-        if batch.is_large:  # else its pages stay mapped until it is written, which is faster
+        # A batch that fits into memory keeps its pages mapped for the combine pass: mapping them again costs time.
+        if batch.is_large:
             tensor.inputs.release(tensor.pieces[index])
 
     def _merge_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
         piece = tensor.pieces[index]
         tensor.output_digests[index] = self._output.merge(self._kernels, tensor, piece)
-        if not tensor.input_digests[index]:  # nothing was measured: now its pages are in memory
+        if not tensor.input_digests[index]:  # there was no measurement; digest now, while the pages are in memory
             tensor.input_digests[index] = tensor.inputs.digests(piece)
         if batch.is_large:
             tensor.inputs.release(piece)
@@ -308,10 +313,10 @@ class Engine:
 
 def worker_count(plan: MergePlan) -> int:
     """
-    Return how many threads the memory budget and the machine allow.
+    Return the number of threads that the memory budget and the machine allow.
 
     Raises:
-        ArgumentError: If the budget is too small for one.
+        ArgumentError: If the budget is too small for one thread.
     """
     budget = plan.args.memory_budget_bytes
     affordable = budget // plan.piece_memory

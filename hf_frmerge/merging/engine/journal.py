@@ -1,4 +1,4 @@
-"""What a merge has finished so far, one JSON line each, so that a killed one goes on where it stopped."""
+"""Journal of finished work, one JSON line for each entry, with which an interrupted merge is resumed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # of the records; other versions cannot go on with each other's merges
-_AFTER_RECORD = len(', ""]\n') + 32  # bytes of a line after its record: a digest of 32 hexadecimal digits
+_FORMAT = 2  # version of the entries; a merge can only be resumed with the same one
+_AFTER_RECORD = len(', ""]\n') + 32  # bytes of a line after its entry: a digest of 32 hexadecimal digits
 
 
 def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
-    """Return everything the output depends on and that can be told without reading weights, part by part."""
+    """Return everything that the output depends on and that is known without reading weights, by name."""
     options = plan.args.to_dict()
     parts: dict[str, Any] = {f"option {name}": options[name] for name in RESULT_OPTIONS}
     parts["journal"] = _FORMAT
@@ -43,34 +43,34 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
 
 
 def modification_marks(plan: MergePlan) -> dict[str, Any]:
-    """Return a cheap mark of every weight file that changes when it is rewritten, by model."""
+    """Return by model a cheap mark of every weight file, which changes when the file is rewritten."""
     return {model.spec: model.weights.fingerprint() for model in plan.models}
 
 
 class Journal:
     """
-    Append-only record of a merge.
+    Append-only journal of a merge.
 
-    A line is a JSON array of a record and its XXH3-128 digest. Lines count up to the first that is torn or altered: a
-    kill leaves one behind, and what was recorded after it is computed again. Nothing here is trusted on its own:
-    finished bytes are digested again before they are kept.
+    A line is a JSON array of an entry and its XXH3-128 digest. Reading stops at the first line that is truncated or
+    altered, as a kill may leave it; later entries are computed again. The journal is never trusted alone: finished
+    bytes are digested again before they are kept.
     """
 
     def __init__(
         self, folder: Path, rank: int, header: dict[str, Any], marks: dict[str, Any], *, resume: bool
     ) -> None:
         """
-        Read what is there, and write nothing before `start`.
+        Load the journals of an earlier run if `resume`; nothing is written before `start`.
 
         Args:
             folder: Staging folder of the output.
-            rank: Number of the process, each of which writes its own file.
+            rank: Number of the process; each process writes its own file.
             header: `fingerprint` of the merge.
             marks: `modification_marks` of its inputs.
-            resume: Whether to load what is there. Files of all processes count: there may have been more last time.
+            resume: Whether to load existing journals: those of all processes, as the earlier run may have had more.
 
         Raises:
-            ResumeError: If an earlier merge there was started differently; the message says what changed.
+            ResumeError: If the earlier merge was started with other options or inputs; the message lists them.
         """
         self.decided: dict[str, Decided] = {}
         self.written: dict[str, dict[str, Any]] = {}
@@ -81,7 +81,9 @@ class Journal:
         self._whole = loaded.get(self._path, b"")
 
     def start(self) -> None:
-        """Write this process's file anew, with its whole lines; all processes must have read it before."""
+        """Rewrite this process's file with its intact lines; all processes must have read it before."""
+        # Written to a new file and renamed, so that a kill in between does not lose the intact lines. Unbuffered, so
+        # that an entry reaches the system before its tensor counts as done.
         unfinished = self._path.with_name(f"{self._path.name}.partial")
         with disk_errors(self._path, "created"):
             self._file = os.fdopen(create_file(unfinished), "wb", buffering=0)
@@ -90,16 +92,16 @@ class Journal:
         rename(unfinished, self._path)
 
     def record_decided(self, decided: dict[str, Decided]) -> None:
-        """Keep the decisions for all groups of a batch, and the digests of what they were taken from."""
+        """Record the decisions for all groups of a batch, with the digests of the inputs they were computed from."""
         self.decided |= decided
-        groups = {group: {**found.decision.to_journal(), "inputs": found.inputs} for group, found in decided.items()}
+        groups = {group: {**entry.decision.to_journal(), "inputs": entry.inputs} for group, entry in decided.items()}
         self._append({"kind": "decided", "groups": groups})
 
     def record_written(
         self, tensor: str, output: str, inputs: dict[str, str] | None, details: FactorDetails | None
     ) -> None:
         """
-        Keep the digest of a tensor that is wholly in its file.
+        Record a tensor that is completely in its file.
 
         Args:
             tensor: Its name.
@@ -112,7 +114,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # a line that did not arrive fails its digest
+        with suppress(OSError):  # a line that did not reach the disk fails its digest when it is read
             self._file.close()
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -131,7 +133,7 @@ class Journal:
             ) from error
 
     def _load(self, path: Path, header: dict[str, Any], marks: dict[str, Any]) -> bytes:
-        """Read all lines up to the first that is not as it was written; return them."""
+        """Read a journal up to the first damaged line; return the intact lines."""
         with disk_errors(path, "read"):
             lines = path.read_bytes().splitlines(keepends=True)
         for number, raw in enumerate(lines):
@@ -149,7 +151,7 @@ class Journal:
                 _warn_of_rewritten(line["marks"], marks)
             elif line["kind"] == "decided":
                 self.decided |= {
-                    group: Decided(from_journal(found), found["inputs"]) for group, found in line["groups"].items()
+                    group: Decided(from_journal(entry), entry["inputs"]) for group, entry in line["groups"].items()
                 }
             else:
                 self.written[line["tensor"]] = line
@@ -165,7 +167,7 @@ def _signed(text: bytes) -> bytes:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line; None if it is torn or altered."""
+    """Return the entry of a line; None if the line is truncated or altered."""
     text = line[1:-_AFTER_RECORD]
     if line != _signed(text):
         return None
@@ -173,21 +175,21 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record
 
 
-def _check_header(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    expected = json.loads(json.dumps(expected))
-    changed = [key for key in expected if found.get(key) != expected[key]]
+def _check_header(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    now = json.loads(json.dumps(now))  # as it would be read back: tuples become lists
+    changed = [key for key in now if before.get(key) != now[key]]
     if changed:
-        details = "; ".join(f"{key} was {found.get(key)!r} and is now {expected[key]!r}" for key in changed)
+        details = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed)
         raise ResumeError(
             f"The interrupted merge in {path.parent.parent} was started differently: {details}. Start it the same "
             "way, or pass --overwrite to start anew."
         )
 
 
-def _warn_of_rewritten(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """What was read so far is digested again; of the rest only the time of its file is known."""
-    for spec, mark in json.loads(json.dumps(expected)).items():
-        if found.get(spec) != mark:
+def _warn_of_rewritten(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn if a weight file was rewritten: tensors that were not read before have no digest to compare with."""
+    for spec, mark in json.loads(json.dumps(now)).items():
+        if before.get(spec) != mark:
             logger.warning(
                 "A weight file of %r was rewritten since the merge was interrupted. Tensors merged before are "
                 "compared with their digests; others are taken as they are now.",

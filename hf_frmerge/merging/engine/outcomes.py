@@ -1,4 +1,4 @@
-"""What the engine tells about each tensor, and whom."""
+"""Outcome of each tensor, and the observer that the engine notifies of it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class FactorDetails:
 @dataclass(frozen=True)
 class StepOutcome:
     """
-    What happened to one tensor.
+    Outcome of one tensor.
 
     Attributes:
-        decision: what the method decided; shared by the tensors of a group, `None` for copies.
+        decision: decision of the method, shared by the tensors of a group; `None` for copies.
         inputs: digest of every stored input by role (`"-1"` is the base, `"0"`, `"1"`, ... the experts).
         output: digest of the written bytes.
         details: of a module of a merged adapter: how its factors were written.
@@ -54,22 +54,22 @@ class StepOutcome:
 
     @property
     def solution(self) -> Solution | None:
-        """Coefficients, and geometry if it was measured, of a merge that is a sum of the experts."""
+        """The decision if it is a set of coefficients, with the geometry if that was measured; else `None`."""
         return self.decision if isinstance(self.decision, Solution) else None
 
     @property
     def geometry(self) -> Geometry | None:
-        """What was measured of the experts, if anything was."""
+        """Measurements of the experts, if there are any."""
         return self.solution.geometry if self.solution is not None else None
 
 
 class StepObserver:
-    """Told about every tensor, in the order of the plan, on the thread that runs the engine."""
+    """Observer of the engine, notified of every tensor in the order of the plan, on the thread that called `run`."""
 
     def begin(self, step: TensorStep) -> bool:
-        """Return whether the tensor is to be merged; if not, it is copied from the base or the first expert."""
+        """Return whether to merge the tensor; otherwise it is copied from the base or the first expert."""
         return True
 
     def end(self, outcome: StepOutcome) -> bool:
-        """Return whether to go on."""
+        """Take the outcome of a tensor; return whether to continue the merge."""
         return True

@@ -1,4 +1,4 @@
-"""What the engine writes to."""
+"""Interface of an output, to which the engine writes."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
 
 class Output(Protocol):
     """
-    What the engine writes to. Methods that take a piece are called from any thread.
+    Interface of an output. Methods that take a piece are called from any thread.
 
     Attributes:
-        staging: folder of what is unfinished.
-        notes: what should be said about the output, known when all is laid out.
+        staging: folder of the unfinished files.
+        notes: notes for the user about the output, complete after `lay_out`.
     """
 
     staging: Path
     notes: list[str]
 
     def begin(self) -> bool:
-        """Make the unfinished files, or go on with those of an earlier run; return whether any had to be made."""
+        """Create the unfinished files, or open those of an earlier run; return whether any was created."""
         ...
 
     def lay_out(self, tensors: Sequence[TensorWork]) -> None:
-        """Learn what was decided for a batch, before any of it is written or read back."""
+        """Take the decisions for a batch, before any of it is written or read back."""
         ...
 
     def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Carry out the decision on a piece and write it; return the digest of what was written."""
+        """Apply the decision to a piece and write the result; return its digest."""
         ...
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Write a piece of the one tensor there is; return the digest of what was written."""
+        """Write a piece of the only input; return its digest."""
         ...
 
     def read_back(self, tensor: TensorWork, piece: Piece) -> str:
-        """Return the digest of what lies in the unfinished output."""
+        """Return the digest of a piece in the unfinished file."""
         ...
 
     def details(self, tensor: str) -> FactorDetails | None:
@@ -50,15 +50,15 @@ class Output(Protocol):
         ...
 
     def sync(self) -> None:
-        """Force to disk what this process wrote."""
+        """Sync to disk what this process wrote."""
         ...
 
     def publish(self) -> dict[str, Path]:
-        """Give the files their names; return all that are not shards, but for the config, by name."""
+        """Rename the files into place; return the paths of those that are neither shards nor the config, by name."""
         ...
 
     def write_config(self) -> Path:
-        """Write the config, without which no loader takes the folder for a model, beside what is unfinished."""
+        """Write the config into the staging folder; renaming it is the last step of a merge."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The processes of one merge: alone by default, several under `accelerate launch` or `torchrun`."""
+"""Processes of one merge: one by default, several under `accelerate launch` or `torchrun`."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def _leave_group() -> None:
 
 class Processes:
     """
-    This process among those that work on one merge.
+    Rank of this process among those of a merge, and the exchange between them.
 
-    A merge started without a launcher imports neither torch nor accelerate for this.
+    Without a launcher neither torch nor accelerate is imported.
     """
 
     def __init__(self) -> None:
         self.rank = 0
         self.size = 1
-        self._heard = True  # whether the others still take part
+        self._others_listen = True  # whether the other processes still take part in exchanges
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
             state = PartialState(cpu=True, timeout=_PATIENCE)
             self.rank, self.size = state.process_index, state.num_processes
-            # Threads of the process group that outlive the interpreter abort a process that had done its work.
+            # Threads of the process group that outlive the interpreter would abort the process at its end.
             atexit.register(_leave_group)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what there is one of: index, config, manifest, card."""
+        """Whether this process writes the files that exist once: index, config, manifest, card."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -69,20 +69,20 @@ class Processes:
         """
         Raise an error of one process on all of them.
 
-        A process that fails takes part in the next `gather` or `wait` of the others with its error in place of items,
-        whichever it is, so nobody waits for it in vain.
+        A process that fails takes part once more in the next `gather` or `wait` of the others and passes its error
+        instead of items. So none of them waits for it forever.
         """
         try:
             yield
         except Exception as error:
-            if self.size > 1 and self._heard:
+            if self.size > 1 and self._others_listen:
                 self._exchange([], f"{error}" if isinstance(error, MergeError) else f"{type(error).__name__}: {error}")
             raise
 
     def _exchange(self, items: list[Any], failure: str | None = None) -> list[Any]:
         from accelerate.utils import gather_object
 
-        self._heard = False
+        self._others_listen = False  # until the exchange succeeds: after an error it must not be tried again
         try:
             parts = gather_object([(items, failure)])
         except RuntimeError as error:
@@ -90,15 +90,15 @@ class Processes:
         failures = [(rank, text) for rank, (_, text) in enumerate(parts) if text is not None]
         if failures and failure is None:
             raise MergeError(f"Process {failures[0][0]} of {self.size} failed: {failures[0][1]}")
-        self._heard = not failures
+        self._others_listen = not failures
         return [item for part, _ in parts for item in part]
 
     def share(self, plan: MergePlan) -> list[TensorStep]:
         """
-        Return this process's part of the steps, about as many bytes as everyone's.
+        Return this process's part of the steps, with about as many bytes as every other part.
 
-        Groups stay together, except that of `block="model"`, which the processes decide together. An adapter is
-        seconds of work and one file: all of it is the main process's.
+        Groups stay together, except for `block="model"`, where the processes decide together. An adapter is left to
+        the main process: it is one file and takes seconds.
         """
         if plan.layout is None:
             return plan.steps if self.is_main else []
@@ -106,6 +106,7 @@ class Processes:
         mine, before = [], 0
         owner_of_group: dict[str, int] = {}
         for step in plan.steps:
+            # A tensor belongs to the process whose share of the bytes its middle falls into.
             owner = min(self.size - 1, (before + step.nbytes // 2) * self.size // total)
             before += step.nbytes
             if step.action == "merge" and plan.args.block != "model":
@@ -117,10 +118,10 @@ class Processes:
 
 def check_same_commits(plan: MergePlan, processes: Processes) -> None:
     """
-    Refuse to merge parts of different commits, where a branch moved between two processes' look at it.
+    Check that all processes found the same commits: a branch may have moved while they looked it up.
 
     Raises:
-        MergeError: With the model that was changed.
+        MergeError: If they differ; the message names the model.
     """
     ours = [(model.spec, model.source.commit) for model in plan.models]
     for spec, commit in processes.gather(ours):

@@ -1,4 +1,4 @@
-"""How the engine carries out each kind of method: what it measures of a tensor, and what it decides from that."""
+"""What the engine does for each kind of method: how it measures a tensor, and how it decides from the measurements."""
 
 # Shape suffixes: N = experts.
 
@@ -30,28 +30,28 @@ if TYPE_CHECKING:
 
 class Rule(Protocol):
     """
-    What a kind of method does before a tensor can be written.
+    Measuring and deciding for one kind of method, before tensors are written.
 
     Attributes:
-        rounds: how often all inputs are read before the decision; 0 if it is known without.
+        rounds: how often all inputs are read before the decision; 0 if it needs no measurement.
     """
 
     rounds: int
 
     def measure(self, kernels: Kernels, tensor: TensorWork, index: int) -> None:
-        """Look at one piece of a tensor; on any thread."""
+        """Measure one piece of a tensor; called from any thread."""
         ...
 
     def unfinished(self, tensors: Sequence[TensorWork]) -> list[TensorWork]:
-        """Return those of a batch that have to be measured once more, after all their pieces were."""
+        """Return the tensors of a batch that need another round, after all their pieces were measured."""
         ...
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
-        """Decide for every group of a batch."""
+        """Return the decision for every group of a batch."""
         ...
 
     def join(self) -> None:
-        """Take part in what the other processes decide together, as one that has nothing to merge."""
+        """Take part in the exchange with the other processes from one that has nothing to merge."""
         ...
 
 
@@ -60,8 +60,8 @@ def rule_for(plan: MergePlan, gather: Gather | None = None) -> Rule:
     Return the rule of a plan's method.
 
     Args:
-        plan: What to do.
-        gather: With several processes that decide together (`block="model"`), returns what each of them passes.
+        plan: Plan of the merge.
+        gather: Exchange between processes that decide together (`block="model"`): returns what all of them pass.
     """
     kind = METHODS[plan.args.method].kind
     if kind == "given":
@@ -70,7 +70,7 @@ def rule_for(plan: MergePlan, gather: Gather | None = None) -> Rule:
 
 
 class SpanRule:
-    """Gram matrices of the differences, and coefficients from them."""
+    """Measure Gram matrices of the differences, and solve for coefficients."""
 
     rounds = 1
 
@@ -79,54 +79,53 @@ class SpanRule:
         self._gather = gather
 
     def measure(self, kernels: Kernels, tensor: TensorWork, index: int) -> None:
-        """Take the Gram matrices of the blocks of a piece, or of the part of a block that it is."""
+        """Compute the Gram matrices of the blocks of a piece, or of the part of a block in it."""
         piece = tensor.pieces[index]
         gram, tensor.input_digests[index] = tensor.inputs.gram(kernels, piece, precise=tensor.precise)
         first = index if tensor.is_cut else piece.first_block
         tensor.grams[first : first + piece.n_blocks] = gram
 
     def unfinished(self, tensors: Sequence[TensorWork]) -> list[TensorWork]:
-        """Return tensors so small that float32 products vanished; they will be multiplied in float64."""
-        rough = [tensor for tensor in tensors if tensor.needs_precision(tensor.gram())]
-        for tensor in rough:
+        """Return tensors with values so small that float32 products underflow; they are measured again in float64."""
+        tiny = [tensor for tensor in tensors if tensor.needs_precision(tensor.gram())]
+        for tensor in tiny:
             tensor.precise = True
-        return rough
+        return tiny
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
-        """Solve all groups at once: on so few numbers it is the calls that take the time."""
-        spheres: dict[str, dict[str, TensorGram]] = {}
+        """Solve all groups of a batch in one call, as `solve` explains."""
+        groups: dict[str, dict[str, TensorGram]] = {}
         for tensor in tensors:
             gram = TensorGram(tensor.gram(), tensor.inputs_digest())
-            spheres.setdefault(tensor.step.group, {})[tensor.step.name] = gram
-        spheres = {group: _joined(self._gather, found) for group, found in spheres.items()}
+            groups.setdefault(tensor.step.group, {})[tensor.step.name] = gram
+        groups = {group: _joined(self._gather, grams) for group, grams in groups.items()}
         weights = {tensor.step.group: tensor.step.weights for tensor in tensors}
         solutions = solve(
             points_of(
-                np.stack([sum_grams(found) for found in spheres.values()]),
+                np.stack([sum_grams(grams) for grams in groups.values()]),
                 self._plan.space,
                 tensors[0].inputs.has_base,
             ),
-            [weights[group] for group in spheres],
+            [weights[group] for group in groups],
             self._plan.args.method,
             self._plan.span_options,
             tensors=[
-                next(iter(found)) if len(found) == 1 else group or "the whole model"
-                for group, found in spheres.items()
+                next(iter(grams)) if len(grams) == 1 else group or "the whole model" for group, grams in groups.items()
             ],
             experts=[expert.spec for expert in self._plan.experts],
         )
         return {
-            group: Decided(solution, {name: found[name].inputs for name in sorted(found)})
-            for (group, found), solution in zip(spheres.items(), solutions)
+            group: Decided(solution, {name: grams[name].inputs for name in sorted(grams)})
+            for (group, grams), solution in zip(groups.items(), solutions)
         }
 
     def join(self) -> None:
-        """Hand in no Gram matrix."""
+        """Contribute no Gram matrix."""
         _joined(self._gather, {})
 
 
 class SparseRule:
-    """Magnitudes of the deltas, counted in two rounds, and the threshold of every expert from them."""
+    """Count the magnitudes of the deltas in two rounds, and find every expert's threshold from the counts."""
 
     rounds = 2
 
@@ -134,12 +133,12 @@ class SparseRule:
         self._plan = plan
         self._gather = gather
         self._lock = threading.Lock()
-        # Group -> counts of every expert, of the round under way; and what the first round found.
+        # Group -> counts of every expert in the current round; and the bins that the first round found.
         self._counts: dict[str, list[NDArray[np.int64]]] = {}
         self._searches: dict[str, list[Search]] = {}
 
     def measure(self, kernels: Kernels, tensor: TensorWork, index: int) -> None:
-        """Add the magnitudes of a piece to the counts of its group. Whole numbers: the order does not matter."""
+        """Add the magnitudes of a piece to the counts of its group; integer counts do not depend on the order."""
         piece, searches = tensor.pieces[index], self._searches.get(tensor.step.group)
         assert isinstance(tensor.inputs, TensorInputs)
         for _, deltas_ND in tensor.inputs.deltas(kernels, piece):
@@ -155,7 +154,7 @@ class SparseRule:
         tensor.input_digests[index] = tensor.inputs.digests(piece)
 
     def unfinished(self, tensors: Sequence[TensorWork]) -> list[TensorWork]:
-        """Return all tensors of the groups of which only the bins of the thresholds are known so far."""
+        """After the first round find the bins of the thresholds, and return all tensors for the second."""
         again = []
         for group in dict.fromkeys(tensor.step.group for tensor in tensors):
             if group not in self._searches:
@@ -171,6 +170,7 @@ class SparseRule:
         for group, weights in {tensor.step.group: tensor.step.weights for tensor in tensors}.items():
             counts = self._everyones(self._counts.pop(group))
             keys = [search.end(c) for search, c in zip(self._searches.pop(group), counts)]
+            # A key is the bits of a float32 magnitude.
             thresholds = np.array(keys, dtype=np.uint32).view(np.float32)
             trimming = Trimming(tuple(thresholds.tolist()), weights, self._plan.args.scale)
             inputs = {tensor.step.name: tensor.inputs_digest() for tensor in tensors if tensor.step.group == group}
@@ -178,7 +178,7 @@ class SparseRule:
         return decided
 
     def join(self) -> None:
-        """Hand in empty counts, once for every round."""
+        """Contribute empty counts, once for every round."""
         nothing = [np.zeros(0, np.int64)] * len(self._plan.experts)
         for _ in range(self.rounds):
             self._everyones(nothing)
@@ -187,12 +187,12 @@ class SparseRule:
     def _everyones(self, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         if self._gather is None:
             return counts
-        parts = [part for part in self._gather([counts]) if part[0].size]
+        parts = [part for part in self._gather([counts]) if part[0].size]  # empty: a process that has nothing to merge
         return [np.sum(of_expert, axis=0) for of_expert in zip(*parts)] if parts else counts
 
 
 class GivenRule:
-    """Coefficients from a table; nothing is measured."""
+    """Take coefficients from a table; nothing is measured."""
 
     rounds = 0
 
@@ -201,21 +201,21 @@ class GivenRule:
         self._rows = plan.coefficients.rows
 
     def measure(self, kernels: Kernels, tensor: TensorWork, index: int) -> None:
-        """Do nothing: with no round, nobody asks."""
+        """Never called, as there are no rounds."""
         raise AssertionError("nothing is measured")
 
     def unfinished(self, tensors: Sequence[TensorWork]) -> list[TensorWork]:
-        """Return none."""
+        """Return no tensor."""
         return []
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
-        """Look the coefficients up."""
+        """Return the coefficients of the table."""
         return {tensor.step.group: Decided(Solution(self._rows[tensor.step.name], None), {}) for tensor in tensors}
 
     def join(self) -> None:
-        """Do nothing: the table is there for all."""
+        """Do nothing: every process has the table."""
 
 
-def _joined(gather: Gather | None, own: dict[str, Any]) -> dict[str, Any]:
-    """Put together what all processes know by name."""
-    return own if gather is None else {name: value for part in gather([own]) for name, value in part.items()}
+def _joined(gather: Gather | None, by_name: dict[str, Any]) -> dict[str, Any]:
+    """Combine the entries of all processes."""
+    return by_name if gather is None else {name: value for part in gather([by_name]) for name, value in part.items()}

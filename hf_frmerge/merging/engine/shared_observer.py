@@ -1,4 +1,4 @@
-"""What the observer of the main process is told when several processes share a merge."""
+"""Observer of a merge that several processes share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 class SharedObserver(StepObserver):
     """
-    Lets the observer of the main process hear of every tensor, whichever process merges it.
+    Notifies the observer of the main process of every tensor, whichever process merges it.
 
-    All tensors begin before the work is shared out, since any may be skipped. Those of the main process end while it
-    runs, the others' when all have finished.
+    `begin` is called for all tensors before the work is distributed, since the observer may skip any of them. `end` is
+    called for the main process's tensors while it runs, and for the others' after all processes have finished.
 
     Attributes:
-        go_on: whether the observer never asked to stop.
+        go_on: False once the observer has asked to stop.
     """
 
     def __init__(self, observer: StepObserver, plan: MergePlan, processes: Processes) -> None:
@@ -28,27 +28,27 @@ class SharedObserver(StepObserver):
         self._observer = observer
         self._plan = plan
         self._processes = processes
-        # All processes need each other for the one sphere of the model: none may leave before the end.
+        # With block="model" all processes exchange their Gram matrices: if one stopped, the others would wait for it.
         self._may_stop = plan.args.block != "model"
         announced = plan.steps if processes.is_main else []
         self._skipped = set(processes.gather([step.name for step in announced if not observer.begin(step)]))
 
     def begin(self, step: TensorStep) -> bool:
-        """Return what the main process decided."""
+        """Return what the main process's observer decided."""
         return step.name not in self._skipped
 
     def end(self, outcome: StepOutcome) -> bool:
-        """Tell the observer of the main process."""
+        """Notify the observer, on the main process."""
         if self._processes.is_main:
             self.go_on = self._observer.end(outcome) and self.go_on
         return self.go_on or not self._may_stop
 
-    def all_outcomes(self, own: list[StepOutcome]) -> list[StepOutcome]:
-        """Return the outcomes of all processes in the order of the plan; the observer is told of the others'."""
-        found = {outcome.step.name: outcome for outcome in self._processes.gather(own)}
-        told = {outcome.step.name for outcome in own}
-        outcomes = [found[step.name] for step in self._plan.steps if step.name in found]
+    def all_outcomes(self, finished: list[StepOutcome]) -> list[StepOutcome]:
+        """Return the outcomes of all processes in the order of the plan, and notify the observer of the others'."""
+        by_name = {outcome.step.name: outcome for outcome in self._processes.gather(finished)}
+        already_ended = {outcome.step.name for outcome in finished}
+        outcomes = [by_name[step.name] for step in self._plan.steps if step.name in by_name]
         for outcome in outcomes:
-            if outcome.step.name not in told:
+            if outcome.step.name not in already_ended:
                 self.end(outcome)
         return outcomes

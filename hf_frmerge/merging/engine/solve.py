@@ -1,4 +1,4 @@
-"""From the Gram matrix of a block to its coefficients, and what the numbers say about the block."""
+"""Compute the coefficients of a block from its Gram matrix, and measurements of the experts and the merge."""
 
 # Shape suffixes: T = tensors, B = blocks of a tensor, K = operands, N = experts, P = pairs of experts.
 
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 
     from hf_frmerge.methods.span import SpanOptions
 
-# Coordinates of pairs at a time, 2 MiB of float64: the work then stays in a core's cache.
+# Coordinates of pairs processed at a time, 2 MiB of float64, so that the work stays in a core's cache.
 _SLAB_ELEMENTS = 1 << 18
 
 
 def points_of(gram_BKK: NDArray[np.float64], space: str, has_base: bool) -> NDArray[np.float64]:
     """
-    Return the experts of every block as points `(B, N, K)` with the right lengths and angles.
+    Return the experts of every block as points `(B, N, K)` that have their lengths and angles.
 
     Args:
         gram_BKK: Gram matrix of the first operand and of the others' differences to it, float64. The first operand
-            is the base model if `has_base`, else the first expert. In delta space without a base: of the deltas.
+            is the base model if `has_base`, else the first expert. In delta space without a base (adapters that become
+            an adapter) it is the Gram matrix of the deltas.
         space: `"weights"` (points are the tensors) or `"deltas"` (points are the differences to the base).
-        has_base: Whether the first operand is the base model, which is not a point of its own.
+        has_base: Whether the first operand is the base model, which is not one of the points.
     """
     if space == "deltas":
         return embed(delta_gram(gram_BKK) if has_base else gram_BKK)
@@ -57,7 +58,8 @@ def solve(
     """
     Run one method on the points of several tensors' blocks, all at once.
 
-    One at a time costs as much as all together: on so few numbers it is the number of calls that takes the time.
+    On so few numbers the time goes into the numpy calls themselves, so that solving many tensors costs about as much
+    as solving one.
 
     Args:
         points_TBNK: From `points_of`, of tensors with equally many blocks.
@@ -65,15 +67,16 @@ def solve(
         tensors, experts: Their names, for the error.
 
     Raises:
-        AmbiguousMeanError: If the experts of a block balance out and `options.on_ambiguous` is `"raise"`.
+        AmbiguousMeanError: If the experts of a block cancel and `options.on_ambiguous` is `"raise"`.
         NonFiniteError: If the points or the coefficients leave the range of float64.
     """
     weights_TN = np.asarray(weights_TN, dtype=np.float64)
     weights_T1N = weights_TN[:, None]
+    # Squares of very large float64 values overflow in the Gram matrix; the points are then not finite.
     wild_T = ~np.isfinite(points_TBNK).all(axis=(1, 2, 3))
     if wild_T.any():
         raise squares_leave_float64(tensors[int(np.argmax(wild_T))], "its experts")
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # looked at below
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # checked for below
         result = METHODS[method].solver()(points_TBNK, weights_T1N, options)
     n_ambiguous_T = np.count_nonzero(result.ambiguous, axis=1)
     if n_ambiguous_T.any() and options.on_ambiguous == "raise":
@@ -82,7 +85,9 @@ def solve(
 
     wild_T = ~np.isfinite(result.coefficients).all(axis=(1, 2))
     vanished_TB = (result.coefficients == 0).all(axis=2)
-    if vanished_TB.any() and options.beta:  # the median of norms may be 0, but no power of the coherence is
+    # All coefficients of a block may be 0 because the median of the norms is 0. With a beta, the power of the
+    # coherence may also have underflown: it has if the coefficients without beta are not all 0.
+    if vanished_TB.any() and options.beta:
         plain = METHODS[method].solver()(points_TBNK, weights_T1N, replace(options, beta=0.0))
         wild_T |= (vanished_TB & plain.coefficients.any(axis=2)).any(axis=1)
     if wild_T.any():
@@ -91,10 +96,11 @@ def solve(
     merged, linear = combine(result.coefficients, points_TBNK), combine(weights_T1N, points_TBNK)
     norms_TBN = norms(points_TBNK)
     mean_norm_T = _over_blocks(dot(weights_T1N, norms_TBN))
-    safe_T = np.where(mean_norm_T > 0, mean_norm_T, 1.0)
+    safe_T = np.where(mean_norm_T > 0, mean_norm_T, 1.0)  # a tensor of zeros has lost no norm: its ratio is 1
     lengths = [np.where(mean_norm_T > 0, _over_blocks(norms(x)) / safe_T, 1.0) for x in (merged, linear)]
     angles_TBP = _angles(points_TBNK, norms_TBN)
-    # The norm-rescaled mean points where the plain mean does, so their gaps to the merged point are one.
+    # The norm-rescaled mean has the direction of the plain mean, so the angle between the merged point and the plain
+    # mean is the gap to both.
     pair = np.stack([merged, linear], axis=-2)
     gap_T = np.nan_to_num(_angles(pair, norms(pair))).max(axis=(1, 2), initial=0.0)
     norms_TN = _over_blocks(norms_TBN)
@@ -119,7 +125,7 @@ def solve(
 
 
 def _over_blocks(lengths_TB: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Length of a whole tensor from those of its blocks, on the second axis."""
+    """Return the lengths of whole tensors, from the lengths of their blocks on the second axis."""
     return np.sqrt(fold((lengths_TB * lengths_TB).swapaxes(0, 1)))
 
 
@@ -129,22 +135,22 @@ def _pairs(n: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def _angles(points_TBNK: NDArray[np.float64], lengths_TBN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Angles of all pairs of points, `(T, B, P)`, in radians; NaN where one of the two has no direction."""
+    """Return the angles of all pairs of points, `(T, B, P)`, in radians; NaN if one of the two has no direction."""
     first, second = _pairs(points_TBNK.shape[2])
     n_tensors, n_blocks = points_TBNK.shape[:2]
     angles_TBP = np.empty((n_tensors, n_blocks, len(first)))
     step = max(_SLAB_ELEMENTS // max(n_tensors * len(first) * points_TBNK.shape[3], 1), 1)
     for start in range(0, n_blocks, step):
-        here = slice(start, start + step)
-        units = normalise(points_TBNK[:, here])
-        angles_TBP[:, here] = distance(units[..., first, :], units[..., second, :])
+        part = slice(start, start + step)
+        units = normalise(points_TBNK[:, part])
+        angles_TBP[:, part] = distance(units[..., first, :], units[..., second, :])
     directed = lengths_TBN > 0
     angles_TBP[~(directed[..., first] & directed[..., second])] = np.nan
     return angles_TBP
 
 
 def _medians(angles_BP: NDArray[np.float64]) -> list[float | None]:
-    """Median over the blocks that have one, to four digits: a figure shows no more, and the manifest stays small."""
+    """Return each pair's median angle over the blocks; four digits, as figures show no more, keep the record short."""
     known = ~np.isnan(angles_BP)
     if known.all() and len(angles_BP):
         medians = (np.median(angles_BP, axis=0) if len(angles_BP) > 1 else angles_BP[0]).tolist()
@@ -156,7 +162,7 @@ def _medians(angles_BP: NDArray[np.float64]) -> list[float | None]:
 def _ambiguity(
     points_BNK: NDArray[np.float64], ambiguous_B: NDArray[np.bool_], tensor: str, experts: Sequence[str]
 ) -> str:
-    """Name the two experts that are farthest apart in the first ambiguous block."""
+    """Return a message that names the two experts that are farthest apart in the first ambiguous block."""
     angles = pairwise_angles(points_BNK[int(np.flatnonzero(ambiguous_B)[0])])
     i, j = np.unravel_index(int(np.argmax(angles)), angles.shape)
     return (

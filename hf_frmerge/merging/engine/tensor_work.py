@@ -1,4 +1,4 @@
-"""What the engine knows of the tensors it has under way."""
+"""State of the tensors that the engine is working on."""
 
 # Shape suffixes: B = blocks, K = operands (the base first where there is one).
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.blocks import Piece
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
-# Below this mean square, float32 products of the first operand start to vanish; the Gram pass is then done again
-# with float64 products. It is far below the weights of any trained model, so the second pass is paid by zeros only.
+# Below this mean square, float32 products of the first operand start to underflow, and the Gram pass is repeated with
+# float64 products. It is far below the weights of any trained model, so only zero tensors pay for a second pass.
 _TINY_MEAN_SQUARE = 1e-24
 
 
 class TensorGram(NamedTuple):
-    """Gram matrices of a tensor's blocks, `(B, K, K)`, and the digest of every input by role."""
+    """Gram matrices of a tensor's blocks, `(B, K, K)`, and the digests of its inputs by role."""
 
     gram: NDArray[np.float64]
     inputs: dict[str, str]
@@ -39,10 +39,10 @@ class TensorGram(NamedTuple):
 @dataclass
 class TensorWork:
     """
-    One tensor under way.
+    One tensor that is being merged or copied.
 
     Attributes:
-        skipped: whether it is copied because an observer said so.
+        skipped: whether it is copied because an observer asked for that.
         precise: whether its Gram pass multiplies in float64.
         decision: what the method decided, once that is known.
         details: of a module of an adapter: how its factors were written, once they are.
@@ -61,8 +61,8 @@ class TensorWork:
     output_digests: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        # Of blocks, or of parts of blocks. One array: small ones that outlive the buffers allocated beside them would
-        # leave holes of that size, 20 kB a piece.
+        # Gram matrices of blocks, or of parts of blocks, in one array. Small arrays that outlive the buffers allocated
+        # beside them left holes in the heap of 20 kB for each piece.
         size = self.inputs.n_experts + self.inputs.has_base
         self.grams: NDArray[np.float64] = np.zeros((max(self.step.n_blocks, len(self.pieces)), size, size))
         self.input_digests = [{} for _ in self.pieces]
@@ -70,11 +70,11 @@ class TensorWork:
 
     @property
     def is_cut(self) -> bool:
-        """Whether the pieces are parts of blocks, not runs of them."""
+        """Whether the pieces are parts of blocks and not runs of whole blocks."""
         return len(self.pieces) > self.step.n_blocks
 
     def gram(self) -> NDArray[np.float64]:
-        """Return the Gram matrices `(B, K, K)`: those of the parts of a block added up, always in the same order."""
+        """Return the Gram matrices `(B, K, K)`; parts of a block are added in a fixed order, not as threads end."""
         if not self.is_cut:
             return self.grams
         total = np.zeros((self.step.n_blocks, *self.grams.shape[1:]))
@@ -83,22 +83,22 @@ class TensorWork:
         return total
 
     def needs_precision(self, gram_BKK: NDArray[np.float64]) -> bool:
-        """Whether the Gram pass, whose result is given, has to be done again in float64."""
+        """Whether the Gram pass that gave `gram_BKK` has to be repeated in float64."""
         if self.precise or self.inputs.factored:
             return False
         return bool(np.any(gram_BKK[:, 0, 0] < _TINY_MEAN_SQUARE * max(1, self.step.block_len)))
 
     def inputs_digest(self) -> dict[str, str]:
         """Return the digest of every input by role."""
-        owners = self.input_digests[0] if self.input_digests else {}
-        return {str(owner): join_digests([piece[owner] for piece in self.input_digests]) for owner in owners}
+        roles = self.input_digests[0] if self.input_digests else {}
+        return {str(role): join_digests([piece[role] for piece in self.input_digests]) for role in roles}
 
     def output_digest(self) -> str:
-        """Return the digest of what was written."""
+        """Return the digest of the written bytes."""
         return join_digests(self.output_digests)
 
     def byte_range(self, piece: Piece) -> tuple[int, int]:
-        """Return where a piece lies in the output, in bytes from the start of the tensor."""
+        """Return the range of a piece in the output, in bytes from the start of the tensor."""
         bits = DTYPE_BITS[self.step.dtype]
         return piece.start * bits // 8, piece.stop * bits // 8
 
@@ -106,12 +106,12 @@ class TensorWork:
 @dataclass
 class BatchWork:
     """
-    Tensors solved together, or one that is copied.
+    Tensors that are solved together, or one that is copied.
 
     Attributes:
-        is_large: whether the pages of all inputs would not fit the memory budget.
-        then: what follows when the jobs under way have ended.
-        remaining: how many have not.
+        is_large: whether the inputs together exceed the memory budget, so that pages are released after each piece.
+        then: called when all queued jobs of the batch have ended.
+        remaining: number of queued jobs that have not ended.
     """
 
     tensors: list[TensorWork]
@@ -121,6 +121,6 @@ class BatchWork:
 
 
 def sum_grams(tensors: dict[str, TensorGram]) -> NDArray[np.float64]:
-    """Add up the Gram matrices of the tensors of one sphere, always in the same order."""
+    """Add up the Gram matrices of the tensors of a group, in the order of their names."""
     first, *others = (tensors[name].gram for name in sorted(tensors))
     return sum(others, start=first)

@@ -1,4 +1,4 @@
-"""What the engine reads for one module of adapters that become an adapter: factors, and never a dense delta."""
+"""Inputs of one module when adapters are merged into an adapter: factors only, never a dense delta."""
 
 # Shape suffixes: N = experts.
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FactorInputs:
     """
-    One module in all adapters. It is one block and one piece; a module that an adapter lacks is its zero delta.
+    Factors of one module in all adapters. A module is one block and one piece; if an adapter lacks it, its delta is 0.
 
     Attributes:
         row: the factors.
-        labels: a name for every expert, for messages.
+        labels: name of every expert, for messages.
     """
 
     row: AdapterRow
@@ -41,7 +41,7 @@ class FactorInputs:
 
     @property
     def n_experts(self) -> int:
-        """Adapters, with those that lack the module."""
+        """Number of adapters, including those that lack the module."""
         return len(self.row.deltas)
 
     @property
@@ -53,22 +53,22 @@ class FactorInputs:
         self, kernels: Kernels, piece: Piece, *, precise: bool = False
     ) -> tuple[NDArray[np.float64], dict[int, str]]:
         """
-        Return the Gram matrix `(1, N, N)` of the deltas, exact from the factors, and a digest of every adapter's.
+        Return the Gram matrix `(1, N, N)` of the deltas, computed from the factors, and a digest for every adapter.
 
-        Raises `NonFiniteError` naming the adapter when NaN or infinity was read.
+        Raises `NonFiniteError` with the name of the adapter if a factor holds NaN or infinity.
         """
         return factor_gram(self.row.factors(), product)[None], self.digests(piece)
 
     def digests(self, piece: Piece) -> dict[int, str]:
-        """Return a digest of the factors and the scale of every adapter that has the module."""
-        found = {}
+        """Return for every adapter that has the module a digest of its factors and scale."""
+        by_adapter = {}
         for index, delta in enumerate(self.row.deltas):
             if delta is not None:
                 hashed = xxh3_128(repr(delta.scale).encode())
                 for info in (delta.down, delta.up):
                     hashed.update(delta.checkpoint.read(info.name).data)
-                found[index] = hashed.hexdigest()
-        return found
+                by_adapter[index] = hashed.hexdigest()
+        return by_adapter
 
     def release(self, piece: Piece) -> None:
-        """Do nothing: factors are small, and read whole."""
+        """Do nothing: factors are small and kept in memory."""

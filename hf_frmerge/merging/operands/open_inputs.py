@@ -1,4 +1,4 @@
-"""From a step of the plan to what has to be read for it."""
+"""Open the inputs of a step of the plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def open_inputs(plan: MergePlan, step: TensorStep) -> TensorInputs | FactorInputs:
-    """Return what has to be read for a step of any plan."""
+    """Return the inputs of a step: factors if the output is an adapter, else tensors."""
     if plan.layout is not None:
         return open_tensors(plan, step)
     rows = AdapterRow(tuple(e.adapter.deltas.get(step.name) if e.adapter else None for e in plan.experts))
@@ -22,13 +22,14 @@ def open_inputs(plan: MergePlan, step: TensorStep) -> TensorInputs | FactorInput
 
 
 def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
-    """Return what has to be read for a tensor of a full model."""
+    """Return the inputs of a tensor of a full model."""
     labels = _labels(plan)
     if step.action == "copy":
         donor = plan.base if step.donor < 0 else plan.experts[step.donor]
         assert donor is not None and donor.checkpoint is not None
         only = StoredTensor(donor.checkpoint, donor.checkpoint.tensors[step.name])
         return TensorInputs(step.name, 1, 1, None, {0: only}, {}, {0: labels[step.donor]})
+    # In weight space full experts do not need the base. Adapters do: their weights are base plus delta.
     base = None
     if plan.base is not None and (plan.space == "deltas" or any(expert.adapter for expert in plan.experts)):
         assert plan.base.checkpoint is not None
@@ -51,7 +52,7 @@ def _labels(plan: MergePlan) -> dict[int, str]:
 
 
 def _dense_tensor(expert: Expert, step: TensorStep, base: StoredTensor | None) -> DenseTensor | None:
-    """Return the expert's full tensor where it has one; an adapter has one for saved and DoRA modules."""
+    """Return the expert's full tensor, if it has one; an adapter has one for `modules_to_save` and DoRA modules."""
     if expert.checkpoint is not None:
         return StoredTensor(expert.checkpoint, expert.checkpoint.tensors[step.name])
     assert expert.adapter is not None and base is not None

@@ -1,4 +1,4 @@
-"""Sentences for numbers that leave the range of a dtype: which tensor, from what, and what helps."""
+"""Errors for numbers that leave the range of a dtype: which tensor, made from what, and what helps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _NAME_OF = {code: name for name, code in DTYPE_CODES.items()}
 
 LEAST_SQUARES = 2.0**-900
-"""A sum of squares below this may have lost digits, or all of them, to the lower end of float64."""
+"""Smallest reliable sum of squares: below it, squares may have lost some or all digits to underflow in float64."""
 
 
 def result_overflows(
@@ -34,10 +34,10 @@ def result_overflows(
     out_dtype: str,
 ) -> NonFiniteError:
     """
-    Say of finite operands why their combination is not: found by taking the sum once more, in float64.
+    Explain why a combination of finite operands is not finite. Computes the sum once more, in float64, to find out.
 
     Args:
-        labels: A name for every operand.
+        labels: Name of every operand.
         coefficients_BK: One row for every block, one column for every operand.
     """
     size = widen(operands[0].data, operands[0].dtype).size
@@ -64,7 +64,7 @@ def result_overflows(
 
 
 def squares_leave_float64(tensor: str, owner: str) -> NonFiniteError:
-    """Say that norms and angles cannot be told, because squares overflow or vanish."""
+    """Say that norms and angles cannot be computed, because squares overflow or underflow."""
     return NonFiniteError(
         f"Tensor {tensor!r}: the squares of the values of {owner} leave the range of float64, so that norms and "
         "angles cannot be told. Multiply the tensor by one power of two in all models before the merge, and divide it "
@@ -73,7 +73,7 @@ def squares_leave_float64(tensor: str, owner: str) -> NonFiniteError:
 
 
 def coefficients_overflow(tensor: str, method: str, options: SpanOptions) -> NonFiniteError:
-    """Say which option makes coefficients infinite, or all of them vanish."""
+    """Name the option that makes coefficients infinite, or all of them zero."""
     is_scaled = "scale" in METHODS[method].options
     option = f"scale={options.scale:g}" if is_scaled else f"beta={options.beta:g}"
     advice = "Choose a smaller one." if is_scaled else "Choose one nearer to 0."

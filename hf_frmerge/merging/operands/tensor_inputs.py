@@ -1,4 +1,4 @@
-"""What the engine reads for one tensor: the base and the experts, as raw bytes or as low-rank factors."""
+"""Inputs of one tensor: the base and the experts, as raw bytes or as low-rank factors."""
 
 # Shape suffixes: B = blocks, K = operands (the base first where there is one), N = experts.
 
@@ -42,26 +42,26 @@ if TYPE_CHECKING:
 
 
 _SHORT = 1 << 14
-"""Elements up to which float64 products cost nothing worth saving."""
+"""Up to this many elements float64 products are used: they cost too little to be worth saving."""
 
 _DELTA_ELEMENTS = 1 << 15
 """Elements of a piece that are held as float64 deltas at a time; with fewer it is the calls that take the time."""
 
 
 def join_digests(digests: Sequence[str]) -> str:
-    """Return the digest of a tensor: of the digests of its pieces, which are fixed by its shape."""
+    """Return the digest of a tensor, computed from those of its pieces, into which it is cut by its shape alone."""
     return digests[0] if len(digests) == 1 else xxh3_128_hexdigest("".join(digests).encode())
 
 
 class DenseTensor(Protocol):
-    """A tensor whose elements can be read in pieces: stored in a file, or computed from one row by row."""
+    """Tensor whose elements can be read in pieces: stored in a file, or computed row by row from stored ones."""
 
     def read(self, start: int, stop: int) -> Operand:
         """Return elements `[start, stop)` in row-major order."""
         ...
 
     def mapped(self, start: int, stop: int) -> MappedRange | None:
-        """Return what `read` reads of a mapped file, if that is all it needs."""
+        """Return the range of a mapped file that `read` needs, so that it can be faulted in; `None` if not mapped."""
         ...
 
     @property
@@ -72,13 +72,13 @@ class DenseTensor(Protocol):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a checkpoint."""
+    """Tensor stored in a checkpoint."""
 
     checkpoint: Checkpoint
     info: TensorInfo
 
     def read(self, start: int, stop: int) -> Operand:
-        """Return elements `[start, stop)`: a view of the page cache for local files, fetched bytes otherwise."""
+        """Return elements `[start, stop)`: a view of the page cache for local files, else fetched bytes."""
         part = self.mapped(start, stop)
         data = part.mapping.held(part.start, part.stop) if part else None
         if data is None:
@@ -86,7 +86,7 @@ class StoredTensor:
         return Operand(data, self.info.dtype)
 
     def mapped(self, start: int, stop: int) -> MappedRange | None:
-        """Return where elements `[start, stop)` lie in a mapped file, if they do."""
+        """Return the range of elements `[start, stop)` in a mapped file; `None` if the file is not mapped."""
         if self._mapping is None:
             return None
         offset, size = self.info.offset, self._itemsize
@@ -108,7 +108,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class DoraTensor:
-    """The effective weight of a DoRA module, computed row by row from the base; float32."""
+    """Effective weight of a DoRA module, computed row by row from the base; float32."""
 
     base: StoredTensor
     delta: LowRankDelta
@@ -123,7 +123,7 @@ class DoraTensor:
         return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32")
 
     def mapped(self, start: int, stop: int) -> MappedRange | None:
-        """Return what elements `[start, stop)` of the base are read from: whole rows."""
+        """Return the range of the base for elements `[start, stop)`: whole rows, as a row is scaled by its norm."""
         return self.base.mapped(start // self.cols * self.cols, -(-stop // self.cols) * self.cols)
 
     @property
@@ -145,18 +145,18 @@ class _Factors(NamedTuple):
 @dataclass(frozen=True)
 class TensorInputs:
     """
-    The base and the experts of one tensor.
+    Base and experts of one tensor.
 
     Attributes:
         name: tensor name, for messages.
-        cols: elements of a row, which is the unit of low-rank deltas.
-        base: the base model's tensor; needed in delta space and wherever an expert is an adapter.
+        cols: elements of a row; low-rank deltas are computed by whole rows.
+        base: the base model's tensor; needed in delta space, and if any expert is an adapter.
         dense: expert index -> its full tensor.
-        low_rank: expert index -> its low-rank delta. An expert in neither map equals the base here.
-        labels: a name for the base (index -1) and every expert, for messages.
-        space: `"weights"` or `"deltas"`: where the points lie, which decides how much of the base a merge takes.
-        factored: whether the Gram matrix of the tensor comes from the factors, with no dense delta ever formed: all
-            experts are low-rank and the tensor is one block.
+        low_rank: expert index -> its low-rank delta. An expert in neither map equals the base in this tensor.
+        labels: name of the base (index -1) and of every expert, for messages.
+        space: `"weights"` or `"deltas"`: what the points are, which decides the coefficient of the base.
+        factored: whether the Gram matrix is computed from the factors without forming dense deltas: if all experts are
+            low-rank and the tensor is one block.
     """
 
     name: str
@@ -181,11 +181,11 @@ class TensorInputs:
         """
         Return the difference Gram matrices `(B, K, K)` of a piece, and a digest of every stored operand.
 
-        Rows of experts that equal the base are zero. Raises `NonFiniteError` naming the expert when NaN or infinity
-        was read, or if squares leave the range of float64.
+        Rows of experts that equal the base are zero. Raises `NonFiniteError` with the name of the expert if it holds
+        NaN or infinity, or if squares leave the range of float64.
 
         Args:
-            precise: Whether to multiply in float64, which is asked for where the squares of a tensor are tiny.
+            precise: Whether to multiply in float64; set if the squares of a tensor are tiny.
         """
         if self.factored:
             assert self.base is not None
@@ -194,20 +194,21 @@ class TensorInputs:
             return whole, self.digests(piece)
         prefetch(self._mapped(piece.start, piece.stop))
         operands, owners = self._gram_operands(piece)
-        # Products of 16-bit floats are exact in float32, those of float32 are not; and on short tensors rounding has
-        # no chance to average out.
+        # Float32 products of 16-bit floats are exact, those of float32 values are not. And over a short tensor
+        # rounding errors do not average out.
         is_tiny = precise
         precise = precise or piece.stop - piece.start <= _SHORT or any(o.dtype == "F32" for o in operands)
-        compact, found = kernels.gram_and_digests(operands, piece.n_blocks, piece.block_len, precise=precise)
-        digests = {owner: value or self._factor(owner).digest for owner, value in zip(owners, found)}
+        compact, read = kernels.gram_and_digests(operands, piece.n_blocks, piece.block_len, precise=precise)
+        digests = {owner: value or self._factor(owner).digest for owner, value in zip(owners, read)}
         if not np.isfinite(compact).all():
             self._check_finite(kernels, operands, [self.labels[owner] for owner in owners])
-            if not precise:  # finite inputs whose float32 products overflow
+            if not precise:  # the inputs are finite, so float32 products have overflown
                 return self.gram(kernels, piece, precise=True)
             largest = int(np.argmax(np.isnan(compact) | np.isinf(compact))) % len(owners)
             raise squares_leave_float64(self.name, self.labels[owners[largest]])
         if is_tiny and any(operand.dtype == "F64" for operand in operands):
             self._check_squares(compact, operands, owners)
+        # Experts that equal the base have no operand; their rows and columns stay zero.
         rows = [owner + self.has_base for owner in owners]
         size = self.n_experts + self.has_base
         gram = np.zeros((piece.n_blocks, size, size))
@@ -226,10 +227,10 @@ class TensorInputs:
         Write the merged elements of a piece into `out`, each rounded once from float64, and return their digest.
 
         Args:
-            coefficients_BN: float64, on the experts' points, for all blocks of the tensor, or one row for them all.
+            coefficients_BN: float64, on the experts' points; a row for every block of the tensor, or one row for all.
 
         Raises:
-            NonFiniteError: If an element is not finite in `out_dtype`; the message names what makes it so.
+            NonFiniteError: If an element is not finite in `out_dtype`; the message names the cause.
         """
         prefetch(self._mapped(piece.start, piece.stop))
         if len(coefficients_BN) > 1:
@@ -239,6 +240,9 @@ class TensorInputs:
         columns: list[NDArray[np.float64]] = []
         dense = sorted(self.dense)
         if self.base is not None:
+            # A dense expert i contributes c_i x_i = c_i base + c_i delta_i, a low-rank one only c_i delta_i. The
+            # result must hold the base once (in delta space) or sum_i c_i times (in weight space), so the base gets
+            # that number minus the share that dense experts bring along.
             share = fold(coefficients_BN[:, dense].T)
             total = 1.0 if self.space == "deltas" else fold(coefficients_BN.T.copy())
             operands.append(self.base.read(piece.start, piece.stop))
@@ -255,16 +259,16 @@ class TensorInputs:
         return self._combine(kernels, operands, labels, np.stack(columns, axis=1), piece, out, out_dtype)
 
     def apply(self, decision: Decision, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str) -> str:
-        """Write the merged elements of a piece into `out`, each rounded once from float64, and return their digest."""
+        """Apply a decision of any kind to a piece: write the merged elements into `out` and return their digest."""
         if isinstance(decision, Trimming):
             return self.trim(kernels, piece, decision, out, out_dtype)
         return self.combine(kernels, piece, decision.coefficients, out, out_dtype)
 
     def deltas(self, kernels: Kernels, piece: Piece) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         """
-        Yield the base `(D,)` and the experts' differences to it `(N, D)`, float64, some elements of a piece at a time.
+        Yield the base `(D,)` and the experts' differences to it `(N, D)`, float64, for some elements at a time.
 
-        Raises `NonFiniteError` naming the expert when NaN or infinity was read.
+        Raises `NonFiniteError` with the name of the expert if it holds NaN or infinity.
         """
         assert self.base is not None
         prefetch(self._mapped(piece.start, piece.stop))
@@ -285,6 +289,7 @@ class TensorInputs:
         merged = np.concatenate(
             [base + trimming.scale * ties(deltas, thresholds, weights) for base, deltas in self.deltas(kernels, piece)]
         )
+        # A combination of one float64 operand: rounds it once to the output's dtype and takes the digest.
         operand, ones = Operand(merged.view(np.uint8), "F64"), np.ones((piece.n_blocks, 1))
         return self._combine(kernels, [operand], ["the sum of base and trimmed deltas"], ones, piece, out, out_dtype)
 
@@ -292,8 +297,7 @@ class TensorInputs:
         self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str
     ) -> tuple[NDArray[np.uint8], str]:
         """
-        Return a piece of the one tensor there is, in the output's dtype: as stored, or converted into `out`; and its
-        digest.
+        Return a piece of the only input in the output's dtype (as stored, or converted into `out`), and its digest.
 
         Raises `NonFiniteError` for NaN and infinity, as `gram` and `combine` do.
         """
@@ -313,16 +317,16 @@ class TensorInputs:
         return set().union(*stored, *(delta.files for delta in self.low_rank.values()))
 
     def release(self, piece: Piece) -> None:
-        """Let go of the pages of a piece."""
+        """Unmap the pages of a piece."""
         release(self._mapped(piece.start, piece.stop))
 
     def digests(self, piece: Piece) -> dict[int, str]:
-        """Return the digests that `gram` would, without computing anything else."""
+        """Return the digests that `gram` returns, without computing anything else."""
         owners = ([-1] if self.has_base else []) + sorted(self.dense)
-        found = {
+        stored = {
             owner: digest(tensor.read(piece.start, piece.stop).data) for owner, tensor in zip(owners, self._stored())
         }
-        return found | {index: self._factor(index).digest for index in self.low_rank}
+        return stored | {index: self._factor(index).digest for index in self.low_rank}
 
     def _combine(
         self,
@@ -335,14 +339,14 @@ class TensorInputs:
         out_dtype: str,
     ) -> str:
         table = np.ascontiguousarray(coefficients_BK)
-        found = kernels.combine(operands, table, out, out_dtype, piece.n_blocks, piece.block_len)
-        if not found.is_finite:
-            self._check_finite(kernels, operands, labels)
+        combined = kernels.combine(operands, table, out, out_dtype, piece.n_blocks, piece.block_len)
+        if not combined.is_finite:
+            self._check_finite(kernels, operands, labels)  # an input may be the cause; its message is the better one
             raise result_overflows(kernels, self.name, operands, labels, table, out_dtype)
-        return found.digest
+        return combined.digest
 
     def _factored_gram(self) -> NDArray[np.float64]:
-        """Difference Gram `(1, K, K)` of the whole tensor; in delta space the base's own part is not needed, and 0."""
+        """Return the difference Gram `(1, K, K)` of the tensor; in delta space the base's row and column stay 0."""
         owners = sorted(self.low_rank)
         factors = [Factors(self._factor(index).left, self._factor(index).right) for index in owners]
         gram = np.zeros((1, self.n_experts + 1, self.n_experts + 1))
@@ -389,9 +393,10 @@ class TensorInputs:
         return operands, owners
 
     def _low_rank_sum(self, piece: Piece, coefficients_BN: NDArray[np.float64]) -> Operand:
-        """Sum of the low-rank deltas, each with its coefficient, as one product of stacked factors."""
+        """Return the sum of the low-rank deltas, times their coefficients, as one product of stacked factors."""
         first_row = piece.start // self.cols
         rows = np.arange(first_row, -(-piece.stop // self.cols))
+        # Which block of the piece every row lies in; if the piece is a part of one block, it is block 0 for all.
         rows_per_block = max(1, piece.block_len // self.cols)
         block_of_row = np.minimum((rows - first_row) // rows_per_block, piece.n_blocks - 1)
         scaled, rights = [], []
@@ -402,11 +407,13 @@ class TensorInputs:
         return self._delta_operand(product(np.concatenate(scaled, axis=1), np.concatenate(rights, axis=0)), piece)
 
     def _delta_operand(self, rows: NDArray[np.float32], piece: Piece) -> Operand:
+        """Return the elements of a piece, which may begin and end within a row, from whole rows of a delta."""
         offset = piece.start % self.cols
         flat = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1)[offset : offset + piece.stop - piece.start]
         return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32", is_delta=True)
 
     def _factor(self, index: int) -> _Factors:
+        # Not locked: two threads may read the same factors at once, and get the same result.
         if index not in self._factors:
             left, right = self.low_rank[index].factors()
             self._factors[index] = _Factors(left, right, xxh3_128_hexdigest(left.tobytes() + right.tobytes()))
@@ -415,7 +422,7 @@ class TensorInputs:
     def _check_finite(self, kernels: Kernels, operands: list[Operand], labels: list[str]) -> None:
         for label, operand in zip(labels, operands):
             count = kernels.count_nonfinite(operand)
-            if count and operand.is_delta:  # its factors are finite
+            if count and operand.is_delta:  # its factors are finite, so their product has overflown
                 raise delta_overflows(self.name, label)
             if count:
                 raise NonFiniteError(
@@ -424,7 +431,11 @@ class TensorInputs:
                 )
 
     def _check_squares(self, gram_BKK: NDArray[np.float64], operands: list[Operand], owners: list[int]) -> None:
-        """Refuse blocks that only seem to be zero. (Values of other dtypes than float64 cannot be so small.)"""
+        """
+        Raise if a block has a Gram matrix of zero because squares underflow, while its values are not zero.
+
+        Only float64 values can be so small.
+        """
         vanishing_B = np.trace(gram_BKK, axis1=1, axis2=2) < LEAST_SQUARES
         for owner, operand in zip(owners, operands):
             values = widen(operand.data, operand.dtype).reshape(len(gram_BKK), -1)
@@ -433,6 +444,6 @@ class TensorInputs:
 
 
 def _widened(operand: Operand, start: int, stop: int) -> NDArray[np.float64]:
-    """Elements `[start, stop)` of an operand as float64."""
+    """Return elements `[start, stop)` of an operand as float64."""
     size = DTYPE_BITS[operand.dtype] // 8
     return widen(operand.data[start * size : stop * size], operand.dtype).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Merged modules as factors into an adapter, without ever building a dense delta."""
+"""Output of merged modules as the factors of an adapter; no dense delta is ever built."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 class FactorOutput:
     """
-    Modules as factors in one adapter file.
+    Output of modules as factors in one adapter file.
 
-    The file is laid out when all modules are decided: ranks follow from the coefficients. So they are one batch.
+    The ranks follow from the coefficients, so the file can only be laid out when all modules are decided: an adapter
+    is one batch.
     """
 
     def __init__(self, plan: MergePlan) -> None:
@@ -47,20 +48,20 @@ class FactorOutput:
         self.notes: list[str] = []
 
     def begin(self) -> bool:
-        """Make the folder of what is unfinished. The file follows when it can be laid out, in one process."""
+        """Create the staging folder. The file is created by `lay_out`, in the one process that merges an adapter."""
         make_folder(self.staging)
         return False
 
     def lay_out(self, tensors: Sequence[TensorWork]) -> None:
-        """Decide the rank of every module, and make the file or go on with that of an earlier run."""
+        """Choose the rank of every module, and create the file or open that of an earlier run."""
         args, base = self._plan.args, self._plan.base
         most = max(_most_rank(_row(tensor), _coefficients(tensor)) for tensor in tensors)
-        wanted = None if args.adapter_rank is None else min(args.adapter_rank, most)
+        wanted = None if args.adapter_rank is None else min(args.adapter_rank, most)  # a higher rank only adds zeros
         with ordered_pool(args.num_workers) as workers:
-            found = workers.map(
+            ranks = workers.map(
                 lambda tensor: _rank(_row(tensor), _coefficients(tensor), wanted, args.adapter_energy), tensors
             )
-            modules = [_module(_row(tensor), rank) for tensor, rank in zip(tensors, found)]
+            modules = [_module(_row(tensor), rank) for tensor, rank in zip(tensors, ranks)]
         self._modules = {tensor.step.name: module for tensor, module in zip(tensors, modules)}
         self.notes = _rank_notes([module.rank for module in modules], most)
         adapters = [expert.adapter for expert in self._plan.experts if expert.adapter]
@@ -70,27 +71,27 @@ class FactorOutput:
         self._writer.lay_out(modules, config)
 
     def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Put the factors of a module together and write them; return the digest of what was written."""
+        """Compute the factors of a merged module and write them; return the digest of the written bytes."""
         row, coefficients = _row(tensor), _coefficients(tensor)
         module, used = self._modules[tensor.step.name], _used(row, coefficients)
         if module.rank < _full_rank(row, used):
             pair, error = recompress(concatenate(row.factors(used), coefficients), module.rank)
         else:
             pair, error = _exact(row, coefficients, used), 0.0
-        # After a resume it was not measured in this run.
+        # After a resume the decision comes from the journal, and the Gram matrix was not computed in this run.
         gram = tensor.grams[0] if tensor.grams.any() else tensor.inputs.gram(kernels, piece)[0][0]
         norm = float(np.sqrt(np.maximum(dot(combine(coefficients, gram), coefficients), 0.0)))
         self._details[tensor.step.name] = FactorDetails(module.rank, norm, error)
-        missing = module.rank - pair.A.shape[0]  # one rank for all modules fills some up with zeros
+        missing = module.rank - pair.A.shape[0]  # padded with zeros if `adapter_rank` is above the rank of the module
         up, down = np.pad(pair.B, ((0, 0), (0, missing))), np.pad(pair.A, ((0, missing), (0, 0)))
         return _joint_digest(self._writer.write(module, up, down))
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Refuse: nothing in an adapter can stand for a module of the base."""
+        """Never called: an adapter cannot hold a copy of a module of the base."""
         raise AssertionError("plans of adapters copy nothing")
 
     def read_back(self, tensor: TensorWork, piece: Piece) -> str:
-        """Return the digest of the factors that lie in the unfinished file."""
+        """Return the digest of a module's factors in the unfinished file."""
         return _joint_digest(self._writer.read_back(self._modules[tensor.step.name]))
 
     def details(self, tensor: str) -> FactorDetails:
@@ -98,18 +99,18 @@ class FactorOutput:
         return self._details[tensor]
 
     def sync(self) -> None:
-        """Force the file to disk."""
+        """Sync the file to disk."""
         self._writer.sync()
 
     def publish(self) -> dict[str, Path]:
-        """Name the file, and put beside it what the adapter takes over."""
+        """Copy the files that the adapter takes from its sources, and rename its weights into place."""
         folder = self._writer.output_dir
         names = copy_files(self._plan.carried, folder)
         self._writer.publish()
         return {name: folder / name for name in [*names, ADAPTER_FILE]}
 
     def write_config(self) -> Path:
-        """Write `adapter_config.json` beside the unfinished file."""
+        """Write `adapter_config.json` into the staging folder."""
         return self._writer.write_config()
 
     def close(self) -> None:
@@ -132,7 +133,7 @@ def _coefficients(tensor: TensorWork) -> NDArray[np.float64]:
 
 
 def _used(row: AdapterRow, coefficients: NDArray[np.float64]) -> list[bool]:
-    """Tell which adapters' factors are written: those with a coefficient, or one if there is none."""
+    """Return whose factors are written: of adapters with a coefficient; if there are none, of the first."""
     used = [bool(c) and delta is not None for c, delta in zip(coefficients, row.deltas)]
     return used if any(used) else [delta is row.first for delta in row.deltas]
 
@@ -142,7 +143,7 @@ def _full_rank(row: AdapterRow, used: Sequence[bool]) -> int:
 
 
 def _rank(row: AdapterRow, coefficients: NDArray[np.float64], rank: int | None, energy: float | None) -> int:
-    """Return the rank to write. The file is laid out before it is written, so an energy bound is worked out twice."""
+    """Return the rank to write. An energy bound costs a recompression here, and another when the module is written."""
     used = _used(row, coefficients)
     if energy is not None:
         return recompress(concatenate(row.factors(used), coefficients), rank, energy)[0].A.shape[0]
@@ -150,12 +151,12 @@ def _rank(row: AdapterRow, coefficients: NDArray[np.float64], rank: int | None, 
 
 
 def _most_rank(row: AdapterRow, coefficients: NDArray[np.float64]) -> int:
-    """Return the rank that the merged delta of a module does not exceed."""
+    """Return an upper limit for the rank of the merged delta of a module."""
     return min(_full_rank(row, _used(row, coefficients)), row.n_out, row.n_in)
 
 
 def _rank_notes(ranks: Sequence[int], most: int) -> list[str]:
-    """Say that ranks differ: PEFT reads every module's own, others the one of the whole adapter."""
+    """Note it if ranks differ: PEFT reads the rank of every module, but other runtimes only that of the adapter."""
     if len(set(ranks)) == 1:
         return []
     return [
@@ -167,7 +168,7 @@ def _rank_notes(ranks: Sequence[int], most: int) -> list[str]:
 
 
 def _exact(row: AdapterRow, coefficients: NDArray[np.float64], used: Sequence[bool]) -> Factors:
-    """Like `concatenate`, but float32 where the inputs are: half the memory traffic for what is rounded next."""
+    """Do what `concatenate` does, in float32 if the inputs are: half the memory traffic, and it is rounded next."""
     parts = [
         (pair.B * np.float64(c * pair.scale), pair.A)
         for c, pair, use in zip(coefficients, row.factors(used), used)

@@ -1,4 +1,4 @@
-"""Merged tensors into the shards of a full model."""
+"""Output of merged tensors to the shards of a full model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class ShardOutput:
-    """Tensors at their places in the shards of a full model."""
+    """Output of tensors to their places in the shards of a full model."""
 
     def __init__(self, plan: MergePlan) -> None:
         assert plan.layout is not None
@@ -38,42 +38,42 @@ class ShardOutput:
         self._local = threading.local()
 
     def begin(self) -> bool:
-        """Make the unfinished shards, or go on with those of an earlier run; return whether any had to be made."""
-        if not self.staging.exists():
+        """Create the unfinished shards, or open those of an earlier run; return whether any was created."""
+        if not self.staging.exists():  # files of an earlier run have their full size already
             check_free_space(self._writer.output_dir, self._writer.layout.file_bytes)
         return bool(self._writer.reopen())
 
     def lay_out(self, tensors: Sequence[TensorWork]) -> None:
-        """Do nothing: places follow from the plan."""
+        """Do nothing: the plan has the place of every tensor."""
 
     def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Carry out the decision on a piece and write it; return the digest of what was written."""
+        """Apply the decision to a piece and write the result; return its digest."""
         assert tensor.decision is not None and isinstance(tensor.inputs, TensorInputs)
         out = self._buffer(tensor, piece)
-        found = tensor.inputs.apply(tensor.decision, kernels, piece, out, tensor.step.dtype)
+        written = tensor.inputs.apply(tensor.decision, kernels, piece, out, tensor.step.dtype)
         self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], out)
-        return found
+        return written
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
-        """Write a piece of the one tensor there is; return the digest of what was written."""
+        """Write a piece of the only input; return its digest."""
         assert isinstance(tensor.inputs, TensorInputs)
-        data, found = tensor.inputs.copy(kernels, piece, self._buffer(tensor, piece), tensor.step.dtype)
+        data, written = tensor.inputs.copy(kernels, piece, self._buffer(tensor, piece), tensor.step.dtype)
         self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], data)
-        return found
+        return written
 
     def read_back(self, tensor: TensorWork, piece: Piece) -> str:
-        """Return the digest of what lies in the unfinished shard."""
+        """Return the digest of a piece in the unfinished shard."""
         return digest(self._writer.read_back(tensor.step.name, *tensor.byte_range(piece)))
 
     def details(self, tensor: str) -> None:
-        """Return nothing: the decision says all."""
+        """Return None: the decision is all there is to record."""
 
     def sync(self) -> None:
-        """Force this process's shards to disk."""
+        """Sync this process's shards to disk."""
         self._writer.sync()
 
     def publish(self) -> dict[str, Path]:
-        """Name the shards, and put beside them what the model takes over from its donor."""
+        """Copy the files that the model takes from its donor, and rename the shards into place."""
         folder = self._writer.output_dir
         names = copy_files(self._plan.carried, folder)
         self._writer.publish()
@@ -81,7 +81,7 @@ class ShardOutput:
         return {name: folder / name for name in names}
 
     def write_config(self) -> Path:
-        """Write `config.json` beside the unfinished shards."""
+        """Write `config.json` into the staging folder."""
         return write_config(self._plan.donor.source, self.staging, dtype=self._plan.args.dtype)
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class ShardOutput:
         self._writer.close()
 
     def _buffer(self, tensor: TensorWork, piece: Piece) -> NDArray[np.uint8]:
-        """Return this thread's output buffer, cut to the piece. Fresh memory is slow, so it is kept."""
+        """Return this thread's output buffer, cut to the piece; it is reused, since fresh memory is slow to touch."""
         start, stop = tensor.byte_range(piece)
         held: NDArray[np.uint8] | None = self._local.__dict__.get("buffer")
         if held is None or held.size < stop - start:

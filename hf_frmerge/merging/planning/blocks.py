@@ -1,4 +1,4 @@
-"""What one sphere covers: how a tensor is cut into blocks, and blocks into pieces of fixed size."""
+"""Cut tensors into blocks, each of which is merged by itself, and blocks into pieces of fixed size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from hf_frmerge.errors import ArgumentError
 
 PIECE_ELEMENTS = 1 << 20
-"""Elements handled in one go. Fixed: partial sums, and so the last bits of a Gram matrix, depend on it."""
+"""Elements of a piece. A constant, because partial sums and so the last bits of a Gram matrix depend on it."""
 
-# Attention projections whose rows are heads, by the names transformers gives them.
+# Names in transformers of the attention projections whose rows belong to heads.
 _HEAD_ROWS = re.compile(
     r"(^|\.)(q|k|v|query|key|value|q_proj|k_proj|v_proj|q_lin|k_lin|v_lin|qkv|qkv_proj|query_key_value|Wqkv)"
     r"\.(weight|bias)$"
@@ -23,10 +23,10 @@ _HEAD_ROWS = re.compile(
 @dataclass(frozen=True)
 class Piece:
     """
-    A run of elements that is handled in one go: some whole blocks, or a part of one block.
+    Run of elements that is processed at once: several whole blocks, or a part of one block.
 
-    Pieces are cut by fixed rules from the shape alone (never from memory or threads), because partial sums of a Gram
-    matrix depend on where they are cut.
+    Pieces follow from the shape alone, never from the memory budget or the threads, because partial sums of a Gram
+    matrix depend on where it is cut. That makes the bits of a merge independent of both.
     """
 
     start: int
@@ -36,7 +36,7 @@ class Piece:
 
     @property
     def block_len(self) -> int:
-        """Elements of a block that lie in this piece."""
+        """Number of elements of each block in this piece."""
         return (self.stop - self.start) // self.n_blocks
 
 
@@ -63,6 +63,7 @@ def head_dim_of(config: dict[str, Any]) -> int:
     Raises:
         ArgumentError: If the config does not say.
     """
+    # Vision-language models keep the settings of the language model in `text_config`.
     config = {**config, **config.get("text_config", {})}
     for key in ("head_dim", "d_kv"):
         if config.get(key):
@@ -82,7 +83,7 @@ def head_dim_of(config: dict[str, Any]) -> int:
 
 
 def group_of(name: str, block: str) -> str:
-    """Return the key shared by all tensors that lie on one sphere."""
+    """Return the group of a tensor: the tensors of one group are one point and get the same coefficients."""
     if block == "model":
         return ""
     if block == "layer":

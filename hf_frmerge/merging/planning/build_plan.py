@@ -1,4 +1,4 @@
-"""Decide what a merge will do from headers alone, and refuse what cannot work before any weight is read."""
+"""Build the plan of a merge from headers alone, and refuse what cannot be merged before any weight is read."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def build_plan(
     check: Callable[[MergePlan], None] | None = None,
 ) -> MergePlan:
     """
-    Resolve, open and align the models and decide what happens to every tensor. Reads headers only.
+    Resolve, open and align the models, and decide what happens to every tensor. Reads headers only.
 
-    Models of the Hub that are not in the cache are planned from their headers there, and downloaded after that: what
-    cannot be merged is refused before the download.
+    Models on the Hub that are not in the cache are planned from their headers on the Hub first, and then downloaded,
+    so that models which do not fit together are refused before the download.
 
     Args:
         experts: Two or more folders or Hub ids, full checkpoints or adapters.
         args: Options.
-        weights: One non-negative number per expert; all alike by default.
+        weights: One non-negative number per expert; equal by default.
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
-        download: Fetch models from the Hub, unless `args.stream_from_hub`. A plan that is only looked at needs none.
+        download: Download models from the Hub, unless `args.stream_from_hub`. Not needed to only show a plan.
         check: Called with the plan before anything is downloaded; may raise.
 
     Raises:
@@ -80,14 +80,15 @@ def build_plan(
     if not fetched:
         return plan
     plan.close()
-    notes = plan.notes  # of all files in the repositories, of which not all are fetched
+    # Keep these notes: they are about all files of the repositories, and the download left some of these out.
+    notes = plan.notes
     plan = _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
     plan.notes = notes
     return plan
 
 
 def is_downloaded(source: Source, args: MergingArguments) -> bool:
-    """Whether a merge fetches a source before it begins. An adapter is small, and read whole: it is not streamed."""
+    """Whether a source is downloaded before the merge. Adapters always are: they are small and read whole."""
     return is_on_hub(source) and (source.kind == "adapter" or not args.stream_from_hub)
 
 
@@ -104,7 +105,8 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     to_adapter = _makes_adapter(args, opened)
     space = _space(args, opened, base, to_adapter, table)
     if base is not None and base.checkpoint is not None and not to_adapter:
-        refuse_quantised(base.checkpoint)  # before adapters look in vain for their modules' weights
+        # Checked before adapters are matched: the message is clearer than that their weights are not in the base.
+        refuse_quantised(base.checkpoint)
     opened = _match_adapters(opened, base, to_adapter)
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
@@ -125,7 +127,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
 
 
 def _unused_options(args: MergingArguments, method: Method) -> list[str]:
-    """Name the options of methods that were changed and that this method does not obey."""
+    """Note the options that were changed from their defaults but are not used by this method."""
     of_methods = dict.fromkeys(name for other in METHODS.values() for name in other.options)
     options = args.to_dict()
     defaults = {field.name: field.default for field in fields(args)}
@@ -140,7 +142,7 @@ def _open(source: Source) -> Expert:
 
 
 def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
-    """Whether the output is an adapter; only adapters in delta space can make one."""
+    """Whether the output is an adapter; that takes adapters only, merged in delta space."""
     full = [expert.spec for expert in experts if expert.checkpoint]
     if args.adapter_output == "adapter":
         if METHODS[args.method].kind == "sparse":
@@ -156,6 +158,8 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
                 "space='deltas', or adapter_output='merged'."
             )
         return True
+    # Full tensors (`modules_to_save`) and DoRA modules have no low-rank factors; and a pair of factors can only be
+    # scaled as a whole, not by rows or heads.
     kept_dense = any(e.adapter.dense or e.adapter.uses_dora for e in experts if e.adapter)
     factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and not kept_dense
     is_sum = METHODS[args.method].kind != "sparse"
@@ -163,12 +167,12 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
 
 
 def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool) -> list[Expert]:
-    """Bind adapters to the tensors of the base."""
+    """Match the modules of adapters with the tensors of the base."""
     if base is None or base.checkpoint is None:
         return experts
     checkpoint = base.checkpoint
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    structure = functools.cache(lambda: read_structure(checkpoint))
+    structure = functools.cache(lambda: read_structure(checkpoint))  # once for all adapters, and only if one asks
 
     def match(expert: Expert) -> Expert:
         if expert.adapter is None:
@@ -187,6 +191,7 @@ def _space(
     to_adapter: bool,
     table: CoefficientTable | None,
 ) -> str:
+    """Choose the space: the option, else that of a table, else deltas for adapters and for methods that need them."""
     adapters = [expert for expert in experts if expert.adapter]
     if base is not None and base.checkpoint is None:
         raise ArgumentError(f"The base model {base.spec!r} is an adapter; a full checkpoint is needed.")
@@ -196,12 +201,14 @@ def _space(
             f"(its config names {adapters[0].adapter.config.base_model!r})."  # type: ignore[union-attr]
         )
     needs_deltas = METHODS[args.method].needs_deltas
-    given = table.space if table is not None else None
-    space = args.space or given or ("deltas" if adapters or needs_deltas else "weights")
+    table_space = table.space if table is not None else None
+    space = args.space or table_space or ("deltas" if adapters or needs_deltas else "weights")
     if needs_deltas and space != "deltas":
         raise ArgumentError(f'{args.method} is made of deltas: it needs space="deltas" and a base_model.')
-    if given is not None and space != given:
-        raise ArgumentError(f"{args.coefficients} holds coefficients of {given}, but space={space!r} was asked for.")
+    if table_space is not None and space != table_space:
+        raise ArgumentError(
+            f"{args.coefficients} holds coefficients of {table_space}, but space={space!r} was asked for."
+        )
     if space == "deltas" and base is None and not to_adapter:
         raise ArgumentError('space="deltas" needs base_model: deltas are the differences to it.')
     return space
@@ -210,7 +217,7 @@ def _space(
 def _adapter_steps(
     args: MergingArguments, adapters: list[Adapter], weights: list[float], base: Expert | None
 ) -> tuple[list[TensorStep], list[str]]:
-    """One step per module; its shape is that of the delta."""
+    """Return one step for each module, with the shape of its delta, and notes."""
     _check_expressible(args, adapters)
     common_base(adapters, base.source if base else None)
     rows = align_adapters(adapters)
@@ -237,7 +244,7 @@ def _adapter_steps(
 
 
 def _check_expressible(args: MergingArguments, adapters: list[Adapter]) -> None:
-    """Refuse what low-rank factors cannot hold."""
+    """Raise if the result cannot be written as low-rank factors."""
     if args.block not in ("tensor", "layer", "model"):
         raise ArgumentError(
             f"block={args.block!r} gives rows of one module different coefficients, which factors cannot express. Use "
@@ -254,7 +261,7 @@ def _check_expressible(args: MergingArguments, adapters: list[Adapter]) -> None:
 
 
 def _adapter_notes(experts: list[Expert], base: Expert | None, strict: bool) -> list[str]:
-    """Check that adapters going into a full model belong together; say what they lack and which base they name."""
+    """Note modules that some adapters lack, and other bases they name, if adapters are merged into a full model."""
     adapters = [expert.adapter for expert in experts if expert.adapter]
     if not adapters or base is None:
         return []
@@ -265,7 +272,7 @@ def _adapter_notes(experts: list[Expert], base: Expert | None, strict: bool) -> 
 def _weights_for(
     args: MergingArguments, weights: list[float], names: list[str]
 ) -> tuple[dict[str, tuple[float, ...]], list[str]]:
-    """Weights of every tensor, and a note per rule that matches none."""
+    """Return the weights of every tensor, and a note for each rule that decides none."""
     schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(weights))
     notes = [f"Weight rule {rule!r} decides no tensor's weights." for rule in schedule.unused_rules(names)]
     # An encoder and a decoder may have different depths: a gradient runs over the stack a tensor belongs to.
@@ -278,13 +285,14 @@ def _weights_for(
 
 
 def _stack(name: str) -> str:
-    """Part of a tensor's name before its layer index."""
+    """Return the part of a tensor's name before its layer index: `encoder.layers`, say."""
     return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
 
 
 def _steps(
     args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float]
 ) -> tuple[list[TensorStep], list[str]]:
+    """Return one step for each tensor of a full model, and notes."""
     full = [index for index, expert in enumerate(experts) if expert.checkpoint]
     checkpoints = [experts[index].checkpoint for index in full]
     aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
@@ -300,6 +308,7 @@ def _steps(
     steps = []
     for tensor in aligned.tensors:
         is_float = tensor.dtype in FLOAT_DTYPES
+        # With adapters only, a tensor that none of them changes is copied from the base.
         merge = tensor.action == "merge" and (bool(full) or tensor.name in touched)
         n_blocks, block_len = block_shape(tensor.name, tensor.shape, args.block if merge else "tensor", head_dim)
         steps.append(
@@ -321,7 +330,7 @@ def _steps(
 
 
 def _refuse_homeless(experts: list[Expert], merged: set[str]) -> None:
-    """No delta may be left behind: where a tensor is copied or left out, nothing could be added to it."""
+    """Raise if an adapter changes a tensor that is copied or left out: its delta would be lost without a word."""
     for expert in experts:
         adapter = expert.adapter
         lost = [name for name in (*adapter.deltas, *adapter.dense) if name not in merged] if adapter else []
@@ -334,7 +343,7 @@ def _refuse_homeless(experts: list[Expert], merged: set[str]) -> None:
 
 
 def _check_groups(steps: list[TensorStep]) -> None:
-    """One sphere, one set of weights."""
+    """Require equal weights within a group."""
     first: dict[str, TensorStep] = {}
     for step in steps:
         other = first.setdefault(step.group, step) if step.action == "merge" else step

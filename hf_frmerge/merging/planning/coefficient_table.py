@@ -1,4 +1,4 @@
-"""Coefficients from a file in place of a method: read, and held against the tensors they are for."""
+"""Read a coefficient table that takes the place of a method, and check it against the tensors of a merge."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ COEFFICIENTS_FILE = "merge_coefficients.safetensors"
 @dataclass(frozen=True)
 class CoefficientTable:
     """
-    Tensor -> coefficients `(blocks, experts)`, float64, on the points of a merge.
+    Coefficients of every tensor, on the points of a merge.
 
     Attributes:
-        origin: where it was read, for messages.
+        origin: path it was read from, for messages.
+        rows: tensor -> `(blocks, experts)`, float64.
         space: whether the points are weights or deltas, if the file says so.
-        digest: of the file; another table makes another merge.
+        digest: digest of the file. The journal keeps it, so that a resume with another table is refused.
     """
 
     origin: str
@@ -48,7 +49,7 @@ def read_coefficients(path: str | Path) -> CoefficientTable:
         path: A safetensors file, or the folder of a merge, local or behind a URL.
 
     Raises:
-        CheckpointError: If there is none, it is damaged, or a tensor in it is no table of floats.
+        CheckpointError: If there is no table, it is damaged, or a tensor in it is not a matrix of floats.
         NonFiniteError: If a coefficient is NaN or infinite.
     """
     from safetensors import SafetensorError
@@ -81,7 +82,7 @@ def read_coefficients(path: str | Path) -> CoefficientTable:
 
 def cut_as_given(steps: Sequence[TensorStep], table: CoefficientTable, n_experts: int) -> list[TensorStep]:
     """
-    Cut every merged tensor into the blocks that a table has coefficients for; each is a group of its own.
+    Cut every merged tensor into as many blocks as the table has rows for it; each tensor is a group of its own.
 
     Raises:
         ArgumentError: If a tensor has no coefficients, or they do not fit it or the experts; or if the table has

@@ -1,4 +1,4 @@
-"""Room on the disks for what a merge downloads and writes, asked for before either begins."""
+"""Check before a merge that downloads and output fit on their disks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 def check_space(plan: MergePlan) -> None:
     """
-    Refuse a merge that will not fit: the output on its disk, the downloads on that of the cache, or both on one.
+    Check that the output fits on its disk and the downloads on that of the cache, also if it is the same disk.
 
     Raises:
-        MergeError: With what is needed and what is free.
+        MergeError: If they do not fit; the message gives the needed and the free space.
     """
     output = Path(plan.args.output_dir)
     begun = plan.args.resume_from_checkpoint and (output / STAGING).exists()
+    # A resumed merge has its files already, at full size.
     needed = plan.layout.file_bytes if plan.layout and not begun else 0
     download = download_bytes(plan)
     if download == 0:
@@ -43,7 +44,7 @@ def check_space(plan: MergePlan) -> None:
 
 
 def download_bytes(plan: MergePlan) -> int:
-    """Bytes that the merge would download: none where it streams, or where the cache has everything."""
+    """Return the bytes that the merge will download: none if it streams, or if the cache has all files."""
     sources = [model.source for model in plan.models if is_downloaded(model.source, plan.args)]
     if not sources:
         return 0

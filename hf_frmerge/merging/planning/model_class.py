@@ -1,4 +1,4 @@
-"""Ask the class of a model what its tensors do not tell. It takes seconds to import transformers: only if need be."""
+"""Learn from the class of a model what its tensors do not show. Imports transformers, which takes seconds."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def read_structure(base: Checkpoint) -> ModelStructure:
     """
     Find which tensors a model ties, and which of its layers store their weight transposed.
 
-    The class decides, since `config.json` may leave the tie to the class's default. Of a class that transformers does
-    not have, the tie is told by the config, or by an output layer that is stored beside the embedding.
+    The model is built to find out, since `config.json` may leave the tie to the default of the class. For a class that
+    transformers does not have, the config decides, or an output layer that is stored beside the embedding.
     """
     try:
         model = build_empty(base)
@@ -62,15 +62,17 @@ def read_structure(base: Checkpoint) -> ModelStructure:
 
 
 def _is_untied(base: Checkpoint) -> bool:
+    """Whether config or tensors show that input embedding and output layer are separate."""
     config = base.config()
     stated = [value["tie_word_embeddings"] for value in _levels(config) if "tie_word_embeddings" in value]
     if stated:
         return not any(stated)
     rows = next((value["vocab_size"] for value in _levels(config) if "vocab_size" in value), None)
+    # Two matrices with a row for every token: the embedding, and an output layer of its own.
     tall = [name for name, info in base.tensors.items() if info.shape[:1] == (rows,) and len(info.shape) == 2]
     return len([name for name in tall if may_be_tied(name)]) > 1
 
 
 def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """A config and those nested in it."""
+    """Return a config and those nested in it."""
     return [config, *(level for value in config.values() if isinstance(value, dict) for level in _levels(value))]

@@ -1,4 +1,4 @@
-"""What a merge will do, tensor by tensor."""
+"""Plan of a merge: its models, and what happens to every tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Expert:
-    """One model to merge: a full checkpoint, or a low-rank adapter of the base model."""
+    """Opened model of a merge (an expert or the base): a full checkpoint, or a low-rank adapter of the base."""
 
     source: Source
     checkpoint: Checkpoint | None = None
@@ -44,7 +44,7 @@ class Expert:
 
     @property
     def weights(self) -> Checkpoint:
-        """Its tensors on disk: the model's, or the adapter's."""
+        """Open checkpoint or adapter weights."""
         if self.checkpoint is not None:
             return self.checkpoint
         assert self.adapter is not None
@@ -54,11 +54,15 @@ class Expert:
 @dataclass
 class MergePlan:
     """
-    Everything a merge needs, checked.
+    Checked plan of a merge.
 
-    `layout` is where the tensors of a full model go; `None` if the output is an adapter, whose steps are its modules.
-    `carried` are the files beside weights and config that the output takes over.
-    `coefficients` is the table that was given in place of a method.
+    Attributes:
+        space: `"weights"` or `"deltas"`: what the points are.
+        steps: one step for each tensor of the output; for an adapter, one for each module.
+        layout: place of the tensors in the shards of a full model; `None` if the output is an adapter.
+        notes: what the user should know.
+        carried: files beside weights and config that the output takes from the models.
+        coefficients: table that takes the place of a method.
     """
 
     args: MergingArguments
@@ -129,8 +133,8 @@ class MergePlan:
 
     @property
     def piece_memory(self) -> int:
-        """Most bytes one worker holds at a time, whatever the size of the model."""
-        # Output piece, one float32 row buffer per low-rank expert, and a copy of each input where it is remote.
+        """Upper limit of the bytes one worker holds at a time; it does not depend on the size of the model."""
+        # The output piece, one float32 buffer of rows for each adapter, and a copy of each input if it is remote.
         copies = 1 + sum(1 for e in self.experts if e.adapter) + len(self.experts) + (self.base is not None)
         if METHODS[self.args.method].kind == "sparse":
             copies += 4  # the merged piece in float64, in parts and joined

@@ -1,4 +1,4 @@
-"""What a merge will do with one tensor of the output."""
+"""Step of a plan: what happens to one tensor of the output."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS
 @dataclass(frozen=True)
 class TensorStep:
     """
-    One tensor of the output.
+    Plan for one tensor of the output.
 
     Attributes:
         dtype: dtype code of the output (`"BF16"`, ...).
         action: `"merge"`, or `"copy"` from the model with index `donor` (-1 is the base).
         weights: one per expert, summing to 1; empty for a copy.
-        group: tensors of one group lie on one sphere and get the same coefficients.
-        n_blocks, block_len: how the tensor is cut into blocks, in elements.
+        group: tensors of one group form one point and get the same coefficients.
+        n_blocks, block_len: number of blocks, and elements in each.
     """
 
     name: str
