@@ -20,9 +20,9 @@ from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.record.manifest import (
     COEFFICIENTS_FILE,
     EVALUATION_FILE,
-    LOCAL_SOURCES_FILE,
     MANIFEST_FILE,
     REPORT_FILE,
+    local_sources,
     read_manifest,
 )
 from hf_frmerge.wording.geometry import Geometry
@@ -104,8 +104,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
 
 def _sources(folder: Path, manifest: dict[str, Any]) -> list[CardSource]:
     entries = [*manifest["experts"], *([manifest["base_model"]] if manifest["base_model"] else [])]
-    local = folder / LOCAL_SOURCES_FILE
-    paths = json.loads(local.read_text(encoding="utf-8"))["models"] if local.is_file() else [None] * len(entries)
+    paths, _ = local_sources(folder, manifest)
     sources = [
         CardSource(
             spec=entry["id"],
