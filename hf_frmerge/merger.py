@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
@@ -12,34 +11,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from hf_frmerge.checkpoints.disk import copy_folder
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.evaluation.headlines import headlines, metric_events, metrics_of_models
 from hf_frmerge.evaluation.models.names import datasets_by_name
 from hf_frmerge.evaluation.record import EvaluationRecord, save_record
 from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
-from hf_frmerge.hub.card.licences import licences_of_plan
+from hf_frmerge.hub.check_plan import check_plan
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.callbacks.callback import (
-    CallbackHandler,
-    DefaultFlowCallback,
-    MergeControl,
-    PrinterCallback,
-)
+from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl
 from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
-from hf_frmerge.merging.callbacks.progress import ProgressCallback
-from hf_frmerge.merging.callbacks.reporting import reporting_callbacks
+from hf_frmerge.merging.callbacks.defaults import with_default_callbacks
 from hf_frmerge.merging.callbacks.state import MergeState
 from hf_frmerge.merging.engine.processes import Processes, check_same_commits
-from hf_frmerge.merging.output_folder import check_output_dir
 from hf_frmerge.merging.planning.build_plan import build_plan
-from hf_frmerge.merging.planning.disk_space import check_space
+from hf_frmerge.merging.record.find_models import MergeModels
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.table import FISHER_RAO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from huggingface_hub import CommitInfo
     from transformers import EvalPrediction
 
@@ -122,19 +114,12 @@ class FisherRaoMerger:
             logging.getLogger("hf_frmerge").setLevel(self.args.get_process_log_level())
 
         self.processes = Processes()
-        self.state = MergeState(
-            is_world_process_zero=self.processes.is_main, is_local_process_zero=self.processes.is_main
-        )
-        self.control = MergeControl()
-        shown = PrinterCallback if self.args.disable_tqdm else ProgressCallback
-        own: list[MergeCallback | type[MergeCallback]] = [
-            DefaultFlowCallback,
-            *reporting_callbacks(self.args.report_to),
-        ]
+        is_main = self.processes.is_main
+        self.state = MergeState(is_world_process_zero=is_main, is_local_process_zero=is_main)
         # Callbacks listen on the main process only: one merge, one log, whatever the number of processes.
-        listening = [*own, *(callbacks or []), shown] if self.processes.is_main else []
-        self.callback_handler = CallbackHandler(listening, processing_class=processing_class)
-        self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
+        listeners = with_default_callbacks(callbacks or (), self.args)
+        self.callback_handler = CallbackHandler(listeners if is_main else (), processing_class=processing_class)
+        self.control = self.callback_handler.on_init_end(self.args, self.state, MergeControl())
 
     def add_callback(self, callback: MergeCallback | type[MergeCallback]) -> None:
         """Add a callback, given as a class or an instance."""
@@ -173,7 +158,7 @@ class FisherRaoMerger:
         args = self.args
         if resume_from_checkpoint is not None:
             args = replace(args, resume_from_checkpoint=resume_from_checkpoint)
-        return build_plan(self.experts, args, self.weights, self.base_model, check=_check_permitted_and_fitting)
+        return build_plan(self.experts, args, self.weights, self.base_model, check=check_plan)
 
     def merge(self, resume_from_checkpoint: bool | None = None) -> Self:
         """
@@ -206,14 +191,6 @@ class FisherRaoMerger:
             outcome = run_merge(plan, observer, self.processes, self._complete_folder)
         self.control = observer.control
         self.report = {**outcome.report.to_dict(), "complete": outcome.complete}
-        if not outcome.complete:
-            # Reporters close their run and bars their line here, so a stopped merge has an end too.
-            self.control = self.callback_handler.on_merge_end(self.args, self.state, self.control)
-            reason = self.control.stop_reason or "a callback asked for it"
-            raise MergeError(
-                f"The merge was stopped after {self.state.global_step} of {self.state.max_steps} tensors: {reason}. "
-                f"{self.args.output_dir!r} holds no model; pass resume_from_checkpoint=True to go on."
-            )
         self._end()
         # Only the main process has callbacks, but all take part in an evaluation.
         if any(self.processes.gather([self.control.should_evaluate])):
@@ -247,19 +224,16 @@ class FisherRaoMerger:
             ArgumentError: If there is no dataset, or it does not fit the models.
         """
         self._require_merge("evaluate")
-        from hf_frmerge.evaluation.headlines import headlines, norm_headline, told
-
         domains, is_named = datasets_by_name(eval_dataset, self.eval_dataset, metric_key_prefix)
-        record, speed = self._measure(domains, merged=True, ignore_keys=ignore_keys)
-        found = [*headlines(record), *norm_headline(self.args.output_dir)]
-        metrics: dict[str, float] = {}
-        for part in told(found, metric_key_prefix, domains if is_named else (), speed):
-            self.log(part.metrics)
-            self.control = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, part.metrics, places=part.places, is_last=part.is_last
-            )
-            metrics |= part.metrics
-        return metrics
+        # Loaded once for all evaluations; beside experts it would take room.
+        merged = self.__dict__.get("model", self.args.output_dir) if self.args.evaluate_experts else self.model
+        record, speed = self._measure(domains, merged, ignore_keys)
+        measured = headlines(record, self.args.output_dir)
+        events = metric_events(measured, metric_key_prefix, domains if is_named else (), speed)
+        for event in events:
+            self.log(event.metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, **vars(event))
+        return {name: value for event in events for name, value in event.metrics.items()}
 
     def evaluate_experts(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
@@ -269,12 +243,8 @@ class FisherRaoMerger:
             `dict[str, float]`: `<prefix>_<model>_<dataset>_loss` and so on; models are called as in `evaluation`.
         """
         domains, _ = datasets_by_name(eval_dataset, self.eval_dataset, metric_key_prefix)
-        record, _ = self._measure(domains)
-        metrics = {
-            f"{metric_key_prefix}_{score.model}_{score.domain}_{name}": value
-            for score in record.scores
-            for name, value in score.metrics.items()
-        }
+        record, _ = self._measure(domains, merged=None)
+        metrics = metrics_of_models(record, metric_key_prefix)
         self.log(metrics)
         return metrics
 
@@ -284,7 +254,7 @@ class FisherRaoMerger:
         if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
             return
         if self.processes.is_main:
-            shutil.copytree(self.args.output_dir, output_dir, copy_function=_copy_anew, dirs_exist_ok=True)
+            copy_folder(Path(self.args.output_dir), Path(output_dir))
         self.processes.wait()
 
     def create_model_card(self, **card_fields: Any) -> Path:
@@ -296,10 +266,9 @@ class FisherRaoMerger:
                 Fields of `hf_frmerge.hub.card.data.MergeCard` to set by hand, such as `model_name` or `licence`.
         """
         self._require_merge("create_model_card")
-        from hf_frmerge.hub.card.describe import describe_merge
         from hf_frmerge.report.figures import figure_drawer
 
-        return describe_merge(self.args.output_dir, draw=figure_drawer(), **self._card_defaults(), **card_fields)
+        return self._describe(draw=figure_drawer(), **card_fields)
 
     def push_to_hub(
         self,
@@ -344,19 +313,18 @@ class FisherRaoMerger:
             return None
         from hf_frmerge.hub.push import full_repo_id, push_folder
 
-        token = token or self.args.hub_token
-        target = repo_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
-        target = full_repo_id(target, token)
+        args, token = self.args, token or self.args.hub_token
+        target = full_repo_id(repo_id or args.hub_model_id or Path(args.output_dir).resolve().name, token)
         self.create_model_card(hub_model_id=target, **card_fields)
         return push_folder(
-            self.args.output_dir,
+            args.output_dir,
             repo_id=target,
             token=token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
+            private=args.hub_private_repo if private is None else private,
+            revision=revision or args.hub_revision,
             commit_message=commit_message,
             create_pr=create_pr,
-            collection=self.args.hub_collection,
+            collection=args.hub_collection,
             blocking=blocking,
         )
 
@@ -366,15 +334,11 @@ class FisherRaoMerger:
         self._require_merge("model")
         from hf_frmerge.evaluation.models.merged import load_merged
 
-        model = load_merged(
-            self.args.output_dir,
-            self.base_model,
-            self.args.hub_token,
-            dtype=self.args.eval_dtype,
-            device_map=self.args.device_map,
+        args = self.args
+        self.callback_handler.model = load_merged(
+            args.output_dir, self.base_model, args.hub_token, dtype=args.eval_dtype, device_map=args.device_map
         )
-        self.callback_handler.model = model
-        return model
+        return self.callback_handler.model
 
     def log(self, logs: dict[str, Any]) -> None:
         """Add to `state.log_history` and tell the callbacks."""
@@ -382,36 +346,22 @@ class FisherRaoMerger:
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _measure(
-        self, domains: Mapping[str, Any], *, merged: bool = False, ignore_keys: list[str] | None = None
+        self, domains: Mapping[str, Any], merged: Any, ignore_keys: list[str] | None = None
     ) -> tuple[EvaluationRecord, dict[str, float]]:
-        """Measure the experts, the merged model or both; keep and save what was found, return it with the speed."""
-        from hf_frmerge.evaluation.suite.merge_evaluation import UserMetrics, evaluate_with
+        """Measure the experts, and the merged model if there is one; save the record, and return it with the speed."""
+        from hf_frmerge.evaluation.suite.merge_evaluation import UserMetrics, measure_merge
 
-        user = None
-        if merged and self.compute_metrics is not None:
-            compute, preprocess = self.compute_metrics, self.preprocess_logits_for_metrics
-            user = UserMetrics(lambda: self.model, compute, preprocess, ignore_keys)
-
-        def heard(loader: Any) -> None:
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control, loader)
-
-        if merged and not self.args.evaluate_experts:
-            _ = self.model  # loaded once for all evaluations; beside experts it would take room
-        record, speed = evaluate_with(
-            self.args,
-            self.experts,
-            self.weights,
-            self.base_model,
-            domains,
-            merged=self.__dict__.get("model", self.args.output_dir) if merged else None,
-            processing_class=self.processing_class,
-            user_metrics=user,
-            on_prediction_step=heard,
-        )
+        models = MergeModels(self.experts, self.weights, self.base_model)
+        tokenizer, preprocess = self.processing_class, self.preprocess_logits_for_metrics
+        user = UserMetrics(lambda: self.model, self.compute_metrics, preprocess, ignore_keys)
+        record, speed = measure_merge(self.args, models, merged, domains, tokenizer, user, self._on_prediction_step)
         self.evaluation.update(record)
         if self.is_merged and self.processes.is_main:
             save_record(self.args.output_dir, self.evaluation)
         return record, speed
+
+    def _on_prediction_step(self, loader: Any) -> None:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control, loader)
 
     def _begin(self, plan: MergePlan) -> None:
         """Reset what an earlier merge left, and fire `on_merge_begin`."""
@@ -430,37 +380,28 @@ class FisherRaoMerger:
         upload(self.args.output_dir)
 
     def _end(self) -> None:
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
-        self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})
-        self.control = self.callback_handler.on_merge_end(self.args, self.state, self.control)
+        """Fire `on_save` and `on_merge_end`; of a merge that was stopped the latter, then raise."""
+        handler, state = self.callback_handler, self.state
+        if self.is_merged:
+            self.control = handler.on_save(self.args, state, self.control)
+            totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
+            self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})
+        # Reporters close their run and bars their line here, so a stopped merge has an end too.
+        self.control = handler.on_merge_end(self.args, state, self.control)
+        if not self.is_merged:
+            reason = self.control.stop_reason or "a callback asked for it"
+            raise MergeError(
+                f"The merge was stopped after {state.global_step} of {state.max_steps} tensors: {reason}. "
+                f"{self.args.output_dir!r} holds no model; pass resume_from_checkpoint=True to go on."
+            )
 
-    def _describe(self) -> None:
-        """Write the card without figures, which take longer than a small merge."""
+    def _describe(self, **card_fields: Any) -> Path:
+        """Write the card; without `draw` it has no figures, which take longer than a small merge."""
         from hf_frmerge.hub.card.describe import describe_merge
 
-        describe_merge(self.args.output_dir, **self._card_defaults())
-
-    def _card_defaults(self) -> dict[str, Any]:
-        return {
-            "tag_names": self._tag_names,
-            "tool_name": self._name,
-            "tool_paper": self._paper,
-            "template_file": self._template_file,
-        }
+        tool: dict[str, Any] = {"tag_names": self._tag_names, "tool_name": self._name, "tool_paper": self._paper}
+        return describe_merge(self.args.output_dir, template_file=self._template_file, **tool, **card_fields)
 
     def _require_merge(self, call: str) -> None:
         if not self.is_merged:
             raise RuntimeError(f"`{call}` needs a merged model: call `merge()` first.")
-
-
-def _copy_anew(source: str, target: str) -> None:
-    """Copy a file; what had the name of the copy loses it, and is not written to: it may be a link."""
-    Path(target).unlink(missing_ok=True)
-    shutil.copy2(source, target)
-
-
-def _check_permitted_and_fitting(plan: MergePlan) -> None:
-    check_output_dir(plan.args, [model.source.path for model in plan.models])
-    licences_of_plan(plan).raise_if_refused()
-    check_space(plan)

@@ -29,7 +29,8 @@ from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.demo.base import base_model_dir
 from hf_frmerge.demo.texts import expert_dirs, load_texts
 from hf_frmerge.evaluation.models.loading import ModelLoader
-from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
+from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.evaluation.text.forward import forward_blocks
 from hf_frmerge.evaluation.text.token_blocks import cut
 from hf_frmerge.merger import FisherRaoMerger
@@ -106,12 +107,10 @@ def run_child(options: argparse.Namespace) -> dict[str, float]:
             for timing in ("seconds", "again"):
                 started = time.process_time()
                 evaluate_suite(
-                    models,
+                    ModelSet(models, roles),
                     {name: [{"input_ids": stream}] for name, stream in texts.items()},
-                    roles=roles,
-                    options=SuiteOptions(batch_size=options.batch_size, dtype=options.dtype, top_k=options.top_k),
-                    cache_dir=cache,
-                    accelerator=Accelerator(cpu=True),
+                    SuiteOptions(batch_size=options.batch_size, dtype=options.dtype, top_k=options.top_k),
+                    RunSettings(Accelerator(cpu=True), cache),
                 )
                 found[timing] = time.process_time() - started
             n_bytes = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())

@@ -44,7 +44,7 @@ ROOMS = {
         ["run", "inspection"],
     ],
     "evaluation": [["record"], ["headlines", "models", "weakest"], ["text"], ["measures"], ["suite", "bridges"]],
-    "hub": [["card"], ["outgoing"], ["push"]],
+    "hub": [["card"], ["check_plan", "outgoing"], ["push"]],
 }
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_frmerge"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")  # the front door sees every room

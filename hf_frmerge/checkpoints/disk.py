@@ -13,6 +13,7 @@ from hf_frmerge.errors import MergeError
 
 __all__ = [
     "FULL_DISK",
+    "copy_folder",
     "create_file",
     "disk_errors",
     "make_folder",
@@ -106,6 +107,16 @@ def write_file(path: Path, content: bytes | str) -> None:
                 temporary.unlink()
             raise
     sync_directory(path.parent)
+
+
+def copy_folder(folder: Path, target: Path) -> None:
+    """Copy all files of a folder into another; what had the name of a copy loses it, and is not written to."""
+
+    def copy(source: str, path: str) -> None:
+        Path(path).unlink(missing_ok=True)  # it may be another name of an input
+        shutil.copy2(source, path)
+
+    shutil.copytree(folder, target, copy_function=copy, dirs_exist_ok=True)
 
 
 def rename(path: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from hf_frmerge.errors import ArgumentError, MergeError
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.headlines import Headline
     from hf_frmerge.evaluation.record import EvaluationRecord
+    from hf_frmerge.evaluation.suite.settings import SuiteOptions
     from hf_frmerge.merging.callbacks.thresholds import Threshold
 
 _MODELS, _MEASURING, _AFTER = "Models and data", "How it is measured", "What is done with it"
@@ -155,7 +157,7 @@ def evaluate(
         from hf_frmerge.evaluation.record import merge_digest
 
         measured = merge_digest(model) if is_merge else None
-        record = _measure(model, experts, base_model, files, lm_eval, **how)
+        record = _measure(model, experts, base_model, files, lm_eval, _Measuring(**how))
         headlines = _keep(record, model, card, measured) if is_merge else _headlines(record)
     if as_json:
         click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
@@ -167,72 +169,80 @@ def evaluate(
         ctx.exit(FAILURE)
 
 
+@dataclass(frozen=True)
+class _Measuring:
+    """The options of "How it is measured"."""
+
+    batch_size: int
+    block_size: int
+    no_packing: bool
+    dtype: str
+    device_map: str | None
+    top_k: int
+    exact: bool
+    no_generate: bool
+    cache_dir: str | None
+    no_cache: bool
+
+    def suite_options(self) -> SuiteOptions:
+        from hf_frmerge.evaluation.suite.settings import SuiteOptions
+        from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+
+        return SuiteOptions(
+            batch_size=self.batch_size,
+            block_size=self.block_size,
+            packing=not self.no_packing,
+            dtype=self.dtype,
+            device_map=MergingArguments(eval_device_map=self.device_map).device_map,
+            top_k=0 if self.exact else self.top_k,
+            n_prompts=0 if self.no_generate else 1,
+        )
+
+    @contextmanager
+    def cache(self) -> Iterator[str | None]:
+        """Where the suite keeps results; a folder that is gone afterwards for `--no-cache`."""
+        if not self.no_cache:
+            yield self.cache_dir
+            return
+        with TemporaryDirectory(prefix="frmerge-evaluate-") as folder:
+            yield folder
+
+
 def _measure(
     model: str,
     experts: tuple[str, ...],
     base_model: str | None,
     files: dict[str, str],
     lm_eval: tuple[str, ...],
-    *,
-    batch_size: int,
-    block_size: int,
-    no_packing: bool,
-    dtype: str,
-    device_map: str | None,
-    top_k: int,
-    exact: bool,
-    no_generate: bool,
-    cache_dir: str | None,
-    no_cache: bool,
+    how: _Measuring,
 ) -> EvaluationRecord:
+    """Measure the models on the files, and the merged one on the tasks of lm-evaluation-harness."""
     from transformers.utils.logging import disable_progress_bar
 
     from hf_frmerge.evaluation.bridges.harness import run_lm_eval
-    from hf_frmerge.evaluation.models.merge_sources import sources_of_merge
-    from hf_frmerge.evaluation.models.names import models_of_merge
     from hf_frmerge.evaluation.record import EvaluationRecord
-    from hf_frmerge.evaluation.suite.merge_evaluation import evaluate_merge
-    from hf_frmerge.evaluation.suite.suite import SuiteOptions
+    from hf_frmerge.evaluation.suite.merge_evaluation import evaluate_merge, models_to_measure
+    from hf_frmerge.evaluation.suite.settings import RunSettings
     from hf_frmerge.evaluation.text.datasets import read_texts
-    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+    from hf_frmerge.merging.record.find_models import find_models_to_compare
 
     disable_progress_bar()  # of weights being loaded; the bar below tells enough
     record = EvaluationRecord()
     if files:
         domains = {name: read_texts(file) for name, file in files.items()}
-        sources = sources_of_merge(model, experts, base_model)
-        models, roles = models_of_merge(sources.experts, sources.base_model, model)
-        names = [name for name, role in roles.items() if role == "expert"]
-        options = SuiteOptions(
-            batch_size=batch_size,
-            block_size=block_size,
-            packing=not no_packing,
-            dtype=dtype,
-            device_map=MergingArguments(eval_device_map=device_map).device_map,
-            top_k=0 if exact else top_k,
-            n_prompts=0 if no_generate else 1,
-        )
-        with _cache(cache_dir, no_cache) as cache, _bar() as (on_model, on_prediction_step):
-            record = evaluate_merge(
-                models,
-                domains,
-                roles=roles,
-                weights=dict(zip(names, sources.weights)) if sources.weights else None,
-                base_model=sources.base_model,
-                options=options,
-                cache_dir=cache,
-                on_model=on_model,
-                on_prediction_step=on_prediction_step,
-            )
+        models = models_to_measure(find_models_to_compare(model, experts, base_model), model)
+        with how.cache() as cache_dir, _bar() as (on_model, on_prediction_step):
+            run = RunSettings(cache_dir=cache_dir, on_model=on_model, on_prediction_step=on_prediction_step)
+            record = evaluate_merge(models, domains, how.suite_options(), run)
     if lm_eval:
-        record.update(run_lm_eval(model, lm_eval, base_model=base_model, batch_size=batch_size, dtype=dtype))
+        record.update(run_lm_eval(model, lm_eval, base_model=base_model, batch_size=how.batch_size, dtype=how.dtype))
     return record
 
 
 def _keep(record: EvaluationRecord, model: str, card: bool, measured: str | None) -> list[Headline]:
     """Add to the record beside the weights, write the card if wanted, and return what thresholds are about."""
     from hf_frmerge.checkpoints.lock import refuse_while_merging
-    from hf_frmerge.evaluation.headlines import norm_headline
+    from hf_frmerge.evaluation.headlines import headlines
     from hf_frmerge.evaluation.record import EvaluationRecord, load_record, merge_digest, save_record
     from hf_frmerge.hub.card.describe import describe_merge
     from hf_frmerge.report.figures import figure_drawer
@@ -245,7 +255,7 @@ def _keep(record: EvaluationRecord, model: str, card: bool, measured: str | None
     save_record(model, kept)
     if card:
         describe_merge(model, draw=figure_drawer())
-    return [*_headlines(record), *norm_headline(model)]
+    return headlines(record, model)
 
 
 def _headlines(record: EvaluationRecord) -> list[Headline]:
@@ -254,7 +264,7 @@ def _headlines(record: EvaluationRecord) -> list[Headline]:
     return headlines(record)
 
 
-def _report_trips(thresholds: Iterable[Threshold], found: list[Headline]) -> bool:
+def _report_trips(thresholds: Iterable[Threshold], measured: list[Headline]) -> bool:
     """
     Say which metrics are out of bounds, and return whether any is.
 
@@ -263,7 +273,7 @@ def _report_trips(thresholds: Iterable[Threshold], found: list[Headline]) -> boo
     """
     from hf_frmerge.evaluation.headlines import by_key
 
-    named = by_key(found)
+    named = by_key(measured)
     metrics = {name: headline.value for name, headline in named.items()}
     places = {name: headline.place for name, headline in named.items()}
     trips = []
@@ -279,16 +289,6 @@ def _report_trips(thresholds: Iterable[Threshold], found: list[Headline]) -> boo
             f"Failed: {trip.name} is {trip.value:.4g} ({trip.where}), and {trip.bound} fails.", err=True, fg="red"
         )
     return bool(trips)
-
-
-@contextmanager
-def _cache(cache_dir: str | None, no_cache: bool) -> Iterator[str | None]:
-    """Where the suite keeps results; a folder that is gone afterwards for `--no-cache`."""
-    if not no_cache:
-        yield cache_dir
-        return
-    with TemporaryDirectory(prefix="frmerge-evaluate-") as folder:
-        yield folder
 
 
 @contextmanager

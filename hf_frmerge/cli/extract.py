@@ -48,6 +48,7 @@ def extract_lora(
     with results_only():
         from hf_frmerge.checkpoints.resolve import resolve_all
         from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
+        from hf_frmerge.extraction.extract_lora import ExtractOptions
         from hf_frmerge.extraction.extract_lora import extract_lora as extract
 
         sources = resolve_all([model, base_model])
@@ -55,15 +56,8 @@ def extract_lora(
             if source.kind != "full":
                 raise ArgumentError(f"{source.spec!r} is an adapter already; a full checkpoint is needed.")
         with open_checkpoint(sources[0]) as merged, open_checkpoint(sources[1]) as base:
-            extracted = extract(
-                merged,
-                base,
-                output_dir,
-                rank,
-                energy=energy,
-                target_modules=list(target_modules) or None,
-                overwrite=overwrite,
-            )
+            options = ExtractOptions(rank=rank, energy=energy, target_modules=list(target_modules) or None)
+            extracted = extract(merged, base, output_dir, options, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps({**asdict(extracted), "output_dir": output_dir, "error": extracted.error}, indent=2))
         return

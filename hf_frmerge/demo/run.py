@@ -267,18 +267,18 @@ def _measure(
 ) -> EvaluationRecord:
     """Measure the merge that is kept beside base and experts; write record, card with figures, and page."""
     from hf_frmerge.evaluation.record import MERGED, save_record
-    from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
+    from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
+    from hf_frmerge.evaluation.suite.suite import evaluate_suite
     from hf_frmerge.hub.card.describe import describe_merge
     from hf_frmerge.report.figures import figure_drawer
     from hf_frmerge.report.page import write_page
 
-    record = evaluate_suite(
-        {BASE: base, **experts, MERGED: output_dir},
-        texts,
+    models = ModelSet(
+        specs={BASE: base, **experts, MERGED: output_dir},
         roles={BASE: "base", **dict.fromkeys(experts, "expert"), MERGED: "merged"},
-        options=SuiteOptions(batch_size=4, dtype=dtype),
-        on_model=lambda name: tell(f"  {'the merge' if name == MERGED else name}"),
     )
+    run = RunSettings(on_model=lambda name: tell(f"  {'the merge' if name == MERGED else name}"))
+    record = evaluate_suite(models, texts, SuiteOptions(batch_size=4, dtype=dtype), run)
     save_record(output_dir, record)
     if figure_drawer() is not None:  # matplotlib is there
         write_page(output_dir)

@@ -29,7 +29,7 @@ class Headline:
     domain: str | None = None
 
 
-def headlines(record: EvaluationRecord) -> list[Headline]:
+def headlines(record: EvaluationRecord, output_dir: str | Path | None = None) -> list[Headline]:
     """
     Return the headlines of a record, those of one dataset after the other and then those of the whole model.
 
@@ -38,7 +38,8 @@ def headlines(record: EvaluationRecord) -> list[Headline]:
     `to_barycentre`, the mean distance to the barycentre of the experts' outputs.
     Of the whole model: `recovery_<expert>` and `recovery`, the smallest of them; `effective_rank` and
     `activation_variance`, the ratios to the experts' mean in the layer where they are smallest; `repetition`, the
-    largest, and `entropy`, the smallest, of its continuations.
+    largest, and `entropy`, the smallest, of its continuations; with `output_dir`, the folder of the merge,
+    `norm_ratio`, see `norm_headline`.
     """
     found = [headline for domain in record.domains for headline in _of_domain(record, domain)]
     shares = [
@@ -57,7 +58,16 @@ def headlines(record: EvaluationRecord) -> list[Headline]:
     )
     found += _highest([Headline("repetition", row.repetition, f"continuing {row.domain}") for row in written])
     found += _lowest([Headline("entropy", row.entropy, f"continuing {row.domain}") for row in written])
-    return found
+    return [*found, *norm_headline(output_dir)] if output_dir is not None else found
+
+
+def metrics_of_models(record: EvaluationRecord, prefix: str) -> dict[str, float]:
+    """Return the scores of every model, `<prefix>_<model>_<domain>_<metric>`."""
+    return {
+        f"{prefix}_{score.model}_{score.domain}_{name}": value
+        for score in record.scores
+        for name, value in score.metrics.items()
+    }
 
 
 def norm_headline(output_dir: str | Path) -> list[Headline]:
@@ -88,34 +98,40 @@ def by_key(found: Iterable[Headline], prefix: str = "", *, name_domains: bool = 
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one event of an evaluation tells: metrics by name, where their values were found, and whether it ends."""
+class MetricsEvent:
+    """What one `on_evaluate` reports: metrics by name, where their values were found, and whether it is the last."""
 
     metrics: dict[str, float]
     places: dict[str, str]
     is_last: bool
 
 
-def told(found: Iterable[Headline], prefix: str, domains: Iterable[str], speed: Mapping[str, float]) -> list[Told]:
+def metric_events(
+    measured: Iterable[Headline], prefix: str, domains: Iterable[str], speed: Mapping[str, float]
+) -> list[MetricsEvent]:
     """
-    Arrange headlines as `Trainer` tells metrics: named datasets one by one, then the whole model; else all at once.
+    Arrange headlines as `Trainer` reports metrics: named datasets one by one, then the whole model; else all at once.
 
     Args:
-        found (`Iterable[Headline]`): The headlines.
+        measured (`Iterable[Headline]`): The headlines.
         prefix (`str`): Put before every name.
         domains (`Iterable[str]`): Names the user gave to datasets; empty if there is one without a name.
-        speed (`Mapping[str, float]`): Told at last.
+        speed (`Mapping[str, float]`): Added to the last event.
     """
-    found, names = list(found), list(domains)
-    parts = [by_key([h for h in found if h.domain == name], prefix) for name in [*names, None]]
+    measured, names = list(measured), list(domains)
+    parts = [by_key([h for h in measured if h.domain == name], prefix) for name in [*names, None]]
     if not names:
-        parts = [by_key(found, prefix, name_domains=False)]
-    rounds = [
-        Told({key: h.value for key, h in part.items()}, {key: h.place for key, h in part.items()}, part is parts[-1])
+        parts = [by_key(measured, prefix, name_domains=False)]
+    events = [
+        MetricsEvent(
+            metrics={key: h.value for key, h in part.items()},
+            places={key: h.place for key, h in part.items()},
+            is_last=part is parts[-1],
+        )
         for part in parts
     ]
-    rounds[-1].metrics.update({f"{prefix}_{name}": value for name, value in speed.items()})
-    return rounds
+    events[-1].metrics.update({f"{prefix}_{name}": value for name, value in speed.items()})
+    return events
 
 
 def _of_domain(record: EvaluationRecord, domain: str) -> list[Headline]:

@@ -32,6 +32,43 @@ _OVERSAMPLING = 10  # extra random directions; 5 to 10 suffice (Halko et al., se
 
 
 @dataclass(frozen=True)
+class ExtractOptions:
+    """
+    How an adapter is extracted.
+
+    Attributes:
+        rank: largest rank of a module.
+        energy: choose for every module the lowest rank, up to `rank`, that keeps this share of the delta's squared
+            norm.
+        target_modules: last names of the modules to adapt, as in PEFT (`"q_proj"`, also `"embed_tokens"`); by default
+            all linear layers but the output layer.
+        power_iterations: more of them come closer to the exact SVD where singular values decay slowly; each reads the
+            delta twice.
+        dtype: safetensors code of the factors; by default that of the first module in the fine-tuned model.
+        seed: of the random directions.
+        num_workers: threads; by default one per core, at most 4.
+
+    Raises:
+        ArgumentError: If a number is out of range.
+    """
+
+    rank: int = 16
+    energy: float | None = None
+    target_modules: Sequence[str] | None = None
+    power_iterations: int = 2
+    dtype: str | None = None
+    seed: int = 42
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.power_iterations < 0 or (self.energy is not None and not 0.0 < self.energy <= 1.0):
+            raise ArgumentError(
+                f"Expected rank >= 1, power_iterations >= 0 and energy in (0, 1], got rank={self.rank}, "
+                f"power_iterations={self.power_iterations}, energy={self.energy}."
+            )
+
+
+@dataclass(frozen=True)
 class ExtractedModule:
     """
     One module of an extracted adapter.
@@ -80,14 +117,8 @@ def extract_lora(
     merged: Checkpoint,
     base: Checkpoint,
     output_dir: str | Path,
-    rank: int = 16,
+    options: ExtractOptions | None = None,
     *,
-    energy: float | None = None,
-    target_modules: Sequence[str] | None = None,
-    power_iterations: int = 2,
-    dtype: str | None = None,
-    seed: int = 42,
-    num_workers: int | None = None,
     overwrite: bool = False,
 ) -> ExtractedAdapter:
     """
@@ -100,21 +131,8 @@ def extract_lora(
             Model the adapter will be loaded on. Its `config.json` says which tensors belong to linear layers.
         output_dir (`str` or `Path`):
             Folder to write.
-        rank (`int`, *optional*, defaults to 16):
-            Largest rank of a module.
-        energy (`float`, *optional*):
-            Choose for every module the lowest rank, up to `rank`, that keeps this share of the delta's squared norm.
-        target_modules (`Sequence[str]`, *optional*):
-            Last names of the modules to adapt, as in PEFT (`"q_proj"`, also `"embed_tokens"`). By default all linear
-            layers but the output layer.
-        power_iterations (`int`, *optional*, defaults to 2):
-            More of them come closer to the exact SVD where singular values decay slowly; each reads the delta twice.
-        dtype (`str`, *optional*):
-            Safetensors code of the factors; by default that of the first module in `merged`.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the random directions.
-        num_workers (`int`, *optional*):
-            Threads; by default one per core, at most 4.
+        options (`ExtractOptions`, *optional*):
+            Rank, modules and the like.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replace the model or adapter that is in `output_dir`.
 
@@ -122,72 +140,53 @@ def extract_lora(
         `ExtractedAdapter`: ranks and errors by module, and what was left out.
 
     Raises:
-        ArgumentError: If an option is out of range, no module matches `target_modules`, or `output_dir` is an input
-            or not empty.
+        ArgumentError: If no module matches `target_modules`, or `output_dir` is an input or not empty.
         CheckpointError: If the checkpoints do not fit together, or do not differ in any chosen module.
         NonFiniteError: If a tensor holds NaN or infinity.
         MergeError: If a merge is writing to `output_dir`, or the disk fails.
     """
-    if rank < 1 or power_iterations < 0 or (energy is not None and not 0.0 < energy <= 1.0):
-        raise ArgumentError(
-            f"Expected rank >= 1, power_iterations >= 0 and energy in (0, 1], got rank={rank}, "
-            f"power_iterations={power_iterations}, energy={energy}."
-        )
     for checkpoint in (merged, base):
         refuse_quantised(checkpoint)
     args, inputs = MergingArguments(str(output_dir), overwrite=overwrite), [merged.source.path, base.source.path]
     check_output_dir(args, inputs)
     with sole_writer(output_dir):
         check_output_dir(args, inputs)  # once more, now that nobody else writes there
-        return _extract(
-            merged, base, output_dir, rank, energy, target_modules, power_iterations, dtype, seed, num_workers
-        )
+        return _extract(merged, base, Path(output_dir), options or ExtractOptions())
 
 
-def _extract(
-    merged: Checkpoint,
-    base: Checkpoint,
-    output_dir: str | Path,
-    rank: int,
-    energy: float | None,
-    target_modules: Sequence[str] | None,
-    power_iterations: int,
-    dtype: str | None,
-    seed: int,
-    num_workers: int | None,
-) -> ExtractedAdapter:
-    targets = find_modules(base, target_modules)
+def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: ExtractOptions) -> ExtractedAdapter:
+    targets = find_modules(base, options.target_modules)
     for target in targets:
         _check_pair(merged, base, target.tensor)
-    code = dtype or merged.tensors[targets[0].tensor].dtype
+    code = options.dtype or merged.tensors[targets[0].tensor].dtype
 
     def work(numbered: tuple[int, ExtractTarget]) -> _Factored | None:
         index, target = numbered
         delta = DenseDelta(merged, base, target.tensor)
-        return _factorise(delta, target, rank, energy, power_iterations, code, np.random.default_rng([seed, index]))
+        return _factorise(delta, target, options, code, np.random.default_rng([options.seed, index]))
 
-    with unchanged([merged, base]), ordered_pool(num_workers) as workers:
+    with unchanged([merged, base]), ordered_pool(options.num_workers) as workers:
         factored = list(workers.map(work, enumerate(targets)))
         others = _other_tensors(merged, base, {target.tensor for target in targets})
         norms = list(workers.map(lambda name: DenseDelta(merged, base, name).norm(), others))
-    found = [result for result in factored if result is not None]
-    if not found:
+    changed = [result for result in factored if result is not None]
+    if not changed:
         raise CheckpointError(
             f"{merged.source.spec!r} and {base.source.spec!r} are equal in all {len(targets)} modules asked for "
             f"({some(target.module for target in targets)}): there is nothing to extract."
         )
-    modules = [result.output for result in found]
+    modules = [result.output for result in changed]
     source = base.source
     config = make_config({"task_type": task_type(base.config())}, modules)
     config |= {"base_model_name_or_path": source.repo_id or source.spec, "revision": source.revision}
     config["fan_in_fan_out"] = any(target.is_conv1d for target in targets)
-    remove_model(Path(output_dir))
+    remove_model(output_dir)
     with new_adapter(output_dir, modules, config, code) as writer:
-        for result in found:
+        for result in changed:
             writer.write(result.output, result.up, result.down)
     return ExtractedAdapter(
-        Path(output_dir),
-        [result.report for result in found],
+        output_dir,
+        [result.report for result in changed],
         [target.module for target, result in zip(targets, factored) if result is None],
         {name: norm for name, norm in zip(others, norms) if norm > 0},
     )
@@ -202,13 +201,7 @@ class _Factored:
 
 
 def _factorise(
-    delta: DenseDelta,
-    target: ExtractTarget,
-    rank: int,
-    energy: float | None,
-    power_iterations: int,
-    dtype: str,
-    rng: np.random.Generator,
+    delta: DenseDelta, target: ExtractTarget, options: ExtractOptions, dtype: str, rng: np.random.Generator
 ) -> _Factored | None:
     """Factor one delta; None if it is zero."""
     norm = delta.norm()
@@ -220,15 +213,15 @@ def _factorise(
             f"norm of {norm:.3g}: too far from 1 for products in float32. Leave its module out of `target_modules`."
         )
     rows, cols = delta.shape
-    directions = min(rank + _OVERSAMPLING, rows, cols)
+    directions = min(options.rank + _OVERSAMPLING, rows, cols)
     basis = np.linalg.qr(delta.times(rng.standard_normal((cols, directions))))[0]
-    for _ in range(power_iterations):
+    for _ in range(options.power_iterations):
         # Orthonormal at every half step: powers of the singular values would drown the small ones in rounding.
         basis = np.linalg.qr(delta.times(np.linalg.qr(delta.transposed_times(basis))[0]))[0]
     right, values, small = np.linalg.svd(delta.transposed_times(basis), full_matrices=False)
-    keep = min(rank, directions)
-    if energy is not None:
-        held = np.cumsum(values[:keep] ** 2) >= energy * norm**2
+    keep = min(options.rank, directions)
+    if options.energy is not None:
+        held = np.cumsum(values[:keep] ** 2) >= options.energy * norm**2
         keep = int(np.argmax(held)) + 1 if held.any() else keep
     root = np.sqrt(values[:keep])
     left, right = (basis @ small[:keep].T) * root, (right[:, :keep] * root).T
@@ -247,9 +240,9 @@ def _rounded(values: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:
 def _check_pair(merged: Checkpoint, base: Checkpoint, name: str) -> None:
     mine, theirs = merged.tensors.get(name), base.tensors[name]
     if mine is None or mine.shape != theirs.shape or not mine.is_float or not theirs.is_float:
-        found = f"{mine.dtype} {mine.shape}" if mine else "missing"
+        actual = f"{mine.dtype} {mine.shape}" if mine else "missing"
         raise CheckpointError(
-            f"Tensor {name!r} is {theirs.dtype} {theirs.shape} in {base.source.spec!r} but {found} in "
+            f"Tensor {name!r} is {theirs.dtype} {theirs.shape} in {base.source.spec!r} but {actual} in "
             f"{merged.source.spec!r}. An adapter needs float tensors of one shape in both."
         )
 

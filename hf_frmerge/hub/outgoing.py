@@ -16,7 +16,7 @@ from hf_frmerge.checkpoints.source import is_hub_id
 from hf_frmerge.checkpoints.tensors.writer import STAGING
 from hf_frmerge.errors import HubError
 from hf_frmerge.hub.card.private_paths import hide_local_paths, is_public_base
-from hf_frmerge.merging.record.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE, read_manifest
+from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, read_manifest
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 
@@ -85,10 +85,12 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
         HubError: Naming the file and the kind of thing found; never the token itself.
     """
     places = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), folder.resolve().parent, folder.absolute().parent}
-    places |= _places_of_sources(folder)
+    manifest = read_manifest(folder)
+    sources, _ = local_sources(folder, manifest)
+    places |= {Path(source).parent for source in sources if source is not None and "://" not in source}
     # Whole path prefixes only: not the middle of a URL or of a longer path.
     local = [re.compile(rf"(?<![\w./:-]){re.escape(str(place))}/") for place in places if len(place.parts) > 1]
-    written = read_manifest(folder).files
+    written = manifest.files
     for name, content in outgoing_files(folder).items():
         text = _readable_part(name, content)
         if token and token in text:
@@ -103,13 +105,6 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
                     f"{name}, line {line}, contains a path of this machine ({match[0]}…), which would be made public. "
                     f"Take it out of {where}, then push."
                 )
-
-
-def _places_of_sources(folder: Path) -> set[Path]:
-    """Folders in which the merged models lie on this machine."""
-    file = folder / LOCAL_SOURCES_FILE
-    paths = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else []
-    return {Path(path).parent for path in paths if "://" not in path}
 
 
 def _readable_part(name: str, content: Path | bytes) -> str:

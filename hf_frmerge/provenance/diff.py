@@ -11,8 +11,8 @@ import numpy as np
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, load_record
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
+from hf_frmerge.merging.record.find_models import record_folder
 from hf_frmerge.merging.record.manifest import read_manifest
-from hf_frmerge.provenance.plan_again import record_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.engine.processes import Processes
-from hf_frmerge.merging.record.manifest import local_sources, read_manifest
+from hf_frmerge.merging.record.find_models import by_name, find_models, record_folder
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.provenance.plan_again import by_name, find_models, plan_again, record_folder
+from hf_frmerge.provenance.plan_again import plan_again
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,8 +75,7 @@ def reproduce(
     """
     folder = record_folder(model, token)
     manifest = read_manifest(folder)
-    here, _ = local_sources(Path(folder), manifest)
-    models = find_models(manifest, by_name(manifest, experts or {}), here, option="--expert NAME=PATH")
+    models = find_models(folder, manifest, by_name(manifest, experts or {}), option="--expert NAME=PATH")
     changes = {"device": device} if device else {}
     with TemporaryDirectory(prefix="frmerge-reproduce-") as temporary:
         made = output_dir or str(Path(temporary) / "merged")

@@ -23,10 +23,11 @@ from hf_frmerge.merging.operands.tensor_inputs import join_digests
 from hf_frmerge.merging.planning.blocks import pieces
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
 from hf_frmerge.merging.record.checksums import header_digest, sha256_of
-from hf_frmerge.merging.record.manifest import local_sources, read_manifest
+from hf_frmerge.merging.record.find_models import find_models
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.record.write_manifest import record_checksums
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.provenance.plan_again import find_models, plan_again
+from hf_frmerge.provenance.plan_again import plan_again
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,9 +177,8 @@ def _plan(folder: Path, manifest: Manifest, experts: Sequence[str] | None, base_
     n_experts = len(manifest.experts)
     if experts is not None and len(experts) != n_experts:
         raise CheckpointError(f"The merge had {n_experts} experts, but {len(experts)} were given.")
-    given: list[str | None] = [*experts] if experts is not None else [None] * n_experts
-    here, _ = local_sources(folder, manifest)
-    models = find_models(manifest, [*given, base_model], here, option="--experts and --base-model")
+    chosen = [*(experts if experts is not None else [None] * n_experts), base_model]
+    models = find_models(folder, manifest, chosen, option="--experts and --base-model")
     return plan_again(manifest, models, str(folder))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM
 
-from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
+from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.evaluation.text.forward import evaluate_causal_lm
 
 
@@ -26,10 +27,9 @@ def evaluate_streams(folder: Path, accelerator: Accelerator) -> list[dict[str, A
 
 def evaluate_suites(folder: Path, accelerator: Accelerator) -> list[dict[str, Any]]:
     arguments = json.loads((folder / "suite.json").read_text())
+    models, run = ModelSet(**arguments["models"]), RunSettings(accelerator, folder / "cache")
     return [
-        evaluate_suite(
-            **{**arguments, "options": SuiteOptions(**options)}, cache_dir=folder / "cache", accelerator=accelerator
-        ).to_dict()
+        evaluate_suite(models, arguments["domains"], SuiteOptions(**options), run).to_dict()
         for options in arguments["options"]
     ]
 

@@ -18,7 +18,7 @@ from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint
 from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from hf_frmerge.extraction import difference as dense_delta
-from hf_frmerge.extraction.extract_lora import extract_lora
+from hf_frmerge.extraction.extract_lora import ExtractOptions, extract_lora
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,7 +72,7 @@ def full_spectrum(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def test_error_is_that_of_the_exact_truncated_svd(llama: Path, tmp_path: Path) -> None:
     deltas = change(llama, tmp_path / "merged", full_spectrum)
-    report = extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "lora", rank=6)
+    report = extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "lora", ExtractOptions(rank=6))
     assert {module.target for module in report.modules} == {
         name for name in deltas if any(part in name for part in LINEAR)
     }
@@ -99,8 +99,8 @@ def test_an_adapter_replaces_the_model_that_was_in_its_folder(llama: Path, tmp_p
     change(llama, tmp_path / "out", full_spectrum)
     (tmp_path / "out" / "merge_manifest.json").write_text("{}")
     with pytest.raises(ArgumentError, match="is not empty"):
-        extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", rank=6)
-    extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", rank=6, overwrite=True)
+        extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", ExtractOptions(rank=6))
+    extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "out", ExtractOptions(rank=6), overwrite=True)
     expected = ["adapter_config.json", "adapter_model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == expected
 
@@ -114,7 +114,7 @@ def low_rank(name: str, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def test_a_low_rank_delta_is_recovered_and_peft_merges_it_back(llama: Path, tmp_path: Path) -> None:
     deltas = change(llama, tmp_path / "merged", low_rank)
-    report = extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "lora", rank=5)
+    report = extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "lora", ExtractOptions(rank=5))
     assert len(report.modules) == 4
     assert "model.layers.0.self_attn.k_proj" in report.unchanged
     # Weights of size 1e1 rounded to fp32 hide 1e-6 of the delta, at most.
@@ -130,13 +130,15 @@ def test_a_merge_of_adapters_comes_back_at_the_sum_of_their_ranks(llama: Path, t
     adapters = []
     for index in range(3):
         change(llama, tmp_path / f"full-{index}", lambda name, shape, i=index: low_rank(name * (i + 1), shape))
-        extract_lora(read(tmp_path / f"full-{index}"), read(llama), tmp_path / f"{index}", rank=5, seed=index)
+        extract_lora(
+            read(tmp_path / f"full-{index}"), read(llama), tmp_path / f"{index}", ExtractOptions(rank=5, seed=index)
+        )
         adapters.append(tmp_path / f"{index}")
     merge_adapters(adapters, [0.2, 0.3, 0.5], tmp_path / "adapter")
     base = LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
     PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "dense")
 
-    report = extract_lora(read(tmp_path / "dense"), read(llama), tmp_path / "again", rank=15)
+    report = extract_lora(read(tmp_path / "dense"), read(llama), tmp_path / "again", ExtractOptions(rank=15))
     assert report.error < 1e-6
     merged, again = (open_adapter(Source(n, "adapter", str(tmp_path / n))).deltas for n in ("adapter", "again"))
     assert set(merged) == set(again)
@@ -148,7 +150,10 @@ def test_a_merge_of_adapters_comes_back_at_the_sum_of_their_ranks(llama: Path, t
 def test_an_energy_bound_picks_the_lowest_rank(llama: Path, tmp_path: Path) -> None:
     deltas = change(llama, tmp_path / "merged", full_spectrum)
     report = extract_lora(
-        read(tmp_path / "merged"), read(llama), tmp_path / "lora", rank=12, energy=0.9, power_iterations=4
+        read(tmp_path / "merged"),
+        read(llama),
+        tmp_path / "lora",
+        ExtractOptions(rank=12, energy=0.9, power_iterations=4),
     )
     for module in report.modules:
         values = np.linalg.svd(deltas[module.target], compute_uv=False) ** 2
@@ -164,7 +169,12 @@ def test_a_tied_embedding_is_not_extracted(tmp_path: Path) -> None:
         torch.nn.init.normal_(model.transformer.wte.weight)
     for names in (["wte"], ["lm_head", "c_attn"]):
         with pytest.raises(ArgumentError, match=rf"target_modules: .*{names[0]} shares its weight"):
-            extract_lora(read(tmp_path / "merged"), read(tmp_path / "base"), tmp_path / "lora", target_modules=names)
+            extract_lora(
+                read(tmp_path / "merged"),
+                read(tmp_path / "base"),
+                tmp_path / "lora",
+                ExtractOptions(target_modules=names),
+            )
 
 
 def test_transposed_layers_and_embeddings_of_gpt2(tmp_path: Path) -> None:
@@ -181,7 +191,10 @@ def test_transposed_layers_and_embeddings_of_gpt2(tmp_path: Path) -> None:
 
     deltas = change(tmp_path / "base", tmp_path / "merged", delta_of)
     report = extract_lora(
-        read(tmp_path / "merged"), read(tmp_path / "base"), tmp_path / "lora", rank=3, target_modules=names
+        read(tmp_path / "merged"),
+        read(tmp_path / "base"),
+        tmp_path / "lora",
+        ExtractOptions(rank=3, target_modules=names),
     )
     assert report.error < 1e-6
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -196,7 +209,9 @@ def test_what_an_adapter_cannot_hold_is_reported_with_its_norm(llama: Path, tmp_
         return np.full(shape, 0.5) if "norm" in name else low_rank(name, shape)
 
     deltas = change(llama, tmp_path / "merged", delta_of)
-    report = extract_lora(read(tmp_path / "merged"), read(llama), tmp_path / "lora", rank=5, dtype="BF16")
+    report = extract_lora(
+        read(tmp_path / "merged"), read(llama), tmp_path / "lora", ExtractOptions(rank=5, dtype="BF16")
+    )
     assert set(report.left_out) == {name for name in deltas if "norm" in name}
     for name, norm in report.left_out.items():
         assert norm == pytest.approx(np.linalg.norm(deltas[name]), rel=1e-6)
@@ -221,9 +236,9 @@ def test_a_difference_beyond_float32_products_is_refused_and_the_rest_can_be_ext
         save_file(tensors, tmp_path / folder / "model.safetensors")
     models = read(tmp_path / "tuned"), read(tmp_path / "base")
     with pytest.raises(NonFiniteError, match=rf"{name}.*tuned.*base.*Leave its module out of `target_modules`"):
-        extract_lora(*models, tmp_path / "adapter", 2, target_modules=["q_proj", "v_proj"])
+        extract_lora(*models, tmp_path / "adapter", ExtractOptions(2, target_modules=["q_proj", "v_proj"]))
     assert not (tmp_path / "adapter").exists()
-    found = extract_lora(*models, tmp_path / "adapter", 2, target_modules=["v_proj"])
+    found = extract_lora(*models, tmp_path / "adapter", ExtractOptions(2, target_modules=["v_proj"]))
     assert {module.target for module in found.modules} == {key for key in base if "v_proj" in key}
     assert found.left_out == {name: pytest.approx(32 * value, rel=1e-12 if dtype == torch.float64 else 1e-6)}
 
@@ -233,9 +248,11 @@ def test_refusals_name_what_is_wrong(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"equal in all 14 modules"):
         extract_lora(read(tmp_path / "same"), read(llama), tmp_path / "lora")
     with pytest.raises(ArgumentError, match=r"target_modules: c_attn names no linear layer.*like .*down_proj"):
-        extract_lora(read(tmp_path / "same"), read(llama), tmp_path / "lora", target_modules=["c_attn"])
+        extract_lora(
+            read(tmp_path / "same"), read(llama), tmp_path / "lora", ExtractOptions(target_modules=["c_attn"])
+        )
     with pytest.raises(ArgumentError, match=r"rank=0"):
-        extract_lora(read(tmp_path / "same"), read(llama), tmp_path / "lora", rank=0)
+        extract_lora(read(tmp_path / "same"), read(llama), tmp_path / "lora", ExtractOptions(rank=0))
 
     tensors = load_file(llama / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -25,7 +25,7 @@ from hf_frmerge.checkpoints.tensors.writer import STAGING
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
 from hf_frmerge.evaluation.record import EvaluationRecord
-from hf_frmerge.extraction.extract_lora import extract_lora
+from hf_frmerge.extraction.extract_lora import ExtractOptions, extract_lora
 from hf_frmerge.merging import run
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.callbacks.callback import MergeCallback
@@ -145,10 +145,16 @@ def test_an_input_under_another_name_is_refused_by_name(
 def test_extract_lora_refuses_an_input_under_another_name(full: list[str], tmp_path: Path) -> None:
     before = contents(Path(full[0]))
     with pytest.raises(ArgumentError, match="is also an input"):
-        extract_lora(read(full[0]), read(full[1]), full[0], rank=2, target_modules=["q_proj"])
+        extract_lora(read(full[0]), read(full[1]), full[0], ExtractOptions(rank=2, target_modules=["q_proj"]))
     soft_links(Path(full[0]), tmp_path / "out")
     with pytest.raises(ArgumentError, match="one and the same under two names"):
-        extract_lora(read(full[0]), read(full[1]), tmp_path / "out", rank=2, target_modules=["q_proj"], overwrite=True)
+        extract_lora(
+            read(full[0]),
+            read(full[1]),
+            tmp_path / "out",
+            ExtractOptions(2, target_modules=["q_proj"]),
+            overwrite=True,
+        )
     assert contents(Path(full[0])) == before
 
 

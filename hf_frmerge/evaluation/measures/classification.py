@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.evaluation.measures.collapse import ActivationStatistics
 from hf_frmerge.evaluation.measures.function_distance import PAIR_COLUMNS
-from hf_frmerge.evaluation.measures.prediction_loop import Preprocess, predict
+from hf_frmerge.evaluation.measures.prediction_loop import LoopOptions, predict
 from hf_frmerge.evaluation.measures.token_tables import TokenTable
 from hf_frmerge.evaluation.text.batches import ClassificationCollator, batches_of
 from hf_frmerge.evaluation.text.token_blocks import Rows
@@ -33,13 +30,9 @@ def predict_classes(
     processing_class: PreTrainedTokenizerBase | None,
     *,
     batch_size: int = 8,
-    max_length: int | None = None,
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
-    ignore_keys: list[str] | None = None,
-    preprocess_logits: Preprocess | None = None,
-    activations: ActivationStatistics | None = None,
-    on_prediction_step: Callable[[DataLoader], None] | None = None,
+    loop: LoopOptions | None = None,
 ) -> EvalPrediction:
     """
     Return a classifier's predictions `(n, C)` and the labels `(n,)` of all rows, each row once.
@@ -52,9 +45,10 @@ def predict_classes(
             Rows with `text` or `input_ids`, and a column `label` or `labels`: numbers, or names in `label2id`.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer, for text and for padding.
-        batch_size, max_length, num_workers, accelerator, ignore_keys, preprocess_logits, activations,
-        on_prediction_step:
-            As for `batches_of`, `ClassificationCollator` and `predict`.
+        batch_size, num_workers, accelerator:
+            As for `batches_of`.
+        loop (`LoopOptions`, *optional*):
+            What is kept of every batch.
 
     Raises:
         ArgumentError: If the model does something else than choose one label per row, or the rows do not fit it.
@@ -67,20 +61,12 @@ def predict_classes(
         model.to(accelerator.device)
     loader = batches_of(
         rows,
-        ClassificationCollator(processing_class, model, max_length),
+        ClassificationCollator(processing_class, model),
         batch_size=batch_size,
         accelerator=accelerator,
         num_workers=num_workers,
     )
-    return predict(
-        model,
-        loader,
-        accelerator=accelerator,
-        ignore_keys=ignore_keys,
-        preprocess_logits=preprocess_logits,
-        activations=activations,
-        on_prediction_step=on_prediction_step,
-    )
+    return predict(model, loader, accelerator=accelerator, options=loop or LoopOptions())
 
 
 def class_log_probabilities(prediction: EvalPrediction) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +20,29 @@ from hf_frmerge.evaluation.text.token_blocks import IGNORED_LABEL
 Preprocess = Callable[[Any, torch.Tensor], Any]
 
 
+@dataclass(frozen=True)
+class LoopOptions:
+    """
+    What is kept of every batch, and who follows.
+
+    Attributes:
+        ignore_keys: outputs of the model to leave out; by default those its configuration names, such as
+            `past_key_values`.
+        preprocess_logits: called with predictions and labels of each batch; what it returns is gathered in their
+            place. Logits of a language model, `(B, T, V)`, seldom fit in memory for a whole dataset; their argmax
+            does.
+        activations: gets the hidden states of this process's rows.
+        on_prediction_step: called after every batch.
+    """
+
+    ignore_keys: list[str] | None = None
+    preprocess_logits: Preprocess | None = None
+    activations: ActivationStatistics | None = None
+    on_prediction_step: Callable[[DataLoader], None] | None = None
+
+
 def predict(
-    model: torch.nn.Module,
-    loader: DataLoader,
-    *,
-    accelerator: Accelerator,
-    ignore_keys: list[str] | None = None,
-    preprocess_logits: Preprocess | None = None,
-    activations: ActivationStatistics | None = None,
-    on_prediction_step: Callable[[DataLoader], None] | None = None,
+    model: torch.nn.Module, loader: DataLoader, *, accelerator: Accelerator, options: LoopOptions
 ) -> EvalPrediction:
     """
     Run a model over a dataset and return its predictions in the order of the rows, each row once.
@@ -42,19 +57,13 @@ def predict(
             From `batches_of`, with entries `labels` and `index`.
         accelerator (`accelerate.Accelerator`):
             The processes.
-        ignore_keys (`list[str]`, *optional*):
-            Outputs to leave out. Defaults to those the configuration names, such as `past_key_values`.
-        preprocess_logits (`Callable`, *optional*):
-            Called with predictions and labels of each batch; what it returns is gathered in their place. Logits of a
-            language model, `(B, T, V)`, seldom fit in memory for a whole dataset, their argmax does.
-        activations (`ActivationStatistics`, *optional*):
-            Gets the hidden states of this process's rows.
-        on_prediction_step (`Callable[[DataLoader], None]`, *optional*):
-            Called after every batch.
+        options (`LoopOptions`):
+            What is kept of every batch.
 
     Raises:
         ArgumentError: If there are no rows.
     """
+    ignore_keys, activations = options.ignore_keys, options.activations
     if ignore_keys is None:
         ignore_keys = getattr(model.config, "keys_to_ignore_at_inference", None) or ["past_key_values"]
     predictions, labels = (
@@ -81,14 +90,14 @@ def predict(
             activations.update([states[:n_mine] for states in outputs.hidden_states], batch["attention_mask"][:n_mine])
         kept = nested_detach(tuple(value for name, value in outputs.items() if name not in left_out))
         logits = accelerator.pad_across_processes(kept[0] if len(kept) == 1 else kept, dim=1, pad_index=IGNORED_LABEL)
-        if preprocess_logits is not None:
-            logits = preprocess_logits(logits, batch_labels)
+        if options.preprocess_logits is not None:
+            logits = options.preprocess_logits(logits, batch_labels)
         logits, batch_labels = accelerator.gather((logits, batch_labels))
         for container, values in ((predictions, logits), (labels, batch_labels)):
             container.add(nested_truncate(values, n_new))
             container.to_cpu_and_numpy()  # after every batch: an accelerator's memory is for the model
-        if on_prediction_step is not None:
-            on_prediction_step(loader)
+        if options.on_prediction_step is not None:
+            options.on_prediction_step(loader)
     model.train(was_training)
     if not n_rows:
         raise ArgumentError("The evaluation data has no rows. Check that the file or the dataset split is not empty.")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction
 
-from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.evaluation.measures.classification import (
     class_log_probabilities,
     classification_metrics,
@@ -24,10 +22,11 @@ from hf_frmerge.evaluation.measures.classification import (
 )
 from hf_frmerge.evaluation.measures.collapse import ActivationStatistics
 from hf_frmerge.evaluation.measures.function_distance import objective, summarise
+from hf_frmerge.evaluation.measures.prediction_loop import LoopOptions
 from hf_frmerge.evaluation.models.loading import ModelLoader
-from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Role, Score
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Score
 from hf_frmerge.evaluation.suite.build_record import recovery_rows
-from hf_frmerge.evaluation.suite.suite import SuiteOptions
+from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.text.token_blocks import Rows
 
 if TYPE_CHECKING:
@@ -35,19 +34,10 @@ if TYPE_CHECKING:
 
 
 def evaluate_classifiers(
-    models: Mapping[str, str | Path | torch.nn.Module],
+    models: ModelSet,
     domains: Mapping[str, Rows],
-    *,
-    roles: Mapping[str, Role],
-    weights: Mapping[str, float] | None = None,
-    base_model: str | Path | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
     options: SuiteOptions | None = None,
-    num_workers: int = 0,
-    accelerator: Accelerator | None = None,
-    token: str | None = None,
-    on_model: Callable[[str], object] | None = None,
-    on_prediction_step: Callable[[DataLoader], None] | None = None,
+    run: RunSettings | None = None,
 ) -> EvaluationRecord:
     """
     Measure accuracy, loss, function distance and activations of classifiers with the same labels.
@@ -55,50 +45,43 @@ def evaluate_classifiers(
     A sample counts as one prediction: where the record says tokens of a distance or an objective, it means samples.
 
     Args:
-        models, domains, roles, weights, base_model, processing_class, options, accelerator, token, on_model,
-        on_prediction_step:
+        models, domains, options, run:
             As for `evaluate_suite`; rows have a label (see `ClassificationCollator`). Of the options, `batch_size`,
-            `dtype` and `device_map` matter.
-        num_workers (`int`, *optional*, defaults to `0`):
-            Processes that load data.
+            `dtype` and `device_map` matter. Nothing is kept in a cache.
 
     Raises:
         ArgumentError: If a model is no such classifier, or a row does not fit it.
     """
-    accelerator, options = accelerator or Accelerator(), options or SuiteOptions()
-    record = EvaluationRecord(models=dict(roles), settings={"dtype": str(options.dtype), "task": "classification"})
-    record.weights = _weights(record.experts, weights)
+    options, run = options or SuiteOptions(), run or RunSettings()
+    settings = {"dtype": str(options.dtype), "task": "classification"}
+    record = EvaluationRecord(models=dict(models.roles), settings=settings)
+    record.weights = _weights(record.experts, models.weights)
     # All are looked up before the first is loaded, so that a wrong name fails at once.
-    sources = {n: resolve(str(m), token=token) for n, m in models.items() if not isinstance(m, torch.nn.Module)}
-    base = resolve(str(base_model), token=token) if base_model is not None else None
-    loader = ModelLoader(base, options.dtype, options.device_map)
+    loader, specs = _look_up(models, options)
     predictions: dict[str, dict[str, EvalPrediction]] = {}
-    for name, source in models.items():
-        if on_model is not None:
-            on_model(name)
-        model: Any = source
-        if not isinstance(source, torch.nn.Module):
-            model = loader.load(sources[name])
+    for name, spec in specs.items():
+        if run.on_model is not None:
+            run.on_model(name)
+        model: Any = loader.load(spec) if isinstance(spec, Source) else spec
         activations = ActivationStatistics()
         predictions[name] = {
             domain: predict_classes(
                 model,
                 rows,
-                processing_class,
+                models.processing_class,
                 batch_size=options.batch_size,
-                num_workers=num_workers,
-                accelerator=accelerator,
-                activations=activations,
-                on_prediction_step=on_prediction_step,
+                num_workers=run.num_workers,
+                accelerator=run.accelerator,
+                loop=LoopOptions(activations=activations, on_prediction_step=run.on_prediction_step),
             )
             for domain, rows in domains.items()
         }
-        activations.reduce(accelerator)
+        activations.reduce(run.accelerator)
         record.layers += activations.results(name)
         for domain, prediction in predictions[name].items():
             metrics = classification_metrics(prediction)
             record.scores.append(Score(name, domain, metrics, n_samples=len(prediction.label_ids)))
-        if model is not source:
+        if isinstance(spec, Source):
             loader.release(model)
         del model
     record.recovery = recovery_rows(record)
@@ -107,10 +90,20 @@ def evaluate_classifiers(
     return record
 
 
+def _look_up(models: ModelSet, options: SuiteOptions) -> tuple[ModelLoader, dict[str, Source | torch.nn.Module]]:
+    """Find every model that is not in memory, and the base that adapters are put on."""
+    specs = {
+        name: spec if isinstance(spec, torch.nn.Module) else resolve(str(spec), token=models.token)
+        for name, spec in models.specs.items()
+    }
+    base = resolve(str(models.base_model), token=models.token) if models.base_model is not None else None
+    return ModelLoader(base, options.dtype, options.device_map), specs
+
+
 def _weights(experts: list[str], weights: Mapping[str, float] | None) -> dict[str, float]:
-    given = {name: (weights or {}).get(name, 1.0) for name in experts}
-    total = sum(given.values())
-    return {name: weight / total for name, weight in given.items()}
+    unscaled = {name: (weights or {}).get(name, 1.0) for name in experts}
+    total = sum(unscaled.values())
+    return {name: weight / total for name, weight in unscaled.items()}
 
 
 def _compare(record: EvaluationRecord, domain: str, log_probs: Mapping[str, NDArray[np.float64]]) -> None:

@@ -19,10 +19,10 @@ from hf_frmerge.evaluation.text.token_blocks import Rows, TokenBlocks, cut, sepa
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hf_frmerge.evaluation.suite.settings import ModelSet
+
 # The base is measured first: adapters are put on it while it is loaded. The merged model is compared with all others.
 _ORDER: dict[Role, int] = {"base": 0, "expert": 1, "merged": 2}
-
-Models = Mapping[str, "str | Path | torch.nn.Module"]
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,7 @@ class Inputs:
         return str(self.tokenizer.decode(list(tokens)))
 
 
-def find_inputs(
-    models: Models,
-    domains: Mapping[str, Rows],
-    roles: Mapping[str, Role],
-    *,
-    block_size: int,
-    packing: bool,
-    base_model: str | Path | None,
-    processing_class: PreTrainedTokenizerBase | None,
-    token: str | None,
-) -> Inputs:
+def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: int, packing: bool) -> Inputs:
     """
     Look everything up before the first model is loaded, so that a wrong name fails at once.
 
@@ -72,20 +62,20 @@ def find_inputs(
             vocabularies of different sizes, or a text cannot be used.
         CheckpointError: If a model is missing or broken.
     """
-    if not models or not domains:
-        raise ArgumentError(f"Expected at least one model and one text, got {len(models)} and {len(domains)}.")
-    for name in models:
-        if name not in roles:
+    if not models.specs or not domains:
+        raise ArgumentError(f"Expected at least one model and one text, got {len(models.specs)} and {len(domains)}.")
+    for name in models.specs:
+        if name not in models.roles:
             raise ArgumentError(f"The model {name!r} has no role: say whether it is base, expert or merged.")
-    in_order = {name: roles[name] for name in sorted(models, key=lambda name: _ORDER[roles[name]])}
+    in_order = {name: models.roles[name] for name in sorted(models.specs, key=lambda name: _ORDER[models.roles[name]])}
     live, sources = {}, {}
     for name in in_order:
-        spec = models[name]
+        spec = models.specs[name]
         if isinstance(spec, torch.nn.Module):
             live[name] = spec
         else:
-            sources[name] = resolve(str(spec), token=token)
-    base = _find_base(base_model, in_order, sources, token)
+            sources[name] = resolve(str(spec), token=models.token)
+    base = _find_base(models, sources)
     for source in dict.fromkeys([*([base] if base else []), *sources.values()]):
         _refuse_wrapped(source)
     configs = [_config(live.get(name), sources.get(name), base) for name in in_order]
@@ -93,7 +83,7 @@ def find_inputs(
     # Models with relative positions, and those that extrapolate without limit, have no such entry.
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
     limit = min((limit for limit in limits if limit), default=None)
-    tokenizer = processing_class or _find_tokenizer([base, *sources.values()])
+    tokenizer = models.processing_class or _find_tokenizer([base, *sources.values()])
     texts = {
         domain: cut(token_stream(tokenizer, rows), block_size, vocab_size, limit)
         if packing
@@ -103,12 +93,10 @@ def find_inputs(
     return Inputs(in_order, live, sources, base, tokenizer, texts, vocab_size)
 
 
-def _find_base(
-    base_model: str | Path | None, roles: Mapping[str, Role], sources: Mapping[str, Source], token: str | None
-) -> Source | None:
-    base = next((source for name, source in sources.items() if roles[name] == "base"), None)
-    if base_model is not None:
-        base = resolve(str(base_model), token=token)
+def _find_base(models: ModelSet, sources: Mapping[str, Source]) -> Source | None:
+    base = next((source for name, source in sources.items() if models.roles[name] == "base"), None)
+    if models.base_model is not None:
+        base = resolve(str(models.base_model), token=models.token)
     for other in sources.values():
         if other.kind == "adapter" and base is None:
             raise ArgumentError(f"{other.spec!r} is an adapter: pass the model it was trained from as base_model.")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,20 +13,20 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.trainer_utils import denumpify_detensorize, speed_metrics
 
-from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.evaluation.measures.classification import is_classifier, predict_classes
-from hf_frmerge.evaluation.measures.prediction_loop import Preprocess, predict
+from hf_frmerge.evaluation.measures.prediction_loop import LoopOptions, Preprocess, predict
 from hf_frmerge.evaluation.models.merged import architecture_of, tokenizer_of, whole_model
 from hf_frmerge.evaluation.models.names import models_of_merge
-from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Role
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
 from hf_frmerge.evaluation.suite.classifier_suite import evaluate_classifiers
-from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
+from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.evaluation.text.batches import batches_of
 from hf_frmerge.evaluation.text.forward import blocks_for
 from hf_frmerge.evaluation.text.token_blocks import Rows, collate
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-
-Model = str | torch.nn.Module
+from hf_frmerge.merging.record.find_models import MergeModels
 
 
 @dataclass(frozen=True)
@@ -40,216 +39,207 @@ class UserMetrics:
 
     Attributes:
         model: returns the merged model, on which the datasets are run once more.
-        compute: called with an `EvalPrediction`, returns metrics by name.
+        compute: called with an `EvalPrediction`, returns metrics by name; `None` if there is nothing to compute.
         preprocess_logits: called with predictions and labels of each batch; what it returns is kept in their place.
         ignore_keys: outputs of the model that are no predictions.
     """
 
     model: Callable[[], Any]
-    compute: Callable[[EvalPrediction], dict[str, float]]
+    compute: Callable[[EvalPrediction], dict[str, float]] | None
     preprocess_logits: Preprocess | None = None
     ignore_keys: list[str] | None = None
 
 
-@dataclass(frozen=True)
-class _Means:
-    """With what datasets are run."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-    options: SuiteOptions
-    accelerator: Accelerator
-    num_workers: int
-    on_prediction_step: Callable[[DataLoader], None] | None
+def models_to_measure(
+    models: MergeModels,
+    merged: str | torch.nn.Module | None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    token: str | None = None,
+) -> ModelSet:
+    """Name the models of a merge, and say their roles and weights; `merged` is the model, its folder or Hub id."""
+    specs, roles = models_of_merge(models.experts, models.base_model, merged)
+    names = [name for name, role in roles.items() if role == "expert"]
+    weights = dict(zip(names, models.weights)) if models.weights and names else None
+    return ModelSet(specs, roles, weights, models.base_model, processing_class, token)
 
 
 def evaluate_merge(
-    models: Mapping[str, Model],
+    models: ModelSet,
     domains: Mapping[str, Rows],
-    *,
-    roles: Mapping[str, Role],
-    weights: Mapping[str, float] | None = None,
-    base_model: str | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
     options: SuiteOptions | None = None,
+    run: RunSettings | None = None,
     user_metrics: UserMetrics | None = None,
-    cache_dir: str | Path | None = None,
-    num_workers: int = 0,
-    accelerator: Accelerator | None = None,
-    token: str | None = None,
-    on_model: Callable[[str], object] | None = None,
-    on_prediction_step: Callable[[DataLoader], None] | None = None,
 ) -> EvaluationRecord:
     """
     Measure sequence classifiers by `evaluate_classifiers`, other models by `evaluate_suite`.
 
+    The base that adapters are put on is by default what their configuration names, the tokenizer that of the merged
+    model, or else of the first one that has any.
+
     Args:
-        models (`Mapping[str, str | torch.nn.Module]`):
-            Name -> folder, Hub id or loaded model. Models that are not loaded are loaded one at a time.
+        models (`ModelSet`):
+            The models.
         domains (`Mapping[str, Rows]`):
             Name -> `Dataset`, `IterableDataset` or any rows.
-        roles (`Mapping[str, Role]`):
-            Of every model; the merged one is named `"merged"`.
-        base_model (`str`, *optional*):
-            What adapters are put on; by default what their configuration names.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer; by default that of the merged model, or else of the first one that has any.
+        options, run:
+            As for `evaluate_suite`.
         user_metrics (`UserMetrics`, *optional*):
             Added to the scores of the merged model.
-        num_workers (`int`, *optional*, defaults to `0`):
-            Processes that load the rows of classifiers.
-        weights, options, cache_dir, accelerator, token, on_model, on_prediction_step:
-            As for `evaluate_suite`.
 
     Raises:
         ArgumentError: If a dataset does not fit the models.
     """
-    sources = {name: resolve(model, token=token) for name, model in models.items() if isinstance(model, str)}
-    base = base_model or next(
-        (whole_model(s.path, token=token) for s in sources.values() if s.kind == "adapter"), None
-    )
-    named = MERGED if MERGED in models else next(iter(models), None)
-    if processing_class is None:
-        folders = [whole_model(sources[name].path, base, token) for name in (named, *sources) if name in sources]
-        processing_class = next(filter(None, map(tokenizer_of, folders)), None)
-    means = _Means(
-        processing_class,
-        options or SuiteOptions(),
-        accelerator or Accelerator(),
-        num_workers,
-        on_prediction_step,
-    )
-    shared: dict[str, Any] = {
-        "roles": roles,
-        "weights": weights,
-        "base_model": base,
-        "processing_class": means.tokenizer,
-        "options": means.options,
-        "accelerator": means.accelerator,
-        "token": token,
-        "on_model": on_model,
-        "on_prediction_step": on_prediction_step,
-    }
-    if named in sources:
-        architecture = architecture_of(whole_model(sources[named].path, base, token))
-    else:
-        architecture = type(models.get(named or "")).__name__
+    options, run = options or SuiteOptions(), run or RunSettings()
+    sources = {n: resolve(spec, token=models.token) for n, spec in models.specs.items() if isinstance(spec, str)}
+    models = _completed(models, sources)
+    architecture = _architecture(models, sources)
     if is_classifier(architecture):
-        record = evaluate_classifiers(models, domains, num_workers=num_workers, **shared)
+        record = evaluate_classifiers(models, domains, options, run)
     else:
-        record = evaluate_suite(models, domains, cache_dir=cache_dir, **shared)
-    if user_metrics is not None and MERGED in models:
+        record = evaluate_suite(models, domains, options, run)
+    if user_metrics is not None and user_metrics.compute is not None and MERGED in models.specs:
         model = user_metrics.model()
+        predict_rows = _predict_classes if is_classifier(architecture) else _predict_tokens
+        loop = LoopOptions(
+            ignore_keys=user_metrics.ignore_keys,
+            preprocess_logits=user_metrics.preprocess_logits,
+            on_prediction_step=run.on_prediction_step,
+        )
         for domain, rows in domains.items():
-            predict_rows = _predict_classes if is_classifier(architecture) else _predict_tokens
-            found = user_metrics.compute(predict_rows(model, rows, user_metrics, means))
-            _add_metrics(record, domain, denumpify_detensorize(found))
+            prediction = predict_rows(model, rows, models.processing_class, options, run, loop)
+            _add_metrics(record, domain, denumpify_detensorize(user_metrics.compute(prediction)))
     return record
 
 
-def evaluate_with(
+def measure_merge(
     args: MergingArguments,
-    experts: Sequence[str],
-    weights: Sequence[float] | None,
-    base_model: str | None,
+    models: MergeModels,
+    merged: str | torch.nn.Module | None,
     domains: Mapping[str, Rows],
-    *,
-    merged: Model | None,
     processing_class: PreTrainedTokenizerBase | None,
-    user_metrics: UserMetrics | None,
-    on_prediction_step: Callable[[DataLoader], None],
+    user_metrics: UserMetrics,
+    on_prediction_step: Callable[[DataLoader], object],
 ) -> tuple[EvaluationRecord, dict[str, float]]:
     """
-    Measure the models of a merge as its options say, and how long it took.
+    Measure the models of a merge as its arguments say, and how long it took.
 
     Args:
         args (`MergingArguments`):
-            Options.
-        experts, weights, base_model, domains, processing_class, user_metrics, on_prediction_step:
-            As for `evaluate_merge`.
+            The arguments.
+        models (`MergeModels`):
+            Base and experts; not measured beside a merged model unless `args.evaluate_experts`.
         merged (`str` or `torch.nn.Module`, *optional*):
-            Folder of the merged model, or the model; without it the experts alone are measured.
+            Folder of the merged model, or the model; without it base and experts alone are measured.
+        domains, user_metrics:
+            As for `evaluate_merge`.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer; by default that of the merged model.
+        on_prediction_step (`Callable[[DataLoader], object]`):
+            Called after every batch.
 
     Returns:
         The record, and `runtime` in seconds, `samples_per_second`, `steps_per_second` as `Trainer` has them: a sample
         is a row or a block read by a model, so what was found in the cache does not count.
     """
-    if merged is None or args.evaluate_experts:
-        models, roles = models_of_merge(experts, base_model, merged)
-    else:
-        models, roles = models_of_merge([], None, merged)
-    names = [name for name, role in roles.items() if role == "expert"]
-    started, steps = time.time(), 0
-    run: list[str] = []
+    if merged is not None and processing_class is None:
+        processing_class = tokenizer_of(whole_model(args.output_dir, models.base_model, args.hub_token))
+    if isinstance(merged, torch.nn.Module) and args.eval_dtype != "auto":
+        merged.to(getattr(torch, args.eval_dtype))
+    model_set = models_to_measure(models, merged, processing_class, args.hub_token)
+    if merged is not None and not args.evaluate_experts:
+        model_set = replace(model_set, specs={MERGED: merged}, roles={MERGED: "merged"}, weights=None)
+    started, names, n_steps = time.time(), list[str](), 0
 
-    def heard(loader: DataLoader) -> None:
-        nonlocal steps
-        steps += 1
+    def count(loader: DataLoader) -> None:
+        nonlocal n_steps
+        n_steps += 1
         on_prediction_step(loader)
 
-    if processing_class is None and MERGED in models:
-        processing_class = tokenizer_of(whole_model(args.output_dir, base_model, args.hub_token))
-    dtype = args.eval_dtype
-    for model in models.values():
-        if isinstance(model, torch.nn.Module) and dtype != "auto":
-            model.to(getattr(torch, dtype))
-    record = evaluate_merge(
-        models,
-        domains,
-        roles=roles,
-        weights=dict(zip(names, weights)) if weights and names else None,
-        user_metrics=user_metrics,
-        base_model=base_model,
-        processing_class=processing_class,
-        options=SuiteOptions(
-            batch_size=args.per_device_eval_batch_size,
-            block_size=args.eval_block_size,
-            packing=args.eval_packing,
-            dtype=dtype,
-            device_map=args.device_map,
-        ),
-        num_workers=args.dataloader_num_workers,
-        accelerator=Accelerator(cpu=args.use_cpu),
-        token=args.hub_token,
-        on_model=run.append,
-        on_prediction_step=heard,
+    options = SuiteOptions(
+        batch_size=args.per_device_eval_batch_size,
+        block_size=args.eval_block_size,
+        packing=args.eval_packing,
+        dtype=args.eval_dtype,
+        device_map=args.device_map,
     )
+    run = RunSettings(
+        accelerator=Accelerator(cpu=args.use_cpu),
+        num_workers=args.dataloader_num_workers,
+        on_model=names.append,
+        on_prediction_step=count,
+    )
+    record = evaluate_merge(model_set, domains, options, run, user_metrics)
     block = record.settings.get("block_size", 2)
     samples = {score.domain: score.n_samples or -(-score.n_tokens // (block - 1)) for score in record.scores}
-    speed = speed_metrics("", started, num_samples=len(run) * sum(samples.values()), num_steps=steps)
+    speed = speed_metrics("", started, num_samples=len(names) * sum(samples.values()), num_steps=n_steps)
     return record, {name.removeprefix("_"): value for name, value in speed.items()}
 
 
-def _predict_classes(model: Any, rows: Rows, user: UserMetrics, means: _Means) -> EvalPrediction:
+def _completed(models: ModelSet, sources: Mapping[str, Source]) -> ModelSet:
+    """Find the base that adapters name and a tokenizer, unless the caller gave them."""
+    base, tokenizer = models.base_model, models.processing_class
+    if base is None:
+        adapters = [source for source in sources.values() if source.kind == "adapter"]
+        base = next((whole_model(adapter.path, token=models.token) for adapter in adapters), None)
+    models = replace(models, base_model=base)
+    if tokenizer is None:
+        folders = [_whole(models, sources[name]) for name in (_named(models), *sources) if name in sources]
+        tokenizer = next(filter(None, map(tokenizer_of, folders)), None)
+    return replace(models, processing_class=tokenizer)
+
+
+def _architecture(models: ModelSet, sources: Mapping[str, Source]) -> str:
+    """Return the class of the merged model, or of the first model."""
+    name = _named(models)
+    if name in sources:
+        return architecture_of(_whole(models, sources[name]))
+    return type(models.specs.get(name)).__name__
+
+
+def _named(models: ModelSet) -> str:
+    """Name of the merged model, or of the first."""
+    return MERGED if MERGED in models.specs else next(iter(models.specs), "")
+
+
+def _whole(models: ModelSet, source: Source) -> str:
+    return whole_model(source.path, None if models.base_model is None else str(models.base_model), models.token)
+
+
+def _predict_classes(
+    model: Any,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: SuiteOptions,
+    run: RunSettings,
+    loop: LoopOptions,
+) -> EvalPrediction:
     return predict_classes(
         model,
         rows,
-        means.tokenizer,
-        batch_size=means.options.batch_size,
-        num_workers=means.num_workers,
-        accelerator=means.accelerator,
-        ignore_keys=user.ignore_keys,
-        preprocess_logits=user.preprocess_logits,
-        on_prediction_step=means.on_prediction_step,
+        tokenizer,
+        batch_size=options.batch_size,
+        num_workers=run.num_workers,
+        accelerator=run.accelerator,
+        loop=loop,
     )
 
 
-def _predict_tokens(model: Any, rows: Rows, user: UserMetrics, means: _Means) -> EvalPrediction:
-    options = means.options
-    blocks = blocks_for(model, means.tokenizer, rows, options.block_size, packing=options.packing)
-    loader = batches_of(blocks, collate, batch_size=options.batch_size, accelerator=means.accelerator)
+def _predict_tokens(
+    model: Any,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: SuiteOptions,
+    run: RunSettings,
+    loop: LoopOptions,
+) -> EvalPrediction:
+    blocks = blocks_for(model, tokenizer, rows, options.block_size, packing=options.packing)
+    loader = batches_of(blocks, collate, batch_size=options.batch_size, accelerator=run.accelerator)
     if getattr(model, "hf_device_map", None) is None:
-        model.to(means.accelerator.device)
-    return predict(
-        model,
-        loader,
-        accelerator=means.accelerator,
-        ignore_keys=user.ignore_keys,
-        preprocess_logits=user.preprocess_logits,
-        on_prediction_step=means.on_prediction_step,
-    )
+        model.to(run.accelerator.device)
+    return predict(model, loader, accelerator=run.accelerator, options=loop)
 
 
-def _add_metrics(record: EvaluationRecord, domain: str, found: Mapping[str, float]) -> None:
+def _add_metrics(record: EvaluationRecord, domain: str, metrics: Mapping[str, float]) -> None:
     for number, score in enumerate(record.scores):
         if (score.model, score.domain) == (MERGED, domain):
-            record.scores[number] = replace(score, metrics={**score.metrics, **found})
+            record.scores[number] = replace(score, metrics={**score.metrics, **metrics})

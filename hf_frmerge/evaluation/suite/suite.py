@@ -3,107 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from hf_frmerge.evaluation.measures.token_tables import OutputFormat
 from hf_frmerge.evaluation.models.loading import ModelLoader, predicts_next_token
-from hf_frmerge.evaluation.record import EvaluationRecord, Generation, Role
+from hf_frmerge.evaluation.record import EvaluationRecord, Generation
 from hf_frmerge.evaluation.suite.build_record import build_record, expert_weights
 from hf_frmerge.evaluation.suite.inputs import Inputs, find_inputs
 from hf_frmerge.evaluation.suite.measure_model import Comparison, measure_model
 from hf_frmerge.evaluation.suite.result_store import ResultStore
+from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.text.generation import continue_greedily, repetition
 from hf_frmerge.evaluation.text.token_blocks import Rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class SuiteOptions:
-    """
-    How to measure.
-
-    Attributes:
-        batch_size: blocks a forward pass, on each process.
-        block_size: tokens a block: each is predicted from at most `block_size - 1` tokens before it.
-        dtype: to load models in; `"auto"` is the one a model is stored in.
-        top_k: likeliest tokens kept of every prediction, beside as many drawn from the rest; 0 keeps whole
-            distributions, `4 * V` bytes a token, model and text, and makes the distances exact.
-        n_worst: tokens to show per expert and domain.
-        n_prompts: generations per model and domain.
-        max_new_tokens: tokens a generation.
-        device_map: as in `from_pretrained`, for models larger than one device.
-        packing: join the rows of a text into one stream that is cut into blocks; if not, each is read by itself.
-    """
-
-    batch_size: int = 8
-    block_size: int = 256
-    dtype: str | torch.dtype = "auto"
-    top_k: int = 128
-    n_worst: int = 10
-    n_prompts: int = 1
-    max_new_tokens: int = 32
-    device_map: str | dict[str, Any] | None = None
-    packing: bool = True
-
 
 def evaluate_suite(
-    models: Mapping[str, str | Path | torch.nn.Module],
+    models: ModelSet,
     domains: Mapping[str, Rows],
-    *,
-    roles: Mapping[str, Role],
-    weights: Mapping[str, float] | None = None,
-    base_model: str | Path | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
     options: SuiteOptions | None = None,
-    cache_dir: Path | str | None = None,
-    accelerator: Accelerator | None = None,
-    token: str | None = None,
-    on_model: Callable[[str], object] | None = None,
-    on_prediction_step: Callable[[DataLoader], None] | None = None,
+    run: RunSettings | None = None,
 ) -> EvaluationRecord:
     """
     Measure models on texts: scores, function distances, activations, generations.
 
     Every model reads every text once, and everything is measured in that one pass. Models are loaded one at a time,
-    the merged one last. What is found is kept in `cache_dir` by the content of weights, texts and options: a model
-    that was measured before is not even loaded.
+    the merged one last. What is found is kept in `run.cache_dir` by the content of weights, texts and options: a model
+    that was measured before is not even loaded. Results of models in memory are not kept.
 
     Args:
-        models (`Mapping[str, str | Path | torch.nn.Module]`):
-            Name -> folder, Hub id, or a model in memory. The merged one is named `"merged"`. Results of models in
-            memory are not kept.
+        models (`ModelSet`):
+            The models.
         domains (`Mapping[str, Iterable]`):
             Name of a text -> rows of text or tokens, as `evaluate_causal_lm` takes them.
-        roles (`Mapping[str, str]`):
-            Name of every model -> `"base"`, `"expert"` or `"merged"`.
-        weights (`Mapping[str, float]`, *optional*):
-            Weight of every expert in the objective; equal by default. Scaled to sum to 1.
-        base_model (`str` or `Path`, *optional*):
-            What adapters are put on. Defaults to the model whose role is `"base"`.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer. Defaults to that of the base, else of the first whole checkpoint.
         options (`SuiteOptions`, *optional*):
             How to measure.
-        cache_dir (`Path` or `str`, *optional*):
-            Defaults to `$HF_FRMERGE_CACHE/evaluation`, else `~/.cache/hf_frmerge/evaluation`. On several processes all
-            must see the same folder.
-        accelerator (`accelerate.Accelerator`, *optional*):
-            Defaults to a new one. Every process of a distributed run must call this function; all get the result.
-        token (`str`, *optional*):
-            Token for the Hub.
-        on_model (`Callable[[str], object]`, *optional*):
-            Called with the name of every model that is about to be run, that is, not found in the cache.
-        on_prediction_step (`Callable[[DataLoader], None]`, *optional*):
-            Called after every batch.
+        run (`RunSettings`, *optional*):
+            Where to run, and who follows.
 
     Returns:
         `EvaluationRecord`: without what could not be measured of these models.
@@ -113,37 +52,26 @@ def evaluate_suite(
             vocabularies of different sizes, or a text cannot be used.
         CheckpointError: If a model is missing or broken.
     """
-    options = options or SuiteOptions()
-    accelerator = accelerator or Accelerator()
-    inputs = find_inputs(
-        models,
-        domains,
-        roles,
-        block_size=options.block_size,
-        packing=options.packing,
-        base_model=base_model,
-        processing_class=processing_class,
-        token=token,
-    )
-    shares = expert_weights(weights, inputs.roles)
+    options, run = options or SuiteOptions(), run or RunSettings()
+    inputs = find_inputs(models, domains, block_size=options.block_size, packing=options.packing)
+    weights = expert_weights(models.weights, inputs.roles)
     store = ResultStore(
-        Path(cache_dir) if cache_dir is not None else default_cache_dir(),
+        Path(run.cache_dir) if run.cache_dir is not None else default_cache_dir(),
         inputs,
         OutputFormat(inputs.vocab_size, options.top_k),
         [str(options.dtype), options.n_prompts, options.max_new_tokens],
-        accelerator,
+        run.accelerator,
     )
-    suite = _Suite(inputs, store, options, accelerator, on_prediction_step)
     try:
-        suite.measure_all(on_model)
-        record = build_record(inputs, store, shares, options.n_worst)
-        accelerator.wait_for_everyone()  # all have read what is removed next
+        _Suite(inputs, store, options, run).measure_all()
+        record = build_record(inputs, store, weights, options.n_worst)
+        run.accelerator.wait_for_everyone()  # all have read what is removed next
     finally:
         store.clean_up()
     record.settings |= {
         "dtype": str(options.dtype).removeprefix("torch."),
         "packing": options.packing,
-        "n_processes": accelerator.num_processes,
+        "n_processes": run.accelerator.num_processes,
     }
     return record
 
@@ -157,23 +85,22 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class _Suite:
-    """Runs the models of one evaluation of which anything is missing."""
+    """Runs the models of an evaluation whose results are incomplete."""
 
     inputs: Inputs
     store: ResultStore
     options: SuiteOptions
-    accelerator: Accelerator
-    on_prediction_step: Callable[[DataLoader], None] | None
+    run: RunSettings
 
-    def measure_all(self, on_model: Callable[[str], object] | None) -> None:
+    def measure_all(self) -> None:
         loader = ModelLoader(self.inputs.base, self.options.dtype, self.options.device_map)
         names = list(self.inputs.roles)
         for number, name in enumerate(names):
             missing = self.store.missing(name, names[:number])
             if not missing:
                 continue
-            if on_model is not None:
-                on_model(name)
+            if self.run.on_model is not None:
+                self.run.on_model(name)
             if name in self.inputs.live:
                 self._measure(name, self.inputs.live[name], names[:number], missing)
             else:
@@ -197,12 +124,12 @@ class _Suite:
                 if causal and store.key(name, other) in missing
             ],
             batch_size=self.options.batch_size,
-            accelerator=self.accelerator,
-            on_prediction_step=self.on_prediction_step,
+            accelerator=self.run.accelerator,
+            on_prediction_step=self.run.on_prediction_step,
         )
         if is_new:
             generations = self._generate(name, model) if causal else []
-            if self.accelerator.is_main_process:
+            if self.run.accelerator.is_main_process:
                 measured = {
                     "causal": causal,
                     "n_tokens": statistics.n_tokens,

@@ -73,18 +73,13 @@ class ClassificationCollator:
 
     Args:
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer, needed for text and to pad rows of unequal lengths.
+            Tokenizer, needed for text, which it cuts to what the model takes, and to pad rows of unequal lengths.
         model (`torch.nn.Module`):
             Whose inputs are kept of each row, and whose `config.label2id` turns label names into numbers.
-        max_length (`int`, *optional*):
-            Cut text to this many tokens. Defaults to what the tokenizer says the model takes.
     """
 
-    def __init__(
-        self, processing_class: PreTrainedTokenizerBase | None, model: torch.nn.Module, max_length: int | None = None
-    ) -> None:
+    def __init__(self, processing_class: PreTrainedTokenizerBase | None, model: torch.nn.Module) -> None:
         self.processing_class = processing_class
-        self.max_length = max_length
         self.inputs = set(inspect.signature(model.forward).parameters) - set(_LABEL_COLUMNS)
         config: Any = model.config
         self.n_labels: int = config.num_labels
@@ -106,7 +101,7 @@ class ClassificationCollator:
         text = text_of(row, index)
         if self.processing_class is None:
             raise ArgumentError("The evaluation data is text, so a tokenizer is needed: pass `processing_class`.")
-        return dict(self.processing_class(text, truncation=True, max_length=self.max_length))
+        return dict(self.processing_class(text, truncation=True))
 
     def _pad(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if len({len(row["input_ids"]) for row in features}) == 1:

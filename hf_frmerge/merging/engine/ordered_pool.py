@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from hf_frmerge.kernels.blas import one_blas_thread
+from threadpoolctl import threadpool_limits
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -43,5 +43,7 @@ def ordered_pool(num_workers: int | None = None) -> Iterator[OrderedPool]:
             Threads; by default one per core, at most 4.
     """
     n_workers = num_workers or min(os.cpu_count() or 1, 4)
-    with ThreadPoolExecutor(n_workers) as pool, one_blas_thread():
+    # A BLAS starts a thread per core for every product and lets them spin while they wait. Under threads of ours that
+    # multiplies the work: merging five adapters of a 7B model took 36 s of CPU time instead of 6.
+    with ThreadPoolExecutor(n_workers) as pool, threadpool_limits(1, user_api="blas"):
         yield OrderedPool(pool, n_workers)

@@ -23,7 +23,7 @@ from transformers import (
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.measures.classification import classification_metrics, predict_classes
 from hf_frmerge.evaluation.suite.classifier_suite import evaluate_classifiers
-from hf_frmerge.evaluation.suite.suite import SuiteOptions
+from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 
 WORDS = [f"w{i}" for i in range(30)]
 LABELS = ["no", "maybe", "yes"]
@@ -117,13 +117,10 @@ def test_the_record_holds_scores_recovery_distances_and_collapse(family: Path, t
     folders = {name: str(family / ("base" if name == "merged" else name)) for name in roles}
     asked: list[str] = []
     record = evaluate_classifiers(
-        folders,
+        ModelSet(folders, roles, weights={"math": 3, "code": 1}, processing_class=tokenizer),
         {"math": rows, "other": rows.select(range(9))},
-        roles=roles,
-        weights={"math": 3, "code": 1},
-        processing_class=tokenizer,
-        options=SuiteOptions(batch_size=4),
-        on_model=asked.append,
+        SuiteOptions(batch_size=4),
+        RunSettings(on_model=asked.append),
     )
     assert asked == list(roles)
     log_probs = {}

@@ -18,7 +18,8 @@ from two_processes import run_on_two_processes
 
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
-from hf_frmerge.evaluation.suite.suite import SuiteOptions, evaluate_suite
+from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
+from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.geometry.simplex import barycentre, fisher_rao_distance
 
 WORDS = [f"w{number}" for number in range(50)]
@@ -49,10 +50,11 @@ def specs(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ROLES}
 
 
-def run(folder: Path, cache: Path, **changes) -> EvaluationRecord:
-    arguments = {"models": specs(folder), "domains": TEXTS, "roles": ROLES, "weights": WEIGHTS, "options": EXACT}
-    arguments |= {"cache_dir": cache, **changes}
-    return evaluate_suite(**arguments)
+def run(folder: Path, cache: Path, *, domains=TEXTS, options=EXACT, on_model=None, on_step=None, **models):
+    """Evaluate the four models, or what `models` says of them otherwise."""
+    model_set = ModelSet(**{"specs": specs(folder), "roles": ROLES, "weights": WEIGHTS, **models})
+    followed = RunSettings(cache_dir=cache, on_model=on_model, on_prediction_step=on_step)
+    return evaluate_suite(model_set, domains, options, followed)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +219,7 @@ def test_a_second_merge_pays_only_for_itself(folder: Path, record: EvaluationRec
     again = run(folder, tmp_path, on_model=ran.append)
     assert ran == list(ROLES) and again == first
     ran.clear()
-    other = run(folder, tmp_path, models=specs(folder) | {MERGED: folder / "base"}, on_model=ran.append)
+    other = run(folder, tmp_path, specs=specs(folder) | {MERGED: folder / "base"}, on_model=ran.append)
     assert ran == [MERGED]
     same = [row for row in other.distances if MERGED not in (row.model, row.other)]
     assert same == [row for row in first.distances if MERGED not in (row.model, row.other)]
@@ -234,8 +236,7 @@ def test_changed_text_weights_or_options_miss_the_cache(folder: Path, tmp_path: 
 
     def again(**changes) -> EvaluationRecord:
         ran.clear()
-        arguments = {"models": models, "weights": None, "on_model": ran.append, **changes}
-        return run(folder, tmp_path / "cache", **arguments)
+        return run(folder, tmp_path / "cache", specs=models, weights=None, on_model=ran.append, **changes)
 
     again()
     assert ran == ["base", MERGED]
@@ -277,14 +278,14 @@ def test_nothing_unfinished_stays(folder: Path, tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(folder, tmp_path, on_prediction_step=stop)
+        run(folder, tmp_path, on_step=stop)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_models_in_memory_and_adapters(folder: Path, record: EvaluationRecord, tmp_path: Path) -> None:
     live = {name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in ROLES}
     tokenizer_of_base = specs(folder) | {MERGED: live[MERGED]}
-    assert_close(run(folder, tmp_path / "a", models=tokenizer_of_base), record, 1e-9)
+    assert_close(run(folder, tmp_path / "a", specs=tokenizer_of_base), record, 1e-9)
     assert not list((tmp_path / "a").glob("*live*"))
 
     torch.manual_seed(0)
@@ -297,12 +298,12 @@ def test_models_in_memory_and_adapters(folder: Path, record: EvaluationRecord, t
         adapted.merge_and_unload().save_pretrained(tmp_path / f"{name}-whole")
     adapters = {"base": folder / "base", "math": tmp_path / "math", "code": tmp_path / "code", MERGED: folder / MERGED}
     whole = adapters | {name: tmp_path / f"{name}-whole" for name in ("math", "code")}
-    found = run(folder, tmp_path / "b", models=adapters)
-    assert_close(found, run(folder, tmp_path / "c", models=whole), 2e-5)
+    found = run(folder, tmp_path / "b", specs=adapters)
+    assert_close(found, run(folder, tmp_path / "c", specs=whole), 2e-5)
     without_base_row = {name: spec for name, spec in adapters.items() if name != "base"}
     with pytest.raises(ArgumentError, match=r"adapter.*base_model"):
-        run(folder, tmp_path / "d", models=without_base_row)
-    alone = run(folder, tmp_path / "d", models=without_base_row, base_model=folder / "base")
+        run(folder, tmp_path / "d", specs=without_base_row)
+    alone = run(folder, tmp_path / "d", specs=without_base_row, base_model=folder / "base")
     assert alone.objectives == found.objectives and alone.recovery == []
 
 
@@ -313,7 +314,7 @@ def test_encoders_have_layers_and_nothing_that_needs_the_next_token(tmp_path: Pa
         BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / name)
     rows = {"a": [{"input_ids": list(range(2, 40))}]}
     models = {name: tmp_path / name for name in ("base", MERGED)}
-    record = evaluate_suite(models, rows, roles=ROLES, options=EXACT, cache_dir=tmp_path / "cache")
+    record = run(tmp_path, tmp_path / "cache", domains=rows, specs=models, weights=None)
     assert [(row.model, row.layer) for row in record.layers] == [(m, layer) for m in models for layer in range(3)]
     assert not record.scores and not record.distances and not record.generations
 
@@ -321,7 +322,7 @@ def test_encoders_have_layers_and_nothing_that_needs_the_next_token(tmp_path: Pa
 def test_refuses_what_it_cannot_measure(folder: Path, tmp_path: Path) -> None:
     ran: list[str] = []
     with pytest.raises(CheckpointError, match="nowhere"):
-        run(folder, tmp_path, models=specs(folder) | {"code": "./nowhere"}, on_model=ran.append)
+        run(folder, tmp_path, specs=specs(folder) | {"code": "./nowhere"}, on_model=ran.append)
     with pytest.raises(ArgumentError, match="no role"):
         run(folder, tmp_path, roles={"base": "base"}, on_model=ran.append)
     with pytest.raises(ArgumentError, match="at least one"):
@@ -331,12 +332,12 @@ def test_refuses_what_it_cannot_measure(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="all experts are 0"):
         run(folder, tmp_path, weights={"math": 0.0, "code": 0.0}, on_model=ran.append)
     with pytest.raises(ArgumentError, match="at least one"):
-        run(folder, tmp_path, models={}, on_model=ran.append)
+        run(folder, tmp_path, specs={}, on_model=ran.append)
     LlamaForCausalLM(
         LlamaConfig(vocab_size=60, hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
     ).save_pretrained(tmp_path / "larger")
     with pytest.raises(ArgumentError, match="different sizes"):
-        run(folder, tmp_path, models=specs(folder) | {"code": tmp_path / "larger"}, on_model=ran.append)
+        run(folder, tmp_path, specs=specs(folder) | {"code": tmp_path / "larger"}, on_model=ran.append)
     assert ran == []
 
 
@@ -347,7 +348,7 @@ def test_two_processes_find_the_same_to_1e_9(folder: Path, tmp_path: Path) -> No
     exact = {"block_size": BLOCK, "top_k": 0, "dtype": "float32", "batch_size": 2, "max_new_tokens": 4}
     options = [exact, exact | {"top_k": 5}]
     models = {name: str(path) for name, path in specs(folder).items()}
-    arguments = {"models": models, "domains": texts, "roles": ROLES, "weights": WEIGHTS, "options": options}
+    arguments = {"models": {"specs": models, "roles": ROLES, "weights": WEIGHTS}, "domains": texts, "options": options}
     (tmp_path / "suite.json").write_text(json.dumps(arguments))
     ranks = run_on_two_processes("suites", tmp_path)
     assert ranks[0] == ranks[1]

@@ -22,7 +22,7 @@ from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter
 from hf_frmerge.errors import CheckpointError, ResumeError
 from hf_frmerge.extraction.difference import DenseDelta
-from hf_frmerge.extraction.extract_lora import extract_lora
+from hf_frmerge.extraction.extract_lora import ExtractOptions, extract_lora
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.engine import Engine
 from hf_frmerge.merging.engine.journal import Journal
@@ -238,7 +238,7 @@ def extract(base: str, model: str, out: Path) -> None:
     for folder in (base, model):
         (Path(folder) / "config.json").write_text(json.dumps(config))
     opened = (open_checkpoint(Source(folder, "full", folder)) for folder in (model, base))
-    extract_lora(*opened, out, 4, target_modules=["q_proj", "up_proj"], num_workers=1)
+    extract_lora(*opened, out, ExtractOptions(4, target_modules=["q_proj", "up_proj"], num_workers=1))
 
 
 def test_a_model_that_changes_while_an_adapter_is_extracted_leaves_none(models: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""What an evaluation is asked: which models, how they are measured, and how it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_frmerge.evaluation.record import Role
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """
+    Models that are measured together.
+
+    Attributes:
+        specs: name -> folder, Hub id, or a model in memory. The merged one is named `"merged"`.
+        roles: name -> `"base"`, `"expert"` or `"merged"`.
+        weights: of every expert in the objective, scaled to sum to 1; equal by default.
+        base_model: what adapters are put on; by default the model whose role is `"base"`.
+        processing_class: tokenizer; by default that of the base, else of the first whole checkpoint.
+        token: for the Hub.
+    """
+
+    specs: Mapping[str, str | Path | torch.nn.Module]
+    roles: Mapping[str, Role]
+    weights: Mapping[str, float] | None = None
+    base_model: str | Path | None = None
+    processing_class: PreTrainedTokenizerBase | None = None
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """
+    How models are measured.
+
+    Attributes:
+        batch_size: blocks a forward pass, on each process.
+        block_size: tokens a block: each is predicted from at most `block_size - 1` tokens before it.
+        dtype: to load models in; `"auto"` is the one a model is stored in.
+        top_k: likeliest tokens kept of every prediction, beside as many drawn from the rest; 0 keeps whole
+            distributions, `4 * V` bytes a token, model and text, and makes the distances exact.
+        n_worst: tokens to show per expert and domain.
+        n_prompts: generations per model and domain.
+        max_new_tokens: tokens a generation.
+        device_map: as in `from_pretrained`, for models larger than one device.
+        packing: join the rows of a text into one stream that is cut into blocks; if not, each is read by itself.
+    """
+
+    batch_size: int = 8
+    block_size: int = 256
+    dtype: str | torch.dtype = "auto"
+    top_k: int = 128
+    n_worst: int = 10
+    n_prompts: int = 1
+    max_new_tokens: int = 32
+    device_map: str | dict[str, Any] | None = None
+    packing: bool = True
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """
+    Where an evaluation runs and who follows it; none of it changes a number.
+
+    Attributes:
+        accelerator: every process of a distributed run must take part; all get the result.
+        cache_dir: where results are kept, by default `$HF_FRMERGE_CACHE/evaluation`, else
+            `~/.cache/hf_frmerge/evaluation`. On several processes all must see the same folder.
+        num_workers: processes that load the rows of classifiers.
+        on_model: called with the name of every model that is about to be run, that is, not found in the cache.
+        on_prediction_step: called after every batch.
+    """
+
+    accelerator: Accelerator = field(default_factory=Accelerator)
+    cache_dir: str | Path | None = None
+    num_workers: int = 0
+    on_model: Callable[[str], object] | None = None
+    on_prediction_step: Callable[[DataLoader], None] | None = None

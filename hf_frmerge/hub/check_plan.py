@@ -1,0 +1,25 @@
+"""What must hold before a merge downloads or writes anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_frmerge.hub.card.licences import licences_of_plan
+from hf_frmerge.merging.output_folder import check_output_dir
+from hf_frmerge.merging.planning.disk_space import check_space
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.planning.plan import MergePlan
+
+
+def check_plan(plan: MergePlan) -> None:
+    """
+    Refuse a merge whose folder is taken, which a licence forbids, or for which a disk is too small.
+
+    Raises:
+        ArgumentError: If the output folder is an input, or not empty.
+        MergeError: If a licence forbids derived works and was not allowed by name, or a disk is too small.
+    """
+    check_output_dir(plan.args, [model.source.path for model in plan.models])
+    licences_of_plan(plan).raise_if_refused()
+    check_space(plan)
