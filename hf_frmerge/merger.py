@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.remote_output import upload
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import CommitInfo
     from transformers import EvalPrediction
+    from typing_extensions import Self
 
     from hf_frmerge.merging.callbacks.callback import MergeCallback
     from hf_frmerge.merging.planning.plan import MergePlan

@@ -6,7 +6,6 @@
  * Floating-point contraction must be off (-ffp-contract=off): combine promises the same bits on every machine.
  */
 
-#define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

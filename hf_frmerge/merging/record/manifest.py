@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,7 @@ def write_manifest(
         "arguments": arguments,
         "experts": [{**_source(e, plan), "weight": w} for e, w in zip(plan.experts, plan.weights)],
         "base_model": _source(plan.base, plan) if plan.base else None,
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "n_processes": n_processes,
         "machine": {"architecture": platform.machine(), "system": platform.system()},
         "report": {name: value for name, value in report.items() if name not in ("output_dir", "notes")},
