@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.disk import copy_folder
 from hf_frmerge.checkpoints.lock import refuse_while_merging
@@ -34,6 +34,7 @@ from hf_frmerge.methods.table import FISHER_RAO
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import EvalPrediction
+    from typing_extensions import Self
 
     from hf_frmerge.merging.callbacks.callback import MergeCallback
     from hf_frmerge.merging.planning.plan import MergePlan

@@ -53,7 +53,7 @@ install_torch() {
 ensure_installed() {
     local stamp="$venv/.installed-$1" extra="$2" wanted
     make_venv
-    wanted="$(cd "$root" && cat pyproject.toml constraints.txt scripts/venv.sh hf_frmerge/kernels/*.[ch] | cksum)"
+    wanted="$(cd "$root" && cat pyproject.toml setup.py constraints.txt scripts/venv.sh hf_frmerge/kernels/*.[ch] | cksum)"
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
     say "Installing PyTorch (constraints.txt pins it; a few minutes the first time)"
     install_torch

@@ -14,7 +14,6 @@ import importlib
 import re
 import shlex
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import Any
 import click
 import pytest
 import torch
-from click.testing import CliRunner
+from click_runner import click_runner
 from hub_server import HubServer
 from peft import LoraConfig, get_peft_model
+from project_file import PYPROJECT
 from tiny_models import save_llama_family
 from transformers import LlamaForCausalLM
 
@@ -35,7 +35,7 @@ from hf_frmerge.cli.main import main
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 DOCUMENTS = [path for path in DOCUMENTS if path.exists()] + sorted((ROOT / "docs").glob("*.md"))
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = PYPROJECT["project"]
 
 TEXT = "the house of wisdom has many rooms and each room opens on another house "
 # Commands that take minutes: it is only checked that they would start.
@@ -193,7 +193,7 @@ def run_frmerge(arguments: list[str], place: str) -> str:
     command.make_context(arguments[0], [word for word in arguments[1:] if word != "..."], parent=context)
     if arguments[0] in LONG or "..." in arguments:
         return ""
-    done = CliRunner().invoke(main, arguments)
+    done = click_runner().invoke(main, arguments)
     assert done.exit_code == 0, f"{place}: frmerge {shlex.join(arguments)}\n{done.output}"
     return done.stdout
 

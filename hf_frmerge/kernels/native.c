@@ -7,7 +7,6 @@
  * two roundings, and so would give other bits on machines that have one.
  */
 
-#define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -112,7 +112,7 @@ def _breakable(text: str) -> Markup:
 
 
 def _template(name: str) -> str:
-    return files("hf_frmerge.report").joinpath("templates", name).read_text(encoding="utf-8")
+    return files("hf_frmerge.report").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
 
 
 def _figures(facts: MergeFacts) -> dict[str, tuple[str, str]]:

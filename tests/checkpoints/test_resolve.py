@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import fsspec
@@ -13,6 +15,7 @@ import pytest
 from hub_server import ALICE_TOKEN
 from hub_server.state import Blob
 from huggingface_hub import snapshot_download
+from packaging.version import Version
 
 from hf_frmerge.checkpoints.hub.find import download_size
 from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all
@@ -299,7 +302,7 @@ def test_a_download_that_fails_goes_on_with_what_is_missing(
     hub.fail("GET", "/lfs-storage/", times=100, **fault)
     with pytest.raises(HubError, match=message):
         resolve("alice/files")
-    if "headers" in fault:
+    if "headers" in fault and Version(version("huggingface_hub")) >= Version("1.23"):  # older clients do not listen
         assert set(no_waits) == {10.0}  # what the Hub asked for, and a second more
     hub.faults.clear()
     hub.requests.clear()
@@ -314,6 +317,8 @@ def test_a_download_cut_short_goes_on_from_where_it_was(hub, model, no_waits, mo
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     hub.add_repo("alice/cut", contents(model))
     hub.fail("GET", "/lfs-storage/", after_bytes=40_000)
+    with suppress(HubError):  # before 1.20 the Hub's client does not try again by itself
+        resolve("alice/cut")
     resolve("alice/cut")
     first, second = hub.sent("GET", "/lfs-storage/")
     assert "range" not in first.headers

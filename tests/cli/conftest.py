@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from click_runner import click_runner
 from peft import LoraConfig, get_peft_model
 from tiny_models import save_llama_family
 from transformers import LlamaForCausalLM
@@ -76,7 +77,7 @@ def frmerge() -> Callable[..., Result]:
     """Run `frmerge` with arguments; an exception that would be a traceback fails the test."""
 
     def run(*arguments: str | Path) -> Result:
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        result = click_runner().invoke(main, [str(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from click_runner import click_runner
 from safetensors.torch import load_file, save_file
 
 from hf_frmerge.cli.main import _COMMANDS, LazyGroup, main
@@ -111,7 +112,7 @@ def test_nan_is_named_and_nothing_looks_finished(frmerge: Frmerge, models, tmp_p
 
 
 def test_debug_shows_the_traceback(models) -> None:
-    result = CliRunner().invoke(main, ["merge", models.math, "--debug"])
+    result = click_runner().invoke(main, ["merge", models.math, "--debug"])
     assert type(result.exception).__name__ == "ArgumentError"
 
 
@@ -159,7 +160,7 @@ def test_warnings_are_plain_lines(models, tmp_path: Path) -> None:
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    result = CliRunner().invoke(
+    result = click_runner().invoke(
         main, ["merge", models.math, str(other), "--output-dir", str(tmp_path / "o"), "--json"]
     )
     assert result.exit_code == 0

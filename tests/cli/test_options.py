@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
+from click_runner import click_runner
 
 from hf_frmerge.cli.merge import merge
 from hf_frmerge.cli.options import EXPERTS, HUB, MEAN, OUTPUT, RUNNING, arguments_from, options_from
@@ -32,7 +33,7 @@ def parse(*arguments: str) -> Arguments:
     def command(experts: tuple[str, ...], config: str | None, **options: object) -> None:
         seen.append(arguments_from(experts, config, options))
 
-    CliRunner().invoke(command, arguments, catch_exceptions=False)
+    click_runner().invoke(command, arguments, catch_exceptions=False)
     return seen[0]
 
 

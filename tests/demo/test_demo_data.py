@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import importlib.util
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig
+from project_file import PYPROJECT
 from safetensors.torch import load_file
 
 from hf_frmerge.demo import base
@@ -70,11 +70,10 @@ def test_experts_differ_in_direction() -> None:
 
 
 def test_shipped_data_stays_small_and_is_packaged() -> None:
-    root = Path(__file__).resolve().parents[2]
-    package = root / "hf_frmerge" / "demo"
+    package = Path(__file__).resolve().parents[2] / "hf_frmerge" / "demo"
     shipped = [path for path in (package / "data").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in shipped) < 10e6
-    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]
     packaged = {path for pattern in patterns["hf_frmerge.demo"] for path in package.glob(pattern)}
     assert set(shipped) <= packaged
 

@@ -40,7 +40,8 @@ def create_repo(request: Handler, parts: dict[str, str]) -> Answer:
     url = {"url": f"{request.hub.endpoint}/{'' if kind == 'models' else kind + '/'}{repo_id}"}
     if (kind, repo_id) in request.hub.repos:
         return as_json({"error": "You already created this repo", **url}, 409)
-    request.hub.add_repo(repo_id, kind=kind, private=wanted.get("visibility") == "private")
+    private = wanted.get("visibility") == "private" or wanted.get("private", False)  # the new name and the old
+    request.hub.add_repo(repo_id, kind=kind, private=private)
     return as_json(url)
 
 

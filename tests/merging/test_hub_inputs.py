@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from click_runner import click_runner
 from hub_server import ALICE_TOKEN, HubServer
 from merge_reference import random_model, write_family, write_model
 from safetensors.torch import load_file, save_file
@@ -249,7 +250,7 @@ def test_what_cannot_be_merged_is_refused_before_the_download(
 
 
 def plan(*models: str) -> Result:
-    return CliRunner().invoke(main, ["plan", *models])
+    return click_runner().invoke(main, ["plan", *models])
 
 
 def test_plan_reads_headers_and_small_files_and_says_what_a_merge_would_do(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click_runner import click_runner
 from merge_reference import SHAPES, write_family
 from safetensors.torch import save_file
 
@@ -261,7 +261,7 @@ def test_commands_refuse_a_folder_that_is_written_to(full: list[str], tmp_path: 
     names = {"OUT": str(out), "E0": full[0], "E1": full[1], "t=TEXT": f"t={tmp_path / 'text'}"}
     with sole_writer(out):
         before = contents(out)
-        result = CliRunner().invoke(main, [names.get(word, word) for word in command])
+        result = click_runner().invoke(main, [names.get(word, word) for word in command])
         assert contents(out) == before
     assert result.exit_code == 1
     assert TAKEN in result.output
@@ -279,7 +279,7 @@ def test_measurements_of_a_model_replaced_meanwhile_are_not_kept(
         return EvaluationRecord()
 
     monkeypatch.setattr(import_module("hf_frmerge.cli.evaluate"), "_measure", replaced)
-    result = CliRunner().invoke(main, ["evaluate", str(out), "--data", f"t={tmp_path / 'text'}"])
+    result = click_runner().invoke(main, ["evaluate", str(out), "--data", f"t={tmp_path / 'text'}"])
     assert result.exit_code == 1
     assert "was replaced while it was measured" in result.output
     assert not (out / "merge_evaluation.json").exists()

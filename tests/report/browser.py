@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _FLAGS = ("--headless=new", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--hide-scrollbars")
@@ -34,7 +34,7 @@ class Browser:
         self._session: str | None = None
         self._buffer = b""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Browser:
         # Chromium reads commands from descriptor 3 and answers on 4; ours must not be those before they are in place.
         commands, self._commands = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in os.pipe())
         self._answers, answers = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in os.pipe())

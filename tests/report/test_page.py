@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from click_runner import click_runner
 from evaluation_records import make_record
 
 from hf_frmerge.cli.main import main
@@ -231,7 +232,7 @@ def test_figures_take_their_colours_from_the_page(text: str) -> None:
 
 
 def frmerge(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return click_runner().invoke(main, [str(argument) for argument in arguments])
 
 
 def test_the_command_writes_page_and_figures(evaluated: Path, tmp_path: Path) -> None:

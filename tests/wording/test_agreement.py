@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click_runner import click_runner
 from evaluation_records import make_record
 from markdown_it import MarkdownIt
 from merge_reference import write_family
@@ -83,7 +83,7 @@ def merge_and_evaluate(family: tuple[str, list[str]], folder: Path, record: Eval
         "--output-dir",
         str(folder),
     ]
-    done = CliRunner().invoke(main, command)
+    done = click_runner().invoke(main, command)
     assert done.exit_code == 0, done.output
     save_record(folder, record)
     from hf_frmerge.hub.card.describe import describe_merge

@@ -201,8 +201,11 @@ def _repo_cache(repo_id: str) -> Path:
 
 def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str]) -> Path | None:
     """Return the folder of a commit in the cache, if the cache knows its file list and has all needed files."""
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:  # before 1.23 the cache had no list of a commit's files, and the Hub is asked for it
+        return None
 
     snapshot = _snapshot(repo_id, commit)
     folder = LocalFolder(str(snapshot))

@@ -103,10 +103,10 @@ class HubFolder(RemoteFolder):
         # Whole small files and the heads of large ones are kept in memory, other ranges are not.
         if stop > _FIRST_BYTES and stop < size:
             return self._fetch(name, start, stop)
-        whole = 0, size if stop > _FIRST_BYTES else min(_FIRST_BYTES, size)
-        if (name, *whole) not in self._small:
-            self._small[name, *whole] = self._fetch(name, *whole)
-        return self._small[name, *whole][start:stop]
+        piece = name, 0, size if stop > _FIRST_BYTES else min(_FIRST_BYTES, size)
+        if piece not in self._small:
+            self._small[piece] = self._fetch(*piece)
+        return self._small[piece][start:stop]
 
     def view(self, name: str, size: int, start: int, stop: int) -> NDArray[np.uint8]:
         """

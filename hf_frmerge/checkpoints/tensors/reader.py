@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import PurePosixPath
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,7 +199,7 @@ class Checkpoint:
         """Close open files. Arrays from `read` stay valid."""
         self.folder.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(

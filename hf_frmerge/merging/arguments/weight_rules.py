@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.values import validate_weights
@@ -63,7 +62,7 @@ class WeightSchedule:
     rules: tuple[_Rule, ...]
 
     @classmethod
-    def parse(cls, rules: Iterable[str], default_weights: Sequence[float], n_experts: int) -> Self:
+    def parse(cls, rules: Iterable[str], default_weights: Sequence[float], n_experts: int) -> WeightSchedule:
         """
         Parse rules.
 

@@ -34,7 +34,10 @@ SMALL_FILE = 16 * 2**20
 def sha256_of(path: Path | str) -> str:
     """SHA-256 of a file of any size, as hexadecimal digits."""
     with disk_errors(Path(path), "read"), Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while piece := file.read(2**20):
+            digest.update(piece)
+        return digest.hexdigest()
 
 
 def header_digest(path: Path) -> str:

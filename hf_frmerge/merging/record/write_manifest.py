@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ def write_manifest(
         arguments=arguments,
         experts=tuple(_model(expert, plan, weight) for expert, weight in zip(plan.experts, plan.weights)),
         base_model=_model(plan.base, plan, None) if plan.base else None,
-        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         n_processes=n_processes,
         machine=Machine(platform.machine(), platform.system()),
         report=replace(

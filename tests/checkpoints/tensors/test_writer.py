@@ -43,8 +43,9 @@ CODES = {
     torch.int16: "I16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    CODES[torch.float8_e8m0fnu] = "F8_E8M0"
 
 
 def raw(tensor: torch.Tensor) -> np.ndarray:
