@@ -11,16 +11,19 @@ fail() {
     exit 1
 }
 
-# The first Python of at least 3.11, or the one named by $PYTHON.
+# The versions of constraints.txt need it; the package itself does with 3.10.
+lowest_python=3.11
+
+# The first Python of at least that, or the one named by $PYTHON.
 find_python() {
     local candidate
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$candidate" -c "import sys; sys.exit(sys.version_info < (${lowest_python/./, }))" 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    fail "Python 3.11 or newer is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true)." \
+    fail "Python $lowest_python or newer is needed; ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1 || true)." \
         "Install one, or name it: PYTHON=/path/to/python3.12 bash $0"
 }
 
@@ -53,9 +56,9 @@ install_torch() {
 ensure_installed() {
     local stamp="$venv/.installed-$1" extra="$2" wanted
     make_venv
-    wanted="$(cd "$root" && cat pyproject.toml setup.py constraints.txt scripts/venv.sh hf_frmerge/kernels/*.[ch] | cksum)"
+    wanted="$(cd "$root" && cat pyproject.toml setup.py "$constraints" scripts/venv.sh hf_frmerge/kernels/*.[ch] | cksum)"
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
-    say "Installing PyTorch (constraints.txt pins it; a few minutes the first time)"
+    say "Installing PyTorch (${constraints##*/} pins it; a few minutes the first time)"
     install_torch
     say "Installing hf_frmerge[$extra] and what it needs"
     pip_install -e "$root[$extra]"

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hf_frmerge import FisherRaoMerger
 from hf_frmerge.errors import MergeError
@@ -46,11 +47,10 @@ class Events(MergeCallback):
 
 def merge(root: Path, out: Path, observer: StepObserver | None = None, models: str = "", **options: Any) -> None:
     """Merge the family below `root`; `models` names another set of experts."""
-    blocks.PIECE_ELEMENTS = 200
-    batches.BATCH_TENSORS = 3
     experts = [str(root / f"{models or 'e'}{i}") for i in range(3)]
-    plan = build_plan(experts, MergingArguments(output_dir=str(out), **options), [0.5, 0.3, 0.2])
-    run_merge(plan, observer or StepObserver(), Processes())
+    with patch.object(blocks, "PIECE_ELEMENTS", 200), patch.object(batches, "BATCH_TENSORS", 3):
+        plan = build_plan(experts, MergingArguments(output_dir=str(out), **options), [0.5, 0.3, 0.2])
+        run_merge(plan, observer or StepObserver(), Processes())
 
 
 def merge_all(root: Path, out: Path) -> None:

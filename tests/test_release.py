@@ -35,13 +35,14 @@ def test_lower_bounds_are_the_versions_that_are_tested() -> None:
     tested = {name.lower().replace("-", "_"): Version(version) for name, version in pins}
     needed = lower_bounds(PROJECT["dependencies"])
     assert len(needed) == len(PROJECT["dependencies"])  # everything has one
-    extras = [lower_bounds(extra) for extra in PROJECT["optional-dependencies"].values()]
+    # The demo needs newer versions than a merge does; scripts/quickstart.sh runs it with those of constraints.txt.
+    extras = [lower_bounds(extra) for name, extra in PROJECT["optional-dependencies"].items() if name != "demo"]
     for bounds in (needed, *extras):
         assert {name: version for name, version in bounds.items() if name in tested} == {
             name: tested[name] for name in bounds if name in tested
         }
     assert needed.keys() <= tested.keys()
-    for name in ("demo", "fast", "report", "tensorboard"):
+    for name in ("fast", "report", "tensorboard"):
         assert lower_bounds(PROJECT["optional-dependencies"][name]).keys() <= tested.keys()
 
 

@@ -77,6 +77,8 @@ def predict(
     was_training = model.training
     model.eval()
     for batch in loader:
+        if batch is None:  # what accelerate before 1.10 makes of no rows
+            break
         index = batch.pop(INDEX)
         # The rows of a round come in order: those of process 0, then of process 1, ... Repeated ones are behind them.
         gathered = accelerator.gather(index).cpu()

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_frmerge.checkpoints import folders as files
+from hf_frmerge.checkpoints import local_folder
 from hf_frmerge.checkpoints import page_cache as pages
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint, unchanged
@@ -111,7 +111,7 @@ def test_plain_reads_where_pages_cannot_be_populated(tmp_path, save_model, monke
 
 
 def test_many_threads_and_more_shards_than_open_files(tmp_path):
-    count = 3 * files._OPEN_MAPPINGS
+    count = 3 * local_folder._OPEN_MAPPINGS
     generator = torch.Generator().manual_seed(0)
     tensors = {f"t{i}": torch.randn(5000, generator=generator) for i in range(count)}
     weight_map = {}
@@ -135,7 +135,7 @@ def test_many_threads_and_more_shards_than_open_files(tmp_path):
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(work, range(4))) == [300] * 4
         if before is not None:
-            assert len(os.listdir("/proc/self/fd")) - before <= files._OPEN_MAPPINGS + 4
+            assert len(os.listdir("/proc/self/fd")) - before <= local_folder._OPEN_MAPPINGS + 4
 
 
 def test_ranges_outside_a_tensor_are_a_programming_error(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,8 @@ def test_ragged_rows_need_a_padding_token(model: Any) -> None:
 
 
 def test_other_heads_are_refused(model: Any, tokenizer: Any) -> None:
-    regression = BertForSequenceClassification(type(model.config)(**{**model.config.to_dict(), "num_labels": 1}))
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    regression = BertForSequenceClassification(config)
     with pytest.raises(ArgumentError, match=r"choose one label.*num_labels=1"):
         predict_classes(regression, samples(), tokenizer)
