@@ -137,6 +137,8 @@ class HubFolder(RemoteFolder):
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
         """Ask for one range; the client tries again after rate limits, failures of the Hub and lost connections."""
+        # Not by HfFileSystem: it asks the Hub for a new link before every range, which doubles the requests and counts
+        # against its rate limit, and it takes a whole file for the range where a server ignores the header.
         from huggingface_hub import hf_hub_url
 
         with reading_from_hub(self.repo_id, self.commit):
@@ -148,9 +150,9 @@ class HubFolder(RemoteFolder):
                 url = hf_hub_url(self.repo_id, name, revision=self.commit)
                 data = self._get(url, build_hf_headers(token=self._token), start, stop, name)
         if data is None or len(data) != stop - start:
-            found = "an answer without a range" if data is None else f"{len(data)} bytes"
+            answer = "an answer without a range" if data is None else f"{len(data)} bytes"
             raise OSError(
-                errno.EIO, f"asked the Hub for {stop - start} bytes of {name} from byte {start}, got {found}"
+                errno.EIO, f"asked the Hub for {stop - start} bytes of {name} from byte {start}, got {answer}"
             )
         return data
 
