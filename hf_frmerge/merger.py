@@ -21,24 +21,22 @@ from hf_frmerge.evaluation.record import EvaluationRecord, save_record
 from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
 from hf_frmerge.hub.check_plan import check_plan
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeControl
+from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeCallback, MergeControl
 from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
 from hf_frmerge.merging.callbacks.defaults import with_default_callbacks
 from hf_frmerge.merging.callbacks.state import MergeState
 from hf_frmerge.merging.engine.processes import Processes, check_same_commits
 from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.record.find_models import MergeModels
 from hf_frmerge.merging.run import run_merge
+from hf_frmerge.methods.method import Paper
 from hf_frmerge.methods.table import FISHER_RAO
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import EvalPrediction
     from typing_extensions import Self
-
-    from hf_frmerge.merging.callbacks.callback import MergeCallback
-    from hf_frmerge.merging.planning.plan import MergePlan
-    from hf_frmerge.methods.method import Paper
 
 logger = logging.getLogger(__name__)
 

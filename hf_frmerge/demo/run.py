@@ -236,8 +236,8 @@ def _evaluate(name: str, folder: str, texts: Mapping[str, list[str]], dtype: str
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     for domain, rows in texts.items():
-        found = evaluate_causal_lm(model, tokenizer, rows, batch_size=4)
-        yield Score(name, domain, found.by_name(), found.n_tokens)
+        metrics = evaluate_causal_lm(model, tokenizer, rows, batch_size=4)
+        yield Score(name, domain, metrics.by_name(), metrics.n_tokens)
     del model
     gc.collect()  # models hold reference cycles; the next one is loaded into the memory this frees
 

@@ -41,24 +41,22 @@ def headlines(record: EvaluationRecord, output_dir: str | Path | None = None) ->
     largest, and `entropy`, the smallest, of its continuations; with `output_dir`, the folder of the merge,
     `norm_ratio`, see `norm_headline`.
     """
-    found = [headline for domain in record.domains for headline in _of_domain(record, domain)]
+    rows = [headline for domain in record.domains for headline in _of_domain(record, domain)]
     shares = [
         Headline(f"recovery_{row.expert}", row.share, f"on {row.domain}")
         for row in record.recovery
         if row.model == MERGED and row.share is not None
     ]
-    found += shares
+    rows += shares
     named = [Headline("recovery", h.value, f"{h.name.removeprefix('recovery_')} {h.place}") for h in shares]
     layers = record.collapse()
     written = [row for row in record.generations if row.model == MERGED]
-    found += _lowest(named)
-    found += _lowest([Headline("effective_rank", row.effective_rank, f"layer {row.layer}") for row in layers])
-    found += _lowest(
-        [Headline("activation_variance", row.activation_variance, f"layer {row.layer}") for row in layers]
-    )
-    found += _highest([Headline("repetition", row.repetition, f"continuing {row.domain}") for row in written])
-    found += _lowest([Headline("entropy", row.entropy, f"continuing {row.domain}") for row in written])
-    return [*found, *norm_headline(output_dir)] if output_dir is not None else found
+    rows += _lowest(named)
+    rows += _lowest([Headline("effective_rank", row.effective_rank, f"layer {row.layer}") for row in layers])
+    rows += _lowest([Headline("activation_variance", row.activation_variance, f"layer {row.layer}") for row in layers])
+    rows += _highest([Headline("repetition", row.repetition, f"continuing {row.domain}") for row in written])
+    rows += _lowest([Headline("entropy", row.entropy, f"continuing {row.domain}") for row in written])
+    return [*rows, *norm_headline(output_dir)] if output_dir is not None else rows
 
 
 def metrics_of_models(record: EvaluationRecord, prefix: str) -> dict[str, float]:
@@ -82,18 +80,18 @@ def norm_headline(output_dir: str | Path) -> list[Headline]:
     )
 
 
-def by_key(found: Iterable[Headline], prefix: str = "", *, name_domains: bool = True) -> dict[str, Headline]:
+def by_key(measured: Iterable[Headline], prefix: str = "", *, name_domains: bool = True) -> dict[str, Headline]:
     """
     Return headlines by the names metrics have: `<prefix>_<domain>_<name>`, or `<prefix>_<name>`.
 
     Args:
-        found (`Iterable[Headline]`): The headlines.
+        measured (`Iterable[Headline]`): The headlines.
         prefix (`str`, *optional*): Put before every name.
         name_domains (`bool`, *optional*, defaults to `True`): Whether the names hold the domain.
     """
     return {
         "_".join(part for part in (prefix, headline.domain if name_domains else None, headline.name) if part): headline
-        for headline in found
+        for headline in measured
     }
 
 
@@ -135,7 +133,7 @@ def metric_events(
 
 
 def _of_domain(record: EvaluationRecord, domain: str) -> list[Headline]:
-    found = [
+    rows = [
         Headline(name, math.nan if value is None else value, domain, domain)
         for score in record.scores
         if score.model == MERGED and score.domain == domain
@@ -143,21 +141,19 @@ def _of_domain(record: EvaluationRecord, domain: str) -> list[Headline]:
     ]
     pairs = [row for row in record.distances if row.model == MERGED and row.domain == domain]
     pairs = [row for row in pairs if row.other in record.experts]
-    found += _highest([Headline("fisher_rao", r.fisher_rao.mean, f"{domain}, to {r.other}", domain) for r in pairs])
-    found += _lowest(
-        [Headline("top1_agreement", r.top1_agreement, f"{domain}, with {r.other}", domain) for r in pairs]
-    )
+    rows += _highest([Headline("fisher_rao", r.fisher_rao.mean, f"{domain}, to {r.other}", domain) for r in pairs])
+    rows += _lowest([Headline("top1_agreement", r.top1_agreement, f"{domain}, with {r.other}", domain) for r in pairs])
     for row in record.objectives:
         if row.domain == domain:
-            found.append(Headline("objective", row.value, domain, domain))
-            found.append(Headline("to_barycentre", row.to_barycentre.mean, domain, domain))
-    return found
+            rows.append(Headline("objective", row.value, domain, domain))
+            rows.append(Headline("to_barycentre", row.to_barycentre.mean, domain, domain))
+    return rows
 
 
-def _lowest(found: list[Headline]) -> list[Headline]:
+def _lowest(candidates: list[Headline]) -> list[Headline]:
     """Return the one with the lowest value; one that is no number is worse than any."""
-    return [min(found, key=lambda h: -math.inf if math.isnan(h.value) else h.value)] if found else []
+    return [min(candidates, key=lambda h: -math.inf if math.isnan(h.value) else h.value)] if candidates else []
 
 
-def _highest(found: list[Headline]) -> list[Headline]:
-    return [max(found, key=lambda h: math.inf if math.isnan(h.value) else h.value)] if found else []
+def _highest(candidates: list[Headline]) -> list[Headline]:
+    return [max(candidates, key=lambda h: math.inf if math.isnan(h.value) else h.value)] if candidates else []

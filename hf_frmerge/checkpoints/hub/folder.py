@@ -139,6 +139,8 @@ class HubFolder(RemoteFolder):
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
         """Fetch one range; the client retries after rate limits, server errors and lost connections."""
+        # Not by HfFileSystem: it asks the Hub for a new link before every range, which doubles the requests and counts
+        # against its rate limit, and it takes a whole file for the range where a server ignores the header.
         from huggingface_hub import hf_hub_url
 
         with reading_from_hub(self.repo_id, self.commit):

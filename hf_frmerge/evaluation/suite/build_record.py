@@ -104,8 +104,8 @@ def _add_text(
     targets = blocks.targets.numpy()
     with store.tables(number, models) as (tables, pairs):
         for name, table in tables.items():
-            found = metrics_of(table.read("log_prob"), float(np.mean(table.read("first") == targets)))
-            record.scores.append(Score(name, domain, found.by_name(), found.n_tokens, blocks.n_samples))
+            metrics = metrics_of(table.read("log_prob"), float(np.mean(table.read("first") == targets)))
+            record.scores.append(Score(name, domain, metrics.by_name(), metrics.n_tokens, blocks.n_samples))
         record.distances += [summarise(one, two, domain, table) for (one, two), table in pairs.items()]
         experts = [name for name in record.experts if name in models]
         if MERGED not in models or not experts:
@@ -146,8 +146,12 @@ def recovered(scores: Iterable[Score], merged: Iterable[str], experts: Sequence[
     rows = []
     for model in merged:
         for expert in experts:
-            own = losses[expert]
-            domain = expert if expert in own else max(own, key=lambda name: losses[base][name] - own[name])
+            by_domain = losses[expert]
+            domain = (
+                expert
+                if expert in by_domain
+                else max(by_domain, key=lambda name: losses[base][name] - by_domain[name])
+            )
             base_loss, expert_loss, loss = (losses[name][domain] for name in (base, expert, model))
             share = recovery(base_loss, expert_loss, loss)
             known = None if math.isnan(share) else share

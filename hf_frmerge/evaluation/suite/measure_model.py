@@ -102,7 +102,7 @@ def _create_tables(
 
 
 class _Recorder:
-    """Takes what is wanted from every batch."""
+    """Collects the requested measures of every batch."""
 
     def __init__(
         self,

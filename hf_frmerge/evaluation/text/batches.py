@@ -114,18 +114,18 @@ class ClassificationCollator:
         return dict(self.processing_class.pad(features, return_tensors="pt"))
 
     def _label(self, index: int, row: Row) -> int:
-        found = [row[name] for name in _LABEL_COLUMNS if name in row] if isinstance(row, Mapping) else []
-        if not found:
+        labels = [row[name] for name in _LABEL_COLUMNS if name in row] if isinstance(row, Mapping) else []
+        if not labels:
             columns = sorted(row) if isinstance(row, Mapping) else type(row).__name__
             raise ArgumentError(
                 f"Row {index} of the evaluation data needs a column `label` or `labels`, found {columns}: a "
                 "classifier is measured by its accuracy."
             )
-        label = self.label_ids.get(found[0]) if isinstance(found[0], str) else int(found[0])
+        label = self.label_ids.get(labels[0]) if isinstance(labels[0], str) else int(labels[0])
         if label is None or not 0 <= label < self.n_labels:
             names = sorted(self.label_ids, key=lambda name: self.label_ids[name])
             raise ArgumentError(
-                f"Row {index} of the evaluation data has the label {found[0]!r}, but the classifier knows "
+                f"Row {index} of the evaluation data has the label {labels[0]!r}, but the classifier knows "
                 f"{', '.join(map(str, names))} (numbers 0 to {self.n_labels - 1})."
             )
         return label

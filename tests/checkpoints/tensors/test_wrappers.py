@@ -19,6 +19,7 @@ from hf_frmerge.checkpoints.tensors.alignment import align
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped, unwrapped_pattern
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.evaluation.suite.inputs import find_inputs
+from hf_frmerge.evaluation.suite.settings import ModelSet
 
 WRAPPERS = {
     "compiled": torch.compile,
@@ -46,8 +47,7 @@ def test_a_wrapped_model_is_read_as_the_model_in_it(tmp_path, save_model, open_f
     assert all(np.array_equal(found.read(name), plain.read(name)) for name in plain.tensors)
     assert found.wrapped in state
     with pytest.raises(CheckpointError, match=r"'[^']*wrapped' was saved inside a wrapper"):
-        options = {"block_size": 8, "packing": True, "base_model": None, "processing_class": None, "token": None}
-        find_inputs({"m": wrapped}, {"t": ["a b"]}, {"m": "expert"}, **options)
+        find_inputs(ModelSet({"m": wrapped}, {"m": "expert"}), {"t": ["a b"]}, block_size=8, packing=True)
     (note,) = align([plain, found]).notes
     assert "'wrapped' was saved inside a wrapper" in note
     assert found.wrapped in note
