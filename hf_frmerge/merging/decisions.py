@@ -119,7 +119,6 @@ def trimming_of(entry: dict[str, Any]) -> Trimming:
 
 def geometry_of(entry: dict[str, Any]) -> Geometry:
     """Read a `Geometry` from the JSON values of its fields; others are passed over."""
-    known = [field.name for field in fields(Geometry) if field.name in entry]
-    values: dict[str, Any] = {name: entry[name] for name in known}
+    values: dict[str, Any] = {field.name: entry[field.name] for field in fields(Geometry)}
     lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return Geometry(**{**values, **lists})

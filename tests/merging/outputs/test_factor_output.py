@@ -453,6 +453,26 @@ def test_a_failed_merge_resumes_to_the_same_bits(
     assert report.truncation_error == read_manifest(tmp_path / "whole").report.factors.truncation_error
 
 
+def test_what_was_written_before_a_stop_is_recorded_after_the_resume(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
+    merge_adapters(folders, [0.4, 0.6], tmp_path / "whole", adapter_rank=2)
+
+    def stop(*args: Any) -> dict[str, Path]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorOutput, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge_adapters(folders, [0.4, 0.6], tmp_path / "out", adapter_rank=2)
+    merge_adapters(folders, [0.4, 0.6], tmp_path / "out", adapter_rank=2, resume_from_checkpoint=True)
+    whole, resumed = (read_manifest(tmp_path / name) for name in ("whole", "out"))
+    assert resumed.tensors == whole.tensors
+    assert resumed.report.factors == whole.report.factors
+    assert {tensor.rank for tensor in resumed.tensors.values()} == {2}
+
+
 def test_every_method_of_the_table_runs_on_adapters(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(2)]
     for method in (method.name for method in METHODS.values() if method.kind == "span"):
