@@ -21,11 +21,9 @@ from hf_frmerge.evaluation.record import EvaluationRecord, save_record
 from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
 from hf_frmerge.hub.check_plan import check_plan
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.callbacks.callback import CallbackHandler, MergeCallback, MergeControl
+from hf_frmerge.merging.callbacks.callback_host import CallbackHost
 from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
-from hf_frmerge.merging.callbacks.defaults import with_default_callbacks
-from hf_frmerge.merging.callbacks.state import MergeState
-from hf_frmerge.merging.engine.processes import Processes, check_same_commits
+from hf_frmerge.merging.engine.processes import check_same_commits
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.record.find_models import MergeModels
@@ -38,10 +36,12 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction
     from typing_extensions import Self
 
+    from hf_frmerge.merging.callbacks.callback import MergeCallback
+
 logger = logging.getLogger(__name__)
 
 
-class FisherRaoMerger:
+class FisherRaoMerger(CallbackHost):
     """
     Merge fine-tunes of one model into one: the weighted Karcher mean (arXiv 2603.04972), or a baseline.
 
@@ -51,18 +51,15 @@ class FisherRaoMerger:
             LoRA adapters, or both.
         args (`MergingArguments`, *optional*):
             Options. By default `MergingArguments()`: the Karcher mean of whole tensors, into `merged`.
-        weights (`Sequence[float]`, *optional*):
-            One non-negative number per expert; all alike by default.
+        weights (`Sequence[float]`, *optional*): One non-negative number per expert; all alike by default.
         base_model (`str`, *optional*):
             The model the experts were fine-tuned from. Needed for adapters and for `space="deltas"`.
-        processing_class (*optional*):
-            Tokenizer used by `evaluate`; by default the merged model's.
+        processing_class (*optional*): Tokenizer used by `evaluate`; by default the merged model's.
         eval_dataset (*optional*):
             Dataset, or dict of datasets, for `evaluate`: a `text` column, `input_ids`, or a list of strings.
         compute_metrics (`Callable`, *optional*):
             Called with the `EvalPrediction` of the merged model on each evaluated dataset, returns metrics.
-        callbacks (`list`, *optional*):
-            Callbacks besides the default ones; classes or instances.
+        callbacks (`list`, *optional*): Callbacks besides the default ones; classes or instances.
         preprocess_logits_for_metrics (`Callable`, *optional*):
             Called with the logits and labels of each batch; what it returns is kept for `compute_metrics` in their
             place. The logits of a language model for a whole dataset seldom fit in memory.
@@ -99,8 +96,8 @@ class FisherRaoMerger:
     ) -> None:
         if isinstance(experts, str):
             raise ArgumentError(f"experts must be a list of two or more models, but got the one name {experts!r}.")
+        super().__init__(args if args is not None else MergingArguments(), callbacks or (), processing_class)
         self.experts = list(experts)
-        self.args = args if args is not None else MergingArguments()
         self.weights = weights
         self.base_model = base_model
         self.processing_class = processing_class
@@ -109,37 +106,11 @@ class FisherRaoMerger:
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         self.report: dict[str, Any] = {}
         self.evaluation = EvaluationRecord()
-        if self.args.log_level != "passive":
-            logging.getLogger("hf_frmerge").setLevel(self.args.get_process_log_level())
-
-        self.processes = Processes()
-        is_main = self.processes.is_main
-        self.state = MergeState(is_world_process_zero=is_main, is_local_process_zero=is_main)
-        # Callbacks listen on the main process only: one merge, one log, whatever the number of processes.
-        listeners = with_default_callbacks(callbacks or (), self.args)
-        self.callback_handler = CallbackHandler(listeners if is_main else (), processing_class=processing_class)
-        self.control = self.callback_handler.on_init_end(self.args, self.state, MergeControl())
-
-    def add_callback(self, callback: MergeCallback | type[MergeCallback]) -> None:
-        """Add a callback, given as a class or an instance."""
-        self.callback_handler.add_callback(callback)
-
-    def pop_callback(self, callback: MergeCallback | type[MergeCallback]) -> MergeCallback | None:
-        """Remove a callback and return it."""
-        return self.callback_handler.pop_callback(callback)
-
-    def remove_callback(self, callback: MergeCallback | type[MergeCallback]) -> None:
-        """Remove a callback."""
-        self.callback_handler.remove_callback(callback)
 
     @property
     def is_merged(self) -> bool:
         """Whether `merge` has completed."""
         return bool(self.report.get("complete"))
-
-    def is_world_process_zero(self) -> bool:
-        """Whether this is the process that writes and talks."""
-        return self.processes.is_main
 
     def plan(self, resume_from_checkpoint: bool | None = None) -> MergePlan:
         """
@@ -164,8 +135,7 @@ class FisherRaoMerger:
         Merge the experts into `args.output_dir`; then evaluate (`args.do_eval`) and push (`args.push_to_hub`).
 
         Args:
-            resume_from_checkpoint (`bool`, *optional*):
-                Overrides the argument of the same name.
+            resume_from_checkpoint (`bool`, *optional*): Overrides the argument of the same name.
 
         Returns:
             `FisherRaoMerger`: Itself, so that `.merge().push_to_hub()` reads as it runs.
@@ -190,7 +160,7 @@ class FisherRaoMerger:
             outcome = run_merge(plan, observer, self.processes, self._complete_folder)
         self.control = observer.control
         self.report = {**outcome.report.to_dict(), "complete": outcome.complete}
-        self._end()
+        self._end(self.report)
         # Only the main process has callbacks, but all take part in an evaluation.
         if any(self.processes.gather([self.control.should_evaluate])):
             self.evaluate()
@@ -210,10 +180,8 @@ class FisherRaoMerger:
             eval_dataset (*optional*):
                 As at construction: a `Dataset`, an `IterableDataset`, or a dict of them, which is told dataset by
                 dataset under `<prefix>_<name>`, and at last what was measured over all of them.
-            ignore_keys (`list[str]`, *optional*):
-                Outputs of the model that are no predictions for `compute_metrics`.
-            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
-                Prefix of the metrics' names.
+            ignore_keys (`list[str]`, *optional*): Outputs of the model that are no predictions for `compute_metrics`.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the metrics' names.
 
         Returns:
             `dict[str, float]`: The metrics, as they were logged; all that was found is in `evaluation`.
@@ -231,7 +199,7 @@ class FisherRaoMerger:
         events = metric_events(measured, metric_key_prefix, domains if is_named else (), speed)
         for event in events:
             self.log(event.metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, **vars(event))
+            self._fire("on_evaluate", **vars(event))
         return {name: value for event in events for name, value in event.metrics.items()}
 
     def evaluate_experts(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -286,16 +254,13 @@ class FisherRaoMerger:
         Args:
             repo_id (`str`, *optional*):
                 Repository; by default `args.hub_model_id`, else the name of the output folder.
-            commit_message (`str`, *optional*, defaults to `"Upload merged model"`):
-                Message of the commit.
-            blocking (`bool`, *optional*, defaults to `True`):
-                Wait for the upload.
-            token, revision, private (*optional*):
-                As `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`.
+            commit_message (`str`, *optional*, defaults to `"Upload merged model"`): Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): Wait for the upload.
+            token, revision, private (*optional*): By default `args.hub_token`, `args.hub_revision`,
+                `args.hub_private_repo`.
             create_pr (`bool`, *optional*, defaults to `False`):
                 Open a pull request instead of committing to the branch.
-            card_fields:
-                As for `create_model_card`.
+            card_fields: As for `create_model_card`.
 
         Returns:
             `CommitInfo` if `blocking`, else a `Future` of it; `None` on processes other than the main one.
@@ -307,7 +272,7 @@ class FisherRaoMerger:
         self._require_merge("push_to_hub")
         if self.control.should_merge_stop:
             raise MergeError(f"Not pushed: {self.control.stop_reason or 'a callback asked to stop'}.")
-        self.control = self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._fire("on_push_begin")
         if not self.processes.is_main:
             return None
         from hf_frmerge.hub.push import full_repo_id, push_folder
@@ -339,11 +304,6 @@ class FisherRaoMerger:
         )
         return self.callback_handler.model
 
-    def log(self, logs: dict[str, Any]) -> None:
-        """Add to `state.log_history` and tell the callbacks."""
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-
     def _measure(
         self, domains: Mapping[str, Any], merged: Any, ignore_keys: list[str] | None = None
     ) -> tuple[EvaluationRecord, dict[str, float]]:
@@ -351,16 +311,15 @@ class FisherRaoMerger:
         from hf_frmerge.evaluation.suite.merge_evaluation import UserMetrics, measure_merge
 
         models = MergeModels(self.experts, self.weights, self.base_model)
-        tokenizer, preprocess = self.processing_class, self.preprocess_logits_for_metrics
-        user = UserMetrics(lambda: self.model, self.compute_metrics, preprocess, ignore_keys)
-        record, speed = measure_merge(self.args, models, merged, domains, tokenizer, user, self._on_prediction_step)
+        user = UserMetrics(lambda: self.model, self.compute_metrics, self.preprocess_logits_for_metrics, ignore_keys)
+        record, speed = measure_merge(
+            self.args, models, merged, domains, self.processing_class, user,
+            on_prediction_step=lambda loader: self._fire("on_prediction_step", eval_dataloader=loader),
+        )  # fmt: skip
         self.evaluation.update(record)
         if self.is_merged and self.processes.is_main:
             save_record(self.args.output_dir, self.evaluation)
         return record, speed
-
-    def _on_prediction_step(self, loader: Any) -> None:
-        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control, loader)
 
     def _begin(self, plan: MergePlan) -> None:
         """Reset what an earlier merge left, and fire `on_merge_begin`."""
@@ -369,7 +328,7 @@ class FisherRaoMerger:
         self.callback_handler.model = None
         self.evaluation = EvaluationRecord()
         self.state.start(plan)
-        self.control = self.callback_handler.on_merge_begin(self.args, self.state, self.control)
+        self._fire("on_merge_begin")
 
     def _complete_folder(self) -> None:
         """Write what comes beside model and record, and upload it all where the output is behind a URL."""
@@ -377,22 +336,6 @@ class FisherRaoMerger:
             save_record(self.args.output_dir, self.evaluation)
         self._describe()
         upload(self.args.output_dir)
-
-    def _end(self) -> None:
-        """Fire `on_save` and `on_merge_end`; of a merge that was stopped the latter, then raise."""
-        handler, state = self.callback_handler, self.state
-        if self.is_merged:
-            self.control = handler.on_save(self.args, state, self.control)
-            totals = ("n_merged", "n_copied", "seconds", "bytes_per_second", "n_not_converged", "residual")
-            self.log({f"merge_{name}": self.report[name] for name in totals if name in self.report})
-        # Reporters close their run and bars their line here, so a stopped merge has an end too.
-        self.control = handler.on_merge_end(self.args, state, self.control)
-        if not self.is_merged:
-            reason = self.control.stop_reason or "a callback asked for it"
-            raise MergeError(
-                f"The merge was stopped after {state.global_step} of {state.max_steps} tensors: {reason}. "
-                f"{self.args.output_dir!r} holds no model; pass resume_from_checkpoint=True to go on."
-            )
 
     def _describe(self, **card_fields: Any) -> Path:
         """Write the card; without `draw` it has no figures, which take longer than a small merge."""
