@@ -19,6 +19,7 @@ from project_file import PYPROJECT
 ROOT = Path(__file__).parents[1]
 PROJECT = PYPROJECT["project"]
 ABI = "abi3" if sys.version_info >= (3, 11) else "cpython-310.*"
+EXTENSION = re.compile(rf"hf_frmerge/kernels/_native\.{ABI}\.(so|pyd)")
 
 
 def lower_bounds(requirements: list[str]) -> dict[str, Version]:
@@ -93,13 +94,13 @@ def test_the_source_distribution_builds_with_a_compiler_and_without(tmp_path: Pa
         with zipfile.ZipFile(build(source, tmp_path, "wheel")) as wheel:
             names = set(wheel.namelist())
         assert data <= names
-        assert any(re.fullmatch(rf"hf_frmerge/kernels/_native\.{ABI}\.(so|pyd)", name) for name in names)
+        assert any(map(EXTENSION.fullmatch, names))
         assert not any(name.startswith(("tests/", "scripts/")) for name in names)
         for leftover in ("build", "hf_frmerge.egg-info"):
             shutil.rmtree(source / leftover, ignore_errors=True)
 
     with zipfile.ZipFile(build(source, tmp_path, "wheel", CC="false", CXX="false")) as wheel:
-        assert not any(re.search(r"_native\..*(so|pyd)$", name) for name in wheel.namelist())
+        assert not any(map(EXTENSION.fullmatch, wheel.namelist()))
         wheel.extractall(tmp_path / "pure")
     program = (
         "from hf_frmerge.demo.texts import expert_dirs; "
