@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def test_models_are_where_they_were_unless_the_user_says_otherwise(merged: Path)
 def test_models_of_the_hub_are_found_at_the_commit_that_was_merged(merged: Path) -> None:
     experts, base = places(merged)
     manifest = read_manifest(merged)
-    manifest["experts"][1] |= {"id": "org/e1", "on_hub": True, "commit": "f" * 40}
-    found = find_models(merged, manifest, option="--x")
+    first, second = manifest.experts
+    pinned = replace(second, id="org/e1", on_hub=True, commit="f" * 40)
+    found = find_models(merged, replace(manifest, experts=(first, pinned)), option="--x")
     assert found == MergeModels([experts[0], "org/e1@" + "f" * 40], [0.75, 0.25], base)
 
 
