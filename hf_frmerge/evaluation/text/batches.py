@@ -91,7 +91,7 @@ class ClassificationCollator:
         Encode and pad a list of `(index, row)`.
 
         Raises:
-            ArgumentError: If a row has no label the model knows, or needs a tokenizer or padding token that is missing.
+            ArgumentError: If a row has no label the model knows, or a tokenizer or padding token is missing.
         """
         features = [self._features(index, row) for index, row in items]
         labels = [self._label(index, row) for index, row in items]
