@@ -51,14 +51,14 @@ def headlines(record: EvaluationRecord, output_dir: str | Path | None = None) ->
         if row.model == MERGED and row.share is not None
     ]
     rows += shares
-    named = [Headline("recovery", h.value, f"{h.name.removeprefix('recovery_')} {h.place}") for h in shares]
+    by_expert = [Headline("recovery", h.value, f"{h.name.removeprefix('recovery_')} {h.place}") for h in shares]
     layers = record.collapse()
-    written = [row for row in record.generations if row.model == MERGED]
-    rows += _lowest(named)
+    continuations = [row for row in record.generations if row.model == MERGED]
+    rows += _lowest(by_expert)
     rows += _lowest([Headline("effective_rank", row.effective_rank, f"layer {row.layer}") for row in layers])
     rows += _lowest([Headline("activation_variance", row.activation_variance, f"layer {row.layer}") for row in layers])
-    rows += _highest([Headline("repetition", row.repetition, f"continuing {row.domain}") for row in written])
-    rows += _lowest([Headline("entropy", row.entropy, f"continuing {row.domain}") for row in written])
+    rows += _highest([Headline("repetition", row.repetition, f"continuing {row.domain}") for row in continuations])
+    rows += _lowest([Headline("entropy", row.entropy, f"continuing {row.domain}") for row in continuations])
     return [*rows, *norm_headline(output_dir)] if output_dir is not None else rows
 
 

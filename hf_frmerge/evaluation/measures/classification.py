@@ -56,9 +56,8 @@ def predict_classes(
     accelerator = accelerator or Accelerator()
     _require_single_label(model.config)
     if model.config.pad_token_id is None and processing_class is not None:
-        model.config.pad_token_id = (
-            processing_class.pad_token_id
-        )  # a decoder classifies the last token before the padding
+        # A decoder classifies the last token before the padding, so it has to know the padding.
+        model.config.pad_token_id = processing_class.pad_token_id
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
     loader = batches_of(
