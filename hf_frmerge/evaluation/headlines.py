@@ -144,6 +144,7 @@ def _of_domain(record: EvaluationRecord, domain: str) -> list[Headline]:
         for name, value in score.metrics.items()
     ]
     pairs = [row for row in record.distances if row.model == MERGED and row.domain == domain]
+    # Distance to the base is no defect: a merge is meant to leave the base.
     pairs = [row for row in pairs if row.other in record.experts]
     rows += _highest([Headline("fisher_rao", r.fisher_rao.mean, f"{domain}, to {r.other}", domain) for r in pairs])
     rows += _lowest([Headline("top1_agreement", r.top1_agreement, f"{domain}, with {r.other}", domain) for r in pairs])

@@ -294,6 +294,7 @@ class EvaluationRecord:
             elif part.name == "commands":
                 mine.extend(command for command in theirs if command not in mine)
             else:
+                # Rows are replaced, not added: evaluating twice must not list a result twice.
                 new = {_key(row) for row in theirs}
                 mine[:] = [row for row in mine if _key(row) not in new] + theirs
 
@@ -332,6 +333,7 @@ def load_record(folder: Path | str) -> EvaluationRecord | None:
         entry = json.loads(opened.read(EVALUATION_FILE))
     except ValueError as error:
         raise CheckpointError(f"{folder}/{EVALUATION_FILE} is not valid JSON: {error}. Evaluate again.") from error
+    # A merge with other weights gives another digest, so an old record is never shown beside new weights.
     if entry.get("format_version") != FORMAT_VERSION or entry["merge"] != merge_digest(folder):
         return None
     return EvaluationRecord.from_dict(entry)

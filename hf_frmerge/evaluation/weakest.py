@@ -77,6 +77,7 @@ def _gaps(scores: Sequence[Score], metric: str, lower_is_better: bool) -> list[W
         better: Callable[..., str] = min if lower_is_better else max
         best = better(others, key=others.__getitem__)
         gap = _scale(metric, values[MERGED]) - _scale(metric, others[best])
+        # Positive means behind, whichever direction is better.
         gap = gap if lower_is_better else -gap
         # A NaN would make `max` depend on the order of the domains; infinite puts the failed domain first.
         gaps.append(

@@ -215,6 +215,7 @@ def _stated_error(both: Array, even: Array, odd: Array) -> float:
         even (`np.ndarray`): Distances from the even draws.
         odd (`np.ndarray`): Distances from the odd draws.
     """
+    # Half of the standard error of the difference, by the factor four above.
     noise = 0.5 * math.sqrt(math.fsum((even - odd) ** 2)) / len(even)
     bias = _mean(0.5 * (even + odd)) - _mean(both)
     return ERRORS_STATED * (noise + abs(bias))

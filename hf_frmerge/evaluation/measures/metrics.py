@@ -90,7 +90,7 @@ class RepresentationCollapse(evaluate.Metric):
 
     def _compute(self, activations: Any, expert_activations: Any, **others: Any) -> dict[str, float]:
         merged = _layer_statistics(activations)
-        # `evaluate` wants the tokens on the first axis of every input; here it is the experts.
+        # `evaluate` asks for one entry per token in every input: `(tokens, experts, d)`.
         experts = [_layer_statistics(expert) for expert in np.asarray(expert_activations).swapaxes(0, 1)]
         return {
             "variance_ratio": merged.activation_variance / float(np.mean([e.activation_variance for e in experts])),

@@ -45,6 +45,7 @@ def _digest_folder(folder: Path) -> str:
     """Digest names and contents of a folder's model files."""
     digest = xxhash.xxh3_128()
     for path in _files(folder):
+        # The name counts too: the same bytes under another name are another model.
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(_READ_BYTES):

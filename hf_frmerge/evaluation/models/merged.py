@@ -32,6 +32,7 @@ def whole_model(output_dir: str, base_model: str | None = None, token: str | Non
     config = Path(output_dir) / "adapter_config.json"
     if not config.is_file():
         return output_dir
+    # The caller's base first: the configuration may name a folder of the machine the adapter was trained on.
     base = base_model or json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     return resolve(base, token=token).path
 

@@ -35,6 +35,7 @@ def models_of_merge(
     for spec in experts:
         short = _last_part(spec)
         taken = {BASE, MERGED, *models}
+        # Two experts may share a last part, as in `a/final` and `b/final`.
         name = next(name for name in chain([short], (f"{short}-{n}" for n in count(2))) if name not in taken)
         models[name], roles[name] = spec, "expert"
     if merged is not None:

@@ -103,7 +103,7 @@ def _create_tables(
 
 
 class _Recorder:
-    """Collects the requested measures of every batch."""
+    """Collect the requested measures of every batch."""
 
     def __init__(
         self,

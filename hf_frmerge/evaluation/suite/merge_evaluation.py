@@ -152,6 +152,7 @@ def measure_merge(
     if merged is not None and processing_class is None:
         processing_class = tokenizer_of(whole_model(args.output_dir, models.base_model, args.hub_token))
     if isinstance(merged, torch.nn.Module) and args.eval_dtype != "auto":
+        # A model in memory is measured in the dtype that one on disk would be loaded in.
         merged.to(getattr(torch, args.eval_dtype))
     model_set = models_to_measure(models, merged, processing_class, args.hub_token)
     if merged is not None and not args.evaluate_experts:
@@ -193,6 +194,7 @@ def _with_base_and_tokenizer(models: ModelSet, sources: Mapping[str, Source]) ->
     models = replace(models, base_model=base)
     if tokenizer is None:
         folders = [_whole_folder(models, sources[name]) for name in (_main_model(models), *sources) if name in sources]
+        # The merged model first: its tokenizer is the one that it is used with.
         tokenizer = next(filter(None, map(tokenizer_of, folders)), None)
     return replace(models, processing_class=tokenizer)
 

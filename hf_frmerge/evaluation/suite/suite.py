@@ -85,7 +85,7 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class _Suite:
-    """Runs the models of an evaluation whose results are incomplete."""
+    """Run the models whose results are not all in the cache."""
 
     inputs: Inputs
     store: ResultStore

@@ -30,7 +30,7 @@ class TokenBlocks:
 
     Attributes:
         tokens: `(M,)`, int64.
-        labels: `(M,)`, int64: the tokens themselves, or `IGNORED_LABEL`.
+        labels: `(M,)`, int64; `IGNORED_LABEL` where the token is not predicted.
         bounds: range `[start, stop)` of every block in `tokens`; each block has at least one prediction.
         block_size: tokens of the longest block.
         n_samples: rows of the dataset; 0 if they were joined into one stream.
