@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain numbers in one file beside the weights: terminal, card and report read it."""
+"""Results of an evaluation, as plain numbers in one file beside the weights; terminal, card and report read it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record.manifest import EVALUATION_FILE
 
 FORMAT_VERSION = 2
+"""Version of the file; records of other versions are ignored."""
 
 MERGED = "merged"
 """Name of the merged model in every record."""
@@ -26,10 +27,12 @@ Role = Literal["merged", "expert", "base"]
 @dataclass(frozen=True)
 class Score:
     """
-    One model on one domain.
+    Metrics of one model on one domain.
 
     Attributes:
-        metrics: by name: `loss` in nats a token, `perplexity`, `token_accuracy`, `accuracy`, or what a user computes.
+        metrics: values by name: `loss` in nats a token, `perplexity`, `token_accuracy`, `accuracy`, or user metrics.
+        n_tokens: tokens scored; 0 for classifiers and tasks of a harness.
+        n_samples: rows of the dataset; 0 if they were joined into one stream.
     """
 
     model: str
@@ -41,7 +44,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a quantity over tokens: mean, median, 95th percentile, largest."""
+    """Summary statistics of a quantity over tokens: mean, median, 95th percentile, maximum."""
 
     mean: float
     median: float
@@ -52,21 +55,21 @@ class Spread:
 @dataclass(frozen=True)
 class FunctionDistance:
     """
-    How far the outputs of two models are apart on the tokens of one domain.
+    Distances between the output distributions of two models on one domain.
 
     Attributes:
-        model: the one that is asked about: the merged model or, in the yardstick between experts, one of them.
-        other: the expert (or base model) it is compared with.
+        model: the model in question: the merged one or, in expert-to-expert distances, an expert.
+        other: the expert or base model it is compared with.
         n_tokens: predictions compared.
-        fisher_rao: `2 * arccos(sum_v sqrt(p_v q_v))` a token, in radians, in `[0, pi]`.
-        mean_squared: mean of its square, the term of Eq. 3 of arXiv 2603.04972.
+        fisher_rao: `2 * arccos(sum_v sqrt(p_v q_v))` per token, in radians, in `[0, pi]`.
+        mean_squared: mean of `fisher_rao` squared, the term of Eq. 3 of arXiv 2603.04972.
         kl_other_model: mean `KL(other || model)`, nats a token.
-        kl_model_other: mean `KL(model || other)`.
+        kl_model_other: mean `KL(model || other)`, nats a token.
         jensen_shannon: mean Jensen-Shannon divergence, nats a token, in `[0, ln 2]`.
-        top1_agreement: share of tokens on which both have the same first guess.
-        error: how far the mean of `fisher_rao` may be from the exact one, in radians: three standard errors of the
-            outcomes that were drawn beyond the `top_k` likeliest; 0 if whole distributions were compared.
-        histogram: `(edge, count)`: tokens whose distance lies between an edge and the next, equal bins over `[0, pi]`.
+        top1_agreement: share of tokens for which both find the same token likeliest.
+        error: bound on the error of the mean of `fisher_rao`, in radians: three standard errors, and three biases, of
+            sampling outcomes beyond the `top_k` likeliest; 0 if full distributions were compared.
+        histogram: `(lower edge, number of tokens)` of equal bins of `fisher_rao` over `[0, pi]`.
     """
 
     model: str
@@ -90,9 +93,9 @@ class Objective:
 
     Attributes:
         value: `sum_i weight_i * E[d(merged, expert_i)^2]`, in squared radians.
-        lowest: the same for the exact Fisher-Rao barycentre of the experts' outputs: no model can be below it.
-        to_barycentre: distance of the merged model to that barycentre, in radians.
-        error: how far the mean of `to_barycentre` may be from the exact one, in radians; as in `FunctionDistance`.
+        lowest: value of the exact Fisher-Rao barycentre of the experts' outputs, which no model can beat.
+        to_barycentre: distance from the merged model to that barycentre, in radians.
+        error: bound on the error of the mean of `to_barycentre`, in radians; as in `FunctionDistance`.
     """
 
     domain: str
@@ -110,10 +113,12 @@ class WorstToken:
 
     Attributes:
         context: text before it.
-        token: the token the text has there.
-        distance: Fisher-Rao distance of the two predictions of it, in radians.
-        expert_guess, merged_guess: first guesses, as text.
-        expert_probability, merged_probability: of `token`.
+        token: the token that follows in the text.
+        distance: Fisher-Rao distance between the two predictions of it, in radians.
+        expert_guess: likeliest token of the expert, as text.
+        merged_guess: likeliest token of the merged model.
+        expert_probability: probability of `token` under the expert.
+        merged_probability: probability of `token` under the merged model.
     """
 
     expert: str
@@ -130,11 +135,11 @@ class WorstToken:
 @dataclass(frozen=True)
 class LayerActivations:
     """
-    Activations of one layer of one model, over all tokens of all domains (arXiv 2603.04972, Fig. 2).
+    Variance and rank of the activations of one layer, over all tokens of all domains (arXiv 2603.04972, Fig. 2).
 
     Attributes:
-        layer: 0 is the output of the embedding, L that of the last block.
-        activation_variance: variance over tokens of every feature, averaged over features.
+        layer: 0 for the output of the embedding, L for that of the last of L blocks.
+        activation_variance: variance of each feature over tokens, averaged over features.
         effective_rank: `exp(-sum p ln p)`, p the eigenvalues of the centred covariance over their sum (Roy and
             Vetterli 2007).
     """
@@ -151,8 +156,10 @@ class Generation:
     A short greedy continuation.
 
     Attributes:
-        repetition: share of 4-grams of tokens that occurred before in the continuation, in `[0, 1]`.
-        entropy: mean entropy of the predictions along it, in nats.
+        prompt: tokens of the domain it continues, as text.
+        text: the continuation.
+        repetition: share of token 4-grams that occurred earlier in the continuation, in `[0, 1]`.
+        entropy: mean entropy of the predictions in the continuation, in nats.
     """
 
     model: str
@@ -166,11 +173,11 @@ class Generation:
 @dataclass(frozen=True)
 class Recovered:
     """
-    What the merged model keeps of one expert, on the domain of that expert.
+    Share of an expert's gain over the base that the merged model keeps, on the domain of that expert.
 
     Attributes:
-        gain: how much better than the base the expert is, in nats a token.
-        kept: how much better than the base the merged model is there, in nats a token.
+        gain: loss of the base minus loss of the expert, in nats a token.
+        kept: loss of the base minus loss of the merged model, in nats a token.
         share: `kept / gain`; `None` if the expert is no better than the base.
     """
 
@@ -184,7 +191,7 @@ class Recovered:
 
 @dataclass(frozen=True)
 class CollapseRatio:
-    """One layer of the merged model over the mean of the experts: 1 means nothing was lost."""
+    """Variance and rank of a layer of the merged model over the mean of the experts; 1 means nothing was lost."""
 
     layer: int
     activation_variance: float
@@ -194,13 +201,20 @@ class CollapseRatio:
 @dataclass
 class EvaluationRecord:
     """
-    Everything an evaluation of one merge found. What was not measured is empty.
+    All results of the evaluation of one merge. Fields for what was not measured are empty.
 
     Attributes:
-        models: name -> role. The merged model is called `"merged"`.
-        weights: weight of every expert in the objective, by name.
-        settings: how it was measured: `block_size`, `dtype`, `top_k` of stored outputs (0: all of them), ...
-        commands: external harnesses that were run, as a person would type them.
+        models: name -> role. The merged model is named `"merged"`.
+        weights: name -> weight of the expert in the objective.
+        scores: metrics by model and domain.
+        recovery: share of every expert's gain that was kept.
+        distances: distances between outputs, by pair of models and domain.
+        objectives: the objective and its minimum, by domain.
+        worst_tokens: tokens on which the merged model is farthest from an expert.
+        layers: activations, by model and layer.
+        generations: greedy continuations.
+        settings: evaluation settings: `block_size`, `dtype`, `top_k` of stored outputs (0: full distributions), ...
+        commands: shell commands of external harnesses that were run.
     """
 
     models: dict[str, Role] = field(default_factory=dict)
@@ -226,7 +240,7 @@ class EvaluationRecord:
         return list(dict.fromkeys(score.domain for score in self.scores))
 
     def collapse(self) -> list[CollapseRatio]:
-        """Return the merged model's layers over the mean of the experts'; empty if either was not measured."""
+        """Return the collapse ratio of every layer; empty unless the merged model and an expert were measured."""
         by_layer: dict[int, dict[str, LayerActivations]] = {}
         for row in self.layers:
             by_layer.setdefault(row.layer, {})[row.model] = row
@@ -238,6 +252,7 @@ class EvaluationRecord:
             variance = math.fsum(row.activation_variance for row in experts) / len(experts)
             rank = math.fsum(row.effective_rank for row in experts) / len(experts)
             ratios.append(
+                # NaN where the experts' mean is 0, that is, where their activations are constant.
                 CollapseRatio(
                     layer,
                     rows[MERGED].activation_variance / variance if variance else math.nan,
@@ -247,12 +262,12 @@ class EvaluationRecord:
         return ratios
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON can hold it: numbers that are not finite become `None`."""
+        """Return the record as JSON values; numbers that are not finite become `None`."""
         return _without_nan(asdict(self))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> EvaluationRecord:
-        """Build a record from what `to_dict` gave; where it has `None` for a number, that is not a number again."""
+        """Build a record from the result of `to_dict`; `None` is restored to NaN."""
         data = _with_nan(data)
         return cls(
             models=data["models"],
@@ -271,7 +286,7 @@ class EvaluationRecord:
         )
 
     def update(self, other: EvaluationRecord) -> None:
-        """Take over what `other` measured; where both measured the same thing, `other` wins."""
+        """Merge the results of `other` into this record; where both measured the same thing, `other` wins."""
         for part in fields(self):
             mine, theirs = self.__dict__[part.name], other.__dict__[part.name]
             if isinstance(mine, dict):
@@ -279,12 +294,22 @@ class EvaluationRecord:
             elif part.name == "commands":
                 mine.extend(command for command in theirs if command not in mine)
             else:
+                # Rows are replaced, not added: evaluating twice must not list a result twice.
                 new = {_key(row) for row in theirs}
                 mine[:] = [row for row in mine if _key(row) not in new] + theirs
 
 
 def save_record(folder: Path | str, record: EvaluationRecord) -> None:
-    """Write a record beside the merged weights, marked with the merge it belongs to."""
+    """
+    Write a record beside the merged weights, with a digest of the merge it belongs to.
+
+    Args:
+        folder (`Path` or `str`): Folder of the merged model.
+        record (`EvaluationRecord`): The record.
+
+    Raises:
+        MergeError: If the file cannot be written.
+    """
     folder = Path(folder)
     entry = {"format_version": FORMAT_VERSION, "merge": merge_digest(folder), **record.to_dict()}
     write_file(folder / EVALUATION_FILE, json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
@@ -294,7 +319,9 @@ def load_record(folder: Path | str) -> EvaluationRecord | None:
     """
     Read the record beside the merged weights, in a folder or behind a URL (`hub://org/name@commit`).
 
-    `None` if there is none, or it is of a merge that was since replaced.
+    Returns:
+        `EvaluationRecord`, or `None` if there is no record, it has another format version, or the folder has been
+        merged again since.
 
     Raises:
         CheckpointError: If the file is damaged.
@@ -306,31 +333,34 @@ def load_record(folder: Path | str) -> EvaluationRecord | None:
         entry = json.loads(opened.read(EVALUATION_FILE))
     except ValueError as error:
         raise CheckpointError(f"{folder}/{EVALUATION_FILE} is not valid JSON: {error}. Evaluate again.") from error
+    # A merge with other weights gives another digest, so an old record is never shown beside new weights.
     if entry.get("format_version") != FORMAT_VERSION or entry["merge"] != merge_digest(folder):
         return None
     return EvaluationRecord.from_dict(entry)
 
 
 def merge_digest(folder: Path | str) -> str | None:
-    """The coefficient table identifies a merge of given experts."""
+    """Return the digest of the coefficient table, which identifies a merge of given experts; `None` without one."""
     opened = open_folder(str(folder))
     return hashlib.sha256(opened.read(COEFFICIENTS_FILE)).hexdigest() if opened.exists(COEFFICIENTS_FILE) else None
 
 
 def _distance(row: dict[str, Any]) -> FunctionDistance:
+    """Rebuild a distance, with the tuples that JSON turned into lists."""
     histogram = tuple((edge, count) for edge, count in row["histogram"])
     return FunctionDistance(**{**row, "fisher_rao": Spread(**row["fisher_rao"]), "histogram": histogram})
 
 
 def _key(row: Any) -> tuple[Any, ...]:
-    """What a row is about: all of it that is text or a layer's number, but for what was generated or guessed."""
-    about = ("model", "other", "expert", "domain", "layer", "prompt", "context")
-    return (type(row).__name__, *(getattr(row, name, None) for name in about))
+    """Return what identifies a row within the record, without what was measured."""
+    names = ("model", "other", "expert", "domain", "layer", "prompt", "context")
+    return (type(row).__name__, *(getattr(row, name, None) for name in names))
 
 
 def _with_nan(value: Any) -> Any:
+    """Replace `None` by NaN."""
     if isinstance(value, dict):
-        # The share is `None` where it says nothing; the settings are whatever was set.
+        # `Recovered.share` may be None, and so may any setting.
         return {k: item if k in ("share", "settings") else _with_nan(item) for k, item in value.items()}
     if isinstance(value, list):
         return [_with_nan(item) for item in value]
@@ -338,6 +368,7 @@ def _with_nan(value: Any) -> Any:
 
 
 def _without_nan(value: Any) -> Any:
+    """Replace numbers that are not finite by `None`, because JSON has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

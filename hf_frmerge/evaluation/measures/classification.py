@@ -1,4 +1,4 @@
-"""Sequence classifiers: accuracy, loss, and how far apart the classes they predict are."""
+"""Measure sequence classifiers: accuracy, loss, and divergences between their predicted class distributions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_frmerge.geometry.simplex import divergence_terms
 
 
 def is_classifier(architecture: str) -> bool:
-    """Whether a model class is one of `AutoModelForSequenceClassification`."""
+    """Return whether a model class, given by name, is a sequence classifier."""
     return architecture.endswith("ForSequenceClassification")
 
 
@@ -35,7 +35,7 @@ def predict_classes(
     loop: LoopOptions | None = None,
 ) -> EvalPrediction:
     """
-    Return a classifier's predictions `(n, C)` and the labels `(n,)` of all rows, each row once.
+    Run a classifier over a dataset; return its predictions `(n, C)` and the labels `(n,)`, each row once.
 
     Args:
         model (`PreTrainedModel`):
@@ -44,19 +44,20 @@ def predict_classes(
         rows (`Dataset`, `IterableDataset` or any iterable of rows):
             Rows with `text` or `input_ids`, and a column `label` or `labels`: numbers, or names in `label2id`.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer, for text and for padding.
+            Tokenizer, needed for text and for padding.
         batch_size, num_workers, accelerator:
             As for `batches_of`.
         loop (`LoopOptions`, *optional*):
-            What is kept of every batch.
+            What to keep of every batch.
 
     Raises:
-        ArgumentError: If the model does something else than choose one label per row, or the rows do not fit it.
+        ArgumentError: If the model does not choose one label per row, or a row does not fit it.
     """
     accelerator = accelerator or Accelerator()
-    _check(model.config)
+    _require_single_label(model.config)
     if model.config.pad_token_id is None and processing_class is not None:
-        model.config.pad_token_id = processing_class.pad_token_id  # decoders look for the last token before it
+        # A decoder classifies the last token before the padding, so it has to know the padding.
+        model.config.pad_token_id = processing_class.pad_token_id
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
     loader = batches_of(
@@ -70,7 +71,8 @@ def predict_classes(
 
 
 def class_log_probabilities(prediction: EvalPrediction) -> NDArray[np.float64]:
-    """Return the log-softmax of the first output, `(n, C)`, float64."""
+    """Return the log-softmax of the logits, `(n, C)`, float64."""
+    # The logits come first when a model has several outputs.
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     logits = logits.astype(np.float64)
     logits -= logits.max(axis=-1, keepdims=True)
@@ -89,16 +91,20 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def compare_classes(path: Path, model: NDArray[np.float64], other: NDArray[np.float64]) -> TokenTable:
     """
-    Write the divergences of two classifiers' predictions, one row a sample, for `function_distance.summarise`.
+    Compute the divergences of two classifiers, one row a sample, into a table for `function_distance.summarise`.
 
     Args:
         path (`Path`): File to write.
-        model (`np.ndarray`): Log-probabilities `(n, C)` of the model that is asked about.
-        other (`np.ndarray`): Those of the one it is compared with.
+        model (`np.ndarray`): Log-probabilities of the model in question, `(n, C)`, float64.
+        other (`np.ndarray`): Log-probabilities of the model it is compared with.
+
+    Returns:
+        `TokenTable`: open; the caller closes it.
     """
     terms = divergence_terms(other, model)
     table = TokenTable(path, len(model), PAIR_COLUMNS).create().open(write=True)
     columns = {
+        # All classes are compared, so both halves are exact and their stated error is 0.
         "chord_even": terms.chord,
         "chord_odd": terms.chord,
         "kl_other_model": terms.kl_pq,
@@ -111,7 +117,8 @@ def compare_classes(path: Path, model: NDArray[np.float64], other: NDArray[np.fl
     return table
 
 
-def _check(config: Any) -> None:
+def _require_single_label(config: Any) -> None:
+    """Refuse regression and multi-label models, whose outputs are not a distribution over classes."""
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ArgumentError(
             f"Only classifiers that choose one label are evaluated, but this one has num_labels={config.num_labels} "

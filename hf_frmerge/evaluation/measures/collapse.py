@@ -1,15 +1,15 @@
 """
-How varied a model's activations are, layer by layer: what shrinks when a merge collapses.
+Measure the variance and effective rank of activations, layer by layer: both shrink when a merge collapses.
 
-Convention (arXiv 2603.04972, Fig. 2; the definitions are those its public reproductions agree on): of the hidden
-states `(B, T, d)` of a layer, all `B * T` tokens that are not padding count alike. Activation variance is the variance
-of every feature over these tokens, divided by their number and not by one less, averaged over the features. Effective
-rank is `exp(-sum p ln p)` with `p` the *eigenvalues* of the *centred* covariance over their sum (Roy and Vetterli
-2007). The layers are those of transformers' `output_hidden_states`: in most models the last has gone through the final
-norm. Blocks overlap by one token, which is counted in both.
+Convention (arXiv 2603.04972, Fig. 2; its public reproductions agree on the definitions): all tokens of the hidden
+states `(B, T, d)` of a layer that are not padding have equal weight. Activation variance is the population variance of
+each feature over these tokens (divided by their number, not by one less), averaged over the features. Effective rank
+is `exp(-sum p ln p)` with `p` the *eigenvalues* of the *centred* covariance over their sum (Roy and Vetterli 2007).
+The layers are those of transformers' `output_hidden_states`: in most models the last has passed the final norm. Blocks
+overlap by one token, which is counted in both.
 
-The covariance of fewer tokens than features has fewer eigenvalues than the layer could show; ranks of models can then
-be compared with each other, on the same tokens, but not taken by themselves.
+With fewer tokens than features the covariance is rank-deficient. Effective ranks of models on the same tokens can then
+be compared with each other, but have no meaning by themselves.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from hf_frmerge.evaluation.record import LayerActivations
 
 @dataclass
 class _Moments:
-    """Of the tokens one layer has seen: number, sum, and scatter around their mean; float64."""
+    """Running moments of one layer: number of tokens, mean, and scatter about the mean; float64."""
 
     count: int
     mean: torch.Tensor  # (d,)
     scatter: torch.Tensor  # (d, d): sum of (x - mean)(x - mean)^T
 
     def add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        """Join the moments of other tokens (Chan, Golub and LeVeque 1979)."""
+        """Add the moments of further tokens (Chan, Golub and LeVeque 1979); sums of squares would cancel."""
         total = self.count + count
-        apart = mean - self.mean
+        difference = mean - self.mean
         self.scatter += scatter
-        self.scatter.addr_(apart, apart, alpha=self.count * count / total)
-        self.mean += apart * (count / total)
+        self.scatter.addr_(difference, difference, alpha=self.count * count / total)
+        self.mean += difference * (count / total)
         self.count = total
 
 
 class ActivationStatistics:
     """
-    Covariance of every layer's activations, gathered batch by batch; no activation is kept.
+    Accumulate the covariance of every layer's activations batch by batch, without keeping activations.
 
-    Each batch is centred on its own mean and multiplied out in float32; moments of batches are joined in float64. It
-    takes `8 d**2` bytes a layer, where the activations lie.
+    Each batch is centred on its own mean and multiplied in float32; moments of batches are joined in float64. Takes
+    `8 d**2` bytes a layer on the device of the activations.
     """
 
     def __init__(self) -> None:
@@ -54,20 +54,21 @@ class ActivationStatistics:
 
     def update(self, hidden_states: Sequence[torch.Tensor], attention_mask: torch.Tensor) -> None:
         """
-        Add a batch.
+        Add the activations of a batch.
 
         Args:
-            hidden_states (`Sequence[torch.Tensor]`): Of every layer, `(B, T, d)`, any floating dtype.
-            attention_mask (`torch.Tensor`): `(B, T)`, 0 where there is padding, on whichever side.
+            hidden_states (`Sequence[torch.Tensor]`): Activations of every layer, `(B, T, d)`, any floating dtype.
+            attention_mask (`torch.Tensor`): `(B, T)`, 0 for padding, on either side.
         """
         mask = attention_mask.bool()
         is_full = bool(mask.all())
         for layer, states in enumerate(hidden_states):
             tokens = states.flatten(0, 1) if is_full else states[mask.to(states.device)]
+            # MPS has no float64.
             tokens = tokens.to("cpu" if tokens.device.type == "mps" else tokens.device, torch.float32)
             shift = tokens.mean(dim=0)
             centred = tokens - shift
-            # The mean of what rounding the first mean to float32 left.
+            # Correct for the rounding of `shift` to float32, which inflates the scatter of features with large means.
             rest = centred.mean(dim=0).double()
             scatter = (centred.T @ centred).double().addr_(rest, rest, alpha=-len(tokens))
             if layer == len(self._layers):
@@ -75,13 +76,13 @@ class ActivationStatistics:
             self._layers[layer].add(len(tokens), shift.double() + rest, scatter)
 
     def reduce(self, accelerator: Accelerator) -> None:
-        """Join the moments of all processes; each must call it, and has them all afterwards."""
+        """Join the moments of all processes; every process must call it, and then has the joint moments."""
         if accelerator.num_processes == 1:
             return
         shapes = [tuple(moments.mean.shape) for moments in self._layers]
         from accelerate.utils import gather_object
 
-        # A process that had no batch has no layers: it learns their sizes from the others.
+        # A process without a batch has no layers yet, but must take part in the reduction, with zeros of this size.
         shapes = max(gather_object([shapes]), key=len)
         for layer, shape in enumerate(shapes):
             if layer == len(self._layers):
@@ -89,18 +90,19 @@ class ActivationStatistics:
                 self._layers.append(_Moments(0, zeros, torch.zeros(*shape, *shape, dtype=torch.float64)))
             self._reduce_layer(self._layers[layer], accelerator)
 
-    def _reduce_layer(self, mine: _Moments, accelerator: Accelerator) -> None:
-        mean, scatter = mine.mean.to(accelerator.device), mine.scatter.to(accelerator.device)
-        count = torch.tensor([float(mine.count)], dtype=torch.float64, device=accelerator.device)
-        total = accelerator.reduce(torch.cat([count, mine.count * mean]), reduction="sum")
+    def _reduce_layer(self, local: _Moments, accelerator: Accelerator) -> None:
+        """Join one layer: first the joint mean, then the scatters shifted to it."""
+        mean, scatter = local.mean.to(accelerator.device), local.scatter.to(accelerator.device)
+        count = torch.tensor([float(local.count)], dtype=torch.float64, device=accelerator.device)
+        total = accelerator.reduce(torch.cat([count, local.count * mean]), reduction="sum")
         joint = total[1:] / total[0]
-        apart = mean - joint
-        mine.scatter = accelerator.reduce(scatter.addr(apart, apart, alpha=mine.count), reduction="sum")
-        mine.mean, mine.count = joint, int(total[0])
+        difference = mean - joint
+        local.scatter = accelerator.reduce(scatter.addr(difference, difference, alpha=local.count), reduction="sum")
+        local.mean, local.count = joint, int(total[0])
 
     @property
     def n_tokens(self) -> int:
-        """Tokens seen, padding left out."""
+        """Number of tokens seen, without padding."""
         return max((moments.count for moments in self._layers), default=0)
 
     @property
@@ -109,7 +111,7 @@ class ActivationStatistics:
         return max((len(moments.mean) for moments in self._layers), default=0)
 
     def results(self, model: str) -> list[LayerActivations]:
-        """Return variance and effective rank of every layer."""
+        """Return activation variance and effective rank of every layer; `model` is the name put in the rows."""
         rows = []
         for layer, moments in enumerate(self._layers):
             covariance = moments.scatter / moments.count
@@ -120,11 +122,12 @@ class ActivationStatistics:
 
 def effective_rank(covariance: torch.Tensor) -> float:
     """
-    Return `exp(-sum p ln p)`, `p` the eigenvalues over their sum (Roy and Vetterli 2007); 0 for a zero matrix.
+    Compute `exp(-sum p ln p)`, `p` the eigenvalues over their sum (Roy and Vetterli 2007); 0 for a zero matrix.
 
     Args:
         covariance (`torch.Tensor`): Symmetric positive semidefinite, `(d, d)`, float64.
     """
+    # Rounding makes zero eigenvalues slightly negative; xlogy below takes 0 ln 0 as 0.
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     total = eigenvalues.sum()
     if total == 0:

@@ -1,7 +1,7 @@
 """
-What is measured here, as metrics of the `evaluate` library, so that `evaluate.combine` takes them.
+Wrap the measures of this package as metrics of the `evaluate` library, for use with `evaluate.combine`.
 
-They need no Hub, and hold no maths of their own. Each reads its own inputs, and leaves those of others alone:
+They load nothing from the Hub, and call the same code as an evaluation. Each ignores the inputs of the others:
 
 ```python
 >>> import evaluate
@@ -31,7 +31,7 @@ _VECTOR = datasets.Sequence(datasets.Value("float32"))
 
 
 class Perplexity(evaluate.Metric):
-    """`log_probs`: of the tokens of a text, in nats -> `perplexity`."""
+    """Compute `perplexity` from `log_probs`, the log-probability of each token of a text in nats."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("exp of the mean negative log-likelihood a token", log_probs=datasets.Value("float64"))
@@ -41,7 +41,7 @@ class Perplexity(evaluate.Metric):
 
 
 class TokenAccuracy(evaluate.Metric):
-    """`predictions`: first guesses, `references`: tokens of the text, -100 where none counts -> `token_accuracy`."""
+    """Compute `token_accuracy` from `predictions`, likeliest tokens, and `references`, tokens or -100 to skip."""
 
     def _info(self) -> evaluate.MetricInfo:
         token = datasets.Value("int64")
@@ -54,29 +54,31 @@ class TokenAccuracy(evaluate.Metric):
 
 
 class ActivationVariance(evaluate.Metric):
-    """`activations`: of one layer, a vector a token -> `activation_variance` (arXiv 2603.04972, Fig. 2)."""
+    """Compute `activation_variance` (arXiv 2603.04972, Fig. 2) from `activations` of one layer, a vector per token."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("variance over tokens of every feature, averaged over features", activations=_VECTOR)
 
     def _compute(self, activations: Any, **others: Any) -> dict[str, float]:
-        return {"activation_variance": _measured(activations).activation_variance}
+        return {"activation_variance": _layer_statistics(activations).activation_variance}
 
 
 class EffectiveRank(evaluate.Metric):
-    """`activations`: of one layer, a vector a token -> `effective_rank` of the covariance (Roy and Vetterli 2007)."""
+    """Compute `effective_rank` (Roy and Vetterli 2007) from `activations` of one layer, a vector per token."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("exp of the entropy of the eigenvalues of the centred covariance", activations=_VECTOR)
 
     def _compute(self, activations: Any, **others: Any) -> dict[str, float]:
-        return {"effective_rank": _measured(activations).effective_rank}
+        return {"effective_rank": _layer_statistics(activations).effective_rank}
 
 
 class RepresentationCollapse(evaluate.Metric):
     """
-    `activations`: of the merged model, a vector a token; `expert_activations`: of every expert on the same tokens, a
-    list of vectors a token -> `variance_ratio` and `rank_ratio`, to the mean of the experts.
+    Compute `variance_ratio` and `rank_ratio`, the merged model's values over the mean of the experts'.
+
+    Inputs are `activations` of one layer of the merged model, a vector per token, and `expert_activations` on the same
+    tokens, for each token a list with one vector per expert.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -87,8 +89,9 @@ class RepresentationCollapse(evaluate.Metric):
         )
 
     def _compute(self, activations: Any, expert_activations: Any, **others: Any) -> dict[str, float]:
-        merged = _measured(activations)
-        experts = [_measured(of_one) for of_one in np.asarray(expert_activations).swapaxes(0, 1)]
+        merged = _layer_statistics(activations)
+        # `evaluate` asks for one entry per token in every input: `(tokens, experts, d)`.
+        experts = [_layer_statistics(expert) for expert in np.asarray(expert_activations).swapaxes(0, 1)]
         return {
             "variance_ratio": merged.activation_variance / float(np.mean([e.activation_variance for e in experts])),
             "rank_ratio": merged.effective_rank / float(np.mean([e.effective_rank for e in experts])),
@@ -96,12 +99,14 @@ class RepresentationCollapse(evaluate.Metric):
 
 
 def _info(description: str, **features: Any) -> evaluate.MetricInfo:
+    """Describe a metric and its inputs, as `evaluate` asks for."""
     return evaluate.MetricInfo(
         description=description, citation="arXiv 2603.04972", features=datasets.Features(features)
     )
 
 
-def _measured(activations: Any) -> LayerActivations:
+def _layer_statistics(activations: Any) -> LayerActivations:
+    """Measure `(tokens, d)` activations of one layer."""
     states = torch.as_tensor(np.asarray(activations))[None]
     statistics = ActivationStatistics()
     statistics.update([states], torch.ones(states.shape[:2]))

@@ -1,4 +1,4 @@
-"""What a model predicts for every row of a dataset, gathered from all processes as `Trainer` does."""
+"""Run a model over a dataset and gather its predictions from all processes, as `Trainer` does."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Preprocess = Callable[[Any, torch.Tensor], Any]
 @dataclass(frozen=True)
 class LoopOptions:
     """
-    What is kept of every batch, and who follows.
+    Which outputs of a batch to keep, and callbacks.
 
     Attributes:
-        ignore_keys: outputs of the model to leave out; by default those its configuration names, such as
-            `past_key_values`.
-        preprocess_logits: called with predictions and labels of each batch; what it returns is gathered in their
-            place. Logits of a language model, `(B, T, V)`, seldom fit in memory for a whole dataset; their argmax
-            does.
-        activations: gets the hidden states of this process's rows.
+        ignore_keys: outputs of the model to leave out; by default its configuration's `keys_to_ignore_at_inference`,
+            else `past_key_values`.
+        preprocess_logits: called with predictions and labels of each batch; its result is gathered in place of the
+            predictions. Logits of a language model, `(B, T, V)`, rarely fit in memory for a whole dataset; their
+            argmax does.
+        activations: accumulates the hidden states of this process's rows.
         on_prediction_step: called after every batch.
     """
 
@@ -47,18 +47,21 @@ def predict(
     """
     Run a model over a dataset and return its predictions in the order of the rows, each row once.
 
-    As in `transformers.Trainer`: predictions are the outputs of the model but for the loss and `ignore_keys`, a tuple
-    if there are several; batches are padded to one length with -100. Every process gets all of them.
+    As in `transformers.Trainer`, predictions are the outputs of the model without the loss and `ignore_keys`, a tuple
+    if there are several, and batches are padded to one length with -100. Every process gets all predictions.
 
     Args:
         model (`torch.nn.Module`):
-            A model on its device.
+            Model, on its device.
         loader (`DataLoader`):
-            From `batches_of`, with entries `labels` and `index`.
+            Dataloader from `batches_of`, whose batches have the entries `labels` and `index`.
         accelerator (`accelerate.Accelerator`):
-            The processes.
+            Gathers from the processes.
         options (`LoopOptions`):
-            What is kept of every batch.
+            Outputs to keep, and callbacks.
+
+    Returns:
+        `EvalPrediction`: arrays with one entry a row on the first axis.
 
     Raises:
         ArgumentError: If there are no rows.
@@ -70,17 +73,17 @@ def predict(
         EvalLoopContainer(padding_index=IGNORED_LABEL),
         EvalLoopContainer(padding_index=IGNORED_LABEL),
     )
-    # Labels are kept back: the loss is not wanted, and would take as much memory as the logits.
+    # The model is run without labels: the loss is not needed, and would take as much memory as the logits.
     extra = {"output_hidden_states": True} if activations is not None else {}
     left_out = {*ignore_keys, "loss", *(("hidden_states",) if activations is not None else ())}
     n_rows = 0
     was_training = model.training
     model.eval()
     for batch in loader:
-        if batch is None:  # what accelerate before 1.10 makes of no rows
+        if batch is None:  # accelerate before 1.10 yields this for an empty dataset
             break
         index = batch.pop(INDEX)
-        # The rows of a round come in order: those of process 0, then of process 1, ... Repeated ones are behind them.
+        # Gathered rows are in order: those of process 0, then of process 1, ... Repeats come last, out of sequence.
         gathered = accelerator.gather(index).cpu()
         n_new = int((gathered == torch.arange(n_rows, n_rows + len(gathered))).cumprod(0).sum())
         n_mine = min(max(n_new - accelerator.process_index * len(index), 0), len(index))
@@ -97,7 +100,7 @@ def predict(
         logits, batch_labels = accelerator.gather((logits, batch_labels))
         for container, values in ((predictions, logits), (labels, batch_labels)):
             container.add(nested_truncate(values, n_new))
-            container.to_cpu_and_numpy()  # after every batch: an accelerator's memory is for the model
+            container.to_cpu_and_numpy()  # after every batch, to leave the device's memory to the model
         if options.on_prediction_step is not None:
             options.on_prediction_step(loader)
     model.train(was_training)

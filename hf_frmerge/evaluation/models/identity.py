@@ -1,4 +1,4 @@
-"""What a measurement depends on, as a key: equal keys, equal figures."""
+"""Compute cache keys from everything a measurement depends on, so that equal keys mean equal results."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import Source
 
 _READ_BYTES = 8 << 20
-# Files of a model folder that its outputs depend on; the tokenizer's are seen in the tokens.
+# Files of a model folder that its outputs depend on. The tokenizer is covered by the digest of the tokens.
 _PATTERNS = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json")
 
 
 def model_identity(source: Source) -> str:
-    """Return what a checkpoint is: its commit on the Hub, or a digest of its files."""
+    """Return the identity of a checkpoint: its commit on the Hub, or a digest of its files."""
     if source.commit is not None:
         return f"{source.repo_id}@{source.commit}"
     return _digest_folder(Path(source.path))
 
 
 def file_marks(source: Source) -> dict[str, str]:
-    """Return a cheap mark of every file that `model_identity` digests: equal marks, equal files."""
+    """Return a cheap mark (no contents are read) of every file in `model_identity`; it changes when the file does."""
     folder = LocalFolder(source.path)
     return {path.name: folder.identity(path.name) for path in _files(Path(source.path))}
 
@@ -37,13 +37,15 @@ def tokens_identity(tokens: torch.Tensor) -> str:
 
 
 def key_of(parts: Any) -> str:
-    """Return a short name for anything JSON can hold."""
+    """Return a digest of a JSON value, 32 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _digest_folder(folder: Path) -> str:
+    """Digest names and contents of a folder's model files."""
     digest = xxhash.xxh3_128()
     for path in _files(folder):
+        # The name counts too: the same bytes under another name are another model.
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(_READ_BYTES):
@@ -52,4 +54,5 @@ def _digest_folder(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
+    """Return the model files of a folder, sorted, because the order of a directory differs between machines."""
     return sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})

@@ -1,4 +1,4 @@
-"""Load models for evaluation, one at a time: whole ones, and adapters on their base, which is loaded once."""
+"""Load models for evaluation one at a time; the base of several adapters is loaded once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from hf_frmerge.errors import ArgumentError
 
 class ModelLoader:
     """
-    Loads one model after the other; each takes the place of the one before.
+    Load models one after another; each replaces the one before.
 
     Args:
-        base (`Source`, *optional*): What adapters are put on.
+        base (`Source`, *optional*): Base of adapters.
         dtype (`str` or `torch.dtype`): Dtype to load in; `"auto"` is the one a model is stored in.
         device_map (`str` or `dict`, *optional*): As in `from_pretrained`, for models larger than one device.
     """
 
     def __init__(self, base: Source | None, dtype: str | torch.dtype, device_map: str | dict[str, Any] | None) -> None:
         self._base, self._dtype, self._device_map = base, dtype, device_map
-        self._loaded: tuple[str, Any] | None = None  # a whole model, by its path
+        self._loaded: tuple[str, Any] | None = None  # path and model; never one with an adapter
 
     def load(self, source: Source) -> torch.nn.Module:
-        """Return a model; the one returned before must not be used any more."""
+        """
+        Load a model; the one loaded before must not be used any more.
+
+        Raises:
+            ArgumentError: If the checkpoint is an adapter and the loader has no base.
+        """
         if source.kind == "full":
             return self._whole(source.path)
         if self._base is None:
@@ -36,11 +41,11 @@ class ModelLoader:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(self._whole(self._base.path), source.path)
-        self._loaded = None  # there is an adapter in it now
+        self._loaded = None  # it has the adapter's layers now; `release` takes them out again
         return model
 
     def release(self, model: torch.nn.Module) -> None:
-        """Take back a model that `load` returned. Its memory is free unless it is the base, kept for adapters."""
+        """Release a model from `load` and free its memory; the base is kept for further adapters."""
         from peft import PeftModel
 
         if isinstance(model, PeftModel) and self._base is not None and _leaves_base_unchanged(model):
@@ -48,31 +53,35 @@ class ModelLoader:
         elif self._loaded is not None and (self._base is None or self._loaded[0] != self._base.path):
             self._loaded = None
         del model
-        gc.collect()  # models hold reference cycles; the next one is loaded into the memory this frees
+        gc.collect()  # models hold reference cycles, and the next one needs the memory
 
     def _whole(self, path: str) -> Any:
+        """Return the model in a folder, loaded unless it is still there."""
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None
-            gc.collect()
-            model_class = _class_of(path)
+            gc.collect()  # before loading, or two models would be in memory
+            model_class = _model_class(path)
             self._loaded = (path, model_class.from_pretrained(path, dtype=self._dtype, device_map=self._device_map))
         return self._loaded[1]
 
 
 def predicts_next_token(model: torch.nn.Module) -> bool:
-    """Tell causal language models, whose logits are next-token predictions, from encoders and classifiers."""
+    """Return whether a model is a causal language model, not an encoder, encoder-decoder or classifier."""
     model_any: Any = model
-    can_generate = getattr(model_any, "can_generate", None)  # modules of users need not have one
+    # A user's own module may lack `can_generate`; it is taken for a causal language model.
+    can_generate = getattr(model_any, "can_generate", None)
     if can_generate is None:
         return True
     return bool(can_generate()) and not model_any.config.is_encoder_decoder
 
 
 def _leaves_base_unchanged(model: Any) -> bool:
+    """Return whether unloading the adapter restores the base; `modules_to_save` replaces modules of it."""
     return all(not getattr(config, "modules_to_save", None) for config in model.peft_config.values())
 
 
-def _class_of(path: str) -> Any:
+def _model_class(path: str) -> Any:
+    """Return the transformers class in the configuration of a model, or the auto class for causal models."""
     import transformers
 
     config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))

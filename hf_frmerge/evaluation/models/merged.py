@@ -1,4 +1,4 @@
-"""Load what a merge wrote: a whole model, or an adapter on its base."""
+"""Load the output of a merge: a whole model, or an adapter on its base."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 def whole_model(output_dir: str, base_model: str | None = None, token: str | None = None) -> str:
     """
-    Return the folder of the whole model: the output itself or, if that is an adapter, the base it goes on.
+    Return the folder of the whole model: the output of a merge, or the base if the output is an adapter.
 
     Args:
         output_dir (`str`):
-            Folder a merge wrote.
+            Output folder of a merge.
         base_model (`str`, *optional*):
-            Folder or Hub id of the base; by default the one the adapter's configuration names.
+            Folder or Hub id of the base; by default the one in the adapter's configuration.
         token (`str`, *optional*):
             Token for the Hub.
 
@@ -32,12 +32,13 @@ def whole_model(output_dir: str, base_model: str | None = None, token: str | Non
     config = Path(output_dir) / "adapter_config.json"
     if not config.is_file():
         return output_dir
+    # The caller's base first: the configuration may name a folder of the machine the adapter was trained on.
     base = base_model or json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     return resolve(base, token=token).path
 
 
 def tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a folder; `None` if there is none."""
+    """Load the tokenizer in a folder; `None` if there is none."""
     if not any(Path(folder).glob("tokenizer*")):
         return None
     from transformers import AutoTokenizer
@@ -46,7 +47,7 @@ def tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
 
 
 def architecture_of(folder: str) -> str:
-    """Return the class the configuration of a whole model names, such as `"LlamaForCausalLM"`."""
+    """Return the class name in the configuration of a whole model, such as `"LlamaForCausalLM"`; empty without one."""
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return (config.get("architectures") or [""])[0]
 
@@ -60,7 +61,7 @@ def load_merged(
     device_map: str | dict[str, Any] | None = None,
 ) -> Any:
     """
-    Load the merged model in the class its configuration names.
+    Load the merged model as the class in its configuration.
 
     Args:
         output_dir, base_model, token:

@@ -1,4 +1,4 @@
-"""From a model's logits to what is kept of them, a few rows at a time."""
+"""Normalise a model's logits to next-token distributions, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# Logits taken at a time: on a CPU they stay in its second-level cache, on a GPU they fill it.
+# Logits in a chunk: 2 MiB of float32 stay in a CPU's second-level cache; a GPU needs large chunks to be busy.
 _CHUNK_ELEMENTS = {"cpu": 1 << 19}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 25
 
@@ -20,13 +20,13 @@ class Predictions:
     Next-token distributions of a few consecutive tokens of one block.
 
     Attributes:
-        start: row of the first within its block.
+        start: row of the first prediction within its block.
         logits: `(n, V)`, float32.
         exponentials: `exp(logits - their maximum)`, `(n, V)`, float32.
         log_normaliser: `log sum exp(logits)`, `(n, 1)`, float64; good to 1e-7, the rounding of a float32 sum.
-        first: first guesses, `(n,)`, int64.
-        targets: the tokens that follow in the text, `(n,)`, int64.
-        log_prob: their log-probabilities, `(n,)`, float64.
+        first: likeliest tokens, `(n,)`, int64.
+        targets: tokens that follow in the text, `(n,)`, int64.
+        log_prob: log-probabilities of `targets`, `(n,)`, float64.
     """
 
     start: int
@@ -42,7 +42,7 @@ class Predictions:
         return len(self.targets)
 
     def log_probs(self, ids: NDArray[np.integer] | None = None) -> NDArray[np.float64]:
-        """Return log-probabilities of the tokens `ids`, `(n, k)`, or of all, `(n, V)`; float64."""
+        """Return the log-probabilities of the tokens `ids`, `(n, k)`, or of all tokens, `(n, V)`; float64."""
         logits = self.logits
         if ids is not None:
             logits = logits.gather(1, torch.from_numpy(ids.astype(np.int64)).to(logits.device))
@@ -51,16 +51,16 @@ class Predictions:
 
 def predictions(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[Predictions]:
     """
-    Normalise logits in chunks: whatever the vocabulary, only a few MB of float32 exist beside the model's own logits.
+    Normalise logits in chunks, so that the float32 copies take a few MB on a CPU for any vocabulary.
 
     Args:
         logits (`torch.Tensor`): `(n, V)`, any floating dtype.
         targets (`torch.Tensor`): `(n,)`, int64.
 
     Yields:
-        `Predictions`: of consecutive rows.
+        `Predictions`: distributions of consecutive rows.
     """
-    if logits.device.type == "mps":  # knows no float64
+    if logits.device.type == "mps":  # MPS has no float64
         logits, targets = logits.cpu(), targets.cpu()
     elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     n_rows = max(elements // logits.shape[-1], 1)
@@ -68,6 +68,7 @@ def predictions(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[Predict
         rows = logits[start : start + n_rows].float()
         row_targets = targets[start : start + n_rows, None]
         highest = rows.amax(dim=-1, keepdim=True)
+        # The maximum is subtracted before exp, which overflows float32 above 88.
         exponentials = (rows - highest).exp_()
         log_normaliser = highest.double() + exponentials.sum(dim=-1, keepdim=True).double().log()
         yield Predictions(
@@ -82,5 +83,6 @@ def predictions(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[Predict
 
 
 def _argmax(rows: torch.Tensor) -> NDArray[np.int64]:
-    # On a CPU numpy's is twenty times as fast as torch's: it would cost more than the softmax.
+    """Return the index of the largest logit of every row."""
+    # On a CPU numpy's argmax is 20 times as fast as torch's, which takes longer than the softmax.
     return rows.numpy().argmax(axis=-1) if rows.device.type == "cpu" else rows.argmax(dim=-1).cpu().numpy()

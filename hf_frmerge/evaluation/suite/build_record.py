@@ -1,4 +1,4 @@
-"""From tables of tokens to the record a person reads."""
+"""Build the record of an evaluation from stored tables of tokens."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from hf_frmerge.evaluation.text.token_blocks import TokenBlocks
 logger = logging.getLogger(__name__)
 
 CONTEXT_TOKENS = 24
-"""Tokens shown before one on which models disagree."""
+"""Tokens of context shown before a worst token."""
 
 
 def build_record(inputs: Inputs, store: ResultStore, weights: Mapping[str, float], n_worst: int) -> EvaluationRecord:
     """
-    Put together what was found, from the store alone.
+    Build the record from stored results; no model is loaded.
 
     Args:
         inputs (`Inputs`): Models and texts.
-        store (`ResultStore`): Holds results of all of them.
-        weights (`Mapping[str, float]`): Of the experts, summing to 1.
-        n_worst (`int`): Tokens to show per expert and text.
+        store (`ResultStore`): Complete results of all models on all texts.
+        weights (`Mapping[str, float]`): Weights of the experts, summing to 1.
+        n_worst (`int`): Worst tokens to show per expert and text.
     """
     record = EvaluationRecord(models=dict(inputs.roles), weights=dict(weights))
     causal = []
     for name in inputs.roles:
         measured = store.measured(name)
-        # The same model may be in the cache under another name.
+        # The cache is keyed by content: another evaluation may have stored the model under another name.
         record.layers += [LayerActivations(**{**row, "model": name}) for row in measured["layers"]]
         record.generations += [Generation(**{**row, "model": name}) for row in measured["generations"]]
         if measured["causal"]:
             causal.append(name)
-    # All models read the same tokens, and their layers are equally wide.
+    # The last model stands for all: they read the same tokens, and their layers are equally wide.
     n_tokens, n_features = measured["n_tokens"], measured["n_features"]
     if n_tokens <= n_features:
         logger.warning(
@@ -74,10 +74,10 @@ def build_record(inputs: Inputs, store: ResultStore, weights: Mapping[str, float
 
 def expert_weights(weights: Mapping[str, float] | None, roles: Mapping[str, Role]) -> dict[str, float]:
     """
-    Return the weight of every expert, summing to 1; equal ones by default.
+    Return the weights of the experts, scaled to sum to 1; equal by default.
 
     Raises:
-        ArgumentError: If an expert has none, or they cannot be scaled.
+        ArgumentError: If a weight is missing, negative or not finite, or all are 0.
     """
     experts = [name for name, role in roles.items() if role == "expert"]
     if weights is None:
@@ -100,6 +100,7 @@ def _add_text(
     models: Sequence[str],
     n_worst: int,
 ) -> None:
+    """Add scores, distances, the objective and worst tokens of one text to the record."""
     blocks = inputs.texts[domain]
     targets = blocks.targets.numpy()
     with store.tables(number, models) as (tables, pairs):
@@ -117,7 +118,7 @@ def _add_text(
 
 
 def recovery_rows(record: EvaluationRecord) -> list[Recovered]:
-    """Return how much of every expert's gain over the base the merged model keeps; none without a base or a merge."""
+    """Return the share of every expert's gain that the merged model keeps; empty without base or merged model."""
     measured = {score.model for score in record.scores}
     base = next((name for name, role in record.models.items() if role == "base"), None)
     if base not in measured or MERGED not in measured:
@@ -127,9 +128,9 @@ def recovery_rows(record: EvaluationRecord) -> list[Recovered]:
 
 def recovered(scores: Iterable[Score], merged: Iterable[str], experts: Sequence[str], base: str) -> list[Recovered]:
     """
-    Return how much of every expert's gain over the base every merged model keeps, on the text of that expert.
+    Return the share of every expert's gain over the base that every merged model keeps, on the text of that expert.
 
-    The text of an expert is the one of its name; without such a text, the one on which it gains most over the base.
+    The text of an expert is the one with its name; if there is none, the text on which it gains most over the base.
 
     Args:
         scores (`Iterable[Score]`): Scores of all these models on all texts.
@@ -153,6 +154,7 @@ def recovered(scores: Iterable[Score], merged: Iterable[str], experts: Sequence[
                 else max(by_domain, key=lambda name: losses[base][name] - by_domain[name])
             )
             base_loss, expert_loss, loss = (losses[name][domain] for name in (base, expert, model))
+            # None, because a share of no gain is not a number that could be averaged or compared.
             share = recovery(base_loss, expert_loss, loss)
             known = None if math.isnan(share) else share
             rows.append(Recovered(model, expert, domain, base_loss - expert_loss, base_loss - loss, known))
@@ -168,9 +170,9 @@ def worst_tokens(
     decode: Callable[[Sequence[int]], str],
     n: int,
 ) -> list[WorstToken]:
-    """Return the `n` tokens on which the merged model's prediction is farthest from an expert's, farthest first."""
+    """Return the `n` tokens on which the merged model is farthest from an expert, farthest first."""
     distance = pair_distances(pair)
-    # Ties in the order of the text.
+    # Stable: ties are in the order of the text, so the record is reproducible.
     farthest = np.argsort(-distance, kind="stable")[:n].tolist()
     rows = []
     for place in farthest:

@@ -1,4 +1,4 @@
-"""Measure sequence classifiers together: the counterpart of `suite` for models that choose one label a row."""
+"""Evaluate sequence classifiers, which choose one label a row; the counterpart of `suite`."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def evaluate_classifiers(
     run: RunSettings | None = None,
 ) -> EvaluationRecord:
     """
-    Measure accuracy, loss, function distance and activations of classifiers with the same labels.
+    Measure accuracy, loss, function distances and activations of classifiers with the same labels.
 
-    A sample counts as one prediction: where the record says tokens of a distance or an objective, it means samples.
+    Each sample is one prediction, so `n_tokens` of a distance or an objective is the number of samples.
 
     Args:
         models, domains, options, run:
-            As for `evaluate_suite`; rows have a label (see `ClassificationCollator`). Of the options, `batch_size`,
-            `dtype` and `device_map` matter. Nothing is kept in a cache.
+            As for `evaluate_suite`; rows need a label (see `ClassificationCollator`). Only the options `batch_size`,
+            `dtype` and `device_map` are used. Results are not cached.
 
     Raises:
-        ArgumentError: If a model is no such classifier, or a row does not fit it.
+        ArgumentError: If a model does not choose one label per row, or a row does not fit it.
     """
     options, run = options or SuiteOptions(), run or RunSettings()
     settings = {"dtype": str(options.dtype), "task": "classification"}
     record = EvaluationRecord(models=dict(models.roles), settings=settings)
     record.weights = _weights(record.experts, models.weights)
-    # All are looked up before the first is loaded, so that a wrong name fails at once.
-    loader, specs = _look_up(models, options)
+    # All models are resolved before the first is loaded, so that a wrong name fails at once.
+    loader, specs = _find_models(models, options)
     predictions: dict[str, dict[str, EvalPrediction]] = {}
     for name, spec in specs.items():
         if run.on_model is not None:
@@ -83,15 +83,15 @@ def evaluate_classifiers(
             record.scores.append(Score(name, domain, metrics, n_samples=len(prediction.label_ids)))
         if isinstance(spec, Source):
             loader.release(model)
-        del model
+        del model  # before the next is loaded, so that only one is in memory
     record.recovery = recovery_rows(record)
     for domain in domains:
         _compare(record, domain, {name: class_log_probabilities(p[domain]) for name, p in predictions.items()})
     return record
 
 
-def _look_up(models: ModelSet, options: SuiteOptions) -> tuple[ModelLoader, dict[str, Source | torch.nn.Module]]:
-    """Find every model that is not in memory, and the base that adapters are put on."""
+def _find_models(models: ModelSet, options: SuiteOptions) -> tuple[ModelLoader, dict[str, Source | torch.nn.Module]]:
+    """Resolve every model that is not in memory, and the base of adapters."""
     specs = {
         name: spec if isinstance(spec, torch.nn.Module) else resolve(str(spec), token=models.token)
         for name, spec in models.specs.items()
@@ -101,19 +101,21 @@ def _look_up(models: ModelSet, options: SuiteOptions) -> tuple[ModelLoader, dict
 
 
 def _weights(experts: list[str], weights: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the weights of the experts, 1 by default, scaled to sum to 1."""
     unscaled = {name: (weights or {}).get(name, 1.0) for name in experts}
     total = sum(unscaled.values())
     return {name: weight / total for name, weight in unscaled.items()}
 
 
 def _compare(record: EvaluationRecord, domain: str, log_probs: Mapping[str, NDArray[np.float64]]) -> None:
-    """Add the distances of the merged model from the others, of the experts from each other, and the objective."""
+    """Add the distances merged-to-other and expert-to-expert, and the objective, of one dataset."""
     others = [name for name in log_probs if name != MERGED]
-    asked = [(MERGED, name) for name in others] if MERGED in log_probs else []
-    asked += [(two, one) for one, two in itertools.combinations(record.experts, 2) if {one, two} <= log_probs.keys()]
+    pairs = [(MERGED, name) for name in others] if MERGED in log_probs else []
+    pairs += [(two, one) for one, two in itertools.combinations(record.experts, 2) if {one, two} <= log_probs.keys()]
+    # `summarise` and `objective` read tables; those of a classifier are small enough to write again each time.
     with tempfile.TemporaryDirectory(prefix="frmerge-classes-") as folder:
         tables: dict[tuple[str, str], TokenTable] = {}
-        for number, (model, other) in enumerate(asked):
+        for number, (model, other) in enumerate(pairs):
             table = compare_classes(Path(folder) / f"{number}.safetensors", log_probs[model], log_probs[other])
             tables[model, other] = table
             record.distances.append(summarise(model, other, domain, table))

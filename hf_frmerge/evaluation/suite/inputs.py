@@ -1,4 +1,4 @@
-"""What an evaluation works on: models, looked up but not loaded, and texts in blocks that all of them can read."""
+"""Resolve the models of an evaluation without loading them, and cut its texts into blocks that all can read."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ if TYPE_CHECKING:
 
     from hf_frmerge.evaluation.suite.settings import ModelSet
 
-# The base is measured first: adapters are put on it while it is loaded. The merged model is compared with all others.
+# The base comes first, so that adapters reuse it while it is loaded; the merged model last, to be compared with all.
 _ORDER: dict[Role, int] = {"base": 0, "expert": 1, "merged": 2}
 
 
 @dataclass(frozen=True)
 class Inputs:
     """
+    Models and texts of an evaluation.
+
     Attributes:
-        roles: of every model, in the order they are measured.
-        live: models in memory, by name.
-        sources: all others, by name.
-        base: what adapters are put on.
-        tokenizer: of all models.
-        texts: by domain.
-        vocab_size: of all models.
+        roles: name -> role of every model, in the order of measuring.
+        live: name -> model, for models in memory.
+        sources: name -> resolved checkpoint, for all other models.
+        base: base of the adapters.
+        tokenizer: tokenizer shared by all models; `None` if there is none.
+        texts: domain -> blocks of tokens.
+        vocab_size: vocabulary size shared by all models.
     """
 
     roles: dict[str, Role]
@@ -47,7 +49,7 @@ class Inputs:
     vocab_size: int
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return tokens as text; without a tokenizer, their numbers."""
+        """Decode tokens to text; without a tokenizer, return their ids."""
         if self.tokenizer is None:
             return " ".join(map(str, tokens))
         return str(self.tokenizer.decode(list(tokens)))
@@ -55,7 +57,13 @@ class Inputs:
 
 def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: int, packing: bool) -> Inputs:
     """
-    Look everything up before the first model is loaded, so that a wrong name fails at once.
+    Resolve models and tokenize texts before the first model is loaded, so that a wrong name fails at once.
+
+    Args:
+        models (`ModelSet`): The models.
+        domains (`Mapping[str, Rows]`): Name of a text -> its rows.
+        block_size (`int`): Tokens a block.
+        packing (`bool`): Join the rows of a text into one stream; else each row is a block.
 
     Raises:
         ArgumentError: If there is no model or no text, a role is missing, an adapter has no base, the models have
@@ -80,7 +88,8 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
         _refuse_wrapped(source)
     configs = [_config(live.get(name), sources.get(name), base) for name in in_order]
     vocab_size = _common_vocabulary(dict(zip(in_order, configs)))
-    # Models with relative positions, and those that extrapolate without limit, have no such entry.
+    # Models with relative positions, and some that extrapolate without limit, lack this entry. The shortest limit
+    # counts for all models, because only predictions from the same context can be compared.
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
     limit = min((limit for limit in limits if limit), default=None)
     tokenizer = models.processing_class or _find_tokenizer([base, *sources.values()])
@@ -94,6 +103,7 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
 
 
 def _find_base(models: ModelSet, sources: Mapping[str, Source]) -> Source | None:
+    """Return the base of adapters: `base_model` if set, else the model whose role is base."""
     base = next((source for name, source in sources.items() if models.roles[name] == "base"), None)
     if models.base_model is not None:
         base = resolve(str(models.base_model), token=models.token)
@@ -104,6 +114,7 @@ def _find_base(models: ModelSet, sources: Mapping[str, Source]) -> Source | None
 
 
 def _refuse_wrapped(source: Source) -> None:
+    """Raise for a checkpoint whose tensor names have a wrapper's prefix: it would be measured with random weights."""
     with open_checkpoint(source) as checkpoint:
         if checkpoint.wrapped:
             raise CheckpointError(
@@ -114,14 +125,16 @@ def _refuse_wrapped(source: Source) -> None:
 
 
 def _config(model: Any, source: Source | None, base: Source | None) -> Any:
+    """Return the configuration of a model, for an adapter that of its base."""
     if source is None:
         return model.config.get_text_config()
     whole = base if source.kind == "adapter" else source
-    assert whole is not None  # checked when the base was looked for
+    assert whole is not None  # `_find_base` raises for an adapter without a base
     return transformers.AutoConfig.from_pretrained(whole.path).get_text_config()
 
 
 def _common_vocabulary(configs: Mapping[str, Any]) -> int:
+    """Return the vocabulary size, and raise unless all models share it."""
     sizes = {name: config.vocab_size for name, config in configs.items()}
     if len(set(sizes.values())) > 1:
         raise ArgumentError(
@@ -132,6 +145,7 @@ def _common_vocabulary(configs: Mapping[str, Any]) -> int:
 
 
 def _find_tokenizer(donors: Sequence[Source | None]) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of the first checkpoint that has one."""
     for donor in donors:
         if donor is not None and any(Path(donor.path).glob("tokenizer*")):
             return transformers.AutoTokenizer.from_pretrained(donor.path)

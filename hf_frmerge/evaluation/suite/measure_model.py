@@ -1,4 +1,4 @@
-"""One forward pass over every block of every text, from which everything about a model is measured."""
+"""Measure everything about a model in one forward pass over the blocks of all texts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hf_frmerge.evaluation.text.token_blocks import TokenBlocks
 @dataclass(frozen=True)
 class Comparison:
     """
-    A comparison to make while a model runs.
+    A comparison of the running model with a stored one.
 
     Attributes:
-        stored: folder of the other model's tables.
-        result: folder for the divergences of every token.
+        stored: folder with the other model's tables.
+        result: folder to write the divergences of every token to.
     """
 
     stored: Path
@@ -35,7 +35,7 @@ class Comparison:
 
 
 def table_file(folder: Path, number: int) -> Path:
-    """Return the file of the text of this number."""
+    """Return the table file of a text, by its number."""
     return folder / f"{number}.safetensors"
 
 
@@ -51,20 +51,20 @@ def measure_model(
     on_prediction_step: Callable[[DataLoader], None] | None = None,
 ) -> ActivationStatistics:
     """
-    Run a model over all texts once: its predictions and their divergences go to tables, its activations are counted.
+    Run a model over all texts once; write predictions and divergences to tables, and accumulate activations.
 
     Args:
         model (`torch.nn.Module`): Causal language model of transformers, or any model with hidden states.
-        texts (`Sequence[TokenBlocks]`): What it reads.
-        output (`Path`, *optional*): Folder for the tables of its predictions, one a text; `None` for none.
-        output_format (`OutputFormat`): How predictions are stored, its own and those it is compared with.
-        comparisons (`Sequence[Comparison]`): With whom; made only of models that predict the next token.
+        texts (`Sequence[TokenBlocks]`): Texts to read.
+        output (`Path`, *optional*): Folder for the tables of predictions, one a text; by default they are not stored.
+        output_format (`OutputFormat`): Storage of the predictions of this model and of those it is compared with.
+        comparisons (`Sequence[Comparison]`): Models to compare with; empty unless both predict the next token.
         batch_size (`int`): Blocks a forward pass.
-        accelerator (`accelerate.Accelerator`): All processes call this; each fills its rows of the same files.
+        accelerator (`accelerate.Accelerator`): Every process must call this; each writes its rows of the same files.
         on_prediction_step (`Callable[[DataLoader], None]`, *optional*): Called after every batch.
 
     Returns:
-        `ActivationStatistics`: of all layers, over all texts and processes.
+        `ActivationStatistics`: moments of all layers, over all texts and processes.
     """
     statistics = ActivationStatistics()
     for number, blocks in enumerate(texts):
@@ -93,6 +93,7 @@ def _create_tables(
     comparisons: Sequence[Comparison],
     accelerator: Accelerator,
 ) -> None:
+    """Create the tables of a text on the main process; the others wait until the files have their size."""
     if accelerator.is_main_process:
         if output is not None:
             TokenTable(table_file(output, number), blocks.n_predictions, output_format.columns).create()
@@ -102,7 +103,7 @@ def _create_tables(
 
 
 class _Recorder:
-    """Collects the requested measures of every batch."""
+    """Collect the requested measures of every batch."""
 
     def __init__(
         self,
@@ -114,23 +115,25 @@ class _Recorder:
         statistics: ActivationStatistics,
         stack: ExitStack,
     ) -> None:
-        def opened(folder: Path, columns: Any, write: bool) -> TokenTable:
+        def open_table(folder: Path, columns: Any, write: bool) -> TokenTable:
             table = TokenTable(table_file(folder, number), blocks.n_predictions, columns).open(write=write)
             stack.callback(table.close)
             return table
 
         self._blocks, self._format, self._statistics = blocks, output_format, statistics
-        self._output = opened(output, output_format.columns, True) if output is not None else None
+        self._output = open_table(output, output_format.columns, True) if output is not None else None
         self._comparisons = [
-            (opened(c.stored, output_format.columns, False), opened(c.result, PAIR_COLUMNS, True)) for c in comparisons
+            (open_table(c.stored, output_format.columns, False), open_table(c.result, PAIR_COLUMNS, True))
+            for c in comparisons
         ]
 
     def __call__(self, batch: Mapping[str, torch.Tensor], output: Any) -> None:
+        # Activations count every token, also the context-only first of a block.
         self._statistics.update(output.hidden_states, batch["attention_mask"])
         if self._output is None and not self._comparisons:
             return
         for index, logits, targets in rows_of(dict(batch), output.logits):
-            for rows in predictions(logits, targets):
+            for rows in predictions(logits, targets):  # each chunk serves all tables: the softmax is computed once
                 start = self._blocks.start(index) + rows.start
                 if self._output is not None:
                     self._output.write("log_prob", start, rows.log_prob)

@@ -1,4 +1,4 @@
-"""Evaluate one merge: the merged model and what it was made of, on the datasets of a user."""
+"""Evaluate a merge: the merged model, its base and its experts, on the datasets of a user."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from hf_frmerge.merging.record.find_models import MergeModels
 @dataclass(frozen=True)
 class UserMetrics:
     """
-    What a user computes of the merged model's predictions, as for `transformers.Trainer`.
+    Metrics a user computes from the predictions of the merged model, as with `transformers.Trainer`.
 
-    Predictions of a language model are the logits `(n, T, V)` of all blocks (or rows), and labels are their tokens: a
-    label is predicted by the position before it. Use `preprocess_logits` to keep less of them.
+    Predictions of a language model are the logits `(n, T, V)` of all blocks (or rows), and labels are their tokens,
+    each predicted by the position before it. Use `preprocess_logits` to keep less than the logits.
 
     Attributes:
-        model: returns the merged model, on which the datasets are run once more.
-        compute: called with an `EvalPrediction`, returns metrics by name; `None` if there is nothing to compute.
-        preprocess_logits: called with predictions and labels of each batch; what it returns is kept in their place.
-        ignore_keys: outputs of the model that are no predictions.
+        model: returns the merged model, which is run on the datasets once more.
+        compute: called with an `EvalPrediction`, returns metrics by name; `None` for no user metrics.
+        preprocess_logits: called with predictions and labels of each batch; its result is kept in their place.
+        ignore_keys: outputs of the model that are not predictions.
     """
 
     model: Callable[[], Any]
@@ -56,7 +56,15 @@ def models_to_measure(
     processing_class: PreTrainedTokenizerBase | None = None,
     token: str | None = None,
 ) -> ModelSet:
-    """Name the models of a merge, and say their roles and weights; `merged` is the model, its folder or Hub id."""
+    """
+    Name the models of a merge, with their roles and weights.
+
+    Args:
+        models (`MergeModels`): Base, experts and weights.
+        merged (`str` or `torch.nn.Module`, *optional*): Merged model, its folder or its Hub id.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer.
+        token (`str`, *optional*): Token for the Hub.
+    """
     specs, roles = models_of_merge(models.experts, models.base_model, merged)
     names = [name for name, role in roles.items() if role == "expert"]
     weights = dict(zip(names, models.weights)) if models.weights and names else None
@@ -71,27 +79,27 @@ def evaluate_merge(
     user_metrics: UserMetrics | None = None,
 ) -> EvaluationRecord:
     """
-    Measure sequence classifiers by `evaluate_classifiers`, other models by `evaluate_suite`.
+    Evaluate sequence classifiers with `evaluate_classifiers`, and other models with `evaluate_suite`.
 
-    The base that adapters are put on is by default what their configuration names, the tokenizer that of the merged
-    model, or else of the first one that has any.
+    By default the base of adapters is the one in their configuration, and the tokenizer is that of the merged model,
+    or else of the first model that has one.
 
     Args:
         models (`ModelSet`):
-            The models.
+            Models, with their roles.
         domains (`Mapping[str, Rows]`):
             Name -> `Dataset`, `IterableDataset` or any rows.
         options, run:
             As for `evaluate_suite`.
         user_metrics (`UserMetrics`, *optional*):
-            Added to the scores of the merged model.
+            Metrics to add to the scores of the merged model.
 
     Raises:
         ArgumentError: If a dataset does not fit the models.
     """
     options, run = options or SuiteOptions(), run or RunSettings()
     sources = {n: resolve(spec, token=models.token) for n, spec in models.specs.items() if isinstance(spec, str)}
-    models = _completed(models, sources)
+    models = _with_base_and_tokenizer(models, sources)
     architecture = _architecture(models, sources)
     if is_classifier(architecture):
         record = evaluate_classifiers(models, domains, options, run)
@@ -121,15 +129,15 @@ def measure_merge(
     on_prediction_step: Callable[[DataLoader], object],
 ) -> tuple[EvaluationRecord, dict[str, float]]:
     """
-    Measure the models of a merge as its arguments say, and how long it took.
+    Evaluate the models of a merge with the settings in its arguments, and time it.
 
     Args:
         args (`MergingArguments`):
-            The arguments.
+            Arguments of the merge.
         models (`MergeModels`):
-            Base and experts; not measured beside a merged model unless `args.evaluate_experts`.
+            Base and experts; measured beside a merged model only with `args.evaluate_experts`.
         merged (`str` or `torch.nn.Module`, *optional*):
-            Folder of the merged model, or the model; without it base and experts alone are measured.
+            Folder of the merged model, or the model; without it only base and experts are measured.
         domains, user_metrics:
             As for `evaluate_merge`.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
@@ -138,12 +146,13 @@ def measure_merge(
             Called after every batch.
 
     Returns:
-        The record, and `runtime` in seconds, `samples_per_second`, `steps_per_second` as `Trainer` has them: a sample
-        is a row or a block read by a model, so what was found in the cache does not count.
+        The record, and `runtime` in seconds, `samples_per_second` and `steps_per_second` as in `Trainer`. A sample is
+        a row or block read by a model; models found in the cache do not count.
     """
     if merged is not None and processing_class is None:
         processing_class = tokenizer_of(whole_model(args.output_dir, models.base_model, args.hub_token))
     if isinstance(merged, torch.nn.Module) and args.eval_dtype != "auto":
+        # A model in memory is measured in the dtype that one on disk would be loaded in.
         merged.to(getattr(torch, args.eval_dtype))
     model_set = models_to_measure(models, merged, processing_class, args.hub_token)
     if merged is not None and not args.evaluate_experts:
@@ -170,38 +179,41 @@ def measure_merge(
     )
     record = evaluate_merge(model_set, domains, options, run, user_metrics)
     block = record.settings.get("block_size", 2)
+    # Rows joined into one stream are counted as blocks, each of which scores `block - 1` tokens.
     samples = {score.domain: score.n_samples or -(-score.n_tokens // (block - 1)) for score in record.scores}
     speed = speed_metrics("", started, num_samples=len(names) * sum(samples.values()), num_steps=n_steps)
     return record, {name.removeprefix("_"): value for name, value in speed.items()}
 
 
-def _completed(models: ModelSet, sources: Mapping[str, Source]) -> ModelSet:
-    """Find the base that adapters name and a tokenizer, unless the caller gave them."""
+def _with_base_and_tokenizer(models: ModelSet, sources: Mapping[str, Source]) -> ModelSet:
+    """Fill in the base from the adapters' configuration, and the tokenizer, unless the caller set them."""
     base, tokenizer = models.base_model, models.processing_class
     if base is None:
         adapters = [source for source in sources.values() if source.kind == "adapter"]
         base = next((whole_model(adapter.path, token=models.token) for adapter in adapters), None)
     models = replace(models, base_model=base)
     if tokenizer is None:
-        folders = [_whole(models, sources[name]) for name in (_named(models), *sources) if name in sources]
+        folders = [_whole_folder(models, sources[name]) for name in (_main_model(models), *sources) if name in sources]
+        # The merged model first: its tokenizer is the one that it is used with.
         tokenizer = next(filter(None, map(tokenizer_of, folders)), None)
     return replace(models, processing_class=tokenizer)
 
 
 def _architecture(models: ModelSet, sources: Mapping[str, Source]) -> str:
-    """Return the class of the merged model, or of the first model."""
-    name = _named(models)
+    """Return the class name of the merged model, or of the first model without one."""
+    name = _main_model(models)
     if name in sources:
-        return architecture_of(_whole(models, sources[name]))
+        return architecture_of(_whole_folder(models, sources[name]))
     return type(models.specs.get(name)).__name__
 
 
-def _named(models: ModelSet) -> str:
-    """Name of the merged model, or of the first."""
+def _main_model(models: ModelSet) -> str:
+    """Return the name of the merged model, or of the first model without one."""
     return MERGED if MERGED in models.specs else next(iter(models.specs), "")
 
 
-def _whole(models: ModelSet, source: Source) -> str:
+def _whole_folder(models: ModelSet, source: Source) -> str:
+    """Return the folder of a checkpoint, for an adapter that of its base."""
     return whole_model(source.path, None if models.base_model is None else str(models.base_model), models.token)
 
 
@@ -213,6 +225,7 @@ def _predict_classes(
     run: RunSettings,
     loop: LoopOptions,
 ) -> EvalPrediction:
+    """Run a classifier over a dataset."""
     return predict_classes(
         model,
         rows,
@@ -232,6 +245,7 @@ def _predict_tokens(
     run: RunSettings,
     loop: LoopOptions,
 ) -> EvalPrediction:
+    """Run a language model over the blocks of a text, with the same signature as `_predict_classes`."""
     blocks = blocks_for(model, tokenizer, rows, options.block_size, packing=options.packing)
     loader = batches_of(blocks, collate, batch_size=options.batch_size, accelerator=run.accelerator)
     if getattr(model, "hf_device_map", None) is None:
@@ -240,6 +254,7 @@ def _predict_tokens(
 
 
 def _add_metrics(record: EvaluationRecord, domain: str, metrics: Mapping[str, float]) -> None:
+    """Add user metrics to the score of the merged model on a dataset."""
     for number, score in enumerate(record.scores):
         if (score.model, score.domain) == (MERGED, domain):
             record.scores[number] = replace(score, metrics={**score.metrics, **metrics})

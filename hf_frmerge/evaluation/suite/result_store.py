@@ -1,4 +1,4 @@
-"""Where results of models are kept, by the content of everything they were computed from."""
+"""Cache the results of models, keyed by the content of everything they were computed from."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from hf_frmerge.evaluation.suite.inputs import Inputs
 from hf_frmerge.evaluation.suite.measure_model import table_file
 
 FORMAT = 2
-"""Of what is kept; raised whenever the same inputs would give other figures or other files."""
+"""Version of the cache, part of every key; raise it when the same inputs would give other numbers or files."""
 
 _MEASURED = "measured.json"
-_LIVE = "live-"  # keys of models in memory, which nobody could find again
+_LIVE = "live-"  # prefix for models in memory, whose results cannot be looked up later
 
 
 class ResultStore:
     """
-    Results of the models of one evaluation: some found, some to be filled in.
+    Results of the models of one evaluation, found in the cache or still to be filled in.
 
     Args:
-        folder (`Path`): Where results are kept, of this and of other evaluations.
+        folder (`Path`): Folder of the cache, shared with other evaluations.
         inputs (`Inputs`): Models and texts.
-        output_format (`OutputFormat`): How predictions are stored.
-        options (`Sequence`): All else that results depend on.
-        accelerator (`accelerate.Accelerator`): All processes make a store; the main one names things.
+        output_format (`OutputFormat`): Storage of predictions.
+        options (`Sequence`): Everything else the results depend on.
+        accelerator (`accelerate.Accelerator`): Every process makes a store; the main one computes the keys.
     """
 
     def __init__(
@@ -53,58 +53,57 @@ class ResultStore:
         self._texts = list(inputs.texts.values())
         self._accelerator = accelerator
         self._sources = [*inputs.sources.values(), *([inputs.base] if inputs.base is not None else [])]
-        named = None
+        run_and_keys = None
         if accelerator.is_main_process:
-            self._marks = [
-                file_marks(source) for source in self._sources
-            ]  # before the keys are made of their contents
-            named = (secrets.token_hex(4), _keys(inputs, [FORMAT, output_format.top_k, *options]))
-        run, self._keys = self.agree(named)
+            # Before the contents are digested into keys, so that a change in between is noticed.
+            self._marks = [file_marks(source) for source in self._sources]
+            run_and_keys = (secrets.token_hex(4), _keys(inputs, [FORMAT, output_format.top_k, *options]))
+        run, self._keys = self.agree(run_and_keys)
         self._cache = OutputCache(folder, run)
 
     def agree(self, value: Any) -> Any:
-        """Return the main process's value on all."""
+        """Return the main process's value on every process."""
         shared = [value]
         broadcast_object_list(shared)
         return shared[0]
 
     def key(self, model: str, other: str | None = None) -> str:
-        """Return the name of a model's own results, or of how it compares with another."""
+        """Return the key of a model's results, or of its comparison with another model."""
         return self._keys[model] if other is None else f"{self._keys[model]}-{self._keys[other]}"
 
     def missing(self, model: str, others: Sequence[str]) -> list[str]:
-        """Return the keys that have to be filled for a model and its comparison with others; remove damaged ones."""
-        wanted = {self.key(model): self.format.columns} | {self.key(model, other): PAIR_COLUMNS for other in others}
+        """Return the keys not in the cache for a model and its comparisons with others; remove damaged entries."""
+        needed = {self.key(model): self.format.columns} | {self.key(model, other): PAIR_COLUMNS for other in others}
         missing = None
         if self._accelerator.is_main_process:
-            missing = [key for key, columns in wanted.items() if not self._is_whole(key, columns)]
+            missing = [key for key, columns in needed.items() if not self._is_complete(key, columns)]
         return self.agree(missing)
 
     def path(self, key: str) -> Path:
-        """Return the folder of results that are there."""
+        """Return the folder of complete results."""
         return self._cache.path(key)
 
     def unfinished(self, key: str) -> Path:
-        """Return the folder to fill."""
+        """Return the folder to fill for a key."""
         return self._cache.unfinished(key)
 
     def begin(self, keys: Sequence[str]) -> None:
-        """Make folders to fill."""
+        """Create the folders to fill; every process must call it."""
         if self._accelerator.is_main_process:
             for key in keys:
                 self._cache.begin(key)
         self._accelerator.wait_for_everyone()
 
     def write_measured(self, key: str, measured: dict[str, Any]) -> None:
-        """Keep what is not a table; one process does it."""
+        """Write the results that are not tables; call it on one process."""
         write_file(self.unfinished(key) / _MEASURED, json.dumps(measured))
 
     def publish(self, keys: Sequence[str]) -> None:
         """
-        Have the filled folders found from now on.
+        Move the filled folders into the cache; every process must call it.
 
         Raises:
-            CheckpointError: If a model changed since its key was made: what was measured may be that of another.
+            CheckpointError: If a file of a model changed since its key was computed: key and results may not match.
         """
         self._accelerator.wait_for_everyone()
         changed = self.agree(self._changed() if self._accelerator.is_main_process else None)
@@ -118,11 +117,11 @@ class ResultStore:
         self._accelerator.wait_for_everyone()
 
     def measured(self, model: str) -> dict[str, Any]:
-        """Return what `write_measured` kept."""
+        """Read what `write_measured` wrote."""
         return json.loads((self.path(self.key(model)) / _MEASURED).read_text(encoding="utf-8"))
 
     def _changed(self) -> str | None:
-        """Name a file that is not what it was; on the main process."""
+        """Return the model and name of a file that changed, or `None`; call it on the main process."""
         for source, before in zip(self._sources, self._marks):
             now = file_marks(source)
             for name in sorted(before.keys() | now.keys()):
@@ -134,25 +133,25 @@ class ResultStore:
     def tables(
         self, number: int, models: Sequence[str]
     ) -> Iterator[tuple[dict[str, TokenTable], dict[tuple[str, str], TokenTable]]]:
-        """Open the tables of one text: of models, and of every two of them, the later one first."""
+        """Open the tables of a text: by model, and by pair of models with the later one first."""
         with ExitStack() as stack:
 
-            def opened(key: str, columns: Columns) -> TokenTable:
+            def open_table(key: str, columns: Columns) -> TokenTable:
                 table = self._table(key, number, columns).open()
                 stack.callback(table.close)
                 return table
 
             yield (
-                {name: opened(self.key(name), self.format.columns) for name in models},
+                {name: open_table(self.key(name), self.format.columns) for name in models},
                 {
-                    (one, two): opened(self.key(one, two), PAIR_COLUMNS)
+                    (one, two): open_table(self.key(one, two), PAIR_COLUMNS)
                     for place, one in enumerate(models)
                     for two in models[:place]
                 },
             )
 
     def clean_up(self) -> None:
-        """Remove what was left unfinished, and results of models in memory."""
+        """Remove unfinished folders, and the results of models in memory."""
         if self._accelerator.is_main_process:
             self._cache.clear()
             for key in self._keys.values():
@@ -160,13 +159,15 @@ class ResultStore:
                     self._cache.discard_all_of(key)
 
     def _table(self, key: str, number: int, columns: Columns) -> TokenTable:
+        """Return a table of a text, not yet open."""
         return TokenTable(table_file(self.path(key), number), self._texts[number].n_predictions, columns)
 
-    def _is_whole(self, key: str, columns: Columns) -> bool:
+    def _is_complete(self, key: str, columns: Columns) -> bool:
+        """Check the tables under a key; remove the key if one is damaged."""
         for number in range(len(self._texts)):
             table = self._table(key, number, columns)
             try:
-                if table.path.exists():  # there are none of models that do not predict the next token
+                if table.path.exists():  # models that do not predict the next token have no tables
                     table.open().close()
             except ValueError:
                 self._cache.discard_all_of(key)
@@ -174,8 +175,10 @@ class ResultStore:
 
 
 def _keys(inputs: Inputs, options: Sequence[str | int]) -> dict[str, str]:
+    """Return the key of every model: a digest of weights, texts, options and library versions, or a random one."""
     base = model_identity(inputs.base) if inputs.base is not None else None
     shared = {
+        # New versions may compute other numbers from the same weights.
         "versions": [torch.__version__, transformers.__version__],
         "options": list(options),
         "texts": [

@@ -1,4 +1,4 @@
-"""What an evaluation is asked: which models, how they are measured, and how it runs."""
+"""Settings of an evaluation: its models, how they are measured, and where it runs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ModelSet:
     """
-    Models that are measured together.
+    Models to measure together.
 
     Attributes:
-        specs: name -> folder, Hub id, or a model in memory. The merged one is named `"merged"`.
+        specs: name -> folder, Hub id, or a model in memory. The merged model is named `"merged"`.
         roles: name -> `"base"`, `"expert"` or `"merged"`.
-        weights: of every expert in the objective, scaled to sum to 1; equal by default.
-        base_model: what adapters are put on; by default the model whose role is `"base"`.
-        processing_class: tokenizer; by default that of the base, else of the first whole checkpoint.
-        token: for the Hub.
+        weights: name -> weight of the expert in the objective, scaled to sum to 1; equal by default.
+        base_model: base of adapters; by default the model whose role is `"base"`.
+        processing_class: tokenizer; by default that of the base, else of the first checkpoint with one.
+        token: token for the Hub.
     """
 
     specs: Mapping[str, str | Path | torch.nn.Module]
@@ -47,15 +47,15 @@ class SuiteOptions:
 
     Attributes:
         batch_size: blocks a forward pass, on each process.
-        block_size: tokens a block: each is predicted from at most `block_size - 1` tokens before it.
-        dtype: to load models in; `"auto"` is the one a model is stored in.
-        top_k: likeliest tokens kept of every prediction, beside as many drawn from the rest; 0 keeps whole
-            distributions, `4 * V` bytes a token, model and text, and makes the distances exact.
-        n_worst: tokens to show per expert and domain.
+        block_size: tokens a block; a token has at most `block_size - 1` tokens of context.
+        dtype: dtype to load models in; `"auto"` is the one a model is stored in.
+        top_k: likeliest outcomes stored of every prediction, with as many drawn from the rest. 0 stores full
+            distributions, which takes `4 * V` bytes a token and model, and makes the distances exact.
+        n_worst: worst tokens to show per expert and domain.
         n_prompts: generations per model and domain.
         max_new_tokens: tokens a generation.
         device_map: as in `from_pretrained`, for models larger than one device.
-        packing: join the rows of a text into one stream that is cut into blocks; if not, each is read by itself.
+        packing: join the rows of a text into one stream, and cut it into blocks; else each row is a block.
     """
 
     batch_size: int = 8
@@ -72,14 +72,14 @@ class SuiteOptions:
 @dataclass(frozen=True)
 class RunSettings:
     """
-    Where an evaluation runs and who follows it; none of it changes a number.
+    Where an evaluation runs, and callbacks; nothing here changes a result.
 
     Attributes:
-        accelerator: every process of a distributed run must take part; all get the result.
-        cache_dir: where results are kept, by default `$HF_FRMERGE_CACHE/evaluation`, else
-            `~/.cache/hf_frmerge/evaluation`. On several processes all must see the same folder.
-        num_workers: processes that load the rows of classifiers.
-        on_model: called with the name of every model that is about to be run, that is, not found in the cache.
+        accelerator: device and processes. Every process of a distributed run must take part; all get the result.
+        cache_dir: folder of the cache, by default `$HF_FRMERGE_CACHE/evaluation`, else
+            `~/.cache/hf_frmerge/evaluation`. All processes must see the same folder.
+        num_workers: background processes that load the rows of classifiers.
+        on_model: called with the name of every model before it is run; not called for models found in the cache.
         on_prediction_step: called after every batch.
     """
 

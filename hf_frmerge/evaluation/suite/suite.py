@@ -1,4 +1,4 @@
-"""Everything that is measured of a merge, in one call."""
+"""Evaluate the language models of a merge: all measures, in one call."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def evaluate_suite(
     run: RunSettings | None = None,
 ) -> EvaluationRecord:
     """
-    Measure models on texts: scores, function distances, activations, generations.
+    Measure scores, function distances, activations and generations of models on texts.
 
-    Every model reads every text once, and everything is measured in that one pass. Models are loaded one at a time,
-    the merged one last. What is found is kept in `run.cache_dir` by the content of weights, texts and options: a model
-    that was measured before is not even loaded. Results of models in memory are not kept.
+    Every model reads every text once, and everything is measured in that pass. Models are loaded one at a time, the
+    merged one last. Results are cached in `run.cache_dir` under the content of weights, texts and options, and a model
+    in the cache is not loaded. Results of models in memory are not cached.
 
     Args:
         models (`ModelSet`):
-            The models.
+            Models, with their roles.
         domains (`Mapping[str, Iterable]`):
-            Name of a text -> rows of text or tokens, as `evaluate_causal_lm` takes them.
+            Name of a text -> rows of text or tokens, as for `evaluate_causal_lm`.
         options (`SuiteOptions`, *optional*):
             How to measure.
         run (`RunSettings`, *optional*):
-            Where to run, and who follows.
+            Where to run, and callbacks.
 
     Returns:
-        `EvaluationRecord`: without what could not be measured of these models.
+        `EvaluationRecord`: models that do not predict the next token have activations only.
 
     Raises:
         ArgumentError: If there is no model or no text, a role is missing, an adapter has no base, the models have
@@ -65,7 +65,7 @@ def evaluate_suite(
     try:
         _Suite(inputs, store, options, run).measure_all()
         record = build_record(inputs, store, weights, options.n_worst)
-        run.accelerator.wait_for_everyone()  # all have read what is removed next
+        run.accelerator.wait_for_everyone()  # no process may still read what clean_up removes
     finally:
         store.clean_up()
     record.settings |= {
@@ -77,7 +77,7 @@ def evaluate_suite(
 
 
 def default_cache_dir() -> Path:
-    """Return where results are kept unless the caller says otherwise."""
+    """Return the default folder of the cache."""
     configured = os.environ.get("HF_FRMERGE_CACHE")
     root = Path(configured).expanduser() if configured else Path.home() / ".cache" / "hf_frmerge"
     return root / "evaluation"
@@ -85,7 +85,7 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class _Suite:
-    """Runs the models of an evaluation whose results are incomplete."""
+    """Run the models whose results are not all in the cache."""
 
     inputs: Inputs
     store: ResultStore
@@ -93,6 +93,7 @@ class _Suite:
     run: RunSettings
 
     def measure_all(self) -> None:
+        """Measure the models in order; each is compared with those before it."""
         loader = ModelLoader(self.inputs.base, self.options.dtype, self.options.device_map)
         names = list(self.inputs.roles)
         for number, name in enumerate(names):
@@ -107,9 +108,10 @@ class _Suite:
                 model = loader.load(self.inputs.sources[name])
                 self._measure(name, model, names[:number], missing)
                 loader.release(model)
-                del model
+                del model  # the last reference; only one model may be in memory when the next is loaded
 
     def _measure(self, name: str, model: torch.nn.Module, others: Sequence[str], missing: Sequence[str]) -> None:
+        """Run a model, and write the results under the missing keys."""
         store, key = self.store, self.store.key(name)
         causal, is_new = predicts_next_token(model), key in missing
         store.begin(missing)
@@ -141,11 +143,11 @@ class _Suite:
         store.publish(missing)
 
     def _generate(self, name: str, model: torch.nn.Module) -> list[Generation]:
-        """Let the model go on after the first tokens of every text, and of as many more places as are asked for."""
+        """Continue `n_prompts` prompts of every text, which begin at equal distances, the first at its start."""
         n_prompts, texts = self.options.n_prompts, self.inputs.texts
         if n_prompts == 0:
             return []
-        # All of one length, so that they are one batch without padding.
+        # Prompts of one length form a batch without padding, which could change what a model generates.
         shortest = min(min(len(blocks.tokens), blocks.block_size // 2) for blocks in texts.values())
         length = min(self.options.max_new_tokens, shortest)
         domains, prompts = [], []

@@ -1,4 +1,4 @@
-"""Rows of a dataset as batches for `predict`: numbered, encoded, padded, and split over processes."""
+"""Turn the rows of a dataset into batches for `predict`: numbered, encoded, padded, and split over processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.text.token_blocks import TokenBlocks, text_of
 
-INDEX = "index"  # where in the dataset a row of a batch was
+INDEX = "index"  # entry of a batch: positions of its rows in the dataset
 _LABEL_COLUMNS = ("labels", "label", "label_ids")
 
 Row = str | Mapping[str, Any]
@@ -31,22 +31,22 @@ def batches_of(
     num_workers: int = 0,
 ) -> DataLoader:
     """
-    Return this process's share of the rows in batches, on its device.
+    Return a dataloader over this process's share of the rows, on its device.
 
-    Every process gets equally many batches, so that all can gather after each; for that Accelerate repeats rows, which
-    the entry `"index"` of a batch tells apart. Rows are encoded by the process that uses them.
+    Every process gets the same number of batches, so that all can gather after each. Accelerate repeats rows for
+    that; the entry `"index"` of a batch identifies the repeats. Each process encodes only its own rows.
 
     Args:
         rows (`Iterable`):
-            What has a length and `[]` is read by index, everything else is streamed. `TokenBlocks` number themselves.
+            Rows with a length and `[]` are read by index, all others are streamed. `TokenBlocks` number themselves.
         collate (`Callable`):
-            Makes a batch of pairs of index and row.
+            Makes a batch from a list of `(index, row)`.
         batch_size (`int`):
             Rows a batch, on each process.
         accelerator (`accelerate.Accelerator`):
-            The processes and their devices.
+            Gives the device, and the number of this process.
         num_workers (`int`, *optional*, defaults to `0`):
-            Processes that load data in the background; a stream has one at most, or it would be read several times.
+            Background processes that load data. A stream has at most one: each further worker would read it again.
     """
     dataset: Any
     if isinstance(rows, TokenBlocks):
@@ -56,7 +56,8 @@ def batches_of(
     else:
         dataset, num_workers = _Stream(rows), min(num_workers, 1)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
-    # Left to itself, Accelerate has one process read a stream for all, and cannot join batches of unequal lengths.
+    # dispatch_batches=False: by default one process reads a stream for all, and Accelerate then fails to join batches
+    # of unequal lengths.
     return prepare_data_loader(
         loader,
         device=accelerator.device,
@@ -69,13 +70,13 @@ def batches_of(
 
 class ClassificationCollator:
     """
-    Batches for a sequence classifier, of rows with `input_ids` (or `text`) and a label.
+    Collator for sequence classifiers: encodes rows with `input_ids` (or `text`) and a label, and pads them.
 
     Args:
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer, needed for text, which it cuts to what the model takes, and to pad rows of unequal lengths.
+            Tokenizer, needed for text, which it truncates to the model's limit, and to pad rows of unequal lengths.
         model (`torch.nn.Module`):
-            Whose inputs are kept of each row, and whose `config.label2id` turns label names into numbers.
+            Classifier. Its `forward` signature decides which columns are kept; `config.label2id` maps label names.
     """
 
     def __init__(self, processing_class: PreTrainedTokenizerBase | None, model: torch.nn.Module) -> None:
@@ -86,7 +87,12 @@ class ClassificationCollator:
         self.label_ids: dict[str, int] = config.label2id
 
     def __call__(self, items: list[tuple[int, Row]]) -> dict[str, torch.Tensor]:
-        """Encode and pad."""
+        """
+        Encode and pad a list of `(index, row)`.
+
+        Raises:
+            ArgumentError: If a row has no label the model knows, or a tokenizer or padding token is missing.
+        """
         features = [self._features(index, row) for index, row in items]
         labels = [self._label(index, row) for index, row in items]
         return {
@@ -104,6 +110,7 @@ class ClassificationCollator:
         return dict(self.processing_class(text, truncation=True))
 
     def _pad(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        # Equal lengths need no padding token, and many tokenizers of decoders have none.
         if len({len(row["input_ids"]) for row in features}) == 1:
             return {name: torch.tensor([_plain(row[name]) for row in features]) for name in features[0]}
         if self.processing_class is None or self.processing_class.pad_token is None:
@@ -132,11 +139,13 @@ class ClassificationCollator:
 
 
 def _plain(values: Any) -> Any:
-    """Return a list, also of what a dataset in torch or numpy format gives."""
+    """Convert a tensor or array, as datasets in torch or numpy format return, to a list."""
     return values.tolist() if hasattr(values, "tolist") else values
 
 
 class _Numbered(Dataset):
+    """Map-style dataset of `(index, row)`."""
+
     def __init__(self, rows: Any) -> None:
         self.rows = rows
 
@@ -148,6 +157,8 @@ class _Numbered(Dataset):
 
 
 class _Stream(IterableDataset):
+    """Iterable dataset of `(index, row)`."""
+
     def __init__(self, rows: Iterable[Any]) -> None:
         self.rows = rows
 

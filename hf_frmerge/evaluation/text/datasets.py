@@ -1,4 +1,4 @@
-"""Evaluation data from files."""
+"""Read evaluation data from files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.text.token_blocks import Rows
 
-# Suffix -> builder of `datasets.load_dataset`. Every other file is read as one text.
+# File suffix -> builder name for `datasets.load_dataset`. Any other file is read as one text.
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -17,17 +17,20 @@ def read_texts(path: str | Path) -> Rows:
 
     Args:
         path (`str` or `Path`):
-            `.jsonl`, `.json`, `.csv` or `.parquet` with a column `text` or `input_ids`; every other file is one text
-            in UTF-8.
+            `.jsonl`, `.json`, `.csv` or `.parquet` with a column `text` or `input_ids`; any other file is read as one
+            UTF-8 text.
+
+    Returns:
+        `datasets.Dataset` for a table, a list of one string for a text.
 
     Raises:
-        ArgumentError: If there is no such file, or it is not text.
+        ArgumentError: If the file does not exist, or is neither a table nor UTF-8 text.
     """
     file = Path(path)
     if not file.is_file():
         raise ArgumentError(f"The evaluation data {str(file)!r} is not a file.")
     if file.suffix in _TABLES:
-        from datasets import load_dataset
+        from datasets import load_dataset  # a slow import that plain text can do without
 
         return load_dataset(_TABLES[file.suffix], data_files=str(file), split="train")
     try:

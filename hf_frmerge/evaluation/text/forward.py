@@ -1,4 +1,4 @@
-"""Run causal language models over blocks of tokens, on one process or many; loss, perplexity and token accuracy."""
+"""Run causal language models over blocks of tokens, and compute loss, perplexity and token accuracy."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from hf_frmerge.evaluation.text.token_blocks import (
 
 @dataclass(frozen=True)
 class LanguageModelMetrics:
-    """How well a causal language model predicts a text."""
+    """Loss, perplexity and token accuracy of a causal language model on a text."""
 
     loss: float  # mean negative log-likelihood, in nats a token
     perplexity: float  # exp(loss)
-    token_accuracy: float  # share of tokens that were the model's first guess
+    token_accuracy: float  # share of tokens with the highest logit
     n_tokens: int  # tokens scored
 
     def by_name(self) -> dict[str, float]:
-        """Return the metrics as a record keeps them."""
+        """Return the metrics by name, as `Score.metrics` stores them."""
         return {"loss": self.loss, "perplexity": self.perplexity, "token_accuracy": self.token_accuracy}
 
 
@@ -53,13 +53,13 @@ def evaluate_causal_lm(
     on_prediction_step: Callable[[DataLoader], None] | None = None,
 ) -> LanguageModelMetrics:
     r"""
-    Measure how well a causal language model predicts a text.
+    Compute loss, perplexity and token accuracy of a causal language model on a text.
 
     The rows are joined in order, without a separator, into one stream of `M` tokens, as in transformers' `run_clm`,
     and cut into blocks that overlap by one token: every token but the very first is scored exactly once, with at most
     `block_size - 1` tokens of context. The log-softmax is taken in float32, whatever the model's dtype, and sums are
     float64 in the order of the text, so neither the batch size nor the number of processes changes the result beyond
-    the rounding of the model itself. Logits live for one batch only.
+    the rounding of the model itself. Only the logits of one batch are in memory at a time.
 
     Args:
         model (`torch.nn.Module`):
@@ -74,9 +74,9 @@ def evaluate_causal_lm(
         max_length (`int`, *optional*):
             Cut every row to this many tokens.
         block_size (`int`, *optional*, defaults to `256`):
-            Tokens a block. A model with fewer positions gets blocks of as many tokens as it has positions.
+            Tokens a block, capped at the model's `max_position_embeddings`.
         accelerator (`accelerate.Accelerator`, *optional*):
-            Defaults to a new one. Every process of a distributed run must call this function; all get the result.
+            Defaults to a new one. In a distributed run every process must call this function; all get the result.
         on_prediction_step (`Callable[[DataLoader], None]`, *optional*):
             Called after every batch with the dataloader, whose `len` is the number of batches on this process.
 
@@ -105,7 +105,7 @@ def evaluate_causal_lm(
         accelerator=accelerator,
         on_prediction_step=on_prediction_step,
     )
-    # A list, for that is what gather_object joins.
+    # A list: gather_object iterates over what each process passes, and of a dict only the keys would arrive.
     gathered = {index: (lp, hit) for index, lp, hit in gather_object([(i, log_probs[i], hits[i]) for i in log_probs])}
     ordered = [gathered[index] for index in range(len(blocks))]
     n_tokens = blocks.n_predictions
@@ -114,8 +114,9 @@ def evaluate_causal_lm(
 
 def metrics_of(log_probs: np.ndarray, token_accuracy: float) -> LanguageModelMetrics:
     """Return the metrics of a text from the log-probabilities of its tokens, `(T,)` float64."""
+    # fsum is exact, so the loss does not depend on how blocks were spread over processes.
     loss = -math.fsum(log_probs) / len(log_probs)
-    # numpy: inf, not OverflowError, for a hopeless model
+    # np.exp gives inf for a diverged model, where math.exp raises OverflowError.
     return LanguageModelMetrics(loss, float(np.exp(loss)), token_accuracy, len(log_probs))
 
 
@@ -130,46 +131,46 @@ def forward_blocks(
     output_hidden_states: bool = False,
 ) -> None:
     """
-    Run a model over blocks, this process's share of them, in inference mode.
+    Run a model over this process's share of the blocks, in inference mode.
 
-    Batches are formed first and dealt to the processes in turn: a block is read in the same company however many
-    processes there are, so that the model rounds the same, and no block is repeated to even out the shares.
+    Batches are formed first, then dealt to the processes in turn. A batch therefore has the same blocks for any number
+    of processes, so the model rounds alike, and no block is repeated to even out the shares.
 
     Args:
         model (`torch.nn.Module`): Moved to the accelerator's device unless it was dispatched over several.
-        blocks (`TokenBlocks`): What it reads.
+        blocks (`TokenBlocks`): Blocks to read.
         on_batch (`Callable`): Called with every batch (see `collate`) and the model's output for it.
         batch_size (`int`): Blocks a batch.
-        accelerator (`accelerate.Accelerator`): Knows the device, and which process this is.
+        accelerator (`accelerate.Accelerator`): Gives the device, and the number of this process.
         on_prediction_step (`Callable[[DataLoader], None]`, *optional*): Called after every batch.
-        output_hidden_states (`bool`, *optional*, defaults to `False`): Have the output hold them.
+        output_hidden_states (`bool`, *optional*, defaults to `False`): Ask the model for its hidden states.
     """
     batches = [range(start, min(start + batch_size, len(blocks))) for start in range(0, len(blocks), batch_size)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    loader: Any = DataLoader(blocks, batch_sampler=mine, collate_fn=collate)  # type: ignore[arg-type]
+    process_batches = batches[accelerator.process_index :: accelerator.num_processes]
+    loader: Any = DataLoader(blocks, batch_sampler=process_batches, collate_fn=collate)  # type: ignore[arg-type]
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
     was_training = model.training
     model.eval()
     extra = {"output_hidden_states": True} if output_hidden_states else {}
     if predicts_next_token(model):
-        extra["use_cache"] = False
+        extra["use_cache"] = False  # the key-value cache is only of use in generation, and takes memory
     with torch.inference_mode():
         for batch in loader:
-            here = send_to_device(batch, accelerator.device)
-            on_batch(here, model(input_ids=here["input_ids"], attention_mask=here["attention_mask"], **extra))
+            inputs = send_to_device(batch, accelerator.device)
+            on_batch(inputs, model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **extra))
             if on_prediction_step is not None:
                 on_prediction_step(loader)
     model.train(was_training)
 
 
 def rows_of(batch: dict[str, torch.Tensor], logits: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Yield the number of every block of a batch, its `(n, V)` logits and the `(n,)` tokens they are to predict."""
+    """Yield, for every block of a batch, its index, the `(n, V)` logits and the `(n,)` tokens they predict."""
     for index, row, labels in zip(batch["index"].tolist(), logits, batch["labels"]):
         targets = labels[1:].to(row.device)
         is_predicted = targets != IGNORED_LABEL
         n = int(is_predicted.sum())
-        # Mostly it is only the padding behind that is not predicted: then nothing needs to be copied.
+        # Usually only the padding at the end is not predicted; a slice then avoids a copy of the logits.
         keep = slice(n) if bool(is_predicted[:n].all()) else is_predicted
         yield index, row[:-1][keep], targets[keep]
 
@@ -183,9 +184,29 @@ def blocks_for(
     max_length: int | None = None,
     packing: bool = True,
 ) -> TokenBlocks:
-    """Make blocks of a text for one model, by its embedding and its configuration."""
+    """
+    Cut a text into blocks that fit the vocabulary and the positions of a model.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model whose embedding and `config.max_position_embeddings` are the limits.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer. Only needed for rows of text.
+        rows (`Iterable`):
+            Rows with `input_ids` or else `text`, or plain strings.
+        block_size (`int`):
+            Tokens a block.
+        max_length (`int`, *optional*):
+            Cut every row to this many tokens; used with `packing` only.
+        packing (`bool`, *optional*, defaults to `True`):
+            Join the rows into one stream; else each row is a block.
+
+    Raises:
+        ArgumentError: If the rows cannot be used; see `cut` and `separate_rows`.
+    """
+    # From the embedding: after a resize, or with padding to a multiple of 64, it is larger than the tokenizer.
     vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    # Models with relative positions, and those that extrapolate without limit, have no such entry.
+    # Models with relative positions, and some that extrapolate without limit, lack this entry.
     limit = getattr(model.config, "max_position_embeddings", None)
     if not packing:
         return separate_rows(processing_class, rows, vocab_size, limit)
@@ -203,7 +224,7 @@ def recovery(base_loss: float, expert_loss: float, merged_loss: float) -> float:
 
     Returns:
         `float`: 1 if the merged model is as good as the expert, 0 if only as good as the base, negative if worse than
-        the base; NaN if the expert is no better than the base, for then there is nothing to keep.
+        the base; NaN if the expert is no better than the base, because there is no gain to keep.
     """
     gain = base_loss - expert_loss
     return (base_loss - merged_loss) / gain if gain > 0 else math.nan

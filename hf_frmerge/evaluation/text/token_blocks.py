@@ -1,4 +1,4 @@
-"""Text into tokens, and tokens into the blocks that models read."""
+"""Tokenize text, and cut the tokens into blocks for a model to read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_frmerge.errors import ArgumentError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED_LABEL = -100  # what transformers and torch's cross entropy leave out
+IGNORED_LABEL = -100  # transformers and torch's cross entropy skip it
 
 Rows = Iterable[str | Mapping[str, Any]]
 
@@ -23,17 +23,17 @@ Rows = Iterable[str | Mapping[str, Any]]
 @dataclass(frozen=True, eq=False)
 class TokenBlocks:
     """
-    Tokens, in blocks that a model reads each by itself.
+    Tokens of a text in blocks, each of which a model reads independently.
 
-    The first token of a block is only read; of the others those are predicted whose label is not `IGNORED_LABEL`.
-    Predictions are numbered through all blocks, in order.
+    The first token of a block is context only. Every other token is predicted if its label is not `IGNORED_LABEL`.
+    Predictions are numbered consecutively over all blocks.
 
     Attributes:
         tokens: `(M,)`, int64.
-        labels: `(M,)`, int64.
-        bounds: first token of every block, and the one after its last; each block predicts something.
+        labels: `(M,)`, int64; `IGNORED_LABEL` where the token is not predicted.
+        bounds: range `[start, stop)` of every block in `tokens`; each block has at least one prediction.
         block_size: tokens of the longest block.
-        n_samples: rows of the dataset.
+        n_samples: rows of the dataset; 0 if they were joined into one stream.
     """
 
     tokens: torch.Tensor
@@ -44,7 +44,7 @@ class TokenBlocks:
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """Where in `tokens` the token of every prediction is, `(n_predictions,)`."""
+        """Positions in `tokens` of the predicted tokens, `(n_predictions,)`, int64."""
         is_predicted = self.labels != IGNORED_LABEL
         return torch.cat([start + 1 + is_predicted[start + 1 : stop].nonzero()[:, 0] for start, stop in self.bounds])
 
@@ -55,20 +55,20 @@ class TokenBlocks:
 
     @property
     def n_predictions(self) -> int:
-        """Tokens that are predicted."""
+        """Number of predicted tokens."""
         return len(self.positions)
 
     @property
     def targets(self) -> torch.Tensor:
-        """Tokens that are predicted, `(n_predictions,)`."""
+        """Predicted tokens, `(n_predictions,)`, int64."""
         return self.tokens[self.positions]
 
     def start(self, index: int) -> int:
-        """Return the first prediction of a block."""
+        """Return the number of the first prediction of a block."""
         return self._starts[index]
 
     def context(self, prediction: int, n_tokens: int) -> torch.Tensor:
-        """Return what a prediction was made from: the last `n_tokens` before it that are in its block."""
+        """Return the context of a prediction: the last `n_tokens` tokens before it within its block."""
         position = int(self.positions[prediction])
         first, _ = self.bounds[bisect_right(self._starts, prediction) - 1]
         return self.tokens[max(first, position - n_tokens) : position]
@@ -78,7 +78,7 @@ class TokenBlocks:
         return len(self.bounds)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Return the number of a block, its tokens and its labels."""
+        """Return a block as `(index, tokens, labels)`, both `(T,)` int64."""
         start, stop = self.bounds[index]
         return index, self.tokens[start:stop], self.labels[start:stop]
 
@@ -87,7 +87,7 @@ def token_stream(
     processing_class: PreTrainedTokenizerBase | None, rows: Rows, max_length: int | None = None
 ) -> torch.Tensor:
     """
-    Join the tokens of all rows, in order and without a separator, as transformers' `run_clm` does.
+    Tokenize all rows and join them in order, without a separator, as transformers' `run_clm` does.
 
     Args:
         processing_class (`PreTrainedTokenizerBase`, *optional*):
@@ -116,13 +116,13 @@ def token_stream(
 
 def cut(tokens: torch.Tensor, block_size: int, vocab_size: int, max_positions: int | None) -> TokenBlocks:
     """
-    Cut a stream into blocks that a model can read, overlapping by one: every token but the first is predicted once.
+    Cut a stream into blocks that overlap by one token, so that every token but the first is predicted once.
 
     Args:
         tokens (`torch.Tensor`): `(M,)`, int64.
-        block_size (`int`): Tokens a block, at least 2; each is predicted from at most `block_size - 1` before it.
-        vocab_size (`int`): Entries of the model's vocabulary.
-        max_positions (`int`, *optional*): Positions the model has, if they are limited; blocks are no longer.
+        block_size (`int`): Tokens a block, at least 2. A token has at most `block_size - 1` tokens of context.
+        vocab_size (`int`): Size of the model's vocabulary.
+        max_positions (`int`, *optional*): Longest input the model takes, if it has a limit; it caps the block size.
 
     Raises:
         ArgumentError: If `block_size` is below 2, or a token is not in the vocabulary.
@@ -131,6 +131,7 @@ def cut(tokens: torch.Tensor, block_size: int, vocab_size: int, max_positions: i
         raise ArgumentError(f"`block_size` must be at least 2 (one token predicts the next), got {block_size}.")
     _check_vocabulary(tokens, vocab_size)
     size = min(block_size, max_positions or block_size)
+    # The last token of a block is the context-only first token of the next.
     bounds = [(start, min(start + size, len(tokens))) for start in range(0, len(tokens) - 1, size - 1)]
     return TokenBlocks(tokens, tokens, bounds, size)
 
@@ -139,16 +140,16 @@ def separate_rows(
     processing_class: PreTrainedTokenizerBase | None, rows: Rows, vocab_size: int, max_positions: int | None
 ) -> TokenBlocks:
     """
-    Make a block of every row: nothing is predicted from another row.
+    Make one block per row, so that no token is predicted from another row.
 
-    What is to be predicted are the tokens themselves, or the column `labels` where there is one (-100 where nothing
-    is); what the column `attention_mask` hides is not. Rows in which nothing is predicted are left out.
+    Labels are the column `labels` if there is one (-100 where nothing is to be predicted), else the tokens. Tokens
+    masked by the column `attention_mask` are not predicted. Rows without any prediction are skipped.
 
     Args:
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer. Only needed for rows of text.
         rows (`Iterable`): Rows with `input_ids` or else `text`, or plain strings.
-        vocab_size (`int`): Entries of the model's vocabulary.
-        max_positions (`int`, *optional*): Positions the model has, if they are limited; rows are cut there.
+        vocab_size (`int`): Size of the model's vocabulary.
+        max_positions (`int`, *optional*): Longest input the model takes, if it has a limit; longer rows are truncated.
 
     Raises:
         ArgumentError: If the rows hold neither text nor tokens, nothing to predict, or a token that is not in the
@@ -176,26 +177,42 @@ def separate_rows(
 def labelled_row(
     processing_class: PreTrainedTokenizerBase | None, row: str | Mapping[str, Any], number: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens and labels of a row, `(T,)` int64 each, and check that they fit; `number` is for messages."""
+    """
+    Return tokens and labels of a row, `(T,)` int64 each.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer. Only needed for text.
+        row (`str` or `Mapping`): Text, or columns `input_ids` or `text`, and optionally `labels`, `attention_mask`.
+        number (`int`): Number of the row, for error messages.
+
+    Raises:
+        ArgumentError: If there is neither text nor tokens, or not one label per token.
+    """
     tokens = torch.tensor(row_tokens(processing_class, row, number), dtype=torch.int64)
-    given = {} if isinstance(row, str) else row
-    labels = torch.as_tensor(given["labels"], dtype=torch.int64) if "labels" in given else tokens
+    fields = {} if isinstance(row, str) else row
+    labels = torch.as_tensor(fields["labels"], dtype=torch.int64) if "labels" in fields else tokens
     if labels.shape != tokens.shape:
         raise ArgumentError(
             f"Row {number} of the evaluation data has labels of shape {tuple(labels.shape)} for {len(tokens)} tokens: "
             "a language model needs one a token."
         )
-    if "attention_mask" in given:
-        labels = labels.masked_fill(torch.as_tensor(given["attention_mask"]) == 0, IGNORED_LABEL)
+    if "attention_mask" in fields:
+        labels = labels.masked_fill(torch.as_tensor(fields["attention_mask"]) == 0, IGNORED_LABEL)
     return tokens, labels
 
 
 def collate(items: list[tuple[int, torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Pad on the right, where causal attention never looks."""
-    blocks, labels = [block for _, block, _ in items], [of_block for _, _, of_block in items]
+    """
+    Stack blocks into a batch, padded on the right, where causal attention never looks.
+
+    Returns:
+        `index` `(B,)`; `input_ids`, `labels` and `attention_mask`, `(B, T)` each; int64.
+    """
+    blocks, labels = [block for _, block, _ in items], [label for _, _, label in items]
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "index": torch.tensor([index for index, _, _ in items]),
+        # Any valid id will do: mask and labels exclude the padding.
         "input_ids": pad(blocks, batch_first=True, padding_value=0),
         "labels": pad(labels, batch_first=True, padding_value=IGNORED_LABEL),
         "attention_mask": pad([torch.ones_like(block) for block in blocks], batch_first=True),
@@ -205,29 +222,30 @@ def collate(items: list[tuple[int, torch.Tensor, torch.Tensor]]) -> dict[str, to
 def row_tokens(
     processing_class: PreTrainedTokenizerBase | None, row: str | Mapping[str, Any], number: int
 ) -> list[int]:
-    """Return the tokens of a row: its `input_ids`, or its text tokenised; `number` is for messages."""
+    """Return the tokens of a row, from `input_ids` or by tokenizing its text; `number` is for error messages."""
     if not isinstance(row, str) and "input_ids" in row:
         return [int(token) for token in row["input_ids"]]
     text = text_of(row, number)
     if processing_class is None:
         raise ArgumentError("The evaluation data is text, so a tokenizer is needed: pass `processing_class`.")
-    # verbose=False: the warning about texts longer than the model's context does not apply, they are cut.
+    # verbose=False: no warning about texts longer than the model's context, because they are cut into blocks.
     return processing_class(text, verbose=False)["input_ids"]
 
 
 def text_of(row: str | Mapping[str, Any], number: int) -> str:
-    """Return the text of a row; `number` is for messages."""
+    """Return the text of a row; `number` is for error messages."""
     text = row if isinstance(row, str) else row.get("text")
     if not isinstance(text, str):
-        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        columns = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ArgumentError(
-            f"Row {number} of the evaluation data needs a column `text` (a string) or `input_ids`, found {found}. "
+            f"Row {number} of the evaluation data needs a column `text` (a string) or `input_ids`, found {columns}. "
             "Rename the column, or tokenize the data first."
         )
     return text
 
 
 def _check_vocabulary(tokens: torch.Tensor, vocab_size: int) -> None:
+    # Here, because an index out of range is a device-side assert on a GPU, after which no call succeeds any more.
     largest = int(tokens.max())
     if largest >= vocab_size:
         raise ArgumentError(
