@@ -65,11 +65,13 @@ class FrmergeCommand(click.Command):
         with _terminal_output():
             try:
                 return super().invoke(ctx)
+            # Click's own exceptions have messages and exit codes already.
             except (click.exceptions.Exit, click.Abort, click.ClickException):
                 raise
             except KeyboardInterrupt:
                 raise Failure(f"Interrupted. {self.on_interrupt}", INTERRUPTED) from None
             except Exception as error:
+                # Click handles a closed pipe itself, but only if it sees the OSError.
                 if ctx.meta[_DEBUG] or _is_closed_pipe(error):
                     raise
                 raise _as_failure(error) from error

@@ -19,7 +19,7 @@ def demo(output_dir: str) -> None:
     Takes a few minutes on two cores, nothing is downloaded. The experts are LoRA adapters of SmolLM2-135M for Jane
     Austen's prose, the King James Bible and Python code.
     """
-    yield_idle_cores()
+    yield_idle_cores()  # before the imports below, which import torch
     with results_only():
         from tqdm import tqdm
         from transformers.utils.logging import disable_progress_bar

@@ -154,7 +154,7 @@ def evaluate(
     is_merge = (Path(model) / MANIFEST_FILE).is_file()
     if card and not is_merge:
         raise ArgumentError(f"--card writes the card of a merge, but {model} is no folder that `frmerge merge` wrote.")
-    yield_idle_cores()
+    yield_idle_cores()  # before the imports below, which import torch
     with results_only():
         from hf_frmerge.evaluation.record import merge_digest
 
@@ -331,7 +331,7 @@ def _named_files(data: Iterable[str]) -> dict[str, str]:
     files: dict[str, str] = {}
     for item in data:
         name, separator, path = item.partition("=")
-        if not separator or Path(item).is_file():  # a file may have "=" in its name
+        if not separator or Path(item).is_file():  # a file name may contain "="
             name, path = Path(item).stem, item
         if name in files:
             raise ArgumentError(

@@ -31,6 +31,7 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
     """
     # Imported modules are never garbage, but by default Python scans them every 700 new objects: 5 % of a short merge.
     gc.set_threshold(50_000)
+    # Before the imports, so that a wrong option is reported at once.
     expert_arguments, args = arguments_from(experts, config, options)
     with results_only():
         from hf_frmerge.merger import FisherRaoMerger

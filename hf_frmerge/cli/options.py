@@ -100,6 +100,7 @@ def arguments_from(
     values = read_config(config) if config is not None else {}
     if experts:
         values["experts"] = list(experts)
+    # Last, so that the command line wins over the file.
     values |= {name: value for name, value in options.items() if value is not None and value != ()}
     if "experts" not in values:
         raise ArgumentError(

@@ -103,6 +103,7 @@ def push(
         # Before the card is rewritten: an incomplete folder should stay untouched.
         check_complete(Path(output_dir))
         repo_id = full_repo_id(repo_id, token)
+        # A README.md that the user wrote is never overwritten.
         if has_own_card(output_dir):
             describe_merge(output_dir, draw=figure_drawer(), hub_model_id=repo_id)
         commit = push_folder(

@@ -38,6 +38,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
             expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
         )
     with closing(merge_plan):
+        # Not for `inspect`, which writes nothing and so accepts any folder.
         check_output_dir(args, [model.source.path for model in merge_plan.models])
         with results_only():
             description = merge_plan.describe() | {

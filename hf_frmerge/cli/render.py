@@ -29,6 +29,7 @@ _STYLES = {"good": "", "fact": "", "watch": "yellow", "bad": "yellow"}
 
 def console() -> Console:
     """Return a console on stdout. Markup is off, since names and paths may contain brackets; pipes are 120 wide."""
+    # Rich assumes 80 columns for a pipe, in which tables would be folded.
     width = None if sys.stdout.isatty() else 120
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=False, width=width)
 
@@ -36,7 +37,7 @@ def console() -> Console:
 def human_bytes(count: float) -> str:
     """Format bytes with powers of 1000: `269_000_000` as "269 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
+        if count < 999.5:  # larger counts would be rounded to 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
@@ -167,7 +168,7 @@ def print_verification(report: VerifyReport, output_dir: str) -> None:
 def print_reproduction(result: Reproduction, model: str) -> None:
     """Print whether a repeated merge is identical, the first 20 differences, and their possible causes."""
     out = console()
-    shown = 20
+    shown = 20  # a wrong expert makes all tensors differ: hundreds of lines would hide the causes below
     for difference in result.differences[:shown]:
         out.print(difference, style="red")
     if len(result.differences) > shown:

@@ -54,6 +54,7 @@ def _print_changes(out: Console, title: str, changes: Sequence[Change], a: str, 
     is_measured = title.startswith("Evaluation")
     table = Table("", a, b, *(["change"] if is_measured else []))
     for change in changes:
+        # Only scores are numbers whose difference has a meaning.
         gap = [f"{change.b - change.a:+.4g}" if None not in (change.a, change.b) else ""] if is_measured else []
         table.add_row(change.what, _text(change.a), _text(change.b), *gap)
     out.print(title, style="bold")

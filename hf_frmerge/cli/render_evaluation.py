@@ -69,6 +69,7 @@ def _print_scores(out: Console, record: EvaluationRecord) -> None:
 
 
 def _print_recovery(out: Console, record: EvaluationRecord) -> None:
+    """Print each expert's gain over the base, and how much of it the merged model keeps."""
     rows = [row for row in record.recovery if row.model == MERGED]
     if not rows:
         return
@@ -81,6 +82,7 @@ def _print_recovery(out: Console, record: EvaluationRecord) -> None:
 
 
 def _print_distances(out: Console, record: EvaluationRecord) -> None:
+    """Print Fisher-Rao distances in radians, KL divergence in nats, and shares of equal guesses."""
     if not record.distances:
         return
     table = _table("on", "from", "to", "mean", "median", "95%", "KL", "same guess")
@@ -91,6 +93,7 @@ def _print_distances(out: Console, record: EvaluationRecord) -> None:
         is_last = index + 1 == len(rows) or rows[index + 1].domain != row.domain
         spread = (row.fisher_rao.mean, row.fisher_rao.median, row.fisher_rao.p95)
         table.add_row(
+            # A domain is written once, in its first row.
             row.domain if index == 0 or rows[index - 1].domain != row.domain else "",
             row.model,
             row.other,
@@ -108,6 +111,7 @@ def _print_distances(out: Console, record: EvaluationRecord) -> None:
 
 
 def _print_objectives(out: Console, record: EvaluationRecord) -> None:
+    """Print the merge objective beside its lowest possible value, by domain."""
     if not record.objectives:
         return
     table = _table("on", "this merge", "lowest possible", "to the barycentre")
@@ -118,6 +122,7 @@ def _print_objectives(out: Console, record: EvaluationRecord) -> None:
 
 
 def _print_collapse(out: Console, layers: Sequence[CollapseRatio]) -> None:
+    """Print the weakest layers in order of depth, and the mean over all."""
     if not layers:
         return
     table = _table("layer", "activation variance", "effective rank")
@@ -133,6 +138,7 @@ def _print_collapse(out: Console, layers: Sequence[CollapseRatio]) -> None:
 
 
 def _print_worst_tokens(out: Console, tokens: Iterable[WorstToken]) -> None:
+    """Print the tokens with the largest distances, in context."""
     worst = sorted(tokens, key=lambda row: -row.distance)[:N_WORST_TOKENS]
     if not worst:
         return
@@ -187,6 +193,7 @@ def _print(out: Console, title: str, table: Table) -> None:
 def _geometric_mean(values: Sequence[float | None]) -> float | None:
     """Return the geometric mean; `None` if a value is missing, infinite or not positive."""
     known = [value for value in values if value is not None and 0 < value < math.inf]
+    # Leaving out a missing value would make the model look better or worse than the others.
     return math.exp(math.fsum(map(math.log, known)) / len(known)) if len(known) == len(values) else None
 
 

@@ -207,6 +207,7 @@ def _merges(experts: Mapping[str, str], base: str, final: dict[str, Any], scratc
 
 
 def _merge(experts: list[str], base: str | None, args: MergingArguments) -> dict[str, Any]:
+    """Merge without progress output, and return the report."""
     args.logging_steps = 10**9  # the demo shows its own progress bar
     merger = FisherRaoMerger(experts, args=args, base_model=base)
     merger.remove_callback(ProgressCallback)
@@ -228,6 +229,7 @@ def _densify(adapter: str, base: str, folder: Path) -> str:
 
 
 def _evaluate(name: str, folder: str, texts: Mapping[str, list[str]], dtype: str) -> Iterator[Score]:
+    """Load a model and yield its scores on every text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_frmerge.evaluation.record import Score

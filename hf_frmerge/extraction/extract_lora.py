@@ -155,6 +155,7 @@ def extract_lora(
 
 
 def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: ExtractOptions) -> ExtractedAdapter:
+    """Factor all modules in parallel, then write the adapter; the caller holds the lock of the folder."""
     targets = find_modules(base, options.target_modules)
     for target in targets:
         _check_pair(merged, base, target.tensor)

@@ -45,6 +45,7 @@ def check_complete(folder: Path) -> None:
     if not (folder / MANIFEST_FILE).is_file():
         raise HubError(f"{folder} has no {MANIFEST_FILE}: it is not the output of a finished merge.")
     is_adapter = (folder / "adapter_config.json").is_file()
+    # An adapter needs no config.json: peft loads that of its base.
     if not is_adapter and not (folder / "config.json").is_file():
         raise HubError(f"{folder} has neither config.json nor adapter_config.json, so nobody could load it.")
     index = folder / "model.safetensors.index.json"

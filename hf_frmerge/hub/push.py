@@ -120,6 +120,7 @@ def push_folder(
         raise ArgumentError(
             f"A pull request is opened against `main`, but `revision={revision!r}` was given. Leave one of them out."
         )
+    # All local checks come first: a refused push should not leave an empty repository on the Hub.
     folder = Path(output_dir)
     check_complete(folder)
     secret = token or get_token()  # also a token the client would find by itself must not be published

@@ -112,6 +112,7 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
         read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest.files else {}
         for folder, manifest in zip(folders, (first, second))
     ]
+    # The base comes last in `models` and has no column of coefficients.
     experts = [_keys(manifest)[: len(manifest.experts)] for manifest in (first, second)]
     diff.n_coefficients, diff.coefficients = _coefficients(tables[0], tables[1], experts[0], experts[1])
     diff.n_thresholds = sum(
@@ -134,6 +135,7 @@ def _keys(manifest: Manifest) -> list[str]:
     seen: Counter[str] = Counter()
     keys = []
     for model in manifest.models:
+        # One model may be merged twice, with two weights; a dict by id would lose the first.
         seen[model.id] += 1
         keys.append(model.id if seen[model.id] == 1 else f"{model.id} ({seen[model.id]})")
     return keys
@@ -197,6 +199,7 @@ def _coefficients(
             continue  # different block sizes: the rows do not correspond
         rows_a, rows_b = np.broadcast_arrays(rows_a, rows_b)
         gaps = np.abs(rows_a - rows_b)
+        # `initial` for tensors without a block, whose max would raise an error.
         n_different += bool(gaps.max(initial=0.0) > 0)
         if gaps.max(initial=0.0) > size:
             size = float(gaps.max())

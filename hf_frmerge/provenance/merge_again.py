@@ -79,6 +79,7 @@ def reproduce(
     changes = {"device": device} if device else {}
     with TemporaryDirectory(prefix="frmerge-reproduce-") as temporary:
         made = output_dir or str(Path(temporary) / "merged")
+        # A token of this session, as records never contain one.
         with closing(plan_again(manifest, models, folder, output_dir=made, hub_token=token, **changes)) as plan:
             run_merge(plan, _AsRecorded(manifest, observer or StepObserver()), Processes())
         reproduction = compare_records(manifest, read_manifest(made))
@@ -89,6 +90,7 @@ def reproduce(
 def compare_records(recorded: Manifest, made: Manifest) -> Reproduction:
     """Compare the digests that two manifests record; no weights are read."""
     result = Reproduction(n_tensors=len(made.tensors))
+    # The union, so that a tensor that only one merge has counts as a difference.
     for name in sorted(recorded.tensors.keys() | made.tensors.keys()):
         then, now = recorded.tensors.get(name), made.tensors.get(name)
         if then is None or now is None:

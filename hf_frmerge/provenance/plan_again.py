@@ -28,6 +28,7 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
     Raises:
         CheckpointError: If this version does not know an argument of the record, or the models do not fit together.
     """
+    # Tokens are left out: a record that had one should not use it.
     known = {field.name for field in fields(MergingArguments)}
     recorded = {
         name: value

@@ -140,6 +140,7 @@ def _check_model(
         for problem in problems:
             report.checked_tensors += 1
             report.problems += [problem] if problem else []
+    # The loop above goes through the experts' tensors only, so an added one would pass unnoticed.
     extra = sorted(set(merged.tensors) - {step.name for step in plan.steps})
     report.problems += [f"Tensor {name!r} is in the merged model, but its experts have none." for name in extra]
 
@@ -203,6 +204,7 @@ def _check_tensor(
         return f"Tensor {step.name!r} is missing in the {'manifest' if entry is None else 'merged model'}."
     if (info.dtype, info.shape) != (step.dtype, step.shape):
         return f"Tensor {step.name!r} is {info.dtype} {list(info.shape)}, expected {step.dtype} {list(step.shape)}."
+    # A callback skipped it, so it was copied; the plan cannot know that.
     if step.action == "merge" and entry.action == "skip":
         step = plan.copied(step)
     decision = entry.decision_with(coefficients) if step.action == "merge" else None
@@ -221,6 +223,7 @@ def _check_tensor(
             return str(error)
         actual = merged.read(step.name, piece.start * size, piece.stop * size)
         if not np.array_equal(expected, actual):
+            # By element, not by byte: an element differs if any of its bytes does.
             wrong = int(np.count_nonzero((expected != actual).reshape(-1, size).any(axis=1)))
             sentence = (
                 f"Tensor {step.name!r} differs from what its experts and {_named(entry)} give in {wrong:,} elements"

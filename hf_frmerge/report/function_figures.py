@@ -60,6 +60,7 @@ def distances_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
         tidy(axes)
     for axes in grid.flat[len(experts) :]:
         axes.set_visible(False)
+    # After all are drawn: shared axes get the range of the widest histogram.
     for index, axes in enumerate(grid.flat):
         axes.set_xlim(0, right_end)
         axes.tick_params(labelbottom=index + columns >= len(experts))
@@ -138,6 +139,7 @@ def recovery_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     shares = np.clip([np.nan if row.share is None else row.share for row in rows], *_CLIP)
     places = np.arange(len(rows))
     colours = [expert_colour(_index(record, row), len(record.experts)) for row in rows]
+    # A share is NaN if the expert gained nothing; its bar has no length, and a text instead.
     axes.barh(places, np.nan_to_num(shares), height=0.62, color=colours)
     low, high = min(0.0, np.nanmin([0.0, *shares])), max(1.0, np.nanmax([0.0, *shares]))
     for place, (row, share) in enumerate(zip(rows, shares)):
@@ -147,6 +149,7 @@ def recovery_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     axes.set_xlim(1.05 * low, high + (0.4 if width >= WIDE else 0.2))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     tidy(axes, "share of each expert's gain that is kept", grid="")
+    # Fixed ticks, because automatic ones can miss 0 and 1, which mean base and expert.
     axes.set_xticks([0.0, 0.5, 1.0])
     axes.tick_params(axis="y", labelcolor=INK, labelsize=8.5)
     for position, text in ((0.0, "base"), (1.0, "expert")):
@@ -160,6 +163,7 @@ def _index(record: EvaluationRecord, row: Recovered) -> int:
 
 
 def _write_share(axes: Axes, place: int, row: Recovered, share: float, with_nats: bool) -> None:
+    """Write the share beside its bar; on wide figures, also the gain in nats per token."""
     text = "no better than the base" if row.share is None else f"{100 * row.share:.0f} %"
     if row.share is not None and with_nats:
         text += f"  ({row.kept:.2f} of {row.gain:.2f} nats a token)"

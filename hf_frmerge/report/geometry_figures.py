@@ -35,6 +35,7 @@ def angles_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
         the manifest has data for neither.
     """
     table = pair_angles(facts)
+    # Two experts have a single angle, which needs no heat map.
     has_pairs = table is not None and len(table) > 2
     has_layers = any(tensor.layer is not None for tensor in facts.measured_tensors)
     if not has_pairs and not has_layers:
@@ -72,6 +73,7 @@ def pair_angles(facts: MergeFacts) -> NDArray[np.float64] | None:
     n = len(facts.experts)
     table = np.full((n, n), np.nan)
     for column, (first, second) in zip(known.T, zip(*np.triu_indices(n, 1))):
+        # nanmedian warns about a column of NaN, as of an expert that is zero in all tensors.
         if not np.isnan(column).all():
             table[first, second] = table[second, first] = np.nanmedian(column)
     return table
@@ -102,6 +104,7 @@ def _draw_pairs(axes: Axes, table: NDArray[np.float64], experts: Sequence[str]) 
 
 
 def _draw_angles_by_layer(axes: Axes, tensors: Sequence[TensorFacts]) -> None:
+    """Draw a dot per tensor and the median of each layer, and label the largest angle."""
     inside = [tensor for tensor in tensors if tensor.layer is not None]
     layers = np.array([tensor.layer for tensor in inside], dtype=np.float64)
     angles = np.array([tensor.geometry.mean_angle for tensor in inside if tensor.geometry], dtype=np.float64)
@@ -109,6 +112,7 @@ def _draw_angles_by_layer(axes: Axes, tensors: Sequence[TensorFacts]) -> None:
     distinct_layers = np.unique(layers)
     medians = [np.median(angles[layers == layer]) for layer in distinct_layers]
     axes.plot(distinct_layers, medians, color=INK, linewidth=1.8, label="median")
+    # Room above for the label of the largest angle; the bound avoids an empty range if all angles are 0.
     axes.set_ylim(0, 1.12 * max(float(angles.max()), 1e-12))
     axes.margins(x=0.03)
     axes.set_title("Angle by layer")
@@ -147,6 +151,7 @@ def coefficients_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None
     figure = new_figure(width, lines * (0.14 * len(rows) + 0.45) + 0.8)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     weights = np.array(facts.manifest.weights)
+    # An expert of weight 0 has no ratio: NaN leaves its heat map empty.
     relative = np.divide(
         table, weights[:, None, None], out=np.full_like(table, np.nan), where=weights[:, None, None] > 0
     )
@@ -194,7 +199,7 @@ def coefficient_table(facts: MergeFacts) -> tuple[list[str], NDArray[np.float64]
         columns = range(width) if tensor.layer is None else [tensor.layer - first]
         total[:, row, columns] += np.reshape(tensor.coefficients, (-1, 1))  # type: ignore[arg-type]  # none is None
         count[row, columns] += 1
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0 in empty cells: the NaN is wanted
         return _short(rows), total / count
 
 
@@ -212,6 +217,7 @@ def _scale(table: NDArray[np.float64], least: float) -> tuple[float, float]:
 
 
 def _colour_bar(axes: Any, image: AxesImage, label: str, location: str = "right") -> None:
+    """Add a colour bar beside or below one or several axes."""
     from matplotlib.ticker import MaxNLocator
 
     figure = np.ravel(axes)[0].figure

@@ -70,7 +70,7 @@ def render_page(facts: MergeFacts) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "percent": percent, "visible": visible, "breakable": _breakable}
-    record = facts.record or EvaluationRecord()
+    record = facts.record or EvaluationRecord()  # an empty record makes all tables empty, and the template simpler
     script = _template("page.js")
     return environment.from_string(_template("page.html.jinja")).render(
         facts=facts,

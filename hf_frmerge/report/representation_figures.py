@@ -89,6 +89,7 @@ def _draw_values(axes: Axes, record: EvaluationRecord, measure: str) -> None:
     measured = [name for name in experts if len(lines[name][0])]
     if len(experts) > N_HUES:
         layers = lines[measured[0]][0]
+        # An expert with another number of layers does not fit into the band.
         every = np.array([lines[name][1] for name in measured if len(lines[name][0]) == len(layers)])
         colour = expert_colour(0, len(experts))
         axes.fill_between(layers, every.min(0), every.max(0), color=colour, alpha=0.25, linewidth=0, label="experts")
@@ -109,6 +110,7 @@ def _draw_values(axes: Axes, record: EvaluationRecord, measure: str) -> None:
 
 def _choose_scale(axes: Axes, values: NDArray[np.float64]) -> None:
     """Use a log scale if values span a factor above 30, else one from 0, which does not exaggerate differences."""
+    # A broken model may have infinite or NaN values, which no axis can show.
     values = values[np.isfinite(values)]
     if values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")

@@ -53,7 +53,7 @@ _SETTINGS: Any = {  # Any, because matplotlib's stubs accept only literal names 
     "axes.unicode_minus": True,
     "figure.dpi": 100,
     "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text: the page sets its font, and readers can search it
 }
 
 
@@ -129,6 +129,7 @@ def compact(names: Sequence[str], length: int) -> list[str]:
     if len(names) > 1 and any(len(name) > length for name in names):
         first, last = min(names), max(names)  # in sorted order, a prefix of the first and last is one of all
         common = first[: next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))]
+        # Cut at a separator, so that no name starts in the middle of a word.
         start = max(common.rfind(separator) for separator in "-_./ ") + 1
         names = [name[start:] for name in names]
     return [shorten(name, length) for name in names]
@@ -149,7 +150,7 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], height: flo
         if np.isfinite(value)
     ]
     wanted.sort(key=lambda label: label[0])
-    gap = 1.25 * 8 / 72 / height
+    gap = 1.25 * 8 / 72 / height  # a line of text of 8 points, in fractions of the axes
     places = spread([place for place, _, _ in wanted], gap)
     for index in reversed(range(len(places))):  # so that none runs into the title
         places[index] = min(places[index], 1 - gap * (len(places) - 1 - index))

@@ -29,12 +29,14 @@ def inline_svg(figure: Figure, name: str) -> str:
         name (`str`): Prefix of every id: ids must be unique in a page.
     """
     file = io.BytesIO()
+    # No date and version, so that the same record gives the same page.
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
     svg = ElementTree.fromstring(file.getvalue())
     for parent in list(svg.iter()):
         parent.tag = _bare(parent.tag)
         parent.attrib = {_bare(key): value for key, value in parent.attrib.items()}
+        # Metadata names external vocabularies, and a style element would apply to the whole page.
         for child in [child for child in parent if _bare(child.tag) in ("metadata", "style")]:
             parent.remove(child)
     svg.attrib = {"aria-hidden": "true", "viewBox": svg.attrib["viewBox"]}

@@ -64,6 +64,7 @@ def score_tables(record: EvaluationRecord) -> list[Table]:
 
 
 def _score_table(record: EvaluationRecord, scores: ScoreTable, index: int) -> Table:
+    """Build the table of one metric; the order is merged model, other models such as the base, experts."""
     rows = []
     for model in sorted(scores.models, key=lambda model: (model != MERGED, model in record.experts)):
         cells = [
@@ -172,7 +173,7 @@ def objective_table(record: EvaluationRecord) -> Table | None:
 
 def layer_table(record: EvaluationRecord) -> Table | None:
     """Return variance and effective rank of the merged model's layers, and their ratios to the experts' mean."""
-    ratios = record.collapse()
+    ratios = record.collapse()  # empty without experts to compare with
     if not ratios:
         return None
     merged = {row.layer: row for row in record.layers if row.model == MERGED}

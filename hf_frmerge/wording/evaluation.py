@@ -33,6 +33,7 @@ def evaluation_verdicts(record: EvaluationRecord) -> list[Verdict]:
 def recovery_verdict(record: EvaluationRecord) -> list[Verdict]:
     """Return at most one verdict: the share of each expert's gain over the base that the merged model keeps."""
     measured = [row for row in record.recovery if row.model == MERGED]
+    # Without a gain over the base there is no share to keep: it would be a division by zero.
     rows = [row for row in measured if row.share is not None]
     if not rows:
         hopeless = list(dict.fromkeys(row.expert for row in measured))
@@ -64,6 +65,7 @@ def weakest_domain_verdict(record: EvaluationRecord) -> list[Verdict]:
     if weak.gap <= 0:
         text = f"It is behind no other model on any domain. Closest is {weak.domain}, {numbers}."
         return [Verdict("good", "Its weakest domain is no weakness", text)]
+    # Losses are in nats and unbounded, so a gap of 0.1 is little; other metrics lie between 0 and 1.
     far = 0.5 if weak.metric in ("loss", "perplexity") else 0.1
     text = f"On {weak.domain} it is farthest behind the best other model, {numbers}."
     return [Verdict("bad" if weak.gap > far else "watch", f"Weakest on {weak.domain}", text)]
@@ -74,6 +76,7 @@ def distance_verdict(record: EvaluationRecord) -> list[Verdict]:
     rows = [row for row in record.distances if row.model == MERGED and row.other in record.experts]
     if not rows:
         return []
+    # Weighted by tokens: a short domain should not count as much as a long one.
     mean = float(np.average([row.fisher_rao.mean for row in rows], weights=[row.n_tokens for row in rows]))
     # On the experts' own texts, if there are any: on others, the merged model need not agree with an expert.
     best_known = {(row.expert, row.domain) for row in record.recovery}
@@ -137,6 +140,7 @@ def repetition_verdict(record: EvaluationRecord) -> list[Verdict]:
     top: dict[str, Headline] = {headline.name: headline for headline in headlines(record)}
     merged = top.get("repetition")
     experts = [row.repetition for row in record.generations if row.model in record.experts]
+    # Greedy continuations of good models repeat themselves too, so only a clear excess counts.
     if merged is None or not experts or merged.value <= max(experts) + 0.1:
         return []
     text = (

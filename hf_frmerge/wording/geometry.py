@@ -85,6 +85,7 @@ def geometry_verdicts(total: Geometry) -> list[Verdict]:
         Verdict("fact", "Angles", _angles(total)),
         Verdict("fact", "Lengths", _lengths(total)),
     ]
+    # Only spherical means have a gap to the norm-rescaled average that tells whether the method matters.
     if method_of(total.method).is_spherical and total.gap_max is not None and total.dtype in DTYPES:
         is_one = is_below_rounding(total.gap_max, total.space, total.dtype)
         title = "The method makes no difference here" if is_one else "The method makes a difference"
@@ -112,6 +113,7 @@ def gap_sentence(gap: float, space: str, dtype: str) -> str:
 
 
 def _angles(total: Geometry) -> str:
+    """Describe the angles between experts."""
     return (
         f"Two experts' {POINTS[total.space]} are up to {angle(total.angle_median)} apart in the median tensor, and "
         f"{angle(total.angle_max)} where they differ most. At 0° they agree; at 90° they have nothing in common."
@@ -119,6 +121,7 @@ def _angles(total: Geometry) -> str:
 
 
 def _lengths(total: Geometry) -> str:
+    """Describe how much of the experts' norm the merge and a plain average keep."""
     return (
         f"This merge keeps {percent(total.norm_ratio_median, 2)} of the experts' length in the median tensor and "
         f"{percent(total.norm_ratio_min, 2)} in the worst. A plain average keeps "
@@ -127,6 +130,7 @@ def _lengths(total: Geometry) -> str:
 
 
 def _convergence(total: Geometry) -> list[Verdict]:
+    """Return verdicts on convergence and on blocks in which the mean is ambiguous."""
     verdicts = []
     if total.n_not_converged:
         text = (

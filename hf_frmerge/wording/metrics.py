@@ -82,6 +82,7 @@ METRICS = {metric.name: metric for metric in _ALL}
 
 def metric_of(name: str) -> Metric:
     """Return the metric `name`; an unknown one gets its name as the title."""
+    # The name of the expert is part of the metric's, so these cannot be listed in `METRICS`.
     if name.startswith(_RECOVERY):
         title = f"Share kept of what {name.removeprefix(_RECOVERY)} gained over the base"
         return Metric(name, title, 3, "recovery")

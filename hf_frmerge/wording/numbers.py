@@ -25,6 +25,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """
     if value is None or not math.isfinite(value):
         return NONE
+    # Zeros before or after the digits are hard to count, so such numbers get an exponent.
     if value and not 1e-4 <= abs(value) < 1e7:
         text = f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
         mantissa, _, exponent = text.partition("e")
@@ -33,7 +34,7 @@ def number(value: float | None, digits: int = 3) -> str:
         text = f"{value:,.0f}"
     else:
         text = f"{value:#.{digits}g}" if value else "0"
-    return text.replace("-", "−")
+    return text.replace("-", "−")  # the minus sign, as wide as a digit; a hyphen may be broken at the end of a line
 
 
 def decimals(value: float | None, digits: int) -> str:

@@ -52,6 +52,7 @@ def score_tables(scores: Sequence[Score]) -> list[ScoreTable]:
 
 
 def _score_table(metric: Metric, scores: Sequence[Score]) -> ScoreTable:
+    """Build the table of one metric from the scores that have it."""
     values = {(score.model, score.domain): score.metrics[metric.name] for score in scores}
     errors = {(score.model, score.domain): score.metrics.get(metric.name + ERROR, math.nan) for score in scores}
     models = sorted(dict.fromkeys(model for model, _ in values), key=lambda model: model == MERGED)
@@ -59,6 +60,7 @@ def _score_table(metric: Metric, scores: Sequence[Score]) -> ScoreTable:
     best = {}
     for domain in domains:
         finite = [value for (_, of_domain), value in values.items() if of_domain == domain and math.isfinite(value)]
+        # With a single model, a mark for the best would say nothing.
         if metric.better is not None and len(finite) > 1:
             best[domain] = min(finite) if metric.better == "lower" else max(finite)
     return ScoreTable(metric, tuple(models), domains, values, errors, best)

@@ -104,6 +104,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
 
 
 def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
+    """Collect the sources with the metadata of their cards, as far as these can be read."""
     paths, _ = local_sources(folder, manifest)
     sources = [
         CardSource(
