@@ -1,4 +1,4 @@
-"""One command class for all commands: errors become a sentence and an exit code, progress and logs go to stderr."""
+"""Base class of all commands: turns errors into a message and an exit code, and sends logs and progress to stderr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEBUG = "hf_frmerge.debug"
 
 
 class Failure(click.ClickException):
-    """A sentence on stderr and an exit code."""
+    """Error with an exit code; click prints its message on stderr."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ class Failure(click.ClickException):
 
 
 class SectionOption(click.Option):
-    """Option that the help lists under a heading of its own."""
+    """Option that the help lists under the heading `section`."""
 
     def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,14 +37,14 @@ class SectionOption(click.Option):
 
 class FrmergeCommand(click.Command):
     """
-    Command with `--debug`, whose errors end in a sentence.
+    Command with a `--debug` option that reports errors as one message and an exit code.
 
     Exit codes: 2 for wrong usage (click's own errors and `ArgumentError`), 1 for any other failure, 130 for Ctrl-C.
-    With `--debug` the exception is raised as it is.
+    With `--debug` the original exception propagates.
 
     Args:
         on_interrupt (`str`, *optional*):
-            Sentence shown after Ctrl-C: how to go on.
+            Sentence shown after Ctrl-C, which says how to continue.
     """
 
     def __init__(self, *args: Any, on_interrupt: str = "Nothing was written.", **kwargs: Any) -> None:
@@ -61,21 +61,23 @@ class FrmergeCommand(click.Command):
         )
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, and turn what it raises into a message and an exit code."""
+        """Run the command, turning exceptions into a message and an exit code."""
         with _terminal_output():
             try:
                 return super().invoke(ctx)
+            # Click's own exceptions have messages and exit codes already.
             except (click.exceptions.Exit, click.Abort, click.ClickException):
                 raise
             except KeyboardInterrupt:
                 raise Failure(f"Interrupted. {self.on_interrupt}", INTERRUPTED) from None
             except Exception as error:
+                # Click handles a closed pipe itself, but only if it sees the OSError.
                 if ctx.meta[_DEBUG] or _is_closed_pipe(error):
                     raise
                 raise _as_failure(error) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the options under their headings, in the order in which the headings first come up."""
+        """List the options under their headings, in the order of each heading's first option."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
@@ -90,30 +92,30 @@ class FrmergeCommand(click.Command):
 
 def yield_idle_cores() -> None:
     """
-    Let idle torch threads sleep instead of spin; call before torch is imported.
+    Make idle torch threads sleep instead of spin; call before torch is imported.
 
-    Spinning gains nothing on a quiet machine, and on one shared with other work it made evaluation 5 times slower.
+    Spinning gains nothing on an idle machine. On one shared with other work it made evaluation 5 times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager
 def results_only() -> Iterator[None]:
-    """Send what libraries print to stderr, so that stdout holds the result of the command and nothing else."""
+    """Redirect what libraries print to stderr, so that stdout has only the command's result and can be piped."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 @contextmanager
 def _terminal_output() -> Iterator[None]:
-    """Show warnings and log records as plain lines on stderr, and leave both systems as they were found."""
+    """Show warnings and log records as plain lines on stderr, and restore both systems afterwards."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("hf_frmerge")
     package.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of libraries, to those who develop with them
+            warnings.simplefilter("ignore", FutureWarning)  # from libraries, meant for developers
             warnings.showwarning = lambda message, *_, **__: click.secho(f"Warning: {message}", err=True, fg="yellow")
             yield
     finally:
@@ -121,11 +123,12 @@ def _terminal_output() -> Iterator[None]:
 
 
 def _is_closed_pipe(error: Exception) -> bool:
-    """Whether the reader of our output went away, as in `frmerge inspect ... | head`; click ends quietly then."""
+    """Whether stdout was closed by its reader, as in `frmerge inspect ... | head`; click then exits silently."""
     return isinstance(error, OSError) and error.errno == errno.EPIPE
 
 
 def _as_failure(error: Exception) -> Failure:
+    """Convert an exception to a `Failure`; unexpected ones keep their type in the message."""
     if isinstance(error, ArgumentError):
         return Failure(str(error), USAGE)
     if isinstance(error, MergeError):

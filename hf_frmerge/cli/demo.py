@@ -19,7 +19,7 @@ def demo(output_dir: str) -> None:
     Takes a few minutes on two cores, nothing is downloaded. The experts are LoRA adapters of SmolLM2-135M for Jane
     Austen's prose, the King James Bible and Python code.
     """
-    yield_idle_cores()
+    yield_idle_cores()  # before the imports below, which import torch
     with results_only():
         from tqdm import tqdm
         from transformers.utils.logging import disable_progress_bar
@@ -29,8 +29,10 @@ def demo(output_dir: str) -> None:
         from hf_frmerge.evaluation.suite.build_record import recovered
         from hf_frmerge.merging.record.manifest import REPORT_FILE
 
-        disable_progress_bar()  # of weights being loaded, ten times in all; converting the base shows its own
-        bars: list[tqdm[Any]] = []  # opened late: converting the base model shows bars of its own
+        disable_progress_bar()  # models are loaded ten times; converting the base model switches the bars on again
+        bars: list[
+            tqdm[Any]
+        ] = []  # opened at the first score, so that it does not mix with the bars of the conversion
 
         def on_score(score: Score, total: int) -> None:
             if not bars:

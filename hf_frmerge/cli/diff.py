@@ -1,4 +1,4 @@
-"""`frmerge diff`: what two merges have in common and what not."""
+"""`frmerge diff`: compare two merges."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def diff(ctx: click.Context, a: str, b: str, token: str | None, as_json: bool) -
     with results_only():
         from hf_frmerge.provenance.diff import diff_merges
 
-        found = diff_merges(a, b, token=token)
+        result = diff_merges(a, b, token=token)
     if as_json:
-        click.echo(json.dumps({"same_model": found.same_model, **asdict(found)}, indent=2))
+        click.echo(json.dumps({"same_model": result.same_model, **asdict(result)}, indent=2))
     else:
         from hf_frmerge.cli.render_diff import print_diff
 
-        print_diff(found, a, b)
-    ctx.exit(0 if found.same_model else FAILURE)
+        print_diff(result, a, b)
+    ctx.exit(0 if result.same_model else FAILURE)
 
 
 COMMANDS = {"diff": diff}

@@ -1,4 +1,4 @@
-"""`frmerge evaluate`: a merged model against its experts and its base, on texts of the user."""
+"""`frmerge evaluate`: compare a merged model with its experts and base on the user's texts."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ _MODELS, _MEASURING, _AFTER = "Models and data", "How it is measured", "What is 
 
 
 def _option(section: str, *names: str, **settings: Any) -> Any:
+    """Declare an option listed under the heading `section`."""
     return click.option(*names, cls=SectionOption, section=section, **settings)
 
 
@@ -144,6 +145,7 @@ def evaluate(
     from hf_frmerge.merging.callbacks.thresholds import parse_threshold
     from hf_frmerge.merging.record.manifest import MANIFEST_FILE
 
+    # Everything cheap is checked first: a typo in --fail-on must not show after an hour of measuring.
     refuse_while_merging(model)
     thresholds = [parse_threshold(text) for text in fail_on]
     if not data and not lm_eval:
@@ -152,10 +154,11 @@ def evaluate(
     is_merge = (Path(model) / MANIFEST_FILE).is_file()
     if card and not is_merge:
         raise ArgumentError(f"--card writes the card of a merge, but {model} is no folder that `frmerge merge` wrote.")
-    yield_idle_cores()
+    yield_idle_cores()  # before the imports below, which import torch
     with results_only():
         from hf_frmerge.evaluation.record import merge_digest
 
+        # Taken before measuring, so that `_keep` notices a merge that replaced the model meanwhile.
         measured = merge_digest(model) if is_merge else None
         record = _measure(model, experts, base_model, files, lm_eval, _Measuring(**how))
         headlines = _keep(record, model, card, measured) if is_merge else _headlines(record)
@@ -171,7 +174,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Measuring:
-    """The options of "How it is measured"."""
+    """Values of the options under "How it is measured"."""
 
     batch_size: int
     block_size: int
@@ -185,6 +188,7 @@ class _Measuring:
     no_cache: bool
 
     def suite_options(self) -> SuiteOptions:
+        """Convert to the options of `evaluate_merge`."""
         from hf_frmerge.evaluation.suite.settings import SuiteOptions
         from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
@@ -200,7 +204,7 @@ class _Measuring:
 
     @contextmanager
     def cache(self) -> Iterator[str | None]:
-        """Where the suite keeps results; a folder that is gone afterwards for `--no-cache`."""
+        """Yield the cache folder of the suite; `None` is the default one. With `--no-cache`, a temporary folder."""
         if not self.no_cache:
             yield self.cache_dir
             return
@@ -216,7 +220,7 @@ def _measure(
     lm_eval: tuple[str, ...],
     how: _Measuring,
 ) -> EvaluationRecord:
-    """Measure the models on the files, and the merged one on the tasks of lm-evaluation-harness."""
+    """Evaluate all models on the files, and the merged one on tasks of lm-evaluation-harness."""
     from transformers.utils.logging import disable_progress_bar
 
     from hf_frmerge.evaluation.bridges.harness import run_lm_eval
@@ -226,7 +230,7 @@ def _measure(
     from hf_frmerge.evaluation.text.datasets import read_texts
     from hf_frmerge.merging.record.find_models import find_models_to_compare
 
-    disable_progress_bar()  # of weights being loaded; the bar below tells enough
+    disable_progress_bar()  # one bar per model loaded would break up the bar below
     record = EvaluationRecord()
     if files:
         domains = {name: read_texts(file) for name, file in files.items()}
@@ -240,7 +244,12 @@ def _measure(
 
 
 def _keep(record: EvaluationRecord, model: str, card: bool, measured: str | None) -> list[Headline]:
-    """Add to the record beside the weights, write the card if wanted, and return what thresholds are about."""
+    """
+    Update the record in the model's folder, write the card if asked, and return the headline scores.
+
+    Raises:
+        MergeError: If a merge is writing to the folder, or has replaced the model since `measured` was taken.
+    """
     from hf_frmerge.checkpoints.lock import refuse_while_merging
     from hf_frmerge.evaluation.headlines import headlines
     from hf_frmerge.evaluation.record import EvaluationRecord, load_record, merge_digest, save_record
@@ -250,6 +259,7 @@ def _keep(record: EvaluationRecord, model: str, card: bool, measured: str | None
     refuse_while_merging(model)
     if merge_digest(model) != measured:
         raise MergeError(f"The model in {model!r} was replaced while it was measured. Evaluate again.")
+    # Earlier results stay: `--data` and `--lm-eval` may be run one after the other.
     kept = load_record(model) or EvaluationRecord()
     kept.update(record)
     save_record(model, kept)
@@ -266,10 +276,10 @@ def _headlines(record: EvaluationRecord) -> list[Headline]:
 
 def _report_trips(thresholds: Iterable[Threshold], measured: list[Headline]) -> bool:
     """
-    Say which metrics are out of bounds, and return whether any is.
+    Report metrics that are out of bounds, and return whether there are any.
 
     Raises:
-        ArgumentError: If a threshold is about something that was not measured: it would always hold.
+        ArgumentError: If a threshold names a metric that was not measured: without an error it would always pass.
     """
     from hf_frmerge.evaluation.headlines import by_key
 
@@ -293,7 +303,7 @@ def _report_trips(thresholds: Iterable[Threshold], measured: list[Headline]) -> 
 
 @contextmanager
 def _bar() -> Iterator[tuple[Any, Any]]:
-    """Show the batches of all models; how many there will be is known as they come."""
+    """Show one progress bar for all models; its total grows with every data loader, as only those are known."""
     from tqdm import tqdm
 
     with tqdm(desc="Evaluating", unit="batch", total=0) as bar:
@@ -312,11 +322,16 @@ def _bar() -> Iterator[tuple[Any, Any]]:
 
 
 def _named_files(data: Iterable[str]) -> dict[str, str]:
-    """`["math=a.txt", "b.txt"]` -> `{"math": "a.txt", "b": "b.txt"}`."""
+    """
+    Map domains to files: `["math=a.txt", "b.txt"]` -> `{"math": "a.txt", "b": "b.txt"}`.
+
+    Raises:
+        ArgumentError: If two files have the same name.
+    """
     files: dict[str, str] = {}
     for item in data:
         name, separator, path = item.partition("=")
-        if not separator or Path(item).is_file():  # a file may have "=" in its name
+        if not separator or Path(item).is_file():  # a file name may contain "="
             name, path = Path(item).stem, item
         if name in files:
             raise ArgumentError(

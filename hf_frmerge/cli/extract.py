@@ -52,6 +52,7 @@ def extract_lora(
         from hf_frmerge.extraction.extract_lora import extract_lora as extract
 
         sources = resolve_all([model, base_model])
+        # Both are checked before a checkpoint is opened: an adapter has no dense weights to subtract.
         for source in sources:
             if source.kind != "full":
                 raise ArgumentError(f"{source.spec!r} is an adapter already; a full checkpoint is needed.")

@@ -1,4 +1,4 @@
-"""Entry point of `frmerge`. Imports click alone; a command's module is imported when that command runs."""
+"""Entry point of `frmerge`. Only click is imported at start; each command's module is imported when it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from hf_frmerge import __version__
 
-# Command -> module that defines it, and the line `frmerge --help` shows without importing that module.
+# Command -> its module, and its line in `frmerge --help`, which would otherwise have to import all modules.
 _COMMANDS = {
     "merge": ("merge", "Merge two or more experts into one model."),
     "plan": ("preflight", "Show what a merge would do, from file headers alone."),
@@ -26,14 +26,14 @@ _COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Group whose commands live in modules that are imported on first use."""
+    """Group that imports the module of a command on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of a merge's life."""
+        """List the commands in the order in which they are used on a merge."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module."""
+        """Import the module of a command and return the command; `None` if there is no such command."""
         if cmd_name not in _COMMANDS:
             return None
         module = import_module(f"hf_frmerge.cli.{_COMMANDS[cmd_name][0]}")

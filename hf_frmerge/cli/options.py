@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of `ExpertArguments` and `MergingArguments`, and config files."""
+"""Generate command-line options from the fields of `ExpertArguments` and `MergingArguments`; read config files."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ _METAVARS = {"weights": "W,W,...", "output_dir": "DIR", "base_model": "MODEL", "
 
 def options_from(*groups: Mapping[str, Sequence[str]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """
-    Return a decorator that adds one option per named field: `--a-b` for `a_b`, `--x/--no-x` for a bool.
+    Return a decorator that adds one option per field: `--a-b` for `a_b`, `--x/--no-x` for a bool.
 
-    No option has a default of its own, so that a command can tell what was given from what was not; the help shows
-    the default of the field.
+    The options have no defaults, so that unset ones do not override the configuration file. The help shows the
+    default of the field.
 
     Args:
         groups (`Mapping[str, Sequence[str]]`):
-            Heading in the help -> fields of `ExpertArguments` or `MergingArguments`.
+            Heading in the help -> names of fields of `ExpertArguments` or `MergingArguments`.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         options = [_option(name, section) for group in groups for section, names in group.items() for name in names]
-        for option in reversed(options):  # decorators list their options from the innermost outwards
+        for option in reversed(options):  # click lists options from the last decorator applied to the first
             command = option(command)
         return command
 
@@ -82,24 +82,25 @@ def arguments_from(
     experts: Sequence[str], config: str | None, options: Mapping[str, Any]
 ) -> tuple[ExpertArguments, MergingArguments]:
     """
-    Build the arguments of a merge; what was given on the command line overrides the configuration file.
+    Build the arguments of a merge; the command line overrides the configuration file.
 
     Args:
         experts (`Sequence[str]`):
-            Positional arguments: the experts, or nothing but a configuration file.
+            Positional arguments: the experts, or a single configuration file.
         config (`str` or `None`):
             Configuration file.
         options (`Mapping[str, Any]`):
-            Options by field; `None` and `()` mean not given.
+            Field -> value of its option; `None` and `()` mean that it was not set.
 
     Raises:
-        ArgumentError: If there are no experts, or for a key or value that is not valid.
+        ArgumentError: If there are no experts, or if a key or value is invalid.
     """
     if config is None and len(experts) == 1 and Path(experts[0]).suffix in CONFIG_SUFFIXES:
         config, experts = experts[0], ()
     values = read_config(config) if config is not None else {}
     if experts:
         values["experts"] = list(experts)
+    # Last, so that the command line wins over the file.
     values |= {name: value for name, value in options.items() if value is not None and value != ()}
     if "experts" not in values:
         raise ArgumentError(
@@ -113,6 +114,7 @@ def arguments_from(
 
 
 def _option(name: str, section: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Build the click option of one field from its type, metadata and default."""
     field, hint = _field(name)
     kind, is_list = _scalar(hint)
     settings: dict[str, Any] = {"type": kind}
@@ -123,7 +125,7 @@ def _option(name: str, section: str) -> Callable[[Callable[..., Any]], Callable[
     elif "choices" in field.metadata:
         settings["type"] = click.Choice(field.metadata["choices"])
     elif is_list and kind is float:
-        settings["type"] = str  # "0.5,0.3,0.2": `ExpertArguments` takes it apart, and says what is wrong with it
+        settings["type"] = str  # "0.5,0.3,0.2": `ExpertArguments` parses it and reports errors
     elif is_list:
         settings["multiple"] = True
     if name in _METAVARS:
@@ -137,6 +139,7 @@ def _option(name: str, section: str) -> Callable[[Callable[..., Any]], Callable[
 
 
 def _field(name: str) -> tuple[Field[Any], Any]:
+    """Return a field of either class of arguments, and its type."""
     for arguments in (ExpertArguments, MergingArguments):
         for field in fields(arguments):
             if field.name == name:
@@ -144,11 +147,11 @@ def _field(name: str) -> tuple[Field[Any], Any]:
     raise KeyError(name)
 
 
-_hints = cache(get_type_hints)  # evaluates every annotation of the class each time
+_hints = cache(get_type_hints)  # cached: each call evaluates all annotations of the class
 
 
 def _scalar(hint: Any) -> tuple[type, bool]:
-    """`list[float] | None` -> `(float, True)`."""
+    """Return the element type of a hint and whether it is a list: `list[float] | None` -> `(float, True)`."""
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     if get_origin(hint) is list or not kinds:
         kinds = [hint]

@@ -1,4 +1,4 @@
-"""`frmerge verify`, `frmerge card` and `frmerge push`: what can be done with a finished merge."""
+"""`frmerge verify`, `frmerge card` and `frmerge push`: commands for a finished merge."""
 
 from __future__ import annotations
 
@@ -100,8 +100,10 @@ def push(
         from hf_frmerge.hub.push import full_repo_id, push_folder
         from hf_frmerge.report.figures import figure_drawer
 
+        # Before the card is rewritten: an incomplete folder should stay untouched.
         check_complete(Path(output_dir))
         repo_id = full_repo_id(repo_id, token)
+        # A README.md that the user wrote is never overwritten.
         if has_own_card(output_dir):
             describe_merge(output_dir, draw=figure_drawer(), hub_model_id=repo_id)
         commit = push_folder(

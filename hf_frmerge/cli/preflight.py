@@ -1,4 +1,4 @@
-"""`frmerge plan` and `frmerge inspect`: what can be known before a merge."""
+"""`frmerge plan` and `frmerge inspect`: commands to run before a merge."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
             expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
         )
     with closing(merge_plan):
+        # Not for `inspect`, which writes nothing and so accepts any folder.
         check_output_dir(args, [model.source.path for model in merge_plan.models])
         with results_only():
             description = merge_plan.describe() | {
@@ -50,15 +51,15 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
             from hf_frmerge.cli.render import print_plan
 
             print_plan(description, args.output_dir)
-        check_space(merge_plan)
+        check_space(merge_plan)  # last: the plan shows how much is needed, and should be printed in any case
 
 
 def _licences(merge_plan: MergePlan) -> dict[str, Any]:
     """
-    Return what the models' cards say about licences, and what follows for the merge.
+    Return the licences in the models' cards, and the licence the merge may have.
 
     Raises:
-        MergeError: If a licence forbids derived works and was not allowed by name.
+        MergeError: If a licence forbids derived works and `allow_license` does not name it.
     """
     from hf_frmerge.hub.card.licences import licences_of_plan
 

@@ -1,4 +1,4 @@
-"""What commands print for people: tables, human units, and plain sentences about the numbers."""
+"""Human-readable output of the commands: tables, units, and sentences about the numbers."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ if TYPE_CHECKING:
     from hf_frmerge.provenance.merge_again import Reproduction
     from hf_frmerge.provenance.verify import VerifyReport
 
-_TIE = math.log(1.01)  # a few thousand tokens do not tell perplexities apart that differ by less than 1%
+_TIE = math.log(1.01)  # a few thousand tokens cannot resolve perplexities that differ by less than 1%
 _STYLES = {"good": "", "fact": "", "watch": "yellow", "bad": "yellow"}
 
 
 def console() -> Console:
-    """Return a console on stdout; names and paths are never taken for markup, and pipes get room for a table."""
+    """Return a console on stdout. Markup is off, since names and paths may contain brackets; pipes are 120 wide."""
+    # Rich assumes 80 columns for a pipe, in which tables would be folded.
     width = None if sys.stdout.isatty() else 120
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=False, width=width)
 
 
 def human_bytes(count: float) -> str:
-    """`269_000_000` as "269 MB" (powers of 1000)."""
+    """Format bytes with powers of 1000: `269_000_000` as "269 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
+        if count < 999.5:  # larger counts would be rounded to 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
 
 
 def human_count(count: float) -> str:
-    """`134_515_008` as "135 M"."""
+    """Format a count with powers of 1000: `134_515_008` as "135 M"."""
     for unit in ("", " k", " M"):
         if count < 999.5:
             return f"{count:.3g}{unit}"
@@ -52,7 +53,7 @@ def human_count(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """`75` as "1 min 15 s"."""
+    """Format a duration: `75` as "1 min 15 s"."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -61,12 +62,12 @@ def human_seconds(seconds: float) -> str:
 
 def print_merge(report: Mapping[str, Any], geometry: Geometry, output_dir: str) -> None:
     """
-    Print what a merge did.
+    Print the summary of a merge.
 
     Args:
         report (`Mapping[str, Any]`): `FisherRaoMerger.report`.
-        geometry (`Geometry`): What it did to the weights.
-        output_dir (`str`): Where the merged model is.
+        geometry (`Geometry`): Angles and norms of the merge.
+        output_dir (`str`): Folder of the merged model.
     """
     out = console()
     parts = [f"{report['n_merged']} tensors merged ({report['method']}, {report['space']}, block {report['block']})"]
@@ -83,13 +84,13 @@ def print_merge(report: Mapping[str, Any], geometry: Geometry, output_dir: str) 
 
 
 def print_verdicts(out: Console, verdicts: Iterable[Verdict]) -> None:
-    """Print the sentences of verdicts, a line each; what needs attention in yellow."""
+    """Print verdicts, one per line; those that need attention in yellow."""
     for verdict in verdicts:
         out.print(verdict.text, style=_STYLES[verdict.level])
 
 
 def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
-    """Print `MergePlan.describe()` and `licences`: models, what happens to the tensors, sizes, and notes."""
+    """Print `MergePlan.describe()` with `licences`: models, tensors to merge and copy, sizes, and notes."""
     out = console()
     table = Table("model", "weight", "kind", "tensors", "size", "licence", "where")
     for column in table.columns[1:5]:
@@ -122,8 +123,8 @@ def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
     Print `Inspection.to_dict()`: the tensors with the largest angles, the whole model, and the verdict.
 
     Args:
-        inspection (`Mapping[str, Any]`): What was measured.
-        top (`int` or `None`): How many tensors to show; all if `None`.
+        inspection (`Mapping[str, Any]`): Measurements.
+        top (`int` or `None`): Number of tensors to show; `None` shows all.
     """
     out = console()
     spaces = [space for space in ("weights", "deltas") if inspection["total"].get(space)]
@@ -149,7 +150,7 @@ def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
 
 
 def print_verification(report: VerifyReport, output_dir: str) -> None:
-    """Print what was checked and every problem."""
+    """Print all problems, then how many tensors and files were checked."""
     out = console()
     for problem in report.problems:
         out.print(problem, style="red")
@@ -164,29 +165,29 @@ def print_verification(report: VerifyReport, output_dir: str) -> None:
         out.print(f"No SHA-256 was recorded of inputs that are not here as they were merged: {files}.", style="yellow")
 
 
-def print_reproduction(found: Reproduction, model: str) -> None:
-    """Print whether a merge made again is the same, what is not, and what may be the cause."""
+def print_reproduction(result: Reproduction, model: str) -> None:
+    """Print whether a repeated merge is identical, the first 20 differences, and their possible causes."""
     out = console()
-    shown = 20
-    for difference in found.differences[:shown]:
+    shown = 20  # a wrong expert makes all tensors differ: hundreds of lines would hide the causes below
+    for difference in result.differences[:shown]:
         out.print(difference, style="red")
-    if len(found.differences) > shown:
-        out.print(f"... and {len(found.differences) - shown} more; --json lists all.", style="red")
-    compared = f"{found.n_tensors} tensors and {found.n_files} files compared"
-    if found.identical:
+    if len(result.differences) > shown:
+        out.print(f"... and {len(result.differences) - shown} more; --json lists all.", style="red")
+    compared = f"{result.n_tensors} tensors and {result.n_files} files compared"
+    if result.identical:
         out.print(f"{model} was made again, identical bit for bit: {compared}.", style="green")
     else:
         out.print(f"{model} was made again and is not the same: {compared}.", style="bold red")
-    if found.causes:
+    if result.causes:
         out.print("Not as it was then:")
-        for cause in found.causes:
+        for cause in result.causes:
             out.print(f"  {cause}")
-    if found.output_dir is not None:
-        out.print(f"Output: {found.output_dir}", style="bold")
+    if result.output_dir is not None:
+        out.print(f"Output: {result.output_dir}", style="bold")
 
 
 def print_extracted(extracted: ExtractedAdapter) -> None:
-    """Print the ranks of an extracted adapter, what it does not hold, and where that is lost."""
+    """Print the ranks of an extracted adapter, its error, the worst module, and tensors it leaves out."""
     out = console()
     ranks = [module.rank for module in extracted.modules]
     worst = max(extracted.modules, key=lambda module: module.error)
@@ -204,11 +205,11 @@ def print_extracted(extracted: ExtractedAdapter) -> None:
 
 def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = METRICS["perplexity"].heading) -> None:
     """
-    Print a table of perplexities, models by domains, with the geometric mean over the domains at the end.
+    Print perplexities, a row per model and a column per domain; the last column is the geometric mean.
 
     Args:
-        scores (`Sequence[Score]`): One for every model and domain.
-        merged (`Sequence[str]`): Names of the merged models; the best of each column are marked.
+        scores (`Sequence[Score]`): One per model and domain.
+        merged (`Sequence[str]`): Names of the merged models; the best in each column are marked.
         title (`str`, *optional*): Title of the table.
     """
     losses = _losses(scores)
@@ -218,11 +219,14 @@ def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = ME
         name: [*by_domain.values(), *([math.fsum(by_domain.values()) / len(domains)] if has_mean else [])]
         for name, by_domain in losses.items()
     }
+    # The experts are left out: each is bound to win on its own text.
     best = [min(column) for column in zip(*(rows[name] for name in merged))]
     table = Table("model")
     for column in [*domains, *(["mean"] if has_mean else [])]:
         table.add_column(column, justify="right")
-    for name in sorted(rows, key=lambda name: name in merged):  # stable: merges last, else as they came
+    for name in sorted(
+        rows, key=lambda name: name in merged
+    ):  # merges last; the sort is stable, so the rest keep their order
         marks = [has_rivals and name in merged and loss < lowest + _TIE for loss, lowest in zip(rows[name], best)]
         is_last_source = name not in merged and table.row_count + 1 == len(rows) - len(merged)
         cells = [_perplexity(loss, mark) for loss, mark in zip(rows[name], marks)]
@@ -240,7 +244,7 @@ def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = ME
 
 
 def print_recovery(rows: Iterable[Recovered]) -> None:
-    """Print how much of each expert's gain over the base the merged models keep, in nats a token and as a share."""
+    """Print how much of each expert's gain over the base the merged models keep: in nats per token, and as a share."""
     rows = list(rows)
     experts = list(dict.fromkeys((row.expert, row.domain) for row in rows))
     table = Table("model")
@@ -249,20 +253,21 @@ def print_recovery(rows: Iterable[Recovered]) -> None:
     gains = {row.expert: row.gain for row in rows}
     table.add_row("the expert itself", *(f"{gains[expert]:+.3f}" for expert, _ in experts), end_section=True)
     for model in dict.fromkeys(row.model for row in rows):
-        kept = {row.expert: row for row in rows if row.model == model}
-        table.add_row(model, *(_kept(kept[expert]) for expert, _ in experts))
+        by_expert = {row.expert: row for row in rows if row.model == model}
+        table.add_row(model, *(_kept(by_expert[expert]) for expert, _ in experts))
     out = console()
     out.print("Gain over the base on each expert's text, in nats a token (share of the expert's gain)", style="bold")
     out.print(table)
 
 
 def _view_cells(view: Mapping[str, Any]) -> list[str]:
+    """Format mean norm, largest angle and gap of a tensor in one space."""
     norm = sum(view["norms"]) / len(view["norms"])
     return [number(norm), number(view["max_angle"]), number(view["karcher_nre_gap"])]
 
 
 def _losses(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
-    """Model -> domain -> loss."""
+    """Arrange losses as model -> domain -> loss, in nats per token."""
     losses: dict[str, dict[str, float]] = {}
     for score in scores:
         losses.setdefault(score.model, {})[score.domain] = score.metrics["loss"]
@@ -270,7 +275,7 @@ def _losses(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
 
 
 def _perplexity(loss: float, is_best: bool) -> Text:
-    text = METRICS["perplexity"].written(math.exp(min(loss, 700)))  # exp(700) is the largest power of e a float holds
+    text = METRICS["perplexity"].written(math.exp(min(loss, 700)))  # math.exp raises OverflowError above 709
     return Text(f"{text} *" if is_best else f"{text}  ", style="bold green" if is_best else "")
 
 

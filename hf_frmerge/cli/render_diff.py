@@ -1,4 +1,4 @@
-"""Tables of `frmerge diff`."""
+"""Human-readable output of `frmerge diff`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 5
 
 
 def print_diff(diff: MergeDiff, a: str, b: str) -> None:
-    """Print what differs, most telling first, and what follows for the model."""
+    """Print the differences, causes first, then whether the models are identical."""
     out = console()
     for title, changes in (
         ("Sources", diff.sources),
@@ -29,16 +29,16 @@ def print_diff(diff: MergeDiff, a: str, b: str) -> None:
         if changes:
             _print_changes(out, title, changes, a, b)
     if diff.coefficients is not None:
-        found = diff.coefficients
+        worst = diff.coefficients
         out.print(
-            f"Coefficients differ in {diff.n_coefficients} tensors, most in {found.tensor!r}, block {found.block}: "
-            f"{found.expert} has {found.a:.6g} and {found.b:.6g}."
+            f"Coefficients differ in {diff.n_coefficients} tensors, most in {worst.tensor!r}, block {worst.block}: "
+            f"{worst.expert} has {worst.a:.6g} and {worst.b:.6g}."
         )
     if diff.n_thresholds:
         out.print(f"Thresholds differ in {diff.n_thresholds} tensors.")
-    for only, where in ((diff.only_a, a), (diff.only_b, b)):
-        if only:
-            out.print(f"Only in {where}: {_some(only)}.")
+    for names, where in ((diff.only_a, a), (diff.only_b, b)):
+        if names:
+            out.print(f"Only in {where}: {_some(names)}.")
     if diff.files:
         out.print(f"Files that differ: {_some([change.what for change in diff.files])}.")
     if diff.same_model:
@@ -54,6 +54,7 @@ def _print_changes(out: Console, title: str, changes: Sequence[Change], a: str, 
     is_measured = title.startswith("Evaluation")
     table = Table("", a, b, *(["change"] if is_measured else []))
     for change in changes:
+        # Only scores are numbers whose difference has a meaning.
         gap = [f"{change.b - change.a:+.4g}" if None not in (change.a, change.b) else ""] if is_measured else []
         table.add_row(change.what, _text(change.a), _text(change.b), *gap)
     out.print(title, style="bold")
@@ -61,6 +62,7 @@ def _print_changes(out: Console, title: str, changes: Sequence[Change], a: str, 
 
 
 def _text(value: Any) -> str:
+    """Format a value for a cell; commits and checksums are cut to 12 digits."""
     if value is None:
         return "–"
     if isinstance(value, list):
@@ -68,9 +70,10 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    return text[:12] if len(text) in (40, 64) and " " not in text else text  # commits and checksums
+    return text[:12] if len(text) in (40, 64) and " " not in text else text  # SHA-1 and SHA-256 in hex
 
 
 def _some(names: Sequence[str]) -> str:
+    """List the first few names, and the number of the rest."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

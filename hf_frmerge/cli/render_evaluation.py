@@ -1,4 +1,4 @@
-"""What `frmerge evaluate` prints for people: the record of an evaluation as tables that fit into 80 columns."""
+"""Human-readable output of `frmerge evaluate`: tables of an evaluation record, fitting into 80 columns."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hf_frmerge.wording.scores import score_tables
 N_WORST_LAYERS = 3
 N_WORST_TOKENS = 8
 _CONTEXT_CHARS = 44
-_WEAK = 0.9  # of the experts' mean: what is said in yellow
+_WEAK = 0.9  # ratios to the experts' mean below this are printed in yellow
 
 
 def print_evaluation(record: EvaluationRecord) -> None:
-    """Print everything a record holds, part by part."""
+    """Print all parts of a record."""
     out = console()
     _print_scores(out, record)
     _print_recovery(out, record)
@@ -37,14 +37,14 @@ def print_evaluation(record: EvaluationRecord) -> None:
 
 
 def print_findings(record: EvaluationRecord) -> None:
-    """Print in sentences what the numbers of a record say."""
+    """Print the verdicts on a record, as sentences."""
     out = console()
     out.print()
     print_verdicts(out, evaluation_verdicts(record))
 
 
 def print_functions(record: EvaluationRecord) -> None:
-    """Print what the merge did to predictions and activations."""
+    """Print distances of predictions, objectives, and the state of the layers."""
     out = console()
     _print_distances(out, record)
     _print_objectives(out, record)
@@ -69,6 +69,7 @@ def _print_scores(out: Console, record: EvaluationRecord) -> None:
 
 
 def _print_recovery(out: Console, record: EvaluationRecord) -> None:
+    """Print each expert's gain over the base, and how much of it the merged model keeps."""
     rows = [row for row in record.recovery if row.model == MERGED]
     if not rows:
         return
@@ -81,16 +82,18 @@ def _print_recovery(out: Console, record: EvaluationRecord) -> None:
 
 
 def _print_distances(out: Console, record: EvaluationRecord) -> None:
+    """Print Fisher-Rao distances in radians, KL divergence in nats, and shares of equal guesses."""
     if not record.distances:
         return
     table = _table("on", "from", "to", "mean", "median", "95%", "KL", "same guess")
-    # Below the merged model's rows the yardstick: how far apart the experts are themselves.
+    # Distances between experts go below the merged model's rows, for scale.
     rows = [row for row in record.distances if row.model == MERGED or {row.model, row.other} <= {*record.experts}]
     rows.sort(key=lambda row: (record.domains.index(row.domain), row.model != MERGED))
     for index, row in enumerate(rows):
         is_last = index + 1 == len(rows) or rows[index + 1].domain != row.domain
         spread = (row.fisher_rao.mean, row.fisher_rao.median, row.fisher_rao.p95)
         table.add_row(
+            # A domain is written once, in its first row.
             row.domain if index == 0 or rows[index - 1].domain != row.domain else "",
             row.model,
             row.other,
@@ -108,6 +111,7 @@ def _print_distances(out: Console, record: EvaluationRecord) -> None:
 
 
 def _print_objectives(out: Console, record: EvaluationRecord) -> None:
+    """Print the merge objective beside its lowest possible value, by domain."""
     if not record.objectives:
         return
     table = _table("on", "this merge", "lowest possible", "to the barycentre")
@@ -118,6 +122,7 @@ def _print_objectives(out: Console, record: EvaluationRecord) -> None:
 
 
 def _print_collapse(out: Console, layers: Sequence[CollapseRatio]) -> None:
+    """Print the weakest layers in order of depth, and the mean over all."""
     if not layers:
         return
     table = _table("layer", "activation variance", "effective rank")
@@ -133,6 +138,7 @@ def _print_collapse(out: Console, layers: Sequence[CollapseRatio]) -> None:
 
 
 def _print_worst_tokens(out: Console, tokens: Iterable[WorstToken]) -> None:
+    """Print the tokens with the largest distances, in context."""
     worst = sorted(tokens, key=lambda row: -row.distance)[:N_WORST_TOKENS]
     if not worst:
         return
@@ -169,6 +175,7 @@ def _print_generations(out: Console, record: EvaluationRecord) -> None:
 
 
 def _table(first: str, *others: str) -> Table:
+    """Return an empty table; numeric columns are aligned right, and long names are folded."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, overflow="fold")
     for heading in others:
@@ -184,10 +191,12 @@ def _print(out: Console, title: str, table: Table) -> None:
 
 
 def _geometric_mean(values: Sequence[float | None]) -> float | None:
+    """Return the geometric mean; `None` if a value is missing, infinite or not positive."""
     known = [value for value in values if value is not None and 0 < value < math.inf]
+    # Leaving out a missing value would make the model look better or worse than the others.
     return math.exp(math.fsum(map(math.log, known)) / len(known)) if len(known) == len(values) else None
 
 
 def _ratio(value: float) -> Text:
-    weak = not value >= _WEAK
+    weak = not value >= _WEAK  # also for NaN
     return Text(percent(value, 1), style="yellow" if weak else "")

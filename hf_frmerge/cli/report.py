@@ -1,4 +1,4 @@
-"""`frmerge report`: one HTML page about a merge, and its figures as files."""
+"""`frmerge report`: write the HTML page of a merge, and its figures as files."""
 
 from __future__ import annotations
 

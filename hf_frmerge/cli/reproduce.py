@@ -1,4 +1,4 @@
-"""`frmerge reproduce`: a merge made again from its record, on this machine."""
+"""`frmerge reproduce`: repeat a merge from its record, and compare the result."""
 
 from __future__ import annotations
 
@@ -58,22 +58,27 @@ def reproduce(
                     bar.update()
                     return True
 
-            found = make_again(model, output_dir, experts=places, device=device, token=token, observer=Advance())
+            result = make_again(model, output_dir, experts=places, device=device, token=token, observer=Advance())
         if output_dir is not None:
             from hf_frmerge.hub.card.describe import describe_merge
 
             describe_merge(output_dir)
     if as_json:
-        click.echo(json.dumps({"identical": found.identical, **asdict(found)}, indent=2))
+        click.echo(json.dumps({"identical": result.identical, **asdict(result)}, indent=2))
     else:
         from hf_frmerge.cli.render import print_reproduction
 
-        print_reproduction(found, model)
-    ctx.exit(0 if found.identical else FAILURE)
+        print_reproduction(result, model)
+    ctx.exit(0 if result.identical else FAILURE)
 
 
 def _places(experts: Iterable[str]) -> dict[str, list[str]]:
-    """`["math=a", "math=b"]` -> `{"math": ["a", "b"]}`."""
+    """
+    Parse the `--expert` options: `["math=a", "math=b"]` -> `{"math": ["a", "b"]}`.
+
+    Raises:
+        ArgumentError: If one is not `NAME=PATH`.
+    """
     places: dict[str, list[str]] = {}
     for item in experts:
         name, separator, path = item.partition("=")

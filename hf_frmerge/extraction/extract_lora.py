@@ -1,9 +1,9 @@
 """
 Extract a LoRA adapter from the difference of two full checkpoints.
 
-The best rank-`r` approximation of a dense delta is its truncated SVD (Eckart and Young). It is found by a randomised
-range finder with power iterations (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) that sees the delta in
-chunks of rows, so that no dense SVD is computed. Every module's error is measured against its delta, not estimated.
+The best rank-`r` approximation of a dense delta is its truncated SVD (Eckart and Young). A randomised range
+finder with power iterations computes it (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), which reads the
+delta in chunks of rows and needs no dense SVD. Every module's error is measured against its delta, not estimated.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.ordered_pool import ordered_pool
 from hf_frmerge.merging.output_folder import check_output_dir, remove_model
 
-_LEAST_NORM, _MOST_NORM = 2.0**-100, 2.0**100  # of a delta whose products float32 can hold
+_LEAST_NORM, _MOST_NORM = 2.0**-100, 2.0**100  # norms of a delta between which products fit into float32
 _OVERSAMPLING = 10  # extra random directions; 5 to 10 suffice (Halko et al., section 4.2)
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
     """
-    How an adapter is extracted.
+    Options of `extract_lora`.
 
     Attributes:
-        rank: largest rank of a module.
-        energy: choose for every module the lowest rank, up to `rank`, that keeps this share of the delta's squared
-            norm.
+        rank: maximum rank of a module.
+        energy: share of the delta's squared norm to keep; every module gets the lowest rank, up to `rank`, that does.
+            By default all get `rank`.
         target_modules: last names of the modules to adapt, as in PEFT (`"q_proj"`, also `"embed_tokens"`); by default
             all linear layers but the output layer.
-        power_iterations: more of them come closer to the exact SVD where singular values decay slowly; each reads the
+        power_iterations: more iterations come closer to the exact SVD if singular values decay slowly; each reads the
             delta twice.
         dtype: safetensors code of the factors; by default that of the first module in the fine-tuned model.
-        seed: of the random directions.
-        num_workers: threads; by default one per core, at most 4.
+        seed: seed of the random directions.
+        num_workers: number of threads; by default one per core, at most 4.
 
     Raises:
         ArgumentError: If a number is out of range.
@@ -74,11 +74,11 @@ class ExtractedModule:
     One module of an extracted adapter.
 
     Attributes:
-        module: path in the base model.
-        target: tensor of the base checkpoint.
+        module: path of the module in the base model.
+        target: name of its weight in the base checkpoint.
         rank: rank of its factors.
         norm: Frobenius norm of the dense delta.
-        error: norm of the delta minus the written factors' product, as a share of `norm`.
+        error: norm of the delta minus the product of the written factors, as a share of `norm`.
     """
 
     module: str
@@ -91,10 +91,10 @@ class ExtractedModule:
 @dataclass(frozen=True)
 class ExtractedAdapter:
     """
-    A written adapter and what it does not hold.
+    A written adapter, and the changes it leaves out.
 
     Attributes:
-        output_dir: where it is.
+        output_dir: folder of the adapter.
         modules: modules it changes, with their errors.
         unchanged: modules that are equal in both checkpoints.
         left_out: other tensors that differ (embeddings, norms, biases), with the norms of their differences.
@@ -107,7 +107,7 @@ class ExtractedAdapter:
 
     @property
     def error(self) -> float:
-        """Norm of all that the adapter lacks, as a share of the norm of the whole difference."""
+        """Norm of everything the adapter lacks, as a share of the norm of the whole difference."""
         lost = [module.norm * module.error for module in self.modules] + list(self.left_out.values())
         total = [module.norm for module in self.modules] + list(self.left_out.values())
         return float(np.linalg.norm(lost) / np.linalg.norm(total))
@@ -122,27 +122,27 @@ def extract_lora(
     overwrite: bool = False,
 ) -> ExtractedAdapter:
     """
-    Write the PEFT adapter that turns `base` into `merged` as well as its rank allows.
+    Write a PEFT adapter that approximates the difference between `merged` and `base`.
 
     Args:
         merged (`Checkpoint`):
             Fine-tuned or merged model.
         base (`Checkpoint`):
-            Model the adapter will be loaded on. Its `config.json` says which tensors belong to linear layers.
+            Model the adapter will be loaded on. Its `config.json` determines which tensors belong to linear layers.
         output_dir (`str` or `Path`):
             Folder to write.
         options (`ExtractOptions`, *optional*):
-            Rank, modules and the like.
+            Rank, modules and other options.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Replace the model or adapter that is in `output_dir`.
+            Replace a model or adapter in `output_dir`.
 
     Returns:
-        `ExtractedAdapter`: ranks and errors by module, and what was left out.
+        `ExtractedAdapter`: Ranks and errors by module, and the tensors that were left out.
 
     Raises:
         ArgumentError: If no module matches `target_modules`, or `output_dir` is an input or not empty.
-        CheckpointError: If the checkpoints do not fit together, or do not differ in any chosen module.
-        NonFiniteError: If a tensor holds NaN or infinity.
+        CheckpointError: If a checkpoint is quantised, if they do not fit together or are equal in all chosen modules.
+        NonFiniteError: If a tensor has NaN or infinity, or the norm of a difference is too far from 1 for float32.
         MergeError: If a merge is writing to `output_dir`, or the disk fails.
     """
     for checkpoint in (merged, base):
@@ -150,11 +150,12 @@ def extract_lora(
     args, inputs = MergingArguments(str(output_dir), overwrite=overwrite), [merged.source.path, base.source.path]
     check_output_dir(args, inputs)
     with sole_writer(output_dir):
-        check_output_dir(args, inputs)  # once more, now that nobody else writes there
+        check_output_dir(args, inputs)  # again under the lock: another process may have written there meanwhile
         return _extract(merged, base, Path(output_dir), options or ExtractOptions())
 
 
 def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: ExtractOptions) -> ExtractedAdapter:
+    """Factor all modules in parallel, then write the adapter; the caller holds the lock of the folder."""
     targets = find_modules(base, options.target_modules)
     for target in targets:
         _check_pair(merged, base, target.tensor)
@@ -163,6 +164,7 @@ def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: Ex
     def work(numbered: tuple[int, ExtractTarget]) -> _Factored | None:
         index, target = numbered
         delta = DenseDelta(merged, base, target.tensor)
+        # A generator per module: the result does not depend on the order in which threads run.
         return _factorise(delta, target, options, code, np.random.default_rng([options.seed, index]))
 
     with unchanged([merged, base]), ordered_pool(options.num_workers) as workers:
@@ -194,6 +196,8 @@ def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: Ex
 
 @dataclass(frozen=True)
 class _Factored:
+    """Factors of one module, as they are written, with its report."""
+
     output: AdapterModule
     up: NDArray[np.floating]
     down: NDArray[np.floating]
@@ -203,7 +207,7 @@ class _Factored:
 def _factorise(
     delta: DenseDelta, target: ExtractTarget, options: ExtractOptions, dtype: str, rng: np.random.Generator
 ) -> _Factored | None:
-    """Factor one delta; None if it is zero."""
+    """Factor one delta by a randomised SVD and measure the error; `None` if the delta is zero."""
     norm = delta.norm()
     if norm == 0.0:
         return None
@@ -216,13 +220,14 @@ def _factorise(
     directions = min(options.rank + _OVERSAMPLING, rows, cols)
     basis = np.linalg.qr(delta.times(rng.standard_normal((cols, directions))))[0]
     for _ in range(options.power_iterations):
-        # Orthonormal at every half step: powers of the singular values would drown the small ones in rounding.
+        # Orthonormalise at every half step: powers of large singular values would drown the small ones in rounding.
         basis = np.linalg.qr(delta.times(np.linalg.qr(delta.transposed_times(basis))[0]))[0]
     right, values, small = np.linalg.svd(delta.transposed_times(basis), full_matrices=False)
     keep = min(options.rank, directions)
     if options.energy is not None:
-        held = np.cumsum(values[:keep] ** 2) >= options.energy * norm**2
-        keep = int(np.argmax(held)) + 1 if held.any() else keep
+        is_enough = np.cumsum(values[:keep] ** 2) >= options.energy * norm**2
+        keep = int(np.argmax(is_enough)) + 1 if is_enough.any() else keep
+    # Each factor gets the root of the singular values, so that both have the same scale.
     root = np.sqrt(values[:keep])
     left, right = (basis @ small[:keep].T) * root, (right[:, :keep] * root).T
     up, down = (right.T, left.T) if target.transposed else (left, right)
@@ -233,22 +238,28 @@ def _factorise(
 
 
 def _rounded(values: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:
-    """Values as they will be read back, so that the error includes the rounding."""
+    """Round values to the dtype they are written in, so that the measured error includes the rounding."""
     return widen(narrow(values, dtype), dtype).reshape(values.shape)
 
 
 def _check_pair(merged: Checkpoint, base: Checkpoint, name: str) -> None:
-    mine, theirs = merged.tensors.get(name), base.tensors[name]
-    if mine is None or mine.shape != theirs.shape or not mine.is_float or not theirs.is_float:
-        actual = f"{mine.dtype} {mine.shape}" if mine else "missing"
+    """Raise `CheckpointError` unless a tensor is float and has one shape in both checkpoints."""
+    of_merged, of_base = merged.tensors.get(name), base.tensors[name]
+    if of_merged is None or of_merged.shape != of_base.shape or not of_merged.is_float or not of_base.is_float:
+        actual = f"{of_merged.dtype} {of_merged.shape}" if of_merged else "missing"
         raise CheckpointError(
-            f"Tensor {name!r} is {theirs.dtype} {theirs.shape} in {base.source.spec!r} but {actual} in "
+            f"Tensor {name!r} is {of_base.dtype} {of_base.shape} in {base.source.spec!r} but {actual} in "
             f"{merged.source.spec!r}. An adapter needs float tensors of one shape in both."
         )
 
 
 def _other_tensors(merged: Checkpoint, base: Checkpoint, done: set[str]) -> list[str]:
-    """Float tensors of both checkpoints that the adapter does not touch. A tensor of only one has no difference."""
+    """
+    List float tensors in both checkpoints that the adapter does not change. A tensor in only one has no difference.
+
+    Raises:
+        CheckpointError: If a tensor has another shape in `merged`.
+    """
     resized = [
         name
         for name, info in base.tensors.items()

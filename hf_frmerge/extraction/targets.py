@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint belong to linear layers and embeddings, by the classes of the model itself."""
+"""Find the tensors of linear layers and embeddings in a checkpoint, by the classes of the model's modules."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _TASK_TYPES = {
 @dataclass(frozen=True)
 class ExtractTarget:
     """
-    One module an adapter may change.
+    Module that an adapter may change.
 
     Attributes:
         module: path in the model in memory.
-        tensor: its weight in the checkpoint.
+        tensor: name of its weight in the checkpoint.
         kind: `"linear"` or `"embedding"`.
-        is_conv1d: GPT-2's linear layer, which stores its weight as `(n_in, n_out)`.
+        is_conv1d: whether it is GPT-2's kind of linear layer, which stores its weight as `(n_in, n_out)`.
     """
 
     module: str
@@ -50,55 +50,55 @@ def find_modules(base: Checkpoint, names: Sequence[str] | None) -> list[ExtractT
     """
     Find the modules to adapt and their tensors in the checkpoint.
 
-    The model is built from `config.json` without weights: module paths and the orientation of a square weight cannot
-    be told from the checkpoint alone.
+    The model is built from `config.json` without weights, because the checkpoint does not tell module paths, nor
+    whether a square weight is transposed.
 
     Args:
         base (`Checkpoint`):
-            The base model.
+            Base model.
         names (`Sequence[str]`, *optional*):
             Last names of modules; by default all linear layers but the output layer.
 
     Raises:
-        ArgumentError: If a name matches no linear layer or embedding.
-        CheckpointError: If the model cannot be built, or its modules are not in the checkpoint.
+        ArgumentError: If a name matches no linear layer or embedding, or one that shares its weight with another.
+        CheckpointError: If the model cannot be built, or the checkpoint lacks one of its modules.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
 
     model = build_empty(base)
     output_layer = model.get_output_embeddings()
-    found: dict[str, tuple[Literal["linear", "embedding"], bool]] = {}
+    matched: dict[str, tuple[Literal["linear", "embedding"], bool]] = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):
-            wanted = names is not None
+            may_match = names is not None
         elif isinstance(module, (torch.nn.Linear, Conv1D)):
-            wanted = names is not None or module is not output_layer
+            may_match = names is not None or module is not output_layer
         else:
             continue
-        if wanted and (names is None or any(path == name or path.endswith("." + name) for name in names)):
+        if may_match and (names is None or any(path == name or path.endswith("." + name) for name in names)):
             kind: Literal["linear", "embedding"] = "embedding" if isinstance(module, torch.nn.Embedding) else "linear"
-            found[path] = (kind, isinstance(module, Conv1D))
-    unmatched = [n for n in names or () if not any(path == n or path.endswith("." + n) for path in found)]
-    if unmatched or not found:
+            matched[path] = (kind, isinstance(module, Conv1D))
+    unmatched = [n for n in names or () if not any(path == n or path.endswith("." + n) for path in matched)]
+    if unmatched or not matched:
         raise ArgumentError(
             f"target_modules: {some(unmatched) or 'nothing'} names no linear layer or embedding of "
             f"{type(model).__name__}. Its layers are called like {some(_last_names(model))}."
         )
     tied = model.all_tied_weights_keys
-    shared = [path for path in found if f"{path}.weight" in {*tied, *tied.values()}]
+    shared = [path for path in matched if f"{path}.weight" in {*tied, *tied.values()}]
     if shared:
         raise ArgumentError(
             f"target_modules: {some(shared)} shares its weight with another module of {type(model).__name__}, and an "
             "adapter would change only one of them. Leave it out."
         )
     shapes = {name: info.shape for name, info in base.tensors.items()}
-    tensors = find_targets(base.source.spec, [path + ".weight" for path in found], shapes)
-    return [ExtractTarget(path, tensors[path + ".weight"], kind, conv) for path, (kind, conv) in found.items()]
+    tensors = find_targets(base.source.spec, [path + ".weight" for path in matched], shapes)
+    return [ExtractTarget(path, tensors[path + ".weight"], kind, conv) for path, (kind, conv) in matched.items()]
 
 
 def task_type(config: dict[str, Any]) -> str | None:
-    """Return PEFT's name for the task of a model, or None if it has none."""
+    """Return PEFT's name for the task of a model, `None` if it has none."""
     architecture = next(iter(config.get("architectures") or []), "")
     if config.get("is_encoder_decoder") and architecture.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM"
@@ -106,4 +106,5 @@ def task_type(config: dict[str, Any]) -> str | None:
 
 
 def _last_names(model: PreTrainedModel) -> list[str]:
+    """List the last names of all modules with a weight, sorted."""
     return sorted({path.rsplit(".", 1)[-1] for path, module in model.named_modules() if hasattr(module, "weight")})

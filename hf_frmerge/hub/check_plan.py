@@ -1,4 +1,4 @@
-"""What must hold before a merge downloads or writes anything."""
+"""Checks that run before a merge downloads or writes anything."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 def check_plan(plan: MergePlan) -> None:
     """
-    Refuse a merge whose folder is taken, which a licence forbids, or for which a disk is too small.
+    Check the output folder, the licences of the models, and the free disk space.
 
     Raises:
         ArgumentError: If the output folder is an input, or not empty.
         MergeError: If a licence forbids derived works and was not allowed by name, or a disk is too small.
     """
+    # A failure after the download would come too late: it may be 100 GB.
     check_output_dir(plan.args, [model.source.path for model in plan.models])
     licences_of_plan(plan).raise_if_refused()
     check_space(plan)

@@ -1,4 +1,4 @@
-"""What of an output folder leaves the machine in a push, and the checks it has to pass first."""
+"""Select the files a push uploads, and check that they are complete and contain nothing private."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, rea
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 
-# Configurations in which transformers keeps the place a model was loaded from, without a use for it.
+# transformers writes the path a model was loaded from into these files, and never reads it back.
 _NAMING_FILES = {"config.json", "tokenizer_config.json", "generation_config.json"}
 _ORIGINS = {"_name_or_path", "name_or_path"}
 
@@ -31,11 +31,11 @@ _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
 
 def check_complete(folder: Path) -> None:
     """
-    Check that `folder` holds a finished merge: card, manifest, configuration, all weights, nothing half written.
+    Check that `folder` holds a finished merge: card, manifest, configuration and all weight files.
 
     Raises:
-        HubError: Naming what is missing.
-        MergeError: If a merge is writing to it.
+        HubError: If something is missing, naming it, or if the merge was interrupted.
+        MergeError: If a merge is writing to the folder right now.
     """
     refuse_while_merging(folder)
     if not folder.is_dir():
@@ -45,6 +45,7 @@ def check_complete(folder: Path) -> None:
     if not (folder / MANIFEST_FILE).is_file():
         raise HubError(f"{folder} has no {MANIFEST_FILE}: it is not the output of a finished merge.")
     is_adapter = (folder / "adapter_config.json").is_file()
+    # An adapter needs no config.json: peft loads that of its base.
     if not is_adapter and not (folder / "config.json").is_file():
         raise HubError(f"{folder} has neither config.json nor adapter_config.json, so nobody could load it.")
     index = folder / "model.safetensors.index.json"
@@ -63,10 +64,12 @@ def check_complete(folder: Path) -> None:
 
 def check_base_is_public(folder: Path) -> None:
     """
-    Check that an adapter names its base by a Hub id: nobody else could load it by a path.
+    Check that an adapter names its base by a Hub id: with a path, nobody else could load it.
+
+    A full model passes.
 
     Raises:
-        HubError: With the name, and how to give it another.
+        HubError: If the base is named by a path; the message says how to change it.
     """
     config = folder / ADAPTER_CONFIG
     name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
@@ -79,11 +82,12 @@ def check_base_is_public(folder: Path) -> None:
 
 def check_nothing_local(folder: Path, token: str | None) -> None:
     """
-    Check that no text and no header of weights about to be pushed holds the token or a path of this machine.
+    Check that no outgoing text file or safetensors header contains the access token or a path of this machine.
 
     Raises:
-        HubError: Naming the file and the kind of thing found; never the token itself.
+        HubError: With the file and the line; the token itself is never printed.
     """
+    # The parents, because a config may name a sibling of the output folder, such as an expert.
     places = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), folder.resolve().parent, folder.absolute().parent}
     manifest = read_manifest(folder)
     sources, _ = local_sources(folder, manifest)
@@ -99,7 +103,7 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
             match = pattern.search(text)
             if match:
                 line = text.count("\n", 0, match.start()) + 1
-                # What the merge wrote is pushed as it is, or not at all.
+                # The manifest has checksums of these files, so editing one here would make the push fail later.
                 where = "that file of the model it came from, merge again" if name in written else "the file"
                 raise HubError(
                     f"{name}, line {line}, contains a path of this machine ({match[0]}…), which would be made public. "
@@ -108,10 +112,11 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
 
 
 def _readable_part(name: str, content: Path | bytes) -> str:
-    """What of a file may hold a path or a token: small texts whole, of weights the header, nothing of the rest."""
+    """Return the text to search for paths and tokens: small text files whole, weight files only their header."""
     path = Path(name)
     if path.suffix == ".safetensors" and isinstance(content, Path):
         with content.open("rb") as file:
+            # A safetensors file starts with the header's length: 8 bytes, little endian.
             return file.read(int.from_bytes(file.read(8), "little")).decode("utf-8", errors="replace")
     if path.suffix not in _TEXT_SUFFIXES or path.name in _VOCABULARIES:
         return ""
@@ -121,13 +126,12 @@ def _readable_part(name: str, content: Path | bytes) -> str:
 
 def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
     """
-    What a push of `folder` sends.
+    Collect the files that a push of `folder` uploads.
 
     Returns:
-        `dict[str, Path | bytes]`: Name in the repository, and the file, or its content where the public version is
-        not the local one: configurations without the path a model was once loaded from, and a manifest with folder
-        names in place of local paths. The local manifest keeps them, because `frmerge verify` finds local experts by
-        them.
+        `dict[str, Path | bytes]`: Name in the repository -> local file, or new content where the public version
+        differs: configurations lose the path a model was loaded from, and in the manifest local paths become folder
+        names. The local manifest keeps its paths, because `frmerge verify` finds local experts by them.
     """
     from huggingface_hub.utils import filter_repo_objects
 
@@ -136,15 +140,16 @@ def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
         name: folder / name for name in filter_repo_objects(names, ignore_patterns=_IGNORED_PATTERNS)
     }
     for name in _NAMING_FILES & files.keys():
-        with suppress(ValueError):  # no JSON: then it is not what the merge wrote, and the push will say so
+        with suppress(ValueError):  # not JSON, so not what the merge wrote: `check_unaltered` reports it
             config = json.loads((folder / name).read_text(encoding="utf-8"))
-            without = _without_origin(config)
-            if without != config:
-                files[name] = (json.dumps(without, indent=2, ensure_ascii=False) + "\n").encode()
+            cleaned = _without_origin(config)
+            if cleaned != config:
+                files[name] = (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
     if MANIFEST_FILE in files:
-        # As JSON values: names are hidden wherever they stand, also in what only another version records.
+        # On the raw JSON and not on a `Manifest`: fields that only a newer version knows are cleaned too.
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        public: Any = _hide(manifest)
+        public: Any = _hide_paths(manifest)
+        # The cleaned configurations have other checksums, and the public manifest must match what is public.
         for name, content in files.items():
             if isinstance(content, bytes) and name in public["files"]:
                 public["files"][name] |= {"size": len(content), "sha256": sha256(content).hexdigest()}
@@ -154,7 +159,7 @@ def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _without_origin(value: object) -> object:
-    """`value` without the entries, at any depth, that tell the path a model or tokenizer was loaded from."""
+    """Remove, at any depth, entries with the path a model or tokenizer was loaded from; Hub ids stay."""
     if isinstance(value, dict):
         return {
             key: _without_origin(item)
@@ -164,10 +169,10 @@ def _without_origin(value: object) -> object:
     return [_without_origin(item) for item in value] if isinstance(value, list) else value
 
 
-def _hide(value: object) -> object:
-    """`value` with the local paths in its strings, at any depth, shortened to their last part."""
+def _hide_paths(value: object) -> object:
+    """Shorten local paths to their last part in all strings of a JSON value, keys included."""
     if isinstance(value, dict):
-        return {_hide(key): _hide(item) for key, item in value.items()}
+        return {_hide_paths(key): _hide_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_hide(item) for item in value]
+        return [_hide_paths(item) for item in value]
     return hide_local_paths(value) if isinstance(value, str) else value

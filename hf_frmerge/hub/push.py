@@ -1,4 +1,4 @@
-"""Push a finished merge to the Hugging Face Hub: everything in one commit, nothing that is local."""
+"""Push a finished merge to the Hugging Face Hub in one commit, after checking that nothing private is in it."""
 
 from __future__ import annotations
 
@@ -77,17 +77,17 @@ def push_folder(
     """
     Push the folder of a finished merge, card included, as one commit.
 
-    Everything is checked before the first request: that the merge is finished, that its files are those the merge
-    wrote, and that nothing local is in them. The manifest gets the SHA-256 it lacks.
+    All checks run before the first request: the merge is finished, its files are unchanged since, and none contains
+    a local path or the token. SHA-256 checksums that the manifest lacks are added to it.
 
-    The repository and, with `revision`, the branch are made if they do not exist. Pushing unchanged files makes no
-    commit; an interrupted push does not send again what had arrived.
+    The repository and, with `revision`, the branch are created if they do not exist. Pushing unchanged files makes
+    no commit. After an interrupted push, files that have arrived are not uploaded again.
 
     Args:
         output_dir (`Path` or `str`):
             Folder a merge wrote, with its card and manifest.
         repo_id (`str`):
-            Hub id; without a namespace, that of the person logged in.
+            Hub id; the namespace defaults to the logged-in user.
         token (`str`, *optional*):
             Access token with write permission; else `HF_TOKEN` or the one saved by `hf auth login`.
         private (`bool`, *optional*):
@@ -99,7 +99,7 @@ def push_folder(
         create_pr (`bool`, *optional*, defaults to `False`):
             Open a pull request against `main` instead of committing to it.
         collection (`str`, *optional*):
-            Slug of a collection, such as `me/merges-64f9a2`, to which the model is added.
+            Slug of a collection to add the model to, such as `me/merges-64f9a2`.
         blocking (`bool`, *optional*, defaults to `True`):
             Whether to wait for the upload.
 
@@ -108,8 +108,9 @@ def push_folder(
 
     Raises:
         ArgumentError: If the arguments contradict each other or `repo_id` is not a valid id.
-        HubError: If the folder is not a finished merge or was changed since, would tell something local, or the Hub
-            refuses.
+        HubError: If the folder is not a finished merge, was changed since or contains a local path or the token, or
+            if the Hub refuses.
+        MergeError: If a merge is writing to the folder right now.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -119,9 +120,10 @@ def push_folder(
         raise ArgumentError(
             f"A pull request is opened against `main`, but `revision={revision!r}` was given. Leave one of them out."
         )
+    # All local checks come first: a refused push should not leave an empty repository on the Hub.
     folder = Path(output_dir)
     check_complete(folder)
-    secret = token or get_token()
+    secret = token or get_token()  # also a token the client would find by itself must not be published
     check_base_is_public(folder)
     check_nothing_local(folder, secret)
     additions = _checked_additions(folder)
@@ -143,10 +145,10 @@ def push_folder(
 
 def full_repo_id(repo_id: str, token: str | None = None) -> str:
     """
-    Hub id with its namespace: a bare name belongs to the person logged in.
+    Return a Hub id with its namespace, which defaults to the logged-in user.
 
     Raises:
-        HubError: If nobody is logged in, or the Hub cannot be reached.
+        HubError: If no user is logged in, or the Hub cannot be reached.
     """
     if "/" in repo_id:
         return repo_id
@@ -162,9 +164,10 @@ def full_repo_id(repo_id: str, token: str | None = None) -> str:
 
 def _checked_additions(folder: Path) -> list[CommitOperationAdd]:
     """
-    Return what the commit adds, if it is what the merge wrote.
+    Return the files of the commit, after checking that they are unchanged since the merge.
 
-    The client hashes every file to upload it; the check and the manifest use that.
+    The client has to hash every file for the upload anyway. The check and the manifest reuse these hashes: reading
+    all weights a second time would take minutes.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -173,7 +176,7 @@ def _checked_additions(folder: Path) -> list[CommitOperationAdd]:
     sha256 = {name: addition.upload_info.sha256.hex() for name, addition in additions.items()}
     check_unaltered(folder, sha256)
     record_checksums(folder, sha256)
-    manifest = outgoing_files(folder)[MANIFEST_FILE]
+    manifest = outgoing_files(folder)[MANIFEST_FILE]  # read again: `record_checksums` has just changed it
     return [*additions.values(), CommitOperationAdd(MANIFEST_FILE, manifest)]
 
 
@@ -186,16 +189,17 @@ def _commit(
     create_pr: bool,
 ) -> CommitInfo:
     """
-    Upload and commit all files at once.
+    Upload all files and commit them at once, deleting weight files of an earlier push that are not replaced.
 
     `create_commit` and not `upload_folder`: with Xet, the latter commits large folders in several steps, README
-    first, so that for a while, or for good if interrupted, the Hub would show a card over half a model.
+    first. Until the last step, or for good if interrupted, the Hub would show a card above half a model.
     """
     from huggingface_hub import CommitOperationDelete
 
     new = {addition.path_in_repo for addition in additions}
-    present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
-    stale = [name for name in present if _WEIGHTS.fullmatch(name) and name not in new]
+    # A pull request is based on `main`, whatever `revision` is.
+    existing = api.list_repo_files(repo_id, revision=None if create_pr else revision)
+    stale = [name for name in existing if _WEIGHTS.fullmatch(name) and name not in new]
     if stale:
         logger.info("Deleting %d weight files of an earlier push from %s: %s.", len(stale), repo_id, ", ".join(stale))
     return api.create_commit(
@@ -208,6 +212,7 @@ def _commit(
 
 
 def _add_to_collection(api: HfApi, collection: str, repo_id: str, secret: str | None) -> None:
+    """Add the pushed model to a collection. An error says that the push itself has succeeded."""
     try:
         with _clear_errors(collection, secret):
             api.add_collection_item(collection, item_id=repo_id, item_type="model", exists_ok=True)
@@ -217,7 +222,7 @@ def _add_to_collection(api: HfApi, collection: str, repo_id: str, secret: str | 
 
 @contextmanager
 def _clear_errors(repo_id: str, token: str | None) -> Iterator[None]:
-    """Turn what the client raises into one sentence that says what to do, without the token."""
+    """Turn exceptions of the Hub's client into a `HubError` that says what to do; the token is masked in it."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
@@ -227,18 +232,18 @@ def _clear_errors(repo_id: str, token: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise ArgumentError(f"{repo_id!r} is not a valid Hub id: expected `namespace/name`. {error}") from error
     except (OfflineModeIsEnabled, HTTPError, RuntimeError, ValueError) as error:
-        # The client wraps what went wrong with one large file in a RuntimeError of its own.
+        # The client wraps an error with one large file in a RuntimeError; the real one is its cause.
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OfflineModeIsEnabled):
             sentence = f"Cannot push to {repo_id}: offline mode is on. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE."
         elif isinstance(cause, HfHubHTTPError):
             sentence = _http_sentence(cause, repo_id)
-        elif isinstance(cause, HTTPError):  # the base of the client's connection errors and time-outs
+        elif isinstance(cause, HTTPError):  # base class of the client's connection errors and time-outs
             sentence = (
                 f"Cannot push to {repo_id}: the Hub could not be reached ({type(cause).__name__}). Check the "
                 "connection and push again; files that had arrived are not sent twice."
             )
-        elif isinstance(cause, ValueError):  # what the Hub thinks of the card's front matter
+        elif isinstance(cause, ValueError):  # the Hub rejected the card's front matter
             sentence = f"The Hub refused the push to {repo_id}: {cause}"
         else:
             raise
@@ -246,11 +251,11 @@ def _clear_errors(repo_id: str, token: str | None) -> Iterator[None]:
 
 
 def _http_sentence(error: HfHubHTTPError, repo_id: str) -> str:
-    """What an HTTP refusal means for a push, and what to do about it."""
+    """Explain an HTTP error of a push, and say what to do about it."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     status = error.response.status_code
-    if isinstance(error, GatedRepoError):  # a kind of RepositoryNotFoundError: asked first
+    if isinstance(error, GatedRepoError):  # a subclass of RepositoryNotFoundError, so tested first
         return f"{repo_id} is gated. Ask for access on its page on the Hub, then push again."
     if status == 401:
         return _NOT_LOGGED_IN.format(repo_id)

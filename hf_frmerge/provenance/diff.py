@@ -1,4 +1,4 @@
-"""How two merges differ, read from their records: in what went in, in what was done, and in what came out."""
+"""Compare the records of two merges: sources, arguments, environment, coefficients, files and evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Change:
-    """Something that is not the same in both; `None` where one does not have it."""
+    """Value that differs between two merges; `None` if one of them lacks it."""
 
     what: str
     a: Any
@@ -32,7 +32,7 @@ class Change:
 
 @dataclass(frozen=True)
 class CoefficientDifference:
-    """The largest difference between the coefficients of two merges, over tensors, blocks and experts of both."""
+    """Largest difference between the coefficients of two merges, over the tensors, blocks and experts they share."""
 
     tensor: str
     block: int
@@ -44,20 +44,20 @@ class CoefficientDifference:
 @dataclass
 class MergeDiff:
     """
-    How two merges differ.
+    Differences between two merges, `a` and `b`.
 
     Attributes:
-        sources: experts and bases that are in one only, or at another commit, weight or content.
-        arguments: arguments that decide the result.
-        running: arguments, versions and machine that need not.
-        files: files of the model, other than weights compared tensor by tensor.
-        n_tensors: tensors of both.
-        different_tensors: those that are not the same bit for bit.
-        only_a, only_b: tensors of one only.
-        coefficients: `None` if they are the same, or cannot be compared.
-        n_coefficients: tensors whose coefficients differ.
-        n_thresholds: tensors in which an expert of both was trimmed from another magnitude on.
-        evaluation: measured numbers of the merged models, `domain: metric`, if both were evaluated.
+        sources: experts and bases that only one has, or whose commit, weight or content differs.
+        arguments: arguments that affect the result.
+        running: arguments that do not, library versions, and machine.
+        files: files that differ; weight files only by their header, as their tensors are compared one by one.
+        n_tensors: number of tensors in both.
+        different_tensors: tensors in both that are not bit-identical.
+        only_a, only_b: tensors that only one merge has.
+        coefficients: largest difference; `None` if they are equal or cannot be compared.
+        n_coefficients: number of tensors whose coefficients differ.
+        n_thresholds: number of tensors in which a shared expert was trimmed at different magnitudes.
+        evaluation: scores of the merged models that differ, as `domain: metric`, if both were evaluated.
     """
 
     sources: list[Change] = field(default_factory=list)
@@ -75,7 +75,7 @@ class MergeDiff:
 
     @property
     def same_model(self) -> bool:
-        """Whether every tensor and file of the two models is the same bit for bit."""
+        """Whether all tensors and files of the two models are bit-identical."""
         return not (self.different_tensors or self.only_a or self.only_b or self.files)
 
 
@@ -84,11 +84,11 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
     Compare two merges by their records; no weights are read.
 
     Args:
-        a, b: Folders of merges, or their Hub ids.
-        token: Token for the Hub.
+        a, b: Folders or Hub ids of two merges.
+        token: Access token for the Hub.
 
     Raises:
-        CheckpointError: If one holds no merge.
+        CheckpointError: If one of them is not a merge.
         HubError: If the Hub cannot be reached or refuses.
     """
     folders = [record_folder(model, token) for model in (a, b)]
@@ -98,9 +98,10 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
     arguments += _changes(
         *({"method": m.method, "space": m.space, "output_kind": m.output_kind} for m in (first, second))
     )
+    # By name, since `method` and `space` may differ both as an argument and as the resolved value.
     for change in {change.what: change for change in arguments}.values():
         (diff.arguments if is_about_the_result(change.what) else diff.running).append(change)
-    diff.running += _changes(_surroundings(first), _surroundings(second))
+    diff.running += _changes(_environment(first), _environment(second))
     common = [name for name in first.tensors if name in second.tensors]
     diff.n_tensors = len(common)
     diff.only_a = [name for name in first.tensors if name not in second.tensors]
@@ -111,6 +112,7 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
         read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest.files else {}
         for folder, manifest in zip(folders, (first, second))
     ]
+    # The base comes last in `models` and has no column of coefficients.
     experts = [_keys(manifest)[: len(manifest.experts)] for manifest in (first, second)]
     diff.n_coefficients, diff.coefficients = _coefficients(tables[0], tables[1], experts[0], experts[1])
     diff.n_thresholds = sum(
@@ -118,49 +120,53 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
     )
     records = [load_record(folder) for folder in folders]
     if records[0] is not None and records[1] is not None:
-        diff.evaluation = _changes(_numbers(records[0]), _numbers(records[1]))
+        diff.evaluation = _changes(_merged_scores(records[0]), _merged_scores(records[1]))
     return diff
 
 
 def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
+    """List the keys whose values differ, in the order of `a`, then of `b`."""
     names = list(dict.fromkeys([*a, *b]))
     return [Change(name, a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)]
 
 
 def _keys(manifest: Manifest) -> list[str]:
-    """Names of the recorded models, told apart where they repeat: `math`, `math (2)`."""
+    """Return unique names of the recorded models; repeated ones are numbered: `math`, `math (2)`."""
     seen: Counter[str] = Counter()
     keys = []
     for model in manifest.models:
+        # One model may be merged twice, with two weights; a dict by id would lose the first.
         seen[model.id] += 1
         keys.append(model.id if seen[model.id] == 1 else f"{model.id} ({seen[model.id]})")
     return keys
 
 
 def _sources(a: Manifest, b: Manifest) -> list[Change]:
+    """List experts and bases that only one merge has, or whose role, weight, commit or files differ."""
     facts = []
     for manifest in (a, b):
-        known: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for key, model in zip(_keys(manifest), manifest.models):
             role = "base model" if model is manifest.base_model else "expert"
-            known[key] = {"role": role, "weight": model.weight, "commit": model.commit}
-            known[key] |= {name: file.sha256 for name, file in model.files.items()}
-        facts.append(known)
+            entries[key] = {"role": role, "weight": model.weight, "commit": model.commit}
+            entries[key] |= {name: file.sha256 for name, file in model.files.items()}
+        facts.append(entries)
     changes = []
     for key in dict.fromkeys([*facts[0], *facts[1]]):
-        mine, theirs = facts[0].get(key), facts[1].get(key)
-        if mine is None or theirs is None:
-            changes.append(Change(key, mine and mine["role"], theirs and theirs["role"]))
+        entry_a, entry_b = facts[0].get(key), facts[1].get(key)
+        if entry_a is None or entry_b is None:
+            changes.append(Change(key, entry_a and entry_a["role"], entry_b and entry_b["role"]))
             continue
-        for change in _changes(mine, theirs):
-            # Files of another commit, and those that were not hashed, are not worth a line.
+        for change in _changes(entry_a, entry_b):
+            # If the commits differ, their files do too: one line is enough. Files without a hash cannot be compared.
             is_file = change.what not in ("role", "weight", "commit")
-            if not is_file or (mine["commit"] == theirs["commit"] and None not in (change.a, change.b)):
+            if not is_file or (entry_a["commit"] == entry_b["commit"] and None not in (change.a, change.b)):
                 changes.append(Change(f"{key}: {change.what}", change.a, change.b))
     return changes
 
 
-def _surroundings(manifest: Manifest) -> dict[str, Any]:
+def _environment(manifest: Manifest) -> dict[str, Any]:
+    """Collect library versions, machine, kernels and number of processes of a merge."""
     return {
         **manifest.all_versions,
         **vars(manifest.machine),
@@ -170,42 +176,49 @@ def _surroundings(manifest: Manifest) -> dict[str, Any]:
 
 
 def _files(manifest: Manifest) -> dict[str, Any]:
-    """SHA-256 of the files; of weights, which are compared tensor by tensor, the digest of their header."""
+    """Return the SHA-256 of each file; for weights, whose tensors are compared one by one, the header's digest."""
     return {name: file.header_xxh3_128 or file.sha256 for name, file in manifest.files.items()}
 
 
 def _coefficients(
     a: dict[str, NDArray[np.float64]], b: dict[str, NDArray[np.float64]], experts_a: list[str], experts_b: list[str]
 ) -> tuple[int, CoefficientDifference | None]:
-    """Count the tensors whose coefficients differ, and find the largest difference; experts are matched by name."""
+    """
+    Count the tensors whose coefficients differ, and find the largest difference.
+
+    Args:
+        a, b: Tensor -> coefficients, `(n_blocks, n_experts)`; one row is broadcast against many blocks.
+        experts_a, experts_b: Names of the columns; only those in both are compared.
+    """
     shared = [name for name in experts_a if name in experts_b]
     columns_a, columns_b = ([names.index(name) for name in shared] for names in (experts_a, experts_b))
     n_different, largest, size = 0, None, 0.0
     for tensor in [name for name in a if name in b]:
-        mine, theirs = a[tensor][:, columns_a], b[tensor][:, columns_b]
-        if not shared or (len(mine) != len(theirs) and 1 not in (len(mine), len(theirs))):
-            continue  # cut into blocks of another kind
-        mine, theirs = np.broadcast_arrays(mine, theirs)
-        gaps = np.abs(mine - theirs)
+        rows_a, rows_b = a[tensor][:, columns_a], b[tensor][:, columns_b]
+        if not shared or (len(rows_a) != len(rows_b) and 1 not in (len(rows_a), len(rows_b))):
+            continue  # different block sizes: the rows do not correspond
+        rows_a, rows_b = np.broadcast_arrays(rows_a, rows_b)
+        gaps = np.abs(rows_a - rows_b)
+        # `initial` for tensors without a block, whose max would raise an error.
         n_different += bool(gaps.max(initial=0.0) > 0)
         if gaps.max(initial=0.0) > size:
             size = float(gaps.max())
             block, expert = (int(index) for index in np.unravel_index(int(gaps.argmax()), gaps.shape))
-            values = float(mine[block, expert]), float(theirs[block, expert])
+            values = float(rows_a[block, expert]), float(rows_b[block, expert])
             largest = CoefficientDifference(tensor, block, shared[expert], *values)
     return n_different, largest
 
 
 def _differ_in_thresholds(a: Trimming | None, b: Trimming | None, experts_a: list[str], experts_b: list[str]) -> bool:
-    """Tell whether an expert of both was trimmed at another magnitude."""
+    """Whether a shared expert was trimmed at different magnitudes."""
     if a is None or b is None:
         return False
-    mine, theirs = dict(zip(experts_a, a.thresholds)), dict(zip(experts_b, b.thresholds))
-    return any(mine[name] != theirs[name] for name in mine.keys() & theirs.keys())
+    thresholds_a, thresholds_b = dict(zip(experts_a, a.thresholds)), dict(zip(experts_b, b.thresholds))
+    return any(thresholds_a[name] != thresholds_b[name] for name in thresholds_a.keys() & thresholds_b.keys())
 
 
-def _numbers(record: EvaluationRecord) -> dict[str, float]:
-    """Scores of the merged model, and its objective, by domain."""
+def _merged_scores(record: EvaluationRecord) -> dict[str, float]:
+    """Collect the scores and objectives of the merged model as `domain: metric` -> value."""
     numbers = {
         f"{score.domain}: {metric}": value
         for score in record.scores

@@ -1,4 +1,4 @@
-"""Whether a folder still holds what its merge wrote: asked of its manifest before anything is made public."""
+"""Check before a push that the files in a folder are still those the merge wrote, by the manifest's checksums."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 def check_unaltered(folder: Path, sha256: Mapping[str, str]) -> None:
     """
-    Check every file of the manifest: by its SHA-256 or, where a merge left that out, by the digests of its tensors.
+    Check every file of the manifest by its SHA-256 or, if the merge did not record one, by the digests of its tensors.
 
     Args:
         folder (`Path`):
             Output of a finished merge.
         sha256 (`Mapping[str, str]`):
-            SHA-256 of its files, as far as somebody computed them already.
+            SHA-256 of files that the caller has already hashed; the others are hashed here if need be.
 
     Raises:
-        HubError: Naming the first file that is missing or not what the merge wrote.
+        HubError: If a file is missing or was changed, naming the first; or if the manifest or weights cannot be read.
     """
     try:
         manifest = read_manifest(folder)
@@ -44,6 +44,7 @@ def check_unaltered(folder: Path, sha256: Mapping[str, str]) -> None:
                 raise _altered(folder, f"{name} has another size than the merge gave it")
             if entry.sha256 is None:
                 unhashed.append(name)
+            # The file is only read if the caller's hash is missing or differs: a push may hash a cleaned config.
             elif sha256.get(name, "") != entry.sha256 != sha256_of(folder / name):
                 raise _altered(folder, f"{name} was changed after the merge")
         if unhashed:
@@ -53,6 +54,7 @@ def check_unaltered(folder: Path, sha256: Mapping[str, str]) -> None:
 
 
 def _check_tensors(folder: Path, manifest: Manifest, files: list[str]) -> None:
+    """Check weight files without a SHA-256 by the digests of their headers and tensors."""
     for name in files:
         if header_digest(folder / name) != manifest.files[name].header_xxh3_128:
             raise _altered(folder, f"the header of {name} was changed after the merge")
@@ -66,24 +68,25 @@ def _check_tensors(folder: Path, manifest: Manifest, files: list[str]) -> None:
             entry = manifest.tensors.get(name)
             if entry is None:
                 raise _altered(folder, f"tensor {name!r} in {info.file} is not in the manifest")
-            # A tensor that a callback skipped was cut as if it were merged.
+            # The digest depends on the cut, and a tensor that a callback skipped was cut as if it were merged.
             cut = block_shape(name, info.shape, block if entry.action != "copy" else "tensor", head_dim)
             if _tensor_digest(model, name, *cut) != entry.output:
                 raise _altered(folder, f"tensor {name!r} in {info.file} was changed after the merge")
 
 
 def _tensor_digest(model: Checkpoint, name: str, n_blocks: int, block_len: int) -> str:
-    """Digest of a tensor as the engine takes it: of the digests of its pieces."""
+    """Compute the digest of a tensor as the engine does: a digest of the digests of its pieces."""
     bits = DTYPE_BITS[model.tensors[name].dtype]
     parts = []
     for piece in pieces(n_blocks, block_len):
         start, stop = piece.start * bits // 8, piece.stop * bits // 8
         parts.append(digest(model.read(name, start, stop)))
-        model.release(name, start, stop)
+        model.release(name, start, stop)  # a piece at a time, so that memory does not grow with the model
     return join_digests(parts)
 
 
 def _altered(folder: Path, what: str) -> HubError:
+    """Build the error for a changed file."""
     return HubError(
         f"{folder} is not what the merge wrote: {what}. Only what can be verified is pushed: restore the file or "
         "merge again. `frmerge verify` says more."

@@ -1,4 +1,4 @@
-"""Make a recorded merge again from its manifest, and say whether every bit is the same."""
+"""Repeat a recorded merge from its manifest, and compare the result bit for bit."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 @dataclass
 class Reproduction:
     """
-    A merge made again.
+    Result of repeating a merge.
 
     Attributes:
-        output_dir: where it is; `None` if it was compared and thrown away.
-        n_tensors, n_files: how many were compared.
-        differences: sentences on every tensor and file of the model that is not the same bit for bit.
-        causes: sentences on what else is not as it was then: inputs, versions, machine.
+        output_dir: folder of the new model; `None` if it was compared and deleted.
+        n_tensors, n_files: number of tensors and files compared.
+        differences: a sentence for every tensor and file that is not bit-identical.
+        causes: sentences on possible causes: inputs, library versions or machine that changed since.
     """
 
     output_dir: str | None = None
@@ -43,7 +43,7 @@ class Reproduction:
 
     @property
     def identical(self) -> bool:
-        """Whether every tensor and file is the same bit for bit."""
+        """Whether all tensors and files are bit-identical."""
         return not self.differences
 
 
@@ -57,21 +57,21 @@ def reproduce(
     observer: StepObserver | None = None,
 ) -> Reproduction:
     """
-    Make a merge again from its record: the experts at their recorded commits, with the recorded arguments.
+    Repeat a merge with the recorded arguments, taking the experts at their recorded commits.
 
-    Only the record of a pushed merge is fetched, not its weights: their digests are in it.
+    Of a pushed merge only the record is downloaded, not the weights: the record has their digests.
 
     Args:
-        model: Folder of a merge, or its Hub id.
-        output_dir: Where to write; by default a temporary folder, gone when the comparison is done.
-        experts: Name of a recorded model -> where it is now, one place for each model of that name. Needed for models
-            that were local and are not on this machine.
-        device: Where to compute, if not where it was.
-        token: Token for the Hub.
-        observer: Told about every tensor.
+        model: Folder or Hub id of a merge.
+        output_dir: Output folder; by default a temporary one, deleted after the comparison.
+        experts: Name of a recorded model -> its current places, one for each model of that name. Needed for local
+            models that are not where they were.
+        device: Device to compute on; by default the recorded one.
+        token: Access token for the Hub.
+        observer: Called for every tensor.
 
     Raises:
-        MergeError: If the record cannot be read, a model not be found, or the merge fails.
+        MergeError: If the record cannot be read, a model cannot be found, or the merge fails.
     """
     folder = record_folder(model, token)
     manifest = read_manifest(folder)
@@ -79,6 +79,7 @@ def reproduce(
     changes = {"device": device} if device else {}
     with TemporaryDirectory(prefix="frmerge-reproduce-") as temporary:
         made = output_dir or str(Path(temporary) / "merged")
+        # A token of this session, as records never contain one.
         with closing(plan_again(manifest, models, folder, output_dir=made, hub_token=token, **changes)) as plan:
             run_merge(plan, _AsRecorded(manifest, observer or StepObserver()), Processes())
         reproduction = compare_records(manifest, read_manifest(made))
@@ -87,27 +88,28 @@ def reproduce(
 
 
 def compare_records(recorded: Manifest, made: Manifest) -> Reproduction:
-    """Compare the digests of two merges that should be one."""
-    found = Reproduction(n_tensors=len(made.tensors))
+    """Compare the digests that two manifests record; no weights are read."""
+    result = Reproduction(n_tensors=len(made.tensors))
+    # The union, so that a tensor that only one merge has counts as a difference.
     for name in sorted(recorded.tensors.keys() | made.tensors.keys()):
         then, now = recorded.tensors.get(name), made.tensors.get(name)
         if then is None or now is None:
-            found.differences.append(f"Tensor {name!r} is only in the {'new' if then is None else 'recorded'} merge.")
+            result.differences.append(f"Tensor {name!r} is only in the {'new' if then is None else 'recorded'} merge.")
         elif then.output != now.output:
-            found.differences.append(f"Tensor {name!r} differs.")
+            result.differences.append(f"Tensor {name!r} differs.")
     for name in sorted(recorded.files.keys() | made.files.keys()):
         before, after = recorded.files.get(name), made.files.get(name)
-        found.n_files += 1
+        result.n_files += 1
         if before is None or after is None:
-            found.differences.append(f"File {name} is only in the {'new' if before is None else 'recorded'} merge.")
+            result.differences.append(f"File {name} is only in the {'new' if before is None else 'recorded'} merge.")
         elif not _same_file(before, after):
-            found.differences.append(f"File {name} differs.")
-    found.causes = _causes(recorded, made)
-    return found
+            result.differences.append(f"File {name} differs.")
+    result.causes = _causes(recorded, made)
+    return result
 
 
 class _AsRecorded(StepObserver):
-    """Skips the tensors that a callback skipped in the recorded merge."""
+    """Observer that skips the tensors a callback skipped in the recorded merge: the record has no callback to run."""
 
     def __init__(self, manifest: Manifest, observer: StepObserver) -> None:
         self._tensors = manifest.tensors
@@ -123,14 +125,16 @@ class _AsRecorded(StepObserver):
 
 
 def _same_file(then: RecordedFile, now: RecordedFile) -> bool:
-    """Compare what both records know; weight files too large to be hashed are compared tensor by tensor."""
+    """Compare size and checksums, as far as both have them; weights that were not hashed are compared by tensor."""
     pairs = [(then.size, now.size), (then.sha256, now.sha256), (then.header_xxh3_128, now.header_xxh3_128)]
     return all(a == b for a, b in pairs if None not in (a, b))
 
 
 def _causes(recorded: Manifest, made: Manifest) -> list[str]:
+    """List what changed since the recorded merge and may explain a difference: inputs, kernels, machine, versions."""
     causes = []
     for index, (then, now) in enumerate(zip(recorded.models, made.models)):
+        # Inputs are recorded under the expert's index as a string, the base model's under -1.
         role = str(index if index < len(recorded.experts) else -1)
         shared = then.files.keys() & now.files.keys()
         changed = [name for name in sorted(shared) if not _same_file(then.files[name], now.files[name])]
@@ -140,14 +144,14 @@ def _causes(recorded: Manifest, made: Manifest) -> list[str]:
             if role in tensor.inputs and made.tensors.get(name, tensor).inputs.get(role) != tensor.inputs[role]
         ]
         if changed or tensors:
-            parts = [", ".join(changed)] if changed else []
-            parts += [f"{len(tensors)} tensors, such as {tensors[0]!r}"] if tensors else []
-            causes.append(f"{then.id} is not what was merged then; different: {'; '.join(parts)}.")
+            changed_parts = [", ".join(changed)] if changed else []
+            changed_parts += [f"{len(tensors)} tensors, such as {tensors[0]!r}"] if tensors else []
+            causes.append(f"{then.id} is not what was merged then; different: {'; '.join(changed_parts)}.")
     if recorded.report.kernels != made.report.kernels:
         causes.append(f"Computed with the kernels {made.report.kernels}, then with {recorded.report.kernels}.")
     if recorded.machine != made.machine:
-        here, there = (f"{record.machine.architecture} {record.machine.system}" for record in (made, recorded))
-        causes.append(f"Computed on {here}, then on {there}.")
+        now_on, then_on = (f"{record.machine.architecture} {record.machine.system}" for record in (made, recorded))
+        causes.append(f"Computed on {now_on}, then on {then_on}.")
     versions = recorded.all_versions
     for name in sorted(versions.keys() & made.all_versions.keys()):
         if versions[name] != made.all_versions[name]:

@@ -1,4 +1,4 @@
-"""A recorded merge, planned once more: from its manifest and wherever its models are now."""
+"""Plan a recorded merge again from its manifest and the current places of its models."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
 
     Args:
         manifest: Record of the merge.
-        models: Where they are.
-        folder: Where the record is.
-        changes: Arguments to set anew; they should not alter the result.
+        models: Current places of its experts and base, with the weights.
+        folder: Folder of the record, in which its coefficient table lies.
+        changes: Arguments to override; they should not affect the result.
 
     Raises:
-        CheckpointError: If the record has arguments that this version does not know, or the models do not fit.
+        CheckpointError: If this version does not know an argument of the record, or the models do not fit together.
     """
+    # Tokens are left out: a record that had one should not use it.
     known = {field.name for field in fields(MergingArguments)}
     recorded = {
         name: value
@@ -40,8 +41,8 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
             f"The merge was made by hf_frmerge {manifest.hf_frmerge} with arguments that this version does not "
             f"know: {', '.join(unknown)}. Install that version."
         )
-    # Whatever the merge did to its own folder, and whoever it told about it, is not repeated.
+    # Repeating a merge must not push, overwrite or resume, whatever the original did.
     recorded |= {"overwrite": False, "resume_from_checkpoint": False, "push_to_hub": False, "space": manifest.space}
     if recorded.get("coefficients") is not None:
-        recorded["coefficients"] = folder  # the table that was given is part of the record
+        recorded["coefficients"] = folder  # the path the user gave may be gone, but the record has a copy of the table
     return build_plan(models.experts, MergingArguments(**{**recorded, **changes}), models.weights, models.base_model)

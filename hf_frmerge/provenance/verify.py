@@ -1,4 +1,4 @@
-"""Derive a merged model again from its experts and its coefficient table, and compare bit for bit."""
+"""Recompute a merged model from its experts and its coefficient table, and compare it bit for bit."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ if TYPE_CHECKING:
 @dataclass
 class VerifyReport:
     """
-    What was checked, and every problem found as a sentence.
+    Result of a verification.
 
     Attributes:
-        without_sha256: inputs whose SHA-256 was to be recorded but cannot be: `model: file`.
+        checked_files, checked_tensors: number of files and tensors compared.
+        problems: a sentence for every problem.
+        without_sha256: inputs, as `model: file`, whose SHA-256 could not be recorded: missing or changed.
     """
 
     checked_files: int = 0
@@ -60,7 +62,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as recorded."""
+        """Whether no problem was found."""
         return not self.problems
 
 
@@ -74,18 +76,19 @@ def verify(
     """
     Check a merged model against its record and its experts.
 
-    Small files are compared by SHA-256, weight files header by header and tensor by tensor; every merged tensor is
-    computed again from the experts and the recorded coefficients, and compared bit for bit.
+    Small files are compared by SHA-256, weight files by header and tensors. Every merged tensor is recomputed from the
+    experts and the recorded coefficients, and compared bit for bit. The
+    coefficients themselves are not solved for again.
 
     Args:
-        output_dir: Folder of the merged model, or its Hub id.
-        experts: Where the experts are, if they are not where they were.
-        base_model: Where the base model is, if it is not where it was.
-        sha256: Whether to compare weight files by SHA-256 too, and, if all is well, to record those that the manifest
-            lacks.
+        output_dir: Folder or Hub id of the merged model.
+        experts: Current places of all experts in order; by default the recorded ones.
+        base_model: Current place of the base model; by default the recorded one.
+        sha256: Whether to compare weight files by SHA-256 too and, if no problem was found, to add missing checksums
+            to the manifest.
 
     Raises:
-        CheckpointError: If the folder holds no merge, or the experts cannot be found.
+        CheckpointError: If the folder is not a merge, or the experts cannot be found.
     """
     folder = _folder(output_dir)
     manifest = read_manifest(folder)
@@ -94,7 +97,7 @@ def verify(
     try:
         coefficients = read_coefficients(folder).rows if COEFFICIENTS_FILE in manifest.files else {}
         merged = open_checkpoint(Source(output_dir, manifest.output_kind, str(folder)))
-    except CheckpointError as error:  # nothing to compare with; what is wrong with the files is known
+    except CheckpointError as error:  # without tensors or coefficients only the files could be checked
         report.problems.append(str(error))
         return report
     with closing(merged), closing(_plan(folder, manifest, experts, base_model)) as plan:
@@ -103,20 +106,23 @@ def verify(
         else:
             with unchanged([merged, *(model.weights for model in plan.models)]):
                 _check_model(merged, coefficients, manifest, plan, report)
-    if sha256 and report.ok and folder == Path(output_dir):  # never in the cache of the Hub
+    if (
+        sha256 and report.ok and folder == Path(output_dir)
+    ):  # for a Hub id the folder is in the cache, whose files must not change
         report.without_sha256 = record_checksums(folder)
     return report
 
 
 def _folder(output_dir: str) -> Path:
-    """Return the folder; from the Hub, all files of the record are fetched. A missing one is for the report to say."""
+    """Return the folder of a merge, downloading all its recorded files from the Hub; the report lists missing ones."""
     if Path(output_dir).is_dir():
         return Path(output_dir)
-    found = resolve(output_dir)
-    if found.commit is None:
-        return Path(found.path)
-    files = read_manifest(Path(found.path)).files
-    return Path(resolve(f"{found.repo_id}@{found.commit}", extra=tuple(files)).path)
+    source = resolve(output_dir)
+    if source.commit is None:
+        return Path(source.path)
+    files = read_manifest(Path(source.path)).files
+    # Pinned to the commit of the first request, in case someone pushes between the two.
+    return Path(resolve(f"{source.repo_id}@{source.commit}", extra=tuple(files)).path)
 
 
 def _check_model(
@@ -126,20 +132,21 @@ def _check_model(
     plan: MergePlan,
     report: VerifyReport,
 ) -> None:
-    """Derive every tensor again and compare it bit for bit."""
+    """Recompute every tensor and compare it bit for bit."""
     kernels = load_kernels()
     with ThreadPoolExecutor(worker_count(plan)) as pool:
         work = [(step, manifest.tensors.get(step.name), coefficients.get(step.name)) for step in plan.steps]
-        found = pool.map(lambda item: _check_tensor(plan, kernels, merged, *item), work)
-        for problem in found:
+        problems = pool.map(lambda item: _check_tensor(plan, kernels, merged, *item), work)
+        for problem in problems:
             report.checked_tensors += 1
             report.problems += [problem] if problem else []
+    # The loop above goes through the experts' tensors only, so an added one would pass unnoticed.
     extra = sorted(set(merged.tensors) - {step.name for step in plan.steps})
     report.problems += [f"Tensor {name!r} is in the merged model, but its experts have none." for name in extra]
 
 
-def _check_adapter(found: Checkpoint, plan: MergePlan, report: VerifyReport) -> None:
-    """Merge the adapters once more and compare the factors bit for bit."""
+def _check_adapter(merged: Checkpoint, plan: MergePlan, report: VerifyReport) -> None:
+    """Merge the adapters again and compare the factors bit for bit."""
     with TemporaryDirectory(prefix="frmerge-verify-") as again:
         try:
             run_merge(replace(plan, args=replace(plan.args, output_dir=again)), StepObserver(), Processes())
@@ -147,22 +154,23 @@ def _check_adapter(found: Checkpoint, plan: MergePlan, report: VerifyReport) -> 
             report.problems.append(str(error))
             return
         with open_checkpoint(Source(again, "adapter", again)) as expected:
-            for name in sorted(found.tensors.keys() | expected.tensors.keys()):
+            for name in sorted(merged.tensors.keys() | expected.tensors.keys()):
                 report.checked_tensors += 1
-                if name not in found.tensors or name not in expected.tensors:
+                if name not in merged.tensors or name not in expected.tensors:
                     report.problems.append(f"Tensor {name!r} is only in one of the merged adapter and its derivation.")
-                elif not np.array_equal(found.read(name), expected.read(name)):
+                elif not np.array_equal(merged.read(name), expected.read(name)):
                     report.problems.append(f"Tensor {name!r} differs from what its experts and options give.")
 
 
 def _check_files(folder: Path, manifest: Manifest, report: VerifyReport, sha256: bool) -> None:
+    """Compare every recorded file by size, then by the digest of its header or by SHA-256."""
     for name, entry in manifest.files.items():
         report.checked_files += 1
         path = folder / name
         if not path.exists():
             report.problems.append(f"File {name} is missing.")
             continue
-        # All bytes of weights are compared anyway: the header here, the tensors later.
+        # Hashing weights by default would read them twice: the header is compared here, the tensors later.
         is_hashed = entry.sha256 is not None and (sha256 or entry.header_xxh3_128 is None)
         if path.stat().st_size != entry.size:
             report.problems.append(f"File {name} has {path.stat().st_size} bytes, {entry.size} were written.")
@@ -190,12 +198,13 @@ def _check_tensor(
     entry: RecordedTensor | None,
     coefficients: NDArray[np.float64] | None,
 ) -> str | None:
-    """Return what is wrong with a tensor, or `None`."""
+    """Recompute one tensor piece by piece, and return a sentence if it differs, else `None`."""
     info = merged.tensors.get(step.name)
     if entry is None or info is None:
         return f"Tensor {step.name!r} is missing in the {'manifest' if entry is None else 'merged model'}."
     if (info.dtype, info.shape) != (step.dtype, step.shape):
         return f"Tensor {step.name!r} is {info.dtype} {list(info.shape)}, expected {step.dtype} {list(step.shape)}."
+    # A callback skipped it, so it was copied; the plan cannot know that.
     if step.action == "merge" and entry.action == "skip":
         step = plan.copied(step)
     decision = entry.decision_with(coefficients) if step.action == "merge" else None
@@ -212,9 +221,10 @@ def _check_tensor(
                 expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
         except NonFiniteError as error:
             return str(error)
-        found = merged.read(step.name, piece.start * size, piece.stop * size)
-        if not np.array_equal(expected, found):
-            wrong = int(np.count_nonzero((expected != found).reshape(-1, size).any(axis=1)))
+        actual = merged.read(step.name, piece.start * size, piece.stop * size)
+        if not np.array_equal(expected, actual):
+            # By element, not by byte: an element differs if any of its bytes does.
+            wrong = int(np.count_nonzero((expected != actual).reshape(-1, size).any(axis=1)))
             sentence = (
                 f"Tensor {step.name!r} differs from what its experts and {_named(entry)} give in {wrong:,} elements"
             )
@@ -230,14 +240,14 @@ def _check_tensor(
 
 
 def _changed_inputs(inputs: TensorInputs, step: TensorStep, recorded: dict[str, str]) -> list[str]:
-    """Name the models whose tensor is not the one that was merged."""
+    """List the models whose tensor has changed since the merge."""
     parts = [inputs.digests(piece) for piece in pieces(step.n_blocks, step.block_len)]
-    found = {owner: join_digests([part[owner] for part in parts]) for owner in parts[0]}
-    return [inputs.labels[owner] for owner, value in found.items() if recorded.get(str(owner)) != value]
+    digests = {owner: join_digests([part[owner] for part in parts]) for owner in parts[0]}
+    return [inputs.labels[owner] for owner, value in digests.items() if recorded.get(str(owner)) != value]
 
 
 def _fits(decision: Decision | None, plan: MergePlan, step: TensorStep) -> bool:
-    """Whether a recorded decision can be one for this tensor: a group of tensors shares one row of coefficients."""
+    """Whether a recorded decision has the shape this tensor needs: one row of coefficients, or one per block."""
     n_experts = len(plan.experts)
     if isinstance(decision, Trimming):
         return len(decision.thresholds) == len(decision.weights) == n_experts
@@ -245,4 +255,5 @@ def _fits(decision: Decision | None, plan: MergePlan, step: TensorStep) -> bool:
 
 
 def _named(entry: RecordedTensor) -> str:
+    """Name what the record decided a tensor by, for messages."""
     return "coefficients" if entry.decision is None else "thresholds"

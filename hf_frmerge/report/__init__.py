@@ -1,1 +1,1 @@
-"""What a merge did, for a person to look at: figures, and one HTML page."""
+"""Report on a merge: figures, and one HTML page."""

@@ -1,4 +1,4 @@
-"""What a report is drawn from: the record of a merge and, if there is one, of its evaluation."""
+"""Data of a report, read from the record of a merge and, if there is one, of its evaluation."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class TensorFacts:
     One tensor of the merge.
 
     Attributes:
-        layer: index of the layer it belongs to; `None` for what is outside of the layers.
-        kind: its name without the layer's number and what all layers' tensors have in common: `mlp.up_proj`.
-        geometry: what was measured of the experts; `None` if it was copied, or merged without measuring.
-        coefficients: `(experts,)`, float64, mean over its blocks; `None` if it is no sum of the experts.
+        layer: index of its layer; `None` for tensors outside the layers, such as the embedding.
+        kind: name without the layer's number and the prefix shared by all layers, such as `mlp.up_proj`.
+        geometry: angles and norms of the experts; `None` if it was copied, or merged without measuring.
+        coefficients: `(experts,)`, float64, mean over its blocks; `None` if it is not a linear combination.
     """
 
     name: str
@@ -45,8 +45,8 @@ class MergeFacts:
     A merge and its evaluation.
 
     Attributes:
-        name: of the folder.
-        experts: names as an evaluation gives them, in the order of the weights.
+        name: name of the folder.
+        experts: names as in an evaluation record, in the order of the weights.
         record: `None` if the merge was not evaluated.
     """
 
@@ -58,26 +58,26 @@ class MergeFacts:
 
     @property
     def merged_tensors(self) -> list[TensorFacts]:
-        """Tensors that come from all experts."""
+        """Tensors that were merged and not copied."""
         return [tensor for tensor in self.tensors if tensor.action == "merge"]
 
     @property
     def measured_tensors(self) -> list[TensorFacts]:
-        """Merged tensors of which angles and lengths are known: not every method measures them."""
+        """Merged tensors with angles and norms: not every method measures them."""
         return [tensor for tensor in self.tensors if tensor.geometry is not None]
 
     @property
     def totals(self) -> Geometry:
-        """What the merge did to the weights, over all merged tensors."""
+        """Angles and norms over all merged tensors."""
         return Geometry.of_manifest(self.manifest)
 
 
 def read_facts(folder: Path | str) -> MergeFacts:
     """
-    Read what a merge and an evaluation left in a folder.
+    Read the records of a merge and of its evaluation from a folder.
 
     Raises:
-        CheckpointError: If the folder holds no finished merge, or a damaged record.
+        CheckpointError: If the folder is not a finished merge, or a record is damaged.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -100,13 +100,19 @@ def read_facts(folder: Path | str) -> MergeFacts:
 
 
 def _kinds(names: Iterable[str]) -> dict[str, str]:
-    """Tensor -> kind; numbers behind the layer's, such as those of a mixture's experts, become `*`."""
+    """
+    Map tensors to kinds.
+
+    Numbers after the layer's, such as those of the experts in a mixture, become `*`: a report with a row for each of
+    128 would be unreadable.
+    """
     parts = {name: name.removesuffix(".weight").split(".") for name in names}
     layered = [part for name, part in parts.items() if layer_index(name) is not None]
     heads = {tuple(part[: _first_number(part)]) for part in layered}
     kinds = {}
     for name, part in parts.items():
         index = _first_number(part)
+        # A model with an encoder and a decoder has two prefixes, and needs them to tell its tensors apart.
         head = part[:index] if len(heads) > 1 or index == len(part) else []
         tail = ["*" if piece.isdigit() else piece for piece in part[index + 1 :]]
         kinds[name] = ".".join([*head, *tail]) or "layer"
@@ -114,4 +120,5 @@ def _kinds(names: Iterable[str]) -> dict[str, str]:
 
 
 def _first_number(parts: Sequence[str]) -> int:
+    """Return the index of the first part that is a number; the number of parts if there is none."""
     return next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))

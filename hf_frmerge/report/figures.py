@@ -1,4 +1,4 @@
-"""All figures of a merge: drawn by name, and saved as PNG files."""
+"""Draw all figures of a merge, and save them as PNG files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIGURES = {
     "angles": angles_figure,
     "coefficients": coefficients_figure,
 }
-"""Name -> function of the facts and the width in inches; each returns `None` where there is nothing to draw."""
+"""Name -> function of the facts and the width in inches, which returns `None` if there is no data to draw."""
 
 _DPI = 200
 
@@ -46,24 +46,24 @@ def draw_figures(facts: MergeFacts, width: float = WIDE) -> dict[str, Figure]:
 
 
 def figure_drawer() -> Callable[[Path, Path], dict[str, Path]] | None:
-    """Return `save_figures`, or `None` where matplotlib is not installed: a model card then has no figures."""
+    """Return `save_figures`; `None` if matplotlib is not installed, and a model card then has no figures."""
     return save_figures if find_spec("matplotlib") is not None else None
 
 
 @styled
 def save_figures(folder: Path | str, into: Path | str) -> dict[str, Path]:
     """
-    Save the figures of the merge in `folder` as PNG files on white.
+    Save the figures of the merge in `folder` as PNG files with a white background, 200 dots per inch.
 
     Args:
         folder (`Path` or `str`):
-            Folder a merge wrote, with or without the record of an evaluation.
+            Folder of a merge, with or without the record of an evaluation.
         into (`Path` or `str`):
-            Folder for the files; made if it is not there.
+            Folder for the files; created if it does not exist.
 
     Returns:
-        `dict[str, Path]`: Name of a figure -> its file. Those there is no data for are left out: `recovery`,
-        `distances` and `layers` need an evaluation.
+        `dict[str, Path]`: Name of a figure -> its file. Figures without data are left out: `recovery`, `distances`
+        and `layers` need an evaluation.
 
     Raises:
         CheckpointError: If `folder` holds no finished merge.
@@ -75,7 +75,7 @@ def save_figures(folder: Path | str, into: Path | str) -> dict[str, Path]:
     files = {}
     for name, figure in figures.items():
         files[name] = into / f"{name}.png"
-        # Without the version of matplotlib in it, one record gives one file.
+        # Without matplotlib's version in the metadata, the same record always gives the same file.
         image = BytesIO()
         figure.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
         write_file(files[name], image.getvalue())

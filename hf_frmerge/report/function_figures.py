@@ -1,4 +1,4 @@
-"""Figures of the function: how far the outputs moved, and how much of each expert is kept."""
+"""Figures of the model's outputs: distances to the experts, and how much of each expert's gain is kept."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from hf_frmerge.evaluation.record import EvaluationRecord, Recovered
 
-_CLIP = (-1.0, 1.5)  # shares beyond would press all others into a corner
+_CLIP = (-1.0, 1.5)  # shares beyond are cut off, as they would squeeze all other bars
 
 
 class Pooled(NamedTuple):
-    """A histogram: edges `(B + 1,)` in radians, shares of tokens `(B,)`, and the mean distance."""
+    """Histogram of distances: edges `(B + 1,)` in radians, shares of tokens `(B,)`, and the mean in radians."""
 
     edges: NDArray[np.float64]
     shares: NDArray[np.float64]
@@ -33,13 +33,13 @@ class Pooled(NamedTuple):
 @styled
 def distances_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     """
-    Draw, expert by expert, how Fisher-Rao distances of the merged model's outputs are spread over the tokens.
+    Draw a histogram over tokens of the Fisher-Rao distance from the merged model to each expert.
 
-    Behind them, as the yardstick, lie the distances of the other experts to that one. Tokens of all domains are taken
-    together.
+    Distances from the other experts to the same one are drawn as an outline, for scale. Tokens of all domains are
+    pooled.
 
     Returns:
-        `Figure`: One axes an expert. `None` if no distances were measured.
+        `Figure`: One axes per expert. `None` if no distances were measured.
     """
     record = facts.record
     experts = [] if record is None else [name for name in record.experts if _rows(record, name)]
@@ -50,18 +50,19 @@ def distances_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     figure = new_figure(width, 1.2 * rows + 0.6)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     labels = dict(zip(record.experts, compact(record.experts, 30)))
-    last = 0.0
+    right_end = 0.0
     for axes, name in zip(grid.flat, experts):
-        own, yardstick = pooled(_rows(record, name)), _yardstick(record, name)
-        between = pooled(yardstick) if yardstick else None
+        merged, expert_rows = pooled(_rows(record, name)), _between_experts(record, name)
+        experts_pooled = pooled(expert_rows) if expert_rows else None
         colour = expert_colour(record.experts.index(name), len(record.experts))
-        last = max(last, _draw_histograms(axes, own, between, colour))
+        right_end = max(right_end, _draw_histograms(axes, merged, experts_pooled, colour))
         axes.set_title(f"Mean distance from {labels[name]}", color=colour, fontsize=8.5, pad=16)
         tidy(axes)
     for axes in grid.flat[len(experts) :]:
         axes.set_visible(False)
+    # After all are drawn: shared axes get the range of the widest histogram.
     for index, axes in enumerate(grid.flat):
-        axes.set_xlim(0, last)
+        axes.set_xlim(0, right_end)
         axes.tick_params(labelbottom=index + columns >= len(experts))
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         axes.locator_params(axis="y", nbins=3)
@@ -71,10 +72,12 @@ def distances_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
 
 
 def _rows(record: EvaluationRecord, expert: str) -> list[FunctionDistance]:
+    """Select the distances from the merged model to an expert, on all domains."""
     return [row for row in record.distances if (row.model, row.other) == (MERGED, expert) and row.n_tokens]
 
 
-def _yardstick(record: EvaluationRecord, expert: str) -> list[FunctionDistance]:
+def _between_experts(record: EvaluationRecord, expert: str) -> list[FunctionDistance]:
+    """Select the distances between an expert and the others; a pair may be recorded in either order."""
     others = set(record.experts) - {expert}
     return [
         row
@@ -84,46 +87,47 @@ def _yardstick(record: EvaluationRecord, expert: str) -> list[FunctionDistance]:
 
 
 def pooled(rows: Sequence[FunctionDistance]) -> Pooled:
-    """Take all tokens of all rows together."""
+    """Pool the histograms and means of several rows, weighted by tokens."""
     edges = np.array([*(edge for edge, _ in rows[0].histogram), math.pi])
     counts = np.sum([[count for _, count in row.histogram] for row in rows], axis=0).astype(np.float64)
     mean = sum(row.n_tokens * row.fisher_rao.mean for row in rows) / sum(row.n_tokens for row in rows)
     return Pooled(edges, counts / counts.sum(), mean)
 
 
-def _draw_histograms(axes: Axes, own: Pooled, between: Pooled | None, colour: str) -> float:
-    """Draw both; return where the last token lies."""
+def _draw_histograms(axes: Axes, merged: Pooled, experts: Pooled | None, colour: str) -> float:
+    """Draw both histograms with their means; return the right end in radians, where the axis may be cut."""
     ends = []
-    if between is not None:
-        axes.stairs(between.shares, between.edges, color=MUTED, linewidth=1.1, label="other experts")
-        ends.append(_end(between))
-    axes.stairs(own.shares, own.edges, color=colour, alpha=0.3, fill=True)
-    axes.stairs(own.shares, own.edges, color=colour, linewidth=1.5, label=MERGED)
-    ends.append(_end(own))
-    for found, ink in ((between, MUTED), (own, colour)):
-        if found is not None:
-            axes.axvline(found.mean, color=ink, linewidth=1, linestyle=(0, (2, 2)))
+    if experts is not None:
+        axes.stairs(experts.shares, experts.edges, color=MUTED, linewidth=1.1, label="other experts")
+        ends.append(_end(experts))
+    axes.stairs(merged.shares, merged.edges, color=colour, alpha=0.3, fill=True)
+    axes.stairs(merged.shares, merged.edges, color=colour, linewidth=1.5, label=MERGED)
+    ends.append(_end(merged))
+    for histogram, ink in ((experts, MUTED), (merged, colour)):
+        if histogram is not None:
+            axes.axvline(histogram.mean, color=ink, linewidth=1, linestyle=(0, (2, 2)))
     word = axes.annotate(
-        f"merged: {own.mean:.2f} rad", (0, 1), (0, 4), "axes fraction", "offset points", color=colour, fontsize=8
+        f"merged: {merged.mean:.2f} rad", (0, 1), (0, 4), "axes fraction", "offset points", color=colour, fontsize=8
     )
-    if between is not None:
-        text = f"other experts: {between.mean:.2f} rad"
+    if experts is not None:
+        text = f"other experts: {experts.mean:.2f} rad"
         axes.annotate(text, (1, 0), (10, 0), word, "offset points", color=MUTED, va="bottom", fontsize=8)
     return max(ends)
 
 
-def _end(found: Pooled) -> float:
-    filled = np.flatnonzero(found.shares > 1e-3)
-    return float(found.edges[filled[-1] + 1])
+def _end(histogram: Pooled) -> float:
+    """Return the right edge, in radians, of the last bin with more than 0.1 % of the tokens."""
+    filled = np.flatnonzero(histogram.shares > 1e-3)
+    return float(histogram.edges[filled[-1] + 1])
 
 
 @styled
 def recovery_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     """
-    Draw the share of each expert's gain over the base that the merged model keeps.
+    Draw the share of each expert's gain over the base that the merged model keeps, as bars.
 
     Returns:
-        `Figure`: One bar an expert. `None` if there was no base to compare with.
+        `Figure`: One bar per expert. `None` if there was no base to compare with.
     """
     record = facts.record
     rows = [] if record is None else [row for row in record.recovery if row.model == MERGED]
@@ -135,6 +139,7 @@ def recovery_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     shares = np.clip([np.nan if row.share is None else row.share for row in rows], *_CLIP)
     places = np.arange(len(rows))
     colours = [expert_colour(_index(record, row), len(record.experts)) for row in rows]
+    # A share is NaN if the expert gained nothing; its bar has no length, and a text instead.
     axes.barh(places, np.nan_to_num(shares), height=0.62, color=colours)
     low, high = min(0.0, np.nanmin([0.0, *shares])), max(1.0, np.nanmax([0.0, *shares]))
     for place, (row, share) in enumerate(zip(rows, shares)):
@@ -144,6 +149,7 @@ def recovery_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     axes.set_xlim(1.05 * low, high + (0.4 if width >= WIDE else 0.2))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     tidy(axes, "share of each expert's gain that is kept", grid="")
+    # Fixed ticks, because automatic ones can miss 0 and 1, which mean base and expert.
     axes.set_xticks([0.0, 0.5, 1.0])
     axes.tick_params(axis="y", labelcolor=INK, labelsize=8.5)
     for position, text in ((0.0, "base"), (1.0, "expert")):
@@ -157,9 +163,10 @@ def _index(record: EvaluationRecord, row: Recovered) -> int:
 
 
 def _write_share(axes: Axes, place: int, row: Recovered, share: float, with_nats: bool) -> None:
+    """Write the share beside its bar; on wide figures, also the gain in nats per token."""
     text = "no better than the base" if row.share is None else f"{100 * row.share:.0f} %"
     if row.share is not None and with_nats:
         text += f"  ({row.kept:.2f} of {row.gain:.2f} nats a token)"
-    # A bar to the left has its words on the other side of the base, where they always have room.
+    # The text of a negative bar goes to the right of the base, where there is always room.
     start = max(0.0, float(np.nan_to_num(share)))
     axes.annotate(text, (start, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)

@@ -1,4 +1,4 @@
-"""One HTML page about a merge that needs nothing but itself: no network, no fonts, no images beside it."""
+"""HTML page about a merge in a single file: it needs no network, fonts or images."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from hf_frmerge.wording.methods import method_of
 from hf_frmerge.wording.numbers import number, percent, visible
 
 _MAX_TOKENS = 200
-_LONG = 16  # characters of a cell
-_CONTEXT = 160  # characters before a token that tell where it stands
+_LONG = 16  # names with more characters may be broken in a cell
+_CONTEXT = 160  # characters shown before a token
 
 
 def write_page(folder: Path | str, output: Path | str | None = None) -> Path:
     """
-    Write the report of the merge in `folder`.
+    Write the HTML report of the merge in `folder`.
 
     Args:
         folder (`Path` or `str`):
-            Folder a merge wrote, with or without the record of an evaluation.
+            Folder of a merge, with or without the record of an evaluation.
         output (`Path` or `str`, *optional*):
-            File to write. Defaults to `merge_report.html` in the folder.
+            File to write; `merge_report.html` in the folder by default.
 
     Returns:
-        `Path`: The file.
+        `Path`: Path of the page.
 
     Raises:
         CheckpointError: If the folder holds no finished merge.
@@ -59,7 +59,7 @@ def write_page(folder: Path | str, output: Path | str | None = None) -> Path:
 
 def render_page(facts: MergeFacts) -> str:
     """
-    Return the page as HTML. The same records give the same text.
+    Render the page as HTML. The same records give the same text, byte for byte.
 
     Raises:
         MergeError: If matplotlib is not installed.
@@ -70,7 +70,7 @@ def render_page(facts: MergeFacts) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "percent": percent, "visible": visible, "breakable": _breakable}
-    record = facts.record or EvaluationRecord()
+    record = facts.record or EvaluationRecord()  # an empty record makes all tables empty, and the template simpler
     script = _template("page.js")
     return environment.from_string(_template("page.html.jinja")).render(
         facts=facts,
@@ -93,13 +93,14 @@ def render_page(facts: MergeFacts) -> str:
         merged=MERGED,
         style=_colours() + _template("page.css"),
         script=script,
+        # The page's content security policy allows only the script with this hash, so nothing from data can run.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What all models wrote after one prompt, the merged model first."""
+    """Continuations of one prompt by all models, the merged model first."""
 
     domain: str
     text: str
@@ -107,7 +108,7 @@ class Prompt:
 
 
 def _breakable(text: str) -> Markup:
-    """Let a long name be broken behind its points, lines and strokes."""
+    """Escape a name, and allow line breaks after `.`, `_` and `/` if it is long."""
     return Markup(re.sub(r"([._/])(?=\w)", r"\1<wbr>", str(escape(text)))) if len(text) > _LONG else escape(text)
 
 
@@ -116,7 +117,7 @@ def _template(name: str) -> str:
 
 
 def _figures(facts: MergeFacts) -> dict[str, tuple[str, str]]:
-    """Every figure twice, for a wide page and for a phone."""
+    """Draw every figure twice, for a wide page and for a phone: scaled down, the text would be too small to read."""
     wide, narrow = draw_figures(facts, WIDE), draw_figures(facts, NARROW)
     return {
         name: (inline_svg(figure, name), inline_svg(narrow[name], f"{name}-narrow")) for name, figure in wide.items()
@@ -124,21 +125,24 @@ def _figures(facts: MergeFacts) -> dict[str, tuple[str, str]]:
 
 
 def _colours() -> str:
-    """Return the palette as CSS variables, those for dark paper where the reader's system is dark."""
+    """Return the palette as CSS variables, with the dark colours for readers whose system is in dark mode."""
     light, dark = ("".join(f"--{role}:{both[paper]};" for role, both in PALETTE.items()) for paper in (0, 1))
     return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
 
 
 def _worst_tokens(record: EvaluationRecord) -> list[WorstToken]:
+    """Select the tokens with the largest distances, at most 200, with a shortened context."""
     worst = sorted(record.worst_tokens, key=lambda token: -token.distance)[:_MAX_TOKENS]
     return [replace(token, context=_end_of(token.context)) for token in worst]
 
 
 def _end_of(context: str) -> str:
+    """Keep the last 160 characters of a context."""
     return context if len(context) <= _CONTEXT else f"…{context[-_CONTEXT:]}"
 
 
 def _generations(record: EvaluationRecord) -> Iterator[Prompt]:
+    """Group continuations by prompt: the merged model first, then the experts, then the others."""
     order = {name: index for index, name in enumerate([MERGED, *record.experts])}
     for domain, prompt in dict.fromkeys((row.domain, row.prompt) for row in record.generations):
         answers = [row for row in record.generations if (row.domain, row.prompt) == (domain, prompt)]
@@ -146,7 +150,7 @@ def _generations(record: EvaluationRecord) -> Iterator[Prompt]:
 
 
 def _evaluate_command(facts: MergeFacts) -> str:
-    """Return what to type to evaluate this merge; local models are known by name only."""
+    """Return a command that evaluates this merge. Local models appear by name, without a path."""
     experts = [part for expert in facts.manifest.experts for part in ("--experts", expert.id)]
     base = facts.manifest.base_model
     parts = ["frmerge", "evaluate", facts.name, *experts, *(["--base-model", base.id] if base else [])]

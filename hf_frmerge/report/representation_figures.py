@@ -1,4 +1,4 @@
-"""Figure of the layers: activation variance and effective rank, merged against experts (arXiv 2603.04972, Fig. 2)."""
+"""Figure of activation variance and effective rank by layer, merged against experts (arXiv 2603.04972, Fig. 2)."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _VALUES_HEIGHT, _RATIO_HEIGHT = 1.9, 1.0  # inches
 @styled
 def layers_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
     """
-    Draw variance and effective rank of every layer, and both of the merged model over the experts' mean.
+    Draw activation variance and effective rank by layer, and their ratios to the experts' mean.
 
     Returns:
-        `Figure`: Four axes: values of both measures, then ratios of both. `None` if layers were not measured.
+        `Figure`: Four axes: values and ratios of both measures. `None` if layers were not measured.
     """
     record = facts.record
     if record is None or not record.collapse():
@@ -69,7 +69,7 @@ def layers_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None:
 
 
 def series(record: EvaluationRecord, model: str, measure: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Layers and values of one model; NaN where a value was not finite."""
+    """Return layers and values of one model, both `(layers,)`, float64; NaN where a value was not finite."""
     rows = sorted((row for row in record.layers if row.model == model), key=lambda row: row.layer)
     return (
         np.array([row.layer for row in rows], dtype=np.float64),
@@ -78,6 +78,7 @@ def series(record: EvaluationRecord, model: str, measure: str) -> tuple[NDArray[
 
 
 def _draw_values(axes: Axes, record: EvaluationRecord, measure: str) -> None:
+    """Draw one line per model; many experts become a band with their mean, since more colours cannot be told apart."""
     labels = []
     experts = record.experts
     lines = {name: series(record, name, measure) for name in record.models}
@@ -88,6 +89,7 @@ def _draw_values(axes: Axes, record: EvaluationRecord, measure: str) -> None:
     measured = [name for name in experts if len(lines[name][0])]
     if len(experts) > N_HUES:
         layers = lines[measured[0]][0]
+        # An expert with another number of layers does not fit into the band.
         every = np.array([lines[name][1] for name in measured if len(lines[name][0]) == len(layers)])
         colour = expert_colour(0, len(experts))
         axes.fill_between(layers, every.min(0), every.max(0), color=colour, alpha=0.25, linewidth=0, label="experts")
@@ -107,6 +109,8 @@ def _draw_values(axes: Axes, record: EvaluationRecord, measure: str) -> None:
 
 
 def _choose_scale(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Use a log scale if values span a factor above 30, else one from 0, which does not exaggerate differences."""
+    # A broken model may have infinite or NaN values, which no axis can show.
     values = values[np.isfinite(values)]
     if values.min() > 0 and values.max() > 30 * values.min():
         axes.set_yscale("log")
@@ -116,31 +120,33 @@ def _choose_scale(axes: Axes, values: NDArray[np.float64]) -> None:
 
 
 def _draw_ratios(axes: Axes, record: EvaluationRecord, measure: str) -> None:
+    """Draw the merged model's and the experts' ratios to the experts' mean, and mark the lowest of the merged."""
     rows = record.collapse()
     layers = np.array([row.layer for row in rows], dtype=np.float64)
     ratios = np.array([getattr(row, measure) for row in rows], dtype=np.float64)
     experts = [series(record, name, measure) for name in record.experts]
-    own = [dict(zip(*line)) for line in experts if len(line[0])]
-    for index, line in enumerate(own if len(own) <= N_HUES else []):
-        mean = [np.mean([other[layer] for other in own if layer in other]) for layer in layers]
+    by_layer = [dict(zip(*line)) for line in experts if len(line[0])]
+    for index, line in enumerate(by_layer if len(by_layer) <= N_HUES else []):
+        mean = [np.mean([other[layer] for other in by_layer if layer in other]) for layer in layers]
         relative = np.array([line.get(layer, np.nan) for layer in layers]) / np.array(mean)
-        axes.plot(layers, relative, color=expert_colour(index, len(own)), linewidth=1, alpha=0.7)
+        axes.plot(layers, relative, color=expert_colour(index, len(by_layer)), linewidth=1, alpha=0.7)
     axes.axhline(1, color=MUTED, linewidth=0.8)
     axes.plot(layers, ratios, color=INK, linewidth=2.2, label=MERGED)
     drawn = np.concatenate([np.ravel(line.get_ydata()) for line in axes.lines])
     drawn = drawn[np.isfinite(drawn)]
     low, high = min(0.9, drawn.min()), max(1.1, drawn.max())
+    # Room below for the text of the lowest point.
     axes.set_ylim(low - 0.28 * (high - low), high + 0.12 * (high - low))
     if np.isfinite(ratios).any():
         worst = int(np.nanargmin(ratios))
         axes.plot(layers[worst], ratios[worst], "o", color=INK, markersize=4.5)
-        right = layers[worst] > (layers[0] + layers[-1]) / 2
+        is_right_half = layers[worst] > (layers[0] + layers[-1]) / 2
         axes.annotate(
             f"lowest: {ratios[worst]:.2f} in layer {layers[worst]:.0f}",
             (layers[worst], ratios[worst]),
-            (-7 if right else 7, -3),
+            (-7 if is_right_half else 7, -3),
             textcoords="offset points",
-            ha="right" if right else "left",
+            ha="right" if is_right_half else "left",
             va="top",
             fontsize=8,
         )

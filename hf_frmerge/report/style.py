@@ -1,4 +1,4 @@
-"""How the figures look: colours, sizes, and the few marks all of them share. Text is black or white paper's ink."""
+"""Style of the figures: colours, sizes, labels and ticks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Role -> on light paper, on dark paper. The experts' hues are those of Okabe and Ito (2008), which people with any
-# kind of colour vision tell apart, darkened or lightened to a contrast of at least 3:1 with the paper.
+# Role -> colour in light mode, in dark mode. The experts' hues are those of Okabe and Ito (2008), distinguishable with
+# any kind of colour vision, darkened or lightened to a contrast of at least 3:1 with the background.
 PALETTE = {
     "paper": ("#ffffff", "#16181d"),
     "ink": ("#1c2026", "#eceef2"),
@@ -31,14 +31,14 @@ PALETTE = {
 }
 INK, MUTED, GRID = (PALETTE[role][0] for role in ("ink", "muted", "grid"))
 N_HUES = 6
-"""Experts that get a colour of their own; more cannot be told apart."""
+"""Maximum number of experts with separate colours; more cannot be told apart."""
 
-HEAT_MAP = "cividis"  # even steps of lightness, and the same to eyes with and without red and green
+HEAT_MAP = "cividis"  # even in lightness, and looks the same to the colour-blind
 WIDE, NARROW = 7.4, 3.7
-"""Widths of a figure in inches: for a page, and for a phone."""
+"""Widths of a figure in inches, on a wide page and on a phone."""
 
 SIZE = 8.5
-_SETTINGS: Any = {  # matplotlib's stubs list the name of every setting
+_SETTINGS: Any = {  # Any, because matplotlib's stubs accept only literal names of settings
     "font.family": "DejaVu Sans",  # comes with matplotlib, so figures are the same everywhere
     "font.size": SIZE,
     "text.color": INK,
@@ -53,12 +53,12 @@ _SETTINGS: Any = {  # matplotlib's stubs list the name of every setting
     "axes.unicode_minus": True,
     "figure.dpi": 100,
     "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text: the page sets its font, and readers can search it
 }
 
 
 def styled(function: Callable[P, T]) -> Callable[P, T]:
-    """Run a function under the settings of this module, whatever the user's are, and put those back."""
+    """Decorate a function to run with the settings of this module; the user's are restored afterwards."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -71,7 +71,7 @@ def styled(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of a size in inches that belongs to no window and to no global list of figures."""
+    """Return a figure of `width` x `height` inches. Without pyplot, which keeps figures alive and may open windows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -83,7 +83,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def tidy(axes: Axes, x_label: str = "", y_label: str = "", grid: str = "y") -> None:
-    """Leave of a frame what helps to read a value."""
+    """Label the axes, and remove all of the frame but the bottom line."""
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -95,19 +95,19 @@ def tidy(axes: Axes, x_label: str = "", y_label: str = "", grid: str = "y") -> N
 
 
 def layer_ticks(axes: Axes) -> None:
-    """Mark whole layers only."""
+    """Put ticks at whole layers only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
 def expert_colour(index: int, n_experts: int) -> str:
-    """Colour of an expert; all have one colour where there are too many to tell apart."""
+    """Return the colour of an expert; with more than `N_HUES` experts, all have the same."""
     return PALETTE[f"expert-{index + 1}"][0] if n_experts <= N_HUES else PALETTE["expert-1"][0]
 
 
 def shorten(text: str, length: int = 22) -> str:
-    """Cut a name in the middle: both ends tell models apart."""
+    """Cut a name in the middle, since models may differ at either end."""
     if len(text) <= length:
         return text
     tail = (length - 1) // 2
@@ -116,7 +116,7 @@ def shorten(text: str, length: int = 22) -> str:
 
 def compact(names: Sequence[str], length: int) -> list[str]:
     """
-    Return names that fit; where one is too long, what all begin with is left out.
+    Shorten names to `length`; if one is too long, the prefix that all share is dropped first.
 
     Example:
 
@@ -127,8 +127,9 @@ def compact(names: Sequence[str], length: int) -> list[str]:
     ```
     """
     if len(names) > 1 and any(len(name) > length for name in names):
-        first, last = min(names), max(names)  # what these two begin with, all in between begin with
+        first, last = min(names), max(names)  # in sorted order, a prefix of the first and last is one of all
         common = first[: next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))]
+        # Cut at a separator, so that no name starts in the middle of a word.
         start = max(common.rfind(separator) for separator in "-_./ ") + 1
         names = [name[start:] for name in names]
     return [shorten(name, length) for name in names]
@@ -136,10 +137,11 @@ def compact(names: Sequence[str], length: int) -> list[str]:
 
 def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], height: float) -> None:
     """
-    Write `(value, text, colour)` right of where lines end, moved apart until none covers another.
+    Write labels at the right ends of lines, moved apart so that none overlap.
 
     Args:
-        height: Of the axes, in inches, about.
+        labels: `(value, text, colour)` of each line; values that are not finite are skipped.
+        height: Approximate height of the axes in inches.
     """
     to_fraction = axes.transScale + axes.transLimits
     wanted = [
@@ -148,9 +150,9 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], height: flo
         if np.isfinite(value)
     ]
     wanted.sort(key=lambda label: label[0])
-    gap = 1.25 * 8 / 72 / height
+    gap = 1.25 * 8 / 72 / height  # a line of text of 8 points, in fractions of the axes
     places = spread([place for place, _, _ in wanted], gap)
-    for index in reversed(range(len(places))):  # not into the title
+    for index in reversed(range(len(places))):  # so that none runs into the title
         places[index] = min(places[index], 1 - gap * (len(places) - 1 - index))
     for place, (_, text, colour) in zip(places, wanted):
         axes.text(1.03, place, text, color=colour, transform=axes.transAxes, va="center", fontsize=8)
@@ -158,7 +160,7 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], height: flo
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
     """
-    Move ascending places to be at least `gap` apart, as little as possible in the sum of squares.
+    Move ascending places to be at least `gap` apart, with the smallest sum of squared moves.
 
     Example:
 
@@ -168,7 +170,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
     ```
     """
-    # Pool adjacent violators: after `i * gap` is taken off, the answer is the closest ascending sequence.
+    # With `i * gap` subtracted, this is isotonic regression: solved by pooling adjacent violators.
     pools: list[tuple[float, int]] = []
     for index, place in enumerate(places):
         pools.append((place - index * gap, 1))

@@ -1,4 +1,4 @@
-"""A figure as SVG to be put into a page: coloured and lettered by the style sheet of that page, light or dark."""
+"""Convert a figure to inline SVG, with colours and font from the style sheet of the page."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ def inline_svg(figure: Figure, name: str) -> str:
     """
     Return the `<svg>` element of a figure.
 
-    Colours of the palette become `var(--ROLE)`, and the font is left to the page. The element has no size of its own
-    and says nothing to a screen reader: what stands around it does.
+    Colours of the palette become `var(--ROLE)`, so that the page's dark mode applies, and the font is the page's. The
+    element has no fixed size and is hidden from screen readers, which read the caption.
 
     Args:
-        figure (`Figure`): Made by a function of this room.
-        name (`str`): Put before every id: those of all figures of a page must be different.
+        figure (`Figure`): Figure in the light colours of `style.PALETTE`.
+        name (`str`): Prefix of every id: ids must be unique in a page.
     """
     file = io.BytesIO()
+    # No date and version, so that the same record gives the same page.
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", facecolor="none", metadata=nothing)
     svg = ElementTree.fromstring(file.getvalue())
     for parent in list(svg.iter()):
         parent.tag = _bare(parent.tag)
         parent.attrib = {_bare(key): value for key, value in parent.attrib.items()}
+        # Metadata names external vocabularies, and a style element would apply to the whole page.
         for child in [child for child in parent if _bare(child.tag) in ("metadata", "style")]:
             parent.remove(child)
     svg.attrib = {"aria-hidden": "true", "viewBox": svg.attrib["viewBox"]}
@@ -45,12 +47,12 @@ def inline_svg(figure: Figure, name: str) -> str:
 
 
 def _bare(name: str) -> str:
-    """Name without its namespace, which HTML does not need."""
+    """Strip the namespace from a name: inline SVG in HTML does not need it."""
     return name.rpartition("}")[2]
 
 
 def _rename_ids(svg: ElementTree.Element, name: str) -> None:
-    """Number the ids that something refers to, and drop the others: matplotlib's differ between runs."""
+    """Number the ids that are referenced, and drop the others: matplotlib's differ between runs."""
     new: dict[str, str] = {}
 
     def renamed(old: str) -> str:
@@ -69,7 +71,7 @@ def _rename_ids(svg: ElementTree.Element, name: str) -> None:
 
 
 def _themed(value: str) -> str:
-    """Leave the colours of the palette, and the font, to the style sheet of the page."""
+    """Replace colours of the palette by CSS variables, and drop the font."""
     for role, (light, _) in PALETTE.items():
         value = value.replace(light, f"var(--{role})")
     return _FONT.sub("", value)

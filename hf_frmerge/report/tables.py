@@ -1,4 +1,4 @@
-"""Tables of a report: what stands in the cells, and by what they are sorted."""
+"""Tables of a report: text of the cells, and the values they are sorted by."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hf_frmerge.wording.numbers import number, percent
 from hf_frmerge.wording.scores import ScoreTable
 
 MAX_ROWS = 2000
-"""A browser can take more, a person cannot: tensors of one kind in one layer are put together beyond."""
+"""With more tensors, those of one kind in a layer share a row: browsers can show more, but nobody reads it."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and the number to sort by; `None` for text, NaN where there is no number."""
+    """Text of a cell, and the value to sort by: `None` in text columns, NaN if missing."""
 
     text: str
     value: float | None = None
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and a longer explanation of it."""
+    """Heading of a column, and its explanation."""
 
     title: str
     note: str = ""
@@ -37,11 +37,12 @@ class Column:
 @dataclass(frozen=True)
 class Table:
     """
-    Rows under headings.
+    Table with headings.
 
     Attributes:
-        key: fit for an id of HTML.
-        shown: rows that are shown before a reader asks for all.
+        key: valid and unique as an HTML id.
+        note: sentence below the table.
+        shown: number of rows shown until the reader expands the table.
     """
 
     key: str
@@ -53,16 +54,17 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether a column holds numbers, for every column."""
+        """Whether each column holds numbers."""
         return [any(row[index].value is not None for row in self.rows) for index in range(len(self.columns))]
 
 
 def score_tables(record: EvaluationRecord) -> list[Table]:
-    """Return one table a metric: models down, the merged one first, domains across, the best of each marked."""
+    """Return a table per metric: a row per model, the merged one first; a column per domain, the best marked."""
     return [_score_table(record, scores, index) for index, scores in enumerate(words.score_tables(record.scores))]
 
 
 def _score_table(record: EvaluationRecord, scores: ScoreTable, index: int) -> Table:
+    """Build the table of one metric; the order is merged model, other models such as the base, experts."""
     rows = []
     for model in sorted(scores.models, key=lambda model: (model != MERGED, model in record.experts)):
         cells = [
@@ -95,7 +97,7 @@ def _label(record: EvaluationRecord, name: str) -> str:
 
 
 def distance_table(record: EvaluationRecord) -> Table | None:
-    """Return distances of outputs, those of the merged model first, then the yardstick between experts."""
+    """Return distances of predictions: first those of the merged model, then those between experts, for scale."""
     if not record.distances:
         return None
     rows = sorted(record.distances, key=lambda row: row.model != MERGED)
@@ -142,7 +144,7 @@ def distance_table(record: EvaluationRecord) -> Table | None:
 
 
 def objective_table(record: EvaluationRecord) -> Table | None:
-    """Return what the merge set out to make small, against the least it could be."""
+    """Return the merge objective and its lowest possible value, by domain, in squared radians."""
     if not record.objectives:
         return None
     return Table(
@@ -170,8 +172,8 @@ def objective_table(record: EvaluationRecord) -> Table | None:
 
 
 def layer_table(record: EvaluationRecord) -> Table | None:
-    """Return variance and effective rank of the merged model's layers, and what they are of the experts' mean."""
-    ratios = record.collapse()
+    """Return variance and effective rank of the merged model's layers, and their ratios to the experts' mean."""
+    ratios = record.collapse()  # empty without experts to compare with
     if not ratios:
         return None
     merged = {row.layer: row for row in record.layers if row.model == MERGED}
@@ -200,16 +202,16 @@ def layer_table(record: EvaluationRecord) -> Table | None:
 
 
 def block_table(facts: MergeFacts) -> Table | None:
-    """Return statistics of the merge, a row a tensor; of a kind in a layer, where there are very many tensors."""
+    """Return statistics of the merge: a row per tensor, or per kind and layer if there are over `MAX_ROWS`."""
     if not facts.measured_tensors:
         return None
     groups: dict[str, list[TensorFacts]] = {}
-    together = len(facts.measured_tensors) > MAX_ROWS
+    is_grouped = len(facts.measured_tensors) > MAX_ROWS
     for tensor in facts.measured_tensors:
-        name = tensor.name if not together or tensor.layer is None else f"layer {tensor.layer}: {tensor.kind}"
+        name = tensor.name if not is_grouped or tensor.layer is None else f"layer {tensor.layer}: {tensor.kind}"
         groups.setdefault(name, []).append(tensor)
     note = "Angles in radians; lengths are Euclidean norms."
-    if together:
+    if is_grouped:
         note += f" {len(facts.measured_tensors):,} tensors, those of a kind in a layer together: means, and the worst."
     return Table(
         "blocks",
@@ -234,8 +236,8 @@ def block_table(facts: MergeFacts) -> Table | None:
 
 
 def _block_row(name: str, group: Sequence[TensorFacts]) -> tuple[Cell, ...]:
+    """Summarise a group of tensors: the mean of mean angles, sums of counts, and the worst of the rest."""
     geometry = [tensor.geometry for tensor in group if tensor.geometry is not None]
-
     norms = [norm for entry in geometry for norm in entry.norms]
     lengths = number(min(norms)) if min(norms) == max(norms) else f"{number(min(norms))} to {number(max(norms))}"
     return (

@@ -1,4 +1,4 @@
-"""Sentences at the top of a report: what was merged, what is kept, where it is weak."""
+"""Verdicts at the top of a report: what was merged, what is kept, and where the result is weak."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from hf_frmerge.wording.verdicts import Verdict
 
 
 def verdicts(facts: MergeFacts) -> list[Verdict]:
-    """Return what there is to say about a merge, what was merged first and the fine print of the geometry last."""
+    """Return the verdicts on a merge: what was merged, then the evaluation, then the geometry."""
     measured = evaluation_verdicts(facts.record) if facts.record is not None else []
-    return [_what(facts), *measured, *geometry_verdicts(facts.totals)]
+    return [_what_was_merged(facts), *measured, *geometry_verdicts(facts.totals)]
 
 
-def _what(facts: MergeFacts) -> Verdict:
+def _what_was_merged(facts: MergeFacts) -> Verdict:
+    """State models, weights, method and number of tensors."""
     manifest = facts.manifest
     kinds = {expert.kind for expert in manifest.experts}
     kind = {"full": "fine-tuned models", "adapter": "LoRA adapters"}[kinds.pop()] if len(kinds) == 1 else "models"

@@ -1,1 +1,1 @@
-"""What people read: every title, sentence and verdict once, for terminal, card and page."""
+"""Texts for users: titles, sentences and verdicts, shared by terminal, model card and report."""

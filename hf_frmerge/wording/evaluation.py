@@ -1,4 +1,4 @@
-"""What an evaluation found, in sentences."""
+"""Verdicts on an evaluation, as sentences."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hf_frmerge.wording.numbers import listed, number, percent, visible
 from hf_frmerge.wording.verdicts import Verdict, graded
 
 N_NAMED = 4
-"""Names a sentence can carry."""
+"""Maximum number of names in a sentence."""
 
 
 def evaluation_verdicts(record: EvaluationRecord) -> list[Verdict]:
-    """Say what was measured: what is kept, where the merged model is weak, and what changed most."""
+    """Return all verdicts on a record: what the model keeps, where it is weak, and what changed most."""
     return [
         *recovery_verdict(record),
         *weakest_domain_verdict(record),
@@ -31,8 +31,9 @@ def evaluation_verdicts(record: EvaluationRecord) -> list[Verdict]:
 
 
 def recovery_verdict(record: EvaluationRecord) -> list[Verdict]:
-    """Say what the merged model keeps of what each expert gained over the base."""
+    """Return at most one verdict: the share of each expert's gain over the base that the merged model keeps."""
     measured = [row for row in record.recovery if row.model == MERGED]
+    # Without a gain over the base there is no share to keep: it would be a division by zero.
     rows = [row for row in measured if row.share is not None]
     if not rows:
         hopeless = list(dict.fromkeys(row.expert for row in measured))
@@ -53,7 +54,7 @@ def recovery_verdict(record: EvaluationRecord) -> list[Verdict]:
 
 
 def weakest_domain_verdict(record: EvaluationRecord) -> list[Verdict]:
-    """Say where the merged model is farthest behind the best other model."""
+    """Return at most one verdict: the domain on which the merged model is farthest behind the best other model."""
     weak = weakest_domain(record.scores)
     if weak is None:
         return []
@@ -64,40 +65,46 @@ def weakest_domain_verdict(record: EvaluationRecord) -> list[Verdict]:
     if weak.gap <= 0:
         text = f"It is behind no other model on any domain. Closest is {weak.domain}, {numbers}."
         return [Verdict("good", "Its weakest domain is no weakness", text)]
+    # Losses are in nats and unbounded, so a gap of 0.1 is little; other metrics lie between 0 and 1.
     far = 0.5 if weak.metric in ("loss", "perplexity") else 0.1
     text = f"On {weak.domain} it is farthest behind the best other model, {numbers}."
     return [Verdict("bad" if weak.gap > far else "watch", f"Weakest on {weak.domain}", text)]
 
 
 def distance_verdict(record: EvaluationRecord) -> list[Verdict]:
-    """Say how far predictions moved from the experts', and whether that is more than experts differ."""
+    """Return at most one verdict: distances to the experts' predictions, compared with those between experts."""
     rows = [row for row in record.distances if row.model == MERGED and row.other in record.experts]
     if not rows:
         return []
+    # Weighted by tokens: a short domain should not count as much as a long one.
     mean = float(np.average([row.fisher_rao.mean for row in rows], weights=[row.n_tokens for row in rows]))
-    # On the texts that experts know best, where those are known: elsewhere nobody should be like them.
+    # On the experts' own texts, if there are any: on others, the merged model need not agree with an expert.
     best_known = {(row.expert, row.domain) for row in record.recovery}
-    own = [row for row in rows if (row.other, row.domain) in best_known]
-    far = max(own or rows, key=lambda row: math.inf if math.isnan(row.fisher_rao.mean) else row.fisher_rao.mean)
-    where = "On the experts' own texts they" if own else "They"
+    own_texts = [row for row in rows if (row.other, row.domain) in best_known]
+    worst = max(
+        own_texts or rows, key=lambda row: math.inf if math.isnan(row.fisher_rao.mean) else row.fisher_rao.mean
+    )
+    where = "On the experts' own texts they" if own_texts else "They"
     text = (
         f"Its predictions are {number(mean)} rad from an expert's on average (Fisher–Rao; π is nothing in common). "
-        f"{where} differ most from those of {far.other} on {far.domain}, "
-        f"by {number(far.fisher_rao.mean)} rad, with the same first guess for {percent(far.top1_agreement)} of the "
-        "tokens."
+        f"{where} differ most from those of {worst.other} on {worst.domain}, "
+        f"by {number(worst.fisher_rao.mean)} rad, with the same first guess for {percent(worst.top1_agreement)} "
+        "of the tokens."
     )
     between = [row for row in record.distances if {row.model, row.other} <= set(record.experts)]
     if not between:
         return [Verdict("fact", "How far its predictions moved", text)]
-    apart = float(np.average([row.fisher_rao.mean for row in between], weights=[row.n_tokens for row in between]))
-    text += f" Two experts are {number(apart)} rad apart."
-    if mean < apart:
+    expert_mean = float(
+        np.average([row.fisher_rao.mean for row in between], weights=[row.n_tokens for row in between])
+    )
+    text += f" Two experts are {number(expert_mean)} rad apart."
+    if mean < expert_mean:
         return [Verdict("good", "It lies between the experts", text)]
     return [Verdict("bad", "It is farther from the experts than they are from each other", text)]
 
 
 def worst_token_verdict(record: EvaluationRecord) -> list[Verdict]:
-    """Show the token on which a prediction changed most."""
+    """Return at most one verdict: the token whose prediction changed most."""
     if not record.worst_tokens:
         return []
     worst = max(record.worst_tokens, key=lambda token: token.distance)
@@ -110,7 +117,7 @@ def worst_token_verdict(record: EvaluationRecord) -> list[Verdict]:
 
 
 def layer_verdict(record: EvaluationRecord) -> list[Verdict]:
-    """Name the layer that lost most, if the layers were measured."""
+    """Return at most one verdict: the layer that lost most, if the layers were measured."""
     ratios = record.collapse()
     if not ratios:
         return []
@@ -129,10 +136,11 @@ def layer_verdict(record: EvaluationRecord) -> list[Verdict]:
 
 
 def repetition_verdict(record: EvaluationRecord) -> list[Verdict]:
-    """Say that continuations repeat themselves, if they do and the experts' do not."""
+    """Return a verdict if the merged model repeats itself clearly more than any expert."""
     top: dict[str, Headline] = {headline.name: headline for headline in headlines(record)}
     merged = top.get("repetition")
     experts = [row.repetition for row in record.generations if row.model in record.experts]
+    # Greedy continuations of good models repeat themselves too, so only a clear excess counts.
     if merged is None or not experts or merged.value <= max(experts) + 0.1:
         return []
     text = (
@@ -143,20 +151,21 @@ def repetition_verdict(record: EvaluationRecord) -> list[Verdict]:
 
 
 def weakest_layers(ratios: Sequence[CollapseRatio], count: int) -> list[CollapseRatio]:
-    """Return the layers that lost most, the worst first."""
+    """Return the `count` layers that lost most, worst first."""
     return sorted(ratios, key=_kept)[:count]
 
 
 def layer_name(layer: int) -> str:
-    """Name a layer by its number; 0 is no layer to most people."""
+    """Name a layer by its number; 0 is marked as the embedding, which most people do not count as a layer."""
     return "0 (embedding)" if layer == 0 else str(layer)
 
 
 def _kept(row: CollapseRatio) -> float:
-    """Return the smaller ratio of a layer; what is no number is the worst."""
+    """Return the smaller ratio of a layer; NaN counts as the worst."""
     values = (row.activation_variance, row.effective_rank)
     return min(-math.inf if math.isnan(value) else value for value in values)
 
 
 def _on(row: Recovered) -> str:
+    """Name the domain, unless it has the name of the expert."""
     return "" if row.domain == row.expert else f" on {row.domain}"

@@ -1,4 +1,4 @@
-"""What a merge did to the weights, in sentences."""
+"""Verdicts on the geometry of a merge, as sentences."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Geometry:
     """
-    Totals over the merged tensors, as `merging.record.summary.GeometryTotals` has them; `None` where not known.
+    Totals over the merged tensors, from `merging.record.summary.GeometryTotals`; `None` where unknown.
 
-    Angles are in radians. Of a tensor, `angle` is the largest between two experts in any block, and `gap` the largest
-    between the merged point and the norm-rescaled average; `linear_norm_ratio` is the norm of the plain weighted
-    average over the experts' mean norm, `norm_ratio` that of the merge.
+    Angles are in radians. For each tensor, `angle` is the largest angle between two experts in any block, and `gap`
+    the largest between the merged point and the norm-rescaled average. `linear_norm_ratio` is the norm of the plain
+    weighted average divided by the experts' mean norm, `norm_ratio` the same for the merge.
     """
 
     method: str
@@ -41,7 +41,7 @@ class Geometry:
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Geometry:
-        """Take the totals from the record of a merge; `dtype` is that of its least precise merged tensors."""
+        """Read the totals from the record of a merge; `dtype` is that of its least precise merged tensors."""
         dtypes = {tensor.dtype for tensor in manifest.tensors.values() if tensor.action == "merge"}
         dtype = next((dtype for dtype in DTYPES if dtype in dtypes), None)
         totals = manifest.report.geometry
@@ -69,37 +69,38 @@ NOTHING_MERGED = "Nothing was merged: all tensors were copied."
 
 
 def unmeasured(method: str) -> str:
-    """Say why there are no angles and lengths of merged tensors."""
+    """Explain why there are no angles and lengths of merged tensors."""
     return f"Angles and lengths were not measured: a merge by {method_of(method).title} does not need them."
 
 
-def geometry_verdicts(found: Geometry) -> list[Verdict]:
+def geometry_verdicts(total: Geometry) -> list[Verdict]:
     """
-    Say what is known: angles, lengths, whether the method matters, and whether the iteration converged.
+    Return verdicts on angles, lengths, whether the method matters, and whether the iteration converged.
 
-    Where tensors were merged and nothing was measured, say that alone; where none was merged, nothing.
+    If tensors were merged without measuring, this is the only verdict; if none was merged, there is none.
     """
-    if found.angle_max is None:
-        return [Verdict("fact", "Not measured", unmeasured(found.method))] if found.dtype is not None else []
+    if total.angle_max is None:
+        return [Verdict("fact", "Not measured", unmeasured(total.method))] if total.dtype is not None else []
     verdicts = [
-        Verdict("fact", "Angles", _angles(found)),
-        Verdict("fact", "Lengths", _lengths(found)),
+        Verdict("fact", "Angles", _angles(total)),
+        Verdict("fact", "Lengths", _lengths(total)),
     ]
-    if method_of(found.method).is_spherical and found.gap_max is not None and found.dtype in DTYPES:
-        is_one = is_below_rounding(found.gap_max, found.space, found.dtype)
+    # Only spherical means have a gap to the norm-rescaled average that tells whether the method matters.
+    if method_of(total.method).is_spherical and total.gap_max is not None and total.dtype in DTYPES:
+        is_one = is_below_rounding(total.gap_max, total.space, total.dtype)
         title = "The method makes no difference here" if is_one else "The method makes a difference"
-        verdicts.append(Verdict("fact", title, gap_sentence(found.gap_max, found.space, found.dtype)))
-    return verdicts + _convergence(found)
+        verdicts.append(Verdict("fact", title, gap_sentence(total.gap_max, total.space, total.dtype)))
+    return verdicts + _convergence(total)
 
 
 def gap_sentence(gap: float, space: str, dtype: str) -> str:
     """
-    Say what the gap between a spherical mean and the norm-rescaled average is worth.
+    Explain whether the gap between a spherical mean and the norm-rescaled average can matter.
 
     Args:
         gap: Largest angle between the two in any block, in radians.
-        space: Space the angle was measured in.
-        dtype: Safetensors' name of the dtype of the output.
+        space: Space the angle was measured in, `weights` or `deltas`.
+        dtype: Dtype of the output, as in safetensors.
     """
     text = (
         f"It is at most {angle(gap)} from the norm-rescaled average (the plain average stretched back to the experts' "
@@ -111,36 +112,39 @@ def gap_sentence(gap: float, space: str, dtype: str) -> str:
     return f"{text}. Only an evaluation of both can tell which is better."
 
 
-def _angles(found: Geometry) -> str:
+def _angles(total: Geometry) -> str:
+    """Describe the angles between experts."""
     return (
-        f"Two experts' {POINTS[found.space]} are up to {angle(found.angle_median)} apart in the median tensor, and "
-        f"{angle(found.angle_max)} where they differ most. At 0° they agree; at 90° they have nothing in common."
+        f"Two experts' {POINTS[total.space]} are up to {angle(total.angle_median)} apart in the median tensor, and "
+        f"{angle(total.angle_max)} where they differ most. At 0° they agree; at 90° they have nothing in common."
     )
 
 
-def _lengths(found: Geometry) -> str:
+def _lengths(total: Geometry) -> str:
+    """Describe how much of the experts' norm the merge and a plain average keep."""
     return (
-        f"This merge keeps {percent(found.norm_ratio_median, 2)} of the experts' length in the median tensor and "
-        f"{percent(found.norm_ratio_min, 2)} in the worst. A plain average keeps "
-        f"{percent(found.linear_norm_ratio_median, 2)} and {percent(found.linear_norm_ratio_min, 2)}."
+        f"This merge keeps {percent(total.norm_ratio_median, 2)} of the experts' length in the median tensor and "
+        f"{percent(total.norm_ratio_min, 2)} in the worst. A plain average keeps "
+        f"{percent(total.linear_norm_ratio_median, 2)} and {percent(total.linear_norm_ratio_min, 2)}."
     )
 
 
-def _convergence(found: Geometry) -> list[Verdict]:
+def _convergence(total: Geometry) -> list[Verdict]:
+    """Return verdicts on convergence and on blocks in which the mean is ambiguous."""
     verdicts = []
-    if found.n_not_converged:
+    if total.n_not_converged:
         text = (
-            f"In {counted(found.n_not_converged, 'block')} the mean did not converge; the largest remaining step is "
-            f"{number(found.residual)} rad. Merge again with more steps (--max-iter)."
+            f"In {counted(total.n_not_converged, 'block')} the mean did not converge; the largest remaining step is "
+            f"{number(total.residual)} rad. Merge again with more steps (--max-iter)."
         )
         verdicts.append(Verdict("bad", "The iteration did not converge everywhere", text))
-    elif method_of(found.method).is_iterative:
-        when = f"after at most {counted(found.n_iter, 'step')}" if found.n_iter else "at the first guess"
-        text = f"Every block converged {when}; the largest remaining step is {number(found.residual)} rad."
+    elif method_of(total.method).is_iterative:
+        when = f"after at most {counted(total.n_iter, 'step')}" if total.n_iter else "at the first guess"
+        text = f"Every block converged {when}; the largest remaining step is {number(total.residual)} rad."
         verdicts.append(Verdict("good", "The mean converged", text))
-    if found.n_ambiguous:
+    if total.n_ambiguous:
         text = (
-            f"In {counted(found.n_ambiguous, 'block')} the experts cancel out, so that no direction is preferred; the "
+            f"In {counted(total.n_ambiguous, 'block')} the experts cancel out, so that no direction is preferred; the "
             "plain average was taken there."
         )
         verdicts.append(Verdict("watch", "No direction to prefer", text))

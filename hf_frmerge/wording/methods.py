@@ -1,4 +1,4 @@
-"""What was merged and how, in words: methods, spaces, blocks, lengths, dtypes."""
+"""Names and descriptions of methods, spaces, blocks, norms and dtypes, and BibTeX entries of papers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from hf_frmerge.methods.method import Method, Paper
 from hf_frmerge.methods.table import METHODS
 
 DTYPES = {code: name for name, code in DTYPE_CODES.items()}
-"""Safetensors' names of dtypes -> torch's."""
+"""Name of a dtype in safetensors -> its name in torch."""
 
 SPACES = {
     "weights": "What is merged are the experts' weights themselves.",
     "deltas": "What is merged are the experts' changes against the base model (their deltas), not their weights.",
 }
 POINTS = {"weights": "weights", "deltas": "deltas (differences to the base)"}
-"""What the experts are compared by, in each space."""
+"""Space -> what the angles between experts are measured on."""
 
 BLOCKS = {
     "tensor": "one weight tensor",
@@ -31,13 +31,17 @@ NORMS = {
 
 
 def method_of(name: str) -> Method:
-    """Return the method `name`; of one nobody knows, only the name is known."""
+    """
+    Return the method `name`; for an unknown one, a method with nothing but the name.
+
+    A record may name a method that this version does not have.
+    """
     title = name.replace("_", " ").replace("-", " ")
     return METHODS.get(name) or Method(name, "span", title, "", "", tags=(name.replace("_", "-"),))
 
 
 def bibtex(paper: Paper) -> str:
-    """Write a paper as an entry of a bibliography; capitals inside a word are kept by braces."""
+    """Format a paper as a BibTeX entry; acronyms in the title get braces, which keep their capitals."""
     authors = [_last_name_first(author) for author in paper.authors.split(", ")]
     key = authors[0].partition(",")[0].lower() + str(paper.year) + _first_word(paper.title)
     fields = {
@@ -61,7 +65,7 @@ def _first_word(title: str) -> str:
 
 
 def _braced(word: str) -> str:
-    """`LLM` as `{LLM}`: styles of bibliographies set titles in small letters."""
+    """Put an acronym in braces, `{LLM}`: bibliography styles set titles in lower case."""
     bare = word.rstrip(":,")
     is_acronym = any(letter.isupper() for part in bare.split("-") for letter in part[1:])
     return f"{{{bare}}}{word[len(bare) :]}" if is_acronym or "--" in bare else word

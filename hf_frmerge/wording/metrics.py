@@ -1,4 +1,4 @@
-"""Every metric by its name in a record: title, better direction, digits, type on the Hub, meaning."""
+"""Metrics by their names in a record: title, better direction, number of digits, type on the Hub, and meaning."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _RECOVERY = "recovery_"
 @dataclass(frozen=True)
 class Metric:
     """
-    How people are told one metric.
+    Presentation of one metric.
 
     Attributes:
-        digits: decimals it is written with; significant digits where it is not known how large it gets (`None`).
+        digits: number of decimals; `None` for 4 significant digits, if the range of the metric is unknown.
         hub_type: id of the metric on the Hub.
-        meaning: a sentence for who does not know it.
+        meaning: sentence for readers who do not know it.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Title with the better direction: `Perplexity (lower is better)`."""
+        """Title with the better direction, such as `Perplexity (lower is better)`."""
         return f"{self.title} ({self.better} is better)" if self.better else self.title
 
     def written(self, value: float | None) -> str:
-        """Write a value of this metric."""
+        """Format a value of this metric."""
         return number(value, 4) if self.digits is None else decimals(value, self.digits)
 
 
@@ -62,7 +62,7 @@ _ALL = (
         "How often its first guess at the next piece of text is right.",
     ),
     Metric("accuracy", "Accuracy", 3, "accuracy"),
-    Metric("acc", "Accuracy", 3, "accuracy"),  # as the harness calls it
+    Metric("acc", "Accuracy", 3, "accuracy"),  # its name in lm-evaluation-harness
     Metric("acc_norm", "Accuracy, long answers weighed alike", 3, "acc_norm"),
     Metric("exact_match", "Exact match", 3, "exact_match"),
     Metric("f1", "F1", 3, "f1"),
@@ -81,7 +81,8 @@ METRICS = {metric.name: metric for metric in _ALL}
 
 
 def metric_of(name: str) -> Metric:
-    """Return the metric `name`; one nobody knows is called by its name."""
+    """Return the metric `name`; an unknown one gets its name as the title."""
+    # The name of the expert is part of the metric's, so these cannot be listed in `METRICS`.
     if name.startswith(_RECOVERY):
         title = f"Share kept of what {name.removeprefix(_RECOVERY)} gained over the base"
         return Metric(name, title, 3, "recovery")

@@ -1,4 +1,4 @@
-"""Numbers and texts as a person reads them, in the terminal, on a card and on the page alike."""
+"""Formatting of numbers and texts for terminal, model card and report."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 NONE = "–"
 _MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-_JOINERS = "\u200c\u200d"  # belong to the spelling of Persian and to emoji; other format characters turn text around
+_JOINERS = "\u200c\u200d"  # needed in Persian and in emoji; other format characters may reverse the direction of text
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """
-    Write a number to some significant digits; what is missing or not finite is a dash.
+    Format a number with `digits` significant digits; a missing or non-finite one is a dash.
 
     Example:
 
@@ -25,6 +25,7 @@ def number(value: float | None, digits: int = 3) -> str:
     """
     if value is None or not math.isfinite(value):
         return NONE
+    # Zeros before or after the digits are hard to count, so such numbers get an exponent.
     if value and not 1e-4 <= abs(value) < 1e7:
         text = f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
         mantissa, _, exponent = text.partition("e")
@@ -33,12 +34,12 @@ def number(value: float | None, digits: int = 3) -> str:
         text = f"{value:,.0f}"
     else:
         text = f"{value:#.{digits}g}" if value else "0"
-    return text.replace("-", "−")
+    return text.replace("-", "−")  # the minus sign, as wide as a digit; a hyphen may be broken at the end of a line
 
 
 def decimals(value: float | None, digits: int) -> str:
     """
-    Write a number with so many decimals, as the columns of a table need it.
+    Format a number with a fixed number of decimals, so that columns of a table align.
 
     Example:
 
@@ -54,7 +55,7 @@ def decimals(value: float | None, digits: int) -> str:
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """`0.634` as "63%"."""
+    """Format a share: `0.634` as "63%"."""
     if share is None or not math.isfinite(share):
         return NONE
     return f"{share:.{digits}%}".replace("-", "−")
@@ -62,7 +63,7 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 def angle(radians: float | None) -> str:
     """
-    Write an angle in radians, and in degrees for those who think in them.
+    Format an angle given in radians as radians and degrees.
 
     Example:
 
@@ -78,18 +79,18 @@ def angle(radians: float | None) -> str:
 
 
 def listed(parts: Sequence[str]) -> str:
-    """`["a", "b", "c"]` as "a, b and c"."""
+    """Join parts into a list: `["a", "b", "c"]` as "a, b and c"; at least one is needed."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def counted(count: int, what: str) -> str:
-    """`1, "block"` as "1 block", `2_000, "block"` as "2,000 blocks"."""
+    """Format a count with its noun: `1, "block"` as "1 block", `2_000, "block"` as "2,000 blocks"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def visible(text: str, spaces: bool = False) -> str:
     r"""
-    Show what a reader would not see: line ends, tabs, control and direction characters; spaces too if asked.
+    Make line ends, tabs, control and direction characters visible; with `spaces`, spaces too.
 
     Example:
 

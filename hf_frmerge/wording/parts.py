@@ -1,4 +1,4 @@
-"""The parts of what is told about a merge: what each is called, and a sentence on what it shows."""
+"""Titles and explanations of the parts of an evaluation and of the figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Part:
-    """A heading, and what stands below it for who has not seen such a table before."""
+    """Heading of a part, and the explanation below it for readers new to it."""
 
     title: str
     meaning: str = ""
@@ -72,4 +72,4 @@ FIGURES = {
         "whole row.",
     ),
 }
-"""What the figures of a report show, by their names."""
+"""Name of a figure in a report -> its title and explanation."""

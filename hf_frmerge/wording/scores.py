@@ -1,4 +1,4 @@
-"""Scores arranged for a reader: which metrics are shown, in which order, with what beside them, and which is best."""
+"""Arrange scores into tables: choice and order of metrics, standard errors, and the best values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_frmerge.wording.metrics import ERROR, Metric, is_error, metric_of
 @dataclass(frozen=True)
 class ScoreTable:
     """
-    One metric: models down, the merged one last, domains across.
+    Scores of one metric, with the merged model last.
 
     Attributes:
-        values: by model and domain.
-        errors: standard errors, by model and domain, where they are known.
-        best: the best value of every domain, if one is better than another.
+        values: `(model, domain)` -> score.
+        errors: `(model, domain)` -> standard error; NaN if unknown.
+        best: domain -> best value, if the better direction is known and at least two models have a finite score.
     """
 
     metric: Metric
@@ -29,21 +29,21 @@ class ScoreTable:
     best: dict[str, float]
 
     def written(self, model: str, domain: str) -> str:
-        """Write one value, its standard error beside it: `0.750 ± 0.022`."""
+        """Format one score with its standard error, such as `0.750 ± 0.022`."""
         text = self.metric.written(self.values.get((model, domain)))
         error = self.errors.get((model, domain), math.nan)
         return f"{text} ± {self.metric.written(error)}" if math.isfinite(error) else text
 
     def is_best(self, model: str, domain: str) -> bool:
-        """Whether a model has the best value of a domain."""
+        """Whether a model has the best score on a domain; several can."""
         return domain in self.best and self.values.get((model, domain)) == self.best[domain]
 
 
 def score_tables(scores: Sequence[Score]) -> list[ScoreTable]:
     """
-    Arrange scores into one table a metric.
+    Arrange scores into one table per metric.
 
-    Loss is left out where perplexity, its exponential, is there; a standard error goes beside what it is of.
+    Loss is left out if there is perplexity, its exponential. Standard errors go into the table of their metric.
     """
     names = list(dict.fromkeys(name for score in scores for name in score.metrics if not is_error(name)))
     if "perplexity" in names and "loss" in names:
@@ -52,13 +52,15 @@ def score_tables(scores: Sequence[Score]) -> list[ScoreTable]:
 
 
 def _score_table(metric: Metric, scores: Sequence[Score]) -> ScoreTable:
+    """Build the table of one metric from the scores that have it."""
     values = {(score.model, score.domain): score.metrics[metric.name] for score in scores}
     errors = {(score.model, score.domain): score.metrics.get(metric.name + ERROR, math.nan) for score in scores}
     models = sorted(dict.fromkeys(model for model, _ in values), key=lambda model: model == MERGED)
     domains = tuple(dict.fromkeys(domain for _, domain in values))
     best = {}
     for domain in domains:
-        finite = [value for (_, of), value in values.items() if of == domain and math.isfinite(value)]
+        finite = [value for (_, of_domain), value in values.items() if of_domain == domain and math.isfinite(value)]
+        # With a single model, a mark for the best would say nothing.
         if metric.better is not None and len(finite) > 1:
             best[domain] = min(finite) if metric.better == "lower" else max(finite)
     return ScoreTable(metric, tuple(models), domains, values, errors, best)

@@ -1,4 +1,4 @@
-"""What a verdict is: a finding that terminal, card and page give in the same words."""
+"""Verdict: a finding, worded once for terminal, model card and report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Verdict:
     One finding.
 
     Attributes:
-        level: how it is to be taken.
-        title: a few words, for where there is room for a heading.
-        text: the sentence, complete without the title.
+        level: severity; `fact` is neutral.
+        title: short heading, for places that have room for one.
+        text: sentences, complete without the title.
     """
 
     level: Level
@@ -25,5 +25,5 @@ class Verdict:
 
 
 def graded(value: float, good: float, poor: float) -> Level:
-    """Grade a value of which more is better; what is no number is bad."""
+    """Grade a value of which more is better: at least `good`, at least `poor`, or bad; NaN is bad."""
     return "good" if value >= good else "watch" if value >= poor else "bad"

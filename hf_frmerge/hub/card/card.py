@@ -1,4 +1,4 @@
-"""The model card: front matter for the Hub, and a text that someone who never merged a model can follow."""
+"""Model card: front matter for the Hub, and a text for readers who have never merged a model."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ CARD_NAME = "README.md"
 USER_BEGIN = "<!-- user:begin -->"
 USER_END = "<!-- user:end -->"
 
-# The leading underscore keeps it out of a push.
+# Backup of a README.md that we did not write. The leading underscore keeps it out of a push.
 _SET_ASIDE = "_README.previous.md"
 
-# A tag of a source that a merge of it must carry on.
+# Tags that the merged model inherits if any source has them.
 _INHERITED_TAGS = ("not-for-all-audiences",)
 
 
@@ -51,7 +51,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         card (`MergeCard`):
             Facts of the merge.
         user_section (`str`, *optional*):
-            Text a person wrote between the user markers of an earlier card, kept as it is.
+            Text between the user markers of an earlier card, kept unchanged.
 
     Returns:
         `str`: Content of `README.md`: YAML front matter and Markdown.
@@ -97,10 +97,10 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
 
 def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool = True) -> Path:
     """
-    Write `README.md` into `output_dir`, keeping what a person wrote between the user markers.
+    Write `README.md` into `output_dir`, keeping the user's text between the markers of an earlier card.
 
-    A `README.md` without the markers was not written by this function: it is set aside as `_README.previous.md`,
-    which a push leaves out.
+    A `README.md` without the markers was not written by this function. It is renamed to `_README.previous.md`, which
+    a push leaves out.
 
     Args:
         card (`MergeCard`):
@@ -108,38 +108,38 @@ def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool
         output_dir (`Path` or `str`):
             Folder of the merged model.
         keep_user_sections (`bool`, *optional*, defaults to `True`):
-            Whether to carry over the user section of the card that is there.
+            Whether to keep the user section of an existing card.
 
     Returns:
-        `Path`: The card written.
+        `Path`: Path of the card.
     """
     path = Path(output_dir) / CARD_NAME
     user_section = ""
     if keep_user_sections and path.is_file():
-        found = read_user_section(path.read_text(encoding="utf-8"))
-        if found is None:
+        kept_text = read_user_section(path.read_text(encoding="utf-8"))
+        if kept_text is None:
             logger.warning("%s is not one of our cards: it is kept as %s.", CARD_NAME, _SET_ASIDE)
             path.replace(path.with_name(_SET_ASIDE))
         else:
-            user_section = found
+            user_section = kept_text
     write_file(path, render_card(card, user_section=user_section))
     return path
 
 
 def has_own_card(output_dir: Path | str) -> bool:
-    """Whether the `README.md` in `output_dir` is one that `write_card` wrote."""
+    """Whether the `README.md` in `output_dir` was written by `write_card`."""
     path = Path(output_dir) / CARD_NAME
     return path.is_file() and read_user_section(path.read_text(encoding="utf-8")) is not None
 
 
 def read_user_section(text: str) -> str | None:
-    """Text between the user markers; `None` if the markers are not there in order."""
+    """Return the text between the user markers; `None` if a marker is missing or they are in the wrong order."""
     match = re.search(f"{re.escape(USER_BEGIN)}(.*){re.escape(USER_END)}", text, re.DOTALL)
     return match[1].strip("\n") if match else None
 
 
 def licence_of(card: MergeCard) -> LicenceDecision:
-    """Licence of the merged model: the one the person chose, else by the rule of `licences.combine`."""
+    """Decide the licence of the merged model: the one the user chose, else by the rule of `licences.combine`."""
     decision = combine([(source.name, source.metadata) for source in card.sources])
     if card.licence is not None:
         reason = f"The person who made this merge chose `{card.licence}` for it."
@@ -147,24 +147,25 @@ def licence_of(card: MergeCard) -> LicenceDecision:
             decision, licence=card.licence, licence_name=None, licence_link=None, conflict=False, reason=reason
         )
     if decision.licence_link and not re.match(r"https?://", decision.licence_link):
-        # A link such as "LICENSE" means a file beside the source's card, which is not beside ours.
-        home = next((source for source in card.sources if source.repo_id is not None), None)
-        link = f"https://huggingface.co/{home.repo_id}/blob/{home.commit or 'main'}/" if home else None
+        # A link such as "LICENSE" is relative to the source's card and would be broken in ours.
+        origin = next((source for source in card.sources if source.repo_id is not None), None)
+        link = f"https://huggingface.co/{origin.repo_id}/blob/{origin.commit or 'main'}/" if origin else None
         decision = replace(decision, licence_link=link and link + decision.licence_link)
     return decision
 
 
 def card_metadata(card: MergeCard) -> ModelCardData:
     """
-    Front matter of the card, in the Hub's words.
+    Build the front matter of the card in the Hub's vocabulary.
 
     Args:
         card (`MergeCard`):
             Facts of the merge.
 
     Returns:
-        `ModelCardData`: `base_model` holds Hub ids only. A full model is a `merge` of its experts (and of the base it
-        was put back on); an adapter stays an `adapter` of its base, or the Hub would call it a merge of adapters.
+        `ModelCardData`: `base_model` holds Hub ids only. A full model is a `merge` of its experts, and of the base if
+        deltas were merged. A merged adapter stays an `adapter` of its base: with its experts as `base_model`, the
+        Hub would show it as a merge of adapters.
     """
     from huggingface_hub import ModelCardData
 
@@ -179,6 +180,7 @@ def card_metadata(card: MergeCard) -> ModelCardData:
     results = eval_results(card.evaluation, card.task.pipeline_tag) if card.evaluation else []
     optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
     return ModelCardData(
+        # The client requires a name for evaluation results; without results the Hub shows the repository's.
         model_name=card.model_name if results else None,
         base_model=base_model or None,
         library_name="peft" if card.output_kind == "adapter" else card.task.library_name,
@@ -195,7 +197,7 @@ def card_metadata(card: MergeCard) -> ModelCardData:
 
 
 def _without_local_paths(card: MergeCard) -> MergeCard:
-    """Copy of `card` whose free text names local things by their last part only."""
+    """Return a copy of `card` in which local paths are shortened to their last part in all free text."""
 
     def hide(text: str) -> str:
         return hide_local_paths(text, card.sources)
@@ -213,6 +215,7 @@ def _without_local_paths(card: MergeCard) -> MergeCard:
 
 
 def _public_source(source: CardSource) -> CardSource:
+    """Return a copy of `source` without the local paths in its spec and licence link."""
     metadata: SourceMetadata = source.metadata
     link = metadata.licence_link
     return replace(
@@ -223,9 +226,10 @@ def _public_source(source: CardSource) -> CardSource:
 
 
 def _is_id(dataset: str) -> bool:
-    """Whether a `datasets` entry can be a Hub id; some cards hold paths or URLs."""
+    """Whether a `datasets` entry can be a Hub id; some cards have paths or URLs there, which the Hub rejects."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) is not None
 
 
 def _unique(items: list[Any]) -> list[str]:
+    """Drop `None` and repeated items; the order of first occurrence is kept."""
     return list(dict.fromkeys(item for item in items if item is not None))

@@ -1,6 +1,6 @@
-"""Code a reader can run: the command and the Python that repeat a merge, and the lines that load its result.
+"""Code samples of a model card: the command and the Python code that repeat a merge, and code that loads the result.
 
-Nothing here may carry a local path or a secret into a public card.
+Cards are public: no sample may contain a local path or a secret.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from hf_frmerge.hub.card.data import CardSource, MergeCard
 from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 
-# Arguments that change no bit of the result, but without which it might not be made.
+# Arguments that do not change the result, but without which the merge might be refused.
 _NEEDED = ("strict", "allow_license")
 
 
 def result_arguments(card: MergeCard) -> dict[str, object]:
-    """Non-default arguments that decide the result, with local paths hidden; never a token."""
+    """Return the non-default arguments that affect the result, with local paths shortened; a token is never one."""
     return {
-        name: _hide(value, card.sources)
+        name: _hide_paths(value, card.sources)
         for name, value in card.non_default_arguments.items()
         if is_about_the_result(name)
     }
 
 
 def reproduce_command(card: MergeCard) -> str:
-    """Shell command that repeats the merge, one option a line."""
+    """Return a shell command that repeats the merge, one option a line."""
     if card.command is not None:
         return hide_local_paths(card.command, card.sources)
     parts = [*(shlex.quote(source.pinned) for source in card.experts)]
@@ -48,14 +48,14 @@ def reproduce_command(card: MergeCard) -> str:
 
 
 def again_command(card: MergeCard) -> str:
-    """Shell command that makes a pushed merge again from its record; local sources are to be put beside it."""
+    """Return a `frmerge reproduce` command; it takes local sources from the current folder, under their own names."""
     parts = [f"frmerge reproduce {card.hub_model_id}"]
     parts += [f"--expert {shlex.quote(f'{s.name}={s.pinned}')}" for s in card.sources if s.repo_id is None]
     return " \\\n    ".join(parts)
 
 
 def verify_command(card: MergeCard, folder: str) -> str:
-    """Shell command that checks a merge; it needs to be told where the experts are if one of them is local."""
+    """Return a `frmerge verify` command; with a local expert it lists all experts, as a reader has to supply them."""
     parts = [f"frmerge verify {card.hub_model_id or shlex.quote(folder)}"]
     if any(source.repo_id is None for source in card.experts):
         parts += [f"--experts {shlex.quote(source.pinned)}" for source in card.experts]
@@ -65,12 +65,12 @@ def verify_command(card: MergeCard, folder: str) -> str:
 
 
 def reproduce_python(card: MergeCard) -> str:
-    """Python that repeats the merge."""
+    """Return Python code that repeats the merge."""
     if card.python is not None:
         return hide_local_paths(card.python, card.sources)
     experts = "".join(f"        {_literal(source.pinned)},\n" for source in card.experts)
     arguments = {"output_dir": "merged", **result_arguments(card)}
-    listed = "".join(f"        {name}={_literal(value)},\n" for name, value in arguments.items())
+    argument_lines = "".join(f"        {name}={_literal(value)},\n" for name, value in arguments.items())
     weights = _weights(card)
     lines = [
         "from hf_frmerge import FisherRaoMerger, MergingArguments",
@@ -79,14 +79,14 @@ def reproduce_python(card: MergeCard) -> str:
         f"    experts=[\n{experts}    ],",
         *([f"    weights={weights},"] if weights else []),
         *([f"    base_model={_literal(card.base.pinned)},"] if card.base is not None else []),
-        f"    args=MergingArguments(\n{listed}    ),",
+        f"    args=MergingArguments(\n{argument_lines}    ),",
         ").merge()",
     ]
     return "\n".join(lines)
 
 
 def usage_python(card: MergeCard) -> str:
-    """Python that loads the merged model, and for a text generator writes a first sentence with it."""
+    """Return Python code that loads the merged model, and generates some text if it is a text generator."""
     model_id = card.hub_model_id or f"./{card.model_name}"
     if card.task.library_name == "sentence-transformers":
         return (
@@ -116,13 +116,13 @@ def usage_python(card: MergeCard) -> str:
 
 
 def _weights(card: MergeCard) -> list[float]:
-    """Weights of the experts in order; empty where they are not known or all alike, which is the default."""
+    """Return the weights of the experts in order; empty if unknown or all equal, which is the default."""
     weights = [source.weight for source in card.experts if source.weight is not None]
     return weights if len(weights) == len(card.experts) and len(set(weights)) > 1 else []
 
 
 def _literal(value: object) -> str:
-    """Python literal of `value`, strings in double quotes."""
+    """Format `value` as a Python literal, strings in double quotes."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list | tuple):
@@ -130,9 +130,10 @@ def _literal(value: object) -> str:
     return repr(value)
 
 
-def _hide(value: object, sources: Sequence[CardSource]) -> object:
+def _hide_paths(value: object, sources: Sequence[CardSource]) -> object:
+    """Shorten local paths in an argument's value, which may be a string or a list."""
     if isinstance(value, str):
         return hide_local_paths(value, sources)
     if isinstance(value, list | tuple):
-        return [_hide(item, sources) for item in value]
+        return [_hide_paths(item, sources) for item in value]
     return value

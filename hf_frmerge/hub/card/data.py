@@ -1,4 +1,4 @@
-"""The plain facts a model card is rendered from."""
+"""Dataclasses a model card is rendered from."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ TEMPLATE_FILE = str(Path(__file__).with_name("templates") / "model_card.md.jinja
 @dataclass(frozen=True)
 class CardSource:
     """
-    One model or adapter that went into the merge.
+    One model or adapter of the merge.
 
     Args:
         spec (`str`):
-            What the person wrote: a Hub id or a local path. A path is shown by its folder name only.
+            Hub id or local path, as the user gave it. The card shows only the last part of a path.
         repo_id (`str` or `None`):
-            Hub id, if the source was resolved on the Hub; `None` for a local folder.
+            Hub id if the source came from the Hub; `None` for a local folder.
         commit (`str` or `None`):
             Commit the Hub id was resolved to.
         weight (`float` or `None`):
             Weight in the merge, after normalisation; `None` for the base.
         role (`"expert"` or `"base"`):
-            Whether it was merged, or is what deltas were taken against.
+            An expert is merged; deltas are taken against the base.
         kind (`"full"` or `"adapter"`):
             Whole checkpoint or LoRA adapter.
         metadata (`SourceMetadata`):
-            What its own card says (`read_source_metadata`).
+            Front matter of its own card (`read_source_metadata`).
     """
 
     spec: str
@@ -51,15 +51,16 @@ class CardSource:
 
     @property
     def name(self) -> str:
-        """Name fit for the public: the Hub id, or the last part of the local path."""
+        """Public name: the Hub id, or the last part of the local path."""
         if self.repo_id is not None:
             return self.repo_id
         last = re.split(r"[\\/]", self.spec.rstrip("\\/"))[-1]
+        # A spec such as "." or "~" has no name to show.
         return last if last.strip(".~") else "local folder"
 
     @property
     def pinned(self) -> str:
-        """How to name this very source in a command: Hub id with commit, or the local folder by its last part."""
+        """Name for use in a command: Hub id with commit, or `./` and the last part of the local path."""
         if self.repo_id is None:
             return f"./{self.name}"
         return f"{self.repo_id}@{self.commit}" if self.commit else self.repo_id
@@ -67,7 +68,7 @@ class CardSource:
 
 @dataclass(frozen=True)
 class CardStatistics:
-    """What the merge did, in numbers; `None` where it was not measured."""
+    """Statistics of the merge; `None` where not measured."""
 
     n_tensors_merged: int | None = None
     n_tensors_copied: int | None = None
@@ -78,46 +79,46 @@ class CardStatistics:
 @dataclass
 class MergeCard:
     """
-    Everything a model card says about one merge.
+    Contents of a model card.
 
     Args:
         model_name (`str`):
             Title of the card.
         output_kind (`"full"` or `"adapter"`):
-            What was written: a whole checkpoint or a LoRA adapter.
+            Whether the merge wrote a whole checkpoint or a LoRA adapter.
         sources (`list[CardSource]`):
-            Experts in order, then the base model if one takes part.
+            Experts in order, then the base model if there is one.
         method, space, block, norm (`str`):
-            The merge, in the words of `MergingArguments`.
+            Settings of the merge, as in `MergingArguments`.
         hub_model_id (`str`, *optional*):
-            Where the model will be; the card's code examples use it.
+            Hub id the model will have; the card's code examples use it.
         task (`Task`, *optional*):
             Task and library of the output (`read_task`).
         non_default_arguments (`dict[str, object]`, *optional*):
-            Arguments that differ from their defaults. Secrets and those that do not touch the result are left out.
+            Arguments that differ from their defaults. The card omits secrets and those that do not affect the result.
         command, python (`str`, *optional*):
-            How to reproduce the merge; built from the rest where not given.
+            Code that reproduces the merge; built from the other fields by default.
         evaluation (`EvaluationRecord`, *optional*):
-            What was measured.
+            Evaluation of the merge.
         figures (`dict[str, str]`, *optional*):
-            Figures beside the card: their names in `wording.parts.FIGURES`, and their paths from the card.
+            Name of a figure in `wording.parts.FIGURES` -> its path relative to the card.
         report_file (`str`, *optional*):
-            Page with everything that was measured, beside the card.
+            Report page beside the card, with all measurements.
         statistics (`CardStatistics`, *optional*):
-            What the merge did to the weights.
+            Statistics of the merged weights.
         notes (`list[str]`, *optional*):
-            Sentences on what was dropped or in disagreement (tokenizers, configurations).
+            Sentences on parts that were dropped or in which sources disagree (tokenizers, configurations).
         versions (`dict[str, str]`, *optional*):
             Library versions that made the merge.
         manifest_files (`list[str]`, *optional*):
-            Files of the record beside the card.
+            Record files beside the card.
         licence (`str`, *optional*):
-            Licence the person chose; without it the rule of `licences.combine` decides.
+            Licence the user chose; by default the rule of `licences.combine` decides.
         tags (`list[str]`, *optional*):
             Further tags.
         tag_names, tool_name, tool_paper, template_file (*optional*):
-            Tags, name and paper of what made the merge, and the Jinja template of the card: class attributes of
-            `FisherRaoMerger`.
+            Tags, name and paper of the tool, and the Jinja template of the card; subclasses of `FisherRaoMerger` set
+            them as class attributes.
     """
 
     model_name: str
@@ -150,10 +151,10 @@ class MergeCard:
 
     @property
     def experts(self) -> list[CardSource]:
-        """Sources that were merged, in the order of their weights."""
+        """Sources with the role "expert", in the order of the merge."""
         return [source for source in self.sources if source.role == "expert"]
 
     @property
     def base(self) -> CardSource | None:
-        """Base model, if one takes part."""
+        """Base model, if there is one."""
         return next((source for source in self.sources if source.role == "base"), None)

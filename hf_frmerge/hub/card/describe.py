@@ -1,4 +1,4 @@
-"""The card's facts, read from the folder of a finished merge: its manifest, its configuration, its sources' cards."""
+"""Build a model card from the folder of a finished merge: its manifest, configuration and its sources' cards."""
 
 from __future__ import annotations
 
@@ -42,38 +42,38 @@ def describe_merge(
         output_dir (`Path` or `str`):
             Folder a merge wrote.
         draw (`Callable`, *optional*):
-            Saves the figures of a folder into another and returns their files by name: `report.figures.save_figures`.
-            Without it the card has none.
+            Function that saves the figures of one folder into another and returns their files by name, such as
+            `report.figures.save_figures`. The default is a card without figures.
         card_fields:
-            As for `card_of_folder`.
+            Passed to `card_of_folder`.
 
     Returns:
-        `Path`: The card.
+        `Path`: Path of the card.
 
     Raises:
         CheckpointError: If the folder holds no finished merge.
     """
     folder = Path(output_dir)
-    place = folder / FIGURES_FOLDER
-    figures = dict(draw(folder, place)) if draw is not None else {}
-    for name in FIGURES.keys() - figures.keys():  # of what was here before
-        remove_file(place / f"{name}.png")
-    shown = {name: file.relative_to(folder).as_posix() for name, file in figures.items()}
-    return write_card(card_of_folder(folder, figures=shown, **card_fields), folder)
+    figures_folder = folder / FIGURES_FOLDER
+    figures = dict(draw(folder, figures_folder)) if draw is not None else {}
+    for name in FIGURES.keys() - figures.keys():  # left over from an earlier card, and would be pushed
+        remove_file(figures_folder / f"{name}.png")
+    relative_paths = {name: file.relative_to(folder).as_posix() for name, file in figures.items()}
+    return write_card(card_of_folder(folder, figures=relative_paths, **card_fields), folder)
 
 
 def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
     """
-    Collect what a model card says about the merge in a folder, and what the record of an evaluation there says.
+    Collect the contents of a model card from the manifest and the evaluation record of a folder.
 
     Args:
         output_dir (`Path` or `str`):
             Folder a merge wrote.
         card_fields:
-            Fields of `MergeCard` to set by hand, such as `hub_model_id`, `model_name` or `licence`.
+            Fields of `MergeCard` to override, such as `hub_model_id`, `model_name` or `licence`.
 
     Returns:
-        `MergeCard`: For `render_card` or `write_card`.
+        `MergeCard`: Input of `render_card` and `write_card`.
 
     Raises:
         CheckpointError: If the folder holds no finished merge.
@@ -104,6 +104,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
 
 
 def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
+    """Collect the sources with the metadata of their cards, as far as these can be read."""
     paths, _ = local_sources(folder, manifest)
     sources = [
         CardSource(
@@ -118,18 +119,19 @@ def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
         for model, path in zip(manifest.models, paths)
     ]
     trained_on = _base_of_adapter(folder)
+    # A merge of adapters needs no base to run, but its card should name the one they were trained on.
     if trained_on is not None and manifest.base_model is None:
         sources.append(CardSource(spec=trained_on, repo_id=trained_on, role="base"))
     return sources
 
 
 def _is_readable(path: str | None) -> TypeGuard[str]:
-    """Whether the card of a source can be read there; that of a source behind another URL is not looked for."""
+    """Whether the card of a source can be read: the folder is local or on the Hub, not behind another URL."""
     return path is not None and ("://" not in path or path.startswith("hub://"))
 
 
 def _is_current(page: Path) -> bool:
-    """Whether a page is of this merge and of its last evaluation."""
+    """Whether a report page is newer than the coefficients and the evaluation beside it, so belongs to them."""
     records = [page.with_name(name) for name in (COEFFICIENTS_FILE, EVALUATION_FILE)]
     return page.is_file() and all(
         page.stat().st_mtime_ns >= record.stat().st_mtime_ns for record in records if record.is_file()
@@ -137,7 +139,7 @@ def _is_current(page: Path) -> bool:
 
 
 def _base_of_adapter(folder: Path) -> str | None:
-    """Return the Hub id an adapter names as its base; `None` for a full model, and for what may be a local folder."""
+    """Return the Hub id an adapter names as its base; `None` for a full model or if it may be a local folder."""
     config = folder / "adapter_config.json"
     if not config.is_file():
         return None
@@ -146,6 +148,7 @@ def _base_of_adapter(folder: Path) -> str | None:
 
 
 def _non_default(arguments: dict[str, Any]) -> dict[str, object]:
+    """Select arguments that differ from their defaults; those this version does not know are dropped."""
     defaults = {field.name: field.default for field in fields(MergingArguments)}
     return {name: value for name, value in arguments.items() if name in defaults and value != defaults[name]}
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, as the sentences and tables of a model card."""
+"""Turn the record of an evaluation into sentences and tables for a model card."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from hf_frmerge.wording.numbers import NONE, decimals, percent
 _WORST_LAYERS = 3
 _WORST_TOKENS = 5
 _PROMPTS = 2
-_GENERATED = 240  # characters of a continuation
-_CONTEXT = 60  # characters before a token
+_GENERATED = 240  # characters shown of a prompt and of a continuation
+_CONTEXT = 60  # characters shown before a token
 
 
 @dataclass
 class EvaluationSection:
-    """Everything a card says about an evaluation; what was not measured is empty."""
+    """Evaluation part of a card, as Markdown; fields for what was not measured are empty."""
 
     measured_on: str
     summary: str | None = None
@@ -49,14 +49,14 @@ class EvaluationSection:
 
 def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
     """
-    Say what a record says, for someone who never merged a model.
+    Write up a record for readers who have never merged a model.
 
     Args:
         record (`EvaluationRecord`):
-            What was measured. Names and texts in it are escaped here.
+            Record of the evaluation. Names and texts in it are escaped here, because they may contain Markdown.
 
     Returns:
-        `EvaluationSection`: For the template of the card.
+        `EvaluationSection`: Input of the card's template.
     """
     distances = [row for row in record.distances if row.model == MERGED and row.other in record.experts]
     collapse = record.collapse()
@@ -79,9 +79,10 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
 
 
 def _measured_on(record: EvaluationRecord) -> str:
-    """`Measured on 2,000 tokens (math 1,000, code 1,000), in bfloat16, in blocks of 256 tokens.`"""
+    """Return `Measured on 2,000 tokens (math 1,000, code 1,000), in bfloat16, in blocks of 256 tokens.`"""
     tokens: dict[str, int] = {}
     samples: dict[str, int] = {}
+    # Several metrics share the texts of a domain: the maximum counts them once, a sum would not.
     for score in record.scores:
         counts, count = (tokens, score.n_tokens) if score.n_tokens else (samples, score.n_samples)
         counts[score.domain] = max(counts.get(score.domain, 0), count)
@@ -97,7 +98,7 @@ def _measured_on(record: EvaluationRecord) -> str:
 
 
 def _counted(counts: dict[str, int], unit: str) -> str:
-    """`2,000 tokens (math 1,000, code 1,000)`; empty if nothing was counted."""
+    """Format counts as `2,000 tokens (math 1,000, code 1,000)`; empty if the total is 0."""
     total = sum(counts.values())
     if not total:
         return ""
@@ -108,7 +109,8 @@ def _counted(counts: dict[str, int], unit: str) -> str:
 
 
 def _recovery(rows: Sequence[Recovered]) -> MarkdownTable | None:
-    found = tuple(
+    """Tabulate each expert's gain over the base in loss, and how much of it the merged model keeps."""
+    lines = tuple(
         (
             escape(row.expert),
             escape(row.domain),
@@ -120,17 +122,21 @@ def _recovery(rows: Sequence[Recovered]) -> MarkdownTable | None:
         if row.model == MERGED
     )
     header = ("Expert", "Its text", "Expert better than the base by", "This model better than the base by", "Kept")
-    return MarkdownTable(header, found) if found else None
+    return MarkdownTable(header, lines) if lines else None
 
 
 def _distances(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> MarkdownTable | None:
-    """Domains down, experts across: `0.31 (82 %)`; last the yardstick, the mean distance between experts."""
+    """
+    Tabulate Fisher-Rao distances and shares of equal guesses, `0.31 (82 %)`: a row per domain, a column per expert.
+
+    The last column is the mean distance between experts in radians, for scale.
+    """
     if not rows:
         return None
     domains = list(dict.fromkeys(row.domain for row in rows))
     others = list(dict.fromkeys(row.other for row in rows))
     by_pair = {(row.domain, row.other): row for row in rows}
-    yardstick = {
+    expert_distances = {
         domain: [
             row.fisher_rao.mean
             for row in record.distances
@@ -138,23 +144,23 @@ def _distances(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> Ma
         ]
         for domain in domains
     }
-    has_yardstick = any(yardstick.values())
+    has_scale = any(expert_distances.values())
 
-    def shown(domain: str, other: str) -> str:
+    def format_pair(domain: str, other: str) -> str:
         row = by_pair.get((domain, other))
         return NONE if row is None else f"{decimals(row.fisher_rao.mean, 3)} ({percent(row.top1_agreement)})"
 
     lines = []
     for domain in domains:
-        between = yardstick[domain]
-        mean = decimals(math.fsum(between) / len(between), 3) if between else NONE
-        lines.append((escape(domain), *(shown(domain, o) for o in others), *([mean] if has_yardstick else [])))
-    header = ("Text", *(f"to {escape(other)}" for other in others), *(["between experts"] if has_yardstick else []))
+        gaps = expert_distances[domain]
+        mean = decimals(math.fsum(gaps) / len(gaps), 3) if gaps else NONE
+        lines.append((escape(domain), *(format_pair(domain, o) for o in others), *([mean] if has_scale else [])))
+    header = ("Text", *(f"to {escape(other)}" for other in others), *(["between experts"] if has_scale else []))
     return MarkdownTable(header, tuple(lines))
 
 
 def _distance_note(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -> str | None:
-    """How exact the numbers are, where predictions were compared in part."""
+    """State the error of the distances if only part of each prediction was compared; `None` if they are exact."""
     error = max((row.error for row in rows), default=0.0)
     if not error > 0:
         return None
@@ -164,6 +170,7 @@ def _distance_note(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -
 
 
 def _objectives(record: EvaluationRecord) -> MarkdownTable | None:
+    """Tabulate the merge objective beside its lowest possible value, a row per domain."""
     rows = tuple(
         (
             escape(row.domain),
@@ -178,7 +185,7 @@ def _objectives(record: EvaluationRecord) -> MarkdownTable | None:
 
 
 def _layers(collapse: Sequence[CollapseRatio]) -> MarkdownTable | None:
-    """The layers that lost most, and the mean over all."""
+    """Tabulate the layers that lost most, and the mean over all layers with finite ratios."""
     if not collapse:
         return None
     rows = [
@@ -195,7 +202,7 @@ def _layers(collapse: Sequence[CollapseRatio]) -> MarkdownTable | None:
 
 
 def _layer_note(record: EvaluationRecord) -> str | None:
-    """A warning where the tokens do not fill the dimensions, so that an effective rank depends on their number."""
+    """Warn if there are fewer tokens than dimensions: the effective rank then depends on the number of tokens."""
     n_tokens, n_features = (record.settings.get(name) for name in ("n_tokens", "n_features"))
     if not (n_tokens and n_features) or n_tokens > n_features:
         return None
@@ -206,7 +213,7 @@ def _layer_note(record: EvaluationRecord) -> str | None:
 
 
 def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
-    """For the first prompts, what every model wrote; this model last."""
+    """Tabulate the continuations of the first prompts, a table per prompt; the merged model comes last."""
     prompts = list(dict.fromkeys(row.prompt for row in rows if row.model == MERGED))[:_PROMPTS]
     shown = []
     for prompt in prompts:
@@ -220,6 +227,7 @@ def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
 
 
 def _worst_tokens(rows: Sequence[WorstToken]) -> MarkdownTable | None:
+    """Tabulate the tokens at which the merged model is farthest from an expert."""
     worst = sorted(rows, key=lambda row: -row.distance)[:_WORST_TOKENS]
     lines = tuple(
         (
@@ -236,12 +244,12 @@ def _worst_tokens(rows: Sequence[WorstToken]) -> MarkdownTable | None:
 
 
 def _guess(guess: str, probability: float) -> str:
-    """`four (90%)`: what it guesses first, and how likely it finds the token that the text has."""
+    """Format as `four (90%)`: the model's first guess, and the probability it gives the actual token."""
     return f"{escape(guess.strip()) or ('white space' if guess else 'nothing')} ({percent(probability)})"
 
 
 def hide_names(record: EvaluationRecord, hide: Any) -> EvaluationRecord:
-    """Copy of a record with `hide` applied to the names of models and domains and to commands, not to texts."""
+    """Copy a record, applying `hide` to names of models and domains and to commands, but not to evaluated texts."""
     data = record.to_dict()
     about = ("model", "other", "expert", "domain")
     for part, value in data.items():

@@ -1,7 +1,7 @@
-"""What the sources' own cards say (licence, languages, datasets), and which licence a merge of them may carry.
+"""Read the metadata of the sources' cards (licence, languages, datasets), and decide the licence of a merge.
 
-The rule is to never guess: one licence shared by every source is kept; anything else leaves the field empty and the
-card lists what each source says. This is bookkeeping, not legal advice.
+Nothing is guessed: a licence that all sources share is kept; otherwise the field stays empty and the card lists the
+licence of each source. This is bookkeeping, not legal advice.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 _NO_DERIVATIVES = re.compile(r"(^|-)nd(-|$)")
 
-# Entries in a code block of their own, as model cards give them.
+# BibTeX entries in a fenced code block, as model cards have them.
 _BIBTEX = re.compile(r"^```(?:bibtex|bib|latex|tex)?[ \t]*\r?\n\s*(@\w+\s*\{[^`]*)```", re.MULTILINE | re.IGNORECASE)
 _LONGEST_CITATION = 4000  # characters; a card that cites a whole bibliography is linked instead
 
-# Licence id pattern -> what it asks of a derived model. Ids: the Hub's list of licence identifiers.
+# Pattern of the licence id -> condition for derived models. The ids are those in the Hub's list of licences.
 _CONDITIONS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(^|-)nc(-|$)|noncommercial"), "forbids commercial use"),
     (re.compile(r"(^|-)sa(-|$)"), "asks that derived works be shared under the same licence"),
@@ -40,36 +40,36 @@ _CONDITIONS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 @dataclass(frozen=True)
 class SourceMetadata:
-    """What the README of one source says; empty where it says nothing."""
+    """Metadata in the README of one source; fields it does not set are empty."""
 
-    licence: str | None = None  # identifier, lower case; several, if a card names several: joined by ", "
+    licence: str | None = None  # identifier in lower case; several are joined by ", "
     licence_name: str | None = None  # with licence "other"
     licence_link: str | None = None
     language: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    citation: str | None = None  # BibTeX entries its card asks to be cited by
+    citation: str | None = None  # BibTeX entries in the card
 
 
 @dataclass(frozen=True)
 class LicenceDecision:
-    """Licence a merge may carry, and everything a person needs to judge it."""
+    """Licence of a merged model, with what a reader needs to check it."""
 
-    licence: str | None  # None: not to be guessed
+    licence: str | None  # None: cannot be decided
     licence_name: str | None
     licence_link: str | None
-    conflict: bool  # the sources disagree, or at least one does not say
+    conflict: bool  # the sources disagree, or at least one names none
     reason: str  # one sentence for the card
-    refusals: tuple[str, ...]  # sources whose licence forbids derived works and was not allowed by the person
-    flags: tuple[str, ...]  # sentences on conditions that reach the merged model
-    table: tuple[tuple[str, SourceMetadata], ...]  # (name of the source, what its card says)
+    refusals: tuple[str, ...]  # sources whose licence forbids derived works and that the user did not allow
+    flags: tuple[str, ...]  # sentences on conditions that apply to the merged model
+    table: tuple[tuple[str, SourceMetadata], ...]  # (name of the source, metadata of its card)
 
     def raise_if_refused(self) -> None:
         """
-        Stop unless every source allows derived works.
+        Raise unless every source allows derived works.
 
         Raises:
-            MergeError: If the licence of a source forbids derivatives and was not allowed explicitly.
+            MergeError: If a source's licence forbids derivatives and `allow_license` does not name it.
         """
         if not self.refusals:
             return
@@ -83,20 +83,21 @@ class LicenceDecision:
 
 def read_source_metadata(folder: Path | str) -> SourceMetadata:
     """
-    Read licence, languages, datasets and tags from the front matter of `README.md` of a source, and its citation.
+    Read the front matter of a source's `README.md` (licence, languages, datasets, tags), and its citation.
 
     Args:
         folder (`Path` or `str`):
-            Folder of the source: a checkpoint, an adapter, a snapshot of a Hub repository, or its URL.
+            Folder or URL of the source: a checkpoint, an adapter, or a snapshot of a Hub repository.
 
     Returns:
-        `SourceMetadata`: Empty if there is no `README.md`, no front matter, or one that is not valid YAML: a source
-        that cannot be read says nothing, and nothing is guessed for it.
+        `SourceMetadata`: Empty if there is no `README.md` or no front matter, or if it is not valid YAML. The licence
+        then counts as not given.
     """
-    opened = open_folder(str(folder))
-    if not opened.exists("README.md"):
+    source_folder = open_folder(str(folder))
+    if not source_folder.exists("README.md"):
         return SourceMetadata()
-    text = opened.read("README.md").decode("utf-8-sig", errors="replace")
+    # "utf-8-sig" drops a byte order mark, which would hide the front matter.
+    text = source_folder.read("README.md").decode("utf-8-sig", errors="replace")
     citation = "\n\n".join(entry.strip() for entry in _BIBTEX.findall(text)) or None
     data = _front_matter(text)
     licences = tuple(licence.lower() for licence in _strings(data.get("license")))
@@ -112,7 +113,7 @@ def read_source_metadata(folder: Path | str) -> SourceMetadata:
 
 
 def _front_matter(text: str) -> dict[str, Any]:
-    """Parsed YAML at the start of a README; empty if there is none that makes sense."""
+    """Parse the YAML at the start of a README; empty if there is none or it is not a valid mapping."""
     import yaml
 
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
@@ -120,23 +121,23 @@ def _front_matter(text: str) -> dict[str, Any]:
         return {}
     try:
         data = yaml.safe_load(match.group(1))
-    except yaml.YAMLError:  # someone else's card: its mistake must not stop the merge, and leaves the licence unknown
+    except yaml.YAMLError:  # a mistake in a third party's card must not stop the merge; the licence stays unknown
         return {}
     return data if isinstance(data, dict) else {}
 
 
 def combine(sources: Sequence[tuple[str, SourceMetadata]], *, allowed: Collection[str] = ()) -> LicenceDecision:
     """
-    Decide which licence a merge of `sources` may carry.
+    Decide the licence of a merge of `sources`.
 
     Args:
         sources (`Sequence[tuple[str, SourceMetadata]]`):
-            Name and metadata of every source: the experts and, if one takes part, the base model.
+            Name and metadata of every source: the experts and, if there is one, the base model.
         allowed (`Collection[str]`, *optional*):
-            Licence identifiers without derivatives that the person explicitly takes responsibility for.
+            Identifiers of no-derivatives licences that the user explicitly allowed.
 
     Returns:
-        `LicenceDecision`: The common licence if all sources name the same one, else none, with reasons.
+        `LicenceDecision`: The common licence if all sources name the same one, else none; with the reason.
     """
     identities = {_identity(metadata) for _, metadata in sources}
     silent = [name for name, m in sources if m.licence in (None, "unknown")]
@@ -165,14 +166,15 @@ def combine(sources: Sequence[tuple[str, SourceMetadata]], *, allowed: Collectio
 
 
 def licences_of_plan(plan: MergePlan) -> LicenceDecision:
-    """Decide for the models of a plan, from their cards on this machine and `allow_license`."""
+    """Decide the licence for the models of a plan, from their cards and `allow_license`."""
+    # Cards are read from local folders and the Hub only, not from behind other URLs.
     readable = [m for m in plan.models if "://" not in m.source.path or m.source.path.startswith("hub://")]
     allowed = [licence.strip() for licence in (plan.args.allow_license or "").split(",")]
     return combine([(model.spec, read_source_metadata(model.source.path)) for model in readable], allowed=allowed)
 
 
 def _identity(metadata: SourceMetadata) -> tuple[str | None, str | None, str | None]:
-    """Two licences called "other" are the same only if their name and link are; elsewhere the identifier decides."""
+    """Return the key licences are compared by: the identifier; for "other", also the name and link."""
     if metadata.licence == "other":
         return metadata.licence, metadata.licence_name, metadata.licence_link
     return metadata.licence, None, None
@@ -183,7 +185,7 @@ def _forbids_derivatives(metadata: SourceMetadata) -> bool:
 
 
 def _flags(sources: Sequence[tuple[str, SourceMetadata]]) -> list[str]:
-    """One sentence a licence and condition, naming the sources it comes from."""
+    """Return one sentence per licence with its conditions, naming the sources that have it."""
     holders: dict[str, list[str]] = {}
     for name, metadata in sources:
         for part in (metadata.licence or "").split(", "):
@@ -200,6 +202,6 @@ def _flags(sources: Sequence[tuple[str, SourceMetadata]]) -> list[str]:
 
 
 def _strings(value: object) -> tuple[str, ...]:
-    """Front matter fields may be one value or a list; YAML reads `no` (Norwegian) as false, which is dropped."""
+    """Return a front matter field, a value or a list, as strings. `no` (Norwegian) is lost: YAML reads it as false."""
     values = value if isinstance(value, list) else [value]
     return tuple(item.strip() for item in values if isinstance(item, str) and item.strip())

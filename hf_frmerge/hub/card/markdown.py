@@ -1,4 +1,4 @@
-"""Text and tables for Markdown that is rendered on the Hub: what came from data or people never becomes markup."""
+"""Text and tables in Markdown for the Hub, escaped so that names and texts never become markup."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from hf_frmerge.wording.numbers import visible
 
-# What starts emphasis, code, links, HTML, tables, headings, mathematics, mentions or entities somewhere in a line.
+# Characters that can start emphasis, code, links, HTML, tables, headings, mathematics, mentions or entities.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$&!@:{}])")
 
 
 @dataclass(frozen=True)
 class MarkdownTable:
-    """A table whose cells are Markdown already; the first column is text, the others are numbers if `numeric`."""
+    """Table of cells that are already Markdown; all columns but the first are right-aligned if `numeric`."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -26,27 +26,27 @@ class MarkdownTable:
 
 def escape(text: object, limit: int | None = None) -> str:
     """
-    Write arbitrary text so that Markdown shows it as it is, on one line.
+    Escape arbitrary text so that Markdown shows it unchanged, on one line.
 
     Args:
         text (`object`):
-            Made a string, and shown by `visible`.
+            Converted by `str`, then made printable by `visible`.
         limit (`int`, *optional*):
-            Characters kept; what is cut off is marked by `…`.
+            Number of characters to keep; a cut is marked by `…`.
     """
     shown = visible(str(text))
     if limit is not None and len(shown) > limit:
         shown = shown[:limit].rstrip() + "…"
     shown = _SPECIAL.sub(r"\\\1", shown)
-    return re.sub(r"\bwww\.", r"www\\.", shown)  # else a link
+    return re.sub(r"\bwww\.", r"www\\.", shown)  # Markdown on the Hub turns bare `www.` addresses into links
 
 
 def cell(text: object) -> str:
-    """Text of ours, or a name, as the cell of a table."""
+    """Escape text for a table cell. Only pipes and line breaks: other Markdown in it still works."""
     return str(text).replace("|", "\\|").replace("\r", " ").replace("\n", " ")
 
 
 def bold(text: str) -> str:
-    """Bold text, spaces outside. Asterisks beside punctuation or in the middle of a word would show as asterisks."""
+    """Make text bold, without surrounding spaces; in HTML, as asterisks in a word or by punctuation are literal."""
     inner = text.strip()
     return text.replace(inner, f"<b>{inner}</b>", 1) if inner else text

@@ -1,4 +1,4 @@
-"""Scores as a card shows them: one table a metric."""
+"""Score tables of a model card, one per metric."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from hf_frmerge.wording.scores import ScoreTable, score_tables
 
 @dataclass(frozen=True)
 class MetricTable:
-    """One metric: models down, domains across; the best of a column is bold."""
+    """Table of one metric: a row per model, a column per domain, the best of each column bold."""
 
     metric: Metric
     table: MarkdownTable
 
 
 def metric_tables(scores: Sequence[Score]) -> list[MetricTable]:
-    """Write scores as tables in Markdown."""
-    return [MetricTable(found.metric, _markdown(found)) for found in score_tables(scores)]
+    """Build a Markdown table for every metric in `scores`."""
+    return [MetricTable(table.metric, _markdown(table)) for table in score_tables(scores)]
 
 
 def shown_model(model: str) -> str:
-    """Name of a model in a table."""
+    """Format the name of a model for a table; the merged model is "this model"."""
     return "**this model**" if model == MERGED else escape(model)
 
 
-def _markdown(found: ScoreTable) -> MarkdownTable:
-    def shown(model: str, domain: str) -> str:
-        text = found.written(model, domain)
-        return f"**{text}**" if found.is_best(model, domain) else text
+def _markdown(scores: ScoreTable) -> MarkdownTable:
+    """Convert a score table to Markdown."""
 
-    rows = tuple((shown_model(model), *(shown(model, domain) for domain in found.domains)) for model in found.models)
-    return MarkdownTable(("", *(escape(domain) for domain in found.domains)), rows)
+    def score_text(model: str, domain: str) -> str:
+        text = scores.written(model, domain)
+        return f"**{text}**" if scores.is_best(model, domain) else text
+
+    rows = tuple(
+        (shown_model(model), *(score_text(model, domain) for domain in scores.domains)) for model in scores.models
+    )
+    return MarkdownTable(("", *(escape(domain) for domain in scores.domains)), rows)

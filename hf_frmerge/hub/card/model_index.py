@@ -1,4 +1,4 @@
-"""The merged model's own numbers as `model-index` entries, which the Hub shows beside the card."""
+"""Scores of the merged model as `model-index` entries, which the Hub shows beside the card."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ _ALL = "all texts of the evaluation"
 
 def eval_results(record: EvaluationRecord, pipeline_tag: str | None) -> list[EvalResult]:
     """
-    Return what was measured of the merged model; numbers that are not finite are left out.
+    Return the headline scores of the merged model and its recovery of each expert; values not finite are left out.
 
     Args:
         record (`EvaluationRecord`):
-            The evaluation.
+            Record of the evaluation.
         pipeline_tag (`str`, *optional*):
-            Task of the model.
+            Task of the model; `other` by default.
     """
     from huggingface_hub import EvalResult
 
-    found = [(headline.domain or _ALL, headline.name, headline.value) for headline in headlines(record)]
-    found = [row for row in found if not (row[1].startswith("recovery") or is_error(row[1]))]
+    results = [(headline.domain or _ALL, headline.name, headline.value) for headline in headlines(record)]
+    results = [row for row in results if not (row[1].startswith("recovery") or is_error(row[1]))]
+    # Recovery comes from the record and not from the headlines: the Hub should get it per expert, as a share.
     shares = {
         (row.domain, f"recovery_{row.expert}"): row.share
         for row in record.recovery
         if row.model == MERGED and row.share is not None
     }
-    found += [(domain, name, share) for (domain, name), share in shares.items()]
+    results += [(domain, name, share) for (domain, name), share in shares.items()]
     return [
         EvalResult(
             task_type=pipeline_tag or "other",
@@ -45,6 +46,6 @@ def eval_results(record: EvaluationRecord, pipeline_tag: str | None) -> list[Eva
             metric_name=metric_of(name).title,
             metric_value=float(f"{value:.6g}"),
         )
-        for domain, name, value in found
+        for domain, name, value in results
         if math.isfinite(value)
     ]

@@ -1,4 +1,4 @@
-"""Paths of this machine in what becomes public: shortened in texts, and told apart from ids of the Hub."""
+"""Shorten local paths in public texts, and tell local paths from Hub ids."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def hide_local_paths(text: str, sources: Sequence[CardSource] = ()) -> str:
 
     Args:
         text (`str`):
-            Text on its way into a public card.
+            Text that will be published.
         sources (`Sequence[CardSource]`, *optional*):
-            Sources whose local specs, relative ones too, are replaced by their folder name.
+            Sources whose local specs, including relative ones, are replaced by their folder name.
 
     Returns:
-        `str`: Text without absolute paths; URLs and Hub ids stay.
+        `str`: Text without absolute paths; URLs and Hub ids are unchanged.
 
     Example:
     ```python
@@ -41,6 +41,7 @@ def hide_local_paths(text: str, sources: Sequence[CardSource] = ()) -> str:
     ```
     """
     local = [source for source in sources if source.repo_id is None]
+    # Longest first: `models/math` would otherwise break `models/math-v2`.
     for source in sorted(local, key=lambda source: len(source.spec), reverse=True):
         if re.search(r"[\\/~]", source.spec):  # a bare folder name has nothing to hide and may be an ordinary word
             text = text.replace(source.spec, f"./{source.name}")
@@ -48,7 +49,12 @@ def hide_local_paths(text: str, sources: Sequence[CardSource] = ()) -> str:
 
 
 def is_public_base(folder: Path, name: str) -> bool:
-    """Whether the base that the merged adapter in `folder` names is on the Hub; a path can read as an id, too."""
+    """
+    Whether `name`, the base model of the merged adapter in `folder`, is on the Hub.
+
+    A relative path such as `models/base` looks like a Hub id. So the manifest decides, and without it an existing path
+    counts as local.
+    """
     base = read_manifest(folder).base_model
     if base is not None and base.on_hub and base.id == name:
         return True

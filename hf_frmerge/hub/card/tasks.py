@@ -1,7 +1,7 @@
-"""What the Hub should know a merged model for: its task, its library, the class that loads it.
+"""Task, library and loading class of a merged model, for the front matter of its card.
 
-Read from the output's own configuration by the naming convention of transformers' classes, without a table of
-architectures. Where the convention does not decide, the task is left out: the Hub then infers it itself.
+They follow from the architecture name in the configuration by the naming convention of transformers' classes; a table
+of architectures would always be out of date. If the convention does not decide, no task is set: the Hub infers one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Task:
-    """Task, library and loading class of a model, in the Hub's and transformers' words."""
+    """Task, library and loading class of a model, in the vocabulary of the Hub and of transformers."""
 
     pipeline_tag: str | None = None
     auto_class: str = "AutoModel"
@@ -58,14 +58,14 @@ _BY_ADAPTER_TASK: dict[str, Task] = {
 
 def task_of_config(config: Mapping[str, Any]) -> Task:
     """
-    Task of a full model, from the contents of its `config.json`.
+    Determine the task of a full model from the contents of its `config.json`.
 
     Args:
         config (`Mapping[str, Any]`):
             Parsed `config.json`; `architectures` decides.
 
     Returns:
-        `Task`: With `pipeline_tag=None` where the class name does not tell.
+        `Task`: With `pipeline_tag=None` if the class name does not decide.
     """
     architectures = config.get("architectures") or []
     if not architectures:
@@ -76,14 +76,14 @@ def task_of_config(config: Mapping[str, Any]) -> Task:
             return Task(pipeline_tag, auto_class)
     if architecture.endswith("ForConditionalGeneration"):
         return _task_of_conditional_generation(config)
-    if architecture.endswith("Model"):  # no head: what comes out is features
+    if architecture.endswith("Model"):  # a model without a head returns features
         is_vision = "image_size" in config or "patch_size" in config
         return Task("image-feature-extraction" if is_vision else "feature-extraction")
     return Task()
 
 
 def _task_of_conditional_generation(config: Mapping[str, Any]) -> Task:
-    """`ForConditionalGeneration` names translators, vision-language and speech models alike; the config tells."""
+    """Tell translators, vision-language and speech models, all `ForConditionalGeneration`, apart by their config."""
     if "vision_config" in config:
         return Task("image-text-to-text", "AutoModelForImageTextToText")
     if "audio_config" in config:
@@ -97,14 +97,14 @@ def _task_of_conditional_generation(config: Mapping[str, Any]) -> Task:
 
 def read_task(folder: Path | str) -> Task:
     """
-    Task of the model or adapter in a local folder.
+    Determine the task of the model or adapter in a local folder.
 
     Args:
         folder (`Path` or `str`):
             Folder with `config.json` or `adapter_config.json`; `modules.json` marks a sentence-transformers model.
 
     Returns:
-        `Task`: Of the adapter's base where the folder holds an adapter (library `peft`).
+        `Task`: For an adapter, the task in its own config, with the library `peft`.
     """
     folder = Path(folder)
     adapter_config = folder / "adapter_config.json"
