@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from click.testing import Result
 from click_runner import click_runner
 from hub_server import ALICE_TOKEN, HubServer
 from merge_reference import random_model, write_family, write_model
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
@@ -26,6 +28,8 @@ from hf_frmerge.merging.planning import blocks
 from hf_frmerge.provenance.verify import verify
 
 MODELS = ["lab/e0", "lab/e1"]
+# The Hub's client of these versions knows no list of a commit's files in the cache, and waits as it sees fit.
+OLD_CLIENT = Version(version("huggingface_hub")) < Version("1.31")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -74,13 +78,16 @@ def test_sources_are_resolved_once_and_only_needed_files_fetched(hub: HubServer,
     merge(tmp_path / "out", ["lab/e0@main", "lab/e1"], "lab/base", space="deltas")
     assert weights(tmp_path / "out") == weights(tmp_path / "local-merge")
     asked = Counter(request.path for request in hub.sent("GET", r"/api/models/[\w/]+(/revision/\w+)?$"))
+    if OLD_CLIENT:  # it asks once more for what a commit holds, before it downloads the commit
+        asked = Counter({path: n for path, n in asked.items() if not re.search(r"/revision/\w{40}$", path)})
     assert asked == {"/api/models/lab/e0/revision/main": 1, "/api/models/lab/e1": 1, "/api/models/lab/base": 1}
     assert hub.sent("GET", r"\.bin|onnx|original|gguf|trainer_state") == []
     whole = [r for r in hub.sent("GET", "/lfs-storage/") if "range" not in r.headers]
     assert len(whole) == 3  # every weight file once
     before = len(hub.requests)
     merge(tmp_path / "again", overwrite=True)
-    assert len(hub.requests) - before == len(MODELS)  # from the cache: only the commits are asked for
+    if not OLD_CLIENT:
+        assert len(hub.requests) - before == len(MODELS)  # from the cache: only the commits are asked for
 
 
 def test_streamed_merge_downloads_no_file_and_gives_the_same_bits(
@@ -153,7 +160,7 @@ def test_steps_of_sentence_transformers_come_along_and_the_rest_is_named(
     assert hub.sent("GET", r"value_head|tower") == []
     before = len(hub.requests)
     merge(tmp_path / "again", stream_from_hub=stream)
-    if not stream:
+    if not stream and not OLD_CLIENT:
         assert len(hub.requests) - before == len(MODELS)  # from the cache: only the commits are asked for
 
 
@@ -180,7 +187,7 @@ def test_streaming_survives_passing_faults(
     merge(tmp_path / "out", stream_from_hub=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "local-merge")
     assert hub.faults[0].times == 0  # it struck
-    if fault.get("status") == 429:
+    if fault.get("status") == 429 and not OLD_CLIENT:
         assert waits == [8.0, 8.0]  # as the server said, and a second more
 
 

@@ -160,6 +160,7 @@ class HubFolder(RemoteFolder):
 
     def _get(self, url: str, headers: dict[str, str], start: int, stop: int, name: str | None = None) -> bytes | None:
         from huggingface_hub import constants
+        from huggingface_hub.errors import HTTPError
         from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
         response = http_backoff(
@@ -167,6 +168,7 @@ class HubFolder(RemoteFolder):
             url,
             headers={**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"},
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            retry_on_exceptions=HTTPError,  # lost connections among them, as clients before 1.23 do not by themselves
             follow_redirects=True,  # to another host without the Authorization header
         )
         if name is None and response.status_code == 403:  # the signature of a kept storage URL has expired
