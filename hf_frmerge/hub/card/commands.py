@@ -13,9 +13,6 @@ from hf_frmerge.hub.card.data import CardSource, MergeCard
 from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 
-# Arguments that do not change the result, but without which the merge might be refused.
-_NEEDED = ("strict", "allow_license")
-
 
 def result_arguments(card: MergeCard) -> dict[str, object]:
     """Return the non-default arguments that affect the result, with local paths shortened; a token is never one."""
