@@ -264,7 +264,7 @@ def test_commands_refuse_a_folder_that_is_written_to(full: list[str], tmp_path: 
         result = click_runner().invoke(main, [names.get(word, word) for word in command])
         assert contents(out) == before
     assert result.exit_code == 1
-    assert TAKEN in result.output
+    assert TAKEN in result.stderr
 
 
 def test_measurements_of_a_model_replaced_meanwhile_are_not_kept(
@@ -281,7 +281,7 @@ def test_measurements_of_a_model_replaced_meanwhile_are_not_kept(
     monkeypatch.setattr(import_module("hf_frmerge.cli.evaluate"), "_measure", replaced)
     result = click_runner().invoke(main, ["evaluate", str(out), "--data", f"t={tmp_path / 'text'}"])
     assert result.exit_code == 1
-    assert "was replaced while it was measured" in result.output
+    assert "was replaced while it was measured" in result.stderr
     assert not (out / "merge_evaluation.json").exists()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click_runner import click_runner
 from evaluation_records import make_record
 from hub_server import HubServer
 from merge_reference import SHAPES, random_model, write_family, write_model
@@ -103,7 +103,7 @@ def test_thresholds_of_trimmed_merges(family: tuple[str, list[str]], tmp_path: P
     assert found.n_thresholds == 0 and len(found.different_tensors) == len(SHAPES)
     assert diff_merges(few, turned).n_thresholds == 0  # experts are matched by name
     assert diff_merges(few, merge(experts, tmp_path / "mean", base=base)).n_thresholds == 0  # nothing to compare
-    done = CliRunner().invoke(main, ["diff", few, many])
+    done = click_runner().invoke(main, ["diff", few, many])
     assert f"Thresholds differ in {len(SHAPES)} tensors." in done.output
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click_runner import click_runner
 from evaluation_records import make_record
 from merge_reference import SHAPES, write_family
 from safetensors.numpy import save_file
@@ -32,7 +32,7 @@ def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     chosen = ["--method", "ties", "--density", "0.4"] if request.param == "ties" else chosen
     outputs = [root / "out", root / "again"]
     command = ["merge", *experts, "--base-model", base, *chosen, "--output-dir"]
-    results = [CliRunner().invoke(main, [*command, str(out)]) for out in outputs]
+    results = [click_runner().invoke(main, [*command, str(out)]) for out in outputs]
     assert [result.exit_code for result in results] == [0, 0], results[0].output
     return {"sentence": SENTENCES[request.param], "terminal": results[0].output, "outputs": outputs}
 
@@ -47,7 +47,7 @@ def test_terminal_card_and_page_say_so(merged: dict[str, Any]) -> None:
     assert merged["sentence"] in words(merged["terminal"])
     card = (out / "README.md").read_text()
     assert f"- {len(SHAPES)} tensors were merged" in card and f"- {merged['sentence']}" in card
-    assert CliRunner().invoke(main, ["report", str(out)]).exit_code == 0
+    assert click_runner().invoke(main, ["report", str(out)]).exit_code == 0
     page = words((out / "merge_report.html").read_text())
     assert f"{len(SHAPES)} tensors merged." in page and merged["sentence"] in page
     assert "all tensors were copied" not in page
@@ -60,13 +60,13 @@ def test_terminal_card_and_page_say_so(merged: dict[str, Any]) -> None:
 
 def test_they_can_be_compared_verified_and_evaluated(merged: dict[str, Any]) -> None:
     out, again = map(str, merged["outputs"])
-    diff = CliRunner().invoke(main, ["diff", out, again])
+    diff = click_runner().invoke(main, ["diff", out, again])
     assert diff.exit_code == 0 and f"The same model, bit for bit: {len(SHAPES)} tensors." in words(diff.output)
-    assert CliRunner().invoke(main, ["verify", out]).exit_code == 0
+    assert click_runner().invoke(main, ["verify", out]).exit_code == 0
     assert norm_headline(out) == []
     record = make_record()
     save_record(merged["outputs"][1], record)
     assert "norm_ratio" not in by_key([*headlines(record), *norm_headline(again)])
-    assert CliRunner().invoke(main, ["report", again]).exit_code == 0
-    assert CliRunner().invoke(main, ["card", again]).exit_code == 0
+    assert click_runner().invoke(main, ["report", again]).exit_code == 0
+    assert click_runner().invoke(main, ["card", again]).exit_code == 0
     assert merged["sentence"] in (merged["outputs"][1] / "README.md").read_text()
