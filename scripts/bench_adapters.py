@@ -85,9 +85,9 @@ def merge(args: argparse.Namespace) -> None:
     report = run_merge(plan, StepObserver(), Processes()).report
     usage = resource.getrusage(resource.RUSAGE_SELF)
     facts = {
-        "modules": report["n_merged"],
-        "rank": report["max_rank"],
-        "truncation_error": report["truncation_error"],
+        "modules": report.n_merged,
+        "rank": report.factors.max_rank,
+        "truncation_error": report.factors.truncation_error,
         "cpu": usage.ru_utime + usage.ru_stime,
         "cpu_import": imported,
         "peak_mb": usage.ru_maxrss / 1024,

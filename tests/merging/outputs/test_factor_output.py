@@ -13,14 +13,16 @@ import torch
 from adapter_merges import merge_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from threadpoolctl import ThreadpoolController, threadpool_limits
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge.checkpoints.adapters.adapter import Adapter, open_adapter
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.errors import AmbiguousMeanError, ArgumentError, CheckpointError, MergeError
 from hf_frmerge.geometry.core_space import core_space
-from hf_frmerge.geometry.lowrank import Factors
+from hf_frmerge.geometry.lowrank import Factors, recompress
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
+from hf_frmerge.merging.outputs import factor_output
 from hf_frmerge.merging.outputs.factor_output import FactorOutput
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.methods.table import METHODS
@@ -484,3 +486,28 @@ def test_every_method_of_the_table_runs_on_adapters(bases: dict[str, Path], tmp_
             ],
             rel=1e-6,
         )
+
+
+def test_modules_are_recompressed_with_one_blas_thread_each(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine has threads of its own: BLAS threads below each of them spin for the same cores."""
+    experts = [
+        make_adapter(bases["llama"], tmp_path / f"e{seed}", seed, r=4, target_modules=["q_proj", "v_proj"])
+        for seed in (1, 2)
+    ]
+    blas = ThreadpoolController().select(user_api="blas")
+    seen: list[int] = []
+
+    def watched(*args: Any) -> Any:
+        seen.extend(library["num_threads"] for library in blas.info())
+        return recompress(*args)
+
+    monkeypatch.setattr(factor_output, "recompress", watched)
+    with threadpool_limits(2, user_api="blas"):
+        before = [library["num_threads"] for library in blas.info()]
+        if 2 not in before:
+            pytest.skip("the BLAS of numpy has one thread, or is not known to threadpoolctl")
+        merge_adapters(experts, [0.5, 0.5], tmp_path / "out", adapter_rank=4)
+        assert [library["num_threads"] for library in blas.info()] == before
+    assert set(seen) == {1}
