@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapters.adapter import Adapter
 from hf_frmerge.checkpoints.adapters.factors import LowRankDelta
@@ -129,22 +128,3 @@ def _likeness(delta: LowRankDelta | None) -> tuple[object, ...]:
     parts = delta.module.split(".")
     layer = tuple(part for part in parts if part.isdigit())
     return parts[-1], layer, delta.kind, delta.up.shape[0], delta.down.shape[1:]
-
-
-def zero_notes(
-    adapters: Sequence[Adapter], rows: Sequence[AdapterRow], grams: Sequence[NDArray[np.float64]]
-) -> list[str]:
-    """Note which adapters have zero deltas, from the Gram matrix `(N, N)` of every row."""
-    notes = []
-    for index, adapter in enumerate(adapters):
-        zero = [
-            row.first.module
-            for row, gram in zip(rows, grams)
-            if row.deltas[index] is not None and not gram[index, index]
-        ]
-        if zero:
-            notes.append(
-                f"Adapter {adapter.spec!r} has a zero delta in {len(zero)} of {len(rows)} modules ({some(zero)}): no "
-                "direction, but its weight counts in the norm."
-            )
-    return notes
