@@ -67,8 +67,10 @@ class FactorInputs:
                 hashed = xxh3_128(repr(delta.scale).encode())
                 for info in (delta.down, delta.up):
                     hashed.update(delta.checkpoint.read(info.name).data)
+                    # An adapter is one batch, so pages kept until its end would be those of all its modules.
+                    delta.checkpoint.release(info.name)
                 by_adapter[index] = hashed.hexdigest()
         return by_adapter
 
     def release(self, piece: Piece) -> None:
-        """Do nothing: factors are small and kept in memory."""
+        """Do nothing: what reads the factors has unmapped their pages."""
