@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ os.environ.pop("HF_TOKEN", None)
 # Two cores are shared by the test workers: contention inside chunk-sized ops costs 10-100x.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A shell makes what it starts in the background ignore Ctrl-C; tests interrupt merges, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # New examples are for those who develop; what was right yesterday must not fail a stranger's build today.
 settings.register_profile("ci", derandomize=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
@@ -118,6 +119,8 @@ def test_names_of_integrations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TensorBoardCallback" in {type(b.reporter).__name__ for b in reporting_callbacks("all")}
     with pytest.raises(ArgumentError, match=r"unknown report_to 'tensorbord': .*Did you mean 'tensorboard'\?"):
         reporting_callbacks("tensorboard,tensorbord")
+    if "kubeflow" not in INTEGRATION_TO_CALLBACK:  # an older transformers
+        return
     monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
     with pytest.raises(
         ArgumentError, match=r"`report_to=kubeflow` cannot be used here: .*KUBEFLOW_TRAINER_SERVER_URL"
