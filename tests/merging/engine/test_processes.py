@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ SCRIPT = Path(__file__).parents[2] / "process_scenarios.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [
     "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
 
 
@@ -59,8 +60,15 @@ def write_experts(folder: Path, hub: HubServer) -> None:
 def launch(launcher: list[str], root: Path, block: str) -> subprocess.CompletedProcess[str]:
     here = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])  # this checkout, whatever is installed
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": here}
+    if launcher is ACCELERATE:  # torchrun finds a free port by itself; older versions of accelerate do not
+        launcher = [*launcher, "--main_process_port", str(free_port())]
     command = [sys.executable, "-m", *launcher, str(SCRIPT), str(root), block]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
