@@ -48,7 +48,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
         if as_json:
             click.echo(json.dumps(description, indent=2))
         else:
-            from hf_frmerge.cli.render import print_plan
+            from hf_frmerge.cli.render.merges import print_plan
 
             print_plan(description, args.output_dir)
         check_space(merge_plan)  # last: the plan shows how much is needed, and should be printed in any case
@@ -104,7 +104,7 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
     if as_json:
         click.echo(json.dumps(inspection, indent=2))
         return
-    from hf_frmerge.cli.render import print_inspection
+    from hf_frmerge.cli.render.merges import print_inspection
 
     print_inspection(inspection, top=None if show_all else 12)
 
