@@ -72,10 +72,10 @@ def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
 
 def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
     """
-    Print `Inspection.to_dict()`: the tensors with the largest angles, the whole model, and the verdict.
+    Print the tensors with the largest angles, the whole model, and the verdict.
 
     Args:
-        inspection (`Mapping[str, Any]`): Measurements.
+        inspection (`Mapping[str, Any]`): `Inspection.to_dict()`, and the `verdict` on it.
         top (`int` or `None`): Number of tensors to show; `None` shows all.
     """
     out = console()
