@@ -113,7 +113,7 @@ def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
             spec=model.id,
             repo_id=model.id if model.on_hub else None,
             commit=model.commit,
-            weight=model.weight,
+            weight=model.weight if manifest.is_weighted else None,
             role="base" if model is manifest.base_model else "expert",
             kind=model.kind,
             metadata=read_source_metadata(path) if _is_readable(path) else SourceMetadata(),
