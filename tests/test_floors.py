@@ -45,6 +45,12 @@ ROOMS = {
     ],
     "evaluation": [["record"], ["headlines", "models", "weakest"], ["text"], ["measures"], ["suite", "bridges"]],
     "hub": [["card"], ["check_plan", "outgoing"], ["push"]],
+    "cli": [
+        ["command", "render"],
+        ["options"],
+        ["demo", "diff", "evaluate", "extract", "merge", "output", "preflight", "report", "reproduce"],
+        ["main"],
+    ],
 }
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_frmerge"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")  # the front door sees every room

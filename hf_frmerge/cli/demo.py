@@ -47,8 +47,9 @@ def demo(output_dir: str) -> None:
         finally:
             for bar in bars:
                 bar.close()
-    from hf_frmerge.cli.render import console, human_seconds, print_recovery, print_scores
-    from hf_frmerge.cli.render_evaluation import print_findings, print_functions
+    from hf_frmerge.cli.render.evaluation import print_findings, print_functions
+    from hf_frmerge.cli.render.scores import print_recovery, print_scores
+    from hf_frmerge.cli.render.terminal import console, human_seconds
     from hf_frmerge.wording.metrics import METRICS
 
     out = console()

@@ -30,7 +30,7 @@ def diff(ctx: click.Context, a: str, b: str, token: str | None, as_json: bool) -
     if as_json:
         click.echo(json.dumps({"same_model": result.same_model, **asdict(result)}, indent=2))
     else:
-        from hf_frmerge.cli.render_diff import print_diff
+        from hf_frmerge.cli.render.diff import print_diff
 
         print_diff(result, a, b)
     ctx.exit(0 if result.same_model else FAILURE)

@@ -165,7 +165,7 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
     else:
-        from hf_frmerge.cli.render_evaluation import print_evaluation
+        from hf_frmerge.cli.render.evaluation import print_evaluation
 
         print_evaluation(record)
     if _report_trips(thresholds, headlines):

@@ -62,7 +62,7 @@ def extract_lora(
     if as_json:
         click.echo(json.dumps({**asdict(extracted), "output_dir": output_dir, "error": extracted.error}, indent=2))
         return
-    from hf_frmerge.cli.render import print_extracted
+    from hf_frmerge.cli.render.merges import print_extracted
 
     print_extracted(extracted)
 

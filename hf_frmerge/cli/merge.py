@@ -45,7 +45,7 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
     if as_json:
         click.echo(json.dumps(merger.report, indent=2))
         return
-    from hf_frmerge.cli.render import print_merge
+    from hf_frmerge.cli.render.merges import print_merge
     from hf_frmerge.merging.record.manifest import read_manifest
     from hf_frmerge.wording.geometry import Geometry
 

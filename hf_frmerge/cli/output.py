@@ -44,7 +44,7 @@ def verify(
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
     else:
-        from hf_frmerge.cli.render import print_verification
+        from hf_frmerge.cli.render.merges import print_verification
 
         print_verification(report, output_dir)
     ctx.exit(0 if report.ok else FAILURE)

@@ -48,7 +48,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
         if as_json:
             click.echo(json.dumps(description, indent=2))
         else:
-            from hf_frmerge.cli.render import print_plan
+            from hf_frmerge.cli.render.merges import print_plan
 
             print_plan(description, args.output_dir)
         check_space(merge_plan)  # last: the plan shows how much is needed, and should be printed in any case
@@ -89,6 +89,7 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
 
         from hf_frmerge.merging.inspection import inspect_experts
         from hf_frmerge.merging.planning.build_plan import build_plan
+        from hf_frmerge.wording.inspection import inspection_verdict
 
         expert_arguments, args = arguments_from(experts, config, options)
         with closing(
@@ -100,13 +101,14 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
                 def advance(nbytes: int) -> None:
                     bar.update(nbytes)
 
-                inspection = inspect_experts(merge_plan, progress=advance).to_dict()
+                inspection = inspect_experts(merge_plan, progress=advance)
+    described = {**inspection.to_dict(), "verdict": inspection_verdict(inspection)}
     if as_json:
-        click.echo(json.dumps(inspection, indent=2))
+        click.echo(json.dumps(described, indent=2))
         return
-    from hf_frmerge.cli.render import print_inspection
+    from hf_frmerge.cli.render.merges import print_inspection
 
-    print_inspection(inspection, top=None if show_all else 12)
+    print_inspection(described, top=None if show_all else 12)
 
 
 COMMANDS = {"plan": plan, "inspect": inspect}

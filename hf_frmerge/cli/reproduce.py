@@ -66,7 +66,7 @@ def reproduce(
     if as_json:
         click.echo(json.dumps({"identical": result.identical, **asdict(result)}, indent=2))
     else:
-        from hf_frmerge.cli.render import print_reproduction
+        from hf_frmerge.cli.render.merges import print_reproduction
 
         print_reproduction(result, model)
     ctx.exit(0 if result.identical else FAILURE)

@@ -22,6 +22,7 @@ from hf_frmerge.merging.callbacks.progress import ProgressCallback
 from hf_frmerge.merging.inspection import inspect_experts
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE
+from hf_frmerge.wording.inspection import inspection_verdict
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.record import EvaluationRecord, Score
@@ -179,7 +180,7 @@ def _excerpt(text: str) -> str:
 
 def _verdict(experts: list[str], base: str) -> str:
     with closing(build_plan(experts, MergingArguments(), base_model=base)) as plan:
-        return inspect_experts(plan).verdict
+        return inspection_verdict(inspect_experts(plan))
 
 
 def _final_arguments(output_dir: str) -> MergingArguments:

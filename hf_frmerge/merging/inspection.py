@@ -1,4 +1,4 @@
-"""Measure angles and norms of the experts, and judge whether the choice of a method can matter for them."""
+"""Measure angles and norms of the experts, which tell whether the choice of a method can matter for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from hf_frmerge.merging.engine.engine import worker_count
 from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.planning.blocks import pieces
-from hf_frmerge.merging.record.summary import ROUNDING_ANGLE
 from hf_frmerge.methods.span import SpanOptions
 
 if TYPE_CHECKING:
@@ -45,6 +44,11 @@ class SpaceView:
     karcher_nre_gap: float
     linear_norm_ratio: float
 
+    @property
+    def mean_norm(self) -> float:
+        """Mean norm of the experts, each counted once whatever its weight."""
+        return sum(self.norms) / len(self.norms)
+
 
 @dataclass(frozen=True)
 class TensorView:
@@ -65,13 +69,11 @@ class Inspection:
         experts: experts as the user named them.
         tensors: every tensor that would be merged.
         total: the whole model as one point.
-        verdict: sentences on whether the choice of a method can matter.
     """
 
     experts: list[str]
     tensors: list[TensorView]
     total: TensorView
-    verdict: str
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
@@ -113,7 +115,7 @@ def inspect_experts(plan: MergePlan, progress: Callable[[int], None] | None = No
                 progress(step.nbytes)
     size = sum(step.numel for step in steps)
     overall = _view(plan, "the whole model", (size,), total if total is not None else np.zeros((1, 1, 1)))
-    return Inspection([expert.spec for expert in plan.experts], views, overall, _verdict(views, plan))
+    return Inspection([expert.spec for expert in plan.experts], views, overall)
 
 
 def _gram(plan: MergePlan, kernels: Kernels, step: TensorStep) -> NDArray[np.float64]:
@@ -143,35 +145,3 @@ def _space_view(plan: MergePlan, name: str, points: NDArray[np.float64]) -> Spac
     return SpaceView(
         geometry.norms, geometry.max_angle, geometry.mean_angle, geometry.gap_to_nre, geometry.linear_norm_ratio
     )
-
-
-def _verdict(views: list[TensorView], plan: MergePlan) -> str:
-    """Explain in words what the numbers mean for the choice of a method."""
-    parts = []
-    for name, in_space in (("weight", [v.weights for v in views]), ("delta", [v.deltas for v in views])):
-        measured = [(view, whole.weights) for view, whole in zip(in_space, views) if view is not None]
-        if not measured:
-            continue
-        angle = max(view.max_angle for view, _ in measured)
-        kept = min(view.linear_norm_ratio for view, _ in measured)
-        gap = max(view.karcher_nre_gap for view, _ in measured)
-        # The output are weights: an angle between deltas moves them by that angle times the deltas' share of the norm.
-        shift = max(view.karcher_nre_gap * _mean_norm(view) / (_mean_norm(whole) or 1.0) for view, whole in measured)
-        sentence = (
-            f"In {name} space experts are up to {angle:.2g} rad apart and a plain mean keeps at least {kept:.1%} of "
-            f"their norm. The Karcher mean is at most {gap:.1g} rad from the norm-rescaled mean, {shift:.1g} of the "
-            "weights' norm: "
-        )
-        rounding = ROUNDING_ANGLE["BF16"]
-        if shift < rounding:
-            sentence += f"less than rounding to bf16 costs ({rounding:.2g}), so expect the same model from both."
-        else:
-            sentence += f"more than rounding to bf16 costs ({rounding:.2g}), so compare both on your data."
-        parts.append(sentence)
-    if plan.base is None and parts:
-        parts.append("Pass the base model to see the deltas, where angles are wide.")
-    return " ".join(parts) or "There is no tensor to merge."
-
-
-def _mean_norm(view: SpaceView) -> float:
-    return sum(view.norms) / len(view.norms)

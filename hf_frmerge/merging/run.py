@@ -19,7 +19,6 @@ from hf_frmerge.merging.engine.journal import Journal, fingerprint, modification
 from hf_frmerge.merging.engine.output import Output
 from hf_frmerge.merging.engine.shared_observer import SharedObserver
 from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
-from hf_frmerge.merging.outputs.factor_output import FactorOutput
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record.summary import MergeOutcome, make_report
@@ -74,7 +73,7 @@ def run_merge(
 def _run(plan: MergePlan, observer: StepObserver, processes: Processes, lock: FolderLock | None) -> MergeOutcome:
     started = time.perf_counter()
     kernels = load_kernels(plan.args.device)
-    output = ShardOutput(plan) if plan.layout is not None else FactorOutput(plan)
+    output = _output(plan)
     with closing(output), closing(_prepare(plan, output, kernels, processes)) as journal:
         if processes.size > 1:
             observer = SharedObserver(observer, plan, processes)
@@ -99,6 +98,14 @@ def _run(plan: MergePlan, observer: StepObserver, processes: Processes, lock: Fo
         _finish(plan, output, outcomes, report, processes.size)
     processes.wait()  # no process returns before the output has its final names
     return MergeOutcome(complete, report)
+
+
+def _output(plan: MergePlan) -> Output:
+    if plan.layout is not None:
+        return ShardOutput(plan)
+    from hf_frmerge.merging.outputs.factor_output import FactorOutput  # brings modules that full models do not need
+
+    return FactorOutput(plan)
 
 
 def _prepare(plan: MergePlan, output: Output, kernels: Kernels, processes: Processes) -> Journal:

@@ -21,18 +21,25 @@ def _what_was_merged(facts: MergeFacts) -> Verdict:
     manifest = facts.manifest
     kinds = {expert.kind for expert in manifest.experts}
     kind = {"full": "fine-tuned models", "adapter": "LoRA adapters"}[kinds.pop()] if len(kinds) == 1 else "models"
-    weights = manifest.weights
-    if len(weights) <= N_NAMED:
-        names = listed([f"{name} (weight {weight:.3g})" for name, weight in zip(facts.experts, weights)])
-    else:
-        names = f"with weights of {min(weights):.3g} to {max(weights):.3g}"
-        names = f"of weight {weights[0]:.3g} each" if min(weights) == max(weights) else names
     block, points = BLOCKS[manifest.arguments["block"]], POINTS[manifest.space]
     copied = len(facts.tensors) - len(facts.merged_tensors)
     counts = f"{counted(len(facts.merged_tensors), 'tensor')} merged" + (f", {copied:,} copied" if copied else "")
     return Verdict(
         "fact",
         "What was merged",
-        f"{len(weights)} {kind}, {names}, by {method_of(manifest.method).title} of their {points}, {block} at a "
-        f"time. {counts}.",
+        f"{len(facts.experts)} {kind}{_named(facts)}, by {method_of(manifest.method).title} of their {points}, "
+        f"{block} at a time. {counts}.",
     )
+
+
+def _named(facts: MergeFacts) -> str:
+    """Name the experts, if they are few, and their weights, if these decided anything."""
+    weights, few = facts.manifest.weights, len(facts.experts) <= N_NAMED
+    if not facts.manifest.is_weighted:
+        return f", {listed(facts.experts)}" if few else ""
+    if few:
+        names = [f"{name} (weight {weight:.3g})" for name, weight in zip(facts.experts, weights)]
+        return f", {listed(names)}"
+    if min(weights) == max(weights):
+        return f", of weight {weights[0]:.3g} each"
+    return f", with weights of {min(weights):.3g} to {max(weights):.3g}"

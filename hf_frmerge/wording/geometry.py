@@ -66,6 +66,8 @@ class Geometry:
 
 
 NOTHING_MERGED = "Nothing was merged: all tensors were copied."
+SAME_MODEL = "so expect the same model from both"
+"""What follows if two methods differ by less than rounding does."""
 
 
 def unmeasured(method: str) -> str:
@@ -108,7 +110,7 @@ def gap_sentence(gap: float, space: str, dtype: str) -> str:
     )
     if is_below_rounding(gap, space, dtype):
         rounding = f"less than what rounding to {DTYPES[dtype]} turns a tensor by, {angle(ROUNDING_ANGLE[dtype])}"
-        return f"{text}. That is {rounding}, so expect the same model from both."
+        return f"{text}. That is {rounding}, {SAME_MODEL}."
     return f"{text}. Only an evaluation of both can tell which is better."
 
 

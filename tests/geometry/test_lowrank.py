@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hf_frmerge.geometry.core_space import core_space
 from hf_frmerge.geometry.gram import difference_gram, embed, embed_differences
 from hf_frmerge.geometry.karcher import karcher_mean
-from hf_frmerge.geometry.lowrank import Factors, base_gram, concatenate, factor_gram, recompress
+from hf_frmerge.geometry.lowrank import Factors, base_gram, concatenate, factor_gram, kept_rank, recompress
 from hf_frmerge.geometry.sphere import normalise
 
 
@@ -136,23 +136,33 @@ def test_energy_keeps_just_enough():
     pair = Factors(np.diag([4.0, 2.0, 1.0, 0.5]), np.eye(4))  # squares 16, 4, 1, 0.25 of 21.25
     for energy, rank in [(0.5, 1), (0.76, 2), (0.95, 3), (0.99, 4), (1.0, 4)]:
         smaller, error = recompress(pair, energy=energy)
-        assert smaller.B.shape[1] == rank, energy
+        assert smaller.B.shape[1] == kept_rank(pair, energy=energy) == rank, energy
         assert 1 - error**2 >= energy - 1e-15
-    assert recompress(pair, rank=2, energy=0.99)[0].B.shape[1] == 2
-    assert recompress(pair, rank=3, energy=0.5)[0].B.shape[1] == 1
+    for rank, energy, kept in [(2, 0.99, 2), (3, 0.5, 1), (9, None, 4)]:
+        assert recompress(pair, rank, energy)[0].B.shape[1] == kept_rank(pair, rank, energy) == kept
+
+
+@pytest.mark.parametrize("energy", [0.1, 0.5, 0.9, 0.999, 1.0])
+def test_the_rank_of_an_energy_is_counted_on_the_dense_matrix(energy):
+    pair = concatenate(random_factors(14), np.array([0.4, -1.0, 2.0]))._replace(scale=0.7)
+    squares = np.linalg.svd(dense(pair), compute_uv=False)[:12] ** 2
+    expected = 1 + int(np.sum(np.cumsum(squares) < energy * squares.sum())) if energy < 1 else 12
+    assert kept_rank(pair, energy=energy) == expected
 
 
 def test_a_zero_delta_recompresses_to_zero():
-    smaller, error = recompress(Factors(np.zeros((5, 3)), np.ones((3, 4))), energy=0.9)
-    assert smaller.B.shape == (5, 1)
+    pair = Factors(np.zeros((5, 3)), np.ones((3, 4)))
+    smaller, error = recompress(pair, energy=0.9)
+    assert smaller.B.shape == (5, kept_rank(pair, energy=0.9)) == (5, 1)
     assert not dense(smaller).any()
     assert error == 0.0
 
 
 @pytest.mark.parametrize("arguments", [{"rank": 0}, {"energy": 0.0}, {"energy": 1.1}])
 def test_senseless_ranks_and_energies_are_refused(arguments):
-    with pytest.raises(ValueError, match="must be"):
-        recompress(random_factors(12)[0], **arguments)
+    for function in (recompress, kept_rank):
+        with pytest.raises(ValueError, match="must be"):
+            function(random_factors(12)[0], **arguments)
 
 
 def test_factors_that_do_not_fit_are_refused():

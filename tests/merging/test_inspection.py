@@ -20,6 +20,7 @@ from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.inspection import Inspection, SpaceView, inspect_experts
 from hf_frmerge.merging.planning import blocks
 from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.wording.inspection import inspection_verdict
 
 
 def inspect(
@@ -95,8 +96,9 @@ def test_without_a_base_there_are_no_deltas(tmp_path: Path) -> None:
     _, experts = write_family(tmp_path)
     found = inspect(experts, tmp_path)
     assert all(view.deltas is None for view in [*found.tensors, found.total])
-    assert "delta space" not in found.verdict
-    assert found.verdict.endswith("Pass the base model to see the deltas, where angles are wide.")
+    verdict = inspection_verdict(found)
+    assert "delta space" not in verdict
+    assert verdict.endswith("Pass the base model to see the deltas, where angles are wide.")
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-5])
@@ -113,7 +115,7 @@ def test_siblings_are_seen_but_said_to_make_no_difference(tmp_path: Path, spread
         assert view.deltas is not None
         assert_view(view.deltas, expected_view(points - vectors([origin], view.name), [1 / 3] * 3), rtol=1e-5)
         assert view.deltas.max_angle > 1
-    weights, deltas = found.verdict.split(" In delta space ")
+    weights, deltas = inspection_verdict(found).split(" In delta space ")
     for part in (weights, deltas):
         assert "expect the same model from both" in part
         assert "less than rounding to bf16 costs (0.0015)" in part
@@ -127,7 +129,7 @@ def test_wide_experts_are_worth_a_comparison(tmp_path: Path) -> None:
     gap = max(view.weights.karcher_nre_gap for view in found.tensors)
     kept = min(view.weights.linear_norm_ratio for view in found.tensors)
     assert gap > 2.0**-9  # half a unit in the last place of bf16
-    weights, deltas = found.verdict.split(" In delta space ")
+    weights, deltas = inspection_verdict(found).split(" In delta space ")
     for part in (weights, deltas):
         assert "more than rounding to bf16 costs (0.0015), so compare both on your data" in part
     assert f"keeps at least {kept:.1%} of their norm" in weights
@@ -164,7 +166,7 @@ def test_it_can_be_written_as_json(tmp_path: Path) -> None:
     _, experts = write_family(tmp_path, 2)
     found = inspect(experts, tmp_path)
     read = json.loads(json.dumps(found.to_dict()))
-    assert read["verdict"] == found.verdict
+    assert read["experts"] == found.experts
     assert read["tensors"][0]["weights"]["max_angle"] == found.tensors[0].weights.max_angle
 
 

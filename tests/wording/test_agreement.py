@@ -15,7 +15,7 @@ from merge_reference import write_family
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.cli.main import main
-from hf_frmerge.cli.render_evaluation import print_evaluation
+from hf_frmerge.cli.render.evaluation import print_evaluation
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Score, load_record, save_record
 from hf_frmerge.report.page import write_page
 

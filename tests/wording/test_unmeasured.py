@@ -34,7 +34,12 @@ def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     command = ["merge", *experts, "--base-model", base, *chosen, "--output-dir"]
     results = [click_runner().invoke(main, [*command, str(out)]) for out in outputs]
     assert [result.exit_code for result in results] == [0, 0], results[0].output
-    return {"sentence": SENTENCES[request.param], "terminal": results[0].output, "outputs": outputs}
+    return {
+        "method": request.param,
+        "sentence": SENTENCES[request.param],
+        "terminal": results[0].output,
+        "outputs": outputs,
+    }
 
 
 def words(text: str) -> str:
@@ -56,6 +61,17 @@ def test_terminal_card_and_page_say_so(merged: dict[str, Any]) -> None:
     assert ("Coefficient of each expert over its weight" in page) == has_table
     for said in (words(merged["terminal"]), card, page):
         assert "converged" not in said and "Two experts" not in said and "of the experts' length" not in said
+
+
+def test_weights_are_shown_where_they_decide(merged: dict[str, Any]) -> None:
+    """A table of coefficients takes their place, so card and page do not show them beside it."""
+    out: Path = merged["outputs"][0]
+    is_weighted = merged["method"] != "given"
+    card = (out / "README.md").read_text()
+    rows = [line.split(" | ") for line in card.splitlines() if line.endswith("|") and "fine-tuned model" in line]
+    assert [row[1] for row in rows] == ["0.333333" if is_weighted else "–"] * 3
+    assert click_runner().invoke(main, ["report", str(out)]).exit_code == 0
+    assert ("(weight 0.333)" in words((out / "merge_report.html").read_text())) == is_weighted
 
 
 def test_they_can_be_compared_verified_and_evaluated(merged: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128
 
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
@@ -76,6 +77,20 @@ class LowRankDelta:
         self.check_low_rank()
         return self._read_pair()
 
+    def read_digested(self) -> tuple[NDArray[np.floating], NDArray[np.floating], str]:
+        """Return what `read` and `digest` return, reading the stored bytes once."""
+        self.check_low_rank()
+        hashed = self._hash()
+        return *self._read_pair(hashed), hashed.hexdigest()
+
+    def digest(self) -> str:
+        """Return the XXH3-128 digest of the scale and the stored bytes of `down` and `up`."""
+        hashed = self._hash()
+        for info in (self.down, self.up):
+            hashed.update(self.checkpoint.read(info.name).data)
+            self.checkpoint.release(info.name)
+        return hashed.hexdigest()
+
     def check_low_rank(self) -> None:
         """Raise `CheckpointError` if this is a DoRA module, which has no low-rank delta."""
         if self.is_dora:
@@ -109,8 +124,9 @@ class LowRankDelta:
         """Read factors and magnitudes, from which the effective weight of a DoRA module is computed row by row."""
         return DoraWeight(*self._lay_out(*self._read_pair()), self.read_magnitude())
 
-    def _read_pair(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-        return self._read(self.up).reshape(-1, self.rank), self._read(self.down).reshape(self.rank, -1)
+    def _read_pair(self, hashed: xxh3_128 | None = None) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        down, up = self._read(self.down, hashed), self._read(self.up, hashed)
+        return up.reshape(-1, self.rank), down.reshape(self.rank, -1)
 
     def _lay_out(
         self, up: NDArray[np.floating], down: NDArray[np.floating]
@@ -127,8 +143,15 @@ class LowRankDelta:
             )
         return single
 
-    def _read(self, info: TensorInfo) -> NDArray[np.floating]:
-        values = widen(self.checkpoint.read(info.name), info.dtype)
+    def _hash(self) -> xxh3_128:
+        return xxh3_128(repr(self.scale).encode())
+
+    def _read(self, info: TensorInfo, hashed: xxh3_128 | None = None) -> NDArray[np.floating]:
+        data = self.checkpoint.read(info.name)
+        if hashed is not None:
+            hashed.update(data.data)
+        values = widen(data, info.dtype)
+        # Merged into an adapter all modules are one batch, so pages kept until its end would be the whole files.
         self.checkpoint.release(info.name)
         if not np.isfinite(values).all():
             raise NonFiniteError(

@@ -39,12 +39,25 @@ class AdapterRow:
 
     def factors(self, only: Sequence[bool] | None = None) -> list[Factors]:
         """Read the factors; an adapter without the module, or for which `only` is False, has factors of rank 0."""
-        nothing = Factors(np.zeros((self.n_out, 0)), np.zeros((0, self.n_in)))
         wanted = only or [True] * len(self.deltas)
         return [
-            Factors(*delta.read(), delta.scale) if delta is not None and use else nothing
+            Factors(*delta.read(), delta.scale) if delta is not None and use else self._no_factors()
             for delta, use in zip(self.deltas, wanted)
         ]
+
+    def digested_factors(self) -> tuple[list[Factors], dict[int, str]]:
+        """Read the factors once, and return them with a digest for every adapter that has the module."""
+        factors, digests = [], {}
+        for index, delta in enumerate(self.deltas):
+            if delta is None:
+                factors.append(self._no_factors())
+            else:
+                up, down, digests[index] = delta.read_digested()
+                factors.append(Factors(up, down, delta.scale))
+        return factors, digests
+
+    def _no_factors(self) -> Factors:
+        return Factors(np.zeros((self.n_out, 0)), np.zeros((0, self.n_in)))
 
 
 def align_adapters(adapters: Sequence[Adapter]) -> list[AdapterRow]:

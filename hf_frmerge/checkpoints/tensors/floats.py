@@ -46,10 +46,12 @@ def narrow(values: NDArray[np.floating], dtype: str) -> NDArray[np.uint8]:
         # bf16 is the upper half of a float32. Adding 0x7FFF and the last bit that stays rounds to nearest even.
         bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(-1)
         is_nan = np.isnan(bits.view(np.float32))
-        rounded = (bits >> 16) & 1
+        rounded = bits >> 16
+        rounded &= 1
         rounded += bits
         rounded += 0x7FFF
         rounded >>= 16
         # Rounding may turn a NaN into an infinity, by a carry out of its payload; 0x7FC0 is the quiet NaN.
-        return np.where(is_nan, np.uint32(0x7FC0), rounded).astype("<u2").view(np.uint8)
+        rounded[is_nan] = 0x7FC0
+        return rounded.astype("<u2").view(np.uint8)
     return np.ascontiguousarray(values, dtype=_NUMPY_DTYPES[dtype]).reshape(-1).view(np.uint8)

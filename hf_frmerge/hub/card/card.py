@@ -18,17 +18,20 @@ from hf_frmerge.hub.card.commands import (
     verify_command,
 )
 from hf_frmerge.hub.card.data import CardSource, MergeCard
-from hf_frmerge.hub.card.evaluation_section import evaluation_section, hide_names
 from hf_frmerge.hub.card.licences import LicenceDecision, SourceMetadata, combine
 from hf_frmerge.hub.card.markdown import cell
-from hf_frmerge.hub.card.model_index import eval_results
 from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.wording import parts
 from hf_frmerge.wording.geometry import geometry_verdicts
 from hf_frmerge.wording.methods import BLOCKS, NORMS, SPACES, bibtex, method_of
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
+    from collections.abc import Callable
+
+    from huggingface_hub import EvalResult, ModelCardData
+
+    from hf_frmerge.evaluation.record import EvaluationRecord
+    from hf_frmerge.hub.card.evaluation_section import EvaluationSection
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         block=BLOCKS.get(card.block, card.block),
         norm=NORMS.get(card.norm, card.norm),
         settings=result_arguments(card),
-        evaluation=evaluation_section(card.evaluation) if card.evaluation else None,
+        evaluation=_evaluation_section(card),
         figures={name: f"![{parts.FIGURES[name].title}]({path})" for name, path in card.figures.items()},
         geometry=geometry_verdicts(card.statistics.geometry) if card.statistics.geometry else [],
         decision=decision,
@@ -177,7 +180,7 @@ def card_metadata(card: MergeCard) -> ModelCardData:
     datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
     tags = [*card.tag_names, *method_of(card.method).tags, *card.task.tags, *card.tags]
     tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
-    results = eval_results(card.evaluation, card.task.pipeline_tag) if card.evaluation else []
+    results = _eval_results(card)
     optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
     return ModelCardData(
         # The client requires a name for evaluation results; without results the Hub shows the repository's.
@@ -205,7 +208,7 @@ def _without_local_paths(card: MergeCard) -> MergeCard:
     return replace(
         card,
         sources=[_public_source(source) for source in card.sources],
-        evaluation=hide_names(card.evaluation, hide) if card.evaluation else None,
+        evaluation=_without_names(card.evaluation, hide),
         notes=[hide(note) for note in card.notes],
         model_name=hide(card.model_name).removeprefix("./"),
         command=reproduce_command(card),
@@ -228,6 +231,34 @@ def _public_source(source: CardSource) -> CardSource:
 def _is_id(dataset: str) -> bool:
     """Whether a `datasets` entry can be a Hub id; some cards have paths or URLs there, which the Hub rejects."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) is not None
+
+
+# Most merges are described before anything is measured, and what tells of measurements takes as long to import as a
+# tenth of a small merge.
+
+
+def _evaluation_section(card: MergeCard) -> EvaluationSection | None:
+    if card.evaluation is None:
+        return None
+    from hf_frmerge.hub.card.evaluation_section import evaluation_section
+
+    return evaluation_section(card.evaluation)
+
+
+def _eval_results(card: MergeCard) -> list[EvalResult]:
+    if card.evaluation is None:
+        return []
+    from hf_frmerge.hub.card.model_index import eval_results
+
+    return eval_results(card.evaluation, card.task.pipeline_tag)
+
+
+def _without_names(evaluation: EvaluationRecord | None, hide: Callable[[str], str]) -> EvaluationRecord | None:
+    if evaluation is None:
+        return None
+    from hf_frmerge.hub.card.evaluation_section import hide_names
+
+    return hide_names(evaluation, hide)
 
 
 def _unique(items: list[Any]) -> list[str]:

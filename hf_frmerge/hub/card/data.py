@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from hf_frmerge.evaluation.record import EvaluationRecord
 from hf_frmerge.hub.card.licences import SourceMetadata
 from hf_frmerge.hub.card.tasks import Task
 from hf_frmerge.methods.method import Paper
 from hf_frmerge.methods.table import FISHER_RAO
 from hf_frmerge.wording.geometry import Geometry
+
+if TYPE_CHECKING:
+    from hf_frmerge.evaluation.record import EvaluationRecord
 
 TAG_NAMES = ("merge", "hf-frmerge")
 NAME = "Fisher–Rao merging"

@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from hf_frmerge.checkpoints.disk import remove_file
-from hf_frmerge.evaluation.record import load_record
 from hf_frmerge.hub.card.card import write_card
 from hf_frmerge.hub.card.data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.card.licences import SourceMetadata, read_source_metadata
@@ -28,6 +27,9 @@ from hf_frmerge.merging.record.manifest import (
 )
 from hf_frmerge.wording.geometry import Geometry
 from hf_frmerge.wording.parts import FIGURES
+
+if TYPE_CHECKING:
+    from hf_frmerge.evaluation.record import EvaluationRecord
 
 FIGURES_FOLDER = "figures"
 
@@ -93,7 +95,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         "norm": arguments["norm"],
         "task": read_task(folder),
         "non_default_arguments": _non_default(arguments),
-        "evaluation": load_record(folder),
+        "evaluation": _evaluation(folder),
         "report_file": REPORT_FILE if _is_current(folder / REPORT_FILE) else None,
         "statistics": _statistics(manifest),
         "notes": list(manifest.report.notes),
@@ -111,7 +113,7 @@ def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
             spec=model.id,
             repo_id=model.id if model.on_hub else None,
             commit=model.commit,
-            weight=model.weight,
+            weight=model.weight if manifest.is_weighted else None,
             role="base" if model is manifest.base_model else "expert",
             kind=model.kind,
             metadata=read_source_metadata(path) if _is_readable(path) else SourceMetadata(),
@@ -123,6 +125,15 @@ def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
     if trained_on is not None and manifest.base_model is None:
         sources.append(CardSource(spec=trained_on, repo_id=trained_on, role="base"))
     return sources
+
+
+def _evaluation(folder: Path) -> EvaluationRecord | None:
+    """Load what was measured; without the file, spare a merge the imports that reading it takes."""
+    if not (folder / EVALUATION_FILE).is_file():
+        return None
+    from hf_frmerge.evaluation.record import load_record
+
+    return load_record(folder)
 
 
 def _is_readable(path: str | None) -> TypeGuard[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 import os
@@ -23,6 +22,8 @@ _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a sentence with the closest known word, with a leading space; empty if no word is close."""
+    import difflib  # only after a mistake
+
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 

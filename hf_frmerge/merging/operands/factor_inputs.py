@@ -7,8 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xxhash import xxh3_128
-
 from hf_frmerge.geometry.lowrank import factor_gram
 from hf_frmerge.kernels.product import product
 
@@ -57,20 +55,12 @@ class FactorInputs:
 
         Raises `NonFiniteError` with the name of the adapter if a factor holds NaN or infinity.
         """
-        return factor_gram(self.row.factors(), product)[None], self.digests(piece)
+        factors, digests = self.row.digested_factors()
+        return factor_gram(factors, product)[None], digests
 
     def digests(self, piece: Piece) -> dict[int, str]:
         """Return for every adapter that has the module a digest of its factors and scale."""
-        by_adapter = {}
-        for index, delta in enumerate(self.row.deltas):
-            if delta is not None:
-                hashed = xxh3_128(repr(delta.scale).encode())
-                for info in (delta.down, delta.up):
-                    hashed.update(delta.checkpoint.read(info.name).data)
-                    # An adapter is one batch, so pages kept until its end would be those of all its modules.
-                    delta.checkpoint.release(info.name)
-                by_adapter[index] = hashed.hexdigest()
-        return by_adapter
+        return {index: delta.digest() for index, delta in enumerate(self.row.deltas) if delta is not None}
 
     def release(self, piece: Piece) -> None:
         """Do nothing: what reads the factors has unmapped their pages."""

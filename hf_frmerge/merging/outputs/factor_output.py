@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,10 @@ from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter,
 from hf_frmerge.checkpoints.beside.look_beside import copy_files
 from hf_frmerge.checkpoints.disk import make_folder
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
-from hf_frmerge.geometry.lowrank import Factors, concatenate, recompress
+from hf_frmerge.geometry.lowrank import Factors, concatenate, kept_rank, recompress
 from hf_frmerge.geometry.sphere import combine, dot
 from hf_frmerge.merging.decisions import Solution
-from hf_frmerge.merging.engine.ordered_pool import ordered_pool
+from hf_frmerge.merging.engine.engine import worker_count
 from hf_frmerge.merging.engine.outcomes import FactorDetails
 from hf_frmerge.merging.operands.factor_inputs import FactorInputs
 
@@ -61,8 +62,9 @@ class FactorOutput:
         args, base = self._plan.args, self._plan.base
         most = max(_most_rank(_row(tensor), _coefficients(tensor)) for tensor in tensors)
         wanted = None if args.adapter_rank is None else min(args.adapter_rank, most)  # a higher rank only adds zeros
-        with ordered_pool(args.num_workers) as workers:
-            ranks = workers.map(
+        # On threads, as an energy bound takes singular values. The engine's own wait for the layout.
+        with ThreadPoolExecutor(worker_count(self._plan)) as pool:
+            ranks = pool.map(
                 lambda tensor: _rank(_row(tensor), _coefficients(tensor), wanted, args.adapter_energy), tensors
             )
             modules = [_module(_row(tensor), rank) for tensor, rank in zip(tensors, ranks)]
@@ -86,9 +88,10 @@ class FactorOutput:
         gram = tensor.grams[0] if tensor.grams.any() else tensor.inputs.gram(kernels, piece)[0][0]
         norm = float(np.sqrt(np.maximum(dot(combine(coefficients, gram), coefficients), 0.0)))
         self._details[tensor.step.name] = FactorDetails(module.rank, norm, error)
-        missing = module.rank - pair.A.shape[0]  # padded with zeros if `adapter_rank` is above the rank of the module
-        up, down = np.pad(pair.B, ((0, 0), (0, missing))), np.pad(pair.A, ((0, missing), (0, 0)))
-        return _joint_digest(self._writer.write(module, up, down))
+        missing = module.rank - pair.A.shape[0]
+        if missing:  # `adapter_rank` is above the rank of the module
+            pair = Factors(np.pad(pair.B, ((0, 0), (0, missing))), np.pad(pair.A, ((0, missing), (0, 0))))
+        return _joint_digest(self._writer.write(module, pair.B, pair.A))
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Never called: an adapter cannot hold a copy of a module of the base."""
@@ -148,10 +151,10 @@ def _full_rank(row: AdapterRow, used: Sequence[bool]) -> int:
 
 
 def _rank(row: AdapterRow, coefficients: NDArray[np.float64], rank: int | None, energy: float | None) -> int:
-    """Return the rank to write. An energy bound costs a recompression here, and another when the module is written."""
+    """Return the rank to write. For an energy bound that takes half of a recompression, with another one to follow."""
     used = _used(row, coefficients)
     if energy is not None:
-        return recompress(concatenate(row.factors(used), coefficients), rank, energy)[0].A.shape[0]
+        return kept_rank(concatenate(row.factors(used), coefficients), rank, energy)
     return _full_rank(row, used) if rank is None else rank
 
 
@@ -174,14 +177,12 @@ def _rank_notes(ranks: Sequence[int], most: int) -> list[str]:
 
 def _exact(row: AdapterRow, coefficients: NDArray[np.float64], used: Sequence[bool]) -> Factors:
     """Do what `concatenate` does, in float32 if the inputs are: half the memory traffic, and it is rounded next."""
-    parts = [
-        (pair.B * np.float64(c * pair.scale), pair.A)
-        for c, pair, use in zip(coefficients, row.factors(used), used)
-        if use
-    ]
-    dtype = np.result_type(*(down for _, down in parts))
-    up = np.concatenate([up for up, _ in parts], axis=1, dtype=dtype, casting="same_kind")
-    return Factors(up, np.concatenate([down for _, down in parts]))
+    pairs = [pair for pair, use in zip(row.factors(used), used) if use]
+    scales = [c * pair.scale for c, pair in zip(coefficients[used], pairs)]
+    up = np.concatenate([pair.B for pair in pairs], axis=1)
+    # The product is taken in float64, and rounded as it is stored.
+    np.multiply(up, np.repeat(scales, [pair.A.shape[0] for pair in pairs]), out=up, casting="same_kind")
+    return Factors(up, np.concatenate([pair.A for pair in pairs]))
 
 
 def _module(row: AdapterRow, rank: int) -> AdapterModule:

@@ -66,6 +66,11 @@ class Manifest:
         return self.experts if self.base_model is None else (*self.experts, self.base_model)
 
     @property
+    def is_weighted(self) -> bool:
+        """Whether weights decided anything: a table of coefficients takes their place."""
+        return self.arguments.get("coefficients") is None
+
+    @property
     def weights(self) -> list[float]:
         """Weights of the experts."""
         return [expert.weight for expert in self.experts if expert.weight is not None]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,10 +140,17 @@ def package_versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            found[package] = _version(package)
         except PackageNotFoundError:
             continue
     return found
+
+
+def _version(package: str) -> str:
+    # `importlib.metadata.version` parses the README in the metadata, too: 3.5 ms for these packages instead of 0.5.
+    installed = distribution(package)
+    header = re.search(r"^Version: (.+)$", installed.read_text("METADATA") or "", re.MULTILINE)
+    return header[1] if header else installed.version
 
 
 def _as_text(values: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_frmerge.cli.render import console, print_verdicts
+from hf_frmerge.cli.render.terminal import console, print_verdicts
 from hf_frmerge.evaluation.record import MERGED, CollapseRatio, EvaluationRecord, Generation, WorstToken
 from hf_frmerge.wording import parts
 from hf_frmerge.wording.evaluation import evaluation_verdicts, layer_name, weakest_layers

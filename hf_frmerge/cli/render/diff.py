@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from hf_frmerge.cli.render import console
+from hf_frmerge.cli.render.terminal import console
 
 if TYPE_CHECKING:
     from rich.console import Console

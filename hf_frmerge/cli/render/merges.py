@@ -1,63 +1,21 @@
-"""Human-readable output of the commands: tables, units, and sentences about the numbers."""
+"""Print plans, inspections and merges, and what became of merges that were checked or made again."""
 
 from __future__ import annotations
 
-import math
 import shlex
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from hf_frmerge.cli.render.terminal import console, human_bytes, human_count, human_seconds, print_verdicts
 from hf_frmerge.wording.geometry import Geometry, geometry_verdicts
-from hf_frmerge.wording.metrics import METRICS
-from hf_frmerge.wording.numbers import number, percent
-from hf_frmerge.wording.verdicts import Verdict
+from hf_frmerge.wording.numbers import number
 
 if TYPE_CHECKING:
-    from hf_frmerge.evaluation.record import Recovered, Score
     from hf_frmerge.extraction.extract_lora import ExtractedAdapter
     from hf_frmerge.provenance.merge_again import Reproduction
     from hf_frmerge.provenance.verify import VerifyReport
-
-_TIE = math.log(1.01)  # a few thousand tokens cannot resolve perplexities that differ by less than 1%
-_STYLES = {"good": "", "fact": "", "watch": "yellow", "bad": "yellow"}
-
-
-def console() -> Console:
-    """Return a console on stdout. Markup is off, since names and paths may contain brackets; pipes are 120 wide."""
-    # Rich assumes 80 columns for a pipe, in which tables would be folded.
-    width = None if sys.stdout.isatty() else 120
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=False, width=width)
-
-
-def human_bytes(count: float) -> str:
-    """Format bytes with powers of 1000: `269_000_000` as "269 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:  # larger counts would be rounded to 1e+03
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
-
-
-def human_count(count: float) -> str:
-    """Format a count with powers of 1000: `134_515_008` as "135 M"."""
-    for unit in ("", " k", " M"):
-        if count < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} B"
-
-
-def human_seconds(seconds: float) -> str:
-    """Format a duration: `75` as "1 min 15 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
 
 
 def print_merge(report: Mapping[str, Any], geometry: Geometry, output_dir: str) -> None:
@@ -81,12 +39,6 @@ def print_merge(report: Mapping[str, Any], geometry: Geometry, output_dir: str) 
     print_verdicts(out, geometry_verdicts(geometry))
     out.print(f"Output: {output_dir}", style="bold")
     out.print(f"Check it bit for bit with: frmerge verify {shlex.quote(output_dir)}")
-
-
-def print_verdicts(out: Console, verdicts: Iterable[Verdict]) -> None:
-    """Print verdicts, one per line; those that need attention in yellow."""
-    for verdict in verdicts:
-        out.print(verdict.text, style=_STYLES[verdict.level])
 
 
 def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
@@ -120,10 +72,10 @@ def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
 
 def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
     """
-    Print `Inspection.to_dict()`: the tensors with the largest angles, the whole model, and the verdict.
+    Print the tensors with the largest angles, the whole model, and the verdict.
 
     Args:
-        inspection (`Mapping[str, Any]`): Measurements.
+        inspection (`Mapping[str, Any]`): `Inspection.to_dict()`, and the `verdict` on it.
         top (`int` or `None`): Number of tensors to show; `None` shows all.
     """
     out = console()
@@ -203,82 +155,7 @@ def print_extracted(extracted: ExtractedAdapter) -> None:
     out.print(f"Output: {extracted.output_dir}", style="bold")
 
 
-def print_scores(scores: Sequence[Score], merged: Sequence[str], title: str = METRICS["perplexity"].heading) -> None:
-    """
-    Print perplexities, a row per model and a column per domain; the last column is the geometric mean.
-
-    Args:
-        scores (`Sequence[Score]`): One per model and domain.
-        merged (`Sequence[str]`): Names of the merged models; the best in each column are marked.
-        title (`str`, *optional*): Title of the table.
-    """
-    losses = _losses(scores)
-    domains = list(dict.fromkeys(score.domain for score in scores))
-    has_mean, has_rivals = len(domains) > 1, len(merged) > 1
-    rows = {
-        name: [*by_domain.values(), *([math.fsum(by_domain.values()) / len(domains)] if has_mean else [])]
-        for name, by_domain in losses.items()
-    }
-    # The experts are left out: each is bound to win on its own text.
-    best = [min(column) for column in zip(*(rows[name] for name in merged))]
-    table = Table("model")
-    for column in [*domains, *(["mean"] if has_mean else [])]:
-        table.add_column(column, justify="right")
-    for name in sorted(
-        rows, key=lambda name: name in merged
-    ):  # merges last; the sort is stable, so the rest keep their order
-        marks = [has_rivals and name in merged and loss < lowest + _TIE for loss, lowest in zip(rows[name], best)]
-        is_last_source = name not in merged and table.row_count + 1 == len(rows) - len(merged)
-        cells = [_perplexity(loss, mark) for loss, mark in zip(rows[name], marks)]
-        table.add_row(name, *cells, end_section=is_last_source)
-    legend = [
-        *(["mean: geometric mean"] if has_mean else []),
-        *(["* best merge, and those within 1% of it"] if has_rivals else []),
-    ]
-    n_tokens = sum({score.domain: score.n_tokens for score in scores}.values())
-    out = console()
-    out.print(f"{title}, {n_tokens:,} tokens", style="bold")
-    out.print(table)
-    if legend:
-        out.print("; ".join(legend), style="dim")
-
-
-def print_recovery(rows: Iterable[Recovered]) -> None:
-    """Print how much of each expert's gain over the base the merged models keep: in nats per token, and as a share."""
-    rows = list(rows)
-    experts = list(dict.fromkeys((row.expert, row.domain) for row in rows))
-    table = Table("model")
-    for expert, domain in experts:
-        table.add_column(expert if expert == domain else f"{expert} (on {domain})", justify="right")
-    gains = {row.expert: row.gain for row in rows}
-    table.add_row("the expert itself", *(f"{gains[expert]:+.3f}" for expert, _ in experts), end_section=True)
-    for model in dict.fromkeys(row.model for row in rows):
-        by_expert = {row.expert: row for row in rows if row.model == model}
-        table.add_row(model, *(_kept(by_expert[expert]) for expert, _ in experts))
-    out = console()
-    out.print("Gain over the base on each expert's text, in nats a token (share of the expert's gain)", style="bold")
-    out.print(table)
-
-
 def _view_cells(view: Mapping[str, Any]) -> list[str]:
     """Format mean norm, largest angle and gap of a tensor in one space."""
     norm = sum(view["norms"]) / len(view["norms"])
     return [number(norm), number(view["max_angle"]), number(view["karcher_nre_gap"])]
-
-
-def _losses(scores: Iterable[Score]) -> dict[str, dict[str, float]]:
-    """Arrange losses as model -> domain -> loss, in nats per token."""
-    losses: dict[str, dict[str, float]] = {}
-    for score in scores:
-        losses.setdefault(score.model, {})[score.domain] = score.metrics["loss"]
-    return losses
-
-
-def _perplexity(loss: float, is_best: bool) -> Text:
-    text = METRICS["perplexity"].written(math.exp(min(loss, 700)))  # math.exp raises OverflowError above 709
-    return Text(f"{text} *" if is_best else f"{text}  ", style="bold green" if is_best else "")
-
-
-def _kept(row: Recovered) -> str:
-    share = "" if row.share is None else f" ({percent(row.share)})"
-    return f"{row.kept:+.3f}{share}"
