@@ -228,7 +228,7 @@ class Engine:
         for tensor in batch.tensors:
             if not tensor.done:
                 name = tensor.step.name
-                inputs = None if tensor.step.name in self._decided_inputs(tensor) else tensor.inputs_digest()
+                inputs = None if name in self._decided_inputs(tensor) else tensor.inputs_digest()
                 tensor.details = self._output.details(name)
                 self._journal.record_written(name, tensor.output_digest(), inputs, tensor.details)
                 # Release the whole tensor: faulting in one piece also maps pages around it, some of them of pieces

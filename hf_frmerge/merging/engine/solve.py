@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from hf_frmerge.methods.span import SpanOptions
+    from hf_frmerge.methods.span import SpanOptions, SpanResult
 
 # Coordinates of pairs processed at a time, 2 MiB of float64, so that the work stays in a core's cache.
 _SLAB_ELEMENTS = 1 << 18
@@ -70,8 +70,7 @@ def solve(
         AmbiguousMeanError: If the experts of a block cancel and `options.on_ambiguous` is `"raise"`.
         NonFiniteError: If the points or the coefficients leave the range of float64.
     """
-    weights_TN = np.asarray(weights_TN, dtype=np.float64)
-    weights_T1N = weights_TN[:, None]
+    weights_T1N = np.asarray(weights_TN, dtype=np.float64)[:, None]
     # Squares of very large float64 values overflow in the Gram matrix; the points are then not finite.
     wild_T = ~np.isfinite(points_TBNK).all(axis=(1, 2, 3))
     if wild_T.any():
@@ -82,17 +81,37 @@ def solve(
     if n_ambiguous_T.any() and options.on_ambiguous == "raise":
         first = int(np.flatnonzero(n_ambiguous_T)[0])
         raise AmbiguousMeanError(_ambiguity(points_TBNK[first], result.ambiguous[first], tensors[first], experts))
+    wild_T = _overflown(result, points_TBNK, weights_T1N, method, options)
+    if wild_T.any():
+        raise coefficients_overflow(tensors[int(np.argmax(wild_T))], method, options)
+    return [
+        Solution(np.ascontiguousarray(coefficients_BN, dtype=np.float64), geometry)
+        for coefficients_BN, geometry in zip(result.coefficients, _geometries(result, points_TBNK, weights_T1N))
+    ]
 
-    wild_T = ~np.isfinite(result.coefficients).all(axis=(1, 2))
+
+def _overflown(
+    result: SpanResult,
+    points_TBNK: NDArray[np.float64],
+    weights_T1N: NDArray[np.float64],
+    method: str,
+    options: SpanOptions,
+) -> NDArray[np.bool_]:
+    """Tell for every tensor, `(T,)`, whether its coefficients left the range of float64."""
+    wild_T = np.asarray(~np.isfinite(result.coefficients).all(axis=(1, 2)))
     vanished_TB = (result.coefficients == 0).all(axis=2)
     # All coefficients of a block may be 0 because the median of the norms is 0. With a beta, the power of the
     # coherence may also have underflown: it has if the coefficients without beta are not all 0.
     if vanished_TB.any() and options.beta:
         plain = METHODS[method].solver()(points_TBNK, weights_T1N, replace(options, beta=0.0))
         wild_T |= (vanished_TB & plain.coefficients.any(axis=2)).any(axis=1)
-    if wild_T.any():
-        raise coefficients_overflow(tensors[int(np.argmax(wild_T))], method, options)
+    return wild_T
 
+
+def _geometries(
+    result: SpanResult, points_TBNK: NDArray[np.float64], weights_T1N: NDArray[np.float64]
+) -> list[Geometry]:
+    """Measure the experts and the merge of every tensor."""
     merged, linear = combine(result.coefficients, points_TBNK), combine(weights_T1N, points_TBNK)
     norms_TBN = norms(points_TBNK)
     mean_norm_T = _over_blocks(dot(weights_T1N, norms_TBN))
@@ -104,24 +123,25 @@ def solve(
     pair = np.stack([merged, linear], axis=-2)
     gap_T = np.nan_to_num(_angles(pair, norms(pair))).max(axis=(1, 2), initial=0.0)
     norms_TN = _over_blocks(norms_TBN)
-    solutions = []
-    for t in range(len(points_TBNK)):
-        angles = angles_TBP[t][~np.isnan(angles_TBP[t])]
-        geometry = Geometry(
-            norms=tuple(norms_TN[t].tolist()),
-            norm_ratio=float(lengths[0][t]),
-            linear_norm_ratio=float(lengths[1][t]),
-            max_angle=float(angles.max(initial=0.0)),
-            mean_angle=float(fold(angles.copy())) / angles.size if angles.size else 0.0,
-            gap_to_nre=float(gap_T[t]),
-            n_iter=int(result.n_iter[t].max()),
-            residual=float(result.residual[t].max()),
-            unconverged=tuple(np.flatnonzero(~result.converged[t]).tolist()),
-            n_ambiguous=int(n_ambiguous_T[t]),
-            pair_angles=tuple(_medians(angles_TBP[t])),
+    geometries = []
+    for t, angles_BP in enumerate(angles_TBP):
+        angles = angles_BP[~np.isnan(angles_BP)]
+        geometries.append(
+            Geometry(
+                norms=tuple(norms_TN[t].tolist()),
+                norm_ratio=float(lengths[0][t]),
+                linear_norm_ratio=float(lengths[1][t]),
+                max_angle=float(angles.max(initial=0.0)),
+                mean_angle=float(fold(angles.copy())) / angles.size if angles.size else 0.0,
+                gap_to_nre=float(gap_T[t]),
+                n_iter=int(result.n_iter[t].max()),
+                residual=float(result.residual[t].max()),
+                unconverged=tuple(np.flatnonzero(~result.converged[t]).tolist()),
+                n_ambiguous=int(np.count_nonzero(result.ambiguous[t])),
+                pair_angles=tuple(_medians(angles_BP)),
+            )
         )
-        solutions.append(Solution(np.ascontiguousarray(result.coefficients[t], dtype=np.float64), geometry))
-    return solutions
+    return geometries
 
 
 def _over_blocks(lengths_TB: NDArray[np.float64]) -> NDArray[np.float64]:
