@@ -22,7 +22,6 @@ from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
 from hf_frmerge.merging.engine.processes import check_same_commits
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
-from hf_frmerge.merging.record.find_models import MergeModels
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.method import Paper
 from hf_frmerge.methods.table import FISHER_RAO
@@ -321,6 +320,7 @@ class FisherRaoMerger(CallbackHost):
         """Measure the experts, and the merged model if there is one; save the record, and return it with the speed."""
         from hf_frmerge.evaluation.record import save_record
         from hf_frmerge.evaluation.suite.merge_evaluation import UserMetrics, measure_merge
+        from hf_frmerge.merging.record.find_models import MergeModels
 
         models = MergeModels(self.experts, self.weights, self.base_model)
         user = UserMetrics(lambda: self.model, self.compute_metrics, self.preprocess_logits_for_metrics, ignore_keys)

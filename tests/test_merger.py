@@ -571,14 +571,15 @@ def seen(modules, *names):
     return sorted(m for m in modules if any(m == name or m.startswith(name + ".") for name in names))
 card = seen(watch.modules, "jinja2", "yaml", "huggingface_hub", "hf_frmerge.hub.card.card")
 assert not card, card
-rooms = ["evaluation", "extraction", "provenance", "report", "demo", "cli", "merging.outputs.factor_output"]
+rooms = ["evaluation", "extraction", "provenance", "report", "demo", "cli"]
+rooms += ["checkpoints.adapters.adapter", "merging.operands.factor_inputs", "merging.outputs.factor_output"]
 unused = seen(sys.modules, "threadpoolctl", "concurrent", "difflib", *("hf_frmerge." + room for room in rooms))
 assert not unused, unused
 """
 
 
 def test_a_merge_imports_what_it_uses_when_it_uses_it(tmp_path: Path) -> None:
-    """Imports are a quarter of the CPU time of a small merge: the card's come with the card, evaluation's never."""
+    """Imports are a quarter of the CPU time of a small merge: those of the card come with it."""
     pytest.importorskip("hf_frmerge.kernels._native")
     _, experts = write_family(tmp_path, 2)
     code = _STEP.format(experts=experts, output=str(tmp_path / "merged"))

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME as ADAPTER_CONFIG
-from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.disk import remove_file, remove_folder
 from hf_frmerge.checkpoints.lock import LOCK_FILE
 from hf_frmerge.checkpoints.remote_output import check_vacant
-from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
+from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, CONFIG_FILES
 from hf_frmerge.checkpoints.tensors.writer import STAGING, remove_weights
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
@@ -87,7 +85,7 @@ def remove_model(output: Path) -> None:
 
 def _remove_configs(output: Path) -> None:
     # The configs first: without them no loader takes the rest for a model, should this be interrupted.
-    for name in (CONFIG_FILE, ADAPTER_CONFIG, *STALE_FILES):
+    for name in (*CONFIG_FILES.values(), *STALE_FILES):
         remove_file(output / name)
 
 
@@ -100,8 +98,8 @@ def _check_resumable(args: MergingArguments, output: Path, staging: Path) -> Non
         )
     if args.overwrite:
         return
-    is_adapter = (output / ADAPTER_CONFIG).exists()
-    if (output / MANIFEST_FILE).exists() and (is_adapter or (output / CONFIG_FILE).exists()):
+    is_loadable = any((output / name).exists() for name in CONFIG_FILES.values())
+    if (output / MANIFEST_FILE).exists() and is_loadable:
         remove_folder(staging)  # left by a process that died while it cleaned up
         raise ResumeError(f"The merge in {args.output_dir!r} is complete; there is nothing to resume.")
     if not staging.exists() and output.exists() and _holds_files(output):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_frmerge.checkpoints.adapters.rows import AdapterRow
-from hf_frmerge.merging.operands.factor_inputs import FactorInputs
 from hf_frmerge.merging.operands.tensor_inputs import DenseTensor, DoraTensor, StoredTensor, TensorInputs
 
 if TYPE_CHECKING:
+    from hf_frmerge.merging.operands.factor_inputs import FactorInputs
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
@@ -17,6 +16,9 @@ def open_inputs(plan: MergePlan, step: TensorStep) -> TensorInputs | FactorInput
     """Return the inputs of a step: factors if the output is an adapter, else tensors."""
     if plan.layout is not None:
         return open_tensors(plan, step)
+    from hf_frmerge.checkpoints.adapters.rows import AdapterRow
+    from hf_frmerge.merging.operands.factor_inputs import FactorInputs
+
     rows = AdapterRow(tuple(e.adapter.deltas.get(step.name) if e.adapter else None for e in plan.experts))
     return FactorInputs(rows, _labels(plan))
 

@@ -7,9 +7,7 @@ import re
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from hf_frmerge.checkpoints.adapters.adapter import open_adapter
 from hf_frmerge.checkpoints.adapters.base import base_notes, common_base
-from hf_frmerge.checkpoints.adapters.rows import align_adapters, missing_notes
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
@@ -137,6 +135,8 @@ def _unused_options(args: MergingArguments, method: Method) -> list[str]:
 
 def _open(source: Source) -> Expert:
     if source.kind == "adapter":
+        from hf_frmerge.checkpoints.adapters.adapter import open_adapter
+
         return Expert(source, adapter=open_adapter(source))
     return Expert(source, checkpoint=open_checkpoint(source))
 
@@ -218,6 +218,8 @@ def _adapter_steps(
     args: MergingArguments, adapters: list[Adapter], weights: list[float], base: Expert | None
 ) -> tuple[list[TensorStep], list[str]]:
     """Return one step for each module, with the shape of its delta, and notes."""
+    from hf_frmerge.checkpoints.adapters.rows import align_adapters, missing_notes
+
     _check_expressible(args, adapters)
     common_base(adapters, base.source if base else None)
     rows = align_adapters(adapters)
@@ -265,6 +267,8 @@ def _adapter_notes(experts: list[Expert], base: Expert | None, strict: bool) -> 
     adapters = [expert.adapter for expert in experts if expert.adapter]
     if not adapters or base is None:
         return []
+    from hf_frmerge.checkpoints.adapters.rows import align_adapters, missing_notes
+
     notes = missing_notes(adapters, align_adapters(adapters), strict, is_matched=True)
     return notes + base_notes(adapters, base.source)
 
