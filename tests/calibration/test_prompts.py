@@ -124,6 +124,17 @@ def test_conversations_get_the_chat_template(
     assert prompts.token_ids[0].tolist() == 2 * expected_ids
 
 
+def test_special_tokens_of_the_chat_template_are_not_doubled() -> None:
+    tokenizer = word_tokenizer(WORDS, bos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = "<s> {{ messages[0]['content'] }}"
+    rows = [{"messages": [{"role": "user", "content": "w1 w2"}]}, {"text": "w1 w2"}]
+    (prompts, _) = read(rows, tokenizer, packing=False)
+    assert words(prompts, tokenizer) == ["<s> w1 w2"] * 2
+
+
 def test_a_mapping_gives_experts_prompts_of_their_own(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
