@@ -17,7 +17,13 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from hf_frmerge.calibration.self_written import chat_prefix, document_prefix, self_written_prompts, write_prompts
+from hf_frmerge.calibration.self_written import (
+    _draw,
+    chat_prefix,
+    document_prefix,
+    self_written_prompts,
+    write_prompts,
+)
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError, NonFiniteError
 from tests.tiny_models import save_classifier_family, save_llama_family, word_tokenizer
@@ -63,6 +69,16 @@ def test_frequencies_are_the_model_s_probabilities(model: Any) -> None:
     counts = np.bincount(first, minlength=len(expected))
     deviations = (counts - 20_000 * expected) / np.sqrt(20_000 * expected * (1 - expected))
     assert np.abs(deviations).max() < 4.5  # of 41 binomial counts, in standard deviations
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.5, 3), (1.0, 3)])
+def test_a_token_of_probability_zero_is_never_drawn(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, token: int
+) -> None:
+    """Not even by a number on the edge of an interval."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]])
+    assert _draw(logits, torch.Generator()).tolist() == [[token]]
 
 
 def test_a_low_temperature_is_greedy(model: Any) -> None:
