@@ -16,6 +16,7 @@ FLOORS = [
     ["merging"],
     ["evaluation", "extraction"],
     ["provenance", "wording"],
+    ["calibration"],
     ["hub", "report"],
     ["merger"],
     ["demo"],

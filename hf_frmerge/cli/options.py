@@ -33,6 +33,14 @@ MEAN = {
         "coefficients",
     )
 }
+CALIBRATION = {
+    "Fitting to what the experts compute": (
+        "calibration",
+        "num_calibration_samples",
+        "max_calibration_length",
+        "calibration_batch_size",
+    )
+}
 OUTPUT = {
     "Output": ("output_dir", "dtype", "max_shard_size", "overwrite", "resume_from_checkpoint"),
     "What is accepted": ("strict", "allow_license"),
@@ -54,7 +62,13 @@ HUB = {"The Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revis
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 _FLAGS = {"resume_from_checkpoint": "--resume/--no-resume", "output_dir": "--output-dir"}
-_METAVARS = {"weights": "W,W,...", "output_dir": "DIR", "base_model": "MODEL", "weight_rules": "RULE"}
+_METAVARS = {
+    "weights": "W,W,...",
+    "output_dir": "DIR",
+    "base_model": "MODEL",
+    "weight_rules": "RULE",
+    "calibration": "[EXPERT=]FILE|self",
+}
 
 
 def options_from(*groups: Mapping[str, Sequence[str]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -14,11 +14,11 @@ from click.testing import Result
 from click_runner import click_runner
 
 from hf_frmerge.cli.merge import merge
-from hf_frmerge.cli.options import EXPERTS, HUB, MEAN, OUTPUT, RUNNING, arguments_from, options_from
+from hf_frmerge.cli.options import CALIBRATION, EXPERTS, HUB, MEAN, OUTPUT, RUNNING, arguments_from, options_from
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
 
-GROUPS = (EXPERTS, MEAN, OUTPUT, RUNNING, HUB)
+GROUPS = (EXPERTS, MEAN, CALIBRATION, OUTPUT, RUNNING, HUB)
 Arguments = tuple[ExpertArguments, MergingArguments]
 
 
@@ -47,6 +47,12 @@ OPTIONS = [
     ("--resume", {"resume_from_checkpoint": True}),
     ("--adapter-rank 8 --adapter-output adapter", {"adapter_rank": 8, "adapter_output": "adapter"}),
     ("--no-hub-private-repo --disable-tqdm", {"hub_private_repo": False, "disable_tqdm": True}),
+    ("--calibration a=a.txt --calibration b=b.txt", {"calibration": ["a=a.txt", "b=b.txt"]}),
+    ("--calibration self --num-calibration-samples 16", {"calibration": ["self"], "num_calibration_samples": 16}),
+    (
+        "--max-calibration-length 64 --calibration-batch-size 2",
+        {"max_calibration_length": 64, "calibration_batch_size": 2},
+    ),
     ("--max-shard-size 5GB --memory-budget 1GiB", {"max_shard_size": "5GB", "memory_budget": "1GiB"}),
 ]
 

@@ -1,4 +1,4 @@
-"""Read evaluation data from files."""
+"""Read texts to evaluate or to calibrate on from files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 def read_texts(path: str | Path) -> Rows:
     """
-    Read evaluation data from a file.
+    Read texts from a file.
 
     Args:
         path (`str` or `Path`):
@@ -24,19 +24,23 @@ def read_texts(path: str | Path) -> Rows:
         `datasets.Dataset` for a table, a list of one string for a text.
 
     Raises:
-        ArgumentError: If the file does not exist, or is neither a table nor UTF-8 text.
+        ArgumentError: If the file does not exist, or is not what its name says: a table, or else UTF-8 text.
     """
     file = Path(path)
     if not file.is_file():
-        raise ArgumentError(f"The evaluation data {str(file)!r} is not a file.")
+        raise ArgumentError(f"The data {str(file)!r} is not a file.")
     if file.suffix in _TABLES:
         from datasets import load_dataset  # a slow import that plain text can do without
 
-        return load_dataset(_TABLES[file.suffix], data_files=str(file), split="train")
+        try:
+            return load_dataset(_TABLES[file.suffix], data_files=str(file), split="train")
+        except Exception as error:  # each format has errors of its own, and an empty file raises StopIteration
+            reason = str(error.__cause__ or error) or "it is empty"
+            raise ArgumentError(f"The data {str(file)!r} cannot be read as {file.suffix[1:]}: {reason}.") from error
     try:
         return [file.read_text(encoding="utf-8")]
     except UnicodeDecodeError as error:
         raise ArgumentError(
-            f"The evaluation data {str(file)!r} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it, "
+            f"The data {str(file)!r} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it, "
             f"or use one of {', '.join(_TABLES)} with a column `text`."
         ) from error

@@ -108,7 +108,7 @@ def token_stream(
         tokens += row_tokens(processing_class, row, number)[:max_length]
     if len(tokens) < 2:
         raise ArgumentError(
-            f"The evaluation data has {len(tokens)} token(s) in all; at least 2 are needed, for the first is never "
+            f"The data has {len(tokens)} token(s) in all; at least 2 are needed, for the first is never "
             "scored. Check that the file or the dataset split is not empty."
         )
     return torch.tensor(tokens, dtype=torch.int64)
@@ -166,7 +166,7 @@ def separate_rows(
             end += len(tokens)
     if not parts:
         raise ArgumentError(
-            f"The {n_samples} row(s) of the evaluation data hold nothing to predict: each needs at least 2 tokens, "
+            f"The {n_samples} row(s) of the data hold nothing to predict: each needs at least 2 tokens, "
             "and a label other than -100 after the first. Check that the file or the dataset split is not empty."
         )
     tokens, labels = (torch.cat(column) for column in zip(*parts))
@@ -193,7 +193,7 @@ def labelled_row(
     labels = torch.as_tensor(fields["labels"], dtype=torch.int64) if "labels" in fields else tokens
     if labels.shape != tokens.shape:
         raise ArgumentError(
-            f"Row {number} of the evaluation data has labels of shape {tuple(labels.shape)} for {len(tokens)} tokens: "
+            f"Row {number} of the data has labels of shape {tuple(labels.shape)} for {len(tokens)} tokens: "
             "a language model needs one a token."
         )
     if "attention_mask" in fields:
@@ -227,7 +227,7 @@ def row_tokens(
         return [int(token) for token in row["input_ids"]]
     text = text_of(row, number)
     if processing_class is None:
-        raise ArgumentError("The evaluation data is text, so a tokenizer is needed: pass `processing_class`.")
+        raise ArgumentError("The data is text, so a tokenizer is needed: pass `processing_class`.")
     # verbose=False: no warning about texts longer than the model's context, because they are cut into blocks.
     return processing_class(text, verbose=False)["input_ids"]
 
@@ -238,7 +238,7 @@ def text_of(row: str | Mapping[str, Any], number: int) -> str:
     if not isinstance(text, str):
         columns = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ArgumentError(
-            f"Row {number} of the evaluation data needs a column `text` (a string) or `input_ids`, found {columns}. "
+            f"Row {number} of the data needs a column `text` (a string) or `input_ids`, found {columns}. "
             "Rename the column, or tokenize the data first."
         )
     return text
@@ -246,9 +246,9 @@ def text_of(row: str | Mapping[str, Any], number: int) -> str:
 
 def _check_vocabulary(tokens: torch.Tensor, vocab_size: int) -> None:
     # Here, because an index out of range is a device-side assert on a GPU, after which no call succeeds any more.
-    largest = int(tokens.max())
-    if largest >= vocab_size:
-        raise ArgumentError(
-            f"The data holds token id {largest}, but the model's vocabulary has {vocab_size} entries: the tokenizer "
-            "belongs to another model."
-        )
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < vocab_size:
+            raise ArgumentError(
+                f"The data holds token id {token}, but the model's vocabulary has {vocab_size} entries: the tokenizer "
+                "belongs to another model."
+            )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.calibration import parse_calibration
 from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
 from hf_frmerge.methods.table import METHODS
 
@@ -36,6 +37,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tol": (lambda v: 0 < v < math.inf, "above 0 (radians)"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
     "num_workers": (lambda v: v >= 1, "at least 1"),
+    "num_calibration_samples": (lambda v: v >= 1, "at least 1"),
+    "max_calibration_length": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
+    "calibration_batch_size": (lambda v: v >= 1, "at least 1"),
     "adapter_rank": (lambda v: v >= 1, "at least 1"),
     "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
     "logging_steps": (lambda v: v >= 1, "at least 1"),
@@ -78,8 +82,18 @@ class ExpertArguments:
             "Model the experts were fine-tuned from: local folder or Hub id. Needed for deltas and adapters."
         ),
     )
+    calibration: list[str] | None = field(
+        default=None,
+        metadata=_describe(
+            "Prompts, without labels, on which the merge is fitted to what its experts compute: EXPERT=FILE, once per "
+            "expert; one FILE for all; or self, and every expert writes its own. A file is text, .jsonl, .json, .csv "
+            "or .parquet with a column text, input_ids or messages."
+        ),
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.calibration, Mapping):  # as a configuration file may have it
+            self.calibration = [f"{expert}={file}" for expert, file in self.calibration.items()]
         for name, hint in get_type_hints(type(self)).items():
             setattr(self, name, coerce(name, self.__dict__[name], hint))
         if len(self.experts) < 2:
@@ -87,6 +101,12 @@ class ExpertArguments:
                 f"A merge needs at least two experts, but `experts` lists {len(self.experts)}: {self.experts}."
             )
         validate_weights(self.weights, len(self.experts))
+        _ = self.calibration_dataset
+
+    @property
+    def calibration_dataset(self) -> Mapping[str, str] | str | None:
+        """`calibration` as `FisherRaoMerger` takes it: a file for every expert, one for all, or `"self"`."""
+        return None if not self.calibration else parse_calibration(self.calibration, self.experts)
 
 
 @dataclass
@@ -164,7 +184,12 @@ class MergingArguments:
         ),
     )
 
-    # 2. Reading and writing
+    # 2. Calibration
+    num_calibration_samples: int = field(default=64, metadata=_describe("Prompts an expert that are used."))
+    max_calibration_length: int = field(default=128, metadata=_describe("Tokens a prompt; longer texts are cut."))
+    calibration_batch_size: int = field(default=8, metadata=_describe("Prompts that run together."))
+
+    # 3. Reading and writing
     dtype: str = field(
         default="auto",
         metadata=_describe("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
@@ -216,7 +241,7 @@ class MergingArguments:
         ),
     )
 
-    # 3. Running and reporting, as in `TrainingArguments`; one step is one tensor
+    # 4. Running and reporting, as in `TrainingArguments`; one step is one tensor
     run_name: str | None = field(default=None, metadata=_describe("Name of this run in the reports."))
     report_to: str = field(
         default="none",
@@ -237,7 +262,7 @@ class MergingArguments:
     logging_steps: int = field(default=500, metadata=_describe("Log every this many tensors."))
     logging_first_step: bool = field(default=False, metadata=_describe("Log the first tensor too."))
 
-    # 4. Evaluation
+    # 5. Evaluation
     do_eval: bool = field(default=False, metadata=_describe("Evaluate the merged model after the merge."))
     eval_on_start: bool = field(default=False, metadata=_describe("Evaluate the experts before the merge."))
     evaluate_experts: bool = field(
@@ -268,7 +293,7 @@ class MergingArguments:
         default=0, metadata=_describe("Processes that load evaluation data; 0 loads it in the main process.")
     )
 
-    # 5. The Hub
+    # 6. The Hub
     push_to_hub: bool = field(default=False, metadata=_describe("Push the merged model to the Hub at the end."))
     hub_model_id: str | None = field(
         default=None, metadata=_describe("Repository to push to. Default: the name of the output folder.")

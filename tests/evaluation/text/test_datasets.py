@@ -23,3 +23,18 @@ def test_texts_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Ägypten".encode("latin-1"))
     with pytest.raises(ArgumentError, match="not UTF-8"):
         read_texts(tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.jsonl", "", "it is empty"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "JSON parse error"),
+        ("broken.csv", 'text\n"a', "EOF inside string"),
+        ("broken.parquet", "text", "Parquet file size is 4 bytes"),
+    ],
+)
+def test_broken_tables_are_named_with_the_reason(tmp_path: Path, name: str, content: str, reason: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ArgumentError, match=rf"{name}' cannot be read as .*{reason}"):
+        read_texts(tmp_path / name)

@@ -72,6 +72,8 @@ CLI = shlex.split(r"""
 --space deltas --block row --norm median --beta -0.5 --scale 2 --tol 1e-6 --max_iter 7 --on_ambiguous linear
 --weight_rules 'layers\.0=1,0,0' '.*norm.*=0:1,1:0,1' --dtype bfloat16 --max_shard_size 5GB --overwrite --strict true
 --memory-budget 1GiB --num_workers 3 --adapter_rank 16 --report_to tensorboard,wandb --disable_tqdm false
+--calibration ./b=b.txt org/a=a.txt --num_calibration_samples 16 --max_calibration_length 256
+--calibration_batch_size 4
 --log_level error --logging_steps 3 --do_eval --hub_private_repo true --hub_model_id me/x""")
 
 # The same in a file. YAML 1.1 reads 1e-6 as text; lists may be given as lists or, where they hold one item, bare.
@@ -82,19 +84,25 @@ CONFIG = {
     "weight_rules": ["layers\\.0=1,0,0", ".*norm.*=0:1,1:0,1"], "dtype": "bfloat16", "max_shard_size": "5GB",
     "overwrite": True, "strict": "yes", "memory_budget": "1GiB", "num_workers": "3", "adapter_rank": 16.0,
     "report_to": ["tensorboard", "wandb"], "disable_tqdm": False, "log_level": "error", "logging_steps": 3,
-    "do_eval": True, "hub_private_repo": True, "hub_model_id": "me/x",
+    "do_eval": True, "hub_private_repo": True, "hub_model_id": "me/x", "calibration_batch_size": 4,
+    "num_calibration_samples": 16, "max_calibration_length": "256",
+    "calibration": {"./b": "b.txt", "org/a": "a.txt"},
 }  # fmt: skip
 
 
 def test_command_line_yaml_and_json_give_equal_objects(tmp_path: Path) -> None:
     expected = (
-        ExpertArguments(experts=["org/a", "./b", "org/c@main"], weights=[0.5, 0.3, 0.2], base_model="org/base"),
+        ExpertArguments(
+            experts=["org/a", "./b", "org/c@main"], weights=[0.5, 0.3, 0.2], base_model="org/base",
+            calibration=["./b=b.txt", "org/a=a.txt"],
+        ),
         MergingArguments(
             output_dir="out", method="slerp", space="deltas", block="row", norm="median", beta=-0.5, scale=2.0,
             tol=1e-6, max_iter=7, on_ambiguous="linear", weight_rules=[r"layers\.0=1,0,0", ".*norm.*=0:1,1:0,1"],
             dtype="bfloat16", max_shard_size="5GB", overwrite=True, strict=True, memory_budget="1GiB", num_workers=3,
             adapter_rank=16, report_to="tensorboard,wandb", disable_tqdm=False, log_level="error",
-            logging_steps=3, do_eval=True, hub_private_repo=True, hub_model_id="me/x",
+            logging_steps=3, do_eval=True, hub_private_repo=True, hub_model_id="me/x", num_calibration_samples=16,
+            max_calibration_length=256, calibration_batch_size=4,
         ),
     )  # fmt: skip
     (tmp_path / "m.yml").write_text(yaml.safe_dump(CONFIG).replace("'1e-6'", "1e-6"))
@@ -133,6 +141,9 @@ def test_command_line_yaml_and_json_give_equal_objects(tmp_path: Path) -> None:
         ({"method": False}, "`method` expects text, but got False"),  # YAML 1.1 reads `method: no` so
         ({"weight_rules": {"a": 1}}, "`weight_rules` expects a list"),
         ({"memory_budget": "lots"}, "`memory_budget` expects a size such as '512MiB'"),
+        ({"num_calibration_samples": 0}, "`num_calibration_samples` must be at least 1, but got 0"),
+        ({"max_calibration_length": 1}, "`max_calibration_length` must be at least 2"),
+        ({"calibration_batch_size": 0}, "`calibration_batch_size` must be at least 1, but got 0"),
         ({"max_shard_size": "0"}, "`max_shard_size` must be at least one byte"),
     ],
 )

@@ -1,0 +1,201 @@
+"""Prompts that the experts write themselves, so that a merge can be fitted without any data."""
+
+# Shape suffixes: B = prompts of a batch, V = vocabulary.
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from hf_frmerge.calibration.prompts import Prompts
+from hf_frmerge.checkpoints.disk import make_folder, write_file
+from hf_frmerge.checkpoints.source import Source
+from hf_frmerge.errors import ArgumentError, MergeError, NonFiniteError
+from hf_frmerge.evaluation.models.identity import key_of, model_identity
+from hf_frmerge.evaluation.models.loading import ModelLoader, predicts_next_token
+from hf_frmerge.evaluation.suite.suite import default_cache_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+"""Version of the cache, part of every key; raise it when the same inputs would give other prompts."""
+
+_SEPARATOR = "<|endoftext|>"  # what GPT-2's descendants put between documents; many of them call another token bos
+_MARK = "\N{REPLACEMENT CHARACTER}"
+
+
+def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Return the token behind which a new text begins: the separator of documents, else one that begins or ends texts.
+
+    Raises:
+        ArgumentError: If the tokenizer has none of these.
+    """
+    separator = tokenizer.get_vocab().get(_SEPARATOR)
+    for token in (separator, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return [token]
+    raise ArgumentError(
+        "The experts' tokenizer has no token that begins or ends a text, so they cannot write prompts of their own. "
+        "Give prompts from a file."
+    )
+
+
+def chat_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """
+    Return what the chat template puts before a user's first message, so that the model writes one (as Magpie does,
+    arXiv 2406.08464); `None` without a template.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    return list(tokenizer(str(text).partition(_MARK)[0], add_special_tokens=False)["input_ids"])
+
+
+def self_written_prompts(
+    experts: Sequence[Source],
+    base: Source | None,
+    *,
+    prefix: Sequence[int],
+    n_samples: int,
+    max_length: int,
+    seed: int,
+    dtype: str = "auto",
+    device: str = "cpu",
+    cache_dir: Path | None = None,
+) -> tuple[Prompts, ...]:
+    """
+    Let every expert write its prompts. They are kept, under the content of the model and all options.
+
+    Args:
+        experts (`Sequence[Source]`): Resolved checkpoints, on this machine; loaded one at a time.
+        base (`Source`, *optional*): Base of adapters.
+        prefix, n_samples, max_length: As for `write_prompts`.
+        seed (`int`): Seed of all draws; every expert has its own, which depends on its position.
+        dtype (`str`, *optional*, defaults to `"auto"`): Dtype to compute in; `"auto"` is the one a model is stored in.
+        device (`str`, *optional*, defaults to `"cpu"`): Device to compute on.
+        cache_dir (`Path`, *optional*): By default `prompts` in the user's cache, beside that of evaluations.
+
+    Raises:
+        ArgumentError, NonFiniteError: As `write_prompts` does, with the name of the expert.
+        MergeError: If the cache cannot be written.
+    """
+    folder = cache_dir if cache_dir is not None else default_cache_dir().parent / "prompts"
+    make_folder(folder)
+    loader = ModelLoader(base, dtype, device)
+    prompts = []
+    for number, source in enumerate(experts):
+        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        models = [source, *([base] if base is not None and source.kind == "adapter" else [])]
+        versions = [FORMAT, torch.__version__, transformers.__version__]
+        options = [list(prefix), n_samples, max_length, own_seed, dtype, device]
+        file = folder / f"{key_of([versions, [model_identity(model) for model in models], options])}.npy"
+        try:
+            written = np.load(file)
+        except (OSError, ValueError):  # not there, or damaged
+            model = loader.load(source)
+            try:
+                written = np.stack(write_prompts(model, n_samples, max_length, prefix=prefix, seed=own_seed))
+            except MergeError as error:
+                raise type(error)(f"The expert {source.spec!r} gives no prompts. {error}") from error
+            loader.release(model)
+            content = io.BytesIO()
+            np.save(content, written)
+            write_file(file, content.getvalue())
+        prompts.append(Prompts(number, tuple(written), "self"))
+    return tuple(prompts)
+
+
+def write_prompts(
+    model: torch.nn.Module,
+    n_samples: int,
+    max_length: int,
+    *,
+    prefix: Sequence[int],
+    seed: int,
+    batch_size: int = 64,
+    temperature: float = 1.0,
+) -> list[NDArray[np.int64]]:
+    """
+    Let a language model write prompts: each token is drawn from its prediction, over the whole vocabulary.
+
+    A prompt goes on behind tokens that end a text, as training text does.
+
+    Args:
+        model (`torch.nn.Module`): Causal language model of transformers.
+        n_samples (`int`): Number of prompts.
+        max_length (`int`): Tokens of each, with those of the prefix.
+        prefix (`Sequence[int]`): Tokens that all prompts begin with; at least one, fewer than `max_length`.
+        seed (`int`): Seed of the draws. With the same batch size, one machine writes the same prompts again.
+        batch_size (`int`, *optional*, defaults to `64`): Prompts that are written at once.
+        temperature (`float`, *optional*, defaults to `1.0`): Divides the logits, above 0.
+
+    Returns:
+        `list[np.ndarray]`: `n_samples` arrays `(max_length,)`, int64.
+
+    Raises:
+        ArgumentError: If the model does not predict the next token, or not with a cache of keys and values, or the
+            prefix leaves no room for one.
+        NonFiniteError: If the model predicts NaN or infinity.
+    """
+    if not predicts_next_token(model):
+        raise ArgumentError(
+            f"{type(model).__name__} does not write text, so it cannot write prompts of its own: only causal language "
+            "models can. Give prompts from a file."
+        )
+    if not 0 < len(prefix) < max_length:
+        raise ArgumentError(
+            f"Prompts of {max_length} tokens are to begin with {len(prefix)} given ones, which leaves nothing to "
+            f"write. Raise max_calibration_length above {len(prefix)}."
+        )
+    model_any: Any = model
+    generator = torch.Generator(model_any.device).manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    written: list[NDArray[np.int64]] = []
+    with torch.inference_mode():
+        for start in range(0, n_samples, batch_size):
+            n_rows = min(batch_size, n_samples - start)
+            parts = [torch.tensor([list(prefix)] * n_rows, device=model_any.device)]
+            cache: dict[str, Any] = {}
+            for _ in range(max_length - len(prefix)):
+                output = model_any(input_ids=parts[-1], use_cache=True, **cache)
+                cache = _cache(output, model)
+                parts.append(_draw(output.logits[:, -1].float() / temperature, generator))
+            written += list(torch.cat(parts, dim=1).cpu().numpy())
+    model.train(was_training)
+    return written
+
+
+def _cache(output: Any, model: torch.nn.Module) -> dict[str, Any]:
+    """Return the argument that spares the next call the tokens so far; without it that call would not know of them."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ArgumentError(
+            f"{type(model).__name__} keeps no past_key_values, so it cannot write prompts of its own. Give prompts "
+            "from a file."
+        )
+    return {"past_key_values": cache}
+
+
+def _draw(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """
+    Draw one token per row, `(B, 1)`, by inverting the cumulative distribution at one uniform number.
+
+    `torch.multinomial` draws a number for every token of the vocabulary, a fifth of the time of a small model.
+    """
+    cumulative_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total_B1 = cumulative_BV[:, -1:]
+    if not bool(total_B1.isfinite().all()):
+        raise NonFiniteError("The model predicts values that are not finite, so it cannot write prompts of its own.")
+    uniform_B1 = torch.rand(total_B1.shape, dtype=torch.float64, device=total_B1.device, generator=generator)
+    # The first token whose cumulative probability lies above; the last, should rounding put the number at the total.
+    return torch.searchsorted(cumulative_BV, uniform_B1 * total_B1, right=True).clamp_max(logits_BV.shape[-1] - 1)

@@ -1,0 +1,216 @@
+"""Prompts written by the experts, against draws from naive forward passes over the whole text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+from hf_frmerge.calibration.self_written import (
+    _draw,
+    chat_prefix,
+    document_prefix,
+    self_written_prompts,
+    write_prompts,
+)
+from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.errors import ArgumentError, NonFiniteError
+from tests.tiny_models import save_classifier_family, save_llama_family, word_tokenizer
+
+WORDS = [f"w{number}" for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("family")
+    save_llama_family(root, WORDS, spread=0.3)
+    save_classifier_family(root / "classifiers", WORDS, spread=0.3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(family: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(family / "math", dtype=torch.float32)
+
+
+def test_tokens_are_drawn_from_the_predictions(model: Any) -> None:
+    """The same uniform numbers, through the cumulative distribution in float64 of a forward pass without a cache."""
+    written = write_prompts(model, 5, 12, prefix=[3, 1], seed=7, batch_size=3, temperature=0.7)
+    generator = torch.Generator().manual_seed(7)
+    texts = []
+    for n_rows in (3, 2):
+        rows = [[3, 1] for _ in range(n_rows)]
+        for _ in range(10):
+            uniform = torch.rand(n_rows, 1, dtype=torch.float64, generator=generator)
+            for row, u in zip(rows, uniform):
+                with torch.no_grad():
+                    logits = model(torch.tensor([row]), use_cache=False).logits[0, -1].double() / 0.7
+                below = np.cumsum(np.exp(logits.numpy()) / np.exp(logits.numpy()).sum())
+                row.append(int((below <= float(u)).sum()))
+        texts += rows
+    assert [ids.tolist() for ids in written] == texts
+
+
+def test_frequencies_are_the_model_s_probabilities(model: Any) -> None:
+    first = np.array([ids[1] for ids in write_prompts(model, 20_000, 2, prefix=[5], seed=0, batch_size=5_000)])
+    with torch.no_grad():
+        expected = model(torch.tensor([[5]])).logits[0, -1].double().softmax(-1).numpy()
+    counts = np.bincount(first, minlength=len(expected))
+    deviations = (counts - 20_000 * expected) / np.sqrt(20_000 * expected * (1 - expected))
+    assert np.abs(deviations).max() < 4.5  # of 41 binomial counts, in standard deviations
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.5, 3), (1.0, 3)])
+def test_a_token_of_probability_zero_is_never_drawn(
+    monkeypatch: pytest.MonkeyPatch, uniform: float, token: int
+) -> None:
+    """Not even by a number on the edge of an interval."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]])
+    assert _draw(logits, torch.Generator()).tolist() == [[token]]
+
+
+def test_a_low_temperature_is_greedy(model: Any) -> None:
+    config = GenerationConfig(do_sample=False, max_new_tokens=9, eos_token_id=None, pad_token_id=0)
+    greedy = model.generate(torch.tensor([[4]]), attention_mask=torch.ones(1, 1), generation_config=config)[0].tolist()
+    (written,) = write_prompts(model, 1, 10, prefix=[4], seed=0, temperature=1e-6)
+    assert written.tolist() == greedy
+
+
+def test_the_model_and_the_global_generator_are_left_as_they_were(model: Any) -> None:
+    model.train()
+    state = torch.get_rng_state()
+    first = write_prompts(model, 3, 6, prefix=[1], seed=1)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    torch.rand(5)
+    again = write_prompts(model, 3, 6, prefix=[1], seed=1)
+    assert [ids.tolist() for ids in again] == [ids.tolist() for ids in first]
+    other = write_prompts(model, 3, 6, prefix=[1], seed=2)
+    assert [ids.tolist() for ids in other] != [ids.tolist() for ids in first]
+
+
+def test_what_cannot_write_is_refused(model: Any, family: Path) -> None:
+    classifier = AutoModelForSequenceClassification.from_pretrained(family / "classifiers" / "math")
+    with pytest.raises(ArgumentError, match="BertForSequenceClassification does not write text"):
+        write_prompts(classifier, 1, 4, prefix=[1], seed=0)
+    with pytest.raises(ArgumentError, match="Raise max_calibration_length above 4"):
+        write_prompts(model, 1, 4, prefix=[1, 2, 3, 4], seed=0)
+    assert len(write_prompts(model, 1, 5, prefix=[1, 2, 3, 4], seed=0)[0]) == 5  # that advice
+    with pytest.raises(ArgumentError, match="begin with 0 given ones"):
+        write_prompts(model, 1, 4, prefix=[], seed=0)
+
+
+def test_a_model_that_remembers_in_another_way_is_refused() -> None:
+    """Its next call would not know of the tokens so far, and would write nonsense."""
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=41, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ArgumentError, match="MambaForCausalLM keeps no past_key_values"):
+        write_prompts(mamba, 1, 4, prefix=[1], seed=0)
+
+
+def test_predictions_that_are_not_finite_are_refused(family: Path) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(family / "math", dtype=torch.float32)
+    broken.model.norm.weight.data = torch.full_like(broken.model.norm.weight, float("inf"))
+    with pytest.raises(NonFiniteError, match="not finite"):
+        write_prompts(broken, 1, 4, prefix=[1], seed=0)
+
+
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+
+def experts_write(experts: list[Path], base: Path | None, cache: Path, **options: Any) -> Any:
+    chosen: dict[str, Any] = {"prefix": [1], "n_samples": 4, "max_length": 8, "seed": 0} | options
+    return self_written_prompts(
+        [resolve(str(expert)) for expert in experts],
+        resolve(str(base)) if base is not None else None,
+        cache_dir=cache,
+        **chosen,
+    )
+
+
+def test_every_expert_writes_its_own_prompts(family: Path, tmp_path: Path) -> None:
+    prompts = experts_write([family / "math", family / "code", family / "code"], None, tmp_path)
+    assert [(p.expert, p.source, len(p.token_ids)) for p in prompts] == [
+        (0, "self", 4),
+        (1, "self", 4),
+        (2, "self", 4),
+    ]
+    assert len({p.digest for p in prompts}) == 3  # the same expert in another place draws other numbers
+    own_seed = int(np.random.SeedSequence([0, 1]).generate_state(1)[0])
+    code = AutoModelForCausalLM.from_pretrained(family / "code")
+    expected = write_prompts(code, 4, 8, prefix=[1], seed=own_seed)
+    assert [ids.tolist() for ids in prompts[1].token_ids] == [ids.tolist() for ids in expected]
+
+
+def test_an_adapter_writes_on_its_base(family: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(family / "base")
+    adapted: Any = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    (prompts,) = experts_write([tmp_path / "adapter"], family / "base", tmp_path / "cache")
+    own_seed = int(np.random.SeedSequence([0, 0]).generate_state(1)[0])
+    expected = write_prompts(adapted, 4, 8, prefix=[1], seed=own_seed)
+    assert [ids.tolist() for ids in prompts.token_ids] == [ids.tolist() for ids in expected]
+
+
+def test_prompts_are_kept_under_everything_they_depend_on(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = experts_write([family / "math"], None, tmp_path)
+    kept = [file.read_bytes() for file in tmp_path.iterdir()]
+    monkeypatch.setattr("hf_frmerge.calibration.self_written.write_prompts", None)  # must not be called
+    again = experts_write([family / "math"], None, tmp_path)
+    assert again[0].digest == first[0].digest
+    monkeypatch.undo()
+    variants: list[dict[str, Any]] = [
+        {"prefix": [2]}, {"n_samples": 3}, {"max_length": 7}, {"seed": 1}, {"dtype": "float32"}
+    ]  # fmt: skip
+    for variant in variants:
+        experts_write([family / "math"], None, tmp_path, **variant)
+    experts_write([family / "code"], None, tmp_path)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 1 + len(variants) + 1
+    for file in files:  # damaged entries are written again
+        file.write_bytes(file.read_bytes()[:100])
+    assert experts_write([family / "math"], None, tmp_path)[0].digest == first[0].digest
+    assert kept[0] in [file.read_bytes() for file in tmp_path.iterdir()]
+
+
+def test_errors_name_the_expert(family: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"The expert '.*classifiers/math' gives no prompts\. Bert"):
+        experts_write([family / "classifiers" / "math"], None, tmp_path)
+
+
+# ---- prefixes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_begins_behind_the_separator_of_documents() -> None:
+    assert document_prefix(word_tokenizer(WORDS, bos_token="<|im_start|>", pad_token="<|endoftext|>")) == [2]
+    assert document_prefix(word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>")) == [1]
+    assert document_prefix(word_tokenizer(WORDS, eos_token="</s>")) == [1]
+    with pytest.raises(ArgumentError, match="no token that begins or ends a text"):
+        document_prefix(word_tokenizer(WORDS))
+
+
+def test_a_chat_begins_with_what_the_template_puts_before_the_user() -> None:
+    tokenizer = word_tokenizer([*WORDS, "system", "user", "bot"], bos_token="<s>")
+    assert chat_prefix(tokenizer) is None
+    tokenizer.chat_template = (
+        "<s> system w1 {% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}bot{% endif %}"
+    )
+    prefix = chat_prefix(tokenizer)
+    assert prefix is not None
+    assert tokenizer.decode(prefix) == "<s> system w1 user"
