@@ -14,6 +14,7 @@ from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, CONFIG_FILES
 from hf_frmerge.checkpoints.tensors.writer import STAGING, remove_weights
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE
 from hf_frmerge.merging.record.manifest import LOCAL_SOURCES_FILE, MANIFEST_FILE, STALE_FILES
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def remove_model(output: Path) -> None:
     """Remove a model or adapter and the files about it, so that none of them is taken for a part of the next merge."""
     _remove_configs(output)
     remove_weights(output)
-    for name in (ADAPTER_FILE, COEFFICIENTS_FILE, LOCAL_SOURCES_FILE):
+    for name in (ADAPTER_FILE, COEFFICIENTS_FILE, CORRECTIONS_FILE, LOCAL_SOURCES_FILE):
         remove_file(output / name)
 
 

@@ -21,6 +21,7 @@ from hf_frmerge.merging.engine.shared_observer import SharedObserver
 from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections, read_corrections
 from hf_frmerge.merging.record.summary import MergeOutcome, make_report
 from hf_frmerge.merging.record.write_manifest import write_coefficients, write_manifest
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
     from hf_frmerge.merging.engine.processes import Processes
+    from hf_frmerge.merging.planning.corrections import CalibrationRecord
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.record.summary import MergeReport
 
@@ -38,7 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 def run_merge(
-    plan: MergePlan, observer: StepObserver, processes: Processes, on_complete: Callable[[], None] | None = None
+    plan: MergePlan,
+    observer: StepObserver,
+    processes: Processes,
+    on_complete: Callable[[], None] | None = None,
+    calibrate: Callable[[Path], CalibrationRecord] | None = None,
 ) -> MergeOutcome:
     """
     Run a plan and write its output folder, holding the lock of the folder.
@@ -52,6 +58,8 @@ def run_merge(
         observer: Notified of every tensor.
         processes: Processes that share the merge.
         on_complete: Called by the main process after a complete merge, while it still holds the lock.
+        calibrate: Called by the main process with the staging folder, before anything is merged: writes corrections
+            there, unless it finds none that help, and returns how they were found.
 
     Raises:
         MergeError: Whatever stopped the merge.
@@ -60,27 +68,34 @@ def run_merge(
         # Until all processes have planned: the files created below would look to the others like another merge.
         processes.wait()
         if not processes.is_main:
-            return _run(plan, observer, processes, None)
+            return _run(plan, observer, processes, None, calibrate)
         with sole_writer(plan.args.output_dir) as lock:
             # Checked again, under the lock: another merge may have begun and ended since this one was planned.
             check_output_dir(plan.args, [model.source.path for model in plan.models])
-            outcome = _run(plan, observer, processes, lock)
+            outcome = _run(plan, observer, processes, lock, calibrate)
             if outcome.complete and on_complete is not None:
                 on_complete()
             return outcome
 
 
-def _run(plan: MergePlan, observer: StepObserver, processes: Processes, lock: FolderLock | None) -> MergeOutcome:
-    started = time.perf_counter()
+def _run(
+    plan: MergePlan,
+    observer: StepObserver,
+    processes: Processes,
+    lock: FolderLock | None,
+    calibrate: Callable[[Path], CalibrationRecord] | None,
+) -> MergeOutcome:
     kernels = load_kernels(plan.args.device)
     output = _output(plan)
-    with closing(output), closing(_prepare(plan, output, kernels, processes)) as journal:
+    with closing(output), closing(_prepare(plan, output, kernels, processes, calibrate)) as journal:
+        started = time.perf_counter()  # a calibration is not what the engine's speed is about
         if processes.size > 1:
             observer = SharedObserver(observer, plan, processes)
         # With block="model" the tensors of all processes share one decision.
         together = plan.layout is not None and plan.args.block == "model" and processes.size > 1
         engine = Engine(plan, kernels, output, journal, observer, processes.gather if together else None)
         inputs = [model.weights for model in plan.models]
+        inputs += [plan.corrections.checkpoint] if plan.corrections is not None else []
         with unchanged(inputs):
             outcomes, complete = engine.run(processes.share(plan))
         if isinstance(observer, SharedObserver):
@@ -108,12 +123,22 @@ def _output(plan: MergePlan) -> Output:
     return FactorOutput(plan)
 
 
-def _prepare(plan: MergePlan, output: Output, kernels: Kernels, processes: Processes) -> Journal:
+def _prepare(
+    plan: MergePlan,
+    output: Output,
+    kernels: Kernels,
+    processes: Processes,
+    calibrate: Callable[[Path], CalibrationRecord] | None,
+) -> Journal:
     """Clear the folder, read the journal and lay out the files: the main process creates, the others only open."""
     resume = plan.args.resume_from_checkpoint
     if processes.is_main:
         clear_output_dir(plan.args)
     processes.wait()  # the folder is cleared before any process looks for journals in it
+    if calibrate is not None:
+        (plan.calibration,) = processes.gather([calibrate(output.staging)] if processes.is_main else [])
+        if (output.staging / CORRECTIONS_FILE).exists():
+            plan.corrections = read_corrections(str(output.staging))
     header, marks = fingerprint(plan, kernels.name), modification_marks(plan)
     journal = Journal(output.staging, processes.rank, header, marks, resume=resume)
     processes.wait()  # all have read all journals before `start` rewrites any
@@ -137,6 +162,9 @@ def _finish(
     small = output.publish()
     if write_coefficients(folder, outcomes, plan.space):
         small[COEFFICIENTS_FILE] = folder / COEFFICIENTS_FILE
+    if plan.corrections is not None:
+        keep_corrections(plan.corrections, folder / CORRECTIONS_FILE)
+        small[CORRECTIONS_FILE] = folder / CORRECTIONS_FILE
     config = output.write_config()
     small[config.name] = config
     write_manifest(folder, plan, outcomes, report=report, n_processes=n_processes, small_files=small)

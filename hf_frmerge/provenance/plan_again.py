@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import RETIRED, MergingArguments
 from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -22,7 +23,7 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
     Args:
         manifest: Record of the merge.
         models: Current places of its experts and base, with the weights.
-        folder: Folder of the record, in which its coefficient table lies.
+        folder: Folder of the record, in which its coefficient table and corrections lie.
         changes: Arguments to override; they should not affect the result.
 
     Raises:
@@ -45,4 +46,8 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
     recorded |= {"overwrite": False, "resume_from_checkpoint": False, "push_to_hub": False, "space": manifest.space}
     if recorded.get("coefficients") is not None:
         recorded["coefficients"] = folder  # the path the user gave may be gone, but the record has a copy of the table
-    return build_plan(models.experts, MergingArguments(**{**recorded, **changes}), models.weights, models.base_model)
+    plan = build_plan(models.experts, MergingArguments(**{**recorded, **changes}), models.weights, models.base_model)
+    plan.calibration = manifest.calibration
+    if CORRECTIONS_FILE in manifest.files:
+        plan.corrections = read_corrections(folder)
+    return plan

@@ -31,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "TensorInfo",
     "open_checkpoint",
+    "open_tensors_file",
     "read_file",
     "read_json",
     "some",
@@ -269,6 +270,22 @@ def open_checkpoint(source: Source) -> Checkpoint:
         raise CheckpointError(f"{spec!r} could not be opened: {_reason(error)}.") from error
     _check_index(checkpoint, weight_map)
     return _checked(checkpoint)
+
+
+def open_tensors_file(path: str, file: str) -> Checkpoint:
+    """
+    Open one safetensors file that is no model, such as a part of a merge's record.
+
+    Raises:
+        CheckpointError: If it is missing, truncated or not safetensors.
+    """
+    folder, source = open_folder(path), Source(path, "full", path)
+    try:
+        identity = folder.identity(file)
+        infos, size = read_header(folder, file, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}/{file} could not be opened: {_reason(error)}.") from error
+    return Checkpoint(source, folder, {info.name: info for info in infos}, {file: size}, {file: identity})
 
 
 def read_file(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> bytes:

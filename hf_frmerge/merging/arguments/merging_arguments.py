@@ -40,6 +40,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_calibration_samples": (lambda v: v >= 1, "at least 1"),
     "max_calibration_length": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
     "calibration_batch_size": (lambda v: v >= 1, "at least 1"),
+    "calibration_rank": (lambda v: v >= 1, "at least 1"),
     "adapter_rank": (lambda v: v >= 1, "at least 1"),
     "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
     "logging_steps": (lambda v: v >= 1, "at least 1"),
@@ -50,7 +51,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 # Arguments that stand in the records of earlier versions and never had an effect. They are ignored when read.
-RETIRED = ("seed", "metric_for_best_model", "greater_is_better", "hub_strategy")
+RETIRED = ("metric_for_best_model", "greater_is_better", "hub_strategy")
 
 
 def _methods_with(option: str) -> str:
@@ -188,6 +189,16 @@ class MergingArguments:
     num_calibration_samples: int = field(default=64, metadata=_describe("Prompts an expert that are used."))
     max_calibration_length: int = field(default=128, metadata=_describe("Tokens a prompt; longer texts are cut."))
     calibration_batch_size: int = field(default=8, metadata=_describe("Prompts that run together."))
+    calibration_form: str = field(
+        default="auto",
+        metadata=_describe(
+            "What is added to the merge: factors of low rank, a number for every weight, or the smaller of the two "
+            "that has nearly all of the gain on prompts held out from the fit.",
+            ("auto", "low_rank", "dense"),
+        ),
+    )
+    calibration_rank: int = field(default=32, metadata=_describe("Rank of the factors, for each linear layer."))
+    seed: int = field(default=42, metadata=_describe("Seed of the choice of prompts, and of those the experts write."))
 
     # 3. Reading and writing
     dtype: str = field(

@@ -36,6 +36,8 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
     parts["compute kernels"] = kernels
     if plan.coefficients is not None:
         parts["coefficients"] = plan.coefficients.digest
+    if plan.calibration is not None:
+        parts["calibration"] = plan.corrections.digest if plan.corrections is not None else None
     models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]
     for role, model in [*models, *([("base model", plan.base)] if plan.base else [])]:
         parts[role] = {"spec": model.spec, "files": model.weights.files}

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decision
     from hf_frmerge.merging.planning.blocks import Piece
+    from hf_frmerge.merging.planning.corrections import Correction
 
 
 _SHORT = 1 << 14
@@ -155,6 +156,7 @@ class TensorInputs:
         low_rank: expert index -> its low-rank delta. An expert in neither map equals the base in this tensor.
         labels: name of the base (index -1) and of every expert, for messages.
         space: `"weights"` or `"deltas"`: what the points are, which decides the coefficient of the base.
+        correction: what calibration adds to the merged tensor, whatever the method.
         factored: whether the Gram matrix is computed from the factors without forming dense deltas: if all experts are
             low-rank and the tensor is one block.
     """
@@ -168,6 +170,7 @@ class TensorInputs:
     labels: Mapping[int, str]
     space: str = "weights"
     factored: bool = False
+    correction: Correction | None = None
     _factors: dict[int, _Factors] = field(default_factory=dict, repr=False)
 
     @property
@@ -314,7 +317,8 @@ class TensorInputs:
     def files(self) -> set[tuple[Checkpoint, str]]:
         """The files it is read from."""
         stored = (tensor.files for tensor in self._stored())
-        return set().union(*stored, *(delta.files for delta in self.low_rank.values()))
+        added = self.correction.files if self.correction is not None else set()
+        return added.union(*stored, *(delta.files for delta in self.low_rank.values()))
 
     def release(self, piece: Piece) -> None:
         """Unmap the pages of a piece."""
@@ -338,6 +342,9 @@ class TensorInputs:
         out: NDArray[np.uint8],
         out_dtype: str,
     ) -> str:
+        if self.correction is not None:
+            operands, labels = [*operands, self.correction.read(piece)], [*labels, "the calibration's correction"]
+            coefficients_BK = np.append(coefficients_BK, np.ones((len(coefficients_BK), 1)), axis=1)
         table = np.ascontiguousarray(coefficients_BK)
         combined = kernels.combine(operands, table, out, out_dtype, piece.n_blocks, piece.block_len)
         if not combined.is_finite:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
+    from hf_frmerge.merging.planning.corrections import CalibrationRecord, Corrections
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
@@ -63,6 +64,8 @@ class MergePlan:
         notes: what the user should know.
         carried: files beside weights and config that the output takes from the models.
         coefficients: table that takes the place of a method.
+        calibration: how the merge was fitted to its experts on prompts, if it was.
+        corrections: what that adds to the method's tensors; `None` if it found nothing better.
     """
 
     args: MergingArguments
@@ -75,6 +78,8 @@ class MergePlan:
     notes: list[str] = field(default_factory=list)
     carried: tuple[CarriedFile, ...] = ()
     coefficients: CoefficientTable | None = None
+    calibration: CalibrationRecord | None = None
+    corrections: Corrections | None = None
 
     @property
     def output_kind(self) -> Literal["full", "adapter"]:
@@ -144,6 +149,8 @@ class MergePlan:
         """Close all files."""
         for model in self.models:
             model.weights.close()
+        if self.corrections is not None:
+            self.corrections.checkpoint.close()
 
 
 def _identity(expert: Expert) -> dict[str, Any]:

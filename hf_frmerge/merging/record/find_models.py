@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, read_manifest
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def record_folder(model: str, token: str | None = None) -> str:
     # A local folder is not resolved: that one of its files is missing is for others to say.
     if Path(model).is_dir():
         return model
-    return resolve(model, token=token, download=False, extra=(COEFFICIENTS_FILE,)).path
+    return resolve(model, token=token, download=False, extra=(COEFFICIENTS_FILE, CORRECTIONS_FILE)).path
 
 
 def find_models(

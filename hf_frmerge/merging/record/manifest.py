@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.errors import CheckpointError
+from hf_frmerge.merging.planning.corrections import CalibrationRecord
 from hf_frmerge.merging.record.manifest_entries import Machine, RecordedFile, RecordedModel, RecordedTensor, files_of
 from hf_frmerge.merging.record.summary import MergeReport
 
@@ -43,6 +44,7 @@ class Manifest:
         report: totals; its notes name local models by their folders, and it does not say where the output was.
         versions: of Python and of libraries.
         files: of the output, but for the model card, the evaluation and this record.
+        calibration: how the merge was fitted to its experts on prompts; `None` for a merge without data.
     """
 
     hf_frmerge: str
@@ -59,6 +61,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, RecordedFile]
     tensors: dict[str, RecordedTensor]
+    calibration: CalibrationRecord | None = None
 
     @property
     def models(self) -> tuple[RecordedModel, ...]:
@@ -83,7 +86,7 @@ class Manifest:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Manifest:
         """Read it from JSON values; what this version does not know is passed over."""
-        base = values["base_model"]
+        base, calibration = values["base_model"], values.get("calibration")
         return cls(
             hf_frmerge=values["hf_frmerge"],
             output_kind=values["output_kind"],
@@ -99,6 +102,7 @@ class Manifest:
             versions=values["versions"],
             files=files_of(values["files"]),
             tensors={name: RecordedTensor.from_dict(entry) for name, entry in values["tensors"].items()},
+            calibration=CalibrationRecord.from_dict(calibration) if calibration is not None else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +122,7 @@ class Manifest:
             "machine": vars(self.machine),
             "report": {n: value for n, value in self.report.to_dict().items() if n not in ("output_dir", "notes")},
             "versions": self.versions,
+            **({"calibration": self.calibration.to_dict()} if self.calibration is not None else {}),
             "notes": self.report.notes,
             "files": {name: file.to_dict() for name, file in self.files.items()},
             "tensors": {name: tensor.to_dict() for name, tensor in self.tensors.items()},

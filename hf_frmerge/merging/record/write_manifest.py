@@ -98,6 +98,7 @@ def write_manifest(
             **{name: file_entry(path) for name, path in small_files.items()},
         },
         tensors={outcome.step.name: _tensor(outcome) for outcome in outcomes},
+        calibration=plan.calibration,
     )
     write_file(output_dir / MANIFEST_FILE, _as_text(manifest.to_dict()))
     paths = [m.source.path if "://" in m.source.path else str(Path(m.source.path).resolve()) for m in plan.models]
