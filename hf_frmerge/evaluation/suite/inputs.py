@@ -92,7 +92,7 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
     # counts for all models, because only predictions from the same context can be compared.
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
     limit = min((limit for limit in limits if limit), default=None)
-    tokenizer = models.processing_class or _find_tokenizer([base, *sources.values()])
+    tokenizer = models.processing_class or find_tokenizer([base, *sources.values()])
     texts = {
         domain: cut(token_stream(tokenizer, rows), block_size, vocab_size, limit)
         if packing
@@ -144,7 +144,7 @@ def _common_vocabulary(configs: Mapping[str, Any]) -> int:
     return next(iter(sizes.values()))
 
 
-def _find_tokenizer(donors: Sequence[Source | None]) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(donors: Sequence[Source | None]) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of the first checkpoint that has one."""
     for donor in donors:
         if donor is not None and any(Path(donor.path).glob("tokenizer*")):

@@ -1,0 +1,112 @@
+"""Keep what is fitted block by block, so that an interrupted calibration goes on, and join it into one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from hf_frmerge.calibration.sweep import FittedBlock
+from hf_frmerge.checkpoints.disk import create_file, disk_errors, make_folder, remove_file, rename, write_file
+from hf_frmerge.checkpoints.tensors.layout import ShardLayout
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_tensors_file
+from hf_frmerge.errors import ResumeError
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, Form
+
+_KEY_FILE = "calibration-key.json"
+
+
+class BlockFiles:
+    """
+    Corrections of the blocks fitted so far, one file each, in the staging folder.
+
+    Args:
+        folder: The staging folder.
+        key: Everything the fit depends on.
+
+    Raises:
+        ResumeError: If the folder has blocks that were fitted with another key.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        self._folder = folder
+        make_folder(folder)
+        text, path = json.dumps(key, sort_keys=True), folder / _KEY_FILE
+        if not path.exists():
+            write_file(path, text)
+            return
+        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            raise ResumeError(
+                f"The interrupted calibration in {folder.parent} was started differently ({', '.join(changed)}). "
+                "Start it the same way, or pass --overwrite to start anew."
+            )
+
+    def read(self, index: int, names: Mapping[str, str]) -> FittedBlock | None:
+        """
+        Return what an earlier run found for a block; `None` if it did not come that far.
+
+        Args:
+            index: Number of the block.
+            names: Parameter of the block -> its tensor.
+        """
+        path = self._path(index)
+        if not path.exists():
+            return None
+        with safe_open(path, "pt") as stored:
+            found = set(stored.keys())
+            corrections = {name: stored.get_tensor(t) for name, t in names.items() if t in found}
+            factors = {
+                name: (stored.get_tensor(f"{t}.up"), stored.get_tensor(f"{t}.down"))
+                for name, t in names.items()
+                if f"{t}.up" in found
+            }
+        return FittedBlock(corrections, factors)
+
+    def write(self, index: int, names: Mapping[str, str], block: FittedBlock) -> None:
+        """Keep what was found for a block."""
+        tensors = {names[name]: values for name, values in block.corrections.items()}
+        for name, (up, down) in block.factors.items():
+            tensors |= {f"{names[name]}.up": up, f"{names[name]}.down": down}
+        write_file(self._path(index), save({name: values.cpu().contiguous() for name, values in tensors.items()}))
+
+    def join(self, n_blocks: int, form: Form) -> None:
+        """Join the corrections of all blocks, in one form, into one file (none for the start); remove theirs."""
+        paths = [self._path(index) for index in range(n_blocks)]
+        if form != "start":
+            opened = [open_tensors_file(str(self._folder), path.name) for path in paths]
+            _join([(block, name) for block in opened for name in _of_form(block, form)], self._folder)
+            for block in opened:
+                block.close()
+        for path in paths:
+            remove_file(path)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"calibrated-{index:04d}.safetensors"
+
+
+def _of_form(block: Checkpoint, form: Form) -> Iterator[str]:
+    """Yield the tensors of a block's file that belong to a form: of a layer with factors one kind or the other."""
+    factors = {name for name in block.tensors if name.endswith((".up", ".down"))}
+    for name in block.tensors:
+        is_factored = f"{name}.up" in factors
+        if name in factors if form == "low_rank" and (name in factors or is_factored) else name not in factors:
+            yield name
+
+
+def _join(parts: list[tuple[Checkpoint, str]], folder: Path) -> None:
+    where = {name: block for block, name in parts}
+    infos = [block.tensors[name] for block, name in parts]
+    (shard,) = ShardLayout.plan([(info.name, info.dtype, info.shape) for info in infos], 1 << 62).shards
+    partial = folder / f"{CORRECTIONS_FILE}.partial"
+    with disk_errors(partial, "written"), os.fdopen(create_file(partial), "wb") as file:
+        file.write(shard.header)
+        for name in shard.names:
+            file.write(where[name].read(name).data)
+    rename(partial, folder / CORRECTIONS_FILE)

@@ -1,0 +1,218 @@
+"""Run a model block by block, with weights that are handed in: only those of one block need to be in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hf_frmerge.errors import ArgumentError
+
+Weights = Mapping[str, Tensor]
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the module of interest: what comes after it is not needed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one block beside the hidden states: masks, positions and the like."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockwiseModel:
+    """
+    Modules of a transformers model without its weights, and the transformer blocks among them.
+
+    Blocks are the members of the longest `ModuleList` whose class the model declares as not to be split
+    (`_no_split_modules`), or of the longest one of any single class.
+
+    Args:
+        model_class: A class of transformers.
+        config: Its configuration.
+        device: Where to compute.
+        dtype: Dtype of the matrix products; hidden states between blocks are float32.
+
+    Attributes:
+        blocks: name of every transformer block, in the order of the forward pass.
+
+    Raises:
+        ArgumentError: If no blocks are found, or the model has an encoder and a decoder.
+    """
+
+    def __init__(self, model_class: Any, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+        from accelerate import init_empty_weights
+
+        if getattr(config, "is_encoder_decoder", False):
+            raise ArgumentError(
+                f"{model_class.__name__} has an encoder and a decoder, which cannot be calibrated yet. Merge without "
+                "calibration."
+            )
+        config.use_cache = False
+        # Buffers such as the frequencies of rotary embeddings are computed, not stored: they must be real.
+        with init_empty_weights(include_buffers=False):
+            self.model = model_class(config).eval()
+        self.model.tie_weights()  # what was tied got parameters of its own on the meta device
+        self.device, self.dtype = device, dtype
+        self._modules = _block_modules(self.model, model_class.__name__)
+        self.blocks = list(self._modules)
+        for name, buffer in self.model.named_buffers():
+            owner, _, last = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[last] = buffer.to(device)
+        self._makes_tuple = False
+
+    def block(self, name: str) -> nn.Module:
+        """Return a block; its parameters are on the meta device."""
+        return self._modules[name]
+
+    def outer_parameters(self) -> list[str]:
+        """Return the names of all parameters outside the blocks: embeddings, last norm and head."""
+        inside = tuple(f"{name}." for name in self.blocks)
+        return [name for name, _ in self.model.named_parameters() if not name.startswith(inside)]
+
+    def block_parameters(self, name: str) -> list[str]:
+        """Return the names of a block's parameters, relative to the block."""
+        return [parameter for parameter, _ in self.block(name).named_parameters()]
+
+    def begin(self, outer: Weights, first_block: Weights, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
+        """
+        Embed a batch.
+
+        Args:
+            outer: Weights outside the blocks.
+            first_block: Weights of the first block; run once to see what a block returns.
+            inputs: Batch as the model takes it (`input_ids`, `attention_mask`).
+
+        Returns:
+            Hidden states `(B, T, H)` before the first block, float32, and the other arguments of every block.
+        """
+        entered: list[tuple[Tensor, Call]] = []
+
+        def enter(hidden_TH: Tensor, *args: Any, **kwargs: Any) -> Any:
+            entered.append((hidden_TH.float(), Call(args, kwargs)))
+            if len(entered) == len(self.blocks):
+                raise _Reached
+            return (hidden_TH,) if self._makes_tuple else hidden_TH
+
+        def enter_first(hidden_TH: Tensor, *args: Any, **kwargs: Any) -> Any:
+            # What a block returns, the hidden states or a tuple that begins with them, has changed between versions.
+            with _forwards(self._modules.values(), None):
+                result = functional_call(self.block(self.blocks[0]), dict(first_block), (hidden_TH, *args), kwargs)
+            self._makes_tuple = isinstance(result, tuple)
+            return enter(hidden_TH, *args, **kwargs)
+
+        forwards = [enter_first, *[enter] * (len(self.blocks) - 1)]
+        with _forwards(self._modules.values(), forwards), self._computing(), suppress(_Reached):
+            functional_call(self.model, dict(outer), (), dict(inputs))
+        return entered[0][0], [call for _, call in entered]
+
+    def run_block(self, name: str, weights: Weights, hidden_TH: Tensor, call: Call) -> Tensor:
+        """Return the hidden states `(B, T, H)` after a block, float32."""
+        with self._computing():
+            result = functional_call(self.block(name), dict(weights), (hidden_TH, *call.args), call.kwargs)
+        return (result[0] if isinstance(result, tuple) else result).float()
+
+    def finish(self, outer: Weights, hidden_TH: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, float32, from the hidden states after the last block."""
+
+        def replace(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_TH,) if self._makes_tuple else hidden_TH
+
+        with _forwards(self._modules.values(), [replace] * len(self.blocks)), self._computing():
+            logits: Tensor = functional_call(self.model, dict(outer), (), dict(inputs)).logits
+        return logits.float()
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+        ):
+            yield
+
+
+class Taps:
+    """
+    Capture the inputs and outputs of modules of a block while it runs.
+
+    Args:
+        block: The block.
+        names: Names of its modules to listen at.
+        last: Stop the forward pass when this module is reached, after its input was captured.
+
+    Attributes:
+        inputs, outputs: module name -> first positional input, and output.
+    """
+
+    def __init__(self, block: nn.Module, names: Sequence[str], last: str | None = None) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self._block, self._names, self._last = block, names, last
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Taps:
+        for name in self._names:
+            module = self._block.get_submodule(name)
+            self._handles.append(module.register_forward_pre_hook(self._before(name)))
+            self._handles.append(module.register_forward_hook(self._after(name)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> bool:
+        for handle in self._handles:
+            handle.remove()
+        return kind is _Reached
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.inputs[name] = args[0]
+            if name == self._last:
+                raise _Reached
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.outputs[name] = output
+
+        return hook
+
+
+@contextmanager
+def _forwards(modules: Any, forwards: Sequence[Callable[..., Any]] | None) -> Iterator[None]:
+    """Give modules other forward functions for a while; None gives them back their own."""
+    modules = list(modules)
+    before = [module.__dict__.pop("forward", None) for module in modules]
+    for module, forward in zip(modules, forwards or ()):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def _block_modules(model: Any, class_name: str) -> dict[str, nn.Module]:
+    """Return the transformer blocks by name."""
+    declared = set(getattr(model, "_no_split_modules", None) or ())
+    stacks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            kind, count = Counter(type(member).__name__ for member in module).most_common(1)[0]
+            if count == len(module):
+                stacks.append((kind in declared, len(module), name, module))
+    if not stacks:
+        raise ArgumentError(f"{class_name} has no list of transformer blocks, so it cannot be calibrated.")
+    # Of equals the first, which is the outer one.
+    _, _, name, blocks = max(stacks, key=lambda stack: stack[:2])
+    return {f"{name}.{index}": block for index, block in enumerate(blocks)}

@@ -1,0 +1,206 @@
+"""Fit a planned merge to its experts on prompts, and write the corrections for the engine to add."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from xxhash import xxh3_128_hexdigest
+
+from hf_frmerge.calibration.block_files import BlockFiles
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.held_out import choose_form, distances
+from hf_frmerge.calibration.least_squares import FitOptions
+from hf_frmerge.calibration.prompts import Prompts, read_prompts, split_prompts
+from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
+from hf_frmerge.calibration.streams import Batch, in_batches
+from hf_frmerge.calibration.sweep import Sweep, SweepOptions
+from hf_frmerge.calibration.weights import WeightReader
+from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.models.loading import predicts_next_token
+from hf_frmerge.evaluation.suite.inputs import find_tokenizer
+from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.engine.journal import fingerprint
+from hf_frmerge.merging.planning.corrections import CalibrationRecord
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.planning.plan import MergePlan
+
+logger = logging.getLogger(__name__)
+
+_RECORD_FILE = "calibration.json"
+_HELD_OUT = 1 / 8
+_UPDATE_PRIOR = 5.0  # kappa for full fine-tunes; 3 to 10 gave the same
+
+
+def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> Callable[[Path], CalibrationRecord]:
+    """
+    Check that a merge can be calibrated, read the prompts, and return the function that does it, given a folder.
+
+    Args:
+        plan: Plan of the merge.
+        calibration: What the user passed: data for all experts, data by expert, or `"self"`.
+        processing_class: Tokenizer; by default the one beside the base, or the first full expert.
+
+    Raises:
+        ArgumentError: If the merge makes an adapter, its models cannot be run block by block, or the prompts cannot
+            be used.
+    """
+    if plan.layout is None:
+        raise ArgumentError(
+            "A calibrated merge is a full model. Use adapter_output='merged'; `frmerge extract-lora` makes an adapter "
+            "of it."
+        )
+    model, args = _open_model(plan), plan.args
+    tokenizer = processing_class or find_tokenizer([plan.donor.source, *(model.source for model in plan.models)])
+    if calibration == "self":
+        return lambda staging: calibrate(plan, model, _self_written(plan, tokenizer), staging)
+    prompts = read_prompts(
+        calibration,
+        tokenizer,
+        experts=[expert.spec for expert in plan.experts],
+        n_samples=args.num_calibration_samples,
+        max_length=args.max_calibration_length,
+        seed=args.seed,
+        vocab_size=model.model.config.get_text_config().vocab_size,
+        packing=predicts_next_token(model.model),
+    )
+    return lambda staging: calibrate(plan, model, prompts, staging)
+
+
+def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], staging: Path) -> CalibrationRecord:
+    """
+    Fit a merge to its experts, judge it on prompts held out from the fit, and write the corrections that are best.
+
+    Nothing is written if no form of the corrections is closer to the experts than the merge without data. An
+    interrupted call goes on where it was when it is made again with the same arguments and folder.
+
+    Args:
+        plan: Plan of the merge without data, which is the start.
+        model: Modules of its models.
+        prompts: Prompts of the experts; one that has none counts by its weights alone.
+        staging: Folder of unfinished files.
+
+    Returns:
+        How the corrections were found and what they gain.
+
+    Raises:
+        ArgumentError: If the model cannot be run block by block, or there are too few prompts to judge by.
+        NonFiniteError: If activations are not finite.
+        ResumeError: If the folder holds a calibration with other arguments.
+    """
+    done = staging / _RECORD_FILE
+    if done.exists():
+        return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
+    started = time.process_time()
+    fitted, held_out = split_prompts(prompts, _HELD_OUT, plan.args.seed)
+    if not held_out:
+        raise ArgumentError(
+            "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
+            "expert help already, 64 are better."
+        )
+    is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
+    options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=plan.args.calibration_rank)
+    kernels = load_kernels(plan.args.device)
+    reader = WeightReader(plan, kernels, [name for name, _ in model.model.named_parameters()])
+    batches = _batches(plan, model, fitted, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
+    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
+    key = {**fingerprint(plan, kernels.name), "prompts": [p.digest for p in prompts], "fit": asdict(options)}
+    files = BlockFiles(staging, key)
+    sweep.begin()
+    for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
+        tensors = {parameter: reader.tensors[f"{name}.{parameter}"] for parameter in model.block_parameters(name)}
+        known = files.read(index, tensors)
+        found = sweep.fit_block(index, known)
+        if known is None:
+            files.write(index, tensors, found)
+    by_form = distances(model, sweep, batches, len(plan.experts))
+    form = choose_form(by_form, plan.args.calibration_form)
+    files.join(len(model.blocks), form)
+    record = CalibrationRecord(
+        prompts=_counts(plan, fitted),
+        held_out=_counts(plan, held_out),
+        tokens=sum(len(ids) for p in prompts for ids in p.token_ids),
+        source=prompts[0].source,
+        digest=_digest(prompts),
+        options=asdict(options),
+        form=form,
+        distances=by_form,
+        seconds=round(time.process_time() - started, 1),
+    )
+    write_file(done, json.dumps(record.to_dict()))
+    return record
+
+
+def _open_model(plan: MergePlan) -> BlockwiseModel:
+    """Return the modules of the models' class, without weights."""
+    import transformers
+
+    path = plan.donor.source.path
+    config = transformers.AutoConfig.from_pretrained(path)
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ArgumentError(
+            f"The configuration of {plan.donor.spec!r} names the class {name!r}, which transformers does not have, so "
+            "its blocks cannot be run. Merge without calibration."
+        )
+    device = torch.device(plan.args.device)
+    return BlockwiseModel(model_class, config, device, _compute_dtype(device))
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """Half the time in bfloat16, where the device multiplies in it; else float32."""
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.backends.mkldnn.is_available() and _has_bf16() else torch.float32
+    return torch.bfloat16
+
+
+def _has_bf16() -> bool:
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16")) or torch.cpu._is_avx512_bf16_supported()
+
+
+def _batches(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], *, is_held_out: bool) -> list[Batch]:
+    pad = getattr(model.model.config, "pad_token_id", None) or 0  # masked, so any token will do
+    size = plan.args.calibration_batch_size
+    return [
+        batch
+        for own in prompts
+        for batch in in_batches(own.token_ids, own.expert, size, pad, is_held_out=is_held_out, device=model.device)
+    ]
+
+
+def _counts(plan: MergePlan, prompts: Sequence[Prompts]) -> tuple[int, ...]:
+    by_expert = {own.expert: len(own.token_ids) for own in prompts}
+    return tuple(by_expert.get(expert, 0) for expert in range(len(plan.experts)))
+
+
+def _digest(prompts: Sequence[Prompts]) -> str:
+    return xxh3_128_hexdigest("".join(own.digest for own in prompts).encode())
+
+
+def _is_silent(plan: MergePlan) -> bool | None:
+    """None, on which tqdm shows a bar only on a terminal."""
+    return True if plan.args.disable_tqdm else None
+
+
+def _self_written(plan: MergePlan, tokenizer: Any) -> tuple[Prompts, ...]:
+    args = plan.args
+    return self_written_prompts(
+        [expert.source for expert in plan.experts],
+        plan.base.source if plan.base is not None else None,
+        prefix=document_prefix(tokenizer),
+        n_samples=args.num_calibration_samples,
+        max_length=args.max_calibration_length,
+        seed=args.seed,
+        device=args.device,
+    )

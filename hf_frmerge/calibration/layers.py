@@ -1,0 +1,140 @@
+"""Find the layers of a transformer block that can be fitted, and how they depend on each other, by running it once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Call, Weights
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """
+    Linear layers that share an input, and so a Gram matrix: query, key and value; gate and up; or one alone.
+
+    Attributes:
+        names: the layers, named within the block, in the order in which they run.
+        writes: whether its output is added to the residual stream.
+        norm_after: a norm that takes the sum; `None` if the next to read it is the end of the block.
+        is_last: whether it is the last layer of the block that writes to the stream.
+    """
+
+    names: tuple[str, ...]
+    writes: bool = False
+    norm_after: str | None = None
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class BlockLayers:
+    """Layers of a block to fit, in the order of the forward pass: norms by name, and groups of linear layers."""
+
+    steps: tuple[LinearGroup | str, ...]
+
+    @property
+    def groups(self) -> list[LinearGroup]:
+        """The groups of linear layers."""
+        return [step for step in self.steps if isinstance(step, LinearGroup)]
+
+    @property
+    def norms(self) -> list[str]:
+        """The norms."""
+        return [step for step in self.steps if isinstance(step, str)]
+
+    @property
+    def is_post_norm(self) -> bool:
+        """Whether a norm comes after the last layer that writes to the residual stream, as in BERT."""
+        return any(group.is_last and group.norm_after for group in self.groups)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies its input by one matrix."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module scales every channel by a factor of its own, and may shift it."""
+    vectors = [parameter.ndim == 1 for parameter in module.parameters(recurse=False)]
+    return "norm" in type(module).__name__.lower() and bool(vectors) and all(vectors)
+
+
+def find_layers(model: BlockwiseModel, block: str, weights: Weights, hidden_TH: Tensor, call: Call) -> BlockLayers:
+    """
+    Run a block once, and group its layers by the tensors that enter them.
+
+    A layer that runs twice (shared weights) or not at all is left out: its values stay as merged.
+    """
+    module = model.block(block)
+    # The inputs are kept, so that no two of them can have the same identity.
+    events: list[tuple[str, Tensor]] = []
+    handles = [
+        child.register_forward_pre_hook(lambda _, args, name=name: events.append((name, args[0])))
+        for name, child in module.named_modules()
+        if is_linear(child) or is_norm(child)
+    ]
+    try:
+        model.run_block(block, weights, hidden_TH, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, _ in events]
+    events = [event for event in events if names.count(event[0]) == 1]
+    return BlockLayers(tuple(_in_steps(module, events, hidden_TH.shape[-1])))
+
+
+def _in_steps(module: nn.Module, events: list[tuple[str, Tensor]], hidden_size: int) -> list[LinearGroup | str]:
+    runs: list[list[tuple[str, Tensor]]] = []
+    for name, entering in events:
+        linear = is_linear(module.get_submodule(name))
+        if linear and runs and runs[-1][0][1] is entering and is_linear(module.get_submodule(runs[-1][0][0])):
+            runs[-1].append((name, entering))
+        else:
+            runs.append([(name, entering)])
+    steps: list[LinearGroup | str] = []
+    for position, run in enumerate(runs):
+        name = run[0][0]
+        if is_norm(module.get_submodule(name)):
+            steps.append(name)
+            continue
+        # The first layers read the stream; of those after them, one that is alone and as wide as the stream writes.
+        writes = len(run) == 1 and _n_out(module.get_submodule(name)) == hidden_size and position > 0
+        after = runs[position + 1][0] if position + 1 < len(runs) else None
+        takes_sum = after is not None and is_norm(module.get_submodule(after[0])) and after[1].shape[-1] == hidden_size
+        steps.append(
+            LinearGroup(tuple(n for n, _ in run), writes, after[0] if after and writes and takes_sum else None)
+        )
+    writers = [index for index, step in enumerate(steps) if isinstance(step, LinearGroup) and step.writes]
+    if writers:
+        last = steps[writers[-1]]
+        assert isinstance(last, LinearGroup)
+        steps[writers[-1]] = LinearGroup(last.names, True, last.norm_after, is_last=True)
+    return steps
+
+
+def _is_norm_of(module: nn.Module, event: tuple[str, Tensor], hidden_size: int) -> bool:
+    name, entering = event
+    return is_norm(module.get_submodule(name)) and entering.shape[-1] == hidden_size
+
+
+def _n_out(module: nn.Module) -> int:
+    weight = module.get_parameter("weight")
+    return int(weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0])
+
+
+def matrix_of(module: nn.Module, weights: Weights, name: str) -> Tensor:
+    """Return the weight of a linear layer as `(out, in)`, with the bias as a last column where there is one."""
+    matrix = weights[f"{name}.weight"]
+    matrix = matrix.T if isinstance(module.get_submodule(name), Conv1D) else matrix
+    bias = weights.get(f"{name}.bias")
+    return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
+
+
+def put_matrix(module: nn.Module, weights: dict[str, Tensor], name: str, matrix: Tensor) -> None:
+    """Store `(out, in)`, with the bias as a last column where the layer has one, as the weights of a layer."""
+    if f"{name}.bias" in weights:
+        matrix, weights[f"{name}.bias"] = matrix[:, :-1], matrix[:, -1].contiguous()
+    weights[f"{name}.weight"] = (matrix.T if isinstance(module.get_submodule(name), Conv1D) else matrix).contiguous()

@@ -1,0 +1,247 @@
+"""
+Fit linear layers and norms of a merge to what the experts' layers give, in closed form.
+
+Sequential least squares with expert targets. For a group of linear layers that share an input, with the input X of
+the merge so far and X_i^e of expert i on the same prompts, the target of expert i is
+
+    T_i = rho X_i^e W_i^T + (1 - rho) X_i W_i^T  [+ r (h_i^e - h_i) for layers that write to the residual stream h]
+
+and the fitted weight is the ridge solution around a start W_s
+
+    W = W_s + [(G + lambda mu I + sum_i P_i)^-1 (R + sum_i P_i (W_i - W_s)^T)]^T
+    G = sum_i alpha_i X_i^T D X_i,   R = sum_i alpha_i X_i^T D (T_i - X_i W_s^T),   mu = mean(diag G)
+
+where D holds weights of tokens, and P_i a prior (see `update_gram`).
+"""
+
+# Shape suffixes: T = tokens, I = inputs of a layer (one more with a bias), O = outputs, K = rank.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_frmerge.errors import NonFiniteError
+
+# Keeps the Cholesky decomposition stable where inputs are linearly dependent, relative to the mean square of an input.
+_JITTER = 1e-9
+
+
+@dataclass
+class Moments:
+    """
+    Second moments of one expert's prompts at the input of a group, summed over tokens, float32.
+
+    Attributes:
+        merged_II: `X^T D X` of the merge's own inputs.
+        cross_II: `X^T D X^e`, with the expert's inputs.
+        drift_IO: `X^T D (h^e - h)`; `None` for layers that do not write to the residual stream.
+        n_tokens: number of tokens.
+    """
+
+    merged_II: Tensor
+    cross_II: Tensor
+    drift_IO: Tensor | None = None
+    n_tokens: int = 0
+
+    @staticmethod
+    def zeros(n_in: int, n_out: int | None, device: torch.device) -> Moments:
+        """Return moments of no tokens; `n_out` is the width of the residual stream for layers that write to it."""
+        square = torch.zeros(2, n_in, n_in, device=device)
+        drift = None if n_out is None else torch.zeros(n_in, n_out, device=device)
+        return Moments(square[0], square[1], drift)
+
+    def add(self, merged_TI: Tensor, expert_TI: Tensor, weights_T: Tensor | None, drift_TO: Tensor | None) -> None:
+        """Add some tokens."""
+        weighted_TI = merged_TI if weights_T is None else merged_TI * weights_T[:, None]
+        self.merged_II += weighted_TI.T @ merged_TI
+        self.cross_II += weighted_TI.T @ expert_TI
+        if self.drift_IO is not None and drift_TO is not None:
+            self.drift_IO += weighted_TI.T @ drift_TO
+        self.n_tokens += len(merged_TI)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """
+    Settings of a fit.
+
+    Attributes:
+        ridge: lambda, the pull to the start, relative to the mean square of an input.
+        expert_inputs: rho, the share of the targets that is computed from the experts' own inputs: 1 asks the layer to
+            undo the drift of its inputs, 0 takes the drift as it is.
+        residual: r, the share of the drift of the residual stream to undo in a layer that writes to it.
+        update_prior: kappa, the pull to each expert along its own update.
+    """
+
+    ridge: float = 0.03
+    expert_inputs: float = 0.5
+    residual: float = 0.25
+    update_prior: float = 0.0
+
+
+def update_gram(delta_OI: Tensor) -> Tensor:
+    """
+    Return the Gram matrix `(I, I)` of an expert's update, with a mean diagonal of 1.
+
+    Gradients are sums of outer products with the inputs, so the update of a layer spans the inputs it was trained on:
+    its Gram matrix stands in for theirs where there are no prompts. All zeros for no update.
+    """
+    gram_II = delta_OI.T @ delta_OI
+    mean = gram_II.diagonal().mean()
+    return gram_II / mean if mean > 0 else gram_II
+
+
+def ridge_start(base_OI: Tensor, deltas_OI: list[Tensor], ridge: float = 0.3) -> Tensor:
+    """
+    Return a merge of full fine-tunes without data: every expert counts along the inputs that its update spans.
+
+    `W_0 + (sum_i D_i C_i) (sum_i C_i + ridge I)^-1` with `C_i` the `update_gram` of the update `D_i`: the closed form
+    that WUDI-Merging (arXiv 2503.08099) descends to, with a ridge to the base in place of early stopping.
+    """
+    grams = [update_gram(delta_OI) for delta_OI in deltas_OI]
+    total_II = torch.stack(grams).sum(0)
+    pulled_OI = sum((d @ c for d, c in zip(deltas_OI, grams)), start=torch.zeros_like(base_OI))
+    eye = torch.eye(len(total_II), dtype=total_II.dtype, device=total_II.device)
+    return base_OI + torch.linalg.solve(total_II + ridge * eye, pulled_OI.T).T
+
+
+@dataclass(frozen=True)
+class Fit:
+    """
+    Solved layer.
+
+    Attributes:
+        weight_OI: fitted weight, float64.
+        metric_II: lower Cholesky factor of the system, for `low_rank`.
+    """
+
+    weight_OI: Tensor
+    metric_II: Tensor
+
+
+def fit_linear(
+    moments: list[Moments],
+    shares: list[float],
+    start_OI: Tensor,
+    experts_OI: list[Tensor],
+    options: FitOptions,
+    *,
+    has_bias: bool,
+    priors_II: list[Tensor] | None = None,
+) -> Fit:
+    """
+    Fit one layer.
+
+    Args:
+        moments: Of every expert; those of no tokens count through the prior alone.
+        shares: Weights of the experts.
+        start_OI: Start, with the bias as a last column if `has_bias`; float64, as `experts_OI`.
+        experts_OI: The experts' weights.
+        options: Settings.
+        has_bias: Whether the last input is the constant 1 of a bias; it has a ridge of its own.
+        priors_II: `update_gram` of every expert, without the bias.
+
+    Raises:
+        NonFiniteError: If an activation is not finite.
+    """
+    # Products in float32, as precise as the moments are; only the system is solved in float64.
+    system_II = torch.zeros_like(moments[0].merged_II)
+    pull_IO = torch.zeros(start_OI.shape[1], start_OI.shape[0], device=start_OI.device)
+    rho = options.expert_inputs
+    for moment, share, expert_OI in zip(moments, shares, experts_OI):
+        if not moment.n_tokens:
+            continue
+        factor = share / moment.n_tokens
+        system_II += factor * moment.merged_II
+        target_II = rho * moment.cross_II + (1 - rho) * moment.merged_II
+        pull_IO += factor * (target_II @ expert_OI.float().T)
+        if moment.drift_IO is not None:
+            pull_IO += factor * options.residual * moment.drift_IO
+    pull_IO = (pull_IO - system_II @ start_OI.float().T).double()
+    system_II = system_II.double()
+    diagonal_I = system_II.diagonal()
+    if not diagonal_I.isfinite().all() or not pull_IO.isfinite().all():
+        raise NonFiniteError("activations of the merge are not finite")
+    n_in = len(diagonal_I) - has_bias
+    mean = float(diagonal_I[:n_in].mean()) or 1.0  # all inputs zero: the ridge alone decides, and keeps the start
+    ridge_I = torch.full_like(diagonal_I, (options.ridge + _JITTER) * mean)
+    if has_bias:
+        ridge_I[-1] = (options.ridge + _JITTER) * (float(diagonal_I[-1]) or 1.0)
+    system_II.diagonal().add_(ridge_I)
+    if options.update_prior and priors_II is not None:
+        strength = options.update_prior * mean / len(experts_OI)
+        for prior_II, expert_OI in zip(priors_II, experts_OI):
+            system_II[:n_in, :n_in] += strength * prior_II
+            pull_IO[:n_in] += strength * prior_II @ (expert_OI - start_OI)[:, :n_in].T
+    metric_II = torch.linalg.cholesky(system_II)
+    return Fit(start_OI + torch.cholesky_solve(pull_IO, metric_II).T, metric_II)
+
+
+def low_rank(correction_OI: Tensor, metric_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """
+    Return the factors `(O, K)` and `(K, I)` of the best approximation of a correction by a rank.
+
+    Best in the metric of the layer's inputs, `|| (M - M_k) L ||` with `L L^T` the system of the fit: reduced-rank
+    regression, which spends the rank on what the inputs can see.
+    """
+    metric_II = metric_II.float()  # the factors are kept in half precision at most
+    seen_IO = metric_II.T @ correction_OI.float().T
+    # Eigenvectors of the smaller Gram matrix: a full SVD costs several times as much.
+    if seen_IO.shape[0] <= seen_IO.shape[1]:
+        _, vectors = torch.linalg.eigh(seen_IO @ seen_IO.T)
+        left_IK = vectors[:, -rank:].flip(1)
+        right_KO = left_IK.T @ seen_IO
+    else:
+        _, vectors = torch.linalg.eigh(seen_IO.T @ seen_IO)
+        right = vectors[:, -rank:].flip(1)
+        left_IK, right_KO = seen_IO @ right, right.T
+    down_IK = torch.linalg.solve_triangular(metric_II.T, left_IK, upper=True)
+    return right_KO.T.contiguous(), down_IK.T.contiguous()
+
+
+def fit_norm(
+    normalised: list[Tensor],
+    targets: list[Tensor],
+    shares: list[float],
+    start: tuple[Tensor, Tensor | None],
+    offset: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """
+    Fit gain and shift of a norm, channel by channel.
+
+    Least squares of `normalised (gain + offset) + shift` to the experts' outputs, with a ridge of a tenth of the
+    tokens toward the start.
+
+    Args:
+        normalised: For every expert the merge's normalised inputs `(T, H)`, before gain and shift.
+        targets: The expert norm's outputs `(T, H)`.
+        shares: Weights of the experts.
+        start: Gain and shift to start from; no shift for an RMS norm.
+        offset: What the norm adds to its gain by itself, `(H,)`: 1 in some models, else 0.
+    """
+    gain_H, shift_H = (None if value is None else value.double() for value in start)
+    assert gain_H is not None
+    zero_H = torch.zeros_like(gain_H)
+    xx_H, x_H, xt_H, t_H, n = zero_H, zero_H, zero_H, zero_H, 0.0
+    for x_TH, t_TH, share in zip(normalised, targets, shares):
+        if not len(x_TH):
+            continue
+        factor = share / len(x_TH)
+        inputs_TH = x_TH.double()
+        residual_TH = t_TH.double() - inputs_TH * (gain_H + offset)
+        if shift_H is not None:
+            residual_TH = residual_TH - shift_H
+        xx_H = xx_H + factor * (inputs_TH * inputs_TH).sum(0)
+        x_H = x_H + factor * inputs_TH.sum(0)
+        xt_H = xt_H + factor * (inputs_TH * residual_TH).sum(0)
+        t_H = t_H + factor * residual_TH.sum(0)
+        n += share
+    ridge = 0.1 * n
+    if shift_H is None:
+        return gain_H + xt_H / (xx_H + ridge), None
+    a, c, b = xx_H + ridge, n + ridge, x_H
+    determinant = a * c - b * b
+    return gain_H + (c * xt_H - b * t_H) / determinant, shift_H + (a * t_H - b * xt_H) / determinant

@@ -1,0 +1,130 @@
+"""Read the weights of the experts, the base and the data-free merge, by the names of a model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_frmerge.checkpoints.tensors.floats import widen
+from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, some
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.kernels.product import product
+from hf_frmerge.merging.engine.rules import rule_for
+from hf_frmerge.merging.engine.tensor_work import TensorWork
+from hf_frmerge.merging.operands.open_inputs import open_tensors
+from hf_frmerge.merging.operands.tensor_inputs import StoredTensor
+from hf_frmerge.merging.planning.blocks import pieces
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.operands.tensor_inputs import DenseTensor
+    from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
+
+
+class WeightReader:
+    """
+    Weights of one plan by the names of the model's parameters, float32.
+
+    Args:
+        plan: Plan of the merge; the data-free merge it describes is the start.
+        kernels: Kernels of that merge.
+        parameters: Names of the parameters of the whole model.
+
+    Raises:
+        ArgumentError: If a parameter has no tensor, or several tensors are decided together.
+    """
+
+    def __init__(self, plan: MergePlan, kernels: Kernels, parameters: Sequence[str]) -> None:
+        self._plan, self._kernels = plan, kernels
+        self._rule = rule_for(plan)
+        steps = {step.name: step for step in plan.steps}
+        prefixes = _prefixes(parameters, steps)
+        self.tensors = {name: prefixes(name) for name in parameters}
+        missing = [name for name, tensor in self.tensors.items() if tensor not in steps]
+        if missing:
+            raise ArgumentError(
+                f"The model has parameters {some(missing)} that are no tensors of these checkpoints under that name, "
+                "so it cannot be calibrated. Load and save the experts with transformers, which renames them."
+            )
+        self._steps = {name: steps[tensor] for name, tensor in self.tensors.items()}
+        groups = [step.group for step in plan.steps if step.action == "merge"]
+        if len(set(groups)) < len(groups):
+            raise ArgumentError(
+                f"block={plan.args.block!r} decides several tensors together; a calibrated merge starts from tensors "
+                "that are merged one by one. Use block='tensor', 'row' or 'head'."
+            )
+
+    def changes(self, parameter: str) -> bool:
+        """Whether the tensor is merged, and not copied from one model."""
+        return self._steps[parameter].action == "merge"
+
+    def dtype(self, parameter: str) -> str:
+        """Return the dtype code of the merged tensor."""
+        return self._steps[parameter].dtype
+
+    def expert(self, index: int, parameter: str) -> Tensor:
+        """Return an expert's values of a parameter: the base's where an adapter does not change it."""
+        step = self._steps[parameter]
+        inputs = open_tensors(self._plan, step)
+        if step.action == "copy":
+            return _tensor(_read(inputs.dense[0], step), step)
+        if index in inputs.dense:
+            return _tensor(_read(inputs.dense[index], step), step)
+        assert inputs.base is not None
+        values = _read(inputs.base, step)
+        if index in inputs.low_rank:
+            left, right = inputs.low_rank[index].factors()
+            values = values + product(left, right).reshape(-1)
+        return _tensor(values, step)
+
+    def base(self, parameter: str) -> Tensor | None:
+        """Return the base model's values; `None` if the merge has no base."""
+        step = self._steps[parameter]
+        base = self._plan.base
+        if base is None or base.checkpoint is None or step.name not in base.checkpoint.tensors:
+            return None
+        return _tensor(_read(StoredTensor(base.checkpoint, base.checkpoint.tensors[step.name]), step), step)
+
+    def start(self, parameter: str) -> Tensor:
+        """Return the merge without data, as the engine computes it."""
+        step = self._steps[parameter]
+        if step.action == "copy":
+            return self.expert(0, parameter)
+        step = replace(step, dtype="F32")
+        inputs = open_tensors(self._plan, step)
+        work = TensorWork(step, inputs, list(pieces(step.n_blocks, step.block_len)))
+        rounds = [work] if self._rule.rounds else []
+        while rounds:
+            for index in range(len(work.pieces)):
+                self._rule.measure(self._kernels, work, index)
+            rounds = self._rule.unfinished([work])
+        decision = self._rule.decide([work])[step.group].decision
+        out = np.empty(step.numel * 4, np.uint8)
+        for piece in work.pieces:
+            inputs.apply(decision, self._kernels, piece, out[piece.start * 4 : piece.stop * 4], "F32")
+        return _tensor(out.view(np.float32), step)
+
+
+def _read(tensor: DenseTensor, step: TensorStep) -> NDArray[np.float32]:
+    operand = tensor.read(0, step.numel)
+    assert DTYPE_BITS[operand.dtype] % 8 == 0
+    return widen(operand.data, operand.dtype).astype(np.float32)
+
+
+def _tensor(values: NDArray[np.float32], step: TensorStep) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).reshape(step.shape)
+
+
+def _prefixes(parameters: Sequence[str], steps: dict[str, TensorStep]) -> Callable[[str], str]:
+    """Return a function from a parameter's name to its tensor's; checkpoints may lack the first part of names."""
+    if any(name in steps for name in parameters):
+        return lambda name: name
+    return lambda name: name.partition(".")[2]

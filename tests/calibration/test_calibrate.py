@@ -1,0 +1,213 @@
+"""Calibrated merges of small models, from prompts to a folder that is loaded, checked, made again and gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.calibration.sweep import Sweep
+from hf_frmerge.errors import ArgumentError, ResumeError
+from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.provenance.merge_again import reproduce
+from hf_frmerge.provenance.verify import verify
+
+VOCABULARY, LENGTH, N_PROMPTS = 60, 16, 32
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, three LoRA experts of it, and three full fine-tunes; prompts for each."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(folder / "base")
+    for number in range(3):
+        torch.manual_seed(number + 1)
+        lora = get_peft_model(
+            LlamaForCausalLM.from_pretrained(folder / "base"),
+            LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"),
+        )
+        full = LlamaForCausalLM.from_pretrained(folder / "base")
+        for kind, model, rate in (("lora", lora, 1e-2), ("full", full, 2e-3)):
+            train(model, number, rate)
+            model.save_pretrained(folder / f"{kind}{number}")
+    return folder
+
+
+def train(model: torch.nn.Module, expert: int, rate: float) -> None:
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), rate)
+    for step in range(60):
+        ids = torch.tensor(prompts(expert, seed=100 + step))
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+def prompts(expert: int, seed: int = 0) -> list[list[int]]:
+    """Walks in an expert's domain: 20 tokens of its own, each of which has one that follows it, but for some noise."""
+    follows = np.random.default_rng(expert).permutation(20)
+    rng = np.random.default_rng([seed, expert])
+    walks = rng.integers(0, 20, (N_PROMPTS, LENGTH))
+    for place in range(1, LENGTH):
+        walks[:, place] = np.where(rng.random(N_PROMPTS) < 0.8, follows[walks[:, place - 1]], walks[:, place])
+    return (20 * expert + walks).tolist()
+
+
+def merger(models: Path, out: Path, kind: str = "lora", **options: Any) -> FisherRaoMerger:
+    experts = [str(models / f"{kind}{number}") for number in range(3)]
+    calibration = options.pop("calibration", {expert: prompts(i) for i, expert in enumerate(experts)})
+    defaults = {
+        "method": "linear",
+        "max_calibration_length": LENGTH,
+        "disable_tqdm": True,
+        "calibration_rank": 4,
+        "num_calibration_samples": N_PROMPTS,
+    }
+    args = MergingArguments(output_dir=str(out), **{**defaults, **options})
+    return FisherRaoMerger(experts, args, base_model=str(models / "base"), calibration_dataset=calibration)
+
+
+def distance_to_experts(models: Path, out: Path, kind: str = "lora") -> float:
+    """Mean squared Fisher–Rao distance on fresh prompts, by transformers and PEFT alone."""
+    merged = LlamaForCausalLM.from_pretrained(out, dtype=torch.float64).eval()
+    total = 0.0
+    for number in range(3):
+        if kind == "lora":
+            base = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float64)
+            expert = PeftModel.from_pretrained(base, models / f"lora{number}").eval()
+        else:
+            expert = LlamaForCausalLM.from_pretrained(models / f"full{number}", dtype=torch.float64).eval()
+        ids = torch.tensor(prompts(number, seed=1))
+        with torch.no_grad():
+            p, q = (model(ids).logits.softmax(-1) for model in (merged, expert))
+        total += float((2 * torch.arccos((p * q).sqrt().sum(-1).clamp(max=1))).square().mean())
+    return total / 3
+
+
+@pytest.mark.parametrize("form", ["dense", "low_rank"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
+    models: Path, tmp_path: Path, kind: str, form: str
+) -> None:
+    merger(models, tmp_path / "start", kind, calibration=None, adapter_output="merged").merge()
+    merger(models, tmp_path / "out", kind, calibration_form=form).merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.form == form
+    assert record.prompts == (28,) * 3 and record.held_out == (4,) * 3
+    assert 0.9 < record.tokens / (3 * N_PROMPTS * LENGTH) <= 1  # the rest of the text is a short prompt
+
+    before, after = (distance_to_experts(models, tmp_path / name, kind) for name in ("start", "out"))
+    assert after < 0.9 * before
+    # What the record says of four prompts an expert is what transformers and PEFT say of others, roughly.
+    assert record.mean_distance(form) / record.mean_distance("start") == pytest.approx(after / before, abs=0.2)
+
+    report = verify(str(tmp_path / "out"))
+    assert report.ok, report.problems
+    reproduction = reproduce(str(tmp_path / "out"))
+    assert not reproduction.differences
+
+
+def test_verify_notices_another_correction(models: Path, tmp_path: Path) -> None:
+    merger(models, tmp_path / "out", calibration_form="dense").merge()
+    file = tmp_path / "out" / "merge_corrections.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0x40
+    file.write_bytes(data)
+    problems = verify(str(tmp_path / "out")).problems
+    assert any("merge_corrections.safetensors was changed" in problem for problem in problems)
+    assert any("differs from what its experts" in problem for problem in problems)
+
+
+def test_the_start_is_written_where_the_fit_brings_nothing(models: Path, tmp_path: Path) -> None:
+    """Experts that all are the same model leave nothing to gain."""
+    args = MergingArguments(
+        output_dir=str(tmp_path / "out"), method="linear", max_calibration_length=LENGTH, disable_tqdm=True
+    )
+    twins = [str(models / "full0"), shutil.copytree(models / "full0", tmp_path / "twin")]
+    FisherRaoMerger(list(map(str, twins)), args, calibration_dataset=prompts(0)).merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.form == "start" and record.mean_distance("start") < 1e-6
+    assert not (tmp_path / "out" / "merge_corrections.safetensors").exists()
+    expected, merged = load_file(models / "full0" / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_interrupted_calibration_goes_on_to_the_same_bits(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole, fit = tmp_path / "out", tmp_path / "whole", Sweep.fit_block
+    fitted: list[int] = []
+
+    def fit_block(self: Sweep, index: int, known: Any) -> Any:
+        if known is None:
+            fitted.append(index)
+        if fitted == [0, 1] and known is None:
+            raise Killed
+        return fit(self, index, known)
+
+    monkeypatch.setattr(Sweep, "fit_block", fit_block)
+    with pytest.raises(Killed):
+        merger(models, out).merge()
+    assert not (out / "config.json").exists()
+    with pytest.raises(ResumeError, match=r"started differently \(prompts\)"):
+        merger(models, out, calibration={str(models / "lora0"): prompts(0, seed=7)}).merge(resume_from_checkpoint=True)
+    merger(models, out).merge(resume_from_checkpoint=True)
+    assert fitted == [0, 1, 1]
+    merger(models, whole).merge()
+    for name in ("model.safetensors", "merge_corrections.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ArgumentError, match="adapter_output='merged'"):
+        merger(models, out, adapter_output="adapter").merge()
+    with pytest.raises(ArgumentError, match="none of the experts"):
+        merger(models, out, calibration={"nobody": prompts(0)}).merge()
+    with pytest.raises(ArgumentError, match="block='tensor', 'row' or 'head'"):
+        merger(models, out, "full", block="layer").merge()
+    with pytest.raises(ArgumentError, match="four prompts or more"):
+        merger(models, out, calibration=prompts(0)[:2]).merge()
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8)
+    for number in range(2):
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path / f"t5-{number}")
+    experts = [str(tmp_path / f"t5-{number}") for number in range(2)]
+    with pytest.raises(ArgumentError, match="an encoder and a decoder"):
+        FisherRaoMerger(experts, MergingArguments(output_dir=str(out)), calibration_dataset=prompts(0)).merge()
+    assert not out.exists()
+
+
+def test_an_expert_without_prompts_is_merged_all_the_same(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    experts = [str(models / f"lora{number}") for number in range(3)]
+    merger(models, tmp_path / "out", calibration={expert: prompts(i) for i, expert in enumerate(experts[:2])}).merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.prompts == (28, 28, 0)
+    assert record.distances["start"][2] is None
+    assert json.loads((tmp_path / "out/merge_manifest.json").read_text())["calibration"]["held_out"] == [4, 4, 0]
+    assert "lora2" in caplog.text
+
+
+def test_the_record_of_the_fit_is_on_the_card(models: Path, tmp_path: Path) -> None:
+    merger(models, tmp_path / "out").merge()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "fitted to what its experts compute on 84 prompts" in card
+    assert "--calibration PROMPTS.jsonl" in card

@@ -1,0 +1,194 @@
+"""Fits against naive float64 solutions on all tokens at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_frmerge.calibration.held_out import choose_form, squared_distance
+from hf_frmerge.calibration.least_squares import (
+    FitOptions,
+    Moments,
+    fit_linear,
+    fit_norm,
+    low_rank,
+    ridge_start,
+    update_gram,
+)
+from hf_frmerge.errors import NonFiniteError
+
+N_IN, N_OUT, TOKENS = 7, 5, (40, 25, 60)
+SHARES = [0.5, 0.2, 0.3]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def layer(n_in: int = N_IN) -> tuple[list[Tensor], list[Tensor], Tensor, list[Tensor]]:
+    """Inputs of the merge and of the experts, a start and the experts' weights."""
+    merged = [torch.randn(n, n_in) for n in TOKENS]
+    experts = [x + 0.3 * torch.randn_like(x) for x in merged]
+    return merged, experts, torch.randn(N_OUT, n_in).double(), [torch.randn(N_OUT, n_in).double() for _ in TOKENS]
+
+
+def moments_of(merged: list[Tensor], experts: list[Tensor], drifts: list[Tensor] | None, weights: list[Tensor] | None):
+    out = []
+    for i, (x, e) in enumerate(zip(merged, experts)):
+        moments = Moments.zeros(x.shape[1], N_OUT if drifts else None, torch.device("cpu"))
+        for part in (slice(0, 11), slice(11, None)):  # tokens may come in any portions
+            moments.add(x[part], e[part], weights[i][part] if weights else None, drifts[i][part] if drifts else None)
+        out.append(moments)
+    return out
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("kappa", [0.0, 2.0])
+def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: float) -> None:
+    merged, experts, start, weights = layer(N_IN + has_bias)
+    if has_bias:
+        for x in (*merged, *experts):
+            x[:, -1] = 1.0
+    drifts = [torch.randn(n, N_OUT) for n in TOKENS]
+    token_weights = [torch.rand(n) + 0.1 for n in TOKENS]
+    base = torch.randn(N_OUT, N_IN).double()
+    priors = [update_gram(w[:, :N_IN] - base) for w in weights]
+    options = FitOptions(ridge=0.05, expert_inputs=0.7, residual=0.4, update_prior=kappa)
+
+    fit = fit_linear(
+        moments_of(merged, experts, drifts, token_weights),
+        SHARES,
+        start,
+        weights,
+        options,
+        has_bias=has_bias,
+        priors_II=priors,
+    )
+
+    # One row per token, scaled by the square root of its weight; the priors are rows of their own.
+    rows, targets = [], []
+    gram = torch.zeros(N_IN + has_bias, N_IN + has_bias, dtype=torch.float64)
+    columns = ([x.double() for x in part] for part in (merged, experts, weights, drifts, token_weights))
+    for x, e, w, d, t, share in zip(*columns, SHARES):
+        scale = (share / len(x) * t).sqrt()[:, None]
+        target = 0.7 * e @ w.T + 0.3 * x @ w.T + 0.4 * d
+        rows.append(scale * x)
+        targets.append(scale * (target - x @ start.T))
+        gram += (scale * x).T @ (scale * x)
+    mean = float(gram.diagonal()[:N_IN].mean())
+    ridge = torch.full((N_IN + has_bias,), 0.05 * mean, dtype=torch.float64)
+    if has_bias:
+        ridge[-1] = 0.05 * float(gram[-1, -1])
+    rows.append(torch.diag(ridge.sqrt()))
+    targets.append(torch.zeros(N_IN + has_bias, N_OUT, dtype=torch.float64))
+    for prior, w in zip(priors, weights):
+        root = torch.linalg.cholesky(kappa * mean / 3 * prior + 1e-13 * torch.eye(N_IN)).T
+        padded = torch.cat([root, torch.zeros(N_IN, int(has_bias))], dim=1).double()
+        rows.append(padded)
+        targets.append(padded @ (w - start).T)
+    expected = start + torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution.T
+    torch.testing.assert_close(fit.weight_OI, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_an_expert_without_prompts_counts_by_its_prior_alone() -> None:
+    merged, experts, start, weights = layer()
+    moments = moments_of(merged, experts, None, None)
+    moments[2] = Moments.zeros(N_IN, None, torch.device("cpu"))
+    without = fit_linear(moments[:2], SHARES[:2], start, weights[:2], FitOptions(), has_bias=False)
+    same = fit_linear(moments, SHARES, start, weights, FitOptions(), has_bias=False)
+    torch.testing.assert_close(same.weight_OI, without.weight_OI)
+    priors = [torch.eye(N_IN).double()] * 3
+    pulled = fit_linear(
+        moments, SHARES, start, weights, FitOptions(update_prior=1e6), has_bias=False, priors_II=priors
+    )
+    torch.testing.assert_close(pulled.weight_OI, torch.stack(weights).mean(0), rtol=1e-3, atol=1e-3)
+
+
+def test_inputs_that_are_all_zero_keep_the_start() -> None:
+    _, _, start, weights = layer()
+    zeros = [torch.zeros(n, N_IN) for n in TOKENS]
+    fit = fit_linear(moments_of(zeros, zeros, None, None), SHARES, start, weights, FitOptions(), has_bias=False)
+    assert torch.equal(fit.weight_OI, start)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    merged, experts, start, weights = layer()
+    merged[1][3, 2] = math.inf
+    with pytest.raises(NonFiniteError, match="not finite"):
+        fit_linear(moments_of(merged, experts, None, None), SHARES, start, weights, FitOptions(), has_bias=False)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_low_rank_is_the_best_in_the_metric_of_the_inputs(shape: tuple[int, int]) -> None:
+    correction = torch.randn(shape).double()
+    inputs = torch.randn(50, shape[1]).double() * torch.linspace(0.1, 3, shape[1])
+    metric = torch.linalg.cholesky(inputs.T @ inputs)
+    up, down = low_rank(correction, metric, 2)
+    assert up.shape == (shape[0], 2) and down.shape == (2, shape[1])
+    # The best rank-2 outputs for these inputs: the truncated SVD of X M^T (Eckart-Young).
+    left, values, right = torch.linalg.svd(inputs @ correction.T, full_matrices=False)
+    best = (left[:, :2] * values[:2]) @ right[:2]
+    torch.testing.assert_close(inputs @ (up @ down).double().T, best, rtol=1e-4, atol=1e-4)
+
+
+def test_the_start_of_full_fine_tunes_is_the_ridge_formula() -> None:
+    base, deltas = torch.randn(N_OUT, N_IN).double(), [torch.randn(N_OUT, N_IN).double() for _ in range(3)]
+    grams = [d.T @ d / torch.trace(d.T @ d) * N_IN for d in deltas]
+    expected = base + sum(d @ c for d, c in zip(deltas, grams)) @ torch.linalg.inv(sum(grams) + 0.3 * torch.eye(N_IN))
+    torch.testing.assert_close(ridge_start(base, deltas), expected)
+    assert torch.equal(ridge_start(base, [torch.zeros_like(base)] * 3), base)
+
+
+@pytest.mark.parametrize("has_shift", [False, True])
+def test_a_norm_is_fitted_channel_by_channel(has_shift: bool) -> None:
+    xs = [torch.randn(n, 4) for n in TOKENS]
+    targets = [x * 1.5 + 0.2 + 0.1 * torch.randn_like(x) for x in xs]
+    gain, shift, offset = torch.rand(4), torch.rand(4) if has_shift else None, torch.ones(4).double()
+    fitted = fit_norm(xs, targets, SHARES, (gain, shift), offset)
+    for c in range(4):
+        rows, ys = [], []
+        for x, t, share in zip(xs, targets, SHARES):
+            scale = math.sqrt(share / len(x))
+            column = x[:, c].double()
+            ones = torch.ones_like(column)
+            rows.append(scale * torch.stack([column, ones] if has_shift else [column], dim=1))
+            y = t[:, c].double() - column * (gain[c] + 1) - (shift[c] if shift is not None else 0)
+            ys.append(scale * y)
+        size = rows[0].shape[1]
+        rows.append(math.sqrt(0.1) * torch.eye(size).double())  # a tenth of the tokens, whose shares sum to 1
+        ys.append(torch.zeros(size).double())
+        change = torch.linalg.lstsq(torch.cat(rows), torch.cat(ys)[:, None]).solution[:, 0]
+        torch.testing.assert_close(fitted[0][c], gain[c].double() + change[0])
+        if shift is not None:
+            assert fitted[1] is not None
+            torch.testing.assert_close(fitted[1][c], shift[c].double() + change[1])
+
+
+def test_the_distance_is_that_of_fisher_and_rao() -> None:
+    p, q = torch.randn(6, 11), torch.randn(6, 11)
+    roots = (p.double().softmax(-1).sqrt(), q.double().softmax(-1).sqrt())
+    expected = (2 * torch.arccos((roots[0] * roots[1]).sum(-1))) ** 2
+    torch.testing.assert_close(squared_distance(p, q), expected)
+    assert float(squared_distance(p, p).max()) == 0.0
+    near = squared_distance(p, p + 1e-7 * torch.randn(6, 11, dtype=torch.float64))
+    assert float(near.min()) > 0  # arccos of a number this near 1 would be 0
+
+
+@pytest.mark.parametrize(
+    ("means", "wanted", "form"),
+    [
+        ((1.0, 0.2, 0.195), "auto", "low_rank"),  # 99 % of the gain
+        ((1.0, 0.3, 0.2), "auto", "dense"),
+        ((1.0, 1.0, 1.1), "auto", "start"),
+        ((1.0, 1.2, 0.5), "low_rank", "start"),
+        ((1.0, 0.3, 0.2), "low_rank", "low_rank"),
+        ((1.0, 0.2, 0.2), "dense", "dense"),
+    ],
+)
+def test_the_smallest_form_that_has_nearly_all_of_the_gain(means: tuple[float, ...], wanted: str, form: str) -> None:
+    distances = {name: (mean, None, mean) for name, mean in zip(("start", "low_rank", "dense"), means)}
+    assert choose_form(distances, wanted) == form
