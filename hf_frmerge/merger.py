@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.evaluation.record import EvaluationRecord
     from hf_frmerge.merging.callbacks.callback import MergeCallback
+    from hf_frmerge.merging.planning.corrections import CalibrationRecord
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class FisherRaoMerger(CallbackHost):
         compute_metrics (`Callable`, *optional*):
             Called with the `EvalPrediction` of the merged model on each evaluated dataset, returns metrics.
         callbacks (`list`, *optional*): Callbacks besides the default ones; classes or instances.
+        calibration_dataset (*optional*):
+            Prompts without labels, some dozens an expert, on which the merge is fitted to what its experts compute: a
+            file, a `Dataset` or a list of texts for all experts, a mapping from experts to such, or `"self"`: every
+            expert writes its own.
         preprocess_logits_for_metrics (`Callable`, *optional*):
             Called with the logits and labels of each batch; what it returns is kept for `compute_metrics` in their
             place. The logits of a language model for a whole dataset seldom fit in memory.
@@ -91,6 +96,7 @@ class FisherRaoMerger(CallbackHost):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[MergeCallback | type[MergeCallback]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        calibration_dataset: Any = None,
     ) -> None:
         if isinstance(experts, str):
             raise ArgumentError(f"experts must be a list of two or more models, but got the one name {experts!r}.")
@@ -102,6 +108,7 @@ class FisherRaoMerger(CallbackHost):
         self.eval_dataset = eval_dataset
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        self.calibration_dataset = calibration_dataset
         self.report: dict[str, Any] = {}
 
     @property
@@ -125,6 +132,8 @@ class FisherRaoMerger(CallbackHost):
         args = self.args
         if resume_from_checkpoint is not None:
             args = replace(args, resume_from_checkpoint=resume_from_checkpoint)
+        if self.calibration_dataset is not None and args.adapter_output == "auto":
+            args = replace(args, adapter_output="merged")  # corrections do not keep the rank of the adapters
         return build_plan(self.experts, args, self.weights, self.base_model, check=check_plan)
 
     def merge(self, resume_from_checkpoint: bool | None = None) -> Self:
@@ -153,8 +162,9 @@ class FisherRaoMerger(CallbackHost):
             self._begin(plan)
             if self.args.eval_on_start:
                 self.evaluate_experts()
+            calibrate = self._calibrator(plan)
             observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
-            outcome = run_merge(plan, observer, self.processes, self._complete_folder)
+            outcome = run_merge(plan, observer, self.processes, self._complete_folder, calibrate)
         self.control = observer.control
         self.report = {**outcome.report.to_dict(), "complete": outcome.complete}
         self._end(self.report)
@@ -332,6 +342,14 @@ class FisherRaoMerger(CallbackHost):
         if self.is_merged and self.processes.is_main:
             save_record(self.args.output_dir, self.evaluation)
         return record, speed
+
+    def _calibrator(self, plan: MergePlan) -> Callable[[Path], CalibrationRecord] | None:
+        """Read and check the prompts; return the function that fits the merge to them, if there are any."""
+        if self.calibration_dataset is None:
+            return None
+        from hf_frmerge.calibration.calibrate import prepare
+
+        return prepare(plan, self.calibration_dataset, self.processing_class)
 
     def _begin(self, plan: MergePlan) -> None:
         """Reset what an earlier merge left, and fire `on_merge_begin`."""

@@ -41,16 +41,15 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
             args=args,
             weights=expert_arguments.weights,
             base_model=expert_arguments.base_model,
+            calibration_dataset=expert_arguments.calibration_dataset,
         ).merge()
     if as_json:
         click.echo(json.dumps(merger.report, indent=2))
         return
     from hf_frmerge.cli.render.merges import print_merge
     from hf_frmerge.merging.record.manifest import read_manifest
-    from hf_frmerge.wording.geometry import Geometry
 
-    geometry = Geometry.of_manifest(read_manifest(Path(args.output_dir)))
-    print_merge(merger.report, geometry, args.output_dir)
+    print_merge(merger.report, read_manifest(Path(args.output_dir)), args.output_dir)
 
 
 COMMANDS = {"merge": merge}

@@ -39,6 +39,9 @@ CALIBRATION = {
         "num_calibration_samples",
         "max_calibration_length",
         "calibration_batch_size",
+        "calibration_form",
+        "calibration_rank",
+        "seed",
     )
 }
 OUTPUT = {

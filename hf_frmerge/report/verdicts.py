@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_frmerge.report.facts import MergeFacts
+from hf_frmerge.wording.calibration import calibration_verdict
 from hf_frmerge.wording.evaluation import N_NAMED, evaluation_verdicts
 from hf_frmerge.wording.geometry import geometry_verdicts
 from hf_frmerge.wording.methods import BLOCKS, POINTS, method_of
@@ -11,9 +12,11 @@ from hf_frmerge.wording.verdicts import Verdict
 
 
 def verdicts(facts: MergeFacts) -> list[Verdict]:
-    """Return the verdicts on a merge: what was merged, then the evaluation, then the geometry."""
+    """Return the verdicts on a merge: what was merged, the evaluation, the fit to the experts, the geometry."""
     measured = evaluation_verdicts(facts.record) if facts.record is not None else []
-    return [_what_was_merged(facts), *measured, *geometry_verdicts(facts.totals)]
+    calibration = facts.manifest.calibration
+    fitted = [calibration_verdict(calibration)] if calibration is not None else []
+    return [_what_was_merged(facts), *measured, *fitted, *geometry_verdicts(facts.totals)]
 
 
 def _what_was_merged(facts: MergeFacts) -> Verdict:

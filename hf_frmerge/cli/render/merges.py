@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from hf_frmerge.cli.render.terminal import console, human_bytes, human_count, human_seconds, print_verdicts
+from hf_frmerge.wording.calibration import WITHOUT_DATA, calibration_verdict
 from hf_frmerge.wording.geometry import Geometry, geometry_verdicts
 from hf_frmerge.wording.numbers import number
 
 if TYPE_CHECKING:
     from hf_frmerge.extraction.extract_lora import ExtractedAdapter
+    from hf_frmerge.merging.record.manifest import Manifest
     from hf_frmerge.provenance.merge_again import Reproduction
     from hf_frmerge.provenance.verify import VerifyReport
 
 
-def print_merge(report: Mapping[str, Any], geometry: Geometry, output_dir: str) -> None:
+def print_merge(report: Mapping[str, Any], manifest: Manifest, output_dir: str) -> None:
     """
     Print the summary of a merge.
 
     Args:
         report (`Mapping[str, Any]`): `FisherRaoMerger.report`.
-        geometry (`Geometry`): Angles and norms of the merge.
+        manifest (`Manifest`): Record of the merge.
         output_dir (`str`): Folder of the merged model.
     """
     out = console()
@@ -36,7 +38,11 @@ def print_merge(report: Mapping[str, Any], geometry: Geometry, output_dir: str) 
         f"{human_seconds(report['seconds'])}: {human_bytes(report['bytes_per_second'])}/s of input "
         f"({report['kernels']} kernels)."
     )
-    print_verdicts(out, geometry_verdicts(geometry))
+    calibration = manifest.calibration
+    fitted = [calibration_verdict(calibration)] if calibration is not None else []
+    print_verdicts(out, fitted + geometry_verdicts(Geometry.of_manifest(manifest)))
+    if calibration is None:
+        out.print(WITHOUT_DATA)
     out.print(f"Output: {output_dir}", style="bold")
     out.print(f"Check it bit for bit with: frmerge verify {shlex.quote(output_dir)}")
 

@@ -22,6 +22,7 @@ from hf_frmerge.hub.card.licences import LicenceDecision, SourceMetadata, combin
 from hf_frmerge.hub.card.markdown import cell
 from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.wording import parts
+from hf_frmerge.wording.calibration import calibration_verdict
 from hf_frmerge.wording.geometry import geometry_verdicts
 from hf_frmerge.wording.methods import BLOCKS, NORMS, SPACES, bibtex, method_of
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.evaluation.record import EvaluationRecord
     from hf_frmerge.hub.card.evaluation_section import EvaluationSection
+    from hf_frmerge.wording.verdicts import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         settings=result_arguments(card),
         evaluation=_evaluation_section(card),
         figures={name: f"![{parts.FIGURES[name].title}]({path})" for name, path in card.figures.items()},
-        geometry=geometry_verdicts(card.statistics.geometry) if card.statistics.geometry else [],
+        geometry=_verdicts(card),
         decision=decision,
         command=reproduce_command(card),
         python=reproduce_python(card),
@@ -96,6 +98,12 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         user_section=user_section.strip("\n"),
     )
     return f"---\n{card_metadata(card).to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def _verdicts(card: MergeCard) -> list[Verdict]:
+    """Return what is found without an evaluation: what the fit to the experts gained, then the geometry."""
+    fitted = [calibration_verdict(card.calibration)] if card.calibration is not None else []
+    return fitted + (geometry_verdicts(card.statistics.geometry) if card.statistics.geometry else [])
 
 
 def write_card(card: MergeCard, output_dir: Path | str, keep_user_sections: bool = True) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from hf_frmerge.hub.card.data import CardSource, MergeCard
 from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
+from hf_frmerge.merging.planning.corrections import CalibrationRecord
 
 
 def result_arguments(card: MergeCard) -> dict[str, object]:
@@ -33,6 +34,8 @@ def reproduce_command(card: MergeCard) -> str:
         parts.append(f"--weights {','.join(map(repr, weights))}")
     if card.base is not None:
         parts.append(f"--base-model {shlex.quote(card.base.pinned)}")
+    if card.calibration is not None:
+        parts.append(f"--calibration {_prompts(card.calibration)}")
     parts.append("--output-dir merged")
     for name, value in result_arguments(card).items():
         option = name.replace("_", "-")
@@ -69,6 +72,7 @@ def reproduce_python(card: MergeCard) -> str:
     arguments = {"output_dir": "merged", **result_arguments(card)}
     argument_lines = "".join(f"        {name}={_literal(value)},\n" for name, value in arguments.items())
     weights = _weights(card)
+    prompts = _prompts(card.calibration) if card.calibration is not None else None
     lines = [
         "from hf_frmerge import FisherRaoMerger, MergingArguments",
         "",
@@ -77,9 +81,15 @@ def reproduce_python(card: MergeCard) -> str:
         *([f"    weights={weights},"] if weights else []),
         *([f"    base_model={_literal(card.base.pinned)},"] if card.base is not None else []),
         f"    args=MergingArguments(\n{argument_lines}    ),",
+        *([f"    calibration_dataset={_literal(prompts)},"] if prompts else []),
         ").merge()",
     ]
     return "\n".join(lines)
+
+
+def _prompts(calibration: CalibrationRecord) -> str:
+    """Return what stands for the prompts: those from files are not in the record, only their digest."""
+    return "self" if calibration.source == "self" else "PROMPTS.jsonl"
 
 
 def usage_python(card: MergeCard) -> str:

@@ -15,6 +15,7 @@ from hf_frmerge.wording.geometry import Geometry
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.record import EvaluationRecord
+    from hf_frmerge.merging.planning.corrections import CalibrationRecord
 
 TAG_NAMES = ("merge", "hf-frmerge")
 NAME = "Fisher–Rao merging"
@@ -108,6 +109,8 @@ class MergeCard:
             Report page beside the card, with all measurements.
         statistics (`CardStatistics`, *optional*):
             Statistics of the merged weights.
+        calibration (`CalibrationRecord`, *optional*):
+            How the merge was fitted to its experts on prompts.
         notes (`list[str]`, *optional*):
             Sentences on parts that were dropped or in which sources disagree (tokenizers, configurations).
         versions (`dict[str, str]`, *optional*):
@@ -139,6 +142,7 @@ class MergeCard:
     figures: dict[str, str] = field(default_factory=dict)
     report_file: str | None = None
     statistics: CardStatistics = field(default_factory=CardStatistics)
+    calibration: CalibrationRecord | None = None
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     manifest_files: list[str] = field(

@@ -17,6 +17,7 @@ from hf_frmerge.hub.card.private_paths import is_public_base
 from hf_frmerge.hub.card.tasks import read_task
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE
 from hf_frmerge.merging.record.manifest import (
     EVALUATION_FILE,
     MANIFEST_FILE,
@@ -98,9 +99,12 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         "evaluation": _evaluation(folder),
         "report_file": REPORT_FILE if _is_current(folder / REPORT_FILE) else None,
         "statistics": _statistics(manifest),
+        "calibration": manifest.calibration,
         "notes": list(manifest.report.notes),
         "versions": manifest.all_versions,
-        "manifest_files": [name for name in (MANIFEST_FILE, COEFFICIENTS_FILE) if (folder / name).is_file()],
+        "manifest_files": [
+            name for name in (MANIFEST_FILE, COEFFICIENTS_FILE, CORRECTIONS_FILE) if (folder / name).is_file()
+        ],
     }
     return MergeCard(**{**facts, **card_fields})
 

@@ -1,0 +1,49 @@
+"""What is said about a calibration, and about a merge that had none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_frmerge.wording.numbers import number, percent
+from hf_frmerge.wording.verdicts import Verdict, graded
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.planning.corrections import CalibrationRecord
+
+WITHOUT_DATA = (
+    "No data was used. Fitted to what its experts compute on a few prompts, a merge keeps more of what they learned: "
+    "--calibration self lets them write the prompts, --calibration EXPERT=FILE takes yours."
+)
+"""Hint at the end of a merge without calibration."""
+
+_SOURCES = {"self": "which the experts wrote themselves", "file": "from files", "dataset": "from datasets"}
+_FORMS = {
+    "low_rank": "factors of rank {rank} for every linear layer",
+    "dense": "a number for every weight of the linear layers",
+}
+
+
+def calibration_verdict(record: CalibrationRecord) -> Verdict:
+    """State what a merge was fitted to, and how close it came to its experts on prompts held out from the fit."""
+    prompts = f"{sum(record.prompts):,} prompts, {_SOURCES.get(record.source, 'of another origin')}"
+    others = f"{sum(record.held_out):,} others"
+    before, after = record.mean_distance("start"), record.mean_distance(record.form)
+    if record.form == "start":
+        best = min(record.mean_distance(form) for form in record.distances if form != "start")
+        return Verdict(
+            "watch",
+            "Fitted to the experts, without gain",
+            f"The merge was fitted to {prompts}, but on {others} its predictions came no closer to the experts': "
+            f"their squared Fisher–Rao distance is {number(before)} rad² without the fit and {number(best)} rad² with "
+            "it. So what was written is the merge without it. More prompts, or prompts that are closer to what the "
+            "experts were trained on, may help.",
+        )
+    gain = (before - after) / before
+    return Verdict(
+        graded(gain, 0.5, 0.1),
+        "Fitted to the experts",
+        f"The merge was fitted to what its experts compute on {prompts}. On {others} the squared Fisher–Rao distance "
+        f"of its predictions to the experts' is {number(after)} rad², where the merge without data has "
+        f"{number(before)} rad²: the fit takes {percent(gain)} of it away. The correction is "
+        f"{_FORMS[record.form].format(rank=record.options['rank'])}.",
+    )
