@@ -113,7 +113,12 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
     reader = WeightReader(plan, kernels, [name for name, _ in model.model.named_parameters()])
     batches = _batches(plan, model, fitted, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
     sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
-    key = {**fingerprint(plan, kernels.name), "prompts": [p.digest for p in prompts], "fit": asdict(options)}
+    key = {
+        **fingerprint(plan, kernels.name),
+        "prompts": [p.digest for p in prompts],
+        "fit": asdict(options),
+        "dtype": str(model.dtype),
+    }
     files = BlockFiles(staging, key)
     sweep.begin()
     for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
@@ -131,7 +136,7 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
         tokens=sum(len(ids) for p in prompts for ids in p.token_ids),
         source=prompts[0].source,
         digest=_digest(prompts),
-        options=asdict(options),
+        options={**asdict(options), "dtype": str(model.dtype).removeprefix("torch.")},
         form=form,
         distances=by_form,
         seconds=round(time.process_time() - started, 1),
@@ -158,15 +163,12 @@ def _open_model(plan: MergePlan) -> BlockwiseModel:
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:
-    """Half the time in bfloat16, where the device multiplies in it; else float32."""
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.backends.mkldnn.is_available() and _has_bf16() else torch.float32
-    return torch.bfloat16
-
-
-def _has_bf16() -> bool:
-    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16")) or torch.cpu._is_avx512_bf16_supported()
+    """Return bfloat16 where the device multiplies in it, which takes half the time, else float32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    is_native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return torch.bfloat16 if is_native else torch.float32
 
 
 def _batches(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], *, is_held_out: bool) -> list[Batch]:

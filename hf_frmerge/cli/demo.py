@@ -61,7 +61,7 @@ def demo(output_dir: str) -> None:
     out.print("\nWhat the numbers say (perplexities are geometric means over the texts):", style="bold")
     for sentence in conclusions(result.scores, result.angles):
         out.print(f"- {sentence}")
-    out.print("\nThe Karcher merge of the deltas, reloaded, goes on after", repr(PROMPT))
+    out.print("\nThe merge that was fitted, reloaded, goes on after", repr(PROMPT))
     out.print(f"  {PROMPT}{result.continuation}", style="italic")
     out.print(f"\nModel, record and card: {output_dir}   Check it: frmerge verify {output_dir}", style="bold")
     page = Path(output_dir) / REPORT_FILE

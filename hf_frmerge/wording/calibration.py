@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 WITHOUT_DATA = (
     "No data was used. Fitted to what its experts compute on a few prompts, a merge keeps more of what they learned: "
-    "--calibration self lets them write the prompts, --calibration EXPERT=FILE takes yours."
+    "--calibration self lets language models write them, --calibration EXPERT=FILE takes yours."
 )
 """Hint at the end of a merge without calibration."""
 

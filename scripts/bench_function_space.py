@@ -1,0 +1,180 @@
+"""
+Measure how much of what language-model experts learned is left in a merge: without data, and fitted to prompts.
+
+    python scripts/bench_function_space.py --base BASE --suite FOLDER --texts FOLDER [--prompts 16 64] [--self 64] ...
+
+A suite is a folder with one expert per domain (full checkpoints or adapters); the texts' folder has for every domain
+`DOMAIN.calibration.jsonl`, of which the prompts are taken, and `DOMAIN.test.jsonl`, which is measured. Both hold a
+column `text`. `scripts/train_experts.py` makes both.
+
+Recovery of an expert is (base - merged) / (base - expert) in nats a token on its own domain: 1 keeps all that the
+expert learned, 0 none of it. Its standard error comes from the blocks of the text, merged and expert measured on the
+same ones. Every merge runs in a process of its own, whose CPU time and peak memory are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# Runs a command and prints its peak memory: what the system says of children is the largest of all so far.
+_MEASURED = """
+import resource, sys
+from hf_frmerge.cli.main import main
+try:
+    main()
+finally:
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+BLOCK = 128
+"""Tokens of a block of text; the first is only context."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One row of the table."""
+
+    name: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a merge took."""
+
+    cpu_seconds: float
+    peak_mib: float
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    domains = sorted(path.name for path in args.suite.iterdir() if path.is_dir())
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    blocks = {domain: blocks_of(tokenizer, args.texts / f"{domain}.test.jsonl", args.tokens) for domain in domains}
+    n_tokens = min(map(len, blocks.values())) * (BLOCK - 1)
+    print(f"{args.suite.name}: {', '.join(domains)}; {n_tokens:,} test tokens or more a domain")
+    base = {domain: nats(load(args.base), blocks[domain]) for domain in domains}
+    experts = {domain: nats(load_expert(args, domain), blocks[domain]) for domain in domains}
+    for domain in domains:
+        print(f"  {domain}: base {base[domain].mean():.3f}, expert {experts[domain].mean():.3f} nats a token")
+    print(f"| merge | {' | '.join(domains)} | mean | worst | CPU s | peak MiB |")
+    print("|---|" + "---:|" * (len(domains) + 4), flush=True)
+    for merge in merges(args, domains):
+        output, cost = run(args, merge, domains)
+        model = load(output)
+        merged = {domain: nats(model, blocks[domain]) for domain in domains}
+        rows = [recovery(base[domain], experts[domain], merged[domain]) for domain in domains]
+        values = [value for value, _ in rows]
+        cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in rows)
+        print(
+            f"| {merge.name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {cost.cpu_seconds:.0f} | "
+            f"{cost.peak_mib:.0f} |",
+            flush=True,
+        )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--base", required=True, help="folder of the base model")
+    parser.add_argument("--suite", type=Path, required=True, help="folder with one expert per domain")
+    parser.add_argument("--texts", type=Path, required=True, help="folder of the texts")
+    parser.add_argument("--methods", nargs="*", default=["linear", "karcher", "nre"], help="merges without data")
+    parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64], help="prompts an expert")
+    parser.add_argument("--self", nargs="*", type=int, default=[64], dest="own", help="self-written prompts an expert")
+    parser.add_argument("--start", default="karcher", help="method the fit starts from")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[42], help="seeds of the choice of prompts")
+    parser.add_argument("--tokens", type=int, default=20_000, help="test tokens a domain")
+    parser.add_argument("--options", nargs="*", default=[], help="further options of the fitted merges, as NAME=VALUE")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workdir", type=Path, default=Path("bench-function-space"))
+    return parser.parse_args()
+
+
+def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
+    """List the merges: without data, then fitted to given prompts, then to the experts' own."""
+    rows = [Merge(method, ("--method", method)) for method in args.methods]
+    given = [f"--calibration={args.suite / d}={args.texts / f'{d}.calibration.jsonl'}" for d in domains]
+    further = tuple(f"--{option}" for option in args.options)
+    for counts, source, name in ((args.prompts, given, "prompts"), (args.own, ["--calibration=self"], "own prompts")):
+        for count in counts:
+            for seed in args.seeds:
+                options = ("--method", args.start, *source, f"--num-calibration-samples={count}", f"--seed={seed}")
+                rows.append(Merge(f"{count} {name}, seed {seed}", (*options, *further)))
+    return rows
+
+
+def run(args: argparse.Namespace, merge: Merge, domains: list[str]) -> tuple[Path, Cost]:
+    """Merge in another process; return the folder and what it took."""
+    output = args.workdir / args.suite.name / merge.name.replace(" ", "-").replace(",", "")
+    experts = [str(args.suite / domain) for domain in domains]
+    options = [
+        "merge", *experts, "--base-model", args.base, "--space", "deltas",
+        "--adapter-output", "merged", "--output-dir", str(output), "--overwrite", "--disable-tqdm", *merge.options,
+    ]  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", _MEASURED, *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"frmerge {' '.join(options)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return output, Cost(cpu, int(done.stderr.rsplit("peak ", 1)[1].split()[0]) / 1024)
+
+
+def blocks_of(tokenizer: Callable, file: Path, n_tokens: int) -> NDArray[np.int64]:
+    """Cut the test text into blocks `(n, BLOCK)`."""
+    texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    ids = np.array(tokenizer("\n\n".join(texts))["input_ids"][:n_tokens])
+    return ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)
+
+
+def load(path: str | Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+
+def load_expert(args: argparse.Namespace, domain: str) -> torch.nn.Module:
+    folder = args.suite / domain
+    if not (folder / "adapter_config.json").exists():
+        return load(folder)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load(args.base), folder).merge_and_unload().eval()
+
+
+def nats(model: torch.nn.Module, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the mean loss of every block."""
+    losses = []
+    with torch.inference_mode():
+        for start in range(0, len(blocks), 8):
+            ids = torch.from_numpy(blocks[start : start + 8])
+            logits = model(input_ids=ids).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            losses.append(loss.reshape(len(ids), -1).mean(1).double().numpy())
+    return np.concatenate(losses)
+
+
+def recovery(
+    base: NDArray[np.float64], expert: NDArray[np.float64], merged: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Return the recovery and its standard error over blocks (of a ratio of means, to first order)."""
+    gain, full = base - merged, base - expert
+    ratio = gain.mean() / full.mean()
+    residual = gain - ratio * full
+    return float(ratio), float(residual.std(ddof=1) / math.sqrt(len(base)) / abs(full.mean()))
+
+
+if __name__ == "__main__":
+    main()
