@@ -31,6 +31,7 @@ ROOMS = {
         ["hub"],
         ["folders"],
         ["resolve"],
+        ["names"],
         ["tensors"],
         ["adapters", "beside"],
     ],

@@ -13,6 +13,7 @@ from hf_frmerge.checkpoints.adapters.config import AdapterConfig, read_adapter_c
 from hf_frmerge.checkpoints.adapters.factors import LowRankDelta
 from hf_frmerge.checkpoints.adapters.match import find_targets
 from hf_frmerge.checkpoints.model_structure import UNKNOWN, ModelStructure, leaf, may_be_conv1d, may_be_tied
+from hf_frmerge.checkpoints.names.model_names import ModelNames
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, open_checkpoint, some
@@ -64,6 +65,7 @@ class Adapter:
         self,
         shapes: Mapping[str, Sequence[int]],
         structure: Callable[[], ModelStructure] = lambda: UNKNOWN,
+        model_names: Callable[[], ModelNames | None] = lambda: None,
         *,
         into_adapter: bool = False,
     ) -> Adapter:
@@ -80,6 +82,8 @@ class Adapter:
             structure (`Callable[[], ModelStructure]`, *optional*):
                 Returns the facts about the base's class; called only if the tensors do not decide, as it takes
                 seconds.
+            model_names (`Callable[[], ModelNames | None]`, *optional*):
+                Returns the names of the base's class; called only if names do not match.
             into_adapter (`bool`, *optional*, defaults to `False`):
                 Whether the output is an adapter. Then a tied output layer needs no tensor in the base, and it does not
                 matter how weights are stored.
@@ -97,7 +101,8 @@ class Adapter:
         stored = {leaf(name) for name in shapes}
         alone = [name for name in self.deltas if into_adapter and name in outside and leaf(name) not in stored]
         alone = [name for name in alone if structure().tied is not None and structure().ties(name)]
-        targets = find_targets(self.spec, {name: changed[name] for name in changed if name not in alone}, shapes)
+        matched = {name: changed[name] for name in changed if name not in alone}
+        targets = find_targets(self.spec, matched, shapes, model_names)
         # PEFT also stores a copy of a tied output layer. It repeats the input embedding, which is compared anyway.
         base_layers = {name: info for name, info in self.base_layers.items() if name not in alone}
         for name, info in (self.dense | base_layers).items():

@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.adapters.rows import AdapterRow
 from hf_frmerge.merging.operands.factor_inputs import FactorInputs
-from hf_frmerge.merging.operands.tensor_inputs import DenseTensor, DoraTensor, StoredTensor, TensorInputs
+from hf_frmerge.merging.operands.tensor_inputs import (
+    DenseTensor,
+    DoraTensor,
+    ReorderedTensor,
+    StoredTensor,
+    TensorInputs,
+)
 
 if TYPE_CHECKING:
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
@@ -27,7 +34,7 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
     if step.action == "copy":
         donor = plan.base if step.donor < 0 else plan.experts[step.donor]
         assert donor is not None and donor.checkpoint is not None
-        only = StoredTensor(donor.checkpoint, donor.checkpoint.tensors[step.name])
+        only = _stored(donor.checkpoint, step)
         return TensorInputs(step.name, 1, 1, None, {0: only}, {}, {0: labels[step.donor]})
     # In weight space full experts do not need the base. Adapters do: their weights are base plus delta.
     base = None
@@ -51,10 +58,16 @@ def _labels(plan: MergePlan) -> dict[int, str]:
     return labels | ({-1: f"base model {plan.base.spec!r}"} if plan.base is not None else {})
 
 
+def _stored(checkpoint: Checkpoint, step: TensorStep) -> DenseTensor:
+    tensor = StoredTensor(checkpoint, checkpoint.tensors[step.name])
+    order = checkpoint.row_orders.get(step.name)
+    return tensor if order is None else ReorderedTensor(tensor, order, step.cols)
+
+
 def _dense_tensor(expert: Expert, step: TensorStep, base: StoredTensor | None) -> DenseTensor | None:
     """Return the expert's full tensor, if it has one; an adapter has one for `modules_to_save` and DoRA modules."""
     if expert.checkpoint is not None:
-        return StoredTensor(expert.checkpoint, expert.checkpoint.tensors[step.name])
+        return _stored(expert.checkpoint, step)
     assert expert.adapter is not None and base is not None
     if step.name in expert.adapter.dense:
         return StoredTensor(expert.adapter.checkpoint, expert.adapter.dense[step.name])

@@ -11,6 +11,7 @@ from hf_frmerge.checkpoints.adapters.adapter import open_adapter
 from hf_frmerge.checkpoints.adapters.base import base_notes, common_base
 from hf_frmerge.checkpoints.adapters.rows import align_adapters, missing_notes
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
+from hf_frmerge.checkpoints.names.model_names import read_names
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
 from hf_frmerge.checkpoints.tensors.alignment import align
@@ -172,12 +173,14 @@ def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool
         return experts
     checkpoint = base.checkpoint
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    structure = functools.cache(lambda: read_structure(checkpoint))  # once for all adapters, and only if one asks
+    # Once for all adapters, and only if one asks.
+    structure = functools.cache(lambda: read_structure(checkpoint))
+    names = functools.cache(lambda: read_names(checkpoint.config(), checkpoint.source.spec))
 
     def match(expert: Expert) -> Expert:
         if expert.adapter is None:
             return expert
-        adapter = expert.adapter.match(shapes, structure, into_adapter=to_adapter)
+        adapter = expert.adapter.match(shapes, structure, names, into_adapter=to_adapter)
         adapter.check_base_layers(checkpoint)
         return Expert(expert.source, adapter=adapter)
 
