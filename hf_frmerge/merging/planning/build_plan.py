@@ -113,7 +113,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
     else:
         steps, notes = _steps(args, opened, base, alphas)
-    notes += _unused_options(args, method)
+    notes += _unused_options(args, method) + _number_notes(steps, method)
     if table is not None:
         steps = cut_as_given(steps, table, len(opened))
     layout = None
@@ -134,6 +134,14 @@ def _unused_options(args: MergingArguments, method: Method) -> list[str]:
     defaults = {field.name: field.default for field in fields(args)}
     changed = [name for name in of_methods if name not in method.options and options[name] != defaults[name]]
     return [f"`{name}` changes nothing with method={method.name!r}." for name in changed]
+
+
+def _number_notes(steps: list[TensorStep], method: Method) -> list[str]:
+    """Note tensors whose blocks are single numbers: a method that merges directions takes their plain mean."""
+    numbers = [step.name for step in steps if step.action == "merge" and step.block_len == 1]
+    if not numbers or not method.is_directional:
+        return []
+    return [f"A single number has no direction: of {some(numbers)} the plain weighted mean is taken."]
 
 
 def _open(source: Source) -> Expert:
