@@ -137,6 +137,21 @@ class DoraTensor:
 
 
 @dataclass(frozen=True)
+class ZeroTensor:
+    """The base of a tensor that the base model does not have: zeros."""
+
+    files: set[tuple[Checkpoint, str]] = field(default_factory=set)
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return `stop - start` zeros."""
+        return Operand(np.zeros((stop - start) * 4, np.uint8), "F32")
+
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return `None`: there is no file."""
+        return None
+
+
+@dataclass(frozen=True)
 class ReorderedTensor:
     """Stored tensor with its rows in another order: row `k` is the stored row `order[k]`. For small tensors."""
 

@@ -14,7 +14,7 @@ from hf_frmerge.checkpoints.beside.look_beside import look_beside
 from hf_frmerge.checkpoints.names.model_names import read_names
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
-from hf_frmerge.checkpoints.tensors.alignment import align
+from hf_frmerge.checkpoints.tensors.alignment import AlignedTensor, align
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
@@ -25,6 +25,7 @@ from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_inde
 from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
 from hf_frmerge.merging.planning.coefficient_table import CoefficientTable, cut_as_given, read_coefficients
 from hf_frmerge.merging.planning.model_class import read_structure
+from hf_frmerge.merging.planning.new_heads import NewHead, find_new_head
 from hf_frmerge.merging.planning.plan import Expert, MergePlan
 from hf_frmerge.merging.planning.tensor_step import TensorStep
 from hf_frmerge.methods.table import METHODS
@@ -111,8 +112,10 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     opened = _match_adapters(opened, base, to_adapter)
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
+        head = NewHead()
     else:
-        steps, notes = _steps(args, opened, base, alphas)
+        head = find_new_head(opened, base.checkpoint if base else None)
+        steps, notes = _steps(args, opened, base, alphas, head)
     notes += _unused_options(args, method) + _number_notes(steps, method)
     if table is not None:
         steps = cut_as_given(steps, table, len(opened))
@@ -121,7 +124,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
         layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
     beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
     notes += beside.notes
-    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files, table)
+    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files, table, head.config)
     for model in plan.models:
         model.weights.watch([file.name for file in beside.files if file.source == model.source])
     return plan
@@ -301,15 +304,17 @@ def _stack(name: str) -> str:
 
 
 def _steps(
-    args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float]
+    args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float], head: NewHead
 ) -> tuple[list[TensorStep], list[str]]:
     """Return one step for each tensor of a full model, and notes."""
     full = [index for index, expert in enumerate(experts) if expert.checkpoint]
     checkpoints = [experts[index].checkpoint for index in full]
     aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
-    notes = list(aligned.notes) + _adapter_notes(experts, base, args.strict)
+    notes = [*aligned.notes, *head.notes, *_adapter_notes(experts, base, args.strict)]
+    tensors = [tensor for tensor in aligned.tensors if tensor.name not in head.left_out]
+    tensors += [AlignedTensor(name, info.dtype, info.shape, "merge", -1) for name, info in head.tensors.items()]
     touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
-    weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in aligned.tensors])
+    weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in tensors])
     notes += rule_notes
     head_dim = None
     if args.block == "head":
@@ -317,7 +322,7 @@ def _steps(
         head_dim = head_dim_of(donor.checkpoint.config() if donor.checkpoint else {})
 
     steps = []
-    for tensor in aligned.tensors:
+    for tensor in tensors:
         is_float = tensor.dtype in FLOAT_DTYPES
         # With adapters only, a tensor that none of them changes is copied from the base.
         merge = tensor.action == "merge" and (bool(full) or tensor.name in touched)

@@ -14,6 +14,8 @@ from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hf_frmerge.checkpoints.adapters.adapter import Adapter
     from hf_frmerge.checkpoints.beside.look_beside import CarriedFile
     from hf_frmerge.checkpoints.resolve import Source
@@ -63,6 +65,7 @@ class MergePlan:
         notes: what the user should know.
         carried: files beside weights and config that the output takes from the models.
         coefficients: table that takes the place of a method.
+        config_changes: entries of the output's `config.json` that differ from those of the donor.
     """
 
     args: MergingArguments
@@ -75,6 +78,7 @@ class MergePlan:
     notes: list[str] = field(default_factory=list)
     carried: tuple[CarriedFile, ...] = ()
     coefficients: CoefficientTable | None = None
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def output_kind(self) -> Literal["full", "adapter"]:
