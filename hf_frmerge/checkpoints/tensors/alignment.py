@@ -21,6 +21,9 @@ _COMPARE_LIMIT = 16 << 20
 _COMPARE_CHUNK = 4 << 20
 # Only used to word an error: what is merged never depends on what a tensor is called.
 _EMBEDDING = re.compile("embed|wte|lm_head|shared")
+# Why a tensor is left out.
+TIED_TWICE = "tied and stored twice"
+CONSTANT = "constant, computed by the model itself"
 # Models tie a handful of weights. If more names than this differ, the checkpoints are of different architectures.
 _MOST_TIED = 16
 
@@ -43,10 +46,15 @@ class AlignedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """Output tensors in file order of the base model (else of the first expert), and notes for the user."""
+    """
+    Output tensors in file order of the base model (else of the first expert), and notes for the user.
+
+    `left_out` gives the reason for every tensor that some checkpoint stores and the output does not have.
+    """
 
     tensors: list[AlignedTensor]
     notes: list[str]
+    left_out: dict[str, str]
 
 
 def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alignment:
@@ -89,14 +97,14 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
     left_out, tied_notes = _settle_tied(checkpoints, constants)
     notes += _constant_notes(checkpoints, constants) + tied_notes
     _refuse_names(checkpoints, left_out | constants)
-    left_out |= constants - set(checkpoints[0].tensors)
+    constants_out = constants - set(checkpoints[0].tensors)
     _refuse_shapes(checkpoints)
     notes += agree_on_classes(checkpoints)
     notes += _dtype_notes(checkpoints)
 
     tensors = []
     for name in _names_in_order(checkpoints):
-        if name in left_out:
+        if name in left_out | constants_out:
             continue
         holders = [place for place, checkpoint in enumerate(checkpoints) if name in checkpoint.tensors]
         info = checkpoints[holders[0]].tensors[name]
@@ -106,7 +114,8 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
         )
         if not info.is_float:
             notes += _copy_notes(name, [checkpoints[place] for place in holders], len(checkpoints))
-    return Alignment(tensors, notes)
+    reasons = dict.fromkeys(left_out, TIED_TWICE) | dict.fromkeys(constants_out, CONSTANT)
+    return Alignment(tensors, notes, reasons)
 
 
 def _names_in_order(checkpoints: Sequence[Checkpoint]) -> list[str]:

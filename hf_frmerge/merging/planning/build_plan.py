@@ -22,10 +22,11 @@ from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, open_checkpoint,
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import validate_weights
 from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_index
+from hf_frmerge.merging.planning.account import account
 from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
 from hf_frmerge.merging.planning.coefficient_table import CoefficientTable, cut_as_given, read_coefficients
 from hf_frmerge.merging.planning.model_class import read_structure
-from hf_frmerge.merging.planning.new_heads import NewHead, find_new_head
+from hf_frmerge.merging.planning.new_heads import OTHER_HEAD, NewHead, find_new_head
 from hf_frmerge.merging.planning.plan import Expert, MergePlan
 from hf_frmerge.merging.planning.tensor_step import TensorStep
 from hf_frmerge.methods.table import METHODS
@@ -113,9 +114,10 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
         head = NewHead()
+        left_out: dict[str, str] = {}
     else:
         head = find_new_head(opened, base.checkpoint if base else None)
-        steps, notes = _steps(args, opened, base, alphas, head)
+        steps, notes, left_out = _steps(args, opened, base, alphas, head)
     notes += _unused_options(args, method) + _number_notes(steps, method)
     if table is not None:
         steps = cut_as_given(steps, table, len(opened))
@@ -124,7 +126,10 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
         layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
     beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
     notes += beside.notes
-    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files, table, head.config)
+    plan = MergePlan(
+        args, opened, base, alphas, space, steps, layout, notes, beside.files, table, head.config, left_out
+    )
+    account(plan)  # refuses what would be lost
     for model in plan.models:
         model.weights.watch([file.name for file in beside.files if file.source == model.source])
     return plan
@@ -305,8 +310,8 @@ def _stack(name: str) -> str:
 
 def _steps(
     args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float], head: NewHead
-) -> tuple[list[TensorStep], list[str]]:
-    """Return one step for each tensor of a full model, and notes."""
+) -> tuple[list[TensorStep], list[str], dict[str, str]]:
+    """Return one step for each tensor of a full model, notes, and the reasons for tensors that are left out."""
     full = [index for index, expert in enumerate(experts) if expert.checkpoint]
     checkpoints = [experts[index].checkpoint for index in full]
     aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
@@ -342,7 +347,7 @@ def _steps(
         )
     _check_groups(steps)
     _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
-    return steps, notes
+    return steps, notes, aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD)
 
 
 def _refuse_homeless(experts: list[Expert], merged: set[str]) -> None:

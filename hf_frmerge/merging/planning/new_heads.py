@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import Expert
 
 
+OTHER_HEAD = "of a head that the output's class does not have"
+
+
 @dataclass(frozen=True)
 class NewHead:
     """

@@ -66,6 +66,7 @@ class MergePlan:
         carried: files beside weights and config that the output takes from the models.
         coefficients: table that takes the place of a method.
         config_changes: entries of the output's `config.json` that differ from those of the donor.
+        left_out: tensor that the output does not have -> reason.
     """
 
     args: MergingArguments
@@ -79,6 +80,7 @@ class MergePlan:
     carried: tuple[CarriedFile, ...] = ()
     coefficients: CoefficientTable | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def output_kind(self) -> Literal["full", "adapter"]:
