@@ -207,3 +207,17 @@ def check_pip(arguments: list[str], place: str) -> None:
         for extra in re.findall(r"\[([\w,-]+)\]", word):
             unknown = set(extra.split(",")) - PROJECT["optional-dependencies"].keys()
             assert not unknown, f"{place}: there is no extra {unknown}"
+
+
+def test_the_words_of_refusals_are_those_of_the_code() -> None:
+    written: list[str] = []
+    for path in (ROOT / "hf_frmerge").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        written += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    text = (ROOT / "docs/inputs.md").read_text(encoding="utf-8")
+    quoted = re.findall(r'"([^"\n]{8,})"', text)
+    # What the code fills in: names, numbers, dtypes, and what is not quoted.
+    parts = [part.strip(" .,;:()") for quote in quoted for part in re.split(r"'[^']*'|…|\d+|\b[BF]+\d*\b", quote)]
+    checked = [part for part in parts if len(part) > 3]
+    assert len(checked) > 30
+    assert [part for part in checked if not any(part in each for each in written)] == []

@@ -32,6 +32,7 @@ ROOMS = {
         ["hub"],
         ["folders"],
         ["resolve"],
+        ["names"],
         ["tensors"],
         ["adapters", "beside"],
     ],

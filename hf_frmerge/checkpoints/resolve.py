@@ -51,7 +51,7 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
         raise CheckpointError(f"{spec!r} is a file. Pass the folder that holds it, with its config.json.")
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "~")):
-        raise CheckpointError(f"There is no folder {spec!r} (looked for {path.absolute()}).")
+        raise CheckpointError(f"There is no folder {spec!r} (looked for {path.absolute()}).{_plus_hint(spec)}")
     from hf_frmerge.checkpoints.hub.find import fetch, find
 
     source = find(spec, hub_id["repo"], hub_id["revision"], token, extra)
@@ -76,3 +76,11 @@ def fetch_all(sources: Sequence[Source], *, token: str | bool | None = None) -> 
     from hf_frmerge.checkpoints.hub.find import fetch
 
     return fetch(sources, token)
+
+
+def _plus_hint(spec: str) -> str:
+    """Return advice on `base+adapter`, as other tools write a model with an adapter; empty for other names."""
+    base, plus, adapter = spec.partition("+")
+    if not (base and plus and adapter):
+        return ""
+    return f" To merge an adapter, pass {adapter!r} as the expert and {base!r} as base_model (--base-model)."

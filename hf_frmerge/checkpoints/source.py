@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -103,10 +103,39 @@ def kind_of(folder: LocalFolder | RemoteFolder, spec: str) -> Literal["full", "a
             if folder.exists(_ADAPTER_WEIGHTS):
                 return "adapter"
             raise CheckpointError(f"{spec!r} is an adapter without {_ADAPTER_WEIGHTS}. {_CONVERT_ADAPTER}")
-        names = _names(folder)
+        names, below = _names(folder), _models_below(folder)
     except OSError as error:
         raise CheckpointError(f"{spec!r} could not be opened: {error}.") from error
-    raise _no_weights(spec, names)
+    raise _no_weights(spec, names, below)
+
+
+def _models_below(folder: LocalFolder | RemoteFolder) -> list[str]:
+    """
+    Return the folders that hold a model, up to two levels below a local one.
+
+    These are the snapshots of a Hub cache, checkpoints of a run, and named adapters. The snapshot that a cache names
+    `main`, and the last checkpoint, come first.
+    """
+    if "://" in folder.path:
+        return []
+    root = Path(folder.path)
+    marks = (*WEIGHTS, _ADAPTER_CONFIG)
+    found = {Path(mark).parent for name in marks for mark in (*root.glob(f"*/{name}"), *root.glob(f"*/*/{name}"))}
+    main = root / "refs" / "main"
+    commit = main.read_text().strip() if main.is_file() else ""
+
+    def last_first(path: Path) -> tuple[bool, list[int], str]:
+        return path.name != commit, [-int(number) for number in re.findall(r"\d+", path.name)[-1:]], path.name
+
+    return [path.relative_to(root).as_posix() for path in sorted(found, key=last_first)]
+
+
+def _either(names: Iterable[str], limit: int = 3) -> str:
+    """Return a choice of names as text: `'a', 'b' or 'c' (and 2 more)`."""
+    shown = [repr(name) for name in names]
+    rest = len(shown) - limit
+    *first, last = shown[:limit]
+    return (f"{', '.join(first)} or {last}" if first else last) + (f" (and {rest} more)" if rest > 0 else "")
 
 
 def _two_models(spec: str, weights: str) -> CheckpointError:
@@ -129,7 +158,7 @@ def _names(folder: LocalFolder | RemoteFolder) -> Iterable[str]:
         raise
 
 
-def _no_weights(spec: str, names: Iterable[str]) -> CheckpointError:
+def _no_weights(spec: str, names: Iterable[str], below: Sequence[str]) -> CheckpointError:
     names = list(names)
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"]
     others = [name for name in names if name.endswith(".safetensors")]
@@ -142,6 +171,11 @@ def _no_weights(spec: str, names: Iterable[str]) -> CheckpointError:
         return CheckpointError(
             f"{spec!r} holds neither {' nor '.join(WEIGHTS)}, but {', '.join(others[:3])}. Pass a folder that "
             "`save_pretrained` wrote."
+        )
+    if below:
+        return CheckpointError(
+            f"{spec!r} holds no model itself, but there {'is one' if len(below) == 1 else 'are models'} in folders "
+            f"below it. Pass {_either(f'{spec}/{name}' for name in below)}."
         )
     if names:
         return CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,6 +31,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
     with results_only():
         from hf_frmerge.checkpoints.lock import refuse_while_merging
         from hf_frmerge.merging.output_folder import check_output_dir
+        from hf_frmerge.merging.planning.account import account
         from hf_frmerge.merging.planning.build_plan import build_plan
         from hf_frmerge.merging.planning.disk_space import check_space, download_bytes
 
@@ -44,6 +46,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
             description = merge_plan.describe() | {
                 "licences": _licences(merge_plan),
                 "download_bytes": download_bytes(merge_plan),
+                "accounts": [asdict(each) for each in account(merge_plan)],
             }
         if as_json:
             click.echo(json.dumps(description, indent=2))

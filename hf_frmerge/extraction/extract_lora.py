@@ -20,6 +20,7 @@ from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some, unchanged
+from hf_frmerge.checkpoints.tensors.renames import agree_on_names
 from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from hf_frmerge.extraction.difference import DenseDelta
 from hf_frmerge.extraction.targets import ExtractTarget, find_modules, task_type
@@ -156,6 +157,7 @@ def extract_lora(
 
 def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: ExtractOptions) -> ExtractedAdapter:
     """Factor all modules in parallel, then write the adapter; the caller holds the lock of the folder."""
+    agree_on_names([base, merged])
     targets = find_modules(base, options.target_modules)
     for target in targets:
         _check_pair(merged, base, target.tensor)

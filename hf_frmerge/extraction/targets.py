@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.checkpoints.adapters.match import find_targets
+from hf_frmerge.checkpoints.names.empty_model import build_empty
+from hf_frmerge.checkpoints.names.model_names import names_of
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some
-from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.planning.model_class import build_empty
+from hf_frmerge.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +67,7 @@ def find_modules(base: Checkpoint, names: Sequence[str] | None) -> list[ExtractT
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    model = build_empty(base)
+    model = build_empty(base.config(), base.source.spec)
     output_layer = model.get_output_embeddings()
     matched: dict[str, tuple[Literal["linear", "embedding"], bool]] = {}
     for path, module in model.named_modules():
@@ -92,9 +93,26 @@ def find_modules(base: Checkpoint, names: Sequence[str] | None) -> list[ExtractT
             f"target_modules: {some(shared)} shares its weight with another module of {type(model).__name__}, and an "
             "adapter would change only one of them. Leave it out."
         )
-    shapes = {name: info.shape for name, info in base.tensors.items()}
-    tensors = find_targets(base.source.spec, [path + ".weight" for path in matched], shapes)
-    return [ExtractTarget(path, tensors[path + ".weight"], kind, conv) for path, (kind, conv) in matched.items()]
+    tensors = _stored_weights(base, model, list(matched))
+    return [ExtractTarget(path, tensors[path], kind, conv) for path, (kind, conv) in matched.items()]
+
+
+def _stored_weights(base: Checkpoint, model: PreTrainedModel, paths: Sequence[str]) -> dict[str, str]:
+    """Return the tensor of the checkpoint that holds the weight of every module."""
+    weights = [f"{path}.weight" for path in paths]
+    names = names_of(model)
+    if names is None:
+        shapes = {name: info.shape for name, info in base.tensors.items()}
+        found = find_targets(base.source.spec, weights, shapes)
+        return {path: found[weight] for path, weight in zip(paths, weights)}
+    stored = {in_memory: name for name, in_memory in names.canonical(base.tensors).items()}
+    missing = [path for path, weight in zip(paths, weights) if weight not in stored]
+    if missing:
+        raise CheckpointError(
+            f"{base.source.spec!r} has no tensor for the weight of {some(missing)}, which {type(model).__name__}, the "
+            "class its config.json names, has. Leave these modules out of `target_modules`, or pass the whole model."
+        )
+    return {path: stored[weight] for path, weight in zip(paths, weights)}
 
 
 def task_type(config: dict[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -135,6 +136,44 @@ def test_conversion_hint_works(tmp_path, model):
     converted = open_checkpoint(resolve(str(tmp_path / "converted")))
     original = open_checkpoint(resolve(str(model)))
     assert all((converted.read(name) == original.read(name)).all() for name in original.tensors)
+
+
+def test_a_folder_too_high_names_the_models_below(tmp_path, model):
+    def copy(folder):
+        folder.mkdir(parents=True)
+        for file in model.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+    commits = ["a" * 40, "b" * 40]
+    for commit in commits:
+        copy(tmp_path / "models--org--name/snapshots" / commit)
+    (tmp_path / "models--org--name/refs").mkdir()
+    (tmp_path / "models--org--name/refs/main").write_text(commits[1])
+    for step in (500, 1000, 90, 7):
+        copy(tmp_path / f"run/checkpoint-{step}")
+    (tmp_path / "run/trainer_log.jsonl").write_text("{}")
+    (tmp_path / "adapters/poetry").mkdir(parents=True)
+    (tmp_path / "adapters/poetry/adapter_config.json").write_text("{}")
+    (tmp_path / "adapters/poetry/adapter_model.safetensors").write_bytes(b"")
+    advised = {
+        "models--org--name": [f"snapshots/{commit}" for commit in reversed(commits)],
+        "run": ["checkpoint-1000", "checkpoint-500", "checkpoint-90"],
+        "adapters": ["poetry"],
+    }
+    for name, below in advised.items():
+        with pytest.raises(CheckpointError, match=r"holds no model itself, but there (is one|are models)") as caught:
+            resolve(str(tmp_path / name))
+        paths = re.findall(r"'([^']*)'", str(caught.value).partition("Pass ")[2])
+        assert paths == [str(tmp_path / name / each) for each in below]
+        assert all(resolve(path).path == path for path in paths)
+        assert ("and 1 more" in str(caught.value)) == (name == "run")
+
+
+def test_base_plus_adapter_is_told_how_to_write(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"pass 'org/lora' as the expert and 'e1' as base_model \(--base-model\)"
+    ):
+        resolve("e1+org/lora")
 
 
 # URLs

@@ -13,6 +13,7 @@ from hf_frmerge.checkpoints.adapters.config import AdapterConfig, read_adapter_c
 from hf_frmerge.checkpoints.adapters.factors import LowRankDelta
 from hf_frmerge.checkpoints.adapters.match import find_targets
 from hf_frmerge.checkpoints.model_structure import UNKNOWN, ModelStructure, leaf, may_be_conv1d, may_be_tied
+from hf_frmerge.checkpoints.names.model_names import ModelNames
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, open_checkpoint, some
@@ -37,6 +38,7 @@ class Adapter:
         deltas: target tensor -> low-rank delta.
         dense: target tensor -> full tensor that replaces the base's (`modules_to_save`).
         base_layers: target tensor -> copy of the base tensor, which PEFT stores beside embedding factors.
+        new_tensors: those of `dense` that the base does not have: a head of its own. Known once it is matched.
     """
 
     checkpoint: Checkpoint
@@ -44,6 +46,7 @@ class Adapter:
     deltas: dict[str, LowRankDelta]
     dense: dict[str, TensorInfo]
     base_layers: dict[str, TensorInfo]
+    new_tensors: frozenset[str] = frozenset()
 
     @property
     def source(self) -> Source:
@@ -64,6 +67,7 @@ class Adapter:
         self,
         shapes: Mapping[str, Sequence[int]],
         structure: Callable[[], ModelStructure] = lambda: UNKNOWN,
+        model_names: Callable[[], ModelNames | None] = lambda: None,
         *,
         into_adapter: bool = False,
     ) -> Adapter:
@@ -80,6 +84,8 @@ class Adapter:
             structure (`Callable[[], ModelStructure]`, *optional*):
                 Returns the facts about the base's class; called only if the tensors do not decide, as it takes
                 seconds.
+            model_names (`Callable[[], ModelNames | None]`, *optional*):
+                Returns the names of the base's class; called only if names do not match.
             into_adapter (`bool`, *optional*, defaults to `False`):
                 Whether the output is an adapter. Then a tied output layer needs no tensor in the base, and it does not
                 matter how weights are stored.
@@ -97,10 +103,13 @@ class Adapter:
         stored = {leaf(name) for name in shapes}
         alone = [name for name in self.deltas if into_adapter and name in outside and leaf(name) not in stored]
         alone = [name for name in alone if structure().tied is not None and structure().ties(name)]
-        targets = find_targets(self.spec, {name: changed[name] for name in changed if name not in alone}, shapes)
+        matched = {name: changed[name] for name in changed if name not in alone}
+        new = self._new_tensors(matched, shapes, model_names)
+        known = {name: shape for name, shape in matched.items() if name not in new}
+        targets = find_targets(self.spec, known, shapes, model_names) | {name: name for name in new}
         # PEFT also stores a copy of a tied output layer. It repeats the input embedding, which is compared anyway.
         base_layers = {name: info for name, info in self.base_layers.items() if name not in alone}
-        for name, info in (self.dense | base_layers).items():
+        for name, info in {name: info for name, info in (self.dense | base_layers).items() if name not in new}.items():
             self._check_shape(name, info.shape, targets[name], shapes[targets[name]])
         deltas = {name: self.deltas[name] for name in alone}
         for name, delta in self.deltas.items():
@@ -111,7 +120,27 @@ class Adapter:
             deltas=deltas,
             dense={targets[name]: info for name, info in self.dense.items()},
             base_layers={targets[name]: info for name, info in base_layers.items()},
+            new_tensors=frozenset(new),
         )
+
+    def _new_tensors(
+        self,
+        matched: Mapping[str, Sequence[int]],
+        shapes: Mapping[str, Sequence[int]],
+        model_names: Callable[[], ModelNames | None],
+    ) -> list[str]:
+        """Return whole tensors that the base does not have under any name, outside of its numbered layers."""
+        loose = [name for name in self.dense if name not in shapes and may_be_tied(name)]
+        others = {name: shape for name, shape in matched.items() if name not in loose}
+
+        def is_new(name: str) -> bool:
+            try:
+                find_targets(self.spec, {**others, name: matched[name]}, shapes, model_names)
+            except CheckpointError:
+                return True
+            return False
+
+        return [name for name in loose if is_new(name)]
 
     def check_base_layers(self, base: Checkpoint) -> None:
         """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hf_frmerge.checkpoints.model_structure import leaf
+from hf_frmerge.checkpoints.names.model_names import ModelNames
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import CheckpointError
 
@@ -14,13 +15,15 @@ def find_targets(
     spec: str,
     names: Mapping[str, Sequence[int]] | Iterable[str],
     shapes: Mapping[str, Sequence[int]],
+    model_names: Callable[[], ModelNames | None] = lambda: None,
 ) -> dict[str, str]:
     """
     Find the base tensor of every name of an adapter.
 
     Names that the base has are taken as they are. The others must all become base tensors by the same change of prefix
     (`"model."` added, `"transformer."` removed, `"language_model.model."` for `"model.language_model."`). Matching
-    each name by itself could assign layers of a vision tower to layers of the language model.
+    each name by itself could assign layers of a vision tower to layers of the language model. If there is no such
+    change, or more than one, the names that transformers gives the tensors of the base's class decide.
 
     Args:
         spec (`str`):
@@ -30,12 +33,14 @@ def find_targets(
             two sizes of a matrix in either order, since it may be stored transposed).
         shapes (`Mapping[str, Sequence[int]]`):
             Shape of every tensor of the base.
+        model_names (`Callable`, *optional*):
+            Returns the names of the base's class, or None; called only if needed, as it takes seconds.
 
     Returns:
         `dict[str, str]`: Name in the adapter -> name in the base.
 
     Raises:
-        CheckpointError: If no change of prefix fits, or more than one.
+        CheckpointError: If the tensors of the base cannot be told.
     """
     wanted = list(dict.fromkeys(names))
     targets = {name: name for name in wanted if name in shapes}
@@ -55,23 +60,46 @@ def find_targets(
             for edit in edits
             if all(sorted(shapes[str(_apply(edit, name))]) == sorted(names[name]) for name in unknown)
         } or edits
-    if not edits:
-        raise CheckpointError(
-            f"Adapter {spec!r} changes {some(unknown)}, which the base model does not have"
-            f"{_closest(unknown[0], by_leaf)}. Pass the base it was trained on."
-        )
-    if len(edits) > 1:
+    if len(edits) == 1:
+        (edit,) = edits
+        found: dict[str, str] | None = {name: str(_apply(edit, name)) for name in unknown}
+    else:
+        found = _by_class(unknown, shapes, model_names())
+    if found:
+        targets |= found
+    elif edits:
         candidates = sorted(str(_apply(edit, unknown[0])) for edit in edits)
         raise CheckpointError(
             f"Adapter {spec!r}: {unknown[0]!r} could mean several tensors of the base: {some(candidates)}. "
             "Save the base with the class the adapter was trained on."
         )
-    (edit,) = edits
-    for name in unknown:
-        targets[name] = str(_apply(edit, name))
+    else:
+        raise CheckpointError(
+            f"Adapter {spec!r} changes {some(unknown)}, which the base model does not have"
+            f"{_closest(unknown[0], by_leaf)}. Pass the base it was trained on."
+        )
     if len(set(targets.values())) < len(targets):
         raise CheckpointError(f"Adapter {spec!r}: two of its modules fall on one tensor of the base.")
     return targets
+
+
+def _by_class(
+    unknown: Sequence[str], shapes: Mapping[str, Sequence[int]], names: ModelNames | None
+) -> dict[str, str] | None:
+    """Match names by what transformers calls the tensors of the base's class in memory; None if that is not enough."""
+    if names is None:
+        return None
+    stored = {in_memory: name for name, in_memory in names.canonical(shapes).items()}
+    ours = names.canonical(unknown)
+    if all(name in stored for name in ours.values()):
+        return {name: stored[in_memory] for name, in_memory in ours.items()}
+    # An adapter of a part that was trained by itself: the language model of a vision-language model.
+    fits = []
+    for path, prefix in names.parts.items():
+        within = {name: f"{path}.{name.removeprefix(f'{prefix}.')}" for name in unknown}
+        if all(name.startswith(f"{prefix}.") and within[name] in stored for name in unknown):
+            fits.append({name: stored[within[name]] for name in unknown})
+    return fits[0] if len(fits) == 1 else None
 
 
 def _edit(name: str, key: str) -> tuple[str, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,11 @@ def donor_files(source: Source) -> list[str]:
     return [name for name in names if name.startswith(f"{_TEMPLATES}/") or _is_copied(name)]
 
 
-def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = None) -> Path:
+def write_config(
+    source: Source, output_dir: str | Path, *, dtype: str | None = None, changes: Mapping[str, Any] | None = None
+) -> Path:
     """
-    Write the donor's `config.json`, changed only in its dtype.
+    Write the donor's `config.json`, changed only in its dtype and in what `changes` says.
 
     It must be the last file: no loader takes a folder without it for a model.
 
@@ -86,6 +89,8 @@ def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = 
             Folder to write into.
         dtype (`str`, *optional*):
             Name of the output dtype, such as `"bfloat16"`. None or `"auto"` keeps the donor's.
+        changes (`Mapping[str, Any]`, *optional*):
+            Entries that take the place of the donor's.
 
     Returns:
         `Path`: The file.
@@ -98,7 +103,8 @@ def write_config(source: Source, output_dir: str | Path, *, dtype: str | None = 
     if not config:
         raise CheckpointError(f"{source.spec!r} has no {CONFIG_FILE}, so what is made from it could not be loaded.")
     content: bytes | str = read_file(folder, CONFIG_FILE, source.spec)
-    if dtype not in (None, "auto") and _set_dtype(config, str(dtype)):
+    config |= changes or {}
+    if (dtype not in (None, "auto") and _set_dtype(config, str(dtype))) or changes:
         content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     path = Path(output_dir) / CONFIG_FILE
     write_file(path, content)

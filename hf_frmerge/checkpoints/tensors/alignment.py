@@ -9,8 +9,11 @@ from typing import Literal
 
 import numpy as np
 
+from hf_frmerge.checkpoints.model_structure import may_be_tied
+from hf_frmerge.checkpoints.tensors.class_order import WITHOUT_HEADS, agree_on_classes, n_classes
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
+from hf_frmerge.checkpoints.tensors.renames import agree_on_names, is_constant_buffer
 from hf_frmerge.errors import CheckpointError
 
 # Non-float tensors of more bytes than this are not compared between experts.
@@ -18,6 +21,9 @@ _COMPARE_LIMIT = 16 << 20
 _COMPARE_CHUNK = 4 << 20
 # Only used to word an error: what is merged never depends on what a tensor is called.
 _EMBEDDING = re.compile("embed|wte|lm_head|shared")
+# Why a tensor is left out.
+TIED_TWICE = "tied and stored twice"
+CONSTANT = "constant, computed by the model itself"
 # Models tie a handful of weights. If more names than this differ, the checkpoints are of different architectures.
 _MOST_TIED = 16
 
@@ -40,10 +46,15 @@ class AlignedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """Output tensors in file order of the base model (else of the first expert), and notes for the user."""
+    """
+    Output tensors in file order of the base model (else of the first expert), and notes for the user.
+
+    `left_out` gives the reason for every tensor that some checkpoint stores and the output does not have.
+    """
 
     tensors: list[AlignedTensor]
     notes: list[str]
+    left_out: dict[str, str]
 
 
 def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alignment:
@@ -55,6 +66,9 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
 
     * Non-float tensors (say, position ids) that are missing or differ somewhere are copied from the base model, else
       from the first expert that has them. Matrices of integers that differ are refused: they may be quantised codes.
+    * Tensors that transformers loads under one name get the names of the first checkpoint; and the rows of heads that
+      of its order of classes.
+    * Constant buffers that some checkpoints store are copied if the first one stores them, else left out.
     * A float tensor that only some checkpoints store, and that repeats another tensor of theirs byte for byte, is a
       tied weight. It is dropped; or, if the donor of the config stores it, the other checkpoints read it from the
       tensor it repeats (`Checkpoint.alias`).
@@ -77,27 +91,31 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
     first_index = 0 if base is None else -1  # donor index of checkpoints[0]; -1 is the base
     for checkpoint in checkpoints:
         refuse_quantised(checkpoint)
-    notes = _repeated(experts) + _wrapper_notes(checkpoints)
+    notes = _repeated(experts) + _wrapper_notes(checkpoints) + agree_on_names(checkpoints)
     _refuse_kinds(checkpoints)
-    left_out, tied_notes = _settle_tied(checkpoints)
-    notes += tied_notes
-    _refuse_names(checkpoints, left_out)
+    constants = _partial_constants(checkpoints)
+    left_out, tied_notes = _settle_tied(checkpoints, constants)
+    notes += _constant_notes(checkpoints, constants) + tied_notes
+    _refuse_names(checkpoints, left_out | constants)
+    constants_out = constants - set(checkpoints[0].tensors)
     _refuse_shapes(checkpoints)
+    notes += agree_on_classes(checkpoints)
     notes += _dtype_notes(checkpoints)
 
     tensors = []
     for name in _names_in_order(checkpoints):
-        if name in left_out:
+        if name in left_out | constants_out:
             continue
         holders = [place for place, checkpoint in enumerate(checkpoints) if name in checkpoint.tensors]
         info = checkpoints[holders[0]].tensors[name]
-        merged = info.is_float and info.numel > 0
+        merged = info.is_float and info.numel > 0 and name not in constants
         tensors.append(
             AlignedTensor(name, info.dtype, info.shape, "merge" if merged else "copy", holders[0] + first_index)
         )
         if not info.is_float:
             notes += _copy_notes(name, [checkpoints[place] for place in holders], len(checkpoints))
-    return Alignment(tensors, notes)
+    reasons = dict.fromkeys(left_out, TIED_TWICE) | dict.fromkeys(constants_out, CONSTANT)
+    return Alignment(tensors, notes, reasons)
 
 
 def _names_in_order(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -124,13 +142,32 @@ def _wrapper_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     ]
 
 
-def _settle_tied(checkpoints: Sequence[Checkpoint]) -> tuple[set[str], list[str]]:
+def _partial_constants(checkpoints: Sequence[Checkpoint]) -> set[str]:
+    """Return the constant float buffers that only some checkpoints store."""
+    return {
+        name
+        for checkpoint in checkpoints
+        for name, info in checkpoint.tensors.items()
+        if info.is_float and is_constant_buffer(name) and any(name not in each.tensors for each in checkpoints)
+    }
+
+
+def _constant_notes(checkpoints: Sequence[Checkpoint], constants: set[str]) -> list[str]:
+    if not constants:
+        return []
+    copied = constants & set(checkpoints[0].tensors)
+    taken = f"copied from {checkpoints[0].source.spec!r}" if copied else "left out"
+    return [f"{some(sorted(constants))} are constants that models compute themselves; they are {taken}."]
+
+
+def _settle_tied(checkpoints: Sequence[Checkpoint], constants: set[str]) -> tuple[set[str], list[str]]:
     """Alias or drop float tensors that only some checkpoints store, if they repeat another tensor; note each."""
     common = set(checkpoints[0].tensors).intersection(*(checkpoint.tensors for checkpoint in checkpoints[1:]))
     partial = [
         name
         for name in _names_in_order(checkpoints)
-        if name not in common and any(name in each.tensors and each.tensors[name].is_float for each in checkpoints)
+        if name not in common | constants
+        and any(name in each.tensors and each.tensors[name].is_float for each in checkpoints)
     ]
     left_out: set[str] = set()
     notes: list[str] = []
@@ -249,6 +286,8 @@ def _names_hint(
             "of its own: load it, `model.config.tie_word_embeddings = False`, `model.get_output_embeddings().weight = "
             "torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())`, and save it."
         )
+    if all(may_be_tied(name) for name in (*missing, *extra)):
+        return f"Their layers have the same names, so they differ in their heads. {WITHOUT_HEADS}"
     return "Only models of one architecture and size can be merged."
 
 
@@ -285,10 +324,11 @@ def _refuse_shapes(checkpoints: Sequence[Checkpoint]) -> None:
             f"{reference.source.spec!r}"
             for expected, other in wrong
         )
-        raise CheckpointError(f"{len(wrong)} tensors differ in shape: {listed}. {_shapes_hint(wrong)}")
+        hint = _shapes_hint(wrong, (n_classes(reference.config()), n_classes(checkpoint.config())))
+        raise CheckpointError(f"{len(wrong)} tensors differ in shape: {listed}. {hint}")
 
 
-def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]]) -> str:
+def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]], classes: tuple[int, int]) -> str:
     rows = {(expected.shape[0], other.shape[0]) for expected, other in wrong if expected.shape and other.shape}
     only_rows = all(expected.shape[1:] == other.shape[1:] for expected, other in wrong) and len(rows) == 1
     if only_rows and any(_EMBEDDING.search(expected.name) for expected, _ in wrong):
@@ -296,6 +336,11 @@ def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]]) -> str:
         return (
             f"The vocabularies have different sizes ({other_rows} and {expected_rows}): give all one tokenizer, "
             "call `model.resize_token_embeddings(...)` and save again."
+        )
+    if rows == {classes}:
+        return (
+            f"They are the heads of classifiers with {classes[0]} and {classes[1]} labels, which have no mean. "
+            f"{WITHOUT_HEADS}"
         )
     return "Only models of one architecture and size can be merged."
 

@@ -62,6 +62,8 @@ class Checkpoint:
 
     Attributes:
         aliases (`dict[str, str]`): names added by `alias`, and the tensor each one reads.
+        row_orders (`dict[str, tuple[int, ...]]`): for tensors whose rows are taken in another order than they are
+            stored in: the stored index of every row.
         wrapped (`str`, *optional*): example of a stored name, if wrappers were removed from the names (`unwrapped`).
     """
 
@@ -79,6 +81,7 @@ class Checkpoint:
         self.files = files
         self._identities = identities
         self.aliases: dict[str, str] = {}
+        self.row_orders: dict[str, tuple[int, ...]] = {}
         self.wrapped: str | None = None
 
     @property

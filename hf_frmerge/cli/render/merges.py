@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from hf_frmerge.cli.render.terminal import console, human_bytes, human_count, human_seconds, print_verdicts
+from hf_frmerge.merging.planning.account import ModelAccount
+from hf_frmerge.wording.account import account_sentence
 from hf_frmerge.wording.calibration import WITHOUT_DATA, calibration_verdict
 from hf_frmerge.wording.geometry import Geometry, geometry_verdicts
 from hf_frmerge.wording.numbers import number
@@ -33,6 +35,7 @@ def print_merge(report: Mapping[str, Any], manifest: Manifest, output_dir: str) 
     parts = [f"{report['n_merged']} tensors merged ({report['method']}, {report['space']}, block {report['block']})"]
     parts += [f"{report[f'n_{what}']} {what}" for what in ("copied", "skipped") if report.get(f"n_{what}")]
     out.print(", ".join(parts) + ".")
+    out.print(account_sentence([ModelAccount.from_dict(each) for each in report["accounts"]]))
     out.print(
         f"{human_bytes(report['input_bytes'])} read, {human_bytes(report['output_bytes'])} written in "
         f"{human_seconds(report['seconds'])}: {human_bytes(report['bytes_per_second'])}/s of input "
@@ -48,7 +51,7 @@ def print_merge(report: Mapping[str, Any], manifest: Manifest, output_dir: str) 
 
 
 def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
-    """Print `MergePlan.describe()` with `licences`: models, tensors to merge and copy, sizes, and notes."""
+    """Print `MergePlan.describe()` with `licences` and `accounts`: models, tensors, sizes, and notes."""
     out = console()
     table = Table("model", "weight", "kind", "tensors", "size", "licence", "where")
     for column in table.columns[1:5]:
@@ -63,6 +66,7 @@ def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
         f"{plan['n_merge']} tensors to merge ({plan['method']}, {plan['space']}, block {plan['block']}), "
         f"{plan['n_copy']} to copy; {human_count(plan['n_parameters'])} parameters, dtype {plan['dtype']}."
     )
+    out.print(account_sentence([ModelAccount.from_dict(each) for each in plan["accounts"]]))
     shards = plan["shards"]
     files = shards[0] if len(shards) == 1 else f"{len(shards)} files, {shards[0]} to {shards[-1]}"
     out.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from hf_frmerge.checkpoints.tensors.class_order import class_names, row_order
+from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.measures.function_distance import PAIR_COLUMNS
 from hf_frmerge.evaluation.measures.prediction_loop import LoopOptions, predict
@@ -33,6 +36,7 @@ def predict_classes(
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
     loop: LoopOptions | None = None,
+    classes: Sequence[str] | None = None,
 ) -> EvalPrediction:
     """
     Run a classifier over a dataset; return its predictions `(n, C)` and the labels `(n,)`, each row once.
@@ -49,12 +53,16 @@ def predict_classes(
             As for `batches_of`.
         loop (`LoopOptions`, *optional*):
             What to keep of every batch.
+        classes (`Sequence[str]`, *optional*):
+            Names of the classes in the order of the columns to return, which is that of numbers in the rows, too; by
+            default the model's own order.
 
     Raises:
-        ArgumentError: If the model does not choose one label per row, or a row does not fit it.
+        ArgumentError: If the model has other classes, does not choose one label per row, or a row does not fit it.
     """
     accelerator = accelerator or Accelerator()
     _require_single_label(model.config)
+    columns = _columns(model.config, classes)
     if model.config.pad_token_id is None and processing_class is not None:
         # A decoder classifies the last token before the padding, so it has to know the padding.
         model.config.pad_token_id = processing_class.pad_token_id
@@ -62,12 +70,23 @@ def predict_classes(
         model.to(accelerator.device)
     loader = batches_of(
         rows,
-        ClassificationCollator(processing_class, model),
+        ClassificationCollator(processing_class, model, None if columns is None else classes),
         batch_size=batch_size,
         accelerator=accelerator,
         num_workers=num_workers,
     )
-    return predict(model, loader, accelerator=accelerator, options=loop or LoopOptions())
+    prediction = predict(model, loader, accelerator=accelerator, options=loop or LoopOptions())
+    if columns is None:
+        return prediction
+    outputs = prediction.predictions
+    if isinstance(outputs, tuple):  # the logits come first when a model has several outputs
+        return EvalPrediction((outputs[0][:, columns], *outputs[1:]), prediction.label_ids)
+    return EvalPrediction(outputs[:, columns], prediction.label_ids)
+
+
+def classes_of(model: Any) -> list[str] | None:
+    """Return the names of a classifier's classes in the order of its outputs; None if its config names none."""
+    return class_names(model.config.to_dict())
 
 
 def class_log_probabilities(prediction: EvalPrediction) -> NDArray[np.float64]:
@@ -115,6 +134,20 @@ def compare_classes(path: Path, model: NDArray[np.float64], other: NDArray[np.fl
         table.write(name, 0, values.sum(axis=-1))
     table.write("agrees", 0, model.argmax(axis=-1) == other.argmax(axis=-1))
     return table
+
+
+def _columns(config: Any, classes: Sequence[str] | None) -> list[int] | None:
+    """Return the model's column of every class; None if it has them in this order, or nothing names them."""
+    own = class_names(config.to_dict())
+    if classes is None or own is None:
+        return None
+    order = row_order(classes, own)
+    if order is None:
+        raise ArgumentError(
+            f"These classifiers have different classes: {some(classes)} and {some(own)}, so their predictions cannot "
+            "be compared. If they mean the same, write the same id2label and label2id into their config.json files."
+        )
+    return None if order == tuple(range(len(own))) else list(order)
 
 
 def _require_single_label(config: Any) -> None:

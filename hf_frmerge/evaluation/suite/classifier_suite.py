@@ -16,6 +16,7 @@ from transformers import EvalPrediction
 from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.evaluation.measures.classification import (
     class_log_probabilities,
+    classes_of,
     classification_metrics,
     compare_classes,
     predict_classes,
@@ -59,10 +60,12 @@ def evaluate_classifiers(
     # All models are resolved before the first is loaded, so that a wrong name fails at once.
     loader, specs = _find_models(models, options)
     predictions: dict[str, dict[str, EvalPrediction]] = {}
+    classes: list[str] | None = None
     for name, spec in specs.items():
         if run.on_model is not None:
             run.on_model(name)
         model: Any = loader.load(spec) if isinstance(spec, Source) else spec
+        classes = classes or classes_of(model)  # the first model's: columns of all, and numbers of the labels
         activations = ActivationStatistics()
         predictions[name] = {
             domain: predict_classes(
@@ -73,6 +76,7 @@ def evaluate_classifiers(
                 num_workers=run.num_workers,
                 accelerator=run.accelerator,
                 loop=LoopOptions(activations=activations, on_prediction_step=run.on_prediction_step),
+                classes=classes,
             )
             for domain, rows in domains.items()
         }

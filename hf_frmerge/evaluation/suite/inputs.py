@@ -67,7 +67,7 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
 
     Raises:
         ArgumentError: If there is no model or no text, a role is missing, an adapter has no base, the models have
-            vocabularies of different sizes, or a text cannot be used.
+            vocabularies of different sizes, a model reads something else than one text, or a text cannot be used.
         CheckpointError: If a model is missing or broken.
     """
     if not models.specs or not domains:
@@ -87,6 +87,8 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
     for source in dict.fromkeys([*([base] if base else []), *sources.values()]):
         _refuse_wrapped(source)
     configs = [_config(live.get(name), sources.get(name), base) for name in in_order]
+    for name, config in zip(in_order, configs):
+        _refuse_without_measures(name, config)
     vocab_size = _common_vocabulary(dict(zip(in_order, configs)))
     # Models with relative positions, and some that extrapolate without limit, lack this entry. The shortest limit
     # counts for all models, because only predictions from the same context can be compared.
@@ -131,6 +133,20 @@ def _config(model: Any, source: Source | None, base: Source | None) -> Any:
     whole = base if source.kind == "adapter" else source
     assert whole is not None  # `_find_base` raises for an adapter without a base
     return transformers.AutoConfig.from_pretrained(whole.path).get_text_config()
+
+
+def _refuse_without_measures(name: str, config: Any) -> None:
+    """Raise for a model that does not read one text and nothing else, before it is loaded."""
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder: it is measured on pairs of texts, and the data is one text"
+    elif getattr(config, "vocab_size", None) is None:
+        kind = "no model of text (its config has no vocab_size)"
+    else:
+        return
+    raise ArgumentError(
+        f"{name!r} ({config.model_type}) is {kind}. Causal language models, encoders and classifiers of text can be "
+        "evaluated. Measure this one with the script it was trained with; the merge itself is not affected."
+    )
 
 
 def _common_vocabulary(configs: Mapping[str, Any]) -> int:

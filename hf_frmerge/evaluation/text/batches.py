@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -77,14 +77,23 @@ class ClassificationCollator:
             Tokenizer, needed for text, which it truncates to the model's limit, and to pad rows of unequal lengths.
         model (`torch.nn.Module`):
             Classifier. Its `forward` signature decides which columns are kept; `config.label2id` maps label names.
+        classes (`Sequence[str]`, *optional*):
+            Names of the classes in another order than that of the model, for the numbers of the labels.
     """
 
-    def __init__(self, processing_class: PreTrainedTokenizerBase | None, model: torch.nn.Module) -> None:
+    def __init__(
+        self,
+        processing_class: PreTrainedTokenizerBase | None,
+        model: torch.nn.Module,
+        classes: Sequence[str] | None = None,
+    ) -> None:
         self.processing_class = processing_class
         self.inputs = set(inspect.signature(model.forward).parameters) - set(_LABEL_COLUMNS)
         config: Any = model.config
         self.n_labels: int = config.num_labels
-        self.label_ids: dict[str, int] = config.label2id
+        self.label_ids: dict[str, int] = (
+            config.label2id if classes is None else {name: row for row, name in enumerate(classes)}
+        )
 
     def __call__(self, items: list[tuple[int, Row]]) -> dict[str, torch.Tensor]:
         """

@@ -48,7 +48,29 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"The configuration file {str(file)!r} must hold options by name, such as `method: karcher`."
         )
     known = [f.name for f in (*fields(ExpertArguments), *fields(MergingArguments))]
+    if "merge_method" in config:
+        raise ArgumentError(
+            f"unknown key 'merge_method' in {str(file)!r}: this is a configuration of mergekit. Here it reads\n"
+            f"{_translated(config, known)}\nWhat of it is not listed has no counterpart of the same name."
+        )
     for key in config:
         if key not in known:
             raise ArgumentError(f"unknown key {key!r} in {str(file)!r}.{did_you_mean(str(key), known)}")
     return config
+
+
+def _translated(config: dict[str, Any], known: list[str]) -> str:
+    """Return what a configuration of mergekit says, as far as there is a name for it here; indented YAML."""
+    models = [model for model in config.get("models") or [] if isinstance(model, dict)]
+    weights = [(model.get("parameters") or {}).get("weight") for model in models]
+    parameters = config.get("parameters")
+    options = {
+        "method": config["merge_method"],
+        "experts": [model.get("model") for model in models],
+        "weights": None if None in weights else weights,
+        "base_model": config.get("base_model"),
+        "dtype": config.get("dtype"),
+        **(parameters if isinstance(parameters, dict) else {}),
+        "output_dir": "merged",
+    }
+    return "\n".join(f"    {key}: {json.dumps(value)}" for key, value in options.items() if value and key in known)

@@ -177,9 +177,13 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record
 
 
+# What was decided while ambiguous blocks raised had none of them, so it is the same with "linear".
+_HARMLESS = (("option on_ambiguous", "raise", "linear"),)
+
+
 def _check_header(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
     now = json.loads(json.dumps(now))  # as it would be read back: tuples become lists
-    changed = [key for key in now if before.get(key) != now[key]]
+    changed = [key for key in now if before.get(key) != now[key] and (key, before.get(key), now[key]) not in _HARMLESS]
     if changed:
         details = "; ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed)
         raise ResumeError(

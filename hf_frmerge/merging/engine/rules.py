@@ -77,6 +77,10 @@ class SpanRule:
     def __init__(self, plan: MergePlan, gather: Gather | None) -> None:
         self._plan = plan
         self._gather = gather
+        self._are_numbers: dict[str, bool] = {}  # group -> whether its blocks are single numbers
+        for step in plan.steps:
+            alone = step.group not in self._are_numbers
+            self._are_numbers[step.group] = alone and step.block_len == 1
 
     def measure(self, kernels: Kernels, tensor: TensorWork, index: int) -> None:
         """Compute the Gram matrices of the blocks of a piece, or of the part of a block in it."""
@@ -113,6 +117,7 @@ class SpanRule:
                 next(iter(grams)) if len(grams) == 1 else group or "the whole model" for group, grams in groups.items()
             ],
             experts=[expert.spec for expert in self._plan.experts],
+            numbers=[self._are_numbers[group] for group in groups],
         )
         return {
             group: Decided(solution, {name: grams[name].inputs for name in sorted(grams)})

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from hf_frmerge.geometry.portable import fold
 from hf_frmerge.geometry.sphere import combine, distance, dot, normalise, norms, pairwise_angles
 from hf_frmerge.merging.decisions import Geometry, Solution
 from hf_frmerge.merging.operands.overflow import coefficients_overflow, squares_leave_float64
+from hf_frmerge.methods.span import SpanResult
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from hf_frmerge.methods.span import SpanOptions, SpanResult
+    from hf_frmerge.methods.span import SpanOptions
 
 # Coordinates of pairs processed at a time, 2 MiB of float64, so that the work stays in a core's cache.
 _SLAB_ELEMENTS = 1 << 18
@@ -54,6 +55,7 @@ def solve(
     *,
     tensors: Sequence[str],
     experts: Sequence[str],
+    numbers: Sequence[bool] | None = None,
 ) -> list[Solution]:
     """
     Run one method on the points of several tensors' blocks, all at once.
@@ -65,6 +67,8 @@ def solve(
         points_TBNK: From `points_of`, of tensors with equally many blocks.
         weights_TN: Non-negative, every row summing to 1.
         tensors, experts: Their names, for the error.
+        numbers: Whether the blocks of a tensor are single numbers, which have a sign but no direction: methods that
+            merge directions take their plain mean. By default none are.
 
     Raises:
         AmbiguousMeanError: If the experts of a block cancel and `options.on_ambiguous` is `"raise"`.
@@ -77,6 +81,9 @@ def solve(
         raise squares_leave_float64(tensors[int(np.argmax(wild_T))], "its experts")
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # checked for below
         result = METHODS[method].solver()(points_TBNK, weights_T1N, options)
+        if numbers is not None and any(numbers) and METHODS[method].is_directional:
+            plain = METHODS["linear"].solver()(points_TBNK, weights_T1N, options)
+            result = _choose(np.array(numbers), plain, result)
     ambiguous_T = result.ambiguous.any(axis=1)
     if ambiguous_T.any() and options.on_ambiguous == "raise":
         first = int(np.argmax(ambiguous_T))
@@ -144,6 +151,21 @@ def _geometries(
     return geometries
 
 
+def _choose(first_T: NDArray[np.bool_], first: SpanResult, second: SpanResult) -> SpanResult:
+    """Take the results of some tensors from `first`, and of the others from `second`."""
+
+    def chosen(ours: NDArray[Any], theirs: NDArray[Any]) -> NDArray[Any]:
+        return np.where(first_T.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
+
+    return SpanResult(
+        chosen(first.coefficients, second.coefficients),
+        chosen(first.n_iter, second.n_iter),
+        chosen(first.residual, second.residual),
+        chosen(first.converged, second.converged),
+        chosen(first.ambiguous, second.ambiguous),
+    )
+
+
 def _over_blocks(lengths_TB: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the lengths of whole tensors, from the lengths of their blocks on the second axis."""
     return np.sqrt(fold((lengths_TB * lengths_TB).swapaxes(0, 1)))
@@ -188,5 +210,6 @@ def _ambiguity(
     return (
         f"The experts balance out in {tensor!r}: {experts[int(i)]!r} and {experts[int(j)]!r} are {angles[i, j]:.4f} "
         "rad apart, so no mean direction is preferred. Give them different weights, leave one out, or set "
-        'on_ambiguous="linear" to take the plain weighted mean of such blocks.'
+        'on_ambiguous="linear" to take the plain weighted mean of such blocks; with that option the merge can be '
+        "resumed."
     )

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_frmerge.merging.operands.tensor_inputs import DenseTensor, DoraTensor, StoredTensor, TensorInputs
+from hf_frmerge.merging.operands.tensor_inputs import (
+    DenseTensor,
+    DoraTensor,
+    ReorderedTensor,
+    StoredTensor,
+    TensorInputs,
+    ZeroTensor,
+)
 
 if TYPE_CHECKING:
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.operands.factor_inputs import FactorInputs
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
@@ -29,13 +37,15 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
     if step.action == "copy":
         donor = plan.base if step.donor < 0 else plan.experts[step.donor]
         assert donor is not None and donor.checkpoint is not None
-        only = StoredTensor(donor.checkpoint, donor.checkpoint.tensors[step.name])
+        # A head that only the adapters have is copied from the first of them.
+        only = _stored(donor.checkpoint, step) if step.name in donor.checkpoint.tensors else _first_dense(plan, step)
         return TensorInputs(step.name, 1, 1, None, {0: only}, {}, {0: labels[step.donor]})
     # In weight space full experts do not need the base. Adapters do: their weights are base plus delta.
-    base = None
+    base: DenseTensor | None = None
     if plan.base is not None and (plan.space == "deltas" or any(expert.adapter for expert in plan.experts)):
         assert plan.base.checkpoint is not None
-        base = StoredTensor(plan.base.checkpoint, plan.base.checkpoint.tensors[step.name])
+        info = plan.base.checkpoint.tensors.get(step.name)
+        base = StoredTensor(plan.base.checkpoint, info) if info else ZeroTensor()
     dense: dict[int, DenseTensor] = {}
     low_rank = {}
     for index, expert in enumerate(plan.experts):
@@ -56,12 +66,25 @@ def _labels(plan: MergePlan) -> dict[int, str]:
     return labels | ({-1: f"base model {plan.base.spec!r}"} if plan.base is not None else {})
 
 
-def _dense_tensor(expert: Expert, step: TensorStep, base: StoredTensor | None) -> DenseTensor | None:
+def _stored(checkpoint: Checkpoint, step: TensorStep) -> DenseTensor:
+    tensor = StoredTensor(checkpoint, checkpoint.tensors[step.name])
+    order = checkpoint.row_orders.get(step.name)
+    return tensor if order is None else ReorderedTensor(tensor, order, step.cols)
+
+
+def _first_dense(plan: MergePlan, step: TensorStep) -> DenseTensor:
+    return next(tensor for expert in plan.experts if (tensor := _dense_tensor(expert, step, None)) is not None)
+
+
+def _dense_tensor(expert: Expert, step: TensorStep, base: DenseTensor | None) -> DenseTensor | None:
     """Return the expert's full tensor, if it has one; an adapter has one for `modules_to_save` and DoRA modules."""
     if expert.checkpoint is not None:
-        return StoredTensor(expert.checkpoint, expert.checkpoint.tensors[step.name])
-    assert expert.adapter is not None and base is not None
+        return _stored(expert.checkpoint, step)
+    assert expert.adapter is not None
     if step.name in expert.adapter.dense:
         return StoredTensor(expert.adapter.checkpoint, expert.adapter.dense[step.name])
     delta = expert.adapter.deltas.get(step.name)
-    return DoraTensor(base, delta, step.cols) if delta and delta.is_dora else None
+    if delta is None or not delta.is_dora:
+        return None
+    assert isinstance(base, StoredTensor)  # a delta changes a tensor of the base
+    return DoraTensor(base, delta, step.cols)

@@ -82,7 +82,8 @@ class ShardOutput:
 
     def write_config(self) -> Path:
         """Write `config.json` into the staging folder."""
-        return write_config(self._plan.donor.source, self.staging, dtype=self._plan.args.dtype)
+        plan = self._plan
+        return write_config(plan.donor.source, self.staging, dtype=plan.args.dtype, changes=plan.config_changes)
 
     def close(self) -> None:
         """Close the shards."""

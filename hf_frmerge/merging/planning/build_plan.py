@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.adapters.base import base_notes, common_base
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
+from hf_frmerge.checkpoints.names.model_names import read_names
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
-from hf_frmerge.checkpoints.tensors.alignment import align
+from hf_frmerge.checkpoints.tensors.alignment import AlignedTensor, align
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
@@ -19,9 +20,11 @@ from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, open_checkpoint,
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import validate_weights
 from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_index
+from hf_frmerge.merging.planning.account import account
 from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
 from hf_frmerge.merging.planning.coefficient_table import CoefficientTable, cut_as_given, read_coefficients
 from hf_frmerge.merging.planning.model_class import read_structure
+from hf_frmerge.merging.planning.new_heads import OTHER_HEAD, NewHead, find_new_head
 from hf_frmerge.merging.planning.plan import Expert, MergePlan
 from hf_frmerge.merging.planning.tensor_step import TensorStep
 from hf_frmerge.methods.table import METHODS
@@ -108,9 +111,12 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     opened = _match_adapters(opened, base, to_adapter)
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
+        head = NewHead()
+        left_out: dict[str, str] = {}
     else:
-        steps, notes = _steps(args, opened, base, alphas)
-    notes += _unused_options(args, method)
+        head = find_new_head(opened, base.checkpoint if base else None)
+        steps, notes, left_out = _steps(args, opened, base, alphas, head)
+    notes += _unused_options(args, method) + _number_notes(steps, method)
     if table is not None:
         steps = cut_as_given(steps, table, len(opened))
     layout = None
@@ -118,7 +124,10 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
         layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
     beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
     notes += beside.notes
-    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files, table)
+    plan = MergePlan(
+        args, opened, base, alphas, space, steps, layout, notes, beside.files, table, head.config, left_out
+    )
+    account(plan)  # refuses what would be lost
     for model in plan.models:
         model.weights.watch([file.name for file in beside.files if file.source == model.source])
     return plan
@@ -131,6 +140,14 @@ def _unused_options(args: MergingArguments, method: Method) -> list[str]:
     defaults = {field.name: field.default for field in fields(args)}
     changed = [name for name in of_methods if name not in method.options and options[name] != defaults[name]]
     return [f"`{name}` changes nothing with method={method.name!r}." for name in changed]
+
+
+def _number_notes(steps: list[TensorStep], method: Method) -> list[str]:
+    """Note tensors whose blocks are single numbers: a method that merges directions takes their plain mean."""
+    numbers = [step.name for step in steps if step.action == "merge" and step.block_len == 1]
+    if not numbers or not method.is_directional:
+        return []
+    return [f"A single number has no direction: of {some(numbers)} the plain weighted mean is taken."]
 
 
 def _open(source: Source) -> Expert:
@@ -172,12 +189,14 @@ def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool
         return experts
     checkpoint = base.checkpoint
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    structure = functools.cache(lambda: read_structure(checkpoint))  # once for all adapters, and only if one asks
+    # Once for all adapters, and only if one asks.
+    structure = functools.cache(lambda: read_structure(checkpoint))
+    names = functools.cache(lambda: read_names(checkpoint.config(), checkpoint.source.spec))
 
     def match(expert: Expert) -> Expert:
         if expert.adapter is None:
             return expert
-        adapter = expert.adapter.match(shapes, structure, into_adapter=to_adapter)
+        adapter = expert.adapter.match(shapes, structure, names, into_adapter=to_adapter)
         adapter.check_base_layers(checkpoint)
         return Expert(expert.source, adapter=adapter)
 
@@ -294,15 +313,17 @@ def _stack(name: str) -> str:
 
 
 def _steps(
-    args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float]
-) -> tuple[list[TensorStep], list[str]]:
-    """Return one step for each tensor of a full model, and notes."""
+    args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float], head: NewHead
+) -> tuple[list[TensorStep], list[str], dict[str, str]]:
+    """Return one step for each tensor of a full model, notes, and the reasons for tensors that are left out."""
     full = [index for index, expert in enumerate(experts) if expert.checkpoint]
     checkpoints = [experts[index].checkpoint for index in full]
     aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
-    notes = list(aligned.notes) + _adapter_notes(experts, base, args.strict)
+    notes = [*aligned.notes, *head.notes, *_adapter_notes(experts, base, args.strict)]
+    tensors = [tensor for tensor in aligned.tensors if tensor.name not in head.left_out]
+    tensors += [AlignedTensor(name, info.dtype, info.shape, "merge", -1) for name, info in head.tensors.items()]
     touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
-    weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in aligned.tensors])
+    weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in tensors])
     notes += rule_notes
     head_dim = None
     if args.block == "head":
@@ -310,7 +331,7 @@ def _steps(
         head_dim = head_dim_of(donor.checkpoint.config() if donor.checkpoint else {})
 
     steps = []
-    for tensor in aligned.tensors:
+    for tensor in tensors:
         is_float = tensor.dtype in FLOAT_DTYPES
         # With adapters only, a tensor that none of them changes is copied from the base.
         merge = tensor.action == "merge" and (bool(full) or tensor.name in touched)
@@ -330,7 +351,7 @@ def _steps(
         )
     _check_groups(steps)
     _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
-    return steps, notes
+    return steps, notes, aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD)
 
 
 def _refuse_homeless(experts: list[Expert], merged: set[str]) -> None:

@@ -5,42 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.model_structure import ModelStructure, may_be_tied
+from hf_frmerge.checkpoints.names.empty_model import build_empty
 from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
-
-
-def build_empty(base: Checkpoint) -> PreTrainedModel:
-    """
-    Build the model of a checkpoint on the meta device, where weights have shapes but no contents.
-
-    Raises:
-        CheckpointError: If transformers does not have its class, or cannot build it from this `config.json`.
-    """
-    import torch
-    import transformers
-
-    config = base.config()
-    architecture = next(iter(config.get("architectures") or []), None)
-    model_class = getattr(transformers, str(architecture), None)
-    if model_class is None:
-        raise CheckpointError(
-            f"{base.source.spec!r}: config.json names the architecture {architecture!r}, which transformers "
-            f"{transformers.__version__} does not have, so its linear layers are unknown."
-        )
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{base.source.spec!r}: {architecture} cannot be built from its config.json "
-            f"({type(error).__name__}: {error}), so its linear layers are unknown."
-        ) from error
-    return model
 
 
 def read_structure(base: Checkpoint) -> ModelStructure:
@@ -51,7 +20,7 @@ def read_structure(base: Checkpoint) -> ModelStructure:
     transformers does not have, the config decides, or an output layer that is stored beside the embedding.
     """
     try:
-        model = build_empty(base)
+        model = build_empty(base.config(), base.source.spec)
     except CheckpointError:
         return ModelStructure(frozenset() if _is_untied(base) else None, None)
     from transformers.pytorch_utils import Conv1D

@@ -14,6 +14,8 @@ from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hf_frmerge.checkpoints.adapters.adapter import Adapter
     from hf_frmerge.checkpoints.beside.look_beside import CarriedFile
     from hf_frmerge.checkpoints.resolve import Source
@@ -66,6 +68,8 @@ class MergePlan:
         coefficients: table that takes the place of a method.
         calibration: how the merge was fitted to its experts on prompts, if it was.
         corrections: what that adds to the method's tensors; `None` if it found nothing better.
+        config_changes: entries of the output's `config.json` that differ from those of the donor.
+        left_out: tensor that the output does not have -> reason.
     """
 
     args: MergingArguments
@@ -78,6 +82,8 @@ class MergePlan:
     notes: list[str] = field(default_factory=list)
     carried: tuple[CarriedFile, ...] = ()
     coefficients: CoefficientTable | None = None
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     calibration: CalibrationRecord | None = None
     corrections: Corrections | None = None
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.merging.planning.account import ModelAccount, account
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,6 +101,7 @@ class MergeReport:
         kernels: what computed, and with which instructions.
         notes: what the models disagree about and what was taken, and what else should be known.
         factors: of a merged adapter; `None` of a full model.
+        accounts: what became of the tensors of every model: the experts, then the base. Empty in old records.
     """
 
     method: str
@@ -117,6 +119,7 @@ class MergeReport:
     kernels: str
     notes: tuple[str, ...]
     factors: FactorTotals | None
+    accounts: tuple[ModelAccount, ...] = ()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MergeReport:
@@ -126,6 +129,7 @@ class MergeReport:
             "geometry": GeometryTotals.from_dict(values) if "max_angle" in values else None,
             "notes": tuple(values["notes"]),
             "factors": FactorTotals(values["truncation_error"], values["max_rank"]) if "max_rank" in values else None,
+            "accounts": tuple(ModelAccount.from_dict(each) for each in values.get("accounts", ())),
         }
         return cls(**apart, **{f.name: values[f.name] for f in fields(cls) if f.name not in apart})
 
@@ -137,6 +141,8 @@ class MergeReport:
                 values |= self.geometry.to_dict() if self.geometry is not None else {}
             elif name == "factors":
                 values |= vars(self.factors) if self.factors is not None else {}
+            elif name == "accounts":
+                values[name] = [asdict(each) for each in self.accounts]
             else:
                 values[name] = list(value) if name == "notes" else value
         return values
@@ -172,6 +178,7 @@ def make_report(
         kernels=kernels,
         notes=(*plan.notes, *zero_notes(plan, outcomes), *notes),
         factors=_factor_totals(outcomes),
+        accounts=account(plan, {outcome.step.name for outcome in outcomes if outcome.action == "skip"}),
     )
 
 

@@ -291,12 +291,22 @@ def test_wrapper_prefix_is_named(pair, open_folder_as, turned):
     assert {tensor.action for tensor in align([open_folder_as(folder) for folder in folders]).tensors} == {"merge"}
 
 
-def test_headless_model_gets_the_prefix_hint(tmp_path, save_model, open_folder_as):
-    model = save_model(tmp_path / "a", "bert")
-    bare = BertModel(model.config, add_pooling_layer=False)
-    bare.save_pretrained(tmp_path / "b")
-    with pytest.raises(CheckpointError, match=r"names in 'a' have the prefix 'bert\.'"):
+def test_other_heads_are_named_and_the_advice_works(tmp_path, save_model, open_folder_as):
+    model = save_model(tmp_path / "a", "bert", dtype=torch.float32)
+    BertModel(model.config, add_pooling_layer=False).save_pretrained(tmp_path / "b")
+    with pytest.raises(
+        CheckpointError, match=r"it lacks 5 tensors \(cls\.pred.*they differ in their heads"
+    ) as refused:
         align([open_folder_as(tmp_path / "a", "a"), open_folder_as(tmp_path / "b", "b")])
+    code = "\n".join(line[4:] for line in str(refused.value).splitlines() if line.startswith("    "))
+    for name in ("a", "b"):
+        exec(
+            code.replace("THE MODEL", str(tmp_path / name)).replace("without-head", str(tmp_path / f"{name}-bare")), {}
+        )
+    bare = [open_folder_as(tmp_path / f"{name}-bare", name) for name in ("a", "b")]
+    assert {f"bert.{t.name}" for t in align(bare).tensors if not t.name.startswith("pooler")} == {
+        name for name in model.state_dict() if name.startswith("bert.") and not name.endswith("_ids")
+    }
 
 
 def test_quantised_checkpoints_are_refused(pair, open_folder_as):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,40 @@ def test_other_heads_are_refused(model: Any, tokenizer: Any) -> None:
     regression = BertForSequenceClassification(config)
     with pytest.raises(ArgumentError, match=r"choose one label.*num_labels=1"):
         predict_classes(regression, samples(), tokenizer)
+
+
+def turn(source: Path, target: Path, order: list[int]) -> None:
+    """Save a classifier with the rows of its head, and the names of its classes, in another order."""
+    turned = BertForSequenceClassification.from_pretrained(source)
+    with torch.no_grad():
+        for parameter in turned.classifier.parameters():
+            parameter.copy_(parameter[order].clone())
+    turned.config.id2label = {row: LABELS[old] for row, old in enumerate(order)}
+    turned.config.label2id = {label: row for row, label in turned.config.id2label.items()}
+    turned.save_pretrained(target)
+
+
+def test_the_order_of_the_classes_does_not_matter(family: Path, tokenizer: Any, tmp_path: Path) -> None:
+    turn(family / "code", tmp_path / "turned", [2, 0, 1])
+    rows = samples()
+    named = [{"text": row["text"], "label": LABELS[row["label"]]} for row in rows]
+    records = []
+    for code in (family / "code", tmp_path / "turned"):
+        for data in (rows, named):
+            specs = {"math": str(family / "math"), "code": str(code), "merged": str(family / "base")}
+            roles = {"math": "expert", "code": "expert", "merged": "merged"}
+            records.append(evaluate_classifiers(ModelSet(specs, roles, processing_class=tokenizer), {"data": data}))
+    first, *others = records
+    for other in others:
+        assert [score.metrics for score in other.scores] == [score.metrics for score in first.scores]
+        assert other.distances == first.distances
+
+
+def test_other_classes_are_not_compared(family: Path, tokenizer: Any, tmp_path: Path) -> None:
+    other = BertForSequenceClassification.from_pretrained(family / "code")
+    other.config.id2label = dict(enumerate(["red", "green", "blue"]))
+    other.save_pretrained(tmp_path)
+    models = ModelSet({"math": str(family / "math"), "code": str(tmp_path)}, {"math": "expert", "code": "expert"})
+    models = dataclasses.replace(models, processing_class=tokenizer)
+    with pytest.raises(ArgumentError, match="different classes: no, maybe, yes and red, green, blue"):
+        evaluate_classifiers(models, {"data": samples()})

@@ -13,7 +13,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy.special import log_softmax
 from tiny_models import save_llama_family
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 from two_processes import run_on_two_processes
 
 from hf_frmerge.errors import ArgumentError, CheckpointError
@@ -338,6 +348,14 @@ def test_refuses_what_it_cannot_measure(folder: Path, tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "larger")
     with pytest.raises(ArgumentError, match="different sizes"):
         run(folder, tmp_path, specs=specs(folder) | {"code": tmp_path / "larger"}, on_model=ran.append)
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1)).save_pretrained(
+        tmp_path / "t5"
+    )
+    ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    for kind, sentence in (("t5", "'code' .t5. is an encoder-decoder"), ("vit", "'code' .vit. is no model of text")):
+        with pytest.raises(ArgumentError, match=sentence):
+            run(folder, tmp_path, specs=specs(folder) | {"code": tmp_path / kind}, on_model=ran.append)
     assert ran == []
 
 

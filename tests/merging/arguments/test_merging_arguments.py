@@ -200,6 +200,31 @@ def test_unknown_keys_and_broken_files_are_refused(tmp_path: Path) -> None:
     assert read_config(config) == {"method": "slerp"}
 
 
+def test_a_configuration_of_mergekit_is_told_what_to_write(tmp_path: Path) -> None:
+    config = tmp_path / "merge.yml"
+    config.write_text(
+        "merge_method: karcher\nbase_model: b\nmodels:\n  - model: e1\n    parameters: {weight: 0.6}\n"
+        "  - model: e2\n    parameters:\n      weight: 0.4\nparameters: {max_iter: 10, tol: 1e-5, normalize: true}\n"
+        "dtype: bfloat16\n"
+    )
+    with pytest.raises(ArgumentError, match=r"'merge_method' in .*: this is a configuration of mergekit") as caught:
+        read_config(config)
+    config.write_text("\n".join(line for line in str(caught.value).splitlines() if line.startswith("    ")))
+    assert read_config(config) == {
+        "method": "karcher",
+        "experts": ["e1", "e2"],
+        "weights": [0.6, 0.4],
+        "base_model": "b",
+        "dtype": "bfloat16",
+        "max_iter": 10,
+        "tol": "1e-5",  # as YAML reads it; MergingArguments makes a number of it
+        "output_dir": "merged",
+    }
+    config.write_text("merge_method: ties\nslices: [{sources: []}]\nmodels:\n  - model: e1\n  - e2\n")
+    with pytest.raises(ArgumentError, match=r"method: .ties"):
+        read_config(config)
+
+
 @pytest.mark.parametrize(
     ("weights", "n", "sentence"),
     [

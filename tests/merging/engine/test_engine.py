@@ -18,6 +18,7 @@ from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.coefficient_table import read_coefficients
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.run import MergeOutcome, run_merge
+from hf_frmerge.provenance.verify import verify
 
 
 def merge(
@@ -252,6 +253,37 @@ def test_antipodal_experts_raise_or_fall_back_as_declared(tmp_path: Path) -> Non
     outcome = merge(experts, tmp_path / "linear", on_ambiguous="linear")
     assert outcome.report.geometry.n_ambiguous == 1
     assert torch.count_nonzero(weights_of(tmp_path / "linear")["lm_head.weight"]) == 0
+
+
+@pytest.mark.parametrize("method", ["karcher", "slerp", "nre"])
+@pytest.mark.parametrize("space", ["weights", "deltas"])
+def test_single_numbers_have_their_plain_mean(tmp_path: Path, method: str, space: str) -> None:
+    values = [[0.1, -0.1], [3.0, 2.0]]
+    folders = [
+        write_model(tmp_path / f"e{i}", random_model(i) | {"bias": torch.tensor([one]), "scale": torch.tensor(two)})
+        for i, (one, two) in enumerate(zip(*values))
+    ]
+    base = write_model(tmp_path / "base", random_model(9) | {"bias": torch.zeros(1), "scale": torch.tensor(2.5)})
+    args = MergingArguments(output_dir=str(tmp_path / "out"), method=method, space=space, block="row")
+    plan = build_plan(folders, args, [0.6, 0.4], base if space == "deltas" else None)
+    assert any("bias, scale the plain weighted mean is taken" in note for note in plan.notes)
+    run_merge(plan, StepObserver(), Processes())
+    merged = weights_of(tmp_path / "out")
+    assert merged["bias"].item() == pytest.approx(0.6 * 0.1 - 0.4 * 0.1, rel=1e-6)
+    assert merged["scale"].item() == pytest.approx(0.6 * 3 + 0.4 * 2, rel=1e-6)
+    assert verify(tmp_path / "out").ok
+
+
+def test_a_merge_that_met_opposites_is_resumed_with_linear(tmp_path: Path) -> None:
+    model = random_model(1)
+    names = list(model)
+    opposite = random_model(2) | {names[-1]: -model[names[-1]]}
+    experts = [write_model(tmp_path / "plus", model), write_model(tmp_path / "minus", opposite)]
+    with pytest.raises(AmbiguousMeanError, match=r'on_ambiguous="linear".*can be resumed'):
+        merge(experts, tmp_path / "out", num_workers=1)
+    merge(experts, tmp_path / "out", on_ambiguous="linear", resume_from_checkpoint=True)
+    merge(experts, tmp_path / "anew", on_ambiguous="linear")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "anew/model.safetensors").read_bytes()
 
 
 def test_weight_rules_change_single_tensors(tmp_path: Path) -> None:

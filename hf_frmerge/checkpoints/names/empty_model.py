@@ -1,0 +1,48 @@
+"""Build the model of a checkpoint without its weights. Imports transformers, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build_empty(config: Mapping[str, Any], spec: str, **changes: Any) -> PreTrainedModel:
+    """
+    Build a model on the meta device, where weights have shapes but no contents.
+
+    Args:
+        config (`Mapping[str, Any]`):
+            Contents of `config.json`.
+        spec (`str`):
+            Name of the checkpoint as the user wrote it, for errors.
+        changes:
+            Settings that replace those of the config.
+
+    Raises:
+        CheckpointError: If transformers does not have its class, or cannot build it from this config.
+    """
+    import torch
+    import transformers
+
+    architecture = next(iter(config.get("architectures") or []), None)
+    model_class = getattr(transformers, str(architecture), None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{spec!r}: config.json names the architecture {architecture!r}, which transformers "
+            f"{transformers.__version__} does not have, so its layers are unknown."
+        )
+    settings = {key: value for key, value in {**config, **changes}.items() if key != "model_type"}
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{spec!r}: {architecture} cannot be built from its config.json ({type(error).__name__}: {error}), so its "
+            "layers are unknown."
+        ) from error
+    return model

@@ -1,0 +1,110 @@
+"""Account for every tensor of every model of a merge: merged, copied, or not used, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.planning.plan import Expert, MergePlan
+
+ELSEWHERE = "copied from another model"
+NOT_NEEDED = "of the base, which is not part of a merge in weight space"
+NOT_HELD = "of the base, which a merged adapter does not hold"
+REPEATED = "copies of base tensors beside an adapter"
+SKIPPED = "skipped by a callback"
+
+
+@dataclass(frozen=True)
+class ModelAccount:
+    """
+    What became of the tensors of one model. All tensors but those in `unused` are merged or copied.
+
+    Attributes:
+        n_tensors: tensors that it stores.
+        n_merged: those that went into a mean.
+        n_copied: those that the output has as they are.
+        unused: reason -> number of tensors.
+    """
+
+    n_tensors: int
+    n_merged: int
+    n_copied: int
+    unused: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelAccount:
+        """Read it from JSON values."""
+        return cls(values["n_tensors"], values["n_merged"], values["n_copied"], dict(values["unused"]))
+
+
+def account(plan: MergePlan, skipped: Collection[str] = ()) -> tuple[ModelAccount, ...]:
+    """
+    Account for the tensors of every model of a plan, in the order of `plan.models`.
+
+    Args:
+        plan: Plan of the merge.
+        skipped: Names of tensors that a callback had copied instead of merged.
+
+    Returns:
+        `tuple[ModelAccount, ...]`: One for each model.
+
+    Raises:
+        CheckpointError: If a tensor is neither used nor left out for a reason: its values would be lost.
+    """
+    accounts = []
+    for index, model in enumerate(plan.models):
+        place = index if index < len(plan.experts) else -1
+        fates = _fates(plan, model, place, set(skipped))
+        lost = [name for name, fate in fates.items() if fate is None]
+        if lost:
+            raise CheckpointError(
+                f"{model.spec!r}: {some(lost)} would be neither merged nor copied. Please report this, with the names "
+                "of the models; a merge without these tensors would lose what they hold."
+            )
+        counts = Counter(fates.values())
+        unused = {str(fate): count for fate, count in counts.items() if fate not in ("merge", "copy")}
+        accounts.append(ModelAccount(len(fates), counts["merge"], counts["copy"], unused))
+    return tuple(accounts)
+
+
+def _fates(plan: MergePlan, model: Expert, place: int, skipped: set[str]) -> dict[str, str | None]:
+    """Return what becomes of every stored tensor of a model: "merge", "copy" or a reason; None if nothing does."""
+    targets = _targets(model)
+    if place < 0 and plan.output_kind == "adapter":
+        return dict.fromkeys(targets, NOT_HELD)
+    steps = {step.name: plan.copied(step) if step.name in skipped else step for step in plan.steps}
+    reads_base = plan.space == "deltas" or any(expert.adapter for expert in plan.experts)
+    fates: dict[str, str | None] = {}
+    for name, target in targets.items():
+        step = steps.get(target)
+        if target == REPEATED:
+            fates[name] = REPEATED
+        elif step is None:
+            fates[name] = plan.left_out.get(target)
+        elif step.action == "merge":
+            fates[name] = "merge" if place >= 0 or reads_base else NOT_NEEDED
+        elif step.donor == place:
+            fates[name] = "copy"
+        else:
+            fates[name] = SKIPPED if target in skipped else ELSEWHERE
+    return fates
+
+
+def _targets(model: Expert) -> dict[str, str]:
+    """Return the tensor of the output that every stored tensor belongs to."""
+    if model.checkpoint is not None:
+        return {name: name for name in model.checkpoint.tensors if name not in model.checkpoint.aliases}
+    adapter = model.adapter
+    assert adapter is not None
+    targets = dict.fromkeys(adapter.checkpoint.tensors, "")
+    for target, delta in adapter.deltas.items():
+        parts = (delta.down, delta.up, delta.magnitude)
+        targets |= {part.name: target for part in parts if part is not None}
+    targets |= {info.name: target for target, info in adapter.dense.items()}
+    return targets | {info.name: REPEATED for info in adapter.base_layers.values()}

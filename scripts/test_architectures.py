@@ -1,0 +1,228 @@
+"""
+Merge one tiny model of every class in transformers' auto mappings, and compare it with a mean taken in memory.
+
+    python scripts/test_architectures.py                          # all of them; half an hour on two cores
+    python scripts/test_architectures.py --only LlamaForCausalLM ViTForImageClassification
+
+Of every class that can be built small from its config: a base and three copies with noise are saved by transformers,
+merged (`method="linear"`, `space="deltas"`), and loaded by transformers with no missing and no unexpected key. Every
+float tensor must be the float64 mean of the copies. Prints the count, and the reason for every class left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import re
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from hf_frmerge.errors import MergeError
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.engine.engine import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.run import run_merge
+
+MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_CTC_MAPPING",
+)
+N_COPIES = 3
+MOST_PARAMETERS = 10_000_000
+
+# Key of a config -> the value in a tiny one, if that is smaller. The first pattern that fits the whole key counts.
+TINY: tuple[tuple[str, int], ...] = (
+    (r"vocab_size|.*_vocab_size", 120),
+    (r"(num|n)_(local_|routed_)?experts|moe_num_experts|n_routed_experts|num_experts_per_layer", 4),
+    (r".*(per_tok|_top_?k|experts_per_token)", 2),
+    (r"n_group|topk_group|n_shared_experts", 1),
+    (r".*max_.*position.*|n_positions|n_ctx|max_.*length|max_seq_len|seq_length", 128),
+    (r".*num_(key_value|kv)_heads|.*kv_heads|num_query_groups", 2),
+    (r".*heads|n_head|.*_num_heads|num_heads", 2),
+    (r"head_dim|.*head_dim|kv_channels|d_kv|d_head|attention_head_size|qk_.*dim|v_head_dim", 16),
+    (r".*(intermediate|ffn|feedforward|inner|mlp).*(size|dim)|d_ff|d_inner|n_inner|.*_ff_dim", 48),
+    (r"(num|n)_.*layers?|n_layers?|.*_layers|depth|num_blocks|num_.*blocks", 2),
+    (
+        r".*(hidden|embed|embedding|projection|proj|encoder|decoder|model|output|layer)_(size|dim)|d_model|n_embd|dim",
+        32,
+    ),
+    (r"hidden_dim|embed_dim|hidden_channels|.*_rank|state_size|.*_lora_dim|feature_size", 32),
+    (r"image_size|input_size|crop_size", 32),
+    (r"num_queries|num_labels|num_.*tokens_per_.*", 10),
+)
+DROPPED = ("layer_types", "mlp_layer_types", "attention_types")  # lists with an entry for every layer
+
+
+def tiny_dict(values: dict[str, Any]) -> dict[str, Any]:
+    """Shrink the sizes in a config, and in the configs nested in it."""
+    tiny = {}
+    for key, value in values.items():
+        if key in ("transformers_version", "dtype", "id2label", "label2id", "architectures"):
+            continue
+        if isinstance(value, dict):
+            tiny[key] = tiny_dict(value)
+        elif isinstance(value, list) and key in DROPPED:
+            continue
+        elif isinstance(value, list) and key == "depths":
+            tiny[key] = [1] * len(value)
+        elif isinstance(value, list) and key in ("hidden_sizes", "embed_dims", "encoder_hidden_sizes"):
+            tiny[key] = [32 << place for place in range(len(value))]
+        elif isinstance(value, bool) or not isinstance(value, int):
+            tiny[key] = value
+        elif key.endswith("token_id"):
+            tiny[key] = min(value, 100) if value is not None else None
+        else:
+            limit = next((size for pattern, size in TINY if re.fullmatch(pattern, key)), value)
+            tiny[key] = min(value, limit)
+    return tiny
+
+
+def tiny_config(config_class: type) -> Any:
+    """Return a config of a tiny model: the defaults of the class, with smaller sizes."""
+    return config_class(
+        **{key: value for key, value in tiny_dict(config_class().to_dict()).items() if key != "model_type"}
+    )
+
+
+def classes() -> dict[str, tuple[type, type]]:
+    """Return every class in the mappings by name, with the class of its config."""
+    found: dict[str, tuple[type, type]] = {}
+    for mapping in MAPPINGS:
+        entries = getattr(modeling_auto, mapping, {})
+        for config_class in list(entries):
+            with contextlib.suppress(Exception):  # classes that need a package which is not installed
+                models = entries[config_class]
+                for model in models if isinstance(models, (tuple, list)) else (models,):
+                    found.setdefault(model.__name__, (model, config_class))
+    return found
+
+
+class LeftOut(Exception):
+    """A class that cannot be tried, and why."""
+
+
+def build(model_class: type, config_class: type) -> Any:
+    """Return a tiny model of a class."""
+    try:
+        config = tiny_config(config_class)
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in model_class(config).parameters())
+        if size > MOST_PARAMETERS:
+            raise LeftOut(f"its config gives {size:,} parameters at least")
+        torch.manual_seed(0)
+        return model_class(tiny_config(config_class)).float().eval()
+    except LeftOut:
+        raise
+    except Exception as error:
+        raise LeftOut(
+            f"no tiny model from its config: {type(error).__name__}: {error}".splitlines()[0][:110]
+        ) from error
+
+
+def save_family(model: Any, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Save `base` and the copies `e0`, `e1`, ...; return the tensors of the copies in memory."""
+    try:
+        model.save_pretrained(folder / "base")
+        loaded, info = type(model).from_pretrained(folder / "base", output_loading_info=True)
+    except Exception as error:
+        text = f"transformers cannot save and load it: {type(error).__name__}: {error}"
+        raise LeftOut(text.splitlines()[0][:110]) from error
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise LeftOut(f"transformers does not load what it saves: {sorted(info['missing_keys'])[:2]} missing")
+    origin, copies = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}, []
+    for copy in range(N_COPIES):
+        generator = torch.Generator().manual_seed(copy + 1)
+        loaded.load_state_dict(origin)
+        with torch.no_grad():
+            for parameter in loaded.parameters():
+                if parameter.is_floating_point():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        loaded.save_pretrained(folder / f"e{copy}")
+        copies.append({name: tensor.clone() for name, tensor in loaded.state_dict().items()})
+    return copies
+
+
+def check(model: Any, folder: Path) -> str:
+    """Merge a family and compare; return what is wrong, or an empty string."""
+    copies = save_family(model, folder)
+    args = MergingArguments(str(folder / "out"), method="linear", space="deltas", disable_tqdm=True)
+    plan = build_plan([str(folder / f"e{copy}") for copy in range(N_COPIES)], args, None, str(folder / "base"))
+    run_merge(plan, StepObserver(), Processes())
+    merged, info = type(model).from_pretrained(folder / "out", output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        return f"keys that do not load: {sorted(map(str, wrong))[:3]}"
+    for name, tensor in merged.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        mean = torch.stack([each[name].double() for each in copies]).mean(0)
+        if not torch.allclose(tensor.double(), mean, rtol=1e-6, atol=1e-7, equal_nan=True):
+            return f"{name} is not the mean, by up to {(tensor.double() - mean).abs().max():.1e}"
+    return ""
+
+
+def try_class(name: str, model_class: type, config_class: type) -> tuple[str, str]:
+    """Return `("right" | "wrong" | "refused" | "left out", why)` for a class."""
+    with tempfile.TemporaryDirectory(prefix="architecture-") as folder:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                wrong = check(build(model_class, config_class), Path(folder))
+        except LeftOut as reason:
+            return "left out", str(reason)
+        except MergeError as error:
+            return "refused", str(error).replace(folder, "").splitlines()[0][:300]
+        except Exception as error:
+            return "wrong", f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return ("wrong", wrong) if wrong else ("right", "")
+
+
+def main() -> int:
+    """Try all classes, or those that are named, and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="CLASS", help="Classes to try.")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    known = classes()
+    chosen = args.only or sorted(known)
+    counts: dict[str, int] = {}
+    started = time.monotonic()
+    for name in chosen:
+        outcome, why = try_class(name, *known[name])
+        counts[outcome] = counts.get(outcome, 0) + 1
+        if outcome != "right":
+            sys.stdout.write(f"{outcome}: {name}: {why}\n")
+            sys.stdout.flush()
+        gc.collect()
+    parts = [
+        f"{counts[outcome]} {outcome}" for outcome in ("right", "refused", "wrong", "left out") if outcome in counts
+    ]
+    minutes = (time.monotonic() - started) / 60
+    sys.stdout.write(f"{len(chosen)} classes of transformers {transformers.__version__}: {', '.join(parts)} ")
+    sys.stdout.write(f"in {minutes:.0f} min.\n")
+    return 1 if counts.get("wrong") or counts.get("refused") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "test_architectures.py"
+# Tied and untied, fused on load, renamed on load, encoder and decoder, with buffers of floats, images, and speech.
+SAMPLE = (
+    "BertForMaskedLM",
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "LlavaForConditionalGeneration",
+    "MixtralForCausalLM",
+    "ResNetForImageClassification",
+    "T5ForConditionalGeneration",
+    "ViTForImageClassification",
+    "WhisperForConditionalGeneration",
+)
+
+
+def test_a_sample_of_architectures_is_merged_and_loaded() -> None:
+    run = subprocess.run([sys.executable, str(SCRIPT), "--only", *SAMPLE], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{len(SAMPLE)} classes of transformers" in run.stdout
+    assert f": {len(SAMPLE)} right in" in run.stdout, run.stdout
