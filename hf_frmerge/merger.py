@@ -28,8 +28,8 @@ from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.record.find_models import MergeModels
 from hf_frmerge.merging.run import run_merge
+from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
-from hf_frmerge.methods.table import FISHER_RAO
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo

@@ -10,8 +10,8 @@ from typing import Literal
 from hf_frmerge.evaluation.record import EvaluationRecord
 from hf_frmerge.hub.card.licences import SourceMetadata
 from hf_frmerge.hub.card.tasks import Task
+from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
-from hf_frmerge.methods.table import FISHER_RAO
 from hf_frmerge.wording.geometry import Geometry
 
 TAG_NAMES = ("merge", "hf-frmerge")

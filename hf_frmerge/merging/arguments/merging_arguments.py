@@ -33,7 +33,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (math.isfinite, "finite"),
     "scale": (math.isfinite, "finite"),
     "density": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the elements that stay)"),
-    "tol": (lambda v: 0 < v < math.inf, "above 0 (radians)"),
+    "tol": (lambda v: 0 < v < math.inf, "above 0"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
     "num_workers": (lambda v: v >= 1, "at least 1"),
     "adapter_rank": (lambda v: v >= 1, "at least 1"),
@@ -143,11 +143,11 @@ class MergingArguments:
     )
     tol: float = field(
         default=1e-12,
-        metadata=_describe("Stop the Karcher iteration when the gradient norm, in radians, is below this."),
+        metadata=_describe("Stop the iteration when the norm of the gradient (karcher: in radians) is below this."),
     )
     max_iter: int = field(
         default=100,
-        metadata=_describe("Give up the Karcher iteration after this many steps; the report then says so."),
+        metadata=_describe("Give up the iteration after this many steps; the report then says so."),
     )
     on_ambiguous: str = field(
         default="raise",
