@@ -30,6 +30,11 @@ MEAN = {
         "max_iter",
         "on_ambiguous",
         "density",
+        "gamma",
+        "epsilon",
+        "agreement",
+        "min_change",
+        "seed",
         "coefficients",
     )
 }

@@ -43,7 +43,10 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
         elif expert.adapter is not None and step.name in expert.adapter.deltas:
             low_rank[index] = expert.adapter.deltas[step.name]
     factored = base is not None and not dense and step.n_blocks == 1
-    return TensorInputs(step.name, step.cols, len(plan.experts), base, dense, low_rank, labels, plan.space, factored)
+    row_len = step.shape[-1] if len(step.shape) > 1 and step.shape[-1] > 1 else max(step.numel, 1)
+    return TensorInputs(
+        step.name, step.cols, len(plan.experts), base, dense, low_rank, labels, plan.space, factored, row_len
+    )
 
 
 def _labels(plan: MergePlan) -> dict[int, str]:
