@@ -37,11 +37,11 @@ def sizes_of(deltas: Array) -> NDArray[np.float32]:
     return np.abs(deltas.astype(np.float32))
 
 
-def vote(kept: Array, weights: Array) -> Array:
+def vote(kept: Array, weights: Array, votes: Array | None = None) -> Array:
     """Mean of the elements that have the sign of the weighted sum, one element after the other."""
     merged = np.zeros(kept.shape[1])
     for j, column in enumerate(kept.T):
-        sign = 1.0 if sum(w * x for w, x in zip(weights, column)) >= 0 else -1.0
+        sign = 1.0 if sum(w * x for w, x in zip(weights if votes is None else votes, column)) >= 0 else -1.0
         same = [(w, x) for w, x in zip(weights, column) if x * sign > 0]
         total = sum(w for w, _ in same)
         merged[j] = sum(w * x for w, x in same) / total if total else 0.0
@@ -128,7 +128,7 @@ def naive(
         if differing.size:
             kept = np.where(variance >= differing[-max(1, int(density * differing.size))], deltas, 0.0)
         energy = share * (kept**2).sum(axis=1)
-        return scale * vote(kept, energy / energy.sum() if energy.sum() else share)
+        return scale * vote(kept, energy / energy.sum() if energy.sum() else share, share)
     if method == "consensus":
         parts = len(deltas) * share[:, None] * deltas
         agree = np.abs(parts) > options.get("agreement", 0.2) * np.abs(parts.sum(axis=0) - parts)

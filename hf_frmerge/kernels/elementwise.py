@@ -116,12 +116,14 @@ class Elementwise:
         join: how they are joined; see `Join`.
         weights: weights of the experts.
         scale: factor of the merged delta.
+        votes: weights of the experts when a sign is elected, if these are others than in the mean.
     """
 
     keep: Keep
     join: Join
     weights: tuple[float, ...]
     scale: float
+    votes: tuple[float, ...] | None = None
 
     @property
     def factor(self) -> float:
@@ -131,7 +133,10 @@ class Elementwise:
     def to_journal(self) -> dict[str, Any]:
         """Return JSON values, from which every number can be read back exactly."""
         [kind] = [name for name, keep in KEEPS.items() if isinstance(self.keep, keep)]
-        return {**vars(self), "keep": {"kind": kind, **vars(self.keep)}}
+        values = {**vars(self), "keep": {"kind": kind, **vars(self.keep)}}
+        if self.votes is None:
+            del values["votes"]
+        return values
 
 
 class Run(NamedTuple):
@@ -161,7 +166,8 @@ def merge_deltas(
     weights_N = np.array(decision.weights)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at deltas and result
         _select(deltas_ND, decision.keep, weights_N, run)
-        return base_D + decision.factor * _join(deltas_ND, decision.join, weights_N)
+        votes_N = weights_N if decision.votes is None else np.array(decision.votes)
+        return base_D + decision.factor * _join(deltas_ND, decision.join, weights_N, votes_N)
 
 
 def _select(deltas_ND: NDArray[np.float64], keep: Keep, weights_N: NDArray[np.float64], run: Run) -> None:
@@ -188,9 +194,11 @@ def _select(deltas_ND: NDArray[np.float64], keep: Keep, weights_N: NDArray[np.fl
                 delta_D[draw_D >= share_D] = 0.0
 
 
-def _join(kept_ND: NDArray[np.float64], join: Join, weights_N: NDArray[np.float64]) -> NDArray[np.float64]:
+def _join(
+    kept_ND: NDArray[np.float64], join: Join, weights_N: NDArray[np.float64], votes_N: NDArray[np.float64]
+) -> NDArray[np.float64]:
     total_D, term_D = np.zeros(kept_ND.shape[1]), np.empty(kept_ND.shape[1])
-    for weight, kept_D in zip(weights_N, kept_ND):
+    for weight, kept_D in zip(votes_N if join == "elect" else weights_N, kept_ND):
         total_D += np.multiply(kept_D, weight, out=term_D)
     if join == "sum":
         return total_D

@@ -56,7 +56,7 @@ enum { KEEP_BAND, KEEP_DROPOUT, KEEP_RANKED, KEEP_SPREAD, KEEP_AGREEMENT };
 enum { JOIN_SUM, JOIN_ELECT, JOIN_MEAN };
 typedef struct {
     int n, kind, join; /* n experts */
-    const double *numbers, *weights;
+    const double *numbers, *weights, *votes; /* votes are the weights when a sign is elected */
     const uint64_t *keys; /* of the random numbers, one for each expert */
     double factor;
     size_t start, row_len; /* place of the first element in its tensor, for random numbers and ranks */

@@ -135,7 +135,7 @@ class NativeKernels:
         seed = decision.keep.seed if isinstance(decision.keep, (Dropout, RankedDropout)) else 0
         keys = np.array([key_of(seed, i, run.tensor) for i in range(len(operands) - 1)], np.uint64)
         rule = (kind, _JOINS.index(decision.join), decision.factor, run.start, run.row_len)
-        weights = np.array(decision.weights, np.float64)
+        weights = np.array([*decision.weights, *(decision.votes or decision.weights)])
         native, bounded, finite = _native.elementwise(
             self.level,
             _as_tuples(operands),

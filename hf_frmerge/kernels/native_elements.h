@@ -269,7 +269,7 @@ TARGET static void NAME(join_run)(const Elements *e, const NAME(Run) *run, size_
     memset(share, 0, count * sizeof *share);
     for (int i = 0; i < e->n; i++) {
         const double *restrict kept = run->deltas + (size_t)i * run->stride;
-        double weight = e->weights[i];
+        double weight = e->join == JOIN_ELECT ? e->votes[i] : e->weights[i];
         for (size_t k = 0; k < count; k++) total[k] += weight * kept[k];
     }
     if (e->join == JOIN_SUM) {

@@ -78,7 +78,7 @@ static PyObject *py_elementwise(PyObject *module, PyObject *args) {
     e.start = start;
     e.row_len = row_len;
     static const char *const names[] = {"numbers", "weights", "keys"};
-    Py_ssize_t n_numbers = e.kind == KEEP_BAND ? 2 * e.n : 2, sizes[] = {8 * n_numbers, 8 * e.n, 8 * e.n};
+    Py_ssize_t n_numbers = e.kind == KEEP_BAND ? 2 * e.n : 2, sizes[] = {8 * n_numbers, 16 * e.n, 8 * e.n};
     Py_buffer views[3] = {{0}}, out = {0};
     int got = 0;
     while (got < 3 && !get_buffer(objects[got], names[got], sizes[got], PyBUF_C_CONTIGUOUS, views + got)) got++;
@@ -92,6 +92,7 @@ static PyObject *py_elementwise(PyObject *module, PyObject *args) {
             int wanted = out.len >= DIGEST_LEAST, flags;
             e.numbers = views[0].buf;
             e.weights = views[1].buf;
+            e.votes = e.weights + e.n;
             e.keys = views[2].buf;
             Py_BEGIN_ALLOW_THREADS;
             flags = level->elementwise(operands->x, count, &e, skip, take, out.buf, dtype, wanted ? digest : NULL);

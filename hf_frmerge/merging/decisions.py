@@ -98,7 +98,8 @@ def elementwise_of(entry: dict[str, Any]) -> Elementwise:
     """Read a decision about single elements from the JSON values of its fields."""
     kind, numbers = entry["keep"]["kind"], {name: v for name, v in entry["keep"].items() if name != "kind"}
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in numbers.items()}
-    return Elementwise(KEEPS[kind](**values), entry["join"], tuple(entry["weights"]), entry["scale"])
+    votes = tuple(entry["votes"]) if "votes" in entry else None
+    return Elementwise(KEEPS[kind](**values), entry["join"], tuple(entry["weights"]), entry["scale"], votes)
 
 
 def geometry_of(entry: dict[str, Any]) -> Geometry:

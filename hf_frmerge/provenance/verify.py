@@ -251,7 +251,7 @@ def _fits(decision: Decision | None, plan: MergePlan, step: TensorStep) -> bool:
     n_experts = len(plan.experts)
     if isinstance(decision, Elementwise):
         sizes = [len(numbers) for numbers in vars(decision.keep).values() if isinstance(numbers, tuple)]
-        return {len(decision.weights), *sizes} == {n_experts}
+        return {len(decision.weights), len(decision.votes or decision.weights), *sizes} == {n_experts}
     return decision is not None and decision.coefficients.shape in ((1, n_experts), (step.n_blocks, n_experts))
 
 

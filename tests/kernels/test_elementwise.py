@@ -104,6 +104,12 @@ def test_a_merge_is_its_definition(kernels: Kernels, name: str, join: Any) -> No
     found = merge(kernels, operands, decision, run).view(np.float64)
     np.testing.assert_allclose(found, values_of(operands[0]) + 0.7 * joined, rtol=1e-13, atol=1e-16)
     assert 0.02 < np.mean(kept == 0) < 0.98
+    if join == "elect":
+        votes = (0.1, 0.2, 0.7)
+        decision = Elementwise(keep, join, tuple(weights), 0.7, votes)
+        found = merge(kernels, operands, decision, run).view(np.float64)
+        joined = vote(kept, weights, np.array(votes))
+        np.testing.assert_allclose(found, values_of(operands[0]) + 0.7 * joined, rtol=1e-13, atol=1e-16)
 
 
 @settings(max_examples=40, deadline=None)

@@ -134,8 +134,8 @@ def sce(options: SparseOptions) -> Measuring:
     Select, calculate, erase (arXiv 2408.07990): where the experts differ most, average those on the winning side.
 
     Selected is the `density` share of the elements with the largest variance over the experts, among those where they
-    differ at all; if they differ nowhere, everything. The weight of an expert is its share of
-    \(\sum_j w_j |k_j|^2\) over the selected elements, and signs are elected with it as in TIES.
+    differ at all; if they differ nowhere, everything. Signs are elected as in TIES; in the mean, the weight of an
+    expert is its share of \(\sum_j w_j |k_j|^2\) over the selected elements.
     """
     [counts_B] = yield CountKeys("spread")
     differing = counts_B.copy()
@@ -149,7 +149,7 @@ def sce(options: SparseOptions) -> Measuring:
     shares = np.array(options.weights) * energies
     total = float(sum(shares.tolist()))
     weights = tuple((shares / total).tolist()) if total > 0 else options.weights
-    return Elementwise(Spread(threshold), "elect", weights, options.scale)
+    return Elementwise(Spread(threshold), "elect", weights, options.scale, votes=options.weights)
 
 
 def dare_linear(options: SparseOptions) -> Elementwise:
