@@ -83,6 +83,7 @@ TARGET static void NAME(spread)(const NAME(Run) *run, int n, size_t count) {
 
 /* ---- counting ---- */
 
+/* Count the keys of floats by their upper half, or by their lower half of those in one of `n_bins` bins. */
 TARGET static void NAME(count_run)(const float *singles, size_t count, const int64_t *bins, int n_bins, int64_t *out) {
     const Word *words = (const Word *)singles;
     if (!bins) {
@@ -91,13 +92,46 @@ TARGET static void NAME(count_run)(const float *singles, size_t count, const int
     }
     for (int b = 0; b < n_bins; b++, out += 1 << 16) {
         uint32_t bin = (uint32_t)bins[b];
-        for (size_t k = 0; k < count; k++)
+        size_t k = 0;
+        for (; k + LANES <= count; k += LANES) { /* few are in the bin: look at many at once */
+            I32 found = (I32)((*(const U32 *)(words + k) & 0x7fffffff) >> 16 == bin);
+            if (!ANY(found)) continue;
+            for (size_t m = k; m < k + LANES; m++)
+                if ((words[m] & 0x7fffffff) >> 16 == bin) out[words[m] & 0xffff]++;
+        }
+        for (; k < count; k++)
             if ((words[k] & 0x7fffffff) >> 16 == bin) out[words[k] & 0xffff]++;
     }
 }
 
+/*
+ * Count the keys of all deltas. The difference of two numbers of at most 24 bits, rounded to float32, is the same
+ * whether it goes by way of float64 or not, so float64 is only used where an operand has it.
+ */
+TARGET static int NAME(count_magnitudes)(const Operand *x, int n, size_t count, const int64_t *bins, int n_bins,
+                                         int64_t *out) {
+    size_t width = bins ? (size_t)n_bins << 16 : 1 << 15;
+    float *zeros = aligned_alloc(64, 3 * ELEMENT_RUN * sizeof(float)), *base = zeros + ELEMENT_RUN;
+    if (!zeros) return -1;
+    memset(zeros, 0, ELEMENT_RUN * sizeof(float));
+    for (size_t start = 0; start < count; start += ELEMENT_RUN) {
+        size_t length = count - start < ELEMENT_RUN ? count - start : ELEMENT_RUN;
+        NAME(fill)(x, start, length, zeros, base);
+        for (int i = 1; i < n; i++) {
+            float *delta = base + ELEMENT_RUN;
+            NAME(fill)(x + i, start, length, x[i].is_delta ? zeros : base, delta);
+            NAME(count_run)(delta, length, bins ? bins + (i - 1) * n_bins : NULL, n_bins, out + (i - 1) * width);
+        }
+    }
+    free(zeros);
+    return 0;
+}
+
 TARGET static int NAME(count_keys)(const Operand *x, int n, size_t count, int of_spread, const int64_t *bins,
                                    int n_bins, int64_t *out) {
+    int wide = of_spread;
+    for (int i = 0; i < n; i++) wide |= x[i].dtype == F64_;
+    if (!wide) return NAME(count_magnitudes)(x, n, count, bins, n_bins, out);
     NAME(Run) run;
     if (NAME(begin_run)(&run, n - 1, ELEMENT_RUN)) return -1;
     size_t width = bins ? (size_t)n_bins << 16 : 1 << 15;
@@ -146,44 +180,85 @@ TARGET static int NAME(energies)(const Operand *x, int n, size_t count, float th
 /* Random words for the elements from `first` on; returns where the first one is. See `uniforms` in elementwise.py. */
 TARGET static const Word *NAME(draw)(uint64_t key, size_t first, size_t count, Word *words) {
     uint64_t counter = first / 2, pairs = (first + count + 1) / 2 - counter;
-    LongWord *restrict out = (LongWord *)words;
-    for (uint64_t k = 0; k < pairs; k++) {
-        uint64_t z = key + (counter + k + 1) * UINT64_C(0x9e3779b97f4a7c15);
-        z = (z ^ z >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-        z = (z ^ z >> 27) * UINT64_C(0x94d049bb133111eb);
-        out[k] = z ^ z >> 31;
+#define MUL64(a, b) (MUL32(a, b) + ((MUL32((a) >> 32, b) + MUL32(a, (b) >> 32)) << 32))
+    const U64 one = (U64){0} + UINT64_C(0xbf58476d1ce4e5b9), two = (U64){0} + UINT64_C(0x94d049bb133111eb);
+    U64 state, step = (U64){0} + UINT64_C(0x9e3779b97f4a7c15) * U64_LANES;
+    for (int lane = 0; lane < U64_LANES; lane++) state[lane] = key + (counter + lane + 1) * UINT64_C(0x9e3779b97f4a7c15);
+    for (size_t k = 0; k < pairs; k += U64_LANES, state += step) { /* the buffer has room for whole registers */
+        U64 z = state ^ state >> 30;
+        z = MUL64(z, one);
+        z ^= z >> 27;
+        z = MUL64(z, two);
+        *(U64 *)(words + 2 * k) = z ^ z >> 31;
     }
+#undef MUL64
     return words + (first & 1);
 }
 
-/* Rank the magnitudes of one row by a stable radix sort of their bits, a byte at a time; ranks go to `rank`. */
-TARGET static void NAME(rank_row)(const double *row, size_t count, const NAME(Run) *run, double *rank) {
-    Word *keys = (Word *)run->singles, *from = run->order, *to = run->other;
-    uint32_t counts[4][256] = {{0}};
-    for (size_t k = 0; k < count; k++) {
-        float single = (float)row[k];
-        memcpy(keys + k, &single, sizeof single);
-        keys[k] &= 0x7fffffff;
-        for (int byte = 0; byte < 4; byte++) counts[byte][keys[k] >> 8 * byte & 255]++;
-        from[k] = (uint32_t)k;
+#define SHIFTS 8 /* moves for each key after which sorting by insertion is given up */
+
+/* One pass of a stable radix sort, by the byte at `shift`. Returns where the order is now. */
+TARGET static Word *NAME(sort_by)(const Word *keys, int shift, size_t count, uint32_t *counts, Word *from, Word *to) {
+    uint32_t place = 0;
+    for (int value = 0; value < 256; value++) {
+        uint32_t here = counts[value];
+        if (here == count) return from; /* all keys have this byte */
+        counts[value] = place;
+        place += here;
     }
-    for (int byte = 0; byte < 4; byte++) {
-        uint32_t place = 0;
-        int alike = 0;
-        for (int value = 0; value < 256; value++) {
-            uint32_t here = counts[byte][value];
-            alike |= here == count;
-            counts[byte][value] = place;
-            place += here;
+    for (size_t k = 0; k < count; k++) to[counts[keys[from[k]] >> shift & 255]++] = from[k];
+    return to;
+}
+
+/* Sort by insertion what is nearly sorted. Returns whether it was nearly enough so. */
+TARGET static int NAME(insert_keys)(const Word *keys, size_t count, Word *order) {
+    size_t left = SHIFTS * count;
+    for (size_t k = 1; k < count; k++) {
+        uint32_t which = order[k], key = keys[which];
+        size_t to = k;
+        for (; to && keys[order[to - 1]] > key; to--) order[to] = order[to - 1];
+        order[to] = which;
+        if (k - to > left) return 0;
+        left -= k - to;
+    }
+    return 1;
+}
+
+/*
+ * Rank the magnitudes of one row; equal ones by position. They are put into bins, of which there are many in each of
+ * the 16 binades below the largest, and then sorted by insertion. Where a bin has too many, all are sorted by bytes.
+ */
+TARGET static void NAME(rank_row)(const double *row, size_t count, const NAME(Run) *run, double *rank) {
+    Word *keys = (Word *)run->singles, *from = run->order, *other = run->other;
+    uint32_t counts[2048] = {0}, largest = 0, place = 0;
+    int bits = count < 512 ? 8 : 11, shift = 27 - bits;
+    for (size_t k = 0; k < count; k++) run->singles[k] = __builtin_fabsf((float)row[k]);
+    for (size_t k = 0; k < count; k++) largest = keys[k] > largest ? keys[k] : largest;
+    uint32_t last = (1u << bits) - 1, lowest = largest >> shift > last ? (largest >> shift) - last : 0;
+#define BIN(key) ((key) >> shift > lowest ? ((key) >> shift) - lowest : 0)
+    for (size_t k = 0; k < count; k++) counts[BIN(keys[k])]++;
+    for (uint32_t bin = 0; bin <= last; bin++) {
+        uint32_t here = counts[bin];
+        counts[bin] = place;
+        place += here;
+    }
+    for (size_t k = 0; k < count; k++) from[counts[BIN(keys[k])]++] = (uint32_t)k;
+#undef BIN
+    if (!NAME(insert_keys)(keys, count, from)) {
+        memset(counts, 0, sizeof counts);
+        for (size_t k = 0; k < count; k++) {
+            for (int byte = 0; byte < 4; byte++) counts[256 * byte + (keys[k] >> 8 * byte & 255)]++;
+            from[k] = (uint32_t)k;
         }
-        if (alike) continue; /* all keys have this byte */
-        for (size_t k = 0; k < count; k++) to[counts[byte][keys[from[k]] >> 8 * byte & 255]++] = from[k];
-        Word *swap = from;
-        from = to;
-        to = swap;
+        for (int byte = 0; byte < 4; byte++) {
+            Word *sorted = NAME(sort_by)(keys, 8 * byte, count, counts + 256 * byte, from, other);
+            if (sorted != from) other = from;
+            from = sorted;
+        }
     }
     for (size_t k = 0; k < count; k++) rank[from[k]] = (double)k;
 }
+#undef SHIFTS
 
 TARGET static void NAME(select_band)(const Elements *e, const NAME(Run) *run, size_t count) {
     for (int i = 0; i < e->n; i++) {
@@ -196,6 +271,9 @@ TARGET static void NAME(select_band)(const Elements *e, const NAME(Run) *run, si
     }
 }
 
+/* A random word as a number in [0, 1): by way of a signed integer, which every level has an instruction for. */
+#define UNIFORM(word) (((double)(int32_t)((word) ^ 0x80000000u) + 0x1p31) * 0x1p-32)
+
 TARGET static void NAME(select_dropout)(const Elements *e, const NAME(Run) *run, size_t start, size_t count) {
     double density = e->numbers[0], inverse = 1.0 / density;
     for (int i = 0; i < e->n; i++) {
@@ -203,7 +281,7 @@ TARGET static void NAME(select_dropout)(const Elements *e, const NAME(Run) *run,
         const Word *words = NAME(draw)(e->keys[i], start, count, run->words);
         for (size_t k = 0; k < count; k++) {
             double grown = delta[k] * inverse;
-            delta[k] = words[k] * 0x1p-32 >= density ? 0.0 : grown;
+            delta[k] = UNIFORM(words[k]) >= density ? 0.0 : grown;
         }
     }
 }
@@ -222,10 +300,12 @@ TARGET static void NAME(select_ranked)(const Elements *e, const NAME(Run) *run, 
         const Word *words = NAME(draw)(e->keys[i], start, count, run->words);
         for (size_t k = 0; k < count; k++) {
             double grown = delta[k] / share[k];
-            delta[k] = words[k] * 0x1p-32 >= share[k] ? 0.0 : grown;
+            delta[k] = UNIFORM(words[k]) >= share[k] ? 0.0 : grown;
         }
     }
 }
+
+#undef UNIFORM
 
 TARGET static void NAME(select_spread)(const Elements *e, const NAME(Run) *run, size_t count) {
     float threshold = (float)e->numbers[0];

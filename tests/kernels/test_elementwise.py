@@ -137,6 +137,23 @@ def test_all_backends_give_the_same_bits(
         assert merge(kernels, operands, decision, run, out).tobytes() == expected.tobytes(), level
 
 
+@pytest.mark.parametrize("alike", [1e-4, 1e-2, 1.0])
+def test_ranks_of_magnitudes_that_are_nearly_alike(kernels: Kernels, alike: float) -> None:
+    # As after one step of Adam: many magnitudes share the upper half of their bits, and some are equal.
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal(3 * 500)
+    signs = rng.choice([-1.0, 1.0], (2, 3 * 500))
+    experts = [
+        operand(x.astype(np.float32).astype(float), "F32", True) for x in signs * (1 + alike * rng.random(1500))
+    ]
+    experts[0].data[4000:5000] = experts[0].data[:1000]
+    operands, run = [operand(base, "F32"), *experts], Run("tensor", 0, 500)
+    keep, weights = RankedDropout(7, 0.5, 0.4), np.array([0.6, 0.4])
+    kept = kept_by(keep, deltas_of(operands), weights, run)
+    found = merge(kernels, operands, Elementwise(keep, "sum", (0.6, 0.4), 1.0), run).view(np.float64)
+    np.testing.assert_allclose(found, values_of(operands[0]) + 2 * weights @ kept, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", KEEPS)
 def test_a_merge_does_not_depend_on_how_it_is_cut(kernels: Kernels, name: str) -> None:
     operands = family(("BF16", "BF16", "F32", "F16"), 40 * 60)
