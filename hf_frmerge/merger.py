@@ -23,8 +23,8 @@ from hf_frmerge.merging.engine.processes import check_same_commits
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.run import run_merge
+from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
-from hf_frmerge.methods.table import FISHER_RAO
 
 # What evaluates is imported where it is used: its dataclasses take a fifth of the time that a merge spends on imports.
 if TYPE_CHECKING:

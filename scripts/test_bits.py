@@ -106,8 +106,8 @@ def digest() -> None:
 def _numbers() -> dict[str, hashlib._Hash]:
     rng = np.random.default_rng(0)
     solved, factored = hashlib.sha256(), hashlib.sha256()
-    for method in (method.name for method in METHODS.values() if method.kind == "span"):
-        for n in (2,) if method == "slerp" else (2, 3, 8, 17):
+    for method, only in ((method.name, method.n_experts) for method in METHODS.values() if method.kind == "span"):
+        for n in (2, 3, 8, 17) if only is None else (only,):
             for spread in (1e-4, 0.1, 1.0, 3.0):
                 points = points_of(_grams(rng, 2, 60, n, spread), "weights", has_base=False)
                 options = SpanOptions(norm="median", beta=0.3, on_ambiguous="linear")

@@ -83,6 +83,26 @@ def naive_mean(method: str, points: np.ndarray, weights: Sequence[float]) -> np.
         angle = np.arccos(np.clip(a @ b, -1, 1))
         direction = (np.sin(weights[0] * angle) * a + np.sin(weights[1] * angle) * b) / np.sin(angle)
         return direction * (weights @ norms)
+    if method == "nuslerp":
+        a, b = points / np.linalg.norm(points, axis=1)[:, None]
+        angle = np.arccos(np.clip(a @ b, -1, 1))
+        return (np.sin(weights[0] * angle) * points[0] + np.sin(weights[1] * angle) * points[1]) / np.sin(angle)
+    if method == "multislerp":
+        norms = np.linalg.norm(points, axis=1)
+        mean = weights @ (points / norms[:, None])
+        return mean / np.linalg.norm(mean) * (weights @ norms)
+    if method == "model_stock":
+        units = points / np.linalg.norm(points, axis=1)[:, None]
+        pairs = [(weights[i] * weights[j], units[i] @ units[j]) for i in range(len(units)) for j in range(i)]
+        cosine = max(0.0, sum(w * c for w, c in pairs) / sum(w for w, _ in pairs))
+        spread = sum(weights**2)
+        return cosine / (spread + (1 - spread) * cosine) * linear
+    if method == "geometric_median":
+        median = linear
+        for _ in range(3000):
+            pull = weights / np.linalg.norm(points - median, axis=1)
+            median = pull @ points / pull.sum()
+        return median
     return naive_karcher(points, weights)
 
 

@@ -45,11 +45,18 @@ class Events(MergeCallback):
         self.ended.append(result.name)
 
 
-def merge(root: Path, out: Path, observer: StepObserver | None = None, models: str = "", **options: Any) -> None:
-    """Merge the family below `root`; `models` names another set of experts."""
+def merge(
+    root: Path,
+    out: Path,
+    observer: StepObserver | None = None,
+    models: str = "",
+    base: str | None = None,
+    **options: Any,
+) -> None:
+    """Merge the family below `root`; `models` names another set of experts, `base` a base model."""
     experts = [str(root / f"{models or 'e'}{i}") for i in range(3)]
     with patch.object(blocks, "PIECE_ELEMENTS", 200), patch.object(batches, "BATCH_TENSORS", 3):
-        plan = build_plan(experts, MergingArguments(output_dir=str(out), **options), [0.5, 0.3, 0.2])
+        plan = build_plan(experts, MergingArguments(output_dir=str(out), **options), [0.5, 0.3, 0.2], base)
         run_merge(plan, observer or StepObserver(), Processes())
 
 
@@ -59,6 +66,8 @@ def merge_all(root: Path, out: Path) -> None:
         merge(root, out / block, block=block)
         merge(root, out / f"{block}-shards", block=block, max_shard_size="4KB")
         merge(root, out / f"{block}-skip", Skip(), block=block)
+    for method in ("ties", "sce"):  # what they count, and what they add up, is of all processes
+        merge(root, out / method, base=str(root / "first0"), method=method, block="model")
 
 
 def merge_and_listen(out: Path) -> Events:

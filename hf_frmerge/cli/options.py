@@ -30,6 +30,11 @@ MEAN = {
         "max_iter",
         "on_ambiguous",
         "density",
+        "gamma",
+        "epsilon",
+        "agreement",
+        "min_change",
+        "seed",
         "coefficients",
     )
 }
@@ -41,7 +46,6 @@ CALIBRATION = {
         "calibration_batch_size",
         "calibration_form",
         "calibration_rank",
-        "seed",
     )
 }
 OUTPUT = {

@@ -75,7 +75,7 @@ def karcher_mean(units: Array, weights: ArrayLike, *, tol: float = 1e-12, max_it
 
     ```
     """
-    units_NKM, weights_NM = _blocks_last(units, weights)
+    units_NKM, weights_NM = blocks_last(units, weights)
     n_points, n_coordinates, n_blocks = units_NKM.shape
     coeffs_NM = np.full((n_points, n_blocks), np.nan)
     residual_M = np.full(n_blocks, np.inf)
@@ -123,7 +123,7 @@ def is_ambiguous(units: Array, weights: ArrayLike) -> NDArray[np.bool_]:
 
     ```
     """
-    units_NKM, weights_NM = _blocks_last(units, weights)
+    units_NKM, weights_NM = blocks_last(units, weights)
     in_hemisphere_M = _is_centre(units_NKM, weights_NM, _dot(weights_NM[:, None], units_NKM))
     in_hemisphere_M |= ~np.any(weights_NM > 0, axis=0)
     unsettled = np.flatnonzero(~in_hemisphere_M)
@@ -132,12 +132,13 @@ def is_ambiguous(units: Array, weights: ArrayLike) -> NDArray[np.bool_]:
     return (~in_hemisphere_M).reshape(units.shape[:-2])
 
 
-def _blocks_last(units: Array, weights: ArrayLike) -> tuple[Array, Array]:
+def blocks_last(points: Array, weights: ArrayLike) -> tuple[Array, Array]:
+    """Return points `(N, K, M)` and weights `(N, M)` of all blocks, from `(..., N, K)` and `(N,)` or `(..., N)`."""
     # numpy is fast on millions of tiny blocks only when its inner loop runs over the blocks.
-    n_points, n_coordinates = units.shape[-2:]
-    units_NKM = np.moveaxis(units.reshape(-1, n_points, n_coordinates), 0, -1)
-    weights_NM = np.broadcast_to(np.asarray(weights, dtype=np.float64), units.shape[:-1]).reshape(-1, n_points).T
-    return units_NKM, weights_NM
+    n_points, n_coordinates = points.shape[-2:]
+    points_NKM = np.moveaxis(points.reshape(-1, n_points, n_coordinates), 0, -1)
+    weights_NM = np.broadcast_to(np.asarray(weights, dtype=np.float64), points.shape[:-1]).reshape(-1, n_points).T
+    return points_NKM, weights_NM
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from numpy import float32, float64, uint8
+from numpy import float32, float64, int64, uint8, uint64
 from numpy.typing import NDArray
 
 _Float = TypeVar("_Float", float32, float64)
@@ -32,6 +32,23 @@ def combine(
     /,
 ) -> tuple[bytes | None, bool]: ...
 def count_nonfinite(level: str, data: NDArray[uint8], dtype: str, /) -> int: ...
+def count_keys(
+    level: str, operands: _Operands, count: int, of_spread: bool, bins: NDArray[int64] | None, out: NDArray[int64], /
+) -> None: ...
+def energies(level: str, operands: _Operands, count: int, threshold: float, out: NDArray[float64], /) -> None: ...
+def elementwise(
+    level: str,
+    operands: _Operands,
+    count: int,
+    rule: tuple[int, int, float, int, int],
+    numbers: NDArray[float64],
+    weights: NDArray[float64],
+    keys: NDArray[uint64],
+    skip: int,
+    out: NDArray[uint8],
+    out_dtype: str,
+    /,
+) -> tuple[bytes | None, bool, bool]: ...
 def matmul(level: str, left: NDArray[_Float], right: NDArray[_Float], out: NDArray[_Float], /) -> None: ...
 def guard(buffer: NDArray[uint8], /) -> int: ...
 def unguard(number: int, /) -> None: ...

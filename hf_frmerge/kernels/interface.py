@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
+from hf_frmerge.kernels.elementwise import Elementwise, Run, Stream
+
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # bytes an element, for the dtypes every kernel knows
 
 # Smallest float64 that rounds to infinity: half a unit in the last place above the largest number of the dtype.
@@ -134,6 +136,64 @@ class Kernels(Protocol):
 
     def count_nonfinite(self, operand: Operand) -> int:
         """Return how many values are NaN or infinite."""
+        ...
+
+    def count_keys(
+        self, operands: Sequence[Operand], stream: Stream, bins: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
+        """
+        Count the keys of the deltas to the first operand, as `elementwise.count_keys` does.
+
+        Args:
+            operands (`Sequence[Operand]`):
+                The base, then every expert; dtypes may differ.
+            stream (`str`):
+                `"magnitudes"` (S = N streams) or `"spread"` (one).
+            bins (`np.ndarray`, *optional*):
+                `(S, P)`, int64: upper halves of keys to look into.
+
+        Returns:
+            `np.ndarray`: int64, `(S, HIGH_BINS)`, or `(S, P, LOW_BINS)` with `bins`.
+        """
+        ...
+
+    def energies(self, operands: Sequence[Operand], threshold: float) -> NDArray[np.float64]:
+        """
+        Return the sum of squares `(N,)` of the deltas whose spread is at least `threshold`.
+
+        The bits are the same on every backend and machine; see `elementwise.add_energies` for the order of the sum.
+        """
+        ...
+
+    def merge_elements(
+        self,
+        operands: Sequence[Operand],
+        decision: Elementwise,
+        run: Run,
+        skip: int,
+        out: NDArray[np.uint8],
+        out_dtype: str,
+    ) -> tuple[Combined, bool]:
+        """
+        Write base and merged deltas, rounded once from float64, the same bits on every backend and machine.
+
+        Args:
+            operands (`Sequence[Operand]`):
+                The base, then every expert; dtypes may differ.
+            decision (`Elementwise`):
+                What is kept of each delta, and how it is joined.
+            run (`Run`):
+                Where the operands' elements lie in their tensor.
+            skip (`int`):
+                Elements that are computed but not written, because `out` begins within a row.
+            out (`np.ndarray`):
+                Writable 1-D contiguous `uint8`; it may end before the last element.
+            out_dtype (`str`):
+                `"BF16"`, `"F16"`, `"F32"` or `"F64"`.
+
+        Returns:
+            `tuple[Combined, bool]`: As `combine`, and whether all deltas are finite, also those that were dropped.
+        """
         ...
 
 

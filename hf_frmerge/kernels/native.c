@@ -48,6 +48,20 @@ typedef struct {
     ptrdiff_t row, column;
 } Matrix;
 
+/* How single elements are kept and joined; numbers and order are those of elementwise.py. */
+typedef uint32_t __attribute__((may_alias)) Word; /* bits of floats, and scratch that holds one or the other */
+typedef uint64_t __attribute__((may_alias)) LongWord;
+typedef double __attribute__((may_alias)) Real;
+enum { KEEP_BAND, KEEP_DROPOUT, KEEP_RANKED, KEEP_SPREAD, KEEP_AGREEMENT };
+enum { JOIN_SUM, JOIN_ELECT, JOIN_MEAN };
+typedef struct {
+    int n, kind, join; /* n experts */
+    const double *numbers, *weights, *votes; /* votes are the weights when a sign is elected */
+    const uint64_t *keys; /* of the random numbers, one for each expert */
+    double factor;
+    size_t start, row_len; /* place of the first element in its tensor, for random numbers and ranks */
+} Elements;
+
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -134,18 +148,26 @@ typedef struct {
     const char *name;
     int (*gram)(const Operand *, int, size_t, size_t, int, double *, uint8_t *);
     int (*combine)(const Operand *, int, size_t, size_t, const uint8_t *, uint8_t *, DType, uint8_t *);
+    int (*count_keys)(const Operand *, int, size_t, int, const int64_t *, int, int64_t *);
+    int (*energies)(const Operand *, int, size_t, float, double *);
+    int (*elementwise)(const Operand *, size_t, const Elements *, size_t, size_t, uint8_t *, DType, uint8_t *);
     size_t (*count_nonfinite)(const uint8_t *, size_t, DType);
     void (*matmul32)(Matrix, Matrix, void *, size_t, size_t, size_t, int);
     void (*matmul64)(Matrix, Matrix, void *, size_t, size_t, size_t, int);
 } Level;
 
 /* Fastest first: levels() keeps this order, and callers take the first level by default. */
+#define LEVEL(name, isa)                                                                                        \
+    {                                                                                                           \
+        name, gram##isa, combine##isa, count_keys##isa, energies##isa, elementwise##isa, count_nonfinite##isa,  \
+            matmul32##isa, matmul64##isa                                                                        \
+    }
 static const Level LEVELS[] = {
 #if defined(__x86_64__)
-    {"avx512", gram_avx512, combine_avx512, count_nonfinite_avx512, matmul32_avx512, matmul64_avx512},
-    {"avx2", gram_avx2, combine_avx2, count_nonfinite_avx2, matmul32_avx2, matmul64_avx2},
+    LEVEL("avx512", _avx512),
+    LEVEL("avx2", _avx2),
 #endif
-    {"plain", gram_plain, combine_plain, count_nonfinite_plain, matmul32_plain, matmul64_plain},
+    LEVEL("plain", _plain),
 };
 #define N_LEVELS ((int)(sizeof LEVELS / sizeof *LEVELS))
 
@@ -398,6 +420,7 @@ static PyObject *py_matmul(PyObject *module, PyObject *args) {
     return result;
 }
 
+#include "native_elements_py.h"
 #include "native_faults.h"
 #include "native_pages.h"
 
@@ -407,6 +430,11 @@ static PyMethodDef METHODS[] = {
     {"combine", py_combine, METH_VARARGS,
      "combine(level, ((data, dtype, is_delta), ...), coefficients, n_blocks, block_len, out, out_dtype)"
      " -> (digest of out, or None if it is short; whether all of it is finite)"},
+    {"count_keys", py_count_keys, METH_VARARGS, "count_keys(level, operands, count, of_spread, bins or None, out)"},
+    {"energies", py_energies, METH_VARARGS, "energies(level, operands, count, threshold, out): squares are added to out"},
+    {"elementwise", py_elementwise, METH_VARARGS,
+     "elementwise(level, operands, count, (kind, join, factor, start, row_len), numbers, weights, keys, skip, out, out_dtype)"
+     " -> (digest of out, or None if it is short; whether the deltas are finite; whether the output is)"},
     {"count_nonfinite", py_count_nonfinite, METH_VARARGS, "count_nonfinite(level, data, dtype) -> int"},
     {"matmul", py_matmul, METH_VARARGS, "matmul(level, left, right, out): out = left @ right, sums in the order of the inner dimension"},
     {"fault_in", py_fault_in, METH_O, "fault_in((buffer, ...)) -> whether all pages of all of them can be read now"},

@@ -10,7 +10,20 @@ from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels import _native
-from hf_frmerge.kernels.interface import Combined, Operand, digest, digests_of
+from hf_frmerge.kernels.elementwise import (
+    HIGH_BINS,
+    LOW_BINS,
+    Band,
+    Dropout,
+    Elementwise,
+    Keep,
+    RankedDropout,
+    Run,
+    Spread,
+    Stream,
+    key_of,
+)
+from hf_frmerge.kernels.interface import ITEMSIZE, Combined, Operand, digest, digests_of
 
 _SHORT = 240
 """Up to this many bytes XXH3 uses a different algorithm, which the extension does not implement."""
@@ -89,6 +102,75 @@ class NativeKernels:
     def count_nonfinite(self, operand: Operand) -> int:
         """Return how many values are NaN or infinite."""
         return _native.count_nonfinite(self.level, operand.data, operand.dtype)
+
+    def count_keys(
+        self, operands: Sequence[Operand], stream: Stream, bins: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
+        """Count keys, as [`~kernels.Kernels.count_keys`] says."""
+        of_spread = stream == "spread"
+        n_streams = 1 if of_spread else len(operands) - 1
+        shape = (n_streams, HIGH_BINS) if bins is None else (n_streams, bins.shape[1], LOW_BINS)
+        counts = np.zeros(shape, np.int64)
+        table = None if bins is None else np.ascontiguousarray(bins, np.int64)
+        _native.count_keys(self.level, _as_tuples(operands), _n_elements(operands), of_spread, table, counts)
+        return counts
+
+    def energies(self, operands: Sequence[Operand], threshold: float) -> NDArray[np.float64]:
+        """Return sums of squares, as [`~kernels.Kernels.energies`] says."""
+        total = np.zeros(len(operands) - 1)
+        _native.energies(self.level, _as_tuples(operands), _n_elements(operands), threshold, total)
+        return total
+
+    def merge_elements(
+        self,
+        operands: Sequence[Operand],
+        decision: Elementwise,
+        run: Run,
+        skip: int,
+        out: NDArray[np.uint8],
+        out_dtype: str,
+    ) -> tuple[Combined, bool]:
+        """Write base and merged deltas, as [`~kernels.Kernels.merge_elements`] says."""
+        kind, numbers = _numbers(decision.keep)
+        seed = decision.keep.seed if isinstance(decision.keep, (Dropout, RankedDropout)) else 0
+        keys = np.array([key_of(seed, i, run.tensor) for i in range(len(operands) - 1)], np.uint64)
+        rule = (kind, _JOINS.index(decision.join), decision.factor, run.start, run.row_len)
+        weights = np.array([*decision.weights, *(decision.votes or decision.weights)])
+        native, bounded, finite = _native.elementwise(
+            self.level,
+            _as_tuples(operands),
+            _n_elements(operands),
+            rule,
+            numbers,
+            weights,
+            keys,
+            skip,
+            out,
+            out_dtype,
+        )
+        return Combined(digest(out) if native is None else native.hex(), finite), bounded
+
+
+# In the order of the enumerations in native.c.
+_JOINS = ("sum", "elect", "mean")
+
+
+def _numbers(keep: Keep) -> tuple[int, NDArray[np.float64]]:
+    """Return the number of a kind of selection in native.c, and its numbers."""
+    if isinstance(keep, Band):
+        upper = keep.upper if keep.upper is not None else [np.inf] * len(keep.lower)
+        return 0, np.array([*keep.lower, *upper])
+    if isinstance(keep, Dropout):
+        return 1, np.array([keep.density, 0.0])
+    if isinstance(keep, RankedDropout):
+        return 2, np.array([keep.density, keep.epsilon])
+    if isinstance(keep, Spread):
+        return 3, np.array([keep.threshold, 0.0])
+    return 4, np.array([keep.ratio, float(keep.n_experts)])
+
+
+def _n_elements(operands: Sequence[Operand]) -> int:
+    return operands[0].data.size // ITEMSIZE[operands[0].dtype]
 
 
 def _as_tuples(operands: Sequence[Operand]) -> tuple[tuple[NDArray[np.uint8], str, bool], ...]:

@@ -178,6 +178,7 @@ TARGET static void NAME(digest_end)(Digest *digest, const uint8_t *data, size_t 
 
 #include "native_gram.h"
 #include "native_combine.h"
+#include "native_elements.h"
 
 #define SCALAR float
 #define VECTOR F32

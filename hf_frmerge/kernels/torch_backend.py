@@ -18,12 +18,22 @@ import torch
 from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.kernels.elementwise import (
+    Elementwise,
+    RankedDropout,
+    Run,
+    Stream,
+    add_energies,
+    count_keys,
+    merge_deltas,
+)
 from hf_frmerge.kernels.interface import ITEMSIZE, OVERFLOWS_AT, Combined, Operand, digest, digests_of
 
 _PRECISION = {"BF16": (8, 2.0**-126), "F16": (11, 2.0**-14)}  # significant bits, smallest normal number
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Elements of one operand in a chunk. CPU: the size at which float64 products were fastest. Accelerator: 8 MiB of bf16,
 # so that a copy takes much longer than launching the operations that use it.
+_PART = 1 << 15  # elements that numpy works on at a time; a multiple of the runs in which squares are added
 _CHUNK = {"cpu": 1 << 16, "accelerator": 1 << 22}
 
 
@@ -128,6 +138,43 @@ class TorchKernels:
         _check([operand], 1, size)
         return sum(int((~torch.isfinite(chunk[0])).sum()) for _, chunk in self._stream([operand], 1, size))
 
+    # What decides about single elements is computed by numpy on the CPU, on a part at a time.
+
+    def count_keys(
+        self, operands: Sequence[Operand], stream: Stream, bins: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
+        """Count keys, as [`~kernels.Kernels.count_keys`] says."""
+        parts = (count_keys(deltas_ND, stream, bins) for _, deltas_ND in _deltas(operands, _PART))
+        return np.sum(list(parts), axis=0)
+
+    def energies(self, operands: Sequence[Operand], threshold: float) -> NDArray[np.float64]:
+        """Return sums of squares, as [`~kernels.Kernels.energies`] says."""
+        total_N = np.zeros(len(operands) - 1)
+        for _, deltas_ND in _deltas(operands, _PART):
+            add_energies(total_N, deltas_ND, threshold)
+        return total_N
+
+    def merge_elements(
+        self,
+        operands: Sequence[Operand],
+        decision: Elementwise,
+        run: Run,
+        skip: int,
+        out: NDArray[np.uint8],
+        out_dtype: str,
+    ) -> tuple[Combined, bool]:
+        """Write base and merged deltas, as [`~kernels.Kernels.merge_elements`] says."""
+        is_ranked = isinstance(decision.keep, RankedDropout)
+        size = run.row_len * max(1, _PART // run.row_len) if is_ranked else _PART
+        merged, bounded, start = [], True, run.start
+        for base_D, deltas_ND in _deltas(operands, size):
+            bounded = bounded and bool(np.isfinite(deltas_ND).all())
+            merged.append(merge_deltas(base_D, deltas_ND, decision, run._replace(start=start)))
+            start += base_D.size
+        count = out.size // ITEMSIZE[out_dtype]
+        wide = Operand(np.concatenate(merged)[skip : skip + count].view(np.uint8), "F64")
+        return self.combine([wide], np.ones((1, 1)), out, out_dtype, 1, count), bounded
+
     def _stream(
         self, operands: Sequence[Operand], n_blocks: int, block_len: int
     ) -> Iterator[tuple[_Span, list[torch.Tensor]]]:
@@ -184,6 +231,20 @@ class _Slot:
     def release(self) -> None:
         """Allow the next copy to start once all work launched so far has finished."""
         self.used.record()
+
+
+def _deltas(operands: Sequence[Operand], size: int) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Yield the base `(D,)` and the differences to it `(N, D)` in float64, `size` elements at a time."""
+    count = operands[0].data.size // ITEMSIZE[operands[0].dtype]
+    for start in range(0, count, size):
+        base_D, *others = (_widened(operand, start, min(start + size, count)) for operand in operands)
+        yield base_D, np.stack([x if o.is_delta else x - base_D for o, x in zip(operands[1:], others)])
+
+
+def _widened(operand: Operand, start: int, stop: int) -> NDArray[np.float64]:
+    item = ITEMSIZE[operand.dtype]
+    values = torch.frombuffer(bytearray(operand.data[start * item : stop * item]), dtype=_DTYPES[operand.dtype])
+    return values.to(torch.float64).numpy()
 
 
 def _spans(n_blocks: int, block_len: int, chunk: int) -> Iterator[_Span]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hf_frmerge.kernels.elementwise import KEEPS, Elementwise
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -73,27 +75,7 @@ class Solution:
         return {"coefficients": coefficients, "geometry": vars(self.geometry) if self.geometry else None}
 
 
-@dataclass(frozen=True)
-class Trimming:
-    """
-    Decision of TIES: which elements of each delta are kept, and how they are combined.
-
-    Attributes:
-        thresholds: for every expert the smallest magnitude that is kept; float32 values.
-        weights: weights of the experts in the vote and in the mean.
-        scale: factor of the merged delta.
-    """
-
-    thresholds: tuple[float, ...]
-    weights: tuple[float, ...]
-    scale: float
-
-    def to_journal(self) -> dict[str, Any]:
-        """Return JSON values, from which every number can be read back exactly."""
-        return vars(self)
-
-
-Decision = Solution | Trimming
+Decision = Solution | Elementwise
 
 
 class Decided(NamedTuple):
@@ -105,16 +87,19 @@ class Decided(NamedTuple):
 
 def from_journal(entry: dict[str, Any]) -> Decision:
     """Read a decision from the JSON values that its `to_journal` returned."""
-    if "thresholds" in entry:
-        return trimming_of(entry)
+    if "keep" in entry:
+        return elementwise_of(entry)
     coefficients, geometry = entry["coefficients"], entry["geometry"]
     table = np.frombuffer(base64.b64decode(coefficients["data"]), np.float64).reshape(coefficients["shape"])
     return Solution(table, geometry_of(geometry) if geometry is not None else None)
 
 
-def trimming_of(entry: dict[str, Any]) -> Trimming:
-    """Read a `Trimming` from the JSON values of its fields."""
-    return Trimming(tuple(entry["thresholds"]), tuple(entry["weights"]), entry["scale"])
+def elementwise_of(entry: dict[str, Any]) -> Elementwise:
+    """Read a decision about single elements from the JSON values of its fields."""
+    kind, numbers = entry["keep"]["kind"], {name: v for name, v in entry["keep"].items() if name != "kind"}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in numbers.items()}
+    votes = tuple(entry["votes"]) if "votes" in entry else None
+    return Elementwise(KEEPS[kind](**values), entry["join"], tuple(entry["weights"]), entry["scale"], votes)
 
 
 def geometry_of(entry: dict[str, Any]) -> Geometry:

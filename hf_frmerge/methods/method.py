@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hf_frmerge.methods.span import SpanMethod
+    from hf_frmerge.methods.sparse.rules import SparseOptions
 
 Kind = Literal["span", "sparse", "given"]
 """
@@ -14,7 +17,7 @@ How the engine runs a method: what the first pass over the inputs measures, and 
 
     kind    first pass measures            decision                      second pass writes
     span    Gram matrices of differences   coefficients, block x expert  a sum of the experts
-    sparse  histogram of the deltas' size  a threshold for each expert   deltas merged element by element
+    sparse  what the method wants to know  what is kept of each delta    deltas merged element by element
     given   nothing                        coefficients from a file      a sum of the experts
 """
 
@@ -49,6 +52,7 @@ class Method:
         why: what it is good for, and compared with what.
         options: the arguments it uses beside the weights.
         n_experts: the number of experts it takes; `None` for any number.
+        density: default of the option of that name.
         extension: if `n_experts` is set, the method to use for other numbers.
         needs_deltas: whether it is defined on differences to a base model.
         is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
@@ -67,6 +71,7 @@ class Method:
     options: tuple[str, ...] = ()
     n_experts: int | None = None
     extension: str | None = None
+    density: float | None = None
     needs_deltas: bool = False
     is_directional: bool = False
     is_spherical: bool = False
@@ -85,4 +90,11 @@ class Method:
         from hf_frmerge.methods import span
 
         function: SpanMethod = vars(span)[self.name]
+        return function
+
+    def rule(self) -> Callable[[SparseOptions], Any]:
+        """Return the function of a sparse method: the one in `methods/sparse/rules.py` that has its name."""
+        from hf_frmerge.methods.sparse import rules
+
+        function: Callable[[SparseOptions], Any] = vars(rules)[self.name]
         return function

@@ -3,8 +3,8 @@ Methods whose merged block is a linear combination `sum_i c_i x_i` of the expert
 
 The coefficients follow from the Gram matrix alone. Every method is a function `(points, weights, options) ->
 SpanResult` on coordinates of the blocks (see `geometry.gram.embed`), for all blocks at once; `methods.table` lists
-them. `karcher`, `slerp` and `nre` choose a direction and share one rule for the norm. With `n` the norms and `u` the
-directions,
+them. `karcher`, `slerp`, `nre` and `multislerp` choose a direction and share one rule for the norm. With `n` the norms
+and `u` the directions,
 
     |merged| = coherence ** beta * (mean | median | max of n),    coherence = |sum_i w_i u_i|
 
@@ -12,8 +12,8 @@ so that `beta=0` preserves norms, `beta=1` shrinks like the plain mean, and `bet
 
 If all experts of positive weight are the same point (one expert of weight 1, equal experts, all-zero blocks), the
 coefficients are exactly the weights, without rounding. This holds for all methods except `task_arithmetic`, which is a
-scaled sum by definition. An expert with a zero block has no direction: the three directional methods give it
-coefficient 0 and share the direction among the others by their weights, but its norm of 0 still counts in the norm.
+scaled sum by definition. An expert with a zero block has no direction: the directional methods give it coefficient 0
+and share the direction among the others by their weights, but its norm of 0 still counts in the norm.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.geometry.karcher import MIN_MARGIN, is_ambiguous, karcher_mean
+from hf_frmerge.geometry.median import geometric_median as median_of
 from hf_frmerge.geometry.portable import power
 from hf_frmerge.geometry.sphere import Array, combine, distance, dot, normalise, norms, slerp_coefficients
 
@@ -49,7 +50,8 @@ class SpanOptions:
         scale (`float`, *optional*, defaults to `1.0`):
             Factor of `task_arithmetic`: with equal weights, every delta is added `scale` times.
         tol (`float`, *optional*, defaults to `1e-12`):
-            Norm of the gradient, in radians, at which the Karcher iteration stops.
+            Norm of the gradient at which an iteration stops: of the Karcher mean in radians, of the geometric median
+            as a share of the pull of all experts.
         max_iter (`int`, *optional*, defaults to `100`):
             Maximum number of steps.
         on_ambiguous (`str`, *optional*, defaults to `"raise"`):
@@ -72,7 +74,7 @@ class SpanResult:
 
     coefficients: Array  # (..., N), float64
     n_iter: NDArray[np.int64]  # (...): steps of the iteration; 0 for answers in closed form
-    residual: Array  # (...): gradient norm in radians; 0 for answers in closed form
+    residual: Array  # (...): gradient norm, as `SpanOptions.tol`; 0 for answers in closed form
     converged: NDArray[np.bool_]  # (...): residual < tol; True for answers in closed form
     ambiguous: NDArray[np.bool_]  # (...): no direction is preferred; see `SpanOptions.on_ambiguous`
 
@@ -150,17 +152,9 @@ def slerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult
     Raises:
         ArgumentError: If there are not exactly two experts.
     """
-    n_experts = points.shape[-2]
-    if n_experts != 2:
-        raise ArgumentError(
-            f'Method "slerp" merges exactly 2 experts, got {n_experts}. Use "karcher", which is the same for 2.'
-        )
+    _require_two("slerp", points)
     blocks = _Blocks.of(points, weights)
-    first, second = blocks.units[..., 0, :], blocks.units[..., 1, :]
-    # The midpoint of two unit vectors is the point of their convex hull nearest to the origin: the same test as in
-    # `is_ambiguous`, in closed form.
-    ambiguous = 0.5 * norms(first + second) < MIN_MARGIN
-    angle = np.where(ambiguous, 0.0, distance(first, second))
+    angle, ambiguous = blocks.arc()
     on_units = np.stack(slerp_coefficients(angle, blocks.direction_weights[..., 1]), axis=-1)
     return blocks.result(blocks.on_points(on_units, options), ambiguous, options)
 
@@ -190,6 +184,111 @@ def karcher(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResu
     return blocks.result(coefficients, ambiguous, options, n_iter=mean.n_iter, residual=residual)
 
 
+def nuslerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    r"""
+    SLERP of the experts as they are, not of their directions: \(\sin((1-t)\theta)/\sin\theta\, x_1 +
+    \sin(t\theta)/\sin\theta\, x_2\), with \(t = w_2\) and \(\theta\) their angle.
+
+    This is mergekit's `nuslerp`, which leaves the norm to follow from the two; for experts of one norm it is `slerp`.
+    With `block="row"` every row has an angle of its own, as there without `nuslerp_flatten`. If one of the two is zero
+    there is no angle, and the mean is plain. Ambiguous where `slerp` is.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the blocks, `(..., 2, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(2,)` or `(..., 2)`.
+        options (`SpanOptions`): `on_ambiguous` is used.
+
+    Returns:
+        `SpanResult`: Coefficients of the two.
+
+    Raises:
+        ArgumentError: If there are not exactly two experts.
+    """
+    _require_two("nuslerp", points)
+    blocks = _Blocks.of(points, weights)
+    angle, ambiguous = blocks.arc()
+    angle = np.where((blocks.lengths > 0).all(axis=-1), angle, 0.0)
+    on_points = np.stack(slerp_coefficients(angle, blocks.weights[..., 1]), axis=-1)
+    return blocks.result(on_points, ambiguous, options)
+
+
+def multislerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    r"""
+    Normalised weighted mean of the directions, \(\sum_i w_i u_i\), norm by `norm` and `beta`.
+
+    mergekit's `multislerp` takes one step from this point along the mean of the directions in its tangent space. That
+    mean is \(\sum_i w_i u_i - \langle m, \sum_i w_i u_i\rangle m\) with \(m\) parallel to the sum: it is zero, the
+    step goes nowhere, and this is what remains. It differs from `nre` where norms do, and from the Karcher mean, of
+    whose iteration it is the start. Ambiguous where the sum is shorter than `MIN_MARGIN`.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
+        options (`SpanOptions`): `norm`, `beta` and `on_ambiguous` are used.
+
+    Returns:
+        `SpanResult`: Coefficients, inversely proportional to the norms.
+    """
+    blocks = _Blocks.of(points, weights)
+    length = norms(combine(blocks.direction_weights, blocks.units))
+    on_units = blocks.direction_weights / np.where(length > 0, length, 1.0)[..., None]
+    return blocks.result(blocks.on_points(on_units, options), length < MIN_MARGIN, options)
+
+
+def model_stock(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    r"""
+    Mean of the deltas, shortened as much as they disagree: \(c_i = t\, w_i\) (arXiv 2403.19522, equation 5).
+
+    With \(\cos\theta\) the mean cosine of two deltas and \(s = \sum_i w_i^2\), 1/N for equal weights as in the paper,
+
+    \[ t = \frac{\cos\theta}{s + (1 - s)\cos\theta}. \]
+
+    If the deltas are one common part plus independent noise of equal size, this t brings the mean closest to the
+    common part. For weights that differ, the mean over pairs is weighted with \(w_i w_j\). Deltas without a common
+    part, at right angles or beyond, give t = 0, which is the base model; mergekit goes on to the base's other side.
+    Filter by filter, the paper's other form, is `block="row"`. A zero delta has cosine 0 with all others.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the deltas, `(..., N, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
+        options (`SpanOptions`): Not used.
+
+    Returns:
+        `SpanResult`: Coefficients that sum to t.
+    """
+    blocks = _Blocks.of(points, weights)
+    squares = dot(blocks.weights, blocks.weights)
+    mean = combine(blocks.weights, blocks.units)
+    # |sum_i w_i u_i|^2 has every pair twice, and the weights of the experts that are not zero once.
+    alone = np.where(blocks.lengths > 0, blocks.weights, 0.0)
+    pairs = 1.0 - squares  # 0 if only one expert counts; then all points coincide
+    cosine = np.clip((dot(mean, mean) - dot(alone, alone)) / np.where(pairs > 0, pairs, 1.0), 0.0, 1.0)
+    shrink = cosine / (squares + (1.0 - squares) * cosine)
+    return blocks.result(shrink[..., None] * blocks.weights, np.zeros(shrink.shape, dtype=bool), options)
+
+
+def geometric_median(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
+    r"""
+    Weighted geometric median, the point with the smallest mean distance to the experts \(\sum_i w_i |x_i - m|\).
+
+    An expert far from the others moves it no more than one nearby; one that has half of the weight is the median.
+
+    Args:
+        points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
+        weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
+        options (`SpanOptions`): `tol` and `max_iter` are used.
+
+    Returns:
+        `SpanResult`: Coefficients that sum to 1, with steps and residual of the iteration.
+    """
+    blocks = _Blocks.of(points, weights)
+    found = median_of(points, blocks.weights, tol=options.tol, max_iter=options.max_iter)
+    never = np.zeros(found.residual.shape, dtype=bool)
+    residual = np.where(blocks.coincide, 0.0, found.residual)
+    n_iter = np.where(blocks.coincide, 0, found.n_iter)
+    return blocks.result(found.coeffs, never, options, n_iter=n_iter, residual=residual)
+
+
 @dataclass(frozen=True)
 class _Blocks:
     """Norms, directions and weights of the experts in each block, shared by the directional methods."""
@@ -212,6 +311,14 @@ class _Blocks:
         heaviest = np.take_along_axis(points, np.argmax(spread, axis=-1)[..., None, None], axis=-2)
         coincide = ((points == heaviest).all(axis=-1) | (spread == 0)).all(axis=-1)
         return cls(spread, lengths, normalise(points), moving / total, np.asarray(coincide))
+
+    def arc(self) -> tuple[Array, NDArray[np.bool_]]:
+        """Return the angle between two experts, and where they are opposite, so that no arc is the shortest."""
+        first, second = self.units[..., 0, :], self.units[..., 1, :]
+        # The midpoint of two unit vectors is the point of their convex hull nearest to the origin: the same test as in
+        # `is_ambiguous`, in closed form.
+        opposite = 0.5 * norms(first + second) < MIN_MARGIN
+        return np.where(opposite, 0.0, distance(first, second)), np.asarray(opposite)
 
     def target_norm(self, options: SpanOptions) -> Array:
         if options.norm == "mean":
@@ -246,6 +353,14 @@ class _Blocks:
         n_iter = answer.n_iter if n_iter is None else n_iter
         residual = answer.residual if residual is None else residual
         return SpanResult(answer.coefficients, n_iter, residual, np.asarray(residual < options.tol), ambiguous)
+
+
+def _require_two(method: str, points: Array) -> None:
+    n_experts = points.shape[-2]
+    if n_experts != 2:
+        raise ArgumentError(
+            f'Method "{method}" merges exactly 2 experts, got {n_experts}. Use "karcher", which takes any number.'
+        )
 
 
 def _closed_form(coefficients: Array) -> SpanResult:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, load_record
+from hf_frmerge.kernels.elementwise import Band
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
 from hf_frmerge.merging.record.find_models import record_folder
@@ -17,7 +18,7 @@ from hf_frmerge.merging.record.manifest import read_manifest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from hf_frmerge.merging.decisions import Trimming
+    from hf_frmerge.kernels.elementwise import Elementwise
     from hf_frmerge.merging.record.manifest import Manifest
 
 
@@ -209,12 +210,22 @@ def _coefficients(
     return n_different, largest
 
 
-def _differ_in_thresholds(a: Trimming | None, b: Trimming | None, experts_a: list[str], experts_b: list[str]) -> bool:
+def _differ_in_thresholds(
+    a: Elementwise | None, b: Elementwise | None, experts_a: list[str], experts_b: list[str]
+) -> bool:
     """Whether a shared expert was trimmed at different magnitudes."""
     if a is None or b is None:
         return False
-    thresholds_a, thresholds_b = dict(zip(experts_a, a.thresholds)), dict(zip(experts_b, b.thresholds))
-    return any(thresholds_a[name] != thresholds_b[name] for name in thresholds_a.keys() & thresholds_b.keys())
+    ends_a, ends_b = dict(zip(experts_a, _ends(a))), dict(zip(experts_b, _ends(b)))
+    return any(ends_a[name] != ends_b[name] for name in ends_a.keys() & ends_b.keys())
+
+
+def _ends(decision: Elementwise) -> list[tuple[float | None, ...]]:
+    """Return the magnitudes between which each expert's elements were kept; none if that is not what decided."""
+    if not isinstance(decision.keep, Band):
+        return []
+    upper = decision.keep.upper or [None] * len(decision.keep.lower)
+    return list(zip(decision.keep.lower, upper))
 
 
 def _merged_scores(record: EvaluationRecord) -> dict[str, float]:

@@ -14,8 +14,8 @@ import numpy as np
 from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint, unchanged
 from hf_frmerge.errors import CheckpointError, NonFiniteError
+from hf_frmerge.kernels.elementwise import Elementwise
 from hf_frmerge.kernels.load import load_kernels
-from hf_frmerge.merging.decisions import Trimming
 from hf_frmerge.merging.engine.engine import StepObserver, worker_count
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.operands.open_inputs import open_tensors
@@ -249,11 +249,12 @@ def _changed_inputs(inputs: TensorInputs, step: TensorStep, recorded: dict[str, 
 def _fits(decision: Decision | None, plan: MergePlan, step: TensorStep) -> bool:
     """Whether a recorded decision has the shape this tensor needs: one row of coefficients, or one per block."""
     n_experts = len(plan.experts)
-    if isinstance(decision, Trimming):
-        return len(decision.thresholds) == len(decision.weights) == n_experts
+    if isinstance(decision, Elementwise):
+        sizes = [len(numbers) for numbers in vars(decision.keep).values() if isinstance(numbers, tuple)]
+        return {len(decision.weights), len(decision.votes or decision.weights), *sizes} == {n_experts}
     return decision is not None and decision.coefficients.shape in ((1, n_experts), (step.n_blocks, n_experts))
 
 
 def _named(entry: RecordedTensor) -> str:
     """Name what the record decided a tensor by, for messages."""
-    return "coefficients" if entry.decision is None else "thresholds"
+    return "coefficients" if entry.decision is None else "decision"

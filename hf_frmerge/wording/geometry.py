@@ -136,13 +136,13 @@ def _convergence(total: Geometry) -> list[Verdict]:
     verdicts = []
     if total.n_not_converged:
         text = (
-            f"In {counted(total.n_not_converged, 'block')} the mean did not converge; the largest remaining step is "
-            f"{number(total.residual)} rad. Merge again with more steps (--max-iter)."
+            f"In {counted(total.n_not_converged, 'block')} the mean did not converge; the largest remaining "
+            f"{_remaining(total)}. Merge again with more steps (--max-iter)."
         )
         verdicts.append(Verdict("bad", "The iteration did not converge everywhere", text))
     elif method_of(total.method).is_iterative:
         when = f"after at most {counted(total.n_iter, 'step')}" if total.n_iter else "at the first guess"
-        text = f"Every block converged {when}; the largest remaining step is {number(total.residual)} rad."
+        text = f"Every block converged {when}; the largest remaining {_remaining(total)}."
         verdicts.append(Verdict("good", "The mean converged", text))
     if total.n_ambiguous:
         text = (
@@ -151,3 +151,9 @@ def _convergence(total: Geometry) -> list[Verdict]:
         )
         verdicts.append(Verdict("watch", "No direction to prefer", text))
     return verdicts
+
+
+def _remaining(total: Geometry) -> str:
+    """Complete "the largest remaining ...": on the sphere a step, else a gradient, which has no unit."""
+    size = number(total.residual)
+    return f"step is {size} rad" if method_of(total.method).is_spherical else f"gradient is {size}"

@@ -15,8 +15,11 @@ from hf_frmerge.methods.table import METHODS
 
 SPAN_METHODS = {method.name: method.solver() for method in METHODS.values() if method.kind == "span"}
 
-DIRECTIONAL = ["karcher", "slerp", "nre"]
-NORM_KEEPING = ["karcher", "nre"]
+PAIRS = ["slerp", "nuslerp"]  # methods for exactly two experts
+MANY = sorted({*SPAN_METHODS} - {*PAIRS})
+DIRECTIONAL = ["karcher", "slerp", "nre", "multislerp"]
+NORM_KEEPING = ["karcher", "nre", "multislerp"]
+AFFINE = ["linear", "geometric_median"]  # coefficients sum to 1
 problems = st.tuples(st.integers(0, 2**32 - 1), st.integers(2, 6), st.floats(1e-4, 1.5))
 
 
@@ -123,13 +126,13 @@ def test_norm_is_the_weighted_mean_of_norms(method, problem):
 
 @settings(deadline=None, max_examples=30)
 @given(problem=problems)
-@pytest.mark.parametrize("method", ["karcher", "nre", "linear", "task_arithmetic"])
+@pytest.mark.parametrize("method", MANY)
 def test_order_of_experts_does_not_matter(method, problem):
     vectors, weights = cone(*problem)
     order = np.random.default_rng(problem[0]).permutation(len(weights))
     there = solve(method, vectors, weights).coefficients
     back = solve(method, vectors[order], weights[order]).coefficients
-    np.testing.assert_allclose(back, there[order], rtol=1e-10)
+    np.testing.assert_allclose(back, there[order], rtol=1e-8, atol=1e-9)
 
 
 @settings(deadline=None, max_examples=30)
@@ -137,7 +140,7 @@ def test_order_of_experts_does_not_matter(method, problem):
 @pytest.mark.parametrize("method", list(SPAN_METHODS))
 def test_merging_turns_and_scales_with_its_inputs(method, problem):
     seed, n, spread = problem
-    vectors, weights = cone(seed, 2 if method == "slerp" else n, spread, size=20)
+    vectors, weights = cone(seed, 2 if method in PAIRS else n, spread, size=20)
     rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((20, 20)))[0]
     merged = merge(method, vectors, weights)
     np.testing.assert_allclose(merge(method, 8.0 * vectors @ rotation, weights), 8.0 * merged @ rotation, atol=1e-10)
@@ -156,7 +159,7 @@ def test_scaling_one_expert_moves_only_the_norm_of_the_karcher_mean(problem, fac
 
 @pytest.mark.parametrize("method", list(SPAN_METHODS))
 def test_results_are_the_same_bits_every_time_and_the_same_in_any_batch(method):
-    n = 2 if method == "slerp" else 9
+    n = 2 if method in PAIRS else 9
     vectors = [cone(seed, n, spread)[0] for seed, spread in enumerate([1e-4, 0.1, 1.0, 1.5])]
     weights = cone(0, n, 1.0)[1]
     grams = np.stack([difference_gram(list(v)) for v in vectors])
@@ -170,9 +173,7 @@ def test_results_are_the_same_bits_every_time_and_the_same_in_any_batch(method):
     assert np.array_equal(again.residual, together.residual)
 
 
-@pytest.mark.parametrize(
-    "method, n", [("slerp", 2), *itertools.product(sorted({*SPAN_METHODS} - {"slerp"}), [2, 3, 8, 17])]
-)
+@pytest.mark.parametrize("method, n", [*((pair, 2) for pair in PAIRS), *itertools.product(MANY, [2, 3, 8, 17])])
 def test_a_block_has_the_same_bits_alone_in_any_batch_and_in_any_order(method, n):
     rng = np.random.default_rng(n)
     # Narrow and wide ones, so that they leave the iteration at different steps; more than one slab of them.
@@ -198,7 +199,7 @@ def test_a_block_has_the_same_bits_alone_in_any_batch_and_in_any_order(method, n
 
 @pytest.mark.parametrize("method", list(SPAN_METHODS))
 def test_weights_may_differ_from_block_to_block(method):
-    n = 2 if method == "slerp" else 3
+    n = 2 if method in PAIRS else 3
     points = np.stack([embed_differences(difference_gram(list(cone(s, n, 1.0)[0]))) for s in range(6)])
     weights = np.random.default_rng(0).dirichlet(np.ones(n), 6)
     together = SPAN_METHODS[method](points.reshape(2, 3, n, n), weights.reshape(2, 3, n), SpanOptions())
@@ -227,9 +228,9 @@ def test_points_may_have_fewer_or_more_coordinates_than_there_are_experts(method
 
 @pytest.mark.parametrize("norm", ["mean", "median", "max"])
 @pytest.mark.parametrize("beta", [-1.0, 0.0, 0.5])
-@pytest.mark.parametrize("method", ["linear", *DIRECTIONAL])
+@pytest.mark.parametrize("method", [*AFFINE, *DIRECTIONAL, "nuslerp", "model_stock"])
 def test_one_expert_of_weight_one_is_returned_exactly(method, beta, norm):
-    n = 2 if method == "slerp" else 4
+    n = 2 if method in PAIRS else 4
     vectors, _ = cone(4, n, 1.2)
     for i in range(n):
         one_hot = np.eye(n)[i]
@@ -241,10 +242,10 @@ def test_one_expert_of_weight_one_is_returned_exactly(method, beta, norm):
         assert np.array_equal(against.coefficients, one_hot)
 
 
-@pytest.mark.parametrize("method", ["linear", *DIRECTIONAL])
+@pytest.mark.parametrize("method", [*AFFINE, *DIRECTIONAL, "nuslerp", "model_stock"])
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_equal_experts_and_zero_blocks_return_the_weights_exactly(method, fill):
-    n = 2 if method == "slerp" else 3
+    n = 2 if method in PAIRS else 3
     weights = np.array([0.3, 0.7]) if n == 2 else np.array([0.1, 0.2, 0.7])
     block = fill * cone(5, 2, 1.0)[0][0]
     for options in ({}, {"norm": "max", "beta": -1.0}, {"norm": "median"}):
@@ -290,9 +291,146 @@ def test_two_experts_are_merged_along_the_arc(method, t, angle):
     np.testing.assert_allclose(merge(method, vectors, [1 - t, t]), expected, rtol=0, atol=1e-11)
 
 
-def test_slerp_wants_two():
+@pytest.mark.parametrize("method", PAIRS)
+def test_slerp_wants_two(method):
     with pytest.raises(ArgumentError, match=r'exactly 2 experts, got 3\. Use "karcher"'):
-        solve("slerp", np.eye(3), [0.2, 0.3, 0.5])
+        solve(method, np.eye(3), [0.2, 0.3, 0.5])
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-4, 0.3, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
+def test_nuslerp_interpolates_the_vectors_and_not_their_directions(t, angle):
+    vectors = np.array([[2.0, 0.0, 0.0], [3 * np.cos(angle), 0.0, 3 * np.sin(angle)]])
+    whole = np.sin(angle)
+    factors = (np.sin((1 - t) * angle) / whole, np.sin(t * angle) / whole) if angle else (1 - t, t)
+    np.testing.assert_allclose(solve("nuslerp", vectors, [1 - t, t]).coefficients, factors, rtol=1e-11)
+    same_norm = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(merge("nuslerp", same_norm, [1 - t, t]), merge("slerp", same_norm, [1 - t, t]))
+
+
+def test_nuslerp_with_a_zero_expert_is_the_plain_mean():
+    result = solve("nuslerp", np.array([[1.0, 2.0], [0.0, 0.0]]), [0.3, 0.7])
+    np.testing.assert_allclose(result.coefficients, [0.3, 0.7], rtol=1e-14)
+
+
+@settings(deadline=None, max_examples=30)
+@given(problem=problems)
+def test_multislerp_is_the_mean_of_directions_and_the_start_of_the_karcher_iteration(problem):
+    vectors, weights = cone(*problem)
+    norms = np.linalg.norm(vectors, axis=1)
+    mean = weights @ (vectors / norms[:, None])
+    expected = (weights @ norms) * mean / np.linalg.norm(mean)
+    np.testing.assert_allclose(merge("multislerp", vectors, weights), expected, rtol=0, atol=1e-11)
+
+
+# --- Model Stock and the geometric median
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("cosine", [0.0, 0.1, 0.5, 0.99])
+def test_model_stock_is_the_ratio_of_the_paper(n, cosine):
+    norms = np.linspace(1, 2, n)
+    points = norms[:, None] * embed(np.full((n, n), cosine) + (1 - cosine) * np.eye(n))
+    expected = cosine / (1 + (n - 1) * cosine)  # the t of the paper, N cos / (1 + (N - 1) cos), over N
+    found = SPAN_METHODS["model_stock"](points, np.full(n, 1 / n), SpanOptions()).coefficients
+    np.testing.assert_allclose(found, np.full(n, expected), rtol=1e-12, atol=1e-14)
+
+
+def test_model_stock_returns_the_base_where_the_deltas_oppose_each_other():
+    result = solve("model_stock", np.array([[1.0, 0.0], [-0.5, 1.0], [-0.5, -1.0]]), [1 / 3] * 3)
+    assert np.array_equal(result.coefficients, [0.0, 0.0, 0.0])
+    assert result.converged and not result.ambiguous
+
+
+def test_model_stock_comes_nearest_to_the_common_part_of_noisy_deltas():
+    # The definition behind the ratio: common part plus independent noise of one size, and weights that are not equal.
+    rng = np.random.default_rng(0)
+    weights, size = np.array([0.5, 0.3, 0.2]), 200_000
+    common = rng.standard_normal(size)
+    deltas = common + 1.5 * rng.standard_normal((3, size))
+    mean = weights @ deltas
+    best = (mean @ common) / (mean @ mean)
+    np.testing.assert_allclose(solve("model_stock", deltas, weights).coefficients, best * weights, rtol=0.01)
+
+
+def test_an_expert_of_weight_zero_does_not_enter_the_ratio_of_model_stock():
+    vectors, weights = cone(7, 3, 1.0)
+    found = solve("model_stock", np.concatenate([vectors, -100 * vectors[:1]]), np.append(weights, 0.0)).coefficients
+    np.testing.assert_allclose(found, [*solve("model_stock", vectors, weights).coefficients, 0.0], rtol=1e-9)
+
+
+def weiszfeld(vectors: np.ndarray, weights: np.ndarray, steps: int = 20_000) -> np.ndarray:
+    """The geometric median by the plain iteration over full vectors."""
+    median = weights @ vectors
+    for _ in range(steps):
+        pull = weights / np.linalg.norm(vectors - median, axis=1)
+        moved = pull @ vectors / pull.sum()
+        if np.linalg.norm(moved - median) < 1e-15 * np.linalg.norm(median):
+            break
+        median = moved
+    return median
+
+
+@pytest.mark.parametrize("n", [3, 4, 8])
+@pytest.mark.parametrize("spread", [1e-3, 0.1, 1.0])
+def test_the_geometric_median_is_that_of_the_plain_iteration_over_full_vectors(n, spread):
+    vectors, _ = cone(n, n, spread)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    weights = np.random.default_rng(n).uniform(1, 1.5, n)
+    weights /= weights.sum()
+    result = solve("geometric_median", vectors, weights)
+    assert result.converged and 0 < result.n_iter < 100
+    np.testing.assert_allclose(result.coefficients.sum(), 1.0, rtol=1e-14)
+    np.testing.assert_allclose(result.coefficients @ vectors, weiszfeld(vectors, weights), rtol=0, atol=1e-9 * spread)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 9), size=st.integers(1, 4))
+def test_no_point_nearby_is_nearer_to_the_experts_than_the_geometric_median(seed, n, size):
+    rng = np.random.default_rng(seed)
+    points, weights = rng.standard_normal((n, size)), rng.dirichlet(np.ones(n))
+    result = SPAN_METHODS["geometric_median"](points, weights, SpanOptions(max_iter=1000))
+    median = result.coefficients @ points
+
+    def distance(place: np.ndarray) -> float:
+        return float(weights @ np.linalg.norm(points - place, axis=1))
+
+    others = [*points, *(median + 10.0 ** rng.uniform(-6, 0) * rng.standard_normal(size) for _ in range(20))]
+    assert distance(median) <= min(map(distance, others)) * (1 + 1e-12)
+
+
+def test_an_expert_with_half_of_the_weight_is_the_geometric_median():
+    vectors, _ = cone(3, 4, 1.0)
+    for weights in ([0.51, 0.2, 0.2, 0.09], [0.6, 0.4, 0.0, 0.0]):
+        result = solve("geometric_median", vectors, weights)
+        assert np.array_equal(result.coefficients, [1.0, 0.0, 0.0, 0.0])
+        assert result.converged and result.n_iter == 0
+    copies = solve("geometric_median", vectors[[0, 0, 1, 2]], [0.3, 0.3, 0.2, 0.2])  # two copies of one expert
+    np.testing.assert_allclose(copies.coefficients, [0.5, 0.5, 0.0, 0.0], rtol=1e-15)
+
+
+def test_of_two_experts_the_geometric_median_is_the_heavier_or_the_middle():
+    vectors = np.array([[1.0, 0.0], [0.0, 3.0]])
+    np.testing.assert_allclose(solve("geometric_median", vectors, [0.5, 0.5]).coefficients, [0.5, 0.5], rtol=1e-15)
+    np.testing.assert_allclose(solve("geometric_median", vectors, [0.4, 0.6]).coefficients, [0.0, 1.0], rtol=1e-15)
+
+
+def test_an_outlier_moves_the_mean_but_hardly_the_geometric_median():
+    near = np.random.default_rng(0).standard_normal((4, 30))
+    moved = [np.concatenate([near, far * np.ones((1, 30))]) for far in (10.0, 1e6)]
+    first, second = (merge("geometric_median", vectors, np.full(5, 0.2)) for vectors in moved)
+    assert np.linalg.norm(first - second) < 0.2 * np.linalg.norm(near[0])
+
+
+def test_a_start_that_meets_an_expert_is_left_again():
+    # The weighted mean is the third expert, which pulls with less than the others and is not the median.
+    vectors = np.array([[0.0, 0.0], [3.0, 0.0], [1.0, 1.0], [0.0, 3.0]])
+    weights = np.array([0.3, 0.3, 0.1, 0.3])
+    result = solve("geometric_median", vectors, weights)
+    assert result.converged
+    median = result.coefficients @ vectors
+    away = np.linalg.norm(vectors - median, axis=1)
+    assert np.linalg.norm((weights / away) @ (vectors - median)) < 1e-10
 
 
 @pytest.mark.parametrize("n", [2, 3, 16])
@@ -302,12 +440,15 @@ def test_orthogonal_deltas_have_closed_forms(n):
     coefficients = {
         name: method(points, weights, SpanOptions(scale=0.3)).coefficients
         for name, method in SPAN_METHODS.items()
-        if name != "slerp"
+        if name not in PAIRS
     }
     np.testing.assert_allclose(coefficients["linear"], np.full(n, 1 / n), rtol=1e-15)
     assert np.linalg.norm(coefficients["linear"] @ deltas) == pytest.approx(3.0 / np.sqrt(n), rel=1e-14)
     np.testing.assert_allclose(coefficients["nre"], np.full(n, 1 / np.sqrt(n)), rtol=1e-13)
     np.testing.assert_allclose(coefficients["karcher"], np.full(n, 1 / np.sqrt(n)), rtol=1e-13)
+    np.testing.assert_allclose(coefficients["multislerp"], np.full(n, 1 / np.sqrt(n)), rtol=1e-13)
+    np.testing.assert_allclose(coefficients["geometric_median"], np.full(n, 1 / n), rtol=1e-13)
+    assert np.abs(coefficients["model_stock"]).max() < 1e-15  # nothing in common: the base model
     np.testing.assert_allclose(coefficients["task_arithmetic"], np.full(n, 0.3), rtol=1e-15)
 
 
@@ -316,7 +457,7 @@ def test_orthogonal_deltas_have_closed_forms(n):
 def test_nre_is_karcher_when_weights_norms_and_angles_are_equal(n, cosine):
     points = 2.0 * embed(np.full((n, n), cosine) + (1 - cosine) * np.eye(n))
     weights = np.full(n, 1 / n)
-    nre, karcher = (SPAN_METHODS[m](points, weights, SpanOptions()).coefficients for m in NORM_KEEPING[::-1])
+    nre, karcher = (SPAN_METHODS[m](points, weights, SpanOptions()).coefficients for m in ("nre", "karcher"))
     np.testing.assert_allclose(nre, karcher, rtol=1e-12)
 
 

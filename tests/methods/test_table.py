@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from merge_reference import SHAPES, write_family
+from merge_reference import SHAPES, merged_reference, write_family, write_model
 from numpy.typing import ArrayLike
 from safetensors.torch import load_file
 
@@ -74,3 +74,34 @@ def test_an_entry_is_whole(name: str) -> None:
     assert (method.n_experts is None) == (method.extension is None)
     if method.kind == "span":
         assert method.solver().__name__ == name
+
+
+@pytest.mark.parametrize("block", ["tensor", "row"])
+@pytest.mark.parametrize("name", [method.name for method in METHODS.values() if method.kind == "span"])
+def test_a_span_method_is_its_formula_on_full_vectors(name: str, block: str, tmp_path: Path) -> None:
+    weights = [0.6, 0.4] if METHODS[name].n_experts == 2 else [0.4, 0.35, 0.25]
+    base, experts = write_family(tmp_path, len(weights))
+    args = MergingArguments(output_dir=str(tmp_path / "out"), method=name, block=block, space="deltas")
+    run_merge(build_plan(experts, args, weights, base), StepObserver(), Processes())
+    sources = [load_file(Path(folder) / "model.safetensors") for folder in experts]
+    origin, merged = (load_file(path / "model.safetensors") for path in (tmp_path / "base", tmp_path / "out"))
+    for tensor, shape in SHAPES.items():
+        n_blocks = shape[0] if block == "row" and len(shape) > 1 else 1
+        expected = merged_reference(name, [source[tensor] for source in sources], weights, origin[tensor], n_blocks)
+        np.testing.assert_allclose(merged[tensor].double(), expected, rtol=1e-6, atol=1e-6)
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+def test_where_model_stock_keeps_the_base_the_report_says_so(tmp_path: Path) -> None:
+    base, _ = write_family(tmp_path, 2)
+    origin = load_file(Path(base) / "model.safetensors")
+    experts = [
+        write_model(tmp_path / f"opposed{sign}", {name: tensor + sign * tensor for name, tensor in origin.items()})
+        for sign in (-0.5, 0.5)
+    ]
+    args = MergingArguments(output_dir=str(tmp_path / "out"), method="model_stock")
+    report = run_merge(build_plan(experts, args, base_model=base), StepObserver(), Processes()).report
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(bool((merged[name] == origin[name]).all()) for name in SHAPES)
+    [note] = [note for note in report.notes if "base model" in note]
+    assert note.startswith(f"The merged model is the base model in {len(SHAPES)} of {len(SHAPES)} tensors")

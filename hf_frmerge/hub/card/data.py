@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from hf_frmerge.hub.card.licences import SourceMetadata
 from hf_frmerge.hub.card.tasks import Task
+from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
-from hf_frmerge.methods.table import FISHER_RAO
 from hf_frmerge.wording.geometry import Geometry
 
 if TYPE_CHECKING:

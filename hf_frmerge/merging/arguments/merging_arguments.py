@@ -34,7 +34,12 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta": (math.isfinite, "finite"),
     "scale": (math.isfinite, "finite"),
     "density": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the elements that stay)"),
-    "tol": (lambda v: 0 < v < math.inf, "above 0 (radians)"),
+    "gamma": (lambda v: 0 <= v < 1, "at least 0 and below 1 (share of the elements that are dropped)"),
+    "epsilon": (lambda v: 0 <= v < 0.5, "at least 0 and below 0.5 (share of the elements)"),
+    "agreement": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "min_change": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "seed": (lambda v: v >= 0, "at least 0"),
+    "tol": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
     "num_workers": (lambda v: v >= 1, "at least 1"),
     "num_calibration_samples": (lambda v: v >= 1, "at least 1"),
@@ -57,6 +62,11 @@ RETIRED = ("metric_for_best_model", "greater_is_better", "hub_strategy")
 def _methods_with(option: str) -> str:
     """Return the names of the methods that use an option, for a help text."""
     return ", ".join(method.name for method in METHODS.values() if option in method.options)
+
+
+def _densities() -> str:
+    """Return the defaults of the methods that have one, for a help text."""
+    return ", ".join(f"{method.density:g} for {method.name}" for method in METHODS.values() if method.density)
 
 
 def _describe(text: str, choices: Collection[str] | None = None) -> dict[str, Any]:
@@ -151,9 +161,38 @@ class MergingArguments:
         default=1.0,
         metadata=_describe(f"Factor of the deltas that are added to the base ({_methods_with('scale')})."),
     )
-    density: float = field(
+    density: float | None = field(
+        default=None,
+        metadata=_describe(f"Share of the elements of every delta that is kept. Default: {_densities()}."),
+    )
+    gamma: float = field(
+        default=0.01,
+        metadata=_describe(f"Share of the largest elements of a delta that is dropped ({_methods_with('gamma')})."),
+    )
+    epsilon: float = field(
+        default=0.07,
+        metadata=_describe(
+            "How much likelier than density the largest element of a row is kept, and the smallest less likely "
+            f"({_methods_with('epsilon')})."
+        ),
+    )
+    agreement: float = field(
         default=0.2,
-        metadata=_describe(f"Share of the largest elements of every delta that stay ({_methods_with('density')})."),
+        metadata=_describe(
+            "Share of the other experts' sum that an expert's element must exceed to count "
+            f"({_methods_with('agreement')})."
+        ),
+    )
+    min_change: float = field(
+        default=1e-5,
+        metadata=_describe(f"Magnitude above which an element counts as changed ({_methods_with('min_change')})."),
+    )
+    seed: int = field(
+        default=42,
+        metadata=_describe(
+            f"Seed of the elements that are dropped at random ({_methods_with('seed')}), of the choice of prompts, "
+            "and of those that experts write."
+        ),
     )
     coefficients: str | None = field(
         default=None,
@@ -164,11 +203,11 @@ class MergingArguments:
     )
     tol: float = field(
         default=1e-12,
-        metadata=_describe("Stop the Karcher iteration when the gradient norm, in radians, is below this."),
+        metadata=_describe("Stop the iteration when the norm of the gradient (karcher: in radians) is below this."),
     )
     max_iter: int = field(
         default=100,
-        metadata=_describe("Give up the Karcher iteration after this many steps; the report then says so."),
+        metadata=_describe("Give up the iteration after this many steps; the report then says so."),
     )
     on_ambiguous: str = field(
         default="raise",
@@ -198,7 +237,6 @@ class MergingArguments:
         ),
     )
     calibration_rank: int = field(default=32, metadata=_describe("Rank of the factors, for each linear layer."))
-    seed: int = field(default=42, metadata=_describe("Seed of the choice of prompts, and of those the experts write."))
 
     # 3. Reading and writing
     dtype: str = field(
@@ -334,6 +372,8 @@ class MergingArguments:
         if self.coefficients is not None and self.method == type(self).method:
             self.method = "given"
         self._validate()
+        if self.density is None:
+            self.density = METHODS[self.method].density
         if self.disable_tqdm is None:
             self.disable_tqdm = self._default_disable_tqdm()
 
@@ -409,6 +449,12 @@ class MergingArguments:
         if self.block not in method.blocks:
             raise ArgumentError(
                 f"`method={self.method!r}` takes block={' or '.join(method.blocks)}, but got {self.block!r}."
+            )
+        density = self.density or method.density or 1.0
+        if "epsilon" in method.options and not self.epsilon < density <= 1.0 - self.epsilon:
+            raise ArgumentError(
+                f"`density={density}` and `epsilon={self.epsilon}` would keep an element with a chance outside of 0 "
+                f"to 1. Choose a density between {self.epsilon} and {1 - self.epsilon:g}, or a smaller epsilon."
             )
         if self.bf16_full_eval and self.fp16_full_eval:
             raise ArgumentError("`bf16_full_eval` and `fp16_full_eval` exclude each other: choose one.")

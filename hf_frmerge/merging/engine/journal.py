@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # version of the entries; a merge can only be resumed with the same one
+_FORMAT = 3  # version of the entries; a merge can only be resumed with the same one
 _AFTER_RECORD = len(', ""]\n') + 32  # bytes of a line after its entry: a digest of 32 hexadecimal digits
 
 

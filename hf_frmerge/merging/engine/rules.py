@@ -5,15 +5,18 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+from inspect import isgeneratorfunction
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from hf_frmerge.merging.decisions import Decided, Solution, Trimming
+from hf_frmerge.geometry.portable import fold
+from hf_frmerge.kernels.elementwise import has_nonfinite
+from hf_frmerge.merging.decisions import Decided, Solution
 from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.merging.engine.tensor_work import TensorGram, sum_grams
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
-from hf_frmerge.methods.sparse import Search, count_high, count_low, magnitude_keys, n_kept
+from hf_frmerge.methods.sparse.rules import CountKeys
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -21,11 +24,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from hf_frmerge.kernels.elementwise import Elementwise
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.methods.sparse.rules import Measuring, Wish
 
     Gather = Callable[[list[Any]], list[Any]]
+
+_Name = TypeVar("_Name")
 
 
 class Rule(Protocol):
@@ -33,7 +40,7 @@ class Rule(Protocol):
     Measuring and deciding for one kind of method, before tensors are written.
 
     Attributes:
-        rounds: how often all inputs are read before the decision; 0 if it needs no measurement.
+        rounds: how often all inputs are read before the decision, at least; 0 if it needs no measurement.
     """
 
     rounds: int
@@ -130,70 +137,101 @@ class SpanRule:
 
 
 class SparseRule:
-    """Count the magnitudes of the deltas in two rounds, and find every expert's threshold from the counts."""
-
-    rounds = 2
+    """Ask the method what it wants to know of every group, round by round, until it decides."""
 
     def __init__(self, plan: MergePlan, gather: Gather | None) -> None:
         self._plan = plan
         self._gather = gather
+        self._method = METHODS[plan.args.method].rule()
+        self.rounds = 1 if isgeneratorfunction(self._method) else 0  # at least
         self._lock = threading.Lock()
-        # Group -> counts of every expert in the current round; and the bins that the first round found.
-        self._counts: dict[str, list[NDArray[np.int64]]] = {}
-        self._searches: dict[str, list[Search]] = {}
+        self._groups: dict[str, _Group] = {}
 
     def measure(self, kernels: Kernels, tensor: TensorWork, index: int) -> None:
-        """Add the magnitudes of a piece to the counts of its group; integer counts do not depend on the order."""
-        piece, searches = tensor.pieces[index], self._searches.get(tensor.step.group)
+        """Measure what the method wants to know of a piece."""
         assert isinstance(tensor.inputs, TensorInputs)
-        for _, deltas_ND in tensor.inputs.deltas(kernels, piece):
-            keys_ND = magnitude_keys(deltas_ND)
-            counted = [
-                count_high(keys_D) if searches is None else count_low(keys_D, searches[expert])
-                for expert, keys_D in enumerate(keys_ND)
-            ]
-            with self._lock:
-                before = self._counts.get(tensor.step.group)
-                total = counted if before is None else [a + b for a, b in zip(before, counted)]
-                self._counts[tensor.step.group] = total
+        piece = tensor.pieces[index]
+        with self._lock:
+            group = self._group(tensor.step.group, tensor.step.weights)
+        operands, labels = tensor.inputs.delta_operands(piece.start, piece.stop)
+        measured: NDArray[Any] = group.wish.measure(kernels, operands)
+        if isinstance(group.wish, CountKeys) and group.wish.bins is None and has_nonfinite(measured):
+            tensor.inputs.check_finite(kernels, operands, labels)
+        with self._lock:
+            group.add(tensor.step.name, index, measured)
         tensor.input_digests[index] = tensor.inputs.digests(piece)
 
     def unfinished(self, tensors: Sequence[TensorWork]) -> list[TensorWork]:
-        """After the first round find the bins of the thresholds, and return all tensors for the second."""
-        again = []
-        for group in dict.fromkeys(tensor.step.group for tensor in tensors):
-            if group not in self._searches:
-                counts = self._everyones(self._counts.pop(group))
-                kept = [n_kept(int(c.sum()), self._plan.args.density) for c in counts]
-                self._searches[group] = [Search.begin(c, rank) for c, rank in zip(counts, kept)]
-                again += [tensor for tensor in tensors if tensor.step.group == group]
-        return again
+        """Tell the method what was measured; return the tensors of the groups of which it wants to know more."""
+        names = dict.fromkeys(tensor.step.group for tensor in tensors)
+        again = {name for name in names if self._groups[name].go_on(self._gather)}
+        return [tensor for tensor in tensors if tensor.step.group in again]
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
-        """Return the thresholds of every group."""
+        """Return the decisions of the method."""
         decided = {}
-        for group, weights in {tensor.step.group: tensor.step.weights for tensor in tensors}.items():
-            counts = self._everyones(self._counts.pop(group))
-            keys = [search.end(c) for search, c in zip(self._searches.pop(group), counts)]
-            # A key is the bits of a float32 magnitude.
-            thresholds = np.array(keys, dtype=np.uint32).view(np.float32)
-            trimming = Trimming(tuple(thresholds.tolist()), weights, self._plan.args.scale)
-            inputs = {tensor.step.name: tensor.inputs_digest() for tensor in tensors if tensor.step.group == group}
-            decided[group] = Decided(trimming, _joined(self._gather, inputs))
+        for name, weights in {tensor.step.group: tensor.step.weights for tensor in tensors}.items():
+            if not self.rounds:
+                decided[name] = Decided(self._method(self._plan.sparse_options(weights)), {})
+                continue
+            decision = self._groups.pop(name).decision
+            assert decision is not None
+            inputs = {tensor.step.name: tensor.inputs_digest() for tensor in tensors if tensor.step.group == name}
+            decided[name] = Decided(decision, _joined(self._gather, inputs))
         return decided
 
     def join(self) -> None:
-        """Contribute empty counts, once for every round."""
-        nothing = [np.zeros(0, np.int64)] * len(self._plan.experts)
-        for _ in range(self.rounds):
-            self._everyones(nothing)
+        """Contribute nothing to every round of the one group there is."""
+        if not self.rounds:
+            return
+        weights = next(step.weights for step in self._plan.steps if step.action == "merge")
+        group = self._group("", weights)
+        while group.go_on(self._gather):
+            pass
         _joined(self._gather, {})
 
-    def _everyones(self, counts: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-        if self._gather is None:
-            return counts
-        parts = [part for part in self._gather([counts]) if part[0].size]  # empty: a process that has nothing to merge
-        return [np.sum(of_expert, axis=0) for of_expert in zip(*parts)] if parts else counts
+    def _group(self, name: str, weights: tuple[float, ...]) -> _Group:
+        if name not in self._groups:
+            self._groups[name] = _Group(self._method(self._plan.sparse_options(weights)))
+        return self._groups[name]
+
+
+class _Group:
+    """
+    A group that a sparse method is asking about.
+
+    Attributes:
+        wish: what it wants to know now.
+        decision: what it decided, once it has.
+    """
+
+    def __init__(self, method: Measuring) -> None:
+        self._method = method
+        self.wish: Wish = next(method)
+        self.decision: Elementwise | None = None
+        self._counts: NDArray[np.int64] | None = None
+        self._sums: dict[tuple[str, int], NDArray[np.float64]] = {}
+
+    def add(self, tensor: str, index: int, measured: NDArray[Any]) -> None:
+        """Add what was measured of a piece: counts at once, numbers that are rounded later, in order."""
+        if measured.dtype != np.int64:
+            self._sums[tensor, index] = measured
+        else:
+            self._counts = measured if self._counts is None else self._counts + measured
+
+    def go_on(self, gather: Gather | None) -> bool:
+        """Send the method the answer of all processes; return whether it has another wish."""
+        sums, counts = _joined(gather, self._sums), self._counts
+        if gather is not None:
+            parts = [part for part in gather([counts]) if part is not None]  # None: a process with nothing to merge
+            counts = np.sum(parts, axis=0) if parts else None
+        answer: Any = fold(np.stack([sums[place] for place in sorted(sums)])) if sums else counts
+        self._sums, self._counts = {}, None
+        try:
+            self.wish = self._method.send(answer)
+        except StopIteration as end:
+            self.decision = end.value
+        return self.decision is None
 
 
 class GivenRule:
@@ -221,6 +259,6 @@ class GivenRule:
         """Do nothing: every process has the table."""
 
 
-def _joined(gather: Gather | None, by_name: dict[str, Any]) -> dict[str, Any]:
+def _joined(gather: Gather | None, by_name: dict[_Name, Any]) -> dict[_Name, Any]:
     """Combine the entries of all processes."""
     return by_name if gather is None else {name: value for part in gather([by_name]) for name, value in part.items()}

@@ -56,9 +56,9 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
             low_rank[index] = expert.adapter.deltas[step.name]
     factored = base is not None and not dense and step.n_blocks == 1
     correction = plan.corrections.of(step.name, step.cols) if plan.corrections is not None else None
-    return TensorInputs(
-        step.name, step.cols, len(plan.experts), base, dense, low_rank, labels, plan.space, factored, correction
-    )
+    row_len = step.shape[-1] if len(step.shape) > 1 and step.shape[-1] > 1 else max(step.numel, 1)
+    operands = step.name, step.cols, len(plan.experts), base, dense, low_rank, labels
+    return TensorInputs(*operands, plan.space, factored, row_len, correction)
 
 
 def _labels(plan: MergePlan) -> dict[int, str]:

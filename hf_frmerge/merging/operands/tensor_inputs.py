@@ -17,16 +17,16 @@ from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, FLOAT_DTYPES, some
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
 from hf_frmerge.geometry.portable import fold
+from hf_frmerge.kernels.elementwise import Elementwise, RankedDropout, Run
 from hf_frmerge.kernels.interface import Operand, digest
 from hf_frmerge.kernels.product import product
-from hf_frmerge.merging.decisions import Trimming
 from hf_frmerge.merging.operands.overflow import (
     LEAST_SQUARES,
     delta_overflows,
     result_overflows,
     squares_leave_float64,
 )
-from hf_frmerge.methods.sparse import ties
+from hf_frmerge.merging.planning.blocks import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 _SHORT = 1 << 14
 """Up to this many elements float64 products are used: they cost too little to be worth saving."""
-
-_DELTA_ELEMENTS = 1 << 15
-"""Elements of a piece that are held as float64 deltas at a time; with fewer it is the calls that take the time."""
 
 
 def join_digests(digests: Sequence[str]) -> str:
@@ -200,6 +197,7 @@ class TensorInputs:
         correction: what calibration adds to the merged tensor, whatever the method.
         factored: whether the Gram matrix is computed from the factors without forming dense deltas: if all experts are
             low-rank and the tensor is one block.
+        row_len: elements that are ranked among each other: a row of a matrix, or a whole vector.
     """
 
     name: str
@@ -211,6 +209,7 @@ class TensorInputs:
     labels: Mapping[int, str]
     space: str = "weights"
     factored: bool = False
+    row_len: int = 1
     correction: Correction | None = None
     _factors: dict[int, _Factors] = field(default_factory=dict, repr=False)
 
@@ -233,7 +232,7 @@ class TensorInputs:
         """
         if self.factored:
             assert self.base is not None
-            self._check_finite(kernels, [self.base.read(piece.start, piece.stop)], [self.labels[-1]])
+            self.check_finite(kernels, [self.base.read(piece.start, piece.stop)], [self.labels[-1]])
             whole = self._factored_gram() if piece.start == 0 else np.zeros(1)
             return whole, self.digests(piece)
         prefetch(self._mapped(piece.start, piece.stop))
@@ -245,7 +244,7 @@ class TensorInputs:
         compact, read = kernels.gram_and_digests(operands, piece.n_blocks, piece.block_len, precise=precise)
         digests = {owner: value or self._factor(owner).digest for owner, value in zip(owners, read)}
         if not np.isfinite(compact).all():
-            self._check_finite(kernels, operands, [self.labels[owner] for owner in owners])
+            self.check_finite(kernels, operands, [self.labels[owner] for owner in owners])
             if not precise:  # the inputs are finite, so float32 products have overflown
                 return self.gram(kernels, piece, precise=True)
             largest = int(np.argmax(np.isnan(compact) | np.isinf(compact))) % len(owners)
@@ -304,38 +303,45 @@ class TensorInputs:
 
     def apply(self, decision: Decision, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str) -> str:
         """Apply a decision of any kind to a piece: write the merged elements into `out` and return their digest."""
-        if isinstance(decision, Trimming):
-            return self.trim(kernels, piece, decision, out, out_dtype)
+        if isinstance(decision, Elementwise):
+            return self.merge_elements(kernels, piece, decision, out, out_dtype)
         return self.combine(kernels, piece, decision.coefficients, out, out_dtype)
 
-    def deltas(self, kernels: Kernels, piece: Piece) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """
-        Yield the base `(D,)` and the experts' differences to it `(N, D)`, float64, for some elements at a time.
+    def delta_operands(self, start: int, stop: int) -> tuple[list[Operand], list[str]]:
+        """Return elements `[start, stop)` of the base and of every expert, and their names for messages."""
+        prefetch(self._mapped(start, stop))
+        operands, owners = self._gram_operands(Piece(start, stop, 0, 1))
+        by_owner = dict(zip(owners, operands))
+        zeros = None
+        for index in range(self.n_experts):
+            if index not in by_owner:  # it equals the base
+                zeros = zeros or Operand(np.zeros(4 * (stop - start), np.uint8), "F32", is_delta=True)
+                by_owner[index] = zeros
+        order = range(-1, self.n_experts)
+        return [by_owner[owner] for owner in order], [self.labels[owner] for owner in order]
 
-        Raises `NonFiniteError` with the name of the expert if it holds NaN or infinity.
+    def merge_elements(
+        self, kernels: Kernels, piece: Piece, decision: Elementwise, out: NDArray[np.uint8], out_dtype: str
+    ) -> str:
         """
-        assert self.base is not None
-        prefetch(self._mapped(piece.start, piece.stop))
-        operands, owners = self._gram_operands(piece)
-        for start in range(0, piece.stop - piece.start, _DELTA_ELEMENTS):
-            base_D, *others = (_widened(operand, start, start + _DELTA_ELEMENTS) for operand in operands)
-            deltas_ND = np.zeros((self.n_experts, len(base_D)))
-            for owner, operand, values_D in zip(owners[1:], operands[1:], others):
-                deltas_ND[owner] = values_D if operand.is_delta else values_D - base_D
-            if not np.isfinite(deltas_ND).all():
-                self._check_finite(kernels, operands, [self.labels[owner] for owner in owners])
-            yield base_D, deltas_ND
+        Write the elements of a piece, each merged by itself, into `out`, each rounded once; return their digest.
 
-    def trim(self, kernels: Kernels, piece: Piece, trimming: Trimming, out: NDArray[np.uint8], out_dtype: str) -> str:
-        """Write the elements of a piece, merged by TIES, into `out`, each rounded once; return their digest."""
-        thresholds = np.array(trimming.thresholds, dtype=np.float32).view(np.uint32)
-        weights = np.array(trimming.weights)
-        merged = np.concatenate(
-            [base + trimming.scale * ties(deltas, thresholds, weights) for base, deltas in self.deltas(kernels, piece)]
-        )
-        # A combination of one float64 operand: rounds it once to the output's dtype and takes the digest.
-        operand, ones = Operand(merged.view(np.uint8), "F64"), np.ones((piece.n_blocks, 1))
-        return self._combine(kernels, [operand], ["the sum of base and trimmed deltas"], ones, piece, out, out_dtype)
+        Raises:
+            NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
+        """
+        row = self.row_len if isinstance(decision.keep, RankedDropout) else 1
+        start, stop = piece.start // row * row, -(-piece.stop // row) * row
+        operands, labels = self.delta_operands(start, stop)
+        run, skip = Run(self.name, start, self.row_len), piece.start - start
+        written, is_bounded = kernels.merge_elements(operands, decision, run, skip, out, out_dtype)
+        if not is_bounded:
+            self.check_finite(kernels, operands, labels)
+        if not written.is_finite:
+            wide = np.empty((piece.stop - piece.start) * 8, np.uint8)
+            kernels.merge_elements(operands, decision, run, skip, wide, "F64")
+            merged, ones = Operand(wide, "F64"), np.ones((1, 1))
+            raise result_overflows(kernels, self.name, [merged], ["the base and what is kept"], ones, out_dtype)
+        return written.digest
 
     def copy(
         self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str
@@ -347,7 +353,7 @@ class TensorInputs:
         """
         operand = self.dense[0].read(piece.start, piece.stop)
         if operand.dtype in FLOAT_DTYPES:
-            self._check_finite(kernels, [operand], [self.labels[0]])
+            self.check_finite(kernels, [operand], [self.labels[0]])
         if operand.dtype == out_dtype:
             return operand.data, digest(operand.data)
         return out, self._combine(
@@ -389,7 +395,7 @@ class TensorInputs:
         table = np.ascontiguousarray(coefficients_BK)
         combined = kernels.combine(operands, table, out, out_dtype, piece.n_blocks, piece.block_len)
         if not combined.is_finite:
-            self._check_finite(kernels, operands, labels)  # an input may be the cause; its message is the better one
+            self.check_finite(kernels, operands, labels)  # an input may be the cause; its message is the better one
             raise result_overflows(kernels, self.name, operands, labels, table, out_dtype)
         return combined.digest
 
@@ -467,7 +473,8 @@ class TensorInputs:
             self._factors[index] = _Factors(left, right, xxh3_128_hexdigest(left.tobytes() + right.tobytes()))
         return self._factors[index]
 
-    def _check_finite(self, kernels: Kernels, operands: list[Operand], labels: list[str]) -> None:
+    def check_finite(self, kernels: Kernels, operands: list[Operand], labels: list[str]) -> None:
+        """Raise `NonFiniteError` with the name of the first operand that holds NaN or infinity, if any does."""
         for label, operand in zip(labels, operands):
             count = kernels.count_nonfinite(operand)
             if count and operand.is_delta:  # its factors are finite, so their product has overflown
@@ -489,9 +496,3 @@ class TensorInputs:
             values = widen(operand.data, operand.dtype).reshape(len(gram_BKK), -1)
             if values[vanishing_B].any():
                 raise squares_leave_float64(self.name, self.labels[owner])
-
-
-def _widened(operand: Operand, start: int, stop: int) -> NDArray[np.float64]:
-    """Return elements `[start, stop)` of an operand as float64."""
-    size = DTYPE_BITS[operand.dtype] // 8
-    return widen(operand.data[start * size : stop * size], operand.dtype).astype(np.float64)

@@ -11,6 +11,7 @@ from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.methods.span import SpanOptions
+from hf_frmerge.methods.sparse.rules import SparseOptions
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -113,6 +114,20 @@ class MergePlan:
             tol=args.tol,
             max_iter=args.max_iter,
             on_ambiguous=args.on_ambiguous,  # type: ignore[arg-type]
+        )
+
+    def sparse_options(self, weights: tuple[float, ...]) -> SparseOptions:
+        """Options of a sparse method, for a group with these weights."""
+        args = self.args
+        return SparseOptions(
+            weights,
+            scale=args.scale,
+            density=1.0 if args.density is None else args.density,
+            gamma=args.gamma,
+            epsilon=args.epsilon,
+            agreement=args.agreement,
+            min_change=args.min_change,
+            seed=args.seed,
         )
 
     def copied(self, step: TensorStep) -> TensorStep:

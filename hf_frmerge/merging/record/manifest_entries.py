@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_frmerge.merging.decisions import Geometry, Solution, Trimming, geometry_of, trimming_of
+from hf_frmerge.kernels.elementwise import Band, Elementwise
+from hf_frmerge.merging.decisions import Geometry, Solution, elementwise_of, geometry_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,7 +112,7 @@ class RecordedTensor:
     output: str
     donor: int | None = None
     n_blocks: int = 0
-    decision: Trimming | None = None
+    decision: Elementwise | None = None
     rank: int | None = None
     norm: float | None = None
     truncation_error: float | None = None
@@ -158,8 +159,8 @@ class RecordedTensor:
         }
         if self.action != "merge":
             return {**values, "donor": self.donor}
-        trimming = self.decision
-        decision = {"kind": "coefficients"} if trimming is None else {"kind": "trimming", **vars(trimming)}
+        decided = {} if self.decision is None else self.decision.to_journal()
+        decision = {"kind": "elementwise" if decided else "coefficients", **decided}
         values |= {"n_blocks": self.n_blocks, "decision": decision}
         if self.rank is not None:
             values |= {"rank": self.rank, "norm": self.norm, "truncation_error": self.truncation_error}
@@ -179,9 +180,11 @@ def files_of(entries: dict[str, dict[str, Any]]) -> dict[str, RecordedFile]:
     return {name: RecordedFile.from_dict(entry) for name, entry in entries.items()}
 
 
-def _decision(entry: dict[str, Any]) -> Trimming | None:
-    if entry["kind"] == "trimming":
-        return trimming_of(entry)
+def _decision(entry: dict[str, Any]) -> Elementwise | None:
+    if entry["kind"] == "elementwise":
+        return elementwise_of(entry)
+    if entry["kind"] == "trimming":  # how TIES was recorded before there were other sparse methods
+        return Elementwise(Band(tuple(entry["thresholds"])), "elect", tuple(entry["weights"]), entry["scale"])
     if entry["kind"] == "coefficients":
         return None
     raise ValueError(f"a decision of kind {entry['kind']!r}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.merging.planning.account import ModelAccount, account
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,7 +177,7 @@ def make_report(
         seconds=seconds,
         bytes_per_second=read / seconds,
         kernels=kernels,
-        notes=(*plan.notes, *zero_notes(plan, outcomes), *notes),
+        notes=(*plan.notes, *zero_notes(plan, outcomes), *base_notes(plan, outcomes), *notes),
         factors=_factor_totals(outcomes),
         accounts=account(plan, {outcome.step.name for outcome in outcomes if outcome.action == "skip"}),
     )
@@ -220,6 +221,21 @@ def zero_notes(plan: MergePlan, outcomes: Sequence[StepOutcome]) -> list[str]:
                 "no direction, but its weight counts in the norm."
             )
     return notes
+
+
+def base_notes(plan: MergePlan, outcomes: Sequence[StepOutcome]) -> list[str]:
+    """Say where a method that shortens what the experts disagree about left nothing of what they learned."""
+    method = METHODS[plan.args.method]
+    if plan.space != "deltas" or method.is_directional or "scale" in method.options:
+        return []
+    measured = [(outcome.step.name, outcome.geometry) for outcome in outcomes if outcome.geometry is not None]
+    kept = [name for name, geometry in measured if geometry.norm_ratio == 0 and any(geometry.norms)]
+    if not kept:
+        return []
+    return [
+        f"The merged model is the base model in {len(kept)} of {len(outcomes)} tensors ({some(kept)}): the experts' "
+        f"deltas have nothing in common there, and method={method.name!r} leaves them out."
+    ]
 
 
 def _factor_totals(outcomes: Sequence[StepOutcome]) -> FactorTotals | None:

@@ -15,7 +15,7 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge import __version__
 from hf_frmerge.checkpoints.disk import write_file
-from hf_frmerge.merging.decisions import Trimming
+from hf_frmerge.kernels.elementwise import Elementwise
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record import checksums
 from hf_frmerge.merging.record.checksums import file_entry, input_files, is_unchanged, modification_marks, sha256_of
@@ -200,7 +200,7 @@ def _tensor(outcome: StepOutcome) -> RecordedTensor:
         outcome.output,
         donor=None if is_merged else step.donor,
         n_blocks=step.n_blocks if is_merged else 0,
-        decision=outcome.decision if isinstance(outcome.decision, Trimming) else None,
+        decision=outcome.decision if isinstance(outcome.decision, Elementwise) else None,
         rank=details.rank if details else None,
         norm=details.norm if details else None,
         truncation_error=details.truncation_error if details else None,

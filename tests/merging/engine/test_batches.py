@@ -69,7 +69,7 @@ def test_the_bits_of_a_tensor_are_the_same_in_company_and_alone(
     seed: int, n_tensors: int, n_blocks: int, method: str, norm: str, beta: float
 ) -> None:
     rng = np.random.default_rng(seed)
-    n = 2 if method == "slerp" else 3
+    n = METHODS[method].n_experts or 3
     points = rng.standard_normal((n_tensors, n_blocks, 1, n)) + 0.5 * rng.standard_normal((n_tensors, n_blocks, n, n))
     weights = rng.dirichlet(np.ones(n), n_tensors)
     options, experts = SpanOptions(norm=norm, beta=beta, on_ambiguous="linear"), ["a", "b", "c"][:n]

@@ -95,7 +95,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, hub: HubServer, lau
     main, other = (json.loads(path.read_text()) for path in ranks)
 
     folders = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(folders) == 3 * len(BLOCKS) + 1
+    assert len(folders) == 3 * len(BLOCKS) + 3
     for name in folders:
         found = contents(tmp_path / "two" / name)
         assert found == contents(tmp_path / "one" / name), name

@@ -18,7 +18,7 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge import FisherRaoMerger, MergeCallback, MergingArguments
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.hub.card.describe import describe_merge
-from hf_frmerge.merging.decisions import Trimming
+from hf_frmerge.kernels.elementwise import Band, Elementwise
 from hf_frmerge.merging.record.checksums import sha256_of
 from hf_frmerge.merging.record.manifest import Manifest, read_manifest
 from hf_frmerge.merging.record.manifest_entries import RecordedTensor
@@ -46,6 +46,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "measured, not all converged": {"block": "row", "max_iter": 1, "hub_token": ALICE_TOKEN},
     "skipped": {"callbacks": [SkipNorms]},
     "trimmed": {"method": "ties", "density": 0.4},
+    "trimmed on both sides": {"method": "breadcrumbs"},
+    "drawn": {"method": "dare_ties"},
+    "drawn by rank": {"method": "della"},
+    "selected by spread": {"method": "sce"},
+    "agreed on": {"method": "consensus"},
     "given": {"coefficients": "merge_coefficients.safetensors"},
 }
 
@@ -68,8 +73,8 @@ def test_facts_are_where_their_types_say(tmp_path: Path) -> None:
     assert [model.id for model in manifest.models] == ["e0", "e1", "e2", "base"]
     assert [model.weight for model in manifest.models] == [pytest.approx(1 / 3)] * 3 + [None]
     decision = manifest.tensors[HEAD].decision
-    assert isinstance(decision, Trimming)
-    assert list(decision.thresholds) == values["tensors"][HEAD]["decision"]["thresholds"]
+    assert isinstance(decision, Elementwise) and isinstance(decision.keep, Band)
+    assert list(decision.keep.lower) == values["tensors"][HEAD]["decision"]["keep"]["lower"]
     assert manifest.tensors[HEAD].geometry is None and manifest.report.geometry is None
     assert manifest.report.n_merged == len(SHAPES) and manifest.report.output_dir is None
 
