@@ -94,18 +94,18 @@ def update_gram(delta_OI: Tensor) -> Tensor:
     return gram_II / mean if mean > 0 else gram_II
 
 
-def ridge_start(base_OI: Tensor, deltas_OI: list[Tensor], ridge: float = 0.3) -> Tensor:
+def ridge_start(base_OI: Tensor, deltas_OI: list[Tensor], grams_II: list[Tensor], ridge: float = 0.3) -> Tensor:
     """
     Return a merge of full fine-tunes without data: every expert counts along the inputs that its update spans.
 
-    `W_0 + (sum_i D_i C_i) (sum_i C_i + ridge I)^-1` with `C_i` the `update_gram` of the update `D_i`: the closed form
+    `W_0 + (sum_i D_i C_i) (sum_i C_i + ridge I)^-1`, with `grams_II` the `update_gram` of every update: the closed form
     that WUDI-Merging (arXiv 2503.08099) descends to, with a ridge to the base in place of early stopping.
     """
-    grams = [update_gram(delta_OI) for delta_OI in deltas_OI]
-    total_II = torch.stack(grams).sum(0)
-    pulled_OI = sum((d @ c for d, c in zip(deltas_OI, grams)), start=torch.zeros_like(base_OI))
-    eye = torch.eye(len(total_II), dtype=total_II.dtype, device=total_II.device)
-    return base_OI + torch.linalg.solve(total_II + ridge * eye, pulled_OI.T).T
+    system_II = sum(grams_II, start=torch.zeros_like(grams_II[0])).double()
+    system_II.diagonal().add_(ridge)
+    pulled_OI = sum((d @ c for d, c in zip(deltas_OI, grams_II)), start=torch.zeros_like(base_OI))
+    solved_IO = torch.cholesky_solve(pulled_OI.double().T, torch.linalg.cholesky(system_II))
+    return base_OI + solved_IO.T.to(base_OI.dtype)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def fit_linear(
     Args:
         moments: Of every expert; those of no tokens count through the prior alone.
         shares: Weights of the experts.
-        start_OI: Start, with the bias as a last column if `has_bias`; float64, as `experts_OI`.
+        start_OI: Start, with the bias as a last column if `has_bias`; float32, as `experts_OI`.
         experts_OI: The experts' weights.
         options: Settings.
         has_bias: Whether the last input is the constant 1 of a bias; it has a ridge of its own.
@@ -157,11 +157,10 @@ def fit_linear(
         factor = share / moment.n_tokens
         system_II += factor * moment.merged_II
         target_II = rho * moment.cross_II + (1 - rho) * moment.merged_II
-        pull_IO += factor * (target_II @ expert_OI.float().T)
+        pull_IO += factor * (target_II @ expert_OI.T)
         if moment.drift_IO is not None:
             pull_IO += factor * options.residual * moment.drift_IO
-    pull_IO = (pull_IO - system_II @ start_OI.float().T).double()
-    system_II = system_II.double()
+    pull_IO -= system_II @ start_OI.T
     diagonal_I = system_II.diagonal()
     if not diagonal_I.isfinite().all() or not pull_IO.isfinite().all():
         raise NonFiniteError("activations of the merge are not finite")
@@ -175,9 +174,9 @@ def fit_linear(
         strength = options.update_prior * mean / len(experts_OI)
         for prior_II, expert_OI in zip(priors_II, experts_OI):
             system_II[:n_in, :n_in] += strength * prior_II
-            pull_IO[:n_in] += strength * prior_II @ (expert_OI - start_OI)[:, :n_in].T
-    metric_II = torch.linalg.cholesky(system_II)
-    return Fit(start_OI + torch.cholesky_solve(pull_IO, metric_II).T, metric_II)
+            pull_IO[:n_in] += strength * (prior_II @ (expert_OI - start_OI)[:, :n_in].T)
+    metric_II = torch.linalg.cholesky(system_II.double())
+    return Fit(start_OI.double() + torch.cholesky_solve(pull_IO.double(), metric_II).T, metric_II)
 
 
 def low_rank(correction_OI: Tensor, metric_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:

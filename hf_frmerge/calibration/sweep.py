@@ -279,7 +279,7 @@ class _BlockWork:
             own = moments if biased == has_bias else [_without_bias(m) for m in moments]
             fit = self._fit_layer(name, own, biased)
             put_matrix(self._module, self.weights, name, fit.weight_OI.float())
-            start_OI = matrix_of(self._module, self._start, name).double()
+            start_OI = matrix_of(self._module, self._start, name)
             n_in = start_OI.shape[1] - biased
             # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
             metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
@@ -325,15 +325,15 @@ class _BlockWork:
     # Parts
 
     def _fit_layer(self, name: str, moments: list[Moments], biased: bool) -> Fit:
-        start_OI = matrix_of(self._module, self._start, name).double()
-        experts_OI = [matrix_of(self._module, expert, name).double() for expert in self._experts]
+        start_OI = matrix_of(self._module, self._start, name)
+        experts_OI = [matrix_of(self._module, expert, name) for expert in self._experts]
         priors = None
         if self._fit.update_prior:
             base_OI = self._base_matrix(name)
             deltas = [expert_OI[:, : base_OI.shape[1]] - base_OI for expert_OI in experts_OI]
             priors = [update_gram(delta) for delta in deltas]
             start_OI = start_OI.clone()
-            start_OI[:, : base_OI.shape[1]] = ridge_start(base_OI, deltas)
+            start_OI[:, : base_OI.shape[1]] = ridge_start(base_OI, deltas, priors)
         try:
             return fit_linear(
                 moments, self._sweep._shares, start_OI, experts_OI, self._fit, has_bias=biased, priors_II=priors
@@ -345,7 +345,7 @@ class _BlockWork:
         base = self._sweep._reader.base(f"{self._name}.{name}.weight")
         assert base is not None
         weights = {f"{name}.weight": base.to(self._model.device)}
-        return matrix_of(self._module, weights, name).double()
+        return matrix_of(self._module, weights, name)
 
     def _moments(self, group: LinearGroup, has_bias: bool) -> list[Moments]:
         """Return the moments of every expert's prompts, from the merge as fitted so far."""

@@ -33,7 +33,7 @@ def layer(n_in: int = N_IN) -> tuple[list[Tensor], list[Tensor], Tensor, list[Te
     """Inputs of the merge and of the experts, a start and the experts' weights."""
     merged = [torch.randn(n, n_in) for n in TOKENS]
     experts = [x + 0.3 * torch.randn_like(x) for x in merged]
-    return merged, experts, torch.randn(N_OUT, n_in).double(), [torch.randn(N_OUT, n_in).double() for _ in TOKENS]
+    return merged, experts, torch.randn(N_OUT, n_in), [torch.randn(N_OUT, n_in) for _ in TOKENS]
 
 
 def moments_of(merged: list[Tensor], experts: list[Tensor], drifts: list[Tensor] | None, weights: list[Tensor] | None):
@@ -55,7 +55,7 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: floa
             x[:, -1] = 1.0
     drifts = [torch.randn(n, N_OUT) for n in TOKENS]
     token_weights = [torch.rand(n) + 0.1 for n in TOKENS]
-    base = torch.randn(N_OUT, N_IN).double()
+    base = torch.randn(N_OUT, N_IN)
     priors = [update_gram(w[:, :N_IN] - base) for w in weights]
     options = FitOptions(ridge=0.05, expert_inputs=0.7, residual=0.4, update_prior=kappa)
 
@@ -72,12 +72,13 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: floa
     # One row per token, scaled by the square root of its weight; the priors are rows of their own.
     rows, targets = [], []
     gram = torch.zeros(N_IN + has_bias, N_IN + has_bias, dtype=torch.float64)
+    expected_start = start.double()
     columns = ([x.double() for x in part] for part in (merged, experts, weights, drifts, token_weights))
     for x, e, w, d, t, share in zip(*columns, SHARES):
         scale = (share / len(x) * t).sqrt()[:, None]
         target = 0.7 * e @ w.T + 0.3 * x @ w.T + 0.4 * d
         rows.append(scale * x)
-        targets.append(scale * (target - x @ start.T))
+        targets.append(scale * (target - x @ expected_start.T))
         gram += (scale * x).T @ (scale * x)
     mean = float(gram.diagonal()[:N_IN].mean())
     ridge = torch.full((N_IN + has_bias,), 0.05 * mean, dtype=torch.float64)
@@ -86,11 +87,11 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: floa
     rows.append(torch.diag(ridge.sqrt()))
     targets.append(torch.zeros(N_IN + has_bias, N_OUT, dtype=torch.float64))
     for prior, w in zip(priors, weights):
-        root = torch.linalg.cholesky(kappa * mean / 3 * prior + 1e-13 * torch.eye(N_IN)).T
+        root = torch.linalg.cholesky(kappa * mean / 3 * prior.double() + 1e-7 * torch.eye(N_IN).double()).T
         padded = torch.cat([root, torch.zeros(N_IN, int(has_bias))], dim=1).double()
         rows.append(padded)
-        targets.append(padded @ (w - start).T)
-    expected = start + torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution.T
+        targets.append(padded @ (w.double() - expected_start).T)
+    expected = expected_start + torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution.T
     torch.testing.assert_close(fit.weight_OI, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -101,18 +102,18 @@ def test_an_expert_without_prompts_counts_by_its_prior_alone() -> None:
     without = fit_linear(moments[:2], SHARES[:2], start, weights[:2], FitOptions(), has_bias=False)
     same = fit_linear(moments, SHARES, start, weights, FitOptions(), has_bias=False)
     torch.testing.assert_close(same.weight_OI, without.weight_OI)
-    priors = [torch.eye(N_IN).double()] * 3
+    priors = [torch.eye(N_IN)] * 3
     pulled = fit_linear(
         moments, SHARES, start, weights, FitOptions(update_prior=1e6), has_bias=False, priors_II=priors
     )
-    torch.testing.assert_close(pulled.weight_OI, torch.stack(weights).mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pulled.weight_OI, torch.stack(weights).mean(0).double(), rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_that_are_all_zero_keep_the_start() -> None:
     _, _, start, weights = layer()
     zeros = [torch.zeros(n, N_IN) for n in TOKENS]
     fit = fit_linear(moments_of(zeros, zeros, None, None), SHARES, start, weights, FitOptions(), has_bias=False)
-    assert torch.equal(fit.weight_OI, start)
+    assert torch.equal(fit.weight_OI, start.double())
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:
@@ -139,8 +140,9 @@ def test_the_start_of_full_fine_tunes_is_the_ridge_formula() -> None:
     base, deltas = torch.randn(N_OUT, N_IN).double(), [torch.randn(N_OUT, N_IN).double() for _ in range(3)]
     grams = [d.T @ d / torch.trace(d.T @ d) * N_IN for d in deltas]
     expected = base + sum(d @ c for d, c in zip(deltas, grams)) @ torch.linalg.inv(sum(grams) + 0.3 * torch.eye(N_IN))
-    torch.testing.assert_close(ridge_start(base, deltas), expected)
-    assert torch.equal(ridge_start(base, [torch.zeros_like(base)] * 3), base)
+    torch.testing.assert_close(ridge_start(base, deltas, [update_gram(d) for d in deltas]), expected)
+    nothing = [torch.zeros_like(base)] * 3
+    assert torch.equal(ridge_start(base, nothing, [update_gram(d) for d in nothing]), base)
 
 
 @pytest.mark.parametrize("has_shift", [False, True])
