@@ -98,8 +98,8 @@ def ridge_start(base_OI: Tensor, deltas_OI: list[Tensor], grams_II: list[Tensor]
     """
     Return a merge of full fine-tunes without data: every expert counts along the inputs that its update spans.
 
-    `W_0 + (sum_i D_i C_i) (sum_i C_i + ridge I)^-1`, with `grams_II` the `update_gram` of every update: the closed form
-    that WUDI-Merging (arXiv 2503.08099) descends to, with a ridge to the base in place of early stopping.
+    `W_0 + (sum_i D_i C_i) (sum_i C_i + ridge I)^-1`, with `grams_II` the `update_gram` of every update: the closed
+    form that WUDI-Merging (arXiv 2503.08099) descends to, with a ridge to the base in place of early stopping.
     """
     system_II = sum(grams_II, start=torch.zeros_like(grams_II[0])).double()
     system_II.diagonal().add_(ridge)

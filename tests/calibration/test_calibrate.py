@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click_runner import click_runner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.calibration.sweep import Sweep
-from hf_frmerge.errors import ArgumentError, ResumeError
+from hf_frmerge.cli.main import main
+from hf_frmerge.errors import ArgumentError, CheckpointError, ResumeError
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
@@ -211,3 +214,29 @@ def test_the_record_of_the_fit_is_on_the_card(models: Path, tmp_path: Path) -> N
     card = (tmp_path / "out/README.md").read_text()
     assert "fitted to what its experts compute on 84 prompts" in card
     assert "--calibration PROMPTS.jsonl" in card
+
+
+def test_a_record_without_its_corrections_is_refused(models: Path, tmp_path: Path) -> None:
+    merger(models, tmp_path / "out", calibration_form="dense").merge()
+    (tmp_path / "out" / "merge_corrections.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no merge_corrections\.safetensors"):
+        reproduce(str(tmp_path / "out"))
+
+
+def test_the_command_line_says_what_the_fit_gained(models: Path, tmp_path: Path) -> None:
+    calibration = []
+    for number in range(3):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in prompts(number)))
+        calibration += ["--calibration", f"{models / f'lora{number}'}={file}"]
+    experts = [str(models / f"lora{number}") for number in range(3)]
+    command = ["merge", *experts, "--base-model", str(models / "base"), "--disable-tqdm"]
+    fitted = click_runner().invoke(
+        main, [*command, *calibration, "--max-calibration-length", "16", "--output-dir", str(tmp_path / "fitted")]
+    )
+    assert fitted.exit_code == 0, fitted.stderr
+    said = " ".join(fitted.stdout.split())
+    assert re.search(r"fitted to what its experts compute on \d+ prompts, from files", said)
+    assert "--calibration" not in said
+    plain = click_runner().invoke(main, [*command, "--output-dir", str(tmp_path / "plain")])
+    assert "--calibration self lets language models write them" in " ".join(plain.stdout.split())
