@@ -96,9 +96,7 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
     first, second = (read_manifest(folder) for folder in folders)
     diff = MergeDiff(sources=_sources(first, second))
     arguments = _changes(first.arguments, second.arguments)
-    arguments += _changes(
-        *({"method": m.method, "space": m.space, "output_kind": m.output_kind} for m in (first, second))
-    )
+    arguments += _changes(_resolved(first), _resolved(second))
     # By name, since `method` and `space` may differ both as an argument and as the resolved value.
     for change in {change.what: change for change in arguments}.values():
         (diff.arguments if is_about_the_result(change.what) else diff.running).append(change)
@@ -123,6 +121,14 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
     if records[0] is not None and records[1] is not None:
         diff.evaluation = _changes(_merged_scores(records[0]), _merged_scores(records[1]))
     return diff
+
+
+def _resolved(manifest: Manifest) -> dict[str, Any]:
+    """Return what the arguments came to, and what a merge was fitted to."""
+    fitted = {}
+    if manifest.calibration is not None:
+        fitted = {"fitted to prompts": manifest.calibration.digest, "form of the fit": manifest.calibration.form}
+    return {"method": manifest.method, "space": manifest.space, "output_kind": manifest.output_kind, **fitted}
 
 
 def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:

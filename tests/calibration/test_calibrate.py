@@ -21,6 +21,7 @@ from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, CheckpointError, ResumeError
 from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.provenance.diff import diff_merges
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
 
@@ -111,6 +112,11 @@ def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
     assert record is not None and record.form == form
     assert record.prompts == (28,) * 3 and record.held_out == (4,) * 3
     assert 0.9 < record.tokens / (3 * N_PROMPTS * LENGTH) <= 1  # the rest of the text is a short prompt
+
+    changes = {
+        change.what: change.b for change in diff_merges(str(tmp_path / "start"), str(tmp_path / "out")).arguments
+    }
+    assert changes["fitted to prompts"] == record.digest and changes["form of the fit"] == form
 
     before, after = (distance_to_experts(models, tmp_path / name, kind) for name in ("start", "out"))
     assert after < 0.9 * before
