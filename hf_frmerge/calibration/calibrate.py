@@ -107,6 +107,7 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
             "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
             "expert help already, 64 are better."
         )
+    _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=plan.args.calibration_rank)
     kernels = load_kernels(plan.args.device)
@@ -179,6 +180,18 @@ def _batches(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts],
         for own in prompts
         for batch in in_batches(own.token_ids, own.expert, size, pad, is_held_out=is_held_out, device=model.device)
     ]
+
+
+def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> None:
+    shapes = [parameter.shape for _, parameter in model.block(model.blocks[0]).named_parameters()]
+    widest = max(max(shape) for shape in shapes if len(shape) == 2)
+    n_tokens = sum(len(ids) for own in prompts for ids in own.token_ids)
+    if n_tokens < widest:
+        logger.warning(
+            "The prompts have %d tokens, fewer than the widest layer has inputs (%d). Give %d more, or what the fit "
+            "changes will stay small.",
+            n_tokens, widest, widest - n_tokens,
+        )  # fmt: skip
 
 
 def _counts(plan: MergePlan, prompts: Sequence[Prompts]) -> tuple[int, ...]:

@@ -215,6 +215,18 @@ def test_an_expert_without_prompts_is_merged_all_the_same(
     assert "lora2" in caplog.text
 
 
+def test_too_few_tokens_are_said_with_how_many_are_missing(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expert = str(models / "lora0")
+    merger(models, tmp_path / "out", calibration={expert: prompts(0)[:2]}, max_calibration_length=6).merge()
+    # Seven prompts of up to 6 tokens overlap by one; the widest layer has 48 inputs.
+    fitted = sum(json.loads((tmp_path / "out/merge_manifest.json").read_text())["calibration"]["prompts"])
+    (warning,) = (r.message for r in caplog.records if "fewer than the widest layer" in r.message)
+    tokens, widest, missing = map(int, re.findall(r"\d+", warning))
+    assert widest == 48 and missing == widest - tokens and 6 * (fitted - 1) < tokens <= 6 * fitted
+
+
 def test_the_record_of_the_fit_is_on_the_card(models: Path, tmp_path: Path) -> None:
     merger(models, tmp_path / "out").merge()
     card = (tmp_path / "out/README.md").read_text()
