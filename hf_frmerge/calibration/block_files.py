@@ -60,12 +60,12 @@ class BlockFiles:
         if not path.exists():
             return None
         with safe_open(path, "pt") as stored:
-            found = set(stored.keys())
-            corrections = {name: stored.get_tensor(t) for name, t in names.items() if t in found}
+            tensors = set(stored.keys())
+            corrections = {name: stored.get_tensor(t) for name, t in names.items() if t in tensors}
             factors = {
                 name: (stored.get_tensor(f"{t}.up"), stored.get_tensor(f"{t}.down"))
                 for name, t in names.items()
-                if f"{t}.up" in found
+                if f"{t}.up" in tensors
             }
         return FittedBlock(corrections, factors)
 

@@ -125,9 +125,9 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
     for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
         tensors = {parameter: reader.tensors[f"{name}.{parameter}"] for parameter in model.block_parameters(name)}
         known = files.read(index, tensors)
-        found = sweep.fit_block(index, known)
+        fitted_block = sweep.fit_block(index, known)
         if known is None:
-            files.write(index, tensors, found)
+            files.write(index, tensors, fitted_block)
     by_form = distances(model, sweep, batches, len(plan.experts))
     form = choose_form(by_form, plan.args.calibration_form)
     files.join(len(model.blocks), form)
@@ -177,15 +177,15 @@ def _batches(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts],
     size = plan.args.calibration_batch_size
     return [
         batch
-        for own in prompts
-        for batch in in_batches(own.token_ids, own.expert, size, pad, is_held_out=is_held_out, device=model.device)
+        for one in prompts
+        for batch in in_batches(one.token_ids, one.expert, size, pad, is_held_out=is_held_out, device=model.device)
     ]
 
 
 def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> None:
     shapes = [parameter.shape for _, parameter in model.block(model.blocks[0]).named_parameters()]
     widest = max(max(shape) for shape in shapes if len(shape) == 2)
-    n_tokens = sum(len(ids) for own in prompts for ids in own.token_ids)
+    n_tokens = sum(len(ids) for one in prompts for ids in one.token_ids)
     if n_tokens < widest:
         logger.warning(
             "The prompts have %d tokens, fewer than the widest layer has inputs (%d). Give %d more, or what the fit "
@@ -195,12 +195,12 @@ def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> No
 
 
 def _counts(plan: MergePlan, prompts: Sequence[Prompts]) -> tuple[int, ...]:
-    by_expert = {own.expert: len(own.token_ids) for own in prompts}
+    by_expert = {one.expert: len(one.token_ids) for one in prompts}
     return tuple(by_expert.get(expert, 0) for expert in range(len(plan.experts)))
 
 
 def _digest(prompts: Sequence[Prompts]) -> str:
-    return xxh3_128_hexdigest("".join(own.digest for own in prompts).encode())
+    return xxh3_128_hexdigest("".join(one.digest for one in prompts).encode())
 
 
 def _is_silent(plan: MergePlan) -> bool | None:

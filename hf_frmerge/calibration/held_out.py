@@ -47,7 +47,7 @@ def distances(
     counts = [0] * n_experts
     merged = sweep.outer(None)
     for expert in range(n_experts):
-        own = sweep.outer(expert)
+        expert_weights = sweep.outer(expert)
         for index, batch in enumerate(batches):
             if batch.expert != expert or not batch.is_held_out:
                 continue
@@ -57,7 +57,7 @@ def distances(
             # Prompt by prompt: the logits of a batch would be the largest thing in memory.
             for row in range(len(batch.inputs["input_ids"])):
                 one = {name: values[row : row + 1] for name, values in batch.inputs.items()}
-                target = _predictions(model, own, sweep.expert[index][row : row + 1], one)
+                target = _predictions(model, expert_weights, sweep.expert[index][row : row + 1], one)
                 counts[expert] += len(target)
                 for form, hidden_BTH in states.items():
                     logits = _predictions(model, merged, hidden_BTH[row : row + 1], one)

@@ -102,15 +102,15 @@ def read_prompts(
                 pieces[id(data)] = reader.pieces(data)
             except ArgumentError as error:
                 raise ArgumentError(f"The prompts of the expert {name!r} cannot be used. {error}") from error
-        found = pieces[id(data)]
-        if len(found) < n_samples:
+        blocks = pieces[id(data)]
+        if len(blocks) < n_samples:
             logger.warning(
                 "The expert %r has %d prompts of up to %d tokens, fewer than the %d asked for.",
-                name, len(found), max_length, n_samples,
+                name, len(blocks), max_length, n_samples,
             )  # fmt: skip
-        chosen = _spread(len(found), n_samples, np.random.default_rng([seed, number]))
+        chosen = _spread(len(blocks), n_samples, np.random.default_rng([seed, number]))
         source = "file" if isinstance(data, (str, Path)) else "dataset"
-        prompts.append(Prompts(number, tuple(found[place] for place in chosen), source))
+        prompts.append(Prompts(number, tuple(blocks[place] for place in chosen), source))
     return tuple(prompts)
 
 

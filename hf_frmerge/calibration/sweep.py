@@ -276,8 +276,8 @@ class _BlockWork:
         moments = self._moments(group, has_bias)
         for name in group.names:
             biased = f"{name}.bias" in self._start
-            own = moments if biased == has_bias else [_without_bias(m) for m in moments]
-            fit = self._fit_layer(name, own, biased)
+            of_layer = moments if biased == has_bias else [_without_bias(m) for m in moments]
+            fit = self._fit_layer(name, of_layer, biased)
             put_matrix(self._module, self.weights, name, fit.weight_OI.float())
             start_OI = matrix_of(self._module, self._start, name)
             n_in = start_OI.shape[1] - biased

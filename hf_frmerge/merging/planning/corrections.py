@@ -69,11 +69,11 @@ class CalibrationRecord:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CalibrationRecord:
         """Read a record from the values of `to_dict`."""
-        given = {field.name: values[field.name] for field in fields(cls)}
+        fields_of = {field.name: values[field.name] for field in fields(cls)}
         for name in ("prompts", "held_out"):
-            given[name] = tuple(given[name])
-        given["distances"] = {form: tuple(row) for form, row in values["distances"].items()}
-        return cls(**given)
+            fields_of[name] = tuple(fields_of[name])
+        fields_of["distances"] = {form: tuple(row) for form, row in values["distances"].items()}
+        return cls(**fields_of)
 
     def mean_distance(self, form: str) -> float:
         """Return the mean over the experts that have held-out prompts."""

@@ -167,10 +167,10 @@ def read_values(output_dir: Path | str) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}. Merge again.") from error
-    found = values.get("format_version") if isinstance(values, dict) else None
-    if found not in READABLE_VERSIONS:
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{path} has format {found!r}, this version reads {' and '.join(map(str, READABLE_VERSIONS))}. Update "
+            f"{path} has format {version!r}, this version reads {' and '.join(map(str, READABLE_VERSIONS))}. Update "
             "hf_frmerge."
         )
     return values

@@ -138,13 +138,13 @@ def record_checksums(output_dir: Path, known: Mapping[str, str] | None = None) -
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the libraries a merge may involve, without importing them."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = _version(package)
+            versions[package] = _version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _version(package: str) -> str:
