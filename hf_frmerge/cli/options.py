@@ -35,6 +35,7 @@ MEAN = {
         "agreement",
         "min_change",
         "seed",
+        "descent_steps",
         "coefficients",
     )
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hf_frmerge.kernels.elementwise import KEEPS, Elementwise
+from hf_frmerge.methods.spectral import Spectral, SpectralOptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,7 +76,7 @@ class Solution:
         return {"coefficients": coefficients, "geometry": vars(self.geometry) if self.geometry else None}
 
 
-Decision = Solution | Elementwise
+Decision = Solution | Elementwise | Spectral
 
 
 class Decided(NamedTuple):
@@ -89,6 +90,8 @@ def from_journal(entry: dict[str, Any]) -> Decision:
     """Read a decision from the JSON values that its `to_journal` returned."""
     if "keep" in entry:
         return elementwise_of(entry)
+    if "rule" in entry:
+        return spectral_of(entry)
     coefficients, geometry = entry["coefficients"], entry["geometry"]
     table = np.frombuffer(base64.b64decode(coefficients["data"]), np.float64).reshape(coefficients["shape"])
     return Solution(table, geometry_of(geometry) if geometry is not None else None)
@@ -100,6 +103,11 @@ def elementwise_of(entry: dict[str, Any]) -> Elementwise:
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in numbers.items()}
     votes = tuple(entry["votes"]) if "votes" in entry else None
     return Elementwise(KEEPS[kind](**values), entry["join"], tuple(entry["weights"]), entry["scale"], votes)
+
+
+def spectral_of(entry: dict[str, Any]) -> Spectral:
+    """Read a decision of a spectral method from the JSON values of its fields."""
+    return Spectral(entry["rule"], tuple(entry["weights"]), entry["scale"], SpectralOptions(**entry["options"]))
 
 
 def geometry_of(entry: dict[str, Any]) -> Geometry:

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from hf_frmerge.methods.span import SpanMethod
     from hf_frmerge.methods.sparse.rules import SparseOptions
 
-Kind = Literal["span", "sparse", "given"]
+Kind = Literal["span", "sparse", "spectral", "given"]
 """
 How the engine runs a method: what the first pass over the inputs measures, and what is decided from that.
 
-    kind    first pass measures            decision                      second pass writes
-    span    Gram matrices of differences   coefficients, block x expert  a sum of the experts
-    sparse  what the method wants to know  what is kept of each delta    deltas merged element by element
-    given   nothing                        coefficients from a file      a sum of the experts
+    kind      first pass measures            decision                      second pass writes
+    span      Gram matrices of differences   coefficients, block x expert  a sum of the experts
+    sparse    what the method wants to know  what is kept of each delta    deltas merged element by element
+    spectral  nothing                        the method and its numbers    deltas merged matrix by matrix
+    given     nothing                        coefficients from a file      a sum of the experts
 """
 
 

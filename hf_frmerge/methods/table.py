@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_frmerge.methods.entries.span import SPAN
 from hf_frmerge.methods.entries.sparse import SPARSE
+from hf_frmerge.methods.entries.spectral import SPECTRAL
 from hf_frmerge.methods.method import Method
 
 GIVEN = (
@@ -18,4 +19,4 @@ GIVEN = (
     ),
 )
 
-METHODS: dict[str, Method] = {method.name: method for method in (*SPAN, *SPARSE, *GIVEN)}
+METHODS: dict[str, Method] = {method.name: method for method in (*SPAN, *SPARSE, *SPECTRAL, *GIVEN)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, load_record
-from hf_frmerge.kernels.elementwise import Band
+from hf_frmerge.kernels.elementwise import Band, Elementwise
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
 from hf_frmerge.merging.record.find_models import record_folder
@@ -18,8 +18,8 @@ from hf_frmerge.merging.record.manifest import read_manifest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from hf_frmerge.kernels.elementwise import Elementwise
     from hf_frmerge.merging.record.manifest import Manifest
+    from hf_frmerge.methods.spectral import Spectral
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,10 @@ def _coefficients(
 
 
 def _differ_in_thresholds(
-    a: Elementwise | None, b: Elementwise | None, experts_a: list[str], experts_b: list[str]
+    a: Elementwise | Spectral | None, b: Elementwise | Spectral | None, experts_a: list[str], experts_b: list[str]
 ) -> bool:
     """Whether a shared expert was trimmed at different magnitudes."""
-    if a is None or b is None:
+    if not isinstance(a, Elementwise) or not isinstance(b, Elementwise):
         return False
     ends_a, ends_b = dict(zip(experts_a, _ends(a))), dict(zip(experts_b, _ends(b)))
     return any(ends_a[name] != ends_b[name] for name in ends_a.keys() & ends_b.keys())

@@ -38,6 +38,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epsilon": (lambda v: 0 <= v < 0.5, "at least 0 and below 0.5 (share of the elements)"),
     "agreement": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "min_change": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "descent_steps": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "seed": (lambda v: v >= 0, "at least 0"),
     "tol": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
@@ -163,7 +164,10 @@ class MergingArguments:
     )
     density: float | None = field(
         default=None,
-        metadata=_describe(f"Share of the elements of every delta that is kept. Default: {_densities()}."),
+        metadata=_describe(
+            "Share of the elements of every delta, or of the directions of a matrix, that is kept. "
+            f"Default: {_densities()}."
+        ),
     )
     gamma: float = field(
         default=0.01,
@@ -192,6 +196,13 @@ class MergingArguments:
         metadata=_describe(
             f"Seed of the elements that are dropped at random ({_methods_with('seed')}), of the choice of prompts, "
             "and of those that experts write."
+        ),
+    )
+    descent_steps: float = field(
+        default=300.0,
+        metadata=_describe(
+            "Steps of gradient descent that the closed form stands for; more move further from the sum "
+            f"({_methods_with('descent_steps')})."
         ),
     )
     coefficients: str | None = field(

@@ -21,6 +21,7 @@ RESULT_OPTIONS = (
     "agreement",
     "min_change",
     "seed",
+    "descent_steps",
     "coefficients",
     "tol",
     "max_iter",

@@ -22,7 +22,7 @@ from hf_frmerge.merging.engine.outcomes import FactorDetails, StepObserver, Step
 from hf_frmerge.merging.engine.rules import rule_for
 from hf_frmerge.merging.engine.tensor_work import BatchWork, TensorWork
 from hf_frmerge.merging.operands.open_inputs import open_inputs
-from hf_frmerge.merging.planning.blocks import Piece, pieces
+from hf_frmerge.merging.planning.blocks import Piece, pieces_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,7 +180,7 @@ class Engine:
             step = self._plan.copied(step)
         # Factors of an adapter are read as a whole, so its modules are one piece each.
         whole = [Piece(0, step.numel, 0, step.n_blocks)]
-        cut = whole if self._plan.layout is None else list(pieces(step.n_blocks, step.block_len))
+        cut = whole if self._plan.layout is None else pieces_of(step)
         return TensorWork(step, open_inputs(self._plan, step), cut, skipped)
 
     def _start(

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from hf_frmerge.geometry.portable import fold
-from hf_frmerge.kernels.elementwise import has_nonfinite
+from hf_frmerge.kernels.elementwise import Band, Elementwise, has_nonfinite
 from hf_frmerge.merging.decisions import Decided, Solution
 from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.merging.engine.tensor_work import TensorGram, sum_grams
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 from hf_frmerge.methods.sparse.rules import CountKeys
+from hf_frmerge.methods.spectral import Spectral
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.kernels.elementwise import Elementwise
     from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.decisions import Decision
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
     from hf_frmerge.methods.sparse.rules import Measuring, Wish
 
     Gather = Callable[[list[Any]], list[Any]]
@@ -73,6 +75,8 @@ def rule_for(plan: MergePlan, gather: Gather | None = None) -> Rule:
     kind = METHODS[plan.args.method].kind
     if kind == "given":
         return GivenRule(plan)
+    if kind == "spectral":
+        return SpectralRule(plan)
     return SparseRule(plan, gather) if kind == "sparse" else SpanRule(plan, gather)
 
 
@@ -232,6 +236,37 @@ class _Group:
         except StopIteration as end:
             self.decision = end.value
         return self.decision is None
+
+
+class SpectralRule:
+    """Merge matrices by the method, and average the deltas of all other tensors; nothing is measured."""
+
+    rounds = 0
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan = plan
+
+    def measure(self, kernels: Kernels, tensor: TensorWork, index: int) -> None:
+        """Never called, as there are no rounds."""
+        raise AssertionError("nothing is measured")
+
+    def unfinished(self, tensors: Sequence[TensorWork]) -> list[TensorWork]:
+        """Return no tensor."""
+        return []
+
+    def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
+        """Return the method for matrices, and the mean for the rest."""
+        return {tensor.step.group: Decided(self._decision(tensor.step), {}) for tensor in tensors}
+
+    def join(self) -> None:
+        """Do nothing: every process decides alike."""
+
+    def _decision(self, step: TensorStep) -> Decision:
+        args = self._plan.args
+        if step.is_matrix:
+            return Spectral(args.method, step.weights, args.scale, self._plan.spectral_options)
+        everything = Band((0.0,) * len(step.weights))
+        return Elementwise(everything, "sum", step.weights, 1.0 / len(step.weights))
 
 
 class GivenRule:

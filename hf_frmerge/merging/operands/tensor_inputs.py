@@ -14,7 +14,7 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge.checkpoints.page_cache import MappedRange, prefetch, release
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, FLOAT_DTYPES, some
-from hf_frmerge.errors import NonFiniteError
+from hf_frmerge.errors import MergeError, NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels.elementwise import Elementwise, RankedDropout, Run
@@ -27,6 +27,7 @@ from hf_frmerge.merging.operands.overflow import (
     squares_leave_float64,
 )
 from hf_frmerge.merging.planning.blocks import Piece
+from hf_frmerge.methods.spectral import Spectral
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -305,6 +306,8 @@ class TensorInputs:
         """Apply a decision of any kind to a piece: write the merged elements into `out` and return their digest."""
         if isinstance(decision, Elementwise):
             return self.merge_elements(kernels, piece, decision, out, out_dtype)
+        if isinstance(decision, Spectral):
+            return self.merge_matrix(kernels, piece, decision, out, out_dtype)
         return self.combine(kernels, piece, decision.coefficients, out, out_dtype)
 
     def delta_operands(self, start: int, stop: int) -> tuple[list[Operand], list[str]]:
@@ -342,6 +345,35 @@ class TensorInputs:
             merged, ones = Operand(wide, "F64"), np.ones((1, 1))
             raise result_overflows(kernels, self.name, [merged], ["the base and what is kept"], ones, out_dtype)
         return written.digest
+
+    def merge_matrix(
+        self, kernels: Kernels, piece: Piece, decision: Spectral, out: NDArray[np.uint8], out_dtype: str
+    ) -> str:
+        """
+        Write the whole tensor, merged as a matrix, into `out`, each element rounded once; return its digest.
+
+        Raises:
+            NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
+            MergeError: If the singular values of the deltas cannot be computed.
+        """
+        operands, labels = self.delta_operands(piece.start, piece.stop)
+        base, *others = (widen(operand.data, operand.dtype) for operand in operands)
+        deltas = np.empty((self.n_experts, piece.stop // self.cols, self.cols), np.float32)
+        for delta, operand, values in zip(deltas, operands[1:], others):
+            delta.reshape(-1)[:] = values if operand.is_delta else values - base
+        if not np.isfinite(deltas).all():
+            self.check_finite(kernels, operands, labels)
+        try:
+            merged = decision.merge(deltas)
+        except np.linalg.LinAlgError as error:
+            raise MergeError(
+                f"Tensor {self.name!r}: the singular values of the experts' deltas could not be computed ({error}). "
+                "Use another method."
+            ) from error
+        added = Operand(np.ascontiguousarray(merged, np.float32).reshape(-1).view(np.uint8), "F32", is_delta=True)
+        factors = np.array([[1.0, decision.scale]])
+        names = [labels[0], "the merged delta"]
+        return self._combine(kernels, [operands[0], added], names, factors, piece, out, out_dtype)
 
     def copy(
         self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str

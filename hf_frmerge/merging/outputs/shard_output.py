@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from hf_frmerge.checkpoints.beside.donor import write_config
 from hf_frmerge.checkpoints.beside.look_beside import copy_files
@@ -16,6 +17,7 @@ from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_s
 from hf_frmerge.kernels.interface import digest
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +38,9 @@ class ShardOutput:
         self.staging = self._writer.staging
         self.notes: list[str] = []
         self._local = threading.local()
+        # The engine merges matrices on threads of its own; BLAS threads below each of them would spin for its cores.
+        is_spectral = METHODS[plan.args.method].kind == "spectral"
+        self._blas_limit = threadpool_limits(1, user_api="blas") if is_spectral else None
 
     def begin(self) -> bool:
         """Create the unfinished shards, or open those of an earlier run; return whether any was created."""
@@ -87,6 +92,8 @@ class ShardOutput:
 
     def close(self) -> None:
         """Close the shards."""
+        if self._blas_limit is not None:
+            self._blas_limit.restore_original_limits()
         self._writer.close()
 
     def _buffer(self, tensor: TensorWork, piece: Piece) -> NDArray[np.uint8]:

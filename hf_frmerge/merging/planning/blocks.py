@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 PIECE_ELEMENTS = 1 << 20
 """Elements of a piece. A constant, because partial sums and so the last bits of a Gram matrix depend on it."""
@@ -106,3 +107,10 @@ def pieces(n_blocks: int, block_len: int) -> Iterator[Piece]:
         for start in range(0, block_len, PIECE_ELEMENTS):
             stop = min(start + PIECE_ELEMENTS, block_len)
             yield Piece(block * block_len + start, block * block_len + stop, block, 1)
+
+
+def pieces_of(step: TensorStep) -> list[Piece]:
+    """Cut the tensor of a step; a matrix that is merged as one is one piece."""
+    if step.is_matrix:
+        return [Piece(0, step.numel, 0, step.n_blocks)]
+    return list(pieces(step.n_blocks, step.block_len))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.adapters.base import base_notes, common_base
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
+from hf_frmerge.checkpoints.model_structure import may_be_tied
 from hf_frmerge.checkpoints.names.model_names import read_names
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
@@ -127,6 +128,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     plan = MergePlan(
         args, opened, base, alphas, space, steps, layout, notes, beside.files, table, head.config, left_out
     )
+    _refuse_large_matrices(plan)
     account(plan)  # refuses what would be lost
     for model in plan.models:
         model.weights.watch([file.name for file in beside.files if file.source == model.source])
@@ -163,10 +165,10 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
     """Whether the output is an adapter; that takes adapters only, merged in delta space."""
     full = [expert.spec for expert in experts if expert.checkpoint]
     if args.adapter_output == "adapter":
-        if METHODS[args.method].kind == "sparse":
+        if not _is_sum(args):
             raise ArgumentError(
-                f"{args.method} drops single elements of the deltas, so what it makes has no low rank and no adapter "
-                "can express it. Use adapter_output='merged'."
+                f"{args.method} takes single deltas apart, so what it makes is no sum of them and no adapter can "
+                "express it. Use adapter_output='merged'."
             )
         if full:
             raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0]!r} is a full checkpoint.")
@@ -180,8 +182,11 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
     # scaled as a whole, not by rows or heads.
     kept_dense = any(e.adapter.dense or e.adapter.uses_dora for e in experts if e.adapter)
     factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and not kept_dense
-    is_sum = METHODS[args.method].kind != "sparse"
-    return args.adapter_output == "auto" and not full and factored and is_sum
+    return args.adapter_output == "auto" and not full and factored and _is_sum(args)
+
+
+def _is_sum(args: MergingArguments) -> bool:
+    return METHODS[args.method].kind in ("span", "given")
 
 
 def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool) -> list[Expert]:
@@ -331,6 +336,7 @@ def _steps(
         donor = base or experts[full[0]]
         head_dim = head_dim_of(donor.checkpoint.config() if donor.checkpoint else {})
 
+    is_spectral = METHODS[args.method].kind == "spectral"
     steps = []
     for tensor in tensors:
         is_float = tensor.dtype in FLOAT_DTYPES
@@ -348,11 +354,40 @@ def _steps(
                 group=group_of(tensor.name, args.block),
                 n_blocks=n_blocks,
                 block_len=block_len,
+                is_matrix=merge and is_spectral and _is_inner_matrix(tensor.name, tensor.shape),
             )
         )
+    if is_spectral:
+        notes.append(_matrix_note(args.method, steps))
     _check_groups(steps)
     _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
     return steps, notes, aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD)
+
+
+def _is_inner_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the matrix of a layer: not a vector, a stack of matrices, an embedding or a head."""
+    return len(shape) == 2 and min(shape) > 1 and not may_be_tied(name)
+
+
+def _matrix_note(method: str, steps: list[TensorStep]) -> str:
+    others = [step.name for step in steps if step.action == "merge" and not step.is_matrix]
+    n_matrices = sum(step.is_matrix for step in steps)
+    return (
+        f"method={method!r} merges {n_matrices} matrices of layers. The experts' deltas of the other {len(others)} "
+        f"tensors ({some(others)}) are averaged: embeddings, heads, norms, vectors and stacks of matrices."
+    )
+
+
+def _refuse_large_matrices(plan: MergePlan) -> None:
+    """Raise if a matrix that is merged as one does not fit into the memory budget."""
+    largest = max(plan.steps, key=plan.matrix_memory, default=None)
+    needed = plan.matrix_memory(largest) if largest is not None else 0
+    if largest is not None and needed > plan.args.memory_budget_bytes:
+        raise ArgumentError(
+            f"method={plan.args.method!r} merges {largest.name!r}, {list(largest.shape)}, as one matrix, which takes "
+            f"{-(-needed // 2**20)} MiB for {len(plan.experts)} experts; memory_budget is {plan.args.memory_budget}. "
+            f"Set memory_budget={-(-needed // 2**20)}MiB or more: that much for every thread that is to work on one."
+        )
 
 
 def _refuse_homeless(experts: list[Expert], merged: set[str]) -> None:

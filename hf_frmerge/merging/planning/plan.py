@@ -12,6 +12,7 @@ from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.sparse.rules import SparseOptions
+from hf_frmerge.methods.spectral import SpectralOptions, memory_bytes
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -130,10 +131,16 @@ class MergePlan:
             seed=args.seed,
         )
 
+    @property
+    def spectral_options(self) -> SpectralOptions:
+        """Options of a spectral method."""
+        density = 1.0 if self.args.density is None else self.args.density
+        return SpectralOptions(density, self.args.descent_steps)
+
     def copied(self, step: TensorStep) -> TensorStep:
         """Return a step that copies the tensor from the base, or the first full expert, instead of merging it."""
         donor = -1 if self.base else self.experts.index(self.donor)
-        return replace(step, action="copy", donor=donor, weights=())
+        return replace(step, action="copy", donor=donor, weights=(), is_matrix=False)
 
     def describe(self) -> dict[str, Any]:
         """Return a summary that can be written as JSON: what will be merged and copied, sizes, disk and memory."""
@@ -159,12 +166,16 @@ class MergePlan:
 
     @property
     def piece_memory(self) -> int:
-        """Upper limit of the bytes one worker holds at a time; it does not depend on the size of the model."""
+        """Upper limit of the bytes one worker holds at a time; of the model it depends on matrices only."""
         # The output piece, one float32 buffer of rows for each adapter, and a copy of each input if it is remote.
         copies = 1 + sum(1 for e in self.experts if e.adapter) + len(self.experts) + (self.base is not None)
         if METHODS[self.args.method].kind == "sparse":
             copies += 4  # the merged piece in float64, in parts and joined
-        return copies * PIECE_ELEMENTS * 4
+        return max(copies * PIECE_ELEMENTS * 4, max(map(self.matrix_memory, self.steps), default=0))
+
+    def matrix_memory(self, step: TensorStep) -> int:
+        """Upper limit of the bytes that merging a tensor as a matrix takes; 0 if it is not."""
+        return memory_bytes(step.shape[0], step.cols, len(self.experts)) if step.is_matrix else 0
 
     def close(self) -> None:
         """Close all files."""

@@ -20,6 +20,7 @@ class TensorStep:
         weights: one per expert, summing to 1; empty for a copy.
         group: tensors of one group form one point and get the same coefficients.
         n_blocks, block_len: number of blocks, and elements in each.
+        is_matrix: whether it is merged as a matrix, in one piece.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TensorStep:
     group: str
     n_blocks: int
     block_len: int
+    is_matrix: bool = False
 
     @property
     def numel(self) -> int:

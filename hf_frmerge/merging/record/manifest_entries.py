@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.kernels.elementwise import Band, Elementwise
-from hf_frmerge.merging.decisions import Geometry, Solution, elementwise_of, geometry_of
+from hf_frmerge.merging.decisions import Geometry, Solution, elementwise_of, geometry_of, spectral_of
+from hf_frmerge.methods.spectral import Spectral
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,7 +113,7 @@ class RecordedTensor:
     output: str
     donor: int | None = None
     n_blocks: int = 0
-    decision: Elementwise | None = None
+    decision: Elementwise | Spectral | None = None
     rank: int | None = None
     norm: float | None = None
     truncation_error: float | None = None
@@ -160,7 +161,8 @@ class RecordedTensor:
         if self.action != "merge":
             return {**values, "donor": self.donor}
         decided = {} if self.decision is None else self.decision.to_journal()
-        decision = {"kind": "elementwise" if decided else "coefficients", **decided}
+        kinds = {Elementwise: "elementwise", Spectral: "spectral", type(None): "coefficients"}
+        decision = {"kind": kinds[type(self.decision)], **decided}
         values |= {"n_blocks": self.n_blocks, "decision": decision}
         if self.rank is not None:
             values |= {"rank": self.rank, "norm": self.norm, "truncation_error": self.truncation_error}
@@ -180,9 +182,11 @@ def files_of(entries: dict[str, dict[str, Any]]) -> dict[str, RecordedFile]:
     return {name: RecordedFile.from_dict(entry) for name, entry in entries.items()}
 
 
-def _decision(entry: dict[str, Any]) -> Elementwise | None:
+def _decision(entry: dict[str, Any]) -> Elementwise | Spectral | None:
     if entry["kind"] == "elementwise":
         return elementwise_of(entry)
+    if entry["kind"] == "spectral":
+        return spectral_of(entry)
     if entry["kind"] == "trimming":  # how TIES was recorded before there were other sparse methods
         return Elementwise(Band(tuple(entry["thresholds"])), "elect", tuple(entry["weights"]), entry["scale"])
     if entry["kind"] == "coefficients":

@@ -28,6 +28,7 @@ from hf_frmerge.merging.record.manifest import (
     read_values,
 )
 from hf_frmerge.merging.record.manifest_entries import Machine, RecordedFile, RecordedModel, RecordedTensor
+from hf_frmerge.methods.spectral import Spectral
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -200,7 +201,7 @@ def _tensor(outcome: StepOutcome) -> RecordedTensor:
         outcome.output,
         donor=None if is_merged else step.donor,
         n_blocks=step.n_blocks if is_merged else 0,
-        decision=outcome.decision if isinstance(outcome.decision, Elementwise) else None,
+        decision=outcome.decision if isinstance(outcome.decision, (Elementwise, Spectral)) else None,
         rank=details.rank if details else None,
         norm=details.norm if details else None,
         truncation_error=details.truncation_error if details else None,

@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "drawn by rank": {"method": "della"},
     "selected by spread": {"method": "sce"},
     "agreed on": {"method": "consensus"},
+    "as matrices": {"method": "swudi"},
     "given": {"coefficients": "merge_coefficients.safetensors"},
 }
 

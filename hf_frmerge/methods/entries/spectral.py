@@ -1,0 +1,91 @@
+"""Methods that merge every matrix as a whole; their functions are in `methods.spectral`."""
+
+from __future__ import annotations
+
+from hf_frmerge.methods.method import Method, Paper
+
+TSV = Paper(
+    "Task Singular Vectors: Reducing Task Interference in Model Merging",
+    "Antonio Andrea Gargiulo, Donato Crisostomi, Maria Sofia Bucarelli, Simone Scardapane, Fabrizio Silvestri, "
+    "Emanuele Rodolà",
+    2024,
+    "2412.00081",
+)
+ISO = Paper(
+    "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
+    "Daniel Marczak, Simone Magistri, Sebastian Cygert, Bartłomiej Twardowski, Andrew D. Bagdanov, "
+    "Joost van de Weijer",
+    2025,
+    "2502.04959",
+)
+
+SPECTRAL = (
+    Method(
+        "tsv_m",
+        "spectral",
+        "TSV-Merge",
+        "what each expert changed in a matrix of the base model is taken apart into directions. The most important "
+        "ones of all experts are turned until they stand at right angles to each other, and put together.",
+        "Experts disturb each other where they change the same directions; at right angles they cannot.",
+        options=("scale",),
+        needs_deltas=True,
+        blocks=("tensor",),
+        paper=TSV,
+        tags=("tsv-merge",),
+    ),
+    Method(
+        "iso_c",
+        "spectral",
+        "Iso-C",
+        "what the experts changed in a matrix of the base model is added up and taken apart into directions, which "
+        "are then made equally strong.",
+        "In a sum of changes the directions that several experts share drown out all others, and with them the skills "
+        "that depend on the others.",
+        options=("scale",),
+        needs_deltas=True,
+        blocks=("tensor",),
+        paper=ISO,
+        tags=("iso-c",),
+    ),
+    Method(
+        "iso_cts",
+        "spectral",
+        "Iso-CTS",
+        "most directions are those of the experts' added changes; the others are each expert's own. All are turned "
+        "until they stand at right angles to each other, and made equally strong.",
+        "It is Iso-C with room kept for what only one expert has.",
+        options=("density", "scale"),
+        density=0.8,
+        needs_deltas=True,
+        blocks=("tensor",),
+        paper=ISO,
+        tags=("iso-cts",),
+    ),
+    Method(
+        "swudi",
+        "spectral",
+        "SWUDI",
+        "starting from the sum of what the experts changed in a matrix of the base model, the result is moved towards "
+        "one that answers each expert's typical inputs as that expert would; how far is bounded.",
+        "What an expert changed tells which inputs it was trained on, so the merge needs no data to know where it "
+        "should agree with whom.",
+        options=("density", "descent_steps", "scale"),
+        density=0.85,
+        needs_deltas=True,
+        blocks=("tensor",),
+        tags=("swudi",),
+    ),
+    Method(
+        "res_merge",
+        "spectral",
+        "ResMerge",
+        "the strongest direction of what each expert changed in a matrix is set aside. The rest is averaged without "
+        "shrinking it where the experts agree, and the strongest directions come back as far as they agree.",
+        "A few strong directions would otherwise decide the average, although what an expert learned is mostly in the "
+        "rest.",
+        options=("scale",),
+        needs_deltas=True,
+        blocks=("tensor",),
+        tags=("resmerge",),
+    ),
+)
