@@ -95,8 +95,8 @@ def tsv_m(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralO
     if directions is None:
         return np.zeros((rows, cols), np.float32)
     left, values, right = directions
-    merged: Matrix = (left * values) @ right
-    return merged
+    scaled: Matrix = np.multiply(left, values, dtype=np.float32)
+    return scaled @ right
 
 
 def iso_c(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
