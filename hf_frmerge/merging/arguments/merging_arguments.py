@@ -194,8 +194,8 @@ class MergingArguments:
     seed: int = field(
         default=42,
         metadata=_describe(
-            f"Seed of the elements that are dropped at random ({_methods_with('seed')}), of the choice of prompts, "
-            "and of those that experts write."
+            f"Seed of all that is random: elements that are dropped ({_methods_with('seed')}), and the prompts of a "
+            "calibration."
         ),
     )
     descent_steps: float = field(

@@ -136,9 +136,8 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
 
 
 def _unused_options(args: MergingArguments, method: Method) -> list[str]:
-    """Note the options that were changed from their defaults but are not used by this method."""
-    of_methods = dict.fromkeys(name for other in METHODS.values() for name in other.options)
-    del of_methods["seed"]  # it also chooses prompts, of which a plan knows nothing
+    """Note options that were changed from their defaults but that this method does not use; calibration has a seed."""
+    of_methods = dict.fromkeys(name for other in METHODS.values() for name in other.options if name != "seed")
     options = args.to_dict()
     defaults = {field.name: field.default for field in fields(args)}
     changed = [name for name in of_methods if name not in method.options and options[name] != defaults[name]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from merge_reference import SHAPES, random_model, write_family, write_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sparse_reference import naive
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,6 +24,7 @@ from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning import blocks
 from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.provenance.merge_again import reproduce
@@ -268,3 +269,17 @@ def test_options_that_a_method_does_not_obey_are_named(tmp_path: Path) -> None:
     assert "`beta` changes nothing with method='ties'." in plan.notes
     assert "`tol` changes nothing with method='ties'." in plan.notes
     assert not any("changes nothing" in note for note in build_plan(experts, MergingArguments(beta=1.0)).notes)
+
+
+@pytest.mark.parametrize("method", ["ties", "della"])
+def test_a_correction_is_added_to_what_a_sparse_method_gives(tmp_path: Path, method: str) -> None:
+    base, experts = write_family(tmp_path)
+    plan = build_plan(experts, MergingArguments(output_dir=str(tmp_path / "out"), method=method), WEIGHTS, base)
+    save_file({"lm_head.weight": torch.full(SHAPES["lm_head.weight"], 0.5)}, tmp_path / CORRECTIONS_FILE)
+    plan.corrections = read_corrections(str(tmp_path))
+    run_merge(plan, StepObserver(), Processes())
+    plain = merge(experts, base, tmp_path / "plain", method=method)
+    found, without = (load_file(path / "model.safetensors") for path in (tmp_path / "out", plain))
+    for name in SHAPES:
+        expected = without[name].double() + (0.5 if name == "lm_head.weight" else 0.0)
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
