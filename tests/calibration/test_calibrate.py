@@ -258,3 +258,20 @@ def test_the_command_line_says_what_the_fit_gained(models: Path, tmp_path: Path)
     assert "--calibration" not in said
     plain = click_runner().invoke(main, [*command, "--output-dir", str(tmp_path / "plain")])
     assert "--calibration self lets language models write them" in " ".join(plain.stdout.split())
+
+
+@pytest.mark.parametrize("method", ["karcher", "ties", "dare_linear", "tsv_m"])
+def test_corrections_are_added_to_what_any_method_gives(models: Path, tmp_path: Path, method: str) -> None:
+    options = {"method": method, "space": "deltas"}
+    merger(models, tmp_path / "start", "full", calibration=None, **options).merge()
+    merger(models, tmp_path / "out", "full", calibration_form="dense", **options).merge()
+    start, merged, corrections = (
+        load_file(tmp_path / file)
+        for file in ("start/model.safetensors", "out/model.safetensors", "out/merge_corrections.safetensors")
+    )
+    assert corrections
+    for name, tensor in merged.items():
+        expected = start[name] + corrections.get(name, torch.zeros(()))
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+    report = verify(str(tmp_path / "out"))
+    assert report.ok, report.problems

@@ -336,15 +336,19 @@ class TensorInputs:
         start, stop = piece.start // row * row, -(-piece.stop // row) * row
         operands, labels = self.delta_operands(start, stop)
         run, skip = Run(self.name, start, self.row_len), piece.start - start
-        written, is_bounded = kernels.merge_elements(operands, decision, run, skip, out, out_dtype)
+        is_last = self.correction is None
+        dtype = out_dtype if is_last else "F64"
+        target = out if is_last else np.empty((piece.stop - piece.start) * 8, np.uint8)
+        written, is_bounded = kernels.merge_elements(operands, decision, run, skip, target, dtype)
         if not is_bounded:
             self.check_finite(kernels, operands, labels)
-        if not written.is_finite:
-            wide = np.empty((piece.stop - piece.start) * 8, np.uint8)
-            kernels.merge_elements(operands, decision, run, skip, wide, "F64")
-            merged, ones = Operand(wide, "F64"), np.ones((1, 1))
-            raise result_overflows(kernels, self.name, [merged], ["the base and what is kept"], ones, out_dtype)
-        return written.digest
+        if is_last and written.is_finite:
+            return written.digest
+        if is_last:  # computed once more, for the message
+            target = np.empty((piece.stop - piece.start) * 8, np.uint8)
+            kernels.merge_elements(operands, decision, run, skip, target, "F64")
+        merged, ones = Operand(target, "F64"), np.ones((piece.n_blocks, 1))
+        return self._combine(kernels, [merged], ["the base and what is kept"], ones, piece, out, out_dtype)
 
     def merge_matrix(
         self, kernels: Kernels, piece: Piece, decision: Spectral, out: NDArray[np.uint8], out_dtype: str
