@@ -1,0 +1,100 @@
+"""Calibrated merges of classifiers: encoders that end their blocks with norms, with biases, on padded prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+
+from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.provenance.verify import verify
+
+N_LABELS, N_PROMPTS = 3, 48
+CLASSES = {
+    "bert": (
+        BertForSequenceClassification,
+        BertConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_labels=N_LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        ),
+    ),
+    "gpt2": (
+        GPT2ForSequenceClassification,
+        GPT2Config(
+            vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=32, num_labels=N_LABELS, pad_token_id=0,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        ),
+    ),
+}  # fmt: skip
+
+
+def samples(expert: int, seed: int) -> tuple[list[list[int]], list[int]]:
+    """Texts of an expert's own words, of many lengths; their class is the word that occurs most often."""
+    rng = np.random.default_rng([seed, expert])
+    labels = rng.integers(0, N_LABELS, N_PROMPTS).tolist()
+    words = 20 * expert
+    texts = []
+    for label in labels:
+        text = rng.integers(words + 4, words + 20, rng.integers(4, 12))
+        text[: len(text) // 2] = words + 1 + label
+        texts.append(rng.permutation(text).tolist())
+    return texts, labels
+
+
+def padded(texts: list[list[int]]) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    model_class, config = CLASSES[request.param]
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(folder / "base")
+    for number in range(3):
+        torch.manual_seed(number + 1)
+        model = model_class.from_pretrained(folder / "base").train()
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for step in range(40):
+            texts, labels = samples(number, seed=100 + step)
+            optimizer.zero_grad()
+            model(**padded(texts), labels=torch.tensor(labels)).loss.backward()
+            optimizer.step()
+        model.save_pretrained(folder / f"full{number}")
+    return model_class, folder
+
+
+def agreement(model_class: Any, merged: Path, folder: Path) -> float:
+    """Share of fresh samples on which the merge and the expert choose the same class, by transformers alone."""
+    shares = []
+    model = model_class.from_pretrained(merged).eval()
+    for number in range(3):
+        expert = model_class.from_pretrained(folder / f"full{number}").eval()
+        inputs = padded(samples(number, seed=1)[0])
+        with torch.no_grad():
+            shares.append((model(**inputs).logits.argmax(-1) == expert(**inputs).logits.argmax(-1)).double().mean())
+    return float(torch.stack(shares).mean())
+
+
+def test_a_fitted_classifier_agrees_more_with_its_experts(models: tuple[Any, Path], tmp_path: Path) -> None:
+    model_class, folder = models
+    experts = [str(folder / f"full{number}") for number in range(3)]
+    prompts = {expert: samples(number, seed=0)[0] for number, expert in enumerate(experts)}
+    for name, calibration in (("start", None), ("out", prompts)):
+        args = MergingArguments(output_dir=str(tmp_path / name), method="linear", disable_tqdm=True)
+        FisherRaoMerger(experts, args, base_model=str(folder / "base"), calibration_dataset=calibration).merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.form != "start"
+    assert record.prompts == (42,) * 3 and record.held_out == (6,) * 3
+    before, after = (agreement(model_class, tmp_path / name, folder) for name in ("start", "out"))
+    assert after > before + 0.05
+    report = verify(str(tmp_path / "out"))
+    assert report.ok, report.problems
