@@ -57,7 +57,8 @@ class BlockwiseModel:
                 f"{model_class.__name__} has an encoder and a decoder, which cannot be calibrated yet. Merge without "
                 "calibration."
             )
-        config.use_cache = False
+        for part in (config, config.get_text_config()):
+            part.use_cache = False
         # Buffers such as the frequencies of rotary embeddings are computed, not stored: they must be real.
         with init_empty_weights(include_buffers=False):
             self.model = model_class(config).eval()
@@ -97,22 +98,28 @@ class BlockwiseModel:
         """
         entered: list[tuple[Tensor, Call]] = []
 
-        def enter(hidden_TH: Tensor, *args: Any, **kwargs: Any) -> Any:
-            entered.append((hidden_TH.float(), Call(args, kwargs)))
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            hidden_BTH, call = _call(args, kwargs)
+            entered.append((hidden_BTH.float(), call))
             if len(entered) == len(self.blocks):
                 raise _Reached
-            return (hidden_TH,) if self._makes_tuple else hidden_TH
+            return (hidden_BTH,) if self._makes_tuple else hidden_BTH
 
-        def enter_first(hidden_TH: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def enter_first(*args: Any, **kwargs: Any) -> Any:
             # What a block returns, the hidden states or a tuple that begins with them, has changed between versions.
             with _forwards(self._modules.values(), None):
-                result = functional_call(self.block(self.blocks[0]), dict(first_block), (hidden_TH, *args), kwargs)
+                result = functional_call(self.block(self.blocks[0]), dict(first_block), args, kwargs)
             self._makes_tuple = isinstance(result, tuple)
-            return enter(hidden_TH, *args, **kwargs)
+            return enter(*args, **kwargs)
 
         forwards = [enter_first, *[enter] * (len(self.blocks) - 1)]
         with _forwards(self._modules.values(), forwards), self._computing(), suppress(_Reached):
             functional_call(self.model, dict(outer), (), dict(inputs))
+        if len(entered) < len(self.blocks):
+            raise ArgumentError(
+                f"{type(self.model).__name__} does not run its blocks ({self.blocks[0]}, ...) on text alone, so it "
+                "cannot be calibrated. Merge without calibration."
+            )
         return entered[0][0], [call for _, call in entered]
 
     def run_block(self, name: str, weights: Weights, hidden_TH: Tensor, call: Call) -> Tensor:
@@ -124,7 +131,7 @@ class BlockwiseModel:
     def finish(self, outer: Weights, hidden_TH: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the logits, float32, from the hidden states after the last block."""
 
-        def replace(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def replace(*_: Any, **__: Any) -> Any:
             return (hidden_TH,) if self._makes_tuple else hidden_TH
 
         with _forwards(self._modules.values(), [replace] * len(self.blocks)), self._computing():
@@ -202,12 +209,23 @@ def _forwards(modules: Any, forwards: Sequence[Callable[..., Any]] | None) -> It
                 module.forward = forward
 
 
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """Take the hidden states out of the arguments of a block: the first, or one by name."""
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    return kwargs["hidden_states"], Call(
+        (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    )
+
+
 def _block_modules(model: Any, class_name: str) -> dict[str, nn.Module]:
     """Return the transformer blocks by name."""
     declared = set(getattr(model, "_no_split_modules", None) or ())
+    # Of a model that also sees or hears only the part for text.
+    text = set(model.get_decoder().modules()) if model.config.get_text_config() is not model.config else None
     stacks = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
+        if isinstance(module, nn.ModuleList) and len(module) and (text is None or module in text):
             kind, count = Counter(type(member).__name__ for member in module).most_common(1)[0]
             if count == len(module):
                 stacks.append((kind in declared, len(module), name, module))

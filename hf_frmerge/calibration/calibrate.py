@@ -111,7 +111,7 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=plan.args.calibration_rank)
     kernels = load_kernels(plan.args.device)
-    reader = WeightReader(plan, kernels, [name for name, _ in model.model.named_parameters()])
+    reader = WeightReader(plan, kernels, model.model)
     batches = _batches(plan, model, fitted, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
     sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
     key = {

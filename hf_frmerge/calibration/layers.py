@@ -66,7 +66,8 @@ def find_layers(model: BlockwiseModel, block: str, weights: Weights, hidden_TH: 
     """
     Run a block once, and group its layers by the tensors that enter them.
 
-    A layer that runs twice (shared weights) or not at all is left out: its values stay as merged.
+    Left out, so that they stay as merged, are layers that run twice (shared weights), and those that see only some of
+    the tokens, as routed experts do: their inputs in two models are not of the same tokens.
     """
     module = model.block(block)
     # The inputs are kept, so that no two of them can have the same identity.
@@ -82,7 +83,8 @@ def find_layers(model: BlockwiseModel, block: str, weights: Weights, hidden_TH: 
         for handle in handles:
             handle.remove()
     names = [name for name, _ in events]
-    events = [event for event in events if names.count(event[0]) == 1]
+    places = hidden_TH.shape[:-1]
+    events = [(n, x) for n, x in events if names.count(n) == 1 and x.shape[:-1].numel() == places.numel()]
     return BlockLayers(tuple(_in_steps(module, events, hidden_TH.shape[-1])))
 
 

@@ -39,9 +39,9 @@ class Batch:
         return None if mask is None else mask.bool()
 
     def tokens(self, values_BTH: Tensor) -> Tensor:
-        """Return the values of the tokens alone, `(tokens, H)`, without padding."""
-        mask = self.mask_BT
-        return values_BTH.reshape(-1, values_BTH.shape[-1]) if mask is None else values_BTH[mask]
+        """Return the values of the tokens alone, `(tokens, H)`, without padding; `(B * T, H)` is taken as well."""
+        flat, mask = values_BTH.reshape(-1, values_BTH.shape[-1]), self.mask_BT
+        return flat if mask is None else flat[mask.reshape(-1)]
 
 
 def in_batches(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_frmerge.checkpoints.names.model_names import names_of
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, some
 from hf_frmerge.errors import ArgumentError
@@ -22,6 +22,7 @@ from hf_frmerge.merging.planning.blocks import pieces
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from transformers import PreTrainedModel
 
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.operands.tensor_inputs import DenseTensor
@@ -36,19 +37,22 @@ class WeightReader:
     Args:
         plan: Plan of the merge; the data-free merge it describes is the start.
         kernels: Kernels of that merge.
-        parameters: Names of the parameters of the whole model.
+        model: The model in memory, for the names of its parameters; it needs no weights.
 
     Raises:
         ArgumentError: If a parameter has no tensor, or several tensors are decided together.
     """
 
-    def __init__(self, plan: MergePlan, kernels: Kernels, parameters: Sequence[str]) -> None:
+    def __init__(self, plan: MergePlan, kernels: Kernels, model: PreTrainedModel) -> None:
         self._plan, self._kernels = plan, kernels
         self._rule = rule_for(plan)
         steps = {step.name: step for step in plan.steps}
-        prefixes = _prefixes(parameters, steps)
-        self.tensors = {name: prefixes(name) for name in parameters}
-        missing = [name for name, tensor in self.tensors.items() if tensor not in steps]
+        table = names_of(model)
+        in_memory = table.canonical(steps) if table is not None else {name: name for name in steps}
+        stored = {name: tensor for tensor, name in in_memory.items()}
+        parameters = [name for name, _ in model.named_parameters()]
+        self.tensors = {name: stored.get(name, "") for name in parameters}
+        missing = [name for name, tensor in self.tensors.items() if not tensor]
         if missing:
             raise ArgumentError(
                 f"The model has parameters {some(missing)} that are no tensors of these checkpoints under that name, "
@@ -121,10 +125,3 @@ def _read(tensor: DenseTensor, step: TensorStep) -> NDArray[np.float32]:
 
 def _tensor(values: NDArray[np.float32], step: TensorStep) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).reshape(step.shape)
-
-
-def _prefixes(parameters: Sequence[str], steps: dict[str, TensorStep]) -> Callable[[str], str]:
-    """Return a function from a parameter's name to its tensor's; checkpoints may lack the first part of names."""
-    if any(name in steps for name in parameters):
-        return lambda name: name
-    return lambda name: name.partition(".")[2]

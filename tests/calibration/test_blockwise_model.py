@@ -26,6 +26,32 @@ MODELS = {
         "OPTForCausalLM",
         transformers.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32),
     ),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        transformers.MixtralConfig(**WIDE, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2),
+    ),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", transformers.GPTNeoXConfig(**WIDE, max_position_embeddings=32)),
+    "Phi": ("PhiForCausalLM", transformers.PhiConfig(**WIDE, max_position_embeddings=32)),
+    "Falcon": (
+        "FalconForCausalLM",
+        transformers.FalconConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, pad_token_id=0
+        ),
+    ),
+    "Gemma 3, with vision": (
+        "Gemma3ForConditionalGeneration",
+        transformers.Gemma3Config(
+            text_config={**WIDE, "num_key_value_heads": 1, "head_dim": 8},
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 5,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+        ),
+    ),
     "BERT": ("BertForSequenceClassification", transformers.BertConfig(**WIDE, num_labels=3)),
     "DistilBERT": (
         "DistilBertForSequenceClassification",
