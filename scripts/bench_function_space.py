@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -126,7 +127,13 @@ def run(args: argparse.Namespace, merge: Merge, domains: list[str]) -> tuple[Pat
         "--adapter-output", "merged", "--output-dir", str(output), "--overwrite", "--disable-tqdm", *merge.options,
     ]  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", _MEASURED, *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},  # two threads that wait for each other burn CPU time
+    )
     if done.returncode:
         raise SystemExit(f"frmerge {' '.join(options)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from hf_frmerge.checkpoints.names.model_names import names_of
+from hf_frmerge.checkpoints.page_cache import release
 from hf_frmerge.checkpoints.tensors.floats import widen
-from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, some
+from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.engine.rules import rule_for
 from hf_frmerge.merging.engine.tensor_work import TensorWork
 from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.operands.tensor_inputs import StoredTensor
-from hf_frmerge.merging.planning.blocks import pieces
+from hf_frmerge.merging.planning.blocks import Piece, pieces_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,7 +105,7 @@ class WeightReader:
             return self.expert(0, parameter)
         step = replace(step, dtype="F32")
         inputs = open_tensors(self._plan, step)
-        work = TensorWork(step, inputs, list(pieces(step.n_blocks, step.block_len)))
+        work = TensorWork(step, inputs, pieces_of(step))
         rounds = [work] if self._rule.rounds else []
         while rounds:
             for index in range(len(work.pieces)):
@@ -114,13 +115,16 @@ class WeightReader:
         out = np.empty(step.numel * 4, np.uint8)
         for piece in work.pieces:
             inputs.apply(decision, self._kernels, piece, out[piece.start * 4 : piece.stop * 4], "F32")
+        inputs.release(Piece(0, step.numel, 0, step.n_blocks))
         return _tensor(out.view(np.float32), step)
 
 
 def _read(tensor: DenseTensor, step: TensorStep) -> NDArray[np.float32]:
+    """Copy a tensor, and unmap its pages: of all blocks together they are the whole model."""
     operand = tensor.read(0, step.numel)
-    assert DTYPE_BITS[operand.dtype] % 8 == 0
-    return widen(operand.data, operand.dtype).astype(np.float32)
+    values = widen(operand.data, operand.dtype).astype(np.float32)
+    release([mapped] if (mapped := tensor.mapped(0, step.numel)) is not None else [])
+    return values
 
 
 def _tensor(values: NDArray[np.float32], step: TensorStep) -> Tensor:
