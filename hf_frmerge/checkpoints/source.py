@@ -120,14 +120,14 @@ def _models_below(folder: LocalFolder | RemoteFolder) -> list[str]:
         return []
     root = Path(folder.path)
     marks = (*WEIGHTS, _ADAPTER_CONFIG)
-    found = {Path(mark).parent for name in marks for mark in (*root.glob(f"*/{name}"), *root.glob(f"*/*/{name}"))}
+    folders = {Path(mark).parent for name in marks for mark in (*root.glob(f"*/{name}"), *root.glob(f"*/*/{name}"))}
     main = root / "refs" / "main"
     commit = main.read_text().strip() if main.is_file() else ""
 
     def last_first(path: Path) -> tuple[bool, list[int], str]:
         return path.name != commit, [-int(number) for number in re.findall(r"\d+", path.name)[-1:]], path.name
 
-    return [path.relative_to(root).as_posix() for path in sorted(found, key=last_first)]
+    return [path.relative_to(root).as_posix() for path in sorted(folders, key=last_first)]
 
 
 def _either(names: Iterable[str], limit: int = 3) -> str:

@@ -103,8 +103,8 @@ def _stored_weights(base: Checkpoint, model: PreTrainedModel, paths: Sequence[st
     names = names_of(model)
     if names is None:
         shapes = {name: info.shape for name, info in base.tensors.items()}
-        found = find_targets(base.source.spec, weights, shapes)
-        return {path: found[weight] for path, weight in zip(paths, weights)}
+        targets = find_targets(base.source.spec, weights, shapes)
+        return {path: targets[weight] for path, weight in zip(paths, weights)}
     stored = {in_memory: name for name, in_memory in names.canonical(base.tensors).items()}
     missing = [path for path, weight in zip(paths, weights) if weight not in stored]
     if missing:

@@ -282,11 +282,11 @@ def geometric_median(points: Array, weights: ArrayLike, options: SpanOptions) ->
         `SpanResult`: Coefficients that sum to 1, with steps and residual of the iteration.
     """
     blocks = _Blocks.of(points, weights)
-    found = median_of(points, blocks.weights, tol=options.tol, max_iter=options.max_iter)
-    never = np.zeros(found.residual.shape, dtype=bool)
-    residual = np.where(blocks.coincide, 0.0, found.residual)
-    n_iter = np.where(blocks.coincide, 0, found.n_iter)
-    return blocks.result(found.coeffs, never, options, n_iter=n_iter, residual=residual)
+    median = median_of(points, blocks.weights, tol=options.tol, max_iter=options.max_iter)
+    never = np.zeros(median.residual.shape, dtype=bool)
+    residual = np.where(blocks.coincide, 0.0, median.residual)
+    n_iter = np.where(blocks.coincide, 0, median.n_iter)
+    return blocks.result(median.coeffs, never, options, n_iter=n_iter, residual=residual)
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,11 @@ def find_targets(
         } or edits
     if len(edits) == 1:
         (edit,) = edits
-        found: dict[str, str] | None = {name: str(_apply(edit, name)) for name in unknown}
+        matched: dict[str, str] | None = {name: str(_apply(edit, name)) for name in unknown}
     else:
-        found = _by_class(unknown, shapes, model_names())
-    if found:
-        targets |= found
+        matched = _by_class(unknown, shapes, model_names())
+    if matched:
+        targets |= matched
     elif edits:
         candidates = sorted(str(_apply(edit, unknown[0])) for edit in edits)
         raise CheckpointError(

@@ -138,16 +138,16 @@ def compare_classes(path: Path, model: NDArray[np.float64], other: NDArray[np.fl
 
 def _columns(config: Any, classes: Sequence[str] | None) -> list[int] | None:
     """Return the model's column of every class; None if it has them in this order, or nothing names them."""
-    own = class_names(config.to_dict())
-    if classes is None or own is None:
+    of_model = class_names(config.to_dict())
+    if classes is None or of_model is None:
         return None
-    order = row_order(classes, own)
+    order = row_order(classes, of_model)
     if order is None:
         raise ArgumentError(
-            f"These classifiers have different classes: {some(classes)} and {some(own)}, so their predictions cannot "
+            f"These classifiers have different classes: {some(classes)} and {some(of_model)}, so their predictions cannot "
             "be compared. If they mean the same, write the same id2label and label2id into their config.json files."
         )
-    return None if order == tuple(range(len(own))) else list(order)
+    return None if order == tuple(range(len(of_model))) else list(order)
 
 
 def _require_single_label(config: Any) -> None:
