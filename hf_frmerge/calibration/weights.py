@@ -17,8 +17,8 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.engine.rules import rule_for
 from hf_frmerge.merging.engine.tensor_work import TensorWork
+from hf_frmerge.merging.operands.dense_tensors import StoredTensor
 from hf_frmerge.merging.operands.open_inputs import open_tensors
-from hf_frmerge.merging.operands.tensor_inputs import StoredTensor
 from hf_frmerge.merging.planning.blocks import Piece, pieces_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_frmerge.kernels.interface import Kernels
-    from hf_frmerge.merging.operands.tensor_inputs import DenseTensor
+    from hf_frmerge.merging.operands.dense_tensors import DenseTensor
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 

@@ -144,8 +144,9 @@ def _columns(config: Any, classes: Sequence[str] | None) -> list[int] | None:
     order = row_order(classes, of_model)
     if order is None:
         raise ArgumentError(
-            f"These classifiers have different classes: {some(classes)} and {some(of_model)}, so their predictions cannot "
-            "be compared. If they mean the same, write the same id2label and label2id into their config.json files."
+            f"These classifiers have different classes: {some(classes)} and {some(of_model)}, so their predictions "
+            "cannot be compared. If they mean the same, write the same id2label and label2id into their config.json "
+            "files."
         )
     return None if order == tuple(range(len(of_model))) else list(order)
 

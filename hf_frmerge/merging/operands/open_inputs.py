@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_frmerge.merging.operands.tensor_inputs import (
+from hf_frmerge.merging.operands.dense_tensors import (
     DenseTensor,
     DoraTensor,
     ReorderedTensor,
     StoredTensor,
-    TensorInputs,
     ZeroTensor,
 )
+from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint

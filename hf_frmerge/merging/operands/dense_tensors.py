@@ -1,0 +1,143 @@
+"""Tensors of one model whose elements are read in pieces: stored in a file, or computed row by row from stored ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from hf_frmerge.checkpoints.page_cache import MappedRange
+from hf_frmerge.checkpoints.tensors.floats import widen
+from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS
+from hf_frmerge.kernels.interface import Operand
+
+if TYPE_CHECKING:
+    from hf_frmerge.checkpoints.adapters.factors import DoraWeight, LowRankDelta
+    from hf_frmerge.checkpoints.page_cache import Mapping as FileMapping
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
+
+
+class DenseTensor(Protocol):
+    """Tensor whose elements can be read in pieces: stored in a file, or computed row by row from stored ones."""
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)` in row-major order."""
+        ...
+
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return the range of a mapped file that `read` needs, so that it can be faulted in; `None` if not mapped."""
+        ...
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Tensor stored in a checkpoint."""
+
+    checkpoint: Checkpoint
+    info: TensorInfo
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)`: a view of the page cache for local files, else fetched bytes."""
+        part = self.mapped(start, stop)
+        data = part.mapping.held(part.start, part.stop) if part else None
+        if data is None:
+            data = self.checkpoint.read(self.info.name, start * self._itemsize, stop * self._itemsize)
+        return Operand(data, self.info.dtype)
+
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return the range of elements `[start, stop)` in a mapped file; `None` if the file is not mapped."""
+        if self._mapping is None:
+            return None
+        offset, size = self.info.offset, self._itemsize
+        return MappedRange(self._mapping, offset + start * size, offset + stop * size)
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        return {(self.checkpoint, self.info.file)}
+
+    @cached_property
+    def _itemsize(self) -> int:
+        return DTYPE_BITS[self.info.dtype] // 8
+
+    @cached_property
+    def _mapping(self) -> FileMapping | None:
+        return self.checkpoint.mapping(self.info.name)
+
+
+@dataclass(frozen=True)
+class DoraTensor:
+    """Effective weight of a DoRA module, computed row by row from the base; float32."""
+
+    base: StoredTensor
+    delta: LowRankDelta
+    cols: int
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)`."""
+        first, last = start // self.cols, -(-stop // self.cols)
+        stored = self.base.read(first * self.cols, last * self.cols)
+        rows = self._weight.rows(widen(stored.data, stored.dtype).reshape(-1, self.cols), first)
+        flat = rows.reshape(-1)[start - first * self.cols : stop - first * self.cols]
+        return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32")
+
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return the range of the base for elements `[start, stop)`: whole rows, as a row is scaled by its norm."""
+        return self.base.mapped(start // self.cols * self.cols, -(-stop // self.cols) * self.cols)
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        return self.base.files | self.delta.files
+
+    @cached_property
+    def _weight(self) -> DoraWeight:
+        return self.delta.dora_weight()
+
+
+@dataclass(frozen=True)
+class ZeroTensor:
+    """The base of a tensor that the base model does not have: zeros."""
+
+    files: set[tuple[Checkpoint, str]] = field(default_factory=set)
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return `stop - start` zeros."""
+        return Operand(np.zeros((stop - start) * 4, np.uint8), "F32")
+
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return `None`: there is no file."""
+        return None
+
+
+@dataclass(frozen=True)
+class ReorderedTensor:
+    """Stored tensor with its rows in another order: row `k` is the stored row `order[k]`. For small tensors."""
+
+    stored: StoredTensor
+    order: tuple[int, ...]
+    cols: int
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)`, copied."""
+        first, last = start // self.cols, -(-stop // self.cols)
+        rows = [self.stored.read(row * self.cols, (row + 1) * self.cols).data for row in self.order[first:last]]
+        size = DTYPE_BITS[self.stored.info.dtype] // 8
+        offset = first * self.cols
+        return Operand(np.concatenate(rows)[(start - offset) * size : (stop - offset) * size], self.stored.info.dtype)
+
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return `None`: the rows of a head are too few to be faulted in together."""
+        return None
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        return self.stored.files
