@@ -16,7 +16,7 @@ from hf_frmerge import FisherRaoMerger, MergingArguments
 
 def evaluate(folder: Path, output: Path) -> dict[str, Any]:
     """Merge and evaluate a family of language models and one of classifiers; return all numbers."""
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     predictions: dict[str, Any] = {}
     for kind in ("models", "classifiers"):
 
@@ -44,20 +44,20 @@ def evaluate(folder: Path, output: Path) -> dict[str, Any]:
         ).merge()
         metrics = merger.evaluate()
         speed = ("runtime", "per_second")
-        found[kind] = {
+        actual[kind] = {
             "metrics": {name: value for name, value in metrics.items() if not name.endswith(speed)},
             "record": merger.evaluation.to_dict(),
             "predictions": predictions[kind],
         }
-        found[kind]["record"]["settings"].pop("n_processes", None)
-    return found
+        actual[kind]["record"]["settings"].pop("n_processes", None)
+    return actual
 
 
 def main(folder: Path) -> None:
     state = PartialState(cpu=True)
     assert state.num_processes == 2, "a test of two processes that runs on one proves nothing"
-    found = evaluate(folder, folder / "two")
-    (folder / f"rank{state.process_index}.json").write_text(json.dumps(found))
+    actual = evaluate(folder, folder / "two")
+    (folder / f"rank{state.process_index}.json").write_text(json.dumps(actual))
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -61,15 +61,15 @@ class Block:
 def blocks_of(path: Path) -> list[Block]:
     """Blocks of a document, each `text` block taken as the output of the one before it."""
     text = path.read_text(encoding="utf-8")
-    found: list[Block] = []
+    actual: list[Block] = []
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         line = text.count("\n", 0, match.start()) + 1
-        if match[1] == "text" and found and found[-1].output is None:
-            last = found.pop()
-            found.append(Block(path, last.line, last.language, last.code, match[2]))
+        if match[1] == "text" and actual and actual[-1].output is None:
+            last = actual.pop()
+            actual.append(Block(path, last.line, last.language, last.code, match[2]))
         else:
-            found.append(Block(path, line, match[1], match[2]))
-    return found
+            actual.append(Block(path, line, match[1], match[2]))
+    return actual
 
 
 def docstring_blocks() -> Iterator[Block]:
@@ -107,9 +107,9 @@ def folder(models: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_documents_hold_no_code_that_is_not_run() -> None:
-    found = [block for path in DOCUMENTS for block in blocks_of(path)]
-    assert sum(block.language == "bash" for block in found) >= 3
-    unknown = [block.place for block in found if block.language not in {"python", "bash", *NOT_CODE}]
+    actual = [block for path in DOCUMENTS for block in blocks_of(path)]
+    assert sum(block.language == "bash" for block in actual) >= 3
+    unknown = [block.place for block in actual if block.language not in {"python", "bash", *NOT_CODE}]
     assert unknown == [], "say in which language these blocks are"
 
 
@@ -158,16 +158,16 @@ def check_output(printed: str, block: Block) -> None:
 
 def commands(code: str) -> list[list[str]]:
     """Words of every command: continued lines joined, comments dropped, `&&` taken apart."""
-    found = []
+    actual = []
     for line in code.replace("\\\n", " ").splitlines():
         words: list[str] = []
         for word in [*shlex.split(line, comments=True), "&&"]:
             if word == "&&":
-                found += [words] if words else []
+                actual += [words] if words else []
                 words = []
             else:
                 words.append(word)
-    return found
+    return actual
 
 
 def run(words: list[str], place: str) -> str:

@@ -90,9 +90,9 @@ IMPORTS = {name_of(path): modules_imported(path.read_text(encoding="utf-8")) - {
 
 
 def floor_of(place: str, floors: list[list[str]]) -> int:
-    found = [number for number, places in enumerate(floors) if place in places]
-    assert found, f"{place} is on no floor: add it to the list"
-    return found[0]
+    actual = [number for number, places in enumerate(floors) if place in places]
+    assert actual, f"{place} is on no floor: add it to the list"
+    return actual[0]
 
 
 @pytest.mark.parametrize("module", IMPORTS)

@@ -403,10 +403,10 @@ def test_models_larger_than_a_device_are_spread(make: Any, models: Path) -> None
               "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
     expected = make(eval_dataset=TEXTS["proverb"]).merge().evaluate()
     merger = make(eval_dataset=TEXTS["proverb"], eval_device_map=spread, overwrite=True).merge()
-    found = merger.evaluate()
+    actual = merger.evaluate()
     assert set(merger.model.hf_device_map.values()) == {"cpu", "disk"}
     for name in ("eval_loss", "eval_fisher_rao", "eval_effective_rank"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+        assert actual[name] == pytest.approx(expected[name], rel=1e-6)
 
 
 def test_evaluation_needs_a_dataset_before_any_work(make: Any, tmp_path: Path) -> None:

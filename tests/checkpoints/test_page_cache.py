@@ -19,12 +19,12 @@ SIZE = 5 * PAGE + 17
 
 @pytest.fixture
 def mappings(tmp_path: Path) -> list[Mapping]:
-    found = []
+    actual = []
     for i in range(3):
         path = tmp_path / f"{i}"
         path.write_bytes(np.random.default_rng(i).bytes(SIZE))
-        found.append(Mapping(str(path), SIZE))
-    return found
+        actual.append(Mapping(str(path), SIZE))
+    return actual
 
 
 def expected(i: int) -> bytes:
@@ -93,13 +93,13 @@ def run_broken_mapping(when: str, what: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files are read, not mapped")
 @pytest.mark.parametrize("when", ["before", "after", "never"])  # when another handler of SIGBUS is installed
 def test_pages_that_are_gone_read_as_zeros_and_break_their_mapping_only(when: str) -> None:
-    found = run_broken_mapping(when, "ours")
-    assert (found.returncode, found.stdout) == (0, "alive\n"), found.stderr
+    actual = run_broken_mapping(when, "ours")
+    assert (actual.returncode, actual.stdout) == (0, "alive\n"), actual.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere files are read, not mapped")
 @pytest.mark.parametrize("when", ["before", "after", "never"])
 def test_pages_of_others_are_left_to_the_handler_that_was_there(when: str) -> None:
-    found = run_broken_mapping(when, "others")
-    assert found.returncode == -signal.SIGBUS
-    assert ("Fatal Python error: Bus error" in found.stderr) == (when != "never")
+    actual = run_broken_mapping(when, "others")
+    assert actual.returncode == -signal.SIGBUS
+    assert ("Fatal Python error: Bus error" in actual.stderr) == (when != "never")

@@ -73,8 +73,8 @@ def test_the_config_arrives_last_and_everything_arrives(
     assert {"model.safetensors", "README.md", "merge_manifest.json", "additional_chat_templates/tool.jinja"} < set(
         expected
     )
-    found = store.find("/frmerge-out")
-    assert {path.removeprefix("/frmerge-out/models/merged/"): store.cat_file(path) for path in found} == expected
+    actual = store.find("/frmerge-out")
+    assert {path.removeprefix("/frmerge-out/models/merged/"): store.cat_file(path) for path in actual} == expected
     assert order[-1].endswith("/config.json")
 
 

@@ -267,9 +267,9 @@ def test_the_advice_for_a_pickled_adapter_keeps_its_weights(model, tmp_path):
         program = program.replace(f'"{placeholder}"', f'"{tmp_path / path}"')
     exec(program)
     assert resolve(str(tmp_path / "converted")).kind == "adapter"
-    found = load_file(tmp_path / "converted/adapter_model.safetensors")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    actual = load_file(tmp_path / "converted/adapter_model.safetensors")
+    assert actual.keys() == wanted.keys()
+    assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
 
 
 def test_pickles_are_never_downloaded(hub, model):
@@ -366,10 +366,10 @@ def test_a_download_cut_short_goes_on_from_where_it_was(hub, model, no_waits, mo
 
 def test_a_hub_that_is_down_is_not_needed_for_what_is_in_the_cache(hub, model, no_waits, caplog):
     repo = hub.add_repo("alice/kept", contents(model))
-    found = resolve("alice/kept")
+    actual = resolve("alice/kept")
     for fault in ({"status": 503}, {"status": 429}, {}):
         hub.fail("GET", "/api/models/alice/kept", times=6, **fault)
-        assert resolve("alice/kept") == found
+        assert resolve("alice/kept") == actual
         assert f"alice/kept is taken from the cache, at {repo.branches['main']}" in caplog.text
         hub.faults.clear()
         caplog.clear()
@@ -481,8 +481,8 @@ def test_offline_snapshot_that_lacks_only_what_a_merge_can_do_without(hub, tmp_p
     cache = tmp_path / "home" / "hub"
     snapshot_download("alice/seen", cache_dir=cache, allow_patterns=["*.safetensors", "config.json"])
     snapshot_download("alice/seen", revision="index-only", cache_dir=cache, allow_patterns=["config.json"])
-    found, bare = resolve_offline(tmp_path / "home", ["alice/seen", "alice/seen@index-only"])
-    assert found[2] == repo.branches["main"]
+    actual, bare = resolve_offline(tmp_path / "home", ["alice/seen", "alice/seen@index-only"])
+    assert actual[2] == repo.branches["main"]
     assert bare.startswith("HubError: 'alice/seen@index-only' is neither a local folder nor in the local cache")
 
 

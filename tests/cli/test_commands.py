@@ -101,16 +101,16 @@ def load_bf16(folder: str) -> dict[str, torch.Tensor]:
 
 def test_inspect_measures_angles(frmerge: Frmerge, models) -> None:
     arguments = ["inspect", *models.experts, "--base-model", models.base]
-    found = json.loads(frmerge(*arguments, "--json").stdout)
+    actual = json.loads(frmerge(*arguments, "--json").stdout)
     first, second, base = (load_bf16(folder) for folder in (models.math, models.code, models.base))
-    for row in found["tensors"]:
+    for row in actual["tensors"]:
         x, y, zero = (tensors[row["name"]].double().numpy() for tensors in (first, second, base))
         for space, (a, b) in {"weights": (x, y), "deltas": (x - zero, y - zero)}.items():
             cosine = np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
             assert row[space]["max_angle"] == pytest.approx(math.acos(cosine), abs=1e-6), (row["name"], space)
             assert row[space]["norms"] == pytest.approx([np.linalg.norm(a), np.linalg.norm(b)], rel=1e-6)
     table = frmerge(*arguments).stdout
-    assert found["verdict"] in " ".join(table.split())
+    assert actual["verdict"] in " ".join(table.split())
     assert "12 of" in table and "12 of" not in frmerge(*arguments, "--all").stdout
 
 
@@ -154,13 +154,15 @@ def test_evaluate_compares_and_adds_to_the_card(frmerge: Frmerge, models, tmp_pa
 def test_evaluate_knows_what_a_merge_was_made_of(frmerge: Frmerge, models, tmp_path: Path) -> None:
     output = tmp_path / "out"
     frmerge("merge", *models.experts, "--output-dir", output, "--weights", "3,1", "--base-model", models.base)
-    found = json.loads(frmerge("evaluate", output, "--data", models.text, "--json", "--exact", "--no-generate").stdout)
-    assert found["models"] == {"base": "base", "math": "expert", "code": "expert", "merged": "merged"}
-    assert found["weights"] == {"math": 0.75, "code": 0.25}
-    assert found["settings"]["top_k"] == 0 and found["generations"] == []
-    mine = [d for d in found["distances"] if d["model"] == "merged" and d["other"] != "base"]
+    actual = json.loads(
+        frmerge("evaluate", output, "--data", models.text, "--json", "--exact", "--no-generate").stdout
+    )
+    assert actual["models"] == {"base": "base", "math": "expert", "code": "expert", "merged": "merged"}
+    assert actual["weights"] == {"math": 0.75, "code": 0.25}
+    assert actual["settings"]["top_k"] == 0 and actual["generations"] == []
+    mine = [d for d in actual["distances"] if d["model"] == "merged" and d["other"] != "base"]
     squared = {d["other"]: d["mean_squared"] for d in mine}
-    [goal] = found["objectives"]
+    [goal] = actual["objectives"]
     assert goal["value"] == pytest.approx(0.75 * squared["math"] + 0.25 * squared["code"], rel=1e-9)
     assert json.loads((output / "merge_evaluation.json").read_text())["objectives"] == [goal]
 
@@ -169,7 +171,7 @@ def test_evaluate_knows_what_a_merge_was_made_of(frmerge: Frmerge, models, tmp_p
     assert lost.exit_code == 2 and "give --experts" in lost.stderr
     moved = ["--experts", models.math, "--experts", models.code, "--base-model", models.base]
     again = json.loads(frmerge("evaluate", output, *moved, "--data", models.text, "--json", "--no-cache").stdout)
-    assert again["weights"] == found["weights"]
+    assert again["weights"] == actual["weights"]
     others = ["--experts", models.code, "--experts", models.math, "--base-model", models.base]
     assert json.loads(frmerge("evaluate", output, *others, "--data", models.text, "--json").stdout)["weights"] == {
         "code": 0.5, "math": 0.5,
@@ -208,8 +210,8 @@ def layers(record: dict) -> list[tuple[int, float, list[float]]]:
 
 
 def test_evaluate_reads_adapters_on_the_base_they_name(frmerge: Frmerge, models) -> None:
-    found = json.loads(frmerge("evaluate", models.adapter, "--data", models.text, "--json").stdout)
-    assert list(found["models"]) == ["merged"] and found["scores"][0]["metrics"]["loss"] > 0
+    actual = json.loads(frmerge("evaluate", models.adapter, "--data", models.text, "--json").stdout)
+    assert list(actual["models"]) == ["merged"] and actual["scores"][0]["metrics"]["loss"] > 0
 
 
 def test_evaluate_runs_tasks_of_the_harness(frmerge: Frmerge, models, tmp_path: Path) -> None:

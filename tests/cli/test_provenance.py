@@ -50,8 +50,8 @@ def test_diff_is_read_from_left_to_right(frmerge: Frmerge, models, tmp_path: Pat
     assert done.exit_code == 1, done.stderr
     text = " ".join(done.stdout.split())
     assert "math: weight │ 0.5 │ 0.75" in text and "20 of 20 tensors differ" in text
-    found = json.loads(frmerge("diff", tmp_path / "a", tmp_path / "b", "--json").stdout)
-    assert found["same_model"] is False and len(found["different_tensors"]) == 20
+    actual = json.loads(frmerge("diff", tmp_path / "a", tmp_path / "b", "--json").stdout)
+    assert actual["same_model"] is False and len(actual["different_tensors"]) == 20
     assert frmerge("diff", tmp_path / "a", tmp_path).exit_code == 1
 
 

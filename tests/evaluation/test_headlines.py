@@ -15,8 +15,8 @@ from hf_frmerge.merging.record.manifest_entries import RecordedTensor
 
 def test_headlines_are_the_worst_of_what_was_measured() -> None:
     # The record: layer 4 has 0.6 of the experts' rank; code recovers least; expert-code is the farther one.
-    found = by_key(headlines(make_record()), "eval")
-    assert {key: (h.value, h.place) for key, h in found.items() if h.domain is None} == {
+    actual = by_key(headlines(make_record()), "eval")
+    assert {key: (h.value, h.place) for key, h in actual.items() if h.domain is None} == {
         "eval_recovery_expert-math": (0.7, "on math"),
         "eval_recovery_expert-code": (0.5, "on code"),
         "eval_recovery": (0.5, "expert-code on code"),
@@ -25,9 +25,12 @@ def test_headlines_are_the_worst_of_what_was_measured() -> None:
         "eval_repetition": (0.1, "continuing math"),
         "eval_entropy": (1.5, "continuing math"),
     }
-    assert (found["eval_math_loss"].value, found["eval_code_loss"].value) == (2.3, 2.0)
-    assert (found["eval_code_fisher_rao"].value, found["eval_code_fisher_rao"].place) == (0.5, "code, to expert-code")
-    assert (found["eval_math_objective"].value, found["eval_math_to_barycentre"].value) == (0.25, 0.2)
+    assert (actual["eval_math_loss"].value, actual["eval_code_loss"].value) == (2.3, 2.0)
+    assert (actual["eval_code_fisher_rao"].value, actual["eval_code_fisher_rao"].place) == (
+        0.5,
+        "code, to expert-code",
+    )
+    assert (actual["eval_math_objective"].value, actual["eval_math_to_barycentre"].value) == (0.25, 0.2)
     assert list(by_key(headlines(make_record()), name_domains=False))[:3] == ["loss", "perplexity", "token_accuracy"]
 
 
@@ -42,11 +45,11 @@ def test_what_is_no_number_is_the_worst() -> None:
                                                  (MERGED, 1, 1.0, 3.0)]
         ],
     )  # fmt: skip
-    found = by_key(headlines(record))
-    assert math.isnan(found["activation_variance"].value) and found["activation_variance"].place == "layer 0"
-    assert found["effective_rank"].value == pytest.approx(1 / 3)
-    assert math.isnan(found["x_perplexity"].value)
-    assert "recovery" not in found, "an expert that gained nothing has nothing to recover"
+    actual = by_key(headlines(record))
+    assert math.isnan(actual["activation_variance"].value) and actual["activation_variance"].place == "layer 0"
+    assert actual["effective_rank"].value == pytest.approx(1 / 3)
+    assert math.isnan(actual["x_perplexity"].value)
+    assert "recovery" not in actual, "an expert that gained nothing has nothing to recover"
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
@@ -62,8 +65,8 @@ def test_no_number_is_the_worst_wherever_it_stands(broken: int) -> None:
         for model in (MERGED, "expert-math")
         for layer in range(3)
     ]
-    found = by_key(headlines(record))
-    assert {name: found[name].place for name in ("repetition", "entropy", "effective_rank")} == {
+    actual = by_key(headlines(record))
+    assert {name: actual[name].place for name in ("repetition", "entropy", "effective_rank")} == {
         "repetition": f"continuing d{broken}",  # of which the largest is the worst
         "entropy": f"continuing d{broken}",  # and of this the smallest
         "effective_rank": f"layer {broken}",

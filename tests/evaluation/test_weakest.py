@@ -9,7 +9,7 @@ from hf_frmerge.evaluation.weakest import weakest_domain
 
 
 def scores(metric: str, rows: dict[str, dict[str, float]]) -> list[Score]:
-    return [Score(model, domain, {metric: v}) for model, found in rows.items() for domain, v in found.items()]
+    return [Score(model, domain, {metric: v}) for model, actual in rows.items() for domain, v in actual.items()]
 
 
 def test_perplexity_and_loss_choose_the_same_domain() -> None:
@@ -25,17 +25,17 @@ def test_perplexity_and_loss_choose_the_same_domain() -> None:
 
 def test_of_accuracies_the_higher_is_better() -> None:
     # By ratio x would be the weakest, 2 against 1.125; ten points of accuracy are less than the twelve on y.
-    found = weakest_domain(
+    actual = weakest_domain(
         scores("accuracy", {"a": {"x": 0.2, "y": 0.99}, "b": {"x": 0.1, "y": 0.5}, MERGED: {"x": 0.1, "y": 0.87}})
     )
-    assert found is not None and (found.domain, found.model) == ("y", "a")
-    assert found.gap == pytest.approx(0.12)
+    assert actual is not None and (actual.domain, actual.model) == ("y", "a")
+    assert actual.gap == pytest.approx(0.12)
 
 
 def test_the_base_counts_and_no_number_is_the_worst() -> None:
     base_is_best = scores("loss", {"base": {"x": 1.0}, "a": {"x": 2.0}, MERGED: {"x": 1.5}})
-    found = weakest_domain(base_is_best)
-    assert found is not None and (found.model, found.gap) == ("base", 0.5)
+    actual = weakest_domain(base_is_best)
+    assert actual is not None and (actual.model, actual.gap) == ("base", 0.5)
     broken = weakest_domain(scores("perplexity", {"a": {"x": 2.0, "y": 2.0}, MERGED: {"x": 50.0, "y": math.nan}}))
     assert broken is not None and (broken.domain, broken.gap) == ("y", math.inf)
 

@@ -143,8 +143,8 @@ def test_a_merge_of_adapters_comes_back_at_the_sum_of_their_ranks(llama: Path, t
     merged, again = (open_adapter(Source(n, "adapter", str(tmp_path / n))).deltas for n in ("adapter", "again"))
     assert set(merged) == set(again)
     for target, delta in merged.items():
-        expected, found = (np.matmul(*pair.factors()) for pair in (delta, again[target]))
-        assert np.linalg.norm(found - expected) < 1e-6 * np.linalg.norm(expected)
+        expected, actual = (np.matmul(*pair.factors()) for pair in (delta, again[target]))
+        assert np.linalg.norm(actual - expected) < 1e-6 * np.linalg.norm(expected)
 
 
 def test_an_energy_bound_picks_the_lowest_rank(llama: Path, tmp_path: Path) -> None:
@@ -238,9 +238,9 @@ def test_a_difference_beyond_float32_products_is_refused_and_the_rest_can_be_ext
     with pytest.raises(NonFiniteError, match=rf"{name}.*tuned.*base.*Leave its module out of `target_modules`"):
         extract_lora(*models, tmp_path / "adapter", ExtractOptions(2, target_modules=["q_proj", "v_proj"]))
     assert not (tmp_path / "adapter").exists()
-    found = extract_lora(*models, tmp_path / "adapter", ExtractOptions(2, target_modules=["v_proj"]))
-    assert {module.target for module in found.modules} == {key for key in base if "v_proj" in key}
-    assert found.left_out == {name: pytest.approx(32 * value, rel=1e-12 if dtype == torch.float64 else 1e-6)}
+    actual = extract_lora(*models, tmp_path / "adapter", ExtractOptions(2, target_modules=["v_proj"]))
+    assert {module.target for module in actual.modules} == {key for key in base if "v_proj" in key}
+    assert actual.left_out == {name: pytest.approx(32 * value, rel=1e-12 if dtype == torch.float64 else 1e-6)}
 
 
 def test_refusals_name_what_is_wrong(llama: Path, tmp_path: Path) -> None:

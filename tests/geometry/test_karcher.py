@@ -61,9 +61,9 @@ def test_mean_minimises_the_objective_found_by_scipy(seed, spread):
     def of_free_vector(x: np.ndarray) -> float:
         return float(weights @ np.arccos(np.clip(units @ x / np.linalg.norm(x), -1, 1)) ** 2)
 
-    found = minimize(of_free_vector, units[0] + 0.5 * units[1], method="BFGS", options={"gtol": 1e-9})
-    assert sphere.distance(mean, found.x / np.linalg.norm(found.x)) < 1e-6
-    assert of_free_vector(mean) <= found.fun + 1e-14
+    actual = minimize(of_free_vector, units[0] + 0.5 * units[1], method="BFGS", options={"gtol": 1e-9})
+    assert sphere.distance(mean, actual.x / np.linalg.norm(actual.x)) < 1e-6
+    assert of_free_vector(mean) <= actual.fun + 1e-14
 
 
 @settings(deadline=None, max_examples=40)
@@ -233,13 +233,13 @@ def test_flags_are_those_of_a_linear_program(seed, n, k):
     # Maximise t with <m, u_i> >= t and |m_k| <= 1: positive exactly when an open hemisphere holds all vectors.
     rng = np.random.default_rng(seed)
     units = sphere.normalise(rng.standard_normal((n, k)))
-    found = linprog(
+    actual = linprog(
         np.append(np.zeros(k), -1.0),
         A_ub=np.column_stack([-units, np.ones(n)]),
         b_ub=np.zeros(n),
         bounds=[(-1, 1)] * k + [(0, None)],
     )
-    margin = -found.fun
+    margin = -actual.fun
     assume(margin < 1e-9 or margin > 0.01)
     assert is_ambiguous(units, rng.dirichlet(np.ones(n))) == (margin < 1e-9)
 

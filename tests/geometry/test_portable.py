@@ -24,10 +24,10 @@ def fold_by_hand(terms: list[float]) -> float:
 @given(seeds, st.integers(0, 70), st.sampled_from([1, 2, 7, 300]))
 def test_sums_depend_neither_on_company_nor_on_layout(seed: int, n: int, n_blocks: int) -> None:
     terms = np.random.default_rng(seed).standard_normal((n, n_blocks))
-    found = fold(terms.copy())
-    assert found.tolist() == [fold_by_hand(terms[:, block].tolist()) for block in range(n_blocks)]
-    assert found.tolist() == fold(np.array(terms, order="F")).tolist()
-    np.testing.assert_allclose(found, [math.fsum(column) for column in terms.T], rtol=0, atol=1e-13)
+    actual = fold(terms.copy())
+    assert actual.tolist() == [fold_by_hand(terms[:, block].tolist()) for block in range(n_blocks)]
+    assert actual.tolist() == fold(np.array(terms, order="F")).tolist()
+    np.testing.assert_allclose(actual, [math.fsum(column) for column in terms.T], rtol=0, atol=1e-13)
 
 
 angles = np.concatenate([[0.0], 10.0 ** np.linspace(-12, 0, 61), np.linspace(0.01, np.pi, 997)])

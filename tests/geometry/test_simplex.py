@@ -101,9 +101,9 @@ def test_barycentre_minimises_the_objective(seed, concentration):
 
     q = barycentre(p, weights)
     assert q.sum() == pytest.approx(1.0, abs=1e-12) and (q >= 0).all()
-    found = minimize(objective, np.log(weights @ p), method="BFGS", options={"gtol": 1e-9})
-    exponentials = np.exp(found.x - found.x.max())
-    assert float(weights @ fisher_rao_distance(q, p) ** 2) <= found.fun + 1e-12
+    actual = minimize(objective, np.log(weights @ p), method="BFGS", options={"gtol": 1e-9})
+    exponentials = np.exp(actual.x - actual.x.max())
+    assert float(weights @ fisher_rao_distance(q, p) ** 2) <= actual.fun + 1e-12
     np.testing.assert_allclose(q, exponentials / exponentials.sum(), atol=2e-5)
 
 

@@ -66,8 +66,8 @@ def test_verify_from_the_hub(hub: HubServer, pushed: Path) -> None:
     hub.requests.clear()
     result = frmerge("verify", REPO, "--json")
     assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["ok"] and found["checked_tensors"] == 20
+    actual = json.loads(result.stdout)
+    assert actual["ok"] and actual["checked_tensors"] == 20
     commits = {f"lab/{name}": hub.repos["models", f"lab/{name}"].branches["main"] for name in ("math", "code")}
     for repo_id, commit in commits.items():  # the experts are asked for by the commit in the manifest
         asked = {request.path for request in hub.sent("GET", f"/api/models/{repo_id}(/revision/.*)?$")}

@@ -81,10 +81,10 @@ def combine(kernels, operands, coefficients, out_dtype, n_blocks, block_len):
     size = n_blocks * block_len * ITEMSIZE[out_dtype]
     buffer = np.full(size + 65, GUARD, np.uint8)
     out = buffer[33 : 33 + size]
-    found = kernels.combine(operands, np.asarray(coefficients), out, out_dtype, n_blocks, block_len)
+    actual = kernels.combine(operands, np.asarray(coefficients), out, out_dtype, n_blocks, block_len)
     assert (buffer[:33] == GUARD).all() and (buffer[33 + size :] == GUARD).all()
-    assert found.digest == xxh3_128_hexdigest(out.tobytes())
-    assert found.is_finite == np.isfinite(decode(out, out_dtype)).all()
+    assert actual.digest == xxh3_128_hexdigest(out.tobytes())
+    assert actual.is_finite == np.isfinite(decode(out, out_dtype)).all()
     return buffer[33 : 33 + size].copy().view(UNSIGNED[out_dtype])
 
 

@@ -101,15 +101,15 @@ def test_a_merge_is_its_definition(kernels: Kernels, name: str, join: Any) -> No
     deltas = deltas_of(operands)
     kept = kept_by(keep, deltas, weights, run)
     joined = {"sum": 3 * weights @ kept, "elect": vote(kept, weights), "mean": mean(kept, weights)}[join]
-    found = merge(kernels, operands, decision, run).view(np.float64)
-    np.testing.assert_allclose(found, values_of(operands[0]) + 0.7 * joined, rtol=1e-13, atol=1e-16)
+    actual = merge(kernels, operands, decision, run).view(np.float64)
+    np.testing.assert_allclose(actual, values_of(operands[0]) + 0.7 * joined, rtol=1e-13, atol=1e-16)
     assert 0.02 < np.mean(kept == 0) < 0.98
     if join == "elect":
         votes = (0.1, 0.2, 0.7)
         decision = Elementwise(keep, join, tuple(weights), 0.7, votes)
-        found = merge(kernels, operands, decision, run).view(np.float64)
+        actual = merge(kernels, operands, decision, run).view(np.float64)
         joined = vote(kept, weights, np.array(votes))
-        np.testing.assert_allclose(found, values_of(operands[0]) + 0.7 * joined, rtol=1e-13, atol=1e-16)
+        np.testing.assert_allclose(actual, values_of(operands[0]) + 0.7 * joined, rtol=1e-13, atol=1e-16)
 
 
 @settings(max_examples=40, deadline=None)
@@ -150,8 +150,8 @@ def test_ranks_of_magnitudes_that_are_nearly_alike(kernels: Kernels, alike: floa
     operands, run = [operand(base, "F32"), *experts], Run("tensor", 0, 500)
     keep, weights = RankedDropout(7, 0.5, 0.4), np.array([0.6, 0.4])
     kept = kept_by(keep, deltas_of(operands), weights, run)
-    found = merge(kernels, operands, Elementwise(keep, "sum", (0.6, 0.4), 1.0), run).view(np.float64)
-    np.testing.assert_allclose(found, values_of(operands[0]) + 2 * weights @ kept, rtol=1e-12, atol=1e-12)
+    actual = merge(kernels, operands, Elementwise(keep, "sum", (0.6, 0.4), 1.0), run).view(np.float64)
+    np.testing.assert_allclose(actual, values_of(operands[0]) + 2 * weights @ kept, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", KEEPS)
@@ -182,16 +182,16 @@ def test_keys_are_counted(kernels: Kernels, stream: Any, dtype: str) -> None:
     measured = np.abs(deltas) if stream == "magnitudes" else deltas.var(axis=0)[None]
     keys = measured.astype(np.float32).view(np.uint32)
     expected = np.stack([np.bincount(row >> 16, minlength=1 << 15) for row in keys])
-    found = kernels.count_keys(operands, stream)
+    actual = kernels.count_keys(operands, stream)
     if stream == "magnitudes":
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(actual, expected)
     else:  # numpy adds up a variance in another order: keys may move to the next bin
-        assert np.abs(found.cumsum(axis=1) - expected.cumsum(axis=1)).max() <= 2 and found.sum() == expected.sum()
+        assert np.abs(actual.cumsum(axis=1) - expected.cumsum(axis=1)).max() <= 2 and actual.sum() == expected.sum()
     bins = np.array([[row[5] >> 16, row[9] >> 16] for row in keys])
     low = kernels.count_keys(operands, stream, bins)
     assert low.shape == (len(keys), 2, 1 << 16)
     for s, pair in enumerate(bins):
-        np.testing.assert_array_equal(low[s].sum(axis=1), found[s][pair])
+        np.testing.assert_array_equal(low[s].sum(axis=1), actual[s][pair])
         if stream == "magnitudes":
             for p, which in enumerate(pair):
                 inside = keys[s][keys[s] >> 16 == which] & 0xFFFF
@@ -204,16 +204,16 @@ def test_energies_are_sums_of_squares_and_the_same_bits_on_all_backends(kernels:
     deltas = deltas_of(operands)
     for threshold in (0.0, 3e-4):
         kept = np.where(deltas.var(axis=0).astype(np.float32) >= np.float32(threshold), deltas, 0.0)
-        found = kernels.energies(operands, threshold)
-        np.testing.assert_allclose(found, (kept**2).sum(axis=1), rtol=1e-12)
-        assert found.tobytes() == TorchKernels("cpu").energies(operands, threshold).tobytes()
+        actual = kernels.energies(operands, threshold)
+        np.testing.assert_allclose(actual, (kept**2).sum(axis=1), rtol=1e-12)
+        assert actual.tobytes() == TorchKernels("cpu").energies(operands, threshold).tobytes()
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 12345, 2**33 + 1])
 def test_random_numbers_follow_from_key_and_position(start: int) -> None:
-    found = uniforms(key_of(3, 1, "model.norm"), start, 9)
-    np.testing.assert_array_equal(found, draws(3, 1, "model.norm", start, 9))
-    np.testing.assert_array_equal(uniforms(key_of(3, 1, "model.norm"), start + 4, 5), found[4:])
+    actual = uniforms(key_of(3, 1, "model.norm"), start, 9)
+    np.testing.assert_array_equal(actual, draws(3, 1, "model.norm", start, 9))
+    np.testing.assert_array_equal(uniforms(key_of(3, 1, "model.norm"), start + 4, 5), actual[4:])
 
 
 def test_random_numbers_are_uniform_and_differ_between_seeds_experts_and_tensors() -> None:

@@ -354,6 +354,6 @@ def test_an_adapter_and_a_model_never_lie_in_one_output_folder(base: Any, tmp_pa
     for output in ("merged", "adapter", "merged"):
         merge([adapter, adapter], out, folder, adapter_output=output, overwrite=True)
         model, lora = {"config.json", "model.safetensors"}, {"adapter_config.json", "adapter_model.safetensors"}
-        found = {path.name for path in out.iterdir()} & (model | lora)
-        assert found == (model if output == "merged" else lora)
+        actual = {path.name for path in out.iterdir()} & (model | lora)
+        assert actual == (model if output == "merged" else lora)
         check_logits(load(out), peft_model, load(folder))

@@ -47,11 +47,11 @@ def weights(folder: Path) -> bytes:
 
 def spans(hub: HubServer) -> dict[str, list[tuple[int, int]]]:
     """First byte and byte after the last of every request for weights, by the file in the storage."""
-    found: dict[str, list[tuple[int, int]]] = {}
+    actual: dict[str, list[tuple[int, int]]] = {}
     for request in hub.sent("GET", r"/lfs-storage/"):
         first, last = request.headers["range"].removeprefix("bytes=").split("-")
-        found.setdefault(request.path.split("?")[0], []).append((int(first), int(last) + 1))
-    return found
+        actual.setdefault(request.path.split("?")[0], []).append((int(first), int(last) + 1))
+    return actual
 
 
 @pytest.fixture(autouse=True)
@@ -99,9 +99,9 @@ def test_streamed_merge_downloads_no_file_and_gives_the_same_bits(
     merge(tmp_path / "local-merge", experts, str(family / "base"), space="deltas")
     merger = merge(tmp_path / "out", MODELS, "lab/base", space="deltas", stream_from_hub=True, hub_token=ALICE_TOKEN)
     assert weights(tmp_path / "out") == weights(tmp_path / "local-merge")
-    found = spans(hub)  # every request for weights has a range
-    assert len(found) == 3
-    for path, ranges in found.items():
+    actual = spans(hub)  # every request for weights has a range
+    assert len(actual) == 3
+    for path, ranges in actual.items():
         size = len(hub.lfs[path.rpartition("/")[2]])
         assert max(stop - start for start, stop in ranges) < size / 3
         assert size <= sum(stop - start for start, stop in ranges) < size + 200  # each byte once, but for the header

@@ -27,9 +27,9 @@ def inspect(
     experts: list[str], tmp_path: Path, weights: list[float] | None = None, base: str | None = None, **options: Any
 ) -> Inspection:
     args = MergingArguments(output_dir=str(tmp_path / "out"), **options)
-    found = inspect_experts(build_plan(experts, args, weights, base))
+    actual = inspect_experts(build_plan(experts, args, weights, base))
     assert not (tmp_path / "out").exists()
-    return found
+    return actual
 
 
 def angle(a: np.ndarray, b: np.ndarray) -> float:
@@ -52,11 +52,11 @@ def expected_view(points: np.ndarray, weights: list[float]) -> dict[str, Any]:
     }
 
 
-def assert_view(found: SpaceView, expected: dict[str, Any], rtol: float = 1e-6) -> None:
+def assert_view(actual: SpaceView, expected: dict[str, Any], rtol: float = 1e-6) -> None:
     for name in ("norms", "max_angle", "mean_angle", "linear_norm_ratio"):
-        np.testing.assert_allclose(getattr(found, name), expected[name], rtol=rtol, err_msg=name)
+        np.testing.assert_allclose(getattr(actual, name), expected[name], rtol=rtol, err_msg=name)
     # A gap is a difference of two means, each known to 1e-9 or so.
-    np.testing.assert_allclose(found.karcher_nre_gap, expected["karcher_nre_gap"], rtol=1e-3, atol=1e-8)
+    np.testing.assert_allclose(actual.karcher_nre_gap, expected["karcher_nre_gap"], rtol=1e-3, atol=1e-8)
 
 
 def vectors(folders: list[str], name: str) -> np.ndarray:
@@ -70,10 +70,10 @@ def test_angles_norms_and_gap_in_both_spaces(
     monkeypatch.setattr(blocks, "PIECE_ELEMENTS", 300)
     base, experts = write_family(tmp_path, dtype=dtype)
     weights = [0.5, 0.3, 0.2]
-    found = inspect(experts, tmp_path, weights, base)
-    assert sorted(view.name for view in found.tensors) == sorted(SHAPES)
-    assert found.experts == experts
-    for view in found.tensors:
+    actual = inspect(experts, tmp_path, weights, base)
+    assert sorted(view.name for view in actual.tensors) == sorted(SHAPES)
+    assert actual.experts == experts
+    for view in actual.tensors:
         assert view.shape == SHAPES[view.name]
         points, origin = vectors(experts, view.name), vectors([base], view.name)
         assert_view(view.weights, expected_view(points, weights))
@@ -83,20 +83,20 @@ def test_angles_norms_and_gap_in_both_spaces(
 
 def test_the_whole_model_is_one_long_vector(tmp_path: Path) -> None:
     base, experts = write_family(tmp_path)
-    found = inspect(experts, tmp_path, base=base).total
+    actual = inspect(experts, tmp_path, base=base).total
     points = np.concatenate([vectors(experts, name) for name in SHAPES], axis=1)
     origin = np.concatenate([vectors([base], name) for name in SHAPES], axis=1)
-    assert found.shape == (points.shape[1],)
-    assert_view(found.weights, expected_view(points, [1 / 3] * 3))
-    assert found.deltas is not None
-    assert_view(found.deltas, expected_view(points - origin, [1 / 3] * 3))
+    assert actual.shape == (points.shape[1],)
+    assert_view(actual.weights, expected_view(points, [1 / 3] * 3))
+    assert actual.deltas is not None
+    assert_view(actual.deltas, expected_view(points - origin, [1 / 3] * 3))
 
 
 def test_without_a_base_there_are_no_deltas(tmp_path: Path) -> None:
     _, experts = write_family(tmp_path)
-    found = inspect(experts, tmp_path)
-    assert all(view.deltas is None for view in [*found.tensors, found.total])
-    verdict = inspection_verdict(found)
+    actual = inspect(experts, tmp_path)
+    assert all(view.deltas is None for view in [*actual.tensors, actual.total])
+    verdict = inspection_verdict(actual)
     assert "delta space" not in verdict
     assert verdict.endswith("Pass the base model to see the deltas, where angles are wide.")
 
@@ -107,29 +107,29 @@ def test_siblings_are_seen_but_said_to_make_no_difference(tmp_path: Path, spread
     base = random_model(0)
     experts = [write_model(tmp_path / f"e{i}", random_model(i + 1, base=base, spread=spread)) for i in range(3)]
     origin = write_model(tmp_path / "base", base)
-    found = inspect(experts, tmp_path, base=origin)
-    for view in found.tensors:
+    actual = inspect(experts, tmp_path, base=origin)
+    for view in actual.tensors:
         points = vectors(experts, view.name)
         assert_view(view.weights, expected_view(points, [1 / 3] * 3), rtol=1e-5)
         assert view.weights.max_angle < 4 * spread
         assert view.deltas is not None
         assert_view(view.deltas, expected_view(points - vectors([origin], view.name), [1 / 3] * 3), rtol=1e-5)
         assert view.deltas.max_angle > 1
-    weights, deltas = inspection_verdict(found).split(" In delta space ")
+    weights, deltas = inspection_verdict(actual).split(" In delta space ")
     for part in (weights, deltas):
         assert "expect the same model from both" in part
         assert "less than rounding to bf16 costs (0.0015)" in part
-    assert f"up to {max(v.weights.max_angle for v in found.tensors):.2g} rad apart" in weights
+    assert f"up to {max(v.weights.max_angle for v in actual.tensors):.2g} rad apart" in weights
 
 
 def test_wide_experts_are_worth_a_comparison(tmp_path: Path) -> None:
     # Equal weights and equal pairwise angles give Karcher and NRE one direction; uneven weights do not.
     base, experts = write_family(tmp_path)
-    found = inspect(experts, tmp_path, [0.6, 0.3, 0.1], base)
-    gap = max(view.weights.karcher_nre_gap for view in found.tensors)
-    kept = min(view.weights.linear_norm_ratio for view in found.tensors)
+    actual = inspect(experts, tmp_path, [0.6, 0.3, 0.1], base)
+    gap = max(view.weights.karcher_nre_gap for view in actual.tensors)
+    kept = min(view.weights.linear_norm_ratio for view in actual.tensors)
     assert gap > 2.0**-9  # half a unit in the last place of bf16
-    weights, deltas = inspection_verdict(found).split(" In delta space ")
+    weights, deltas = inspection_verdict(actual).split(" In delta space ")
     for part in (weights, deltas):
         assert "more than rounding to bf16 costs (0.0015), so compare both on your data" in part
     assert f"keeps at least {kept:.1%} of their norm" in weights
@@ -138,8 +138,8 @@ def test_wide_experts_are_worth_a_comparison(tmp_path: Path) -> None:
 
 def test_rows_are_blocks_of_their_own(tmp_path: Path) -> None:
     base, experts = write_family(tmp_path, 2)
-    found = inspect(experts, tmp_path, block="row", base=base)
-    view = found.tensors[0]
+    actual = inspect(experts, tmp_path, block="row", base=base)
+    view = actual.tensors[0]
     points = vectors(experts, view.name).reshape(2, 48, 24)
     angles = [angle(points[0, row], points[1, row]) for row in range(48)]
     np.testing.assert_allclose(
@@ -147,7 +147,7 @@ def test_rows_are_blocks_of_their_own(tmp_path: Path) -> None:
     )
     # Tensors of different numbers of blocks still add up to one model.
     whole = np.concatenate([vectors(experts, name) for name in SHAPES], axis=1)
-    np.testing.assert_allclose(found.total.weights.max_angle, angle(*whole), rtol=1e-6)
+    np.testing.assert_allclose(actual.total.weights.max_angle, angle(*whole), rtol=1e-6)
 
 
 def test_identical_and_opposite_experts_need_no_mean(tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_identical_and_opposite_experts_need_no_mean(tmp_path: Path) -> None:
 
 def test_it_can_be_written_as_json(tmp_path: Path) -> None:
     _, experts = write_family(tmp_path, 2)
-    found = inspect(experts, tmp_path)
-    read = json.loads(json.dumps(found.to_dict()))
-    assert read["experts"] == found.experts
-    assert read["tensors"][0]["weights"]["max_angle"] == found.tensors[0].weights.max_angle
+    actual = inspect(experts, tmp_path)
+    read = json.loads(json.dumps(actual.to_dict()))
+    assert read["experts"] == actual.experts
+    assert read["tensors"][0]["weights"]["max_angle"] == actual.tensors[0].weights.max_angle
 
 
 def test_progress_counts_every_merged_byte_and_nan_is_named(tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ def test_adapters_are_measured_beside_the_weights_they_change(tmp_path: Path) ->
             }
         )
     adapters = [str(tmp_path / "a0"), str(tmp_path / "a1")]
-    found = inspect(adapters, tmp_path, base=str(tmp_path / "base"))
-    assert len(found.tensors) == 2
+    actual = inspect(adapters, tmp_path, base=str(tmp_path / "base"))
+    assert len(actual.tensors) == 2
     origin = load_file(tmp_path / "base" / "model.safetensors")
-    for view in found.tensors:
+    for view in actual.tensors:
         module = next(name for name in ("q_proj", "v_proj") if name in view.name)
         points = np.stack([delta[module].ravel() for delta in deltas])
         assert view.deltas is not None

@@ -186,8 +186,8 @@ def test_a_block_has_the_same_bits_alone_in_any_batch_and_in_any_order(method, n
     options = SpanOptions(beta=0.3, on_ambiguous="linear")
 
     def solve_some(which):
-        found = SPAN_METHODS[method](embed_differences(grams[which]), weights[which], options)
-        return np.concatenate([found.coefficients, found.residual[:, None], found.n_iter[:, None]], axis=1)
+        actual = SPAN_METHODS[method](embed_differences(grams[which]), weights[which], options)
+        return np.concatenate([actual.coefficients, actual.residual[:, None], actual.n_iter[:, None]], axis=1)
 
     together = solve_some(np.arange(700))
     shuffled = rng.permutation(700)
@@ -216,11 +216,11 @@ def test_points_may_have_fewer_or_more_coordinates_than_there_are_experts(method
     base = np.ones(200)
     vectors, weights = cone(3, 4, 1.0)
     with_base = embed_differences(difference_gram([base, *vectors]))[1:]
-    found = SPAN_METHODS[method](with_base, weights, SpanOptions()).coefficients
-    np.testing.assert_allclose(found, solve(method, vectors, weights).coefficients, rtol=1e-10)
+    actual = SPAN_METHODS[method](with_base, weights, SpanOptions()).coefficients
+    np.testing.assert_allclose(actual, solve(method, vectors, weights).coefficients, rtol=1e-10)
     flat = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
-    found = SPAN_METHODS[method](flat, [0.2, 0.5, 0.3], SpanOptions()).coefficients
-    np.testing.assert_allclose(found, solve(method, flat, [0.2, 0.5, 0.3]).coefficients, rtol=1e-10)
+    actual = SPAN_METHODS[method](flat, [0.2, 0.5, 0.3], SpanOptions()).coefficients
+    np.testing.assert_allclose(actual, solve(method, flat, [0.2, 0.5, 0.3]).coefficients, rtol=1e-10)
 
 
 # --- exact answers
@@ -332,8 +332,8 @@ def test_model_stock_is_the_ratio_of_the_paper(n, cosine):
     norms = np.linspace(1, 2, n)
     points = norms[:, None] * embed(np.full((n, n), cosine) + (1 - cosine) * np.eye(n))
     expected = cosine / (1 + (n - 1) * cosine)  # the t of the paper, N cos / (1 + (N - 1) cos), over N
-    found = SPAN_METHODS["model_stock"](points, np.full(n, 1 / n), SpanOptions()).coefficients
-    np.testing.assert_allclose(found, np.full(n, expected), rtol=1e-12, atol=1e-14)
+    actual = SPAN_METHODS["model_stock"](points, np.full(n, 1 / n), SpanOptions()).coefficients
+    np.testing.assert_allclose(actual, np.full(n, expected), rtol=1e-12, atol=1e-14)
 
 
 def test_model_stock_returns_the_base_where_the_deltas_oppose_each_other():
@@ -355,8 +355,8 @@ def test_model_stock_comes_nearest_to_the_common_part_of_noisy_deltas():
 
 def test_an_expert_of_weight_zero_does_not_enter_the_ratio_of_model_stock():
     vectors, weights = cone(7, 3, 1.0)
-    found = solve("model_stock", np.concatenate([vectors, -100 * vectors[:1]]), np.append(weights, 0.0)).coefficients
-    np.testing.assert_allclose(found, [*solve("model_stock", vectors, weights).coefficients, 0.0], rtol=1e-9)
+    actual = solve("model_stock", np.concatenate([vectors, -100 * vectors[:1]]), np.append(weights, 0.0)).coefficients
+    np.testing.assert_allclose(actual, [*solve("model_stock", vectors, weights).coefficients, 0.0], rtol=1e-9)
 
 
 def weiszfeld(vectors: np.ndarray, weights: np.ndarray, steps: int = 20_000) -> np.ndarray:

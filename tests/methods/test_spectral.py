@@ -18,9 +18,9 @@ SPECTRAL = [method.name for method in METHODS.values() if method.kind == "spectr
 def merge(name: str, deltas: Array, weights: Array | None = None, **options: float) -> Array:
     chosen = {"density": METHODS[name].density or 1.0, **options}
     equal = np.full(len(deltas), 1 / len(deltas))
-    found = RULES[name](deltas.astype(np.float32), equal if weights is None else weights, SpectralOptions(**chosen))
-    assert found.dtype == np.float32 and found.shape == deltas.shape[1:]
-    return found.astype(np.float64)
+    actual = RULES[name](deltas.astype(np.float32), equal if weights is None else weights, SpectralOptions(**chosen))
+    assert actual.dtype == np.float32 and actual.shape == deltas.shape[1:]
+    return actual.astype(np.float64)
 
 
 def experts(seed: int, n: int, rows: int, cols: int) -> Array:
@@ -28,11 +28,11 @@ def experts(seed: int, n: int, rows: int, cols: int) -> Array:
     rng = np.random.default_rng(seed)
     scale = np.exp(-np.arange(min(rows, cols)) / 4)
     common = rng.standard_normal((rows, cols))
-    found = []
+    actual = []
     for _ in range(n):
         left, _, right = np.linalg.svd(0.5 * common + rng.standard_normal((rows, cols)), full_matrices=False)
-        found.append((left * scale * rng.uniform(0.5, 2)) @ right * 0.01)
-    return np.stack(found)
+        actual.append((left * scale * rng.uniform(0.5, 2)) @ right * 0.01)
+    return np.stack(actual)
 
 
 def polar(matrix: Array) -> Array:
@@ -128,8 +128,8 @@ def test_a_spectral_method_is_its_float64_version(name: str, shape: tuple[int, i
     for weights in (np.full(3, 1 / 3), np.array([0.5, 0.3, 0.2])):
         expected = NAIVE[name](deltas, weights)
         options = {"density": 1.0} if name == "swudi" else {}
-        found = merge(name, deltas, weights, **options)
-        assert np.linalg.norm(found - expected) < 2e-4 * np.linalg.norm(expected)
+        actual = merge(name, deltas, weights, **options)
+        assert np.linalg.norm(actual - expected) < 2e-4 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", SPECTRAL)
@@ -138,16 +138,16 @@ def test_deltas_turned_are_merged_deltas_turned(name: str) -> None:
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.standard_normal((size, size)))[0] for size in (18, 14))
     expected = 5.0 * left @ merge(name, deltas) @ right if name != "swudi" else left @ merge(name, deltas) @ right
-    found = merge(name, (5.0 if name != "swudi" else 1.0) * left @ deltas @ right)
-    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+    actual = merge(name, (5.0 if name != "swudi" else 1.0) * left @ deltas @ right)
+    assert np.linalg.norm(actual - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_the_order_of_experts_does_not_matter(name: str) -> None:
     deltas, weights = experts(3, 3, 12, 16), np.array([0.2, 0.5, 0.3])
     order = [2, 0, 1]
-    found, turned = merge(name, deltas, weights), merge(name, deltas[order], weights[order])
-    assert np.linalg.norm(found - turned) < 1e-4 * np.linalg.norm(found)
+    actual, turned = merge(name, deltas, weights), merge(name, deltas[order], weights[order])
+    assert np.linalg.norm(actual - turned) < 1e-4 * np.linalg.norm(actual)
 
 
 def orthogonal_low_rank(n: int = 3) -> Array:
@@ -198,14 +198,14 @@ def test_zero_deltas_are_no_noise(name: str) -> None:
     assert not merge(name, np.zeros((3, 8, 6))).any()
     deltas = experts(7, 3, 8, 12)
     deltas[1] = 0.0
-    found = merge(name, deltas)
-    assert np.isfinite(found).all() and found.any()
+    actual = merge(name, deltas)
+    assert np.isfinite(actual).all() and actual.any()
 
 
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_more_experts_than_directions(name: str) -> None:
-    found = merge(name, experts(8, 5, 3, 7))
-    assert np.isfinite(found).all() and found.any()
+    actual = merge(name, experts(8, 5, 3, 7))
+    assert np.isfinite(actual).all() and actual.any()
 
 
 def test_the_declared_memory_grows_with_experts_and_size() -> None:

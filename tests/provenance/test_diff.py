@@ -38,45 +38,45 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
 
 def test_the_same_merge_twice(family: tuple[str, list[str]], tmp_path: Path) -> None:
     experts = family[1]
-    found = diff_merges(merge(experts, tmp_path / "a"), merge(experts, tmp_path / "b", run_name="b", num_workers=1))
-    assert found.same_model and found.n_tensors == len(SHAPES)
-    assert found.sources == found.arguments == found.files == found.evaluation == []
-    assert [change.what for change in found.running] == ["num_workers", "run_name"]
-    assert found.coefficients is None and found.n_coefficients == 0
+    actual = diff_merges(merge(experts, tmp_path / "a"), merge(experts, tmp_path / "b", run_name="b", num_workers=1))
+    assert actual.same_model and actual.n_tensors == len(SHAPES)
+    assert actual.sources == actual.arguments == actual.files == actual.evaluation == []
+    assert [change.what for change in actual.running] == ["num_workers", "run_name"]
+    assert actual.coefficients is None and actual.n_coefficients == 0
 
 
 def test_other_weights_and_options(family: tuple[str, list[str]], tmp_path: Path) -> None:
     experts = family[1][:2]
     a = merge(experts, tmp_path / "a", [0.5, 0.5])
     b = merge(experts, tmp_path / "b", [0.75, 0.25], method="linear", dtype="float16")
-    found = diff_merges(a, b)
-    assert not found.same_model and len(found.different_tensors) == len(SHAPES)
-    assert found.sources == [Change("e0: weight", 0.5, 0.75), Change("e1: weight", 0.5, 0.25)]
+    actual = diff_merges(a, b)
+    assert not actual.same_model and len(actual.different_tensors) == len(SHAPES)
+    assert actual.sources == [Change("e0: weight", 0.5, 0.75), Change("e1: weight", 0.5, 0.25)]
     # `method` is an argument and a fact of its own in the manifest: it is told once.
-    assert sorted((change.what, change.a, change.b) for change in found.arguments) == [
+    assert sorted((change.what, change.a, change.b) for change in actual.arguments) == [
         ("dtype", "auto", "float16"),
         ("method", "karcher", "linear"),
     ]
     tables = [load_file(Path(folder) / "merge_coefficients.safetensors") for folder in (a, b)]
     gaps = {name: np.abs(tables[0][name] - tables[1][name]) for name in tables[0]}
     worst = max(gaps, key=lambda name: gaps[name].max())
-    assert found.n_coefficients == len(SHAPES) and found.coefficients is not None
-    assert found.coefficients.tensor == worst
-    assert abs(found.coefficients.a - found.coefficients.b) == gaps[worst].max()
-    assert found.coefficients.expert == f"e{gaps[worst].argmax()}"
+    assert actual.n_coefficients == len(SHAPES) and actual.coefficients is not None
+    assert actual.coefficients.tensor == worst
+    assert abs(actual.coefficients.a - actual.coefficients.b) == gaps[worst].max()
+    assert actual.coefficients.expert == f"e{gaps[worst].argmax()}"
 
 
 def test_one_tensor_alone(family: tuple[str, list[str]], tmp_path: Path) -> None:
     experts = family[1][:2]
     a = merge(experts, tmp_path / "a", block="row")
     b = merge(experts, tmp_path / "b", block="row", weight_rules=[f"^{HEAD}$=1,0"])
-    found = diff_merges(a, b)
-    assert found.different_tensors == [HEAD] and found.n_coefficients == 1
-    assert found.coefficients is not None and found.coefficients.tensor == HEAD
+    actual = diff_merges(a, b)
+    assert actual.different_tensors == [HEAD] and actual.n_coefficients == 1
+    assert actual.coefficients is not None and actual.coefficients.tensor == HEAD
     rows = [load_file(Path(folder) / "merge_coefficients.safetensors")[HEAD] for folder in (a, b)]
     block, column = np.unravel_index(np.abs(rows[0] - rows[1]).argmax(), rows[0].shape)
-    assert (found.coefficients.block, found.coefficients.a) == (block, rows[0][block, column])
-    assert [change.what for change in found.files] == ["merge_coefficients.safetensors"]
+    assert (actual.coefficients.block, actual.coefficients.a) == (block, rows[0][block, column])
+    assert [change.what for change in actual.files] == ["merge_coefficients.safetensors"]
 
 
 def test_thresholds_of_trimmed_merges(family: tuple[str, list[str]], tmp_path: Path) -> None:
@@ -97,10 +97,10 @@ def test_thresholds_of_trimmed_merges(family: tuple[str, list[str]], tmp_path: P
         return float(magnitudes[-max(1, int(density * magnitudes.size))])
 
     changed = [name for name in SHAPES if any(threshold(m, name, 0.2) != threshold(m, name, 0.5) for m in models)]
-    found = diff_merges(few, many)
-    assert found.n_thresholds == len(changed) == len(SHAPES) and found.n_coefficients == 0
-    found = diff_merges(few, louder)
-    assert found.n_thresholds == 0 and len(found.different_tensors) == len(SHAPES)
+    actual = diff_merges(few, many)
+    assert actual.n_thresholds == len(changed) == len(SHAPES) and actual.n_coefficients == 0
+    actual = diff_merges(few, louder)
+    assert actual.n_thresholds == 0 and len(actual.different_tensors) == len(SHAPES)
     assert diff_merges(few, turned).n_thresholds == 0  # experts are matched by name
     assert diff_merges(few, merge(experts, tmp_path / "mean", base=base)).n_thresholds == 0  # nothing to compare
     done = click_runner().invoke(main, ["diff", few, many])
@@ -111,12 +111,12 @@ def test_experts_in_another_order_and_another_expert(family: tuple[str, list[str
     one, two, three = family[1]
     a = merge([one, two], tmp_path / "a", [0.75, 0.25], method="linear")
     b = merge([two, one], tmp_path / "b", [0.25, 0.75], method="linear")
-    found = diff_merges(a, b)
-    assert found.sources == [] and found.coefficients is None, "experts are matched by name"
+    actual = diff_merges(a, b)
+    assert actual.sources == [] and actual.coefficients is None, "experts are matched by name"
     c = merge([one, three], tmp_path / "c", [0.75, 0.25], method="linear")
-    found = diff_merges(a, c)
-    assert found.sources == [Change("e1", "expert", None), Change("e2", None, "expert")]
-    assert found.coefficients is None and found.different_tensors
+    actual = diff_merges(a, c)
+    assert actual.sources == [Change("e1", "expert", None), Change("e2", None, "expert")]
+    assert actual.coefficients is None and actual.different_tensors
 
 
 def test_a_local_expert_that_was_trained_on(tmp_path: Path) -> None:
@@ -143,9 +143,9 @@ def test_merges_on_the_hub_by_their_records_alone(hub: HubServer, tmp_path: Path
     record.scores[-1].metrics["loss"] += 0.5
     save_record(other, record)
     hub.requests.clear()
-    found = diff_merges("ann/merged", str(other))
-    assert found.same_model and found.sources == [Change("ann/e0: commit", old.oid, repo.branches["main"])]
-    (change,) = found.evaluation
+    actual = diff_merges("ann/merged", str(other))
+    assert actual.same_model and actual.sources == [Change("ann/e0: commit", old.oid, repo.branches["main"])]
+    (change,) = actual.evaluation
     assert change.what == "code: loss" and change.b - change.a == pytest.approx(0.5)
     assert not any("model.safetensors" in request.path for request in hub.requests)
 
@@ -155,6 +155,6 @@ def test_what_one_of_them_lacks(family: tuple[str, list[str]], tmp_path: Path) -
     manifest = json.loads((tmp_path / "b" / "merge_manifest.json").read_text())
     del manifest["tensors"][HEAD], manifest["files"]["config.json"]
     (tmp_path / "b" / "merge_manifest.json").write_text(json.dumps(manifest))
-    found = diff_merges(a, b)
-    assert (found.only_a, found.only_b, found.same_model) == ([HEAD], [], False)
-    assert [change.what for change in found.files] == ["config.json"]
+    actual = diff_merges(a, b)
+    assert (actual.only_a, actual.only_b, actual.same_model) == ([HEAD], [], False)
+    assert [change.what for change in actual.files] == ["config.json"]

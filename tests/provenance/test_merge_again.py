@@ -67,8 +67,8 @@ def test_a_pushed_merge_is_made_again_from_its_record(hub: HubServer, family: Pa
         repo.branches["main"] = repo.add_commit(old, "Emptied", {}).oid
     hub.requests.clear()
     again = tmp_path / "again"
-    found = reproduce("alice/merged", str(again))
-    assert found.identical and found.differences == [] == found.causes
+    actual = reproduce("alice/merged", str(again))
+    assert actual.identical and actual.differences == [] == actual.causes
     assert (again / weights).read_bytes() == (out / weights).read_bytes()
     assert not any(weights in request.path for request in hub.requests if "alice/merged" in request.path)
     assert reproduce("alice/merged").identical  # in a temporary folder
@@ -111,8 +111,8 @@ def test_a_changed_bit_anywhere_is_found(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(digest, digest[::-1]))
     assert reproduce(str(out)).differences == ["Tensor 'lm_head.weight' differs."]
     path.write_text(json.dumps(manifest | {"versions": manifest["versions"] | {"numpy": "0.1"}}))
-    found = reproduce(str(out))
-    assert found.identical and len(found.causes) == 1 and found.causes[0].endswith(", then 0.1.")
+    actual = reproduce(str(out))
+    assert actual.identical and len(actual.causes) == 1 and actual.causes[0].endswith(", then 0.1.")
 
 
 class SkipHead(MergeCallback):

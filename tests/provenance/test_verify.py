@@ -97,9 +97,9 @@ def test_mixed_dtypes_shards_integers_and_another_output_dtype(tmp_path: Path) -
     assert report.problems == []
     assert report.checked_tensors == len(SHAPES) + 3
     (out / shards[1]).unlink()
-    found = problems(out)
-    assert f"File {shards[1]} is missing." in found
-    assert any(repr(shards[1]) in problem and "not in the folder" in problem for problem in found[1:])
+    actual = problems(out)
+    assert f"File {shards[1]} is missing." in actual
+    assert any(repr(shards[1]) in problem and "not in the folder" in problem for problem in actual[1:])
 
 
 @pytest.mark.parametrize("element", [0, 299, 300, 48 * 24 - 1])
@@ -231,9 +231,9 @@ def test_tensors_added_or_taken_away(merged: Path) -> None:
     config = (merged / "config.json").read_bytes()
     write_model(merged, {name: t for name, t in tensors.items() if name != HEAD} | {"new": torch.zeros(2)})
     (merged / "config.json").write_bytes(config)
-    found = problems(merged)
-    assert f"Tensor {HEAD!r} is missing in the merged model." in found
-    assert "Tensor 'new' is in the merged model, but its experts have none." in found
+    actual = problems(merged)
+    assert f"Tensor {HEAD!r} is missing in the merged model." in actual
+    assert "Tensor 'new' is in the merged model, but its experts have none." in actual
     write_model(merged, tensors | {HEAD: tensors[HEAD].float()})
     (merged / "config.json").write_bytes(config)
     assert f"Tensor {HEAD!r} is F32 [48, 24], expected BF16 [48, 24]." in problems(merged)

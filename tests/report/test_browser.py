@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get i
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
+    with Browser(tmp_path_factory.mktemp("profile")) as actual:
+        yield actual
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def test_headings_sort(browser: Browser, page: Path) -> None:
     for order in ("descending", "ascending", "descending"):
         browser.click(button)
         assert browser.evaluate(heading) == order
-        found = [float(cell.replace(",", "")) for cell in column(browser, "layers", 3)]
-        assert found == sorted(ranks, reverse=order == "descending")
+        actual = [float(cell.replace(",", "")) for cell in column(browser, "layers", 3)]
+        assert actual == sorted(ranks, reverse=order == "descending")
     assert sorted(column(browser, "layers", 0), key=int) == [str(layer) for layer in range(31)]  # whole rows move
     browser.click("#distances th:nth-child(2) button")
     names = column(browser, "distances", 1)

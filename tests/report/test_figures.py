@@ -39,7 +39,7 @@ def words(axes: Axes) -> list[str]:
 
 
 def line(axes: Axes, label: str) -> np.ndarray:
-    return next(np.asarray(found.get_ydata()) for found in axes.lines if found.get_label() == label)
+    return next(np.asarray(actual.get_ydata()) for actual in axes.lines if actual.get_label() == label)
 
 
 def many(n_experts: int, n_layers: int) -> EvaluationRecord:
@@ -126,7 +126,7 @@ def test_angles_are_medians_over_the_tensors(merge: Callable[..., Path]) -> None
     np.testing.assert_allclose([shown[0, 0], shown[1, 0], shown[1, 1]], expected)  # pairs 01, 02, 12
     assert np.isnan(shown[0, 1])
     assert words(pairs) == [f"{angle:.2f}" for angle in expected]
-    dots = next(found for found in layers.lines if found.get_label() == "tensors")
+    dots = next(actual for actual in layers.lines if actual.get_label() == "tensors")
     inside = {name: tensor.geometry for name, tensor in tensors.items() if ".layers." in name}
     assert dots.get_xdata().tolist() == [int(name.split(".")[2]) for name in inside]
     np.testing.assert_allclose(dots.get_ydata(), [geometry.mean_angle for geometry in inside.values()])
@@ -202,9 +202,9 @@ def test_numbers_that_are_not_finite_leave_gaps(merge: Callable[..., Path]) -> N
     record = make_record()
     record.layers[0] = replace(record.layers[0], effective_rank=math.nan)  # read back as None
     record.recovery = []
-    found = draw_figures(read_facts(merge(record=record)))
-    assert "recovery" not in found
-    ranks = line(found["layers"].axes[2], "base")
+    actual = draw_figures(read_facts(merge(record=record)))
+    assert "recovery" not in actual
+    ranks = line(actual["layers"].axes[2], "base")
     assert np.isnan(ranks[0]) and not np.isnan(ranks[1:]).any()
 
 

@@ -44,12 +44,12 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
-        self.elements.append((tag, found))
+        actual = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, actual))
         if tag in ("script", "style"):
             self._inside = tag
         elif tag == "table":
-            self._table = found["id"]
+            self._table = actual["id"]
             self.tables[self._table] = []
         elif tag == "tr" and self._table:
             self.tables[self._table].append([])
@@ -138,19 +138,19 @@ def test_the_only_script_is_the_one_the_policy_names(page: Page) -> None:
 
 
 def test_numbers_of_the_record_are_in_the_tables(page: Page) -> None:
-    found = page.tables
-    assert found["scores-0"] == [
+    actual = page.tables
+    assert actual["scores-0"] == [
         ["Model", "math", "code"],
         [MERGED, "9.97", "7.39"],
         ["base", "20.09", "12.18"],
         ["expert-math", "7.39", "13.46"],
         ["expert-code", "24.53", "4.48"],
     ]
-    assert found["distances"][1][:6] == [MERGED, "expert-math", "math", "0.300", "0.270", "0.600"]
-    assert found["distances"][1][7:] == ["0.110", "0.120", "0.0300", "80%", "1,000"]
-    assert [row[:2] for row in found["distances"][5:]] == [["expert-code", "expert-math"]] * 2  # the yardstick
-    assert found["objectives"][1] == ["math", "0.250", "0.200", "0.200", "0.500"]
-    assert found["layers"][5] == ["4", "3.00", "60.0%", "19.2", "60.0%"]
+    assert actual["distances"][1][:6] == [MERGED, "expert-math", "math", "0.300", "0.270", "0.600"]
+    assert actual["distances"][1][7:] == ["0.110", "0.120", "0.0300", "80%", "1,000"]
+    assert [row[:2] for row in actual["distances"][5:]] == [["expert-code", "expert-math"]] * 2  # the yardstick
+    assert actual["objectives"][1] == ["math", "0.250", "0.200", "0.200", "0.500"]
+    assert actual["layers"][5] == ["4", "3.00", "60.0%", "19.2", "60.0%"]
 
 
 def test_geometry_of_the_manifest_is_in_the_table(merge: Callable[..., Path]) -> None:
@@ -196,8 +196,8 @@ def test_very_many_tensors_are_put_together(merge: Callable[..., Path], monkeypa
 )
 def test_verdicts_name_the_worst(text: str, words: str, level: str) -> None:
     items = re.findall(r'<li class="(\w+)">(.*?)</li>', text, flags=re.DOTALL)
-    (found,) = [name for name, item in items if words in Page(item).text()]
-    assert found == level
+    (actual,) = [name for name, item in items if words in Page(item).text()]
+    assert actual == level
 
 
 def test_the_stated_error_of_distances_is_two_sided(text: str) -> None:
@@ -254,8 +254,8 @@ def test_the_command_refuses_a_folder_without_a_merge(tmp_path: Path) -> None:
 
 def test_experts_that_gained_nothing_are_named(merge: Callable[..., Path]) -> None:
     rows = [replace(row, share=None) for row in make_record().recovery]
-    found = verdicts(read_facts(merge(record=make_record(recovery=rows))))
-    (verdict,) = [verdict for verdict in found if verdict.title == "The experts gained nothing to keep"]
+    actual = verdicts(read_facts(merge(record=make_record(recovery=rows))))
+    (verdict,) = [verdict for verdict in actual if verdict.title == "The experts gained nothing to keep"]
     assert verdict.text.endswith("expert-math and expert-code.")
 
 

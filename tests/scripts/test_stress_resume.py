@@ -16,12 +16,12 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    found = [
+    actual = [
         int(line.split("|")[2]) for line in run.stdout.splitlines() if line.startswith("| ") and line[-3].isdigit()
     ]
-    kills = sum(found)
-    assert kills >= 10 and sum(found[:-1]) > 0  # a merge killed for the tenth time may be killed again before its end
+    kills = sum(actual)
+    assert kills >= 10 and sum(actual[:-1]) > 0  # a merge killed for the tenth time may be killed again before its end
     merges = int(run.stdout.split(f"{kills} kills in ")[1].split()[0])
     assert f"bit-identical: {merges} of {merges}." in run.stdout
-    assert f"asks for: 0 of {sum(found[:-1])}." in run.stdout
+    assert f"asks for: 0 of {sum(actual[:-1])}." in run.stdout
     assert "transformers loaded: 0 of " in run.stdout and "0 of 0 tried" not in run.stdout

@@ -100,9 +100,9 @@ def test_the_three_say_the_same(
         assert [place for place, text in places.items() if sentence not in text] == [], sentence
     # Whole sentences with their numbers, not only what is written above: those of the weights in all three.
     for start in ("It is at most", "Two experts' deltas", "This merge keeps", "Every block converged"):
-        found = {place: re.search(rf"{start} .*?\.(?= [A-Z!✓·-]|$)", text) for place, text in places.items()}
-        assert len({match and match[0].strip() for match in found.values()}) == 1, found
-        assert None not in found.values()
+        actual = {place: re.search(rf"{start} .*?\.(?= [A-Z!✓·-]|$)", text) for place, text in places.items()}
+        assert len({match and match[0].strip() for match in actual.values()}) == 1, actual
+        assert None not in actual.values()
 
 
 def test_the_three_name_the_same_weakest_domain(

@@ -1,4 +1,4 @@
-"""Tensors of one model whose elements are read in pieces: stored in a file, or computed row by row from stored ones."""
+"""Tensors of one model that are read in pieces: stored in a file, or computed row by row from stored ones."""
 
 from __future__ import annotations
 

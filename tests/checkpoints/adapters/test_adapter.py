@@ -305,8 +305,8 @@ def test_other_types_merge_as_the_full_checkpoints_peft_makes_of_them(llama: Pat
     folded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama), tmp_path / "adapter")
     folded.merge_and_unload().save_pretrained(tmp_path / "full")
     assert shapes_of(tmp_path / "full") == shapes_of(llama)
-    found = LlamaForCausalLM.from_pretrained(tmp_path / "full")(tokens).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    actual = LlamaForCausalLM.from_pretrained(tmp_path / "full")(tokens).logits
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_broken_weights_are_named(plain: Path) -> None:

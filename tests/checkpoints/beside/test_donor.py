@@ -137,8 +137,8 @@ def test_config_values_that_differ_are_named_with_their_holders(donor, twin, tmp
     third = Path(shutil.copytree(donor, tmp_path / "third"))
     edit(twin, eos_token_id=7, tie_word_embeddings=True, vocab_size=65, max_position_embeddings=9)
     edit(third, eos_token_id=7, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    found = find_disagreements([source(donor), source(twin), source(third)])
-    assert found == [
+    actual = find_disagreements([source(donor), source(twin), source(third)])
+    assert actual == [
         "config.json: eos_token_id is 2 in 'donor' (taken), 7 in 'twin', 'third'.",
         "config.json: max_position_embeddings is 2048 in 'donor', 'third' (taken), 9 in 'twin'.",
         "config.json: rope_parameters.rope_theta is 10000.0 in 'donor', 'twin' (taken), 500000.0 in 'third'.",
@@ -183,8 +183,8 @@ def test_unigram_vocabularies(tmp_path):
     for name, tokens in (("a", [["x", 0.0], ["y", -1.0]]), ("b", [["x", 0.0], ["z", -1.0]])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}))
-    (found,) = find_disagreements([source(tmp_path / "a"), source(tmp_path / "b")])
-    assert "'b' (2 tokens differ; sizes 2 and 2)" in found
+    (actual,) = find_disagreements([source(tmp_path / "a"), source(tmp_path / "b")])
+    assert "'b' (2 tokens differ; sizes 2 and 2)" in actual
 
 
 def test_broken_tokenizer_is_named(donor, twin):

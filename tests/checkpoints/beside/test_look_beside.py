@@ -109,15 +109,15 @@ def test_the_merged_embedding_is_that_of_the_merged_parts(embedders, tmp_path):
     dense = load_file(embedders[0] / DENSE)
     pooled = model(**tokens).last_hidden_state[:, 0]
     wanted = torch.tanh(pooled @ dense["linear.weight"].T + dense["linear.bias"])
-    found = library.SentenceTransformer(str(tmp_path / "out")).encode(["a b b"], convert_to_tensor=True)
-    torch.testing.assert_close(found, wanted / wanted.norm(), rtol=1e-5, atol=1e-5)
+    actual = library.SentenceTransformer(str(tmp_path / "out")).encode(["a b b"], convert_to_tensor=True)
+    torch.testing.assert_close(actual, wanted / wanted.norm(), rtol=1e-5, atol=1e-5)
 
 
 def test_steps_of_experts_go_before_those_of_the_base(embedders, tmp_path):
     base = save_embedder(tmp_path / "base", 0, {"embedding_dimension": 16, "pooling_mode": "mean"})
-    found = look(*embedders, base=base)
-    assert origins(found)[POOLING] == "a"
-    assert found.notes == (f"{POOLING} differs in 'base'; that of 'a' is taken.",)
+    actual = look(*embedders, base=base)
+    assert origins(actual)[POOLING] == "a"
+    assert actual.notes == (f"{POOLING} differs in 'base'; that of 'a' is taken.",)
     for path in [base / "modules.json", *base.glob("*sentence*"), *base.glob("[0-9]_*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (note,) = look(*embedders, base=base).notes
@@ -228,18 +228,18 @@ def test_a_base_without_tokenizer_gets_that_of_the_experts(bare, tmp_path, save_
     for name in ("a", "b"):
         save_model(tmp_path / name)
         save_tokenizer(tmp_path / name, ["x", "y", "z"], "{{ messages }}")
-    found = look(tmp_path / "a", tmp_path / "b", base=bare)
-    assert {name: spec for name, spec in origins(found).items() if spec != "bare"} == dict.fromkeys(
+    actual = look(tmp_path / "a", tmp_path / "b", base=bare)
+    assert {name: spec for name, spec in origins(actual).items() if spec != "bare"} == dict.fromkeys(
         ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), "a"
     )
-    assert "'bare' has no tokenizer; that of 'a' is taken" in found.notes[0]
+    assert "'bare' has no tokenizer; that of 'a' is taken" in actual.notes[0]
 
 
 def test_adapters_that_agree_keep_their_tokenizer_and_template(tmp_path):
     a, b = adapter(tmp_path / "a", ["x"], "{{ t }}"), adapter(tmp_path / "b", ["x"], "{{ t }}")
-    found = look_beside([a, b], None, makes_adapter=True)
-    assert found.notes == ()
-    copy_files(found.files, tmp_path / "out")
+    actual = look_beside([a, b], None, makes_adapter=True)
+    assert actual.notes == ()
+    copy_files(actual.files, tmp_path / "out")
     ours, theirs = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "a"))
     assert (ours.get_vocab(), ours.chat_template) == (theirs.get_vocab(), "{{ t }}")
 
@@ -247,26 +247,26 @@ def test_adapters_that_agree_keep_their_tokenizer_and_template(tmp_path):
 @pytest.mark.parametrize(("words", "template"), [(["y"], "{{ t }}"), (["x"], "{{ u }}"), (["x", "added"], "{{ t }}")])
 def test_adapters_that_differ_get_none_and_are_told(tmp_path, words, template):
     a, b = adapter(tmp_path / "a", ["x"], "{{ t }}"), adapter(tmp_path / "b", words, template)
-    found = look_beside([a, b], None, makes_adapter=True)
-    assert found.files == ()
-    assert "The tokenizers or chat templates beside 'a', 'b' differ: the merged adapter gets none" in found.notes[0]
+    actual = look_beside([a, b], None, makes_adapter=True)
+    assert actual.files == ()
+    assert "The tokenizers or chat templates beside 'a', 'b' differ: the merged adapter gets none" in actual.notes[0]
 
 
 def test_tokens_without_embeddings_are_told(bare, tmp_path):
     adapters = [adapter(tmp_path / name, ["x", "y", "z", "added", "too"]) for name in ("a", "b")]
     for makes_adapter in (True, False):
-        found = look_beside(adapters, full(bare), makes_adapter=makes_adapter)
-        assert origins(found)["tokenizer.json"] == "a"
-        assert any("ids up to 7, but 'bare' has embeddings for 6 only" in note for note in found.notes)
+        actual = look_beside(adapters, full(bare), makes_adapter=makes_adapter)
+        assert origins(actual)["tokenizer.json"] == "a"
+        assert any("ids up to 7, but 'bare' has embeddings for 6 only" in note for note in actual.notes)
 
 
 def test_tokens_that_only_an_adapter_has_are_told_beside_the_tokenizer_of_the_base(bare, tmp_path):
     save_tokenizer(bare, ["x", "y", "z"], "{{ base }}")
-    found = look_beside(
+    actual = look_beside(
         [adapter(tmp_path / "a", ["x", "y", "z", "added"], "{{ t }}")], full(bare), makes_adapter=False
     )
-    assert set(origins(found).values()) == {"bare"}
-    assert found.notes == (
+    assert set(origins(actual).values()) == {"bare"}
+    assert actual.notes == (
         "tokenizer.json: the vocabulary of 'bare' (taken) differs from that of 'a' (1 tokens differ; sizes 6 and 7).",
         "The chat template of 'bare' (taken) differs from that of 'a'.",
     )

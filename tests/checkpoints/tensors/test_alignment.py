@@ -86,9 +86,9 @@ def test_one_expert_twice_is_noted(pair, open_folder_as):
 def test_empty_tensors_are_copied(pair, open_folder_as):
     for folder in pair:
         rewrite(folder, lambda tensors: tensors.update(empty=torch.zeros(0, 3)))
-    found = actions(align([open_folder_as(folder) for folder in pair]))
-    assert found["empty"] == ("copy", 0)
-    assert found["model.norm.weight"] == ("merge", 0)
+    actual = actions(align([open_folder_as(folder) for folder in pair]))
+    assert actual["empty"] == ("copy", 0)
+    assert actual["model.norm.weight"] == ("merge", 0)
 
 
 # Non-float tensors

@@ -41,16 +41,16 @@ def test_a_wrapped_model_is_read_as_the_model_in_it(tmp_path, save_model, open_f
     wrapped = shutil.copytree(tmp_path / "plain", tmp_path / "wrapped")
     state = wrapper(LlamaForCausalLM.from_pretrained(wrapped, dtype="auto")).state_dict()
     save_file(state, wrapped / "model.safetensors", {"format": "pt"})
-    plain, found = open_folder_as(tmp_path / "plain"), open_folder_as(wrapped, "wrapped")
+    plain, actual = open_folder_as(tmp_path / "plain"), open_folder_as(wrapped, "wrapped")
     assert set(state) != set(plain.tensors)
-    assert set(found.tensors) == set(plain.tensors)
-    assert all(np.array_equal(found.read(name), plain.read(name)) for name in plain.tensors)
-    assert found.wrapped in state
+    assert set(actual.tensors) == set(plain.tensors)
+    assert all(np.array_equal(actual.read(name), plain.read(name)) for name in plain.tensors)
+    assert actual.wrapped in state
     with pytest.raises(CheckpointError, match=r"'[^']*wrapped' was saved inside a wrapper"):
         find_inputs(ModelSet({"m": wrapped}, {"m": "expert"}), {"t": ["a b"]}, block_size=8, packing=True)
-    (note,) = align([plain, found]).notes
+    (note,) = align([plain, actual]).notes
     assert "'wrapped' was saved inside a wrapper" in note
-    assert found.wrapped in note
+    assert actual.wrapped in note
 
 
 def test_shards_are_checked_under_the_names_they_store(tmp_path, save_model, open_folder_as):
@@ -94,11 +94,11 @@ def test_wrapped_adapters_have_the_modules_and_scales_of_plain_ones(tmp_path, sa
     config = json.loads((wrapped / "adapter_config.json").read_text())
     config["alpha_pattern"] = {r"_orig_mod\.model\.layers\.0\.self_attn\.q_proj": 64}
     (wrapped / "adapter_config.json").write_text(json.dumps(config))
-    plain, found = (open_adapter(Source(name, "adapter", str(tmp_path / name))) for name in ("plain", "wrapped"))
-    assert {name: delta.scale for name, delta in found.deltas.items()} == {
+    plain, actual = (open_adapter(Source(name, "adapter", str(tmp_path / name))) for name in ("plain", "wrapped"))
+    assert {name: delta.scale for name, delta in actual.deltas.items()} == {
         name: delta.scale for name, delta in plain.deltas.items()
     }
-    assert len({delta.scale for delta in found.deltas.values()}) == 2
+    assert len({delta.scale for delta in actual.deltas.values()}) == 2
 
 
 def test_wrappers_leave_patterns_of_every_spelling():

@@ -99,8 +99,8 @@ def test_split_equals_that_of_huggingface_hub(sizes, limit):
     tensors = {f"t{i}": torch.zeros(size, dtype=torch.uint8) for i, size in enumerate(sizes)}
     reference = split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
     layout = plan(tensors, limit)
-    found = {shard.file: sorted(shard.names) for shard in layout.shards}
-    assert found == {file: sorted(names) for file, names in reference.filename_to_tensors.items()}
+    actual = {shard.file: sorted(shard.names) for shard in layout.shards}
+    assert actual == {file: sorted(names) for file, names in reference.filename_to_tensors.items()}
     assert layout.total_size == reference.metadata["total_size"]
 
 
@@ -155,8 +155,8 @@ def test_pieces_from_many_threads(tmp_path, tensors):
     for name, tensor in tensors.items():
         assert np.array_equal(writer.read_back(name, 8, 400), raw(tensor)[8:400])
     writer.finish()
-    found = {name: t for path in tmp_path.glob("*.safetensors") for name, t in load_file(path).items()}
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    actual = {name: t for path in tmp_path.glob("*.safetensors") for name, t in load_file(path).items()}
+    assert all(torch.equal(actual[name], tensor) for name, tensor in tensors.items())
 
 
 def test_large_writes_start_the_disk_early_and_arrive_whole(tmp_path):
@@ -273,8 +273,8 @@ def test_a_staged_file_that_cannot_be_opened_is_not_lost(tmp_path, tensors, monk
 def test_blocks_need_not_be_reserved_where_they_cannot_be(tmp_path, tensors, monkeypatch):
     refusing(monkeypatch, "posix_fallocate", errno.EOPNOTSUPP)
     write(tensors, tmp_path).finish()
-    found = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    actual = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(actual[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("call", ["fsync", "close"])

@@ -65,9 +65,9 @@ def test_every_row_once_in_order_whatever_the_batches(model: Any, tokenizer: Any
     rows = samples()
     expected = logits_one_by_one(model, tokenizer, rows)
     for batch_size in (1, 4, 23, 50):
-        found = predict_classes(model, rows, tokenizer, batch_size=batch_size)
-        assert np.allclose(found.predictions, expected, atol=1e-5)
-        assert found.label_ids.tolist() == rows["label"]
+        actual = predict_classes(model, rows, tokenizer, batch_size=batch_size)
+        assert np.allclose(actual.predictions, expected, atol=1e-5)
+        assert actual.label_ids.tolist() == rows["label"]
 
 
 def test_streams_lists_tokens_and_names_of_labels_give_the_same(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -85,12 +85,12 @@ def test_streams_lists_tokens_and_names_of_labels_give_the_same(model: Any, toke
         [{"text": row["text"], "label": LABELS[row["label"]]} for row in rows],
     ]
     for variant in variants:
-        found = predict_classes(model, variant, tokenizer, batch_size=8)
-        assert np.allclose(found.predictions, expected, atol=1e-5)
-        assert found.label_ids.tolist() == rows["label"]
+        actual = predict_classes(model, variant, tokenizer, batch_size=8)
+        assert np.allclose(actual.predictions, expected, atol=1e-5)
+        assert actual.label_ids.tolist() == rows["label"]
     for variant in (rows, streamed):  # two workers would read a stream twice
-        found = predict_classes(model, variant, tokenizer, batch_size=8, num_workers=2)
-        assert np.allclose(found.predictions, expected, atol=1e-5)
+        actual = predict_classes(model, variant, tokenizer, batch_size=8, num_workers=2)
+        assert np.allclose(actual.predictions, expected, atol=1e-5)
 
 
 def test_accuracy_and_loss_are_those_of_trainer(model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def measured(parts: list[tuple[list[torch.Tensor], torch.Tensor]]) -> list[tuple
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_moments_are_those_of_all_tokens_without_padding(dtype: torch.dtype) -> None:
     parts = batches(dtype=dtype)
-    for layer, found in enumerate(measured(parts)):
+    for layer, actual in enumerate(measured(parts)):
         tokens = np.concatenate([states[layer][mask.bool()].double().numpy() for states, mask in parts])
-        assert found == pytest.approx(reference(tokens), rel=1e-6)
+        assert actual == pytest.approx(reference(tokens), rel=1e-6)
 
 
 def test_what_is_under_the_padding_and_the_order_do_not_matter() -> None:
@@ -73,8 +73,8 @@ def test_batches_do_not_matter() -> None:
 @pytest.mark.parametrize("shift", [0.0, 1e3])
 def test_small_variance_beside_a_large_mean(shift: float) -> None:
     states = shift + 1e-2 * torch.from_numpy(np.random.default_rng(0).standard_normal((4, 50, 6))).float()
-    [found] = measured([([states], torch.ones(4, 50))])
-    assert found == pytest.approx(reference(states.double().flatten(0, 1).numpy()), rel=1e-6)
+    [actual] = measured([([states], torch.ones(4, 50))])
+    assert actual == pytest.approx(reference(states.double().flatten(0, 1).numpy()), rel=1e-6)
 
 
 def test_effective_rank_of_known_spectra() -> None:
@@ -93,7 +93,7 @@ def test_padding_side_of_an_encoder_does_not_matter() -> None:
     ).eval()
     # Position ids follow the tokens, as tokenizers that pad on the left have models do.
     tokens, positions = torch.arange(2, 12)[None], torch.arange(10)[None]
-    found = []
+    actual = []
     for before, after in ((0, 0), (4, 0), (0, 4)):
         pad = torch.nn.functional.pad
         mask = pad(torch.ones_like(tokens), (before, after))
@@ -104,6 +104,6 @@ def test_padding_side_of_an_encoder_does_not_matter() -> None:
                 position_ids=pad(positions, (before, after)),
                 output_hidden_states=True,
             )
-        found.append(np.array(measured([(list(output.hidden_states), mask)])))
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
-    np.testing.assert_allclose(found[2], found[0], rtol=1e-4)
+        actual.append(np.array(measured([(list(output.hidden_states), mask)])))
+    np.testing.assert_allclose(actual[1], actual[0], rtol=1e-4)
+    np.testing.assert_allclose(actual[2], actual[0], rtol=1e-4)

@@ -65,17 +65,17 @@ def p_of(logits: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("apart", [1.0, 0.1, 1e-3])
 def test_whole_distributions_give_the_exact_distance(tmp_path: Path, apart: float) -> None:
     p, q = family(0, apart, 2)
-    found = pair_distances(divergences(tmp_path, p, q, top_k=0))
+    actual = pair_distances(divergences(tmp_path, p, q, top_k=0))
     exact = fisher_rao_distance(p_of(p), p_of(q))
-    np.testing.assert_allclose(found, exact, atol=1e-6)
-    np.testing.assert_allclose(found, exact, rtol=1e-6 / exact.min())
+    np.testing.assert_allclose(actual, exact, atol=1e-6)
+    np.testing.assert_allclose(actual, exact, rtol=1e-6 / exact.min())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_measured_in_higher_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     p, q = (logits.to(dtype) for logits in family(0, 0.1, 2))
-    found = pair_distances(divergences(tmp_path, p, q, top_k=0))
-    np.testing.assert_allclose(found, fisher_rao_distance(p_of(p), p_of(q)), atol=1e-6)
+    actual = pair_distances(divergences(tmp_path, p, q, top_k=0))
+    np.testing.assert_allclose(actual, fisher_rao_distance(p_of(p), p_of(q)), atol=1e-6)
 
 
 def reference(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
@@ -93,13 +93,13 @@ def reference(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
 @pytest.mark.parametrize("apart", [0.5, 0.3, 0.03])
 def test_a_sketch_is_as_close_as_it_says(tmp_path: Path, seed: int, apart: float) -> None:
     p, q = family(seed, apart, 2)
-    found: FunctionDistance = summarise("q", "p", "text", divergences(tmp_path, p, q, TOP_K))
+    actual: FunctionDistance = summarise("q", "p", "text", divergences(tmp_path, p, q, TOP_K))
     exact = fisher_rao_distance(p_of(p), p_of(q))
-    assert 0 < found.error < 0.03 * exact.mean()
-    assert abs(found.fisher_rao.mean - exact.mean()) < found.error
+    assert 0 < actual.error < 0.03 * exact.mean()
+    assert abs(actual.fisher_rao.mean - exact.mean()) < actual.error
     for name, value in reference(p_of(p), p_of(q)).items():
-        assert getattr(found, name) == pytest.approx(value, rel=0.1), name
-    assert found.top1_agreement == np.mean(p_of(p).argmax(-1) == p_of(q).argmax(-1))
+        assert getattr(actual, name) == pytest.approx(value, rel=0.1), name
+    assert actual.top1_agreement == np.mean(p_of(p).argmax(-1) == p_of(q).argmax(-1))
 
 
 @pytest.mark.parametrize("apart", [1.0, 0.3])
@@ -113,8 +113,8 @@ def test_every_token_lies_within_what_the_top_k_alone_allows(tmp_path: Path, apa
     both = np.sqrt((1 - seen_p.sum(-1)) * (1 - seen_q.sum(-1)))
     lowest, highest = 2 * np.arccos(affinity + both), 2 * np.arccos(affinity)
     table = divergences(tmp_path, logits_p, logits_q, TOP_K)
-    for found in (fisher_rao_distance(p, q), distances(table, "chord_even"), distances(table, "chord_odd")):
-        assert (found > lowest - 1e-5).all() and (found < highest + 1e-5).all()
+    for actual in (fisher_rao_distance(p, q), distances(table, "chord_even"), distances(table, "chord_odd")):
+        assert (actual > lowest - 1e-5).all() and (actual < highest + 1e-5).all()
     # Lumping alone is far off, else there would be no need to draw.
     exact = fisher_rao_distance(p, q).mean()
     assert abs(pair_distances(table).mean() - exact) < 0.2 * abs(lowest.mean() - exact)
@@ -123,8 +123,8 @@ def test_every_token_lies_within_what_the_top_k_alone_allows(tmp_path: Path, apa
 def test_a_model_is_at_no_distance_from_itself(tmp_path: Path) -> None:
     [p] = family(0, 1.0, 1)
     for top_k in (0, TOP_K):
-        found = summarise("p", "p", "text", divergences(tmp_path, p, p, top_k))
-        assert found.fisher_rao.max < 1e-6 and found.error < 1e-8 and found.top1_agreement == 1
+        actual = summarise("p", "p", "text", divergences(tmp_path, p, p, top_k))
+        assert actual.fisher_rao.max < 1e-6 and actual.error < 1e-8 and actual.top1_agreement == 1
 
 
 def test_what_is_drawn_depends_on_the_place_in_the_text_alone(tmp_path: Path) -> None:
@@ -155,17 +155,17 @@ def test_the_objective_of_stored_outputs(tmp_path: Path, top_k: int) -> None:
         for other in list(weights)[:index]:
             (tmp_path / name / other).mkdir(parents=True)
             pairs[name, other] = divergences(tmp_path / name / other, logits[other], live, top_k)
-    found = objective("text", list(weights), weights, pairs)
+    actual = objective("text", list(weights), weights, pairs)
     p, alpha = np.stack([p_of(model) for model in experts], axis=1), np.array(list(weights.values()))
     centre = barycentre(p, alpha)
     to_barycentre = fisher_rao_distance(p_of(merged), centre).mean()
     tolerance = 1e-6 if top_k == 0 else 0.02
-    assert found.value == pytest.approx(
+    assert actual.value == pytest.approx(
         (fisher_rao_distance(p_of(merged)[:, None], p) ** 2 @ alpha).mean(), rel=tolerance
     )
-    assert found.lowest == pytest.approx((fisher_rao_distance(centre[:, None], p) ** 2 @ alpha).mean(), rel=tolerance)
-    assert abs(found.to_barycentre.mean - to_barycentre) <= (1e-6 if top_k == 0 else found.error)
-    assert found.error < 0.03 * to_barycentre
+    assert actual.lowest == pytest.approx((fisher_rao_distance(centre[:, None], p) ** 2 @ alpha).mean(), rel=tolerance)
+    assert abs(actual.to_barycentre.mean - to_barycentre) <= (1e-6 if top_k == 0 else actual.error)
+    assert actual.error < 0.03 * to_barycentre
 
 
 def test_tables_are_safetensors_files(tmp_path: Path) -> None:

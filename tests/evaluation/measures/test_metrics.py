@@ -36,11 +36,11 @@ def test_combined_metrics_take_each_what_is_theirs() -> None:
     metric = evaluate.combine(
         [Perplexity(), TokenAccuracy(), ActivationVariance(), EffectiveRank(), RepresentationCollapse()]
     )
-    found = metric.compute(
+    actual = metric.compute(
         predictions=GUESSES, references=TOKENS, log_probs=LOG_PROBS, activations=STATES, expert_activations=EXPERTS
     )
     experts = [EXPERTS[:, 0], EXPERTS[:, 1]]
-    assert found == pytest.approx(
+    assert actual == pytest.approx(
         {
             "perplexity": np.exp(-LOG_PROBS.mean()),
             "token_accuracy": (GUESSES == TOKENS).mean(),

@@ -161,8 +161,8 @@ def test_worst_tokens_are_the_farthest_and_can_be_found_in_the_text(record: Eval
         for expert in WEIGHTS:
             p, q = naive[expert, domain], naive[MERGED, domain]
             distance = fisher_rao_distance(p.p, q.p)
-            found = [row for row in record.worst_tokens if (row.expert, row.domain) == (expert, domain)]
-            for row, place in zip(found, np.argsort(-distance)):
+            actual = [row for row in record.worst_tokens if (row.expert, row.domain) == (expert, domain)]
+            for row, place in zip(actual, np.argsort(-distance)):
                 assert row.distance == pytest.approx(distance[place], abs=3e-6)
                 assert row.token == words[place + 1]
                 assert " ".join(words[: place + 1]).endswith(row.context) and row.context
@@ -202,7 +202,7 @@ def test_batch_size_does_not_matter(folder: Path, record: EvaluationRecord, tmp_
     assert_close(run(folder, tmp_path, options=options), record, 1e-6)
 
 
-def assert_close(found: EvaluationRecord, wanted: EvaluationRecord, tolerance: float) -> None:
+def assert_close(actual: EvaluationRecord, wanted: EvaluationRecord, tolerance: float) -> None:
     """All numbers equal up to a tolerance, all else equal."""
 
     def compare(one, two, where: str) -> None:
@@ -219,7 +219,7 @@ def assert_close(found: EvaluationRecord, wanted: EvaluationRecord, tolerance: f
         else:
             assert one == two, where
 
-    compare(found.to_dict(), wanted.to_dict(), "record")
+    compare(actual.to_dict(), wanted.to_dict(), "record")
 
 
 def test_a_second_merge_pays_only_for_itself(folder: Path, record: EvaluationRecord, tmp_path: Path) -> None:
@@ -308,13 +308,13 @@ def test_models_in_memory_and_adapters(folder: Path, record: EvaluationRecord, t
         adapted.merge_and_unload().save_pretrained(tmp_path / f"{name}-whole")
     adapters = {"base": folder / "base", "math": tmp_path / "math", "code": tmp_path / "code", MERGED: folder / MERGED}
     whole = adapters | {name: tmp_path / f"{name}-whole" for name in ("math", "code")}
-    found = run(folder, tmp_path / "b", specs=adapters)
-    assert_close(found, run(folder, tmp_path / "c", specs=whole), 2e-5)
+    actual = run(folder, tmp_path / "b", specs=adapters)
+    assert_close(actual, run(folder, tmp_path / "c", specs=whole), 2e-5)
     without_base_row = {name: spec for name, spec in adapters.items() if name != "base"}
     with pytest.raises(ArgumentError, match=r"adapter.*base_model"):
         run(folder, tmp_path / "d", specs=without_base_row)
     alone = run(folder, tmp_path / "d", specs=without_base_row, base_model=folder / "base")
-    assert alone.objectives == found.objectives and alone.recovery == []
+    assert alone.objectives == actual.objectives and alone.recovery == []
 
 
 def test_encoders_have_layers_and_nothing_that_needs_the_next_token(tmp_path: Path) -> None:
@@ -370,10 +370,10 @@ def test_two_processes_find_the_same_to_1e_9(folder: Path, tmp_path: Path) -> No
     (tmp_path / "suite.json").write_text(json.dumps(arguments))
     ranks = run_on_two_processes("suites", tmp_path)
     assert ranks[0] == ranks[1]
-    for found, option in zip(ranks[0], options, strict=True):
-        assert found["settings"].pop("n_processes") == 2
+    for actual, option in zip(ranks[0], options, strict=True):
+        assert actual["settings"].pop("n_processes") == 2
         alone = run(folder, tmp_path / "alone", domains=texts, options=SuiteOptions(**option))
         assert alone.settings.pop("n_processes") == 1
         n_tokens = {score.domain: score.n_tokens for score in alone.scores}
         assert n_tokens == {name: len(" ".join(rows).split()) - 1 for name, rows in texts.items()}
-        assert_close(EvaluationRecord.from_dict(found), alone, 1e-9)
+        assert_close(EvaluationRecord.from_dict(actual), alone, 1e-9)

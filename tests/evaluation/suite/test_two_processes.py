@@ -18,19 +18,19 @@ WORDS = [f"w{i}" for i in range(20)]
 N_ROWS = 11  # with batches of 2 on two processes, the last round has 3 rows
 
 
-def assert_alike(found: Any, expected: Any, where: str) -> None:
+def assert_alike(actual: Any, expected: Any, where: str) -> None:
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert actual.keys() == expected.keys(), where
         for name, value in expected.items():
-            assert_alike(found[name], value, f"{where}.{name}")
+            assert_alike(actual[name], value, f"{where}.{name}")
     elif isinstance(expected, list):
-        assert len(found) == len(expected), where
+        assert len(actual) == len(expected), where
         for number, value in enumerate(expected):
-            assert_alike(found[number], value, f"{where}[{number}]")
+            assert_alike(actual[number], value, f"{where}[{number}]")
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6), where
+        assert actual == pytest.approx(expected, rel=1e-6, abs=1e-6), where
     else:
-        assert found == expected, where
+        assert actual == expected, where
 
 
 @pytest.mark.slow
@@ -52,8 +52,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HF_FRMERGE_CACHE", str(tmp_path / "cache1"))
     expected = evaluate(tmp_path, tmp_path / "one")
     for rank in range(2):
-        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert_alike(found, json.loads(json.dumps(expected)), f"rank {rank}")
+        actual = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert_alike(actual, json.loads(json.dumps(expected)), f"rank {rank}")
     predictions, labels = expected["classifiers"]["predictions"]
     assert len(predictions) == N_ROWS and labels == [row["label"] for row in rows]
     assert expected["models"]["record"]["scores"][0]["n_samples"] == N_ROWS

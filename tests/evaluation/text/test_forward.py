@@ -163,8 +163,8 @@ def test_two_processes_score_every_token_once(model: LlamaForCausalLM, stream: l
     streams = [stream, stream[:5], stream[: 8 * 7 + 2]]
     (tmp_path / "streams.json").write_text(json.dumps(streams))
     expected = [evaluate_causal_lm(model, None, [{"input_ids": s}], block_size=8, batch_size=4) for s in streams]
-    for found in run_on_two_processes("streams", tmp_path):
-        for got, want in zip(found, expected, strict=True):
+    for actual in run_on_two_processes("streams", tmp_path):
+        for got, want in zip(actual, expected, strict=True):
             assert got["n_tokens"] == want.n_tokens
             assert got["token_accuracy"] == want.token_accuracy
             assert got["loss"] == pytest.approx(want.loss, rel=1e-12)

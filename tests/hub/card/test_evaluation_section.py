@@ -54,30 +54,30 @@ def test_standard_errors_stand_beside_what_they_are_of() -> None:
 
 def test_every_part_shows_the_record() -> None:
     record = make_record()
-    found = evaluation_section(record)
+    actual = evaluation_section(record)
     how = "in bfloat16, in blocks of 256 tokens"
-    assert found.measured_on == f"Measured on 2,000 tokens (math 1,000, code 1,000), {how}."
-    assert found.summary is not None and "70% of what expert-math gained on math" in found.summary
-    assert cells(found.recovery)[1:] == [
+    assert actual.measured_on == f"Measured on 2,000 tokens (math 1,000, code 1,000), {how}."
+    assert actual.summary is not None and "70% of what expert-math gained on math" in actual.summary
+    assert cells(actual.recovery)[1:] == [
         ["expert-math", "math", "1.000", "0.700", "<strong>70%</strong>"],
         ["expert-code", "code", "1.000", "0.500", "<strong>50%</strong>"],
     ]
-    assert cells(found.distances) == [
+    assert cells(actual.distances) == [
         ["Text", "to expert-math", "to expert-code", "between experts"],
         ["math", "0.300 (80%)", "0.500 (80%)", "0.900"],
         ["code", "0.300 (80%)", "0.500 (80%)", "0.900"],
     ]
-    assert found.distance_note is not None and "0.004 rad" in found.distance_note and "128" in found.distance_note
-    assert cells(found.objectives)[1] == ["math", "0.2500", "0.2000", "0.200"]
-    layers = cells(found.layers)
+    assert actual.distance_note is not None and "0.004 rad" in actual.distance_note and "128" in actual.distance_note
+    assert cells(actual.objectives)[1] == ["math", "0.2500", "0.2000", "0.200"]
+    layers = cells(actual.layers)
     assert layers[-2] == ["4", "60.0%", "60.0%"]
     assert layers[-1] == ["mean of all 7", "94.3%", "94.3%"]  # (6 + 0.6) / 7
     assert len(layers) == 1 + 3 + 1
-    (prompt, table), *_ = found.generations
+    (prompt, table), *_ = actual.generations
     assert prompt == "2 + 2" and cells(table)[-1][0] == "<strong>this model</strong>"
-    assert any("layer is 4, with 60% of" in line for line in found.verdicts)
-    assert any("those of expert-code on code, by 0.500 rad" in line for line in found.verdicts)
-    worst = cells(found.worst_tokens)
+    assert any("layer is 4, with 60% of" in line for line in actual.verdicts)
+    assert any("those of expert-code on code, by 0.500 rad" in line for line in actual.verdicts)
+    worst = cells(actual.worst_tokens)
     text = "…0 &lt;b&gt;times&lt;/b&gt; | two is <b>four</b>"
     assert worst[1] == [text, "expert-math", "four (90%)", "4 (5%)", "2.90"]
     assert [row[-1] for row in worst[1:]] == ["2.90", "2.90", "2.80", "2.80", "2.70"]
@@ -91,14 +91,14 @@ def test_effective_ranks_of_too_few_tokens_are_called_so(n_tokens: int | None, i
 
 
 def test_what_was_not_measured_is_not_spoken_of() -> None:
-    found = evaluation_section(EvaluationRecord(scores=[Score("merged", "x", {"accuracy": 0.5}, n_samples=8)]))
-    assert found.measured_on == "Measured on 8 samples (x)."
+    actual = evaluation_section(EvaluationRecord(scores=[Score("merged", "x", {"accuracy": 0.5}, n_samples=8)]))
+    assert actual.measured_on == "Measured on 8 samples (x)."
     auto = EvaluationRecord(scores=[Score("merged", "x", {}, n_tokens=9)], settings={"dtype": "auto"})
     assert evaluation_section(auto).measured_on == "Measured on 9 tokens (x)."
     auto.scores.append(Score("merged", "quiz", {"acc": 0.5}, n_samples=3))  # of a harness
     assert evaluation_section(auto).measured_on == "Measured on 9 tokens (x) and 3 samples (quiz)."
-    parts = (found.recovery, found.distances, found.objectives, found.layers, found.worst_tokens, found.summary)
-    assert parts == (None,) * 6 and found.generations == found.verdicts == []
+    parts = (actual.recovery, actual.distances, actual.objectives, actual.layers, actual.worst_tokens, actual.summary)
+    assert parts == (None,) * 6 and actual.generations == actual.verdicts == []
 
 
 def test_numbers_that_are_none_after_json() -> None:
@@ -106,8 +106,8 @@ def test_numbers_that_are_none_after_json() -> None:
     record.scores[0] = replace(record.scores[0], metrics={"loss": math.nan, "perplexity": math.inf})
     record.distances[0] = replace(record.distances[0], mean_squared=math.nan)
     record.layers[-1] = replace(record.layers[-1], effective_rank=math.nan)
-    found = evaluation_section(EvaluationRecord.from_dict(record.to_dict()))
-    assert cells(found.metrics[0].table)[1] == ["base", "–", "12.18"]
+    actual = evaluation_section(EvaluationRecord.from_dict(record.to_dict()))
+    assert cells(actual.metrics[0].table)[1] == ["base", "–", "12.18"]
 
 
 HOSTILE = [

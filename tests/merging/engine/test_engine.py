@@ -98,8 +98,8 @@ def test_blocks_are_what_one_sphere_covers(tmp_path: Path, block: str, space: st
         elif block == "head" and "q_proj" in group[0]:
             n_blocks = 3  # head_dim 8 of 24 rows
         expected = merged_reference("karcher", flat, [0.6, 0.3, 0.1], start, n_blocks)
-        found = torch.cat([merged[name].flatten() for name in group])
-        np.testing.assert_allclose(found.double().numpy(), expected, rtol=2e-6, atol=1e-7)
+        actual = torch.cat([merged[name].flatten() for name in group])
+        np.testing.assert_allclose(actual.double().numpy(), expected, rtol=2e-6, atol=1e-7)
         for name in group:
             assert read_coefficients(tmp_path / "out").rows[name].shape == (n_blocks, 3)
 
@@ -358,12 +358,12 @@ def test_statistics_are_those_of_the_tensors(tmp_path: Path) -> None:
     angles = np.arccos(cosines[np.triu_indices(3, 1)])
     linear = np.array([0.2, 0.3, 0.5]) @ x
     nre_gap = 0.0  # the plain mean and the norm-rescaled mean point the same way
-    found = vars(read_manifest(tmp_path / "out").tensors[name].geometry)
-    np.testing.assert_allclose(found["norms"], norms, rtol=1e-7)
-    np.testing.assert_allclose([found["max_angle"], found["mean_angle"]], [angles.max(), angles.mean()], rtol=1e-6)
-    np.testing.assert_allclose(found["pair_angles"], angles, rtol=1e-3)  # recorded to four digits
-    np.testing.assert_allclose(found["norm_ratio"], np.linalg.norm(linear) / (norms @ [0.2, 0.3, 0.5]), rtol=1e-7)
-    np.testing.assert_allclose(found["gap_to_nre"], nre_gap, atol=1e-7)
+    actual = vars(read_manifest(tmp_path / "out").tensors[name].geometry)
+    np.testing.assert_allclose(actual["norms"], norms, rtol=1e-7)
+    np.testing.assert_allclose([actual["max_angle"], actual["mean_angle"]], [angles.max(), angles.mean()], rtol=1e-6)
+    np.testing.assert_allclose(actual["pair_angles"], angles, rtol=1e-3)  # recorded to four digits
+    np.testing.assert_allclose(actual["norm_ratio"], np.linalg.norm(linear) / (norms @ [0.2, 0.3, 0.5]), rtol=1e-7)
+    np.testing.assert_allclose(actual["gap_to_nre"], nre_gap, atol=1e-7)
     np.testing.assert_allclose(read_coefficients(tmp_path / "out").rows[name], [[0.2, 0.3, 0.5]], rtol=1e-15)
 
 
@@ -376,9 +376,9 @@ def test_angles_of_pairs_are_medians_over_the_blocks_that_have_one(tmp_path: Pat
     merge(experts, tmp_path / "out", block="row", on_ambiguous="linear")
     first, second = (model[name][30:].double().numpy() for model in models[:2])
     cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
-    found = read_manifest(tmp_path / "out").tensors[name].geometry.pair_angles
-    assert found[1:] == (None, None)
-    np.testing.assert_allclose(found[0], np.median(np.arccos(cosines)), rtol=1e-3)
+    actual = read_manifest(tmp_path / "out").tensors[name].geometry.pair_angles
+    assert actual[1:] == (None, None)
+    np.testing.assert_allclose(actual[0], np.median(np.arccos(cosines)), rtol=1e-3)
 
 
 def test_a_budget_too_small_for_one_piece_is_refused(tmp_path: Path) -> None:

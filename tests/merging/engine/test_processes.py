@@ -97,9 +97,9 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, hub: HubServer, lau
     folders = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(folders) == 3 * len(BLOCKS) + 3
     for name in folders:
-        found = contents(tmp_path / "two" / name)
-        assert found == contents(tmp_path / "one" / name), name
-        assert len([file for file in found if file.startswith("model-")]) > 3 or "shards" not in name
+        actual = contents(tmp_path / "two" / name)
+        assert actual == contents(tmp_path / "one" / name), name
+        assert len([file for file in actual if file.startswith("model-")]) > 3 or "shards" not in name
         manifests = [json.loads((tmp_path / n / name / "merge_manifest.json").read_text()) for n in ("one", "two")]
         assert [manifest["n_processes"] for manifest in manifests] == [1, 2]
         assert manifests[0]["tensors"] == manifests[1]["tensors"]

@@ -89,9 +89,9 @@ def test_a_sparse_method_is_the_naive_version(
         origin, *others = (np.concatenate([t[n].double().numpy().ravel() for n in names]) for t in tensors)
         places = [(name, int(np.prod(SHAPES[name])), SHAPES[name][-1]) for name in names]
         expected = origin + naive(method, np.stack(others) - origin, WEIGHTS, places, **options)
-        found = np.concatenate([merged[n].double().numpy().ravel() for n in names])
+        actual = np.concatenate([merged[n].double().numpy().ravel() for n in names])
         rounding = 2.0**-24 if dtype == torch.float32 else 2.0**-8
-        assert np.all(np.abs(found - expected) <= rounding * np.abs(expected) * 1.0001 + 1e-13)
+        assert np.all(np.abs(actual - expected) <= rounding * np.abs(expected) * 1.0001 + 1e-13)
     assert verify(str(out)).problems == []
 
 
@@ -230,8 +230,8 @@ def test_an_expert_that_changed_nothing_in_a_tensor_is_a_zero_delta(tmp_path: Pa
         for place in places:
             origin, first, second = (tensors[place[0]].double().numpy().ravel() for tensors in plain[:3])
             deltas = np.stack([first - origin, second - origin, 0 * origin])
-            found = load_file(out / "model.safetensors")[place[0]].double().numpy().ravel()
-            np.testing.assert_allclose(found, origin + naive(method, deltas, WEIGHTS, [place]), rtol=1e-6, atol=1e-6)
+            actual = load_file(out / "model.safetensors")[place[0]].double().numpy().ravel()
+            np.testing.assert_allclose(actual, origin + naive(method, deltas, WEIGHTS, [place]), rtol=1e-6, atol=1e-6)
 
 
 def test_a_result_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_correction_is_added_to_what_a_sparse_method_gives(tmp_path: Path, met
     plan.corrections = read_corrections(str(tmp_path))
     run_merge(plan, StepObserver(), Processes())
     plain = merge(experts, base, tmp_path / "plain", method=method)
-    found, without = (load_file(path / "model.safetensors") for path in (tmp_path / "out", plain))
+    actual, without = (load_file(path / "model.safetensors") for path in (tmp_path / "out", plain))
     for name in SHAPES:
         expected = without[name].double() + (0.5 if name == "lm_head.weight" else 0.0)
-        torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(actual[name].double(), expected, rtol=1e-6, atol=1e-6)

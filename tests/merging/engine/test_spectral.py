@@ -63,8 +63,8 @@ def test_matrices_of_layers_are_merged_and_the_rest_is_averaged(
             expected = start + 0.7 * RULES[method](deltas.astype(np.float32), np.array(WEIGHTS), options)
         else:
             expected = start + np.tensordot(np.array(WEIGHTS), deltas, axes=1)
-        found = merged[name].double().numpy()
-        assert np.linalg.norm(found - expected) <= (rounding + 1e-5) * np.linalg.norm(expected), name
+        actual = merged[name].double().numpy()
+        assert np.linalg.norm(actual - expected) <= (rounding + 1e-5) * np.linalg.norm(expected), name
 
 
 @pytest.mark.parametrize("method", SPECTRAL)

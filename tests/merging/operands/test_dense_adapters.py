@@ -124,8 +124,8 @@ def test_dense_merges_of_adapters_are_those_of_their_effective_weights(
             expected = _delta_reference(flat, start, weights, n_blocks)
         else:
             expected = merged_reference("karcher", flat, weights, None, n_blocks).ravel()
-        found = torch.cat([merged[n].flatten() for n in group]).double().numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=2e-7)
+        actual = torch.cat([merged[n].flatten() for n in group]).double().numpy()
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=2e-7)
     assert verify(str(tmp_path / "out")).ok
 
 

@@ -100,8 +100,8 @@ def karcher_dense(points: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
     return float(weights @ norms) * mean
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 LINEAR = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
@@ -145,9 +145,9 @@ def test_peft_loads_the_karcher_mean_of_the_dense_deltas(
     assert {module.module for module in report.modules} == set(merged)
     # Each written factor is rounded once: 2^-24 relative in fp32, 2^-9 in bf16.
     tolerance = 1e-6 if dtype == torch.float32 else 2.0**-8
-    for name, found in merged.items():
-        points = [source.get(name, np.zeros_like(found)) for source in sources]
-        assert relative_error(found, karcher_dense(points, weights)) < tolerance
+    for name, actual in merged.items():
+        points = [source.get(name, np.zeros_like(actual)) for source in sources]
+        assert relative_error(actual, karcher_dense(points, weights)) < tolerance
     for module in report.modules:
         assert module.geometry.unconverged == ()
         assert module.truncation_error == 0.0
@@ -163,7 +163,7 @@ def test_every_span_method_gives_its_combination_of_dense_deltas(
     options = {"scale": 0.5} if method == "task_arithmetic" else {}
     merge_adapters(folders, weights, tmp_path / "merged", method=method, **options)
     sources = [peft_deltas(bases["llama"], folder) for folder in folders]
-    for name, found in peft_deltas(bases["llama"], tmp_path / "merged").items():
+    for name, actual in peft_deltas(bases["llama"], tmp_path / "merged").items():
         x, y = (source[name] for source in sources)
         mean = 0.3 * x + 0.7 * y
         length = 0.3 * np.linalg.norm(x) + 0.7 * np.linalg.norm(y)
@@ -173,7 +173,7 @@ def test_every_span_method_gives_its_combination_of_dense_deltas(
             "task_arithmetic": 0.5 * 2 * mean,
             "slerp": karcher_dense([x, y], np.array(weights)),
         }[method]
-        assert relative_error(found, expected) < 1e-6
+        assert relative_error(actual, expected) < 1e-6
 
 
 def test_merged_logits_equal_those_of_the_dense_merge(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_a_zero_adapter_has_no_direction_but_a_norm(bases: dict[str, Path], tmp_
     assert any("zero delta in 4 of 4 modules" in note and "/c'" in note for note in report.notes)
     assert {module.rank for module in report.modules} == {8}
     sources = [peft_deltas(bases["llama"], folder) for folder in folders]
-    for name, found in peft_deltas(bases["llama"], tmp_path / "merged").items():
-        assert relative_error(found, karcher_dense([source[name] for source in sources], weights)) < 1e-6
+    for name, actual in peft_deltas(bases["llama"], tmp_path / "merged").items():
+        assert relative_error(actual, karcher_dense([source[name] for source in sources], weights)) < 1e-6
 
 
 def test_adapters_that_are_all_zero_give_a_zero_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -328,8 +328,8 @@ def test_one_sphere_per_layer_or_model_has_one_set_of_coefficients(bases: dict[s
         for key in keys:
             mine = [name for name in names if key in name]
             points = [np.concatenate([source[name].ravel() for name in mine]) for source in sources]
-            found = np.concatenate([merged[name].ravel() for name in mine])
-            assert relative_error(found, karcher_dense(points, np.array([0.4, 0.6]))) < 1e-6
+            actual = np.concatenate([merged[name].ravel() for name in mine])
+            assert relative_error(actual, karcher_dense(points, np.array([0.4, 0.6]))) < 1e-6
 
 
 def test_weights_by_module(bases: dict[str, Path], tmp_path: Path) -> None:

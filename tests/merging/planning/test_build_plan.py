@@ -171,8 +171,8 @@ def test_a_gradient_runs_over_the_stack_that_a_tensor_belongs_to(plan: Plan, tmp
         for stack, depth in depths.items()
         for layer in range(depth)
     }
-    found = {step.name: step.weights for step in made.steps}
-    assert found == {name: pytest.approx(pair) for name, pair in expected.items()} | {"shared.weight": (0.25, 0.75)}
+    actual = {step.name: step.weights for step in made.steps}
+    assert actual == {name: pytest.approx(pair) for name, pair in expected.items()} | {"shared.weight": (0.25, 0.75)}
 
 
 # The output folder
@@ -321,12 +321,12 @@ def test_a_plan_reads_headers_only(plan: Plan, family: Path, tmp_path: Path) -> 
             file.write(source.read_bytes()[:header])
             file.truncate(source.stat().st_size)
         experts.append(folder)
-    found = plan([*experts, family / "e2"], [2, 1, 1], dtype="bfloat16").describe()
+    actual = plan([*experts, family / "e2"], [2, 1, 1], dtype="bfloat16").describe()
     numel = sum(math.prod(shape) for shape in SHAPES.values())
-    assert (found["n_merge"], found["n_copy"], found["n_parameters"]) == (len(SHAPES), 0, numel)
-    assert (found["input_bytes"], found["output_bytes"]) == (3 * 4 * numel, 2 * numel)
-    assert [expert["weight"] for expert in found["experts"]] == [0.5, 0.25, 0.25]
-    assert found["shards"] == ["model.safetensors"]
+    assert (actual["n_merge"], actual["n_copy"], actual["n_parameters"]) == (len(SHAPES), 0, numel)
+    assert (actual["input_bytes"], actual["output_bytes"]) == (3 * 4 * numel, 2 * numel)
+    assert [expert["weight"] for expert in actual["experts"]] == [0.5, 0.25, 0.25]
+    assert actual["shards"] == ["model.safetensors"]
     assert not (tmp_path / "out").exists()
 
 
@@ -353,9 +353,9 @@ def test_a_plan_of_hub_models_downloads_no_weights(
         size += len(files["model.safetensors"])
     args = MergingArguments(output_dir=str(tmp_path / "out"))
     with closing(build_plan(["ann/e0", "ann/e1@main"], args, download=False)) as plan:
-        found = plan.describe()
-        assert (found["n_merge"], found["n_copy"]) == (len(SHAPES), 0)
-        assert [expert["commit"] for expert in found["experts"]] == [repo.branches["main"] for repo in repos]
+        actual = plan.describe()
+        assert (actual["n_merge"], actual["n_copy"]) == (len(SHAPES), 0)
+        assert [expert["commit"] for expert in actual["experts"]] == [repo.branches["main"] for repo in repos]
         assert licences_of_plan(plan).licence == "mit"
     ranges = [request.headers["range"] for request in hub.sent("GET", r"model\.safetensors")]
     spans = [tuple(map(int, text.removeprefix("bytes=").split("-"))) for text in ranges]

@@ -43,16 +43,16 @@ def test_small_files_are_hashed_by_the_merge(tmp_path: Path) -> None:
     (Path(experts[0]) / "tokenizer_config.json").write_text("{}")  # not taken, so not recorded
     out = tmp_path / "out"
     merge(experts, out, base, space="deltas", max_shard_size="8KB")
-    found = manifest_of(out)
-    for folder, model in zip([*experts, base], [*found["experts"], found["base_model"]]):
+    actual = manifest_of(out)
+    for folder, model in zip([*experts, base], [*actual["experts"], actual["base_model"]]):
         names = {WEIGHTS, "config.json"} | ({"tokenizer_config.json"} if folder == base else set())
         assert {name: entry["sha256"] for name, entry in model["files"].items()} == {
             name: sha256(Path(folder) / name) for name in names
         }
     written = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    assert set(found["files"]) == written - {"README.md", "merge_manifest.json"}  # the index is among them
+    assert set(actual["files"]) == written - {"README.md", "merge_manifest.json"}  # the index is among them
     assert "model.safetensors.index.json" in written
-    assert all(entry["sha256"] == sha256(out / name) for name, entry in found["files"].items())
+    assert all(entry["sha256"] == sha256(out / name) for name, entry in actual["files"].items())
 
 
 def test_large_files_are_hashed_later(large_files: None, tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_a_file_that_was_rewritten_or_is_gone_gets_none(large_files: None, tmp_p
     os.utime(rewritten, ns=(1, 1))
     (Path(experts[1]) / WEIGHTS).unlink()
     assert record_checksums(out) == [f"e0: {WEIGHTS}", f"e1: {WEIGHTS}"]
-    found = [expert["files"][WEIGHTS]["sha256"] for expert in manifest_of(out)["experts"]]
-    assert found == [None, None, sha256(Path(experts[2]) / WEIGHTS)]
+    actual = [expert["files"][WEIGHTS]["sha256"] for expert in manifest_of(out)["experts"]]
+    assert actual == [None, None, sha256(Path(experts[2]) / WEIGHTS)]
     (out / ".frmerge_sources.json").unlink()
     assert record_checksums(out) == [f"e0: {WEIGHTS}", f"e1: {WEIGHTS}"]
 
@@ -98,8 +98,8 @@ def test_the_hub_names_large_files_by_it(large_files: None, hub: HubServer, tmp_
     for folder in experts:
         hub.add_repo(f"ann/{Path(folder).name}", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
     merge(["ann/e0", "ann/e1"], tmp_path / "out")
-    found = [expert["files"][WEIGHTS]["sha256"] for expert in manifest_of(tmp_path / "out")["experts"]]
-    assert found == [sha256(Path(folder) / WEIGHTS) for folder in experts]
+    actual = [expert["files"][WEIGHTS]["sha256"] for expert in manifest_of(tmp_path / "out")["experts"]]
+    assert actual == [sha256(Path(folder) / WEIGHTS) for folder in experts]
 
 
 def test_verify_records_and_then_compares(large_files: None, tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ def test_models_of_the_hub_are_found_at_the_commit_that_was_merged(merged: Path)
     manifest = read_manifest(merged)
     first, second = manifest.experts
     pinned = replace(second, id="org/e1", on_hub=True, commit="f" * 40)
-    found = find_models(merged, replace(manifest, experts=(first, pinned)), option="--x")
-    assert found == MergeModels([experts[0], "org/e1@" + "f" * 40], [0.75, 0.25], base)
+    actual = find_models(merged, replace(manifest, experts=(first, pinned)), option="--x")
+    assert actual == MergeModels([experts[0], "org/e1@" + "f" * 40], [0.75, 0.25], base)
 
 
 def test_a_merge_is_compared_with_its_experts_or_with_others(merged: Path, tmp_path: Path) -> None:

@@ -49,18 +49,18 @@ def test_models_on_the_hub_are_pinned_to_their_commits(hub: HubServer, tmp_path:
     old = repos["e0"].branches["main"]
     newer = repos["e0"].add_commit(repos["e0"].commit_of("main"), "newer", dict(repos["e0"].commit_of("main").files))
     repos["e0"].branches["main"], repos["e0"].branches["v1"] = newer.oid, old
-    found = merge(["ann/e0@v1", "ann/e1"], tmp_path / "out", [3, 1], "ann/base", hub_token=ALICE_TOKEN)
+    actual = merge(["ann/e0@v1", "ann/e1"], tmp_path / "out", [3, 1], "ann/base", hub_token=ALICE_TOKEN)
     common = {"on_hub": True, "kind": "full"}
     files = [
         {name: entry_of(Path(folder) / name) for name in ("model.safetensors", "config.json")} for folder in experts
     ]
-    assert found["experts"] == [
+    assert actual["experts"] == [
         {"id": "ann/e0", "revision": "v1", "commit": old, "weight": 0.75, "files": files[0]} | common,
         {"id": "ann/e1", "revision": None, "commit": repos["e1"].branches["main"], "weight": 0.25, "files": files[1]}
         | common,
     ]
     head = repos["base"].branches["main"]
-    assert {name: found["base_model"][name] for name in ("id", "revision", "commit")} == {
+    assert {name: actual["base_model"][name] for name in ("id", "revision", "commit")} == {
         "id": "ann/base", "revision": None, "commit": head,
     }  # fmt: skip
     assert ALICE_TOKEN not in (tmp_path / "out" / "merge_manifest.json").read_text()
@@ -71,23 +71,23 @@ def test_models_on_the_hub_are_pinned_to_their_commits(hub: HubServer, tmp_path:
 def test_arguments_versions_and_totals(tmp_path: Path) -> None:
     _, experts = write_family(tmp_path)
     options = {"method": "nre", "norm": "median", "beta": 0.5, "block": "row", "run_name": "r"}
-    found = merge(experts, tmp_path / "out", [1, 1, 2], **options)
-    assert {name: found["arguments"][name] for name in options} == options
-    assert found["arguments"]["hub_token"] == "<HUB_TOKEN>"
-    assert (found["format_version"], found["method"], found["space"], found["output_kind"]) == (
+    actual = merge(experts, tmp_path / "out", [1, 1, 2], **options)
+    assert {name: actual["arguments"][name] for name in options} == options
+    assert actual["arguments"]["hub_token"] == "<HUB_TOKEN>"
+    assert (actual["format_version"], actual["method"], actual["space"], actual["output_kind"]) == (
         3, "nre", "weights", "full",
     )  # fmt: skip
     # What was recorded makes the same arguments again.
-    again = MergingArguments(**{k: v for k, v in found["arguments"].items() if k != "hub_token"})
-    assert again.to_dict() | {"output_dir": ""} == found["arguments"] | {"output_dir": ""}
-    assert found["hf_frmerge"] == __version__
-    assert found["versions"] == {"python": platform.python_version()} | {
+    again = MergingArguments(**{k: v for k, v in actual["arguments"].items() if k != "hub_token"})
+    assert again.to_dict() | {"output_dir": ""} == actual["arguments"] | {"output_dir": ""}
+    assert actual["hf_frmerge"] == __version__
+    assert actual["versions"] == {"python": platform.python_version()} | {
         name: version(name)
         for name in ("numpy", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
     }
-    assert [expert["weight"] for expert in found["experts"]] == [0.25, 0.25, 0.5]
-    assert found["base_model"] is None and found["n_processes"] == 1
-    report = found["report"]
+    assert [expert["weight"] for expert in actual["experts"]] == [0.25, 0.25, 0.5]
+    assert actual["base_model"] is None and actual["n_processes"] == 1
+    report = actual["report"]
     assert (report["n_merged"], report["n_copied"], report["n_not_converged"]) == (len(SHAPES), 0, 0)
     assert report["kernels"].startswith(("native", "torch"))
 
@@ -95,9 +95,9 @@ def test_arguments_versions_and_totals(tmp_path: Path) -> None:
 def test_digests_are_those_of_the_bytes(tmp_path: Path) -> None:
     base, experts = write_family(tmp_path, 2, torch.bfloat16)
     out = tmp_path / "out"
-    found = merge(experts, out, base=base, space="deltas")
+    actual = merge(experts, out, base=base, space="deltas")
     for name in SHAPES:
-        entry = found["tensors"][name]
+        entry = actual["tensors"][name]
         roles = {"-1": base, "0": experts[0], "1": experts[1]}
         inputs = {role: xxh3_128_hexdigest(tensor_bytes(folder, name)) for role, folder in roles.items()}
         assert entry["inputs_xxh3_128"] == inputs
@@ -105,9 +105,9 @@ def test_digests_are_those_of_the_bytes(tmp_path: Path) -> None:
         assert (entry["action"], entry["dtype"], entry["shape"]) == ("merge", "BF16", list(SHAPES[name]))
     weights = (out / "model.safetensors").read_bytes()
     header = weights[: 8 + int.from_bytes(weights[:8], "little")]
-    assert found["files"]["model.safetensors"].pop("header_xxh3_128") == xxh3_128_hexdigest(header)
-    assert set(found["files"]) == {"model.safetensors", "config.json", "merge_coefficients.safetensors"}
-    assert found["files"] == {name: entry_of(out / name) for name in found["files"]}
+    assert actual["files"]["model.safetensors"].pop("header_xxh3_128") == xxh3_128_hexdigest(header)
+    assert set(actual["files"]) == {"model.safetensors", "config.json", "merge_coefficients.safetensors"}
+    assert actual["files"] == {name: entry_of(out / name) for name in actual["files"]}
 
 
 def test_copies_say_where_they_come_from(tmp_path: Path) -> None:
@@ -135,10 +135,10 @@ def test_no_local_path_is_told(tmp_path: Path, relative: bool, monkeypatch: pyte
         monkeypatch.chdir(home)
         experts = [str(Path(expert).relative_to(home)) for expert in experts]
     out = home / "out"
-    found = merge([*experts, experts[0]], out, run_name="r")
-    assert [expert["id"] for expert in found["experts"]] == ["e0", "e1", "e2", "e0"]
-    assert any("rope_theta" in note and "'e0'" in note for note in found["notes"])
-    assert any("listed twice" in note for note in found["notes"])
+    actual = merge([*experts, experts[0]], out, run_name="r")
+    assert [expert["id"] for expert in actual["experts"]] == ["e0", "e1", "e2", "e0"]
+    assert any("rope_theta" in note and "'e0'" in note for note in actual["notes"])
+    assert any("listed twice" in note for note in actual["notes"])
     for path in out.iterdir():
         if not path.name.startswith("."):
             content = path.read_bytes()

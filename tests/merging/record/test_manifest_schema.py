@@ -24,9 +24,9 @@ Manifest = dict[str, Any]
 @pytest.fixture(scope="module")
 def schema() -> Draft202012Validator:
     text = files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text(encoding="utf-8")
-    found = json.loads(text)
-    Draft202012Validator.check_schema(found)
-    return Draft202012Validator(found, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    actual = json.loads(text)
+    Draft202012Validator.check_schema(actual)
+    return Draft202012Validator(actual, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
 
 def merge(experts: list[str], out: Path, base: str | None = None, callbacks: Any = None, **options: Any) -> Manifest:
@@ -58,12 +58,14 @@ class SkipNorms(MergeCallback):
 
 def test_a_merge_of_full_models(schema: Draft202012Validator, tmp_path: Path) -> None:
     base, experts = write_family(tmp_path)
-    found = merge(experts, tmp_path / "out", base, space="deltas", block="row", max_iter=1)
-    assert found["format_version"] == FORMAT_VERSION == schema.schema["properties"]["format_version"]["const"]
+    actual = merge(experts, tmp_path / "out", base, space="deltas", block="row", max_iter=1)
+    assert actual["format_version"] == FORMAT_VERSION == schema.schema["properties"]["format_version"]["const"]
     assert schema.schema["$id"].endswith(f":{FORMAT_VERSION}")
-    assert [error.message for error in schema.iter_errors(found)] == []
-    rows = found["tensors"]["lm_head.weight"]["geometry"]["unconverged"]
-    assert len(rows) == 48 and found["report"]["n_not_converged"] >= len(rows)  # one step is not enough at wide angles
+    assert [error.message for error in schema.iter_errors(actual)] == []
+    rows = actual["tensors"]["lm_head.weight"]["geometry"]["unconverged"]
+    assert len(rows) == 48 and actual["report"]["n_not_converged"] >= len(
+        rows
+    )  # one step is not enough at wide angles
 
 
 def test_a_merge_of_adapters_and_a_mixed_one(schema: Draft202012Validator, adapters: Path, tmp_path: Path) -> None:
@@ -72,16 +74,16 @@ def test_a_merge_of_adapters_and_a_mixed_one(schema: Draft202012Validator, adapt
     mixed = merge([str(adapters / "math"), loras[0]], tmp_path / "mixed", base, [SkipNorms])
     assert {entry["action"] for entry in mixed["tensors"].values()} == {"merge", "skip"}
     assert (adapter["output_kind"], mixed["output_kind"]) == ("adapter", "full")
-    for found in (adapter, mixed):
-        assert [error.message for error in schema.iter_errors(found)] == []
+    for actual in (adapter, mixed):
+        assert [error.message for error in schema.iter_errors(actual)] == []
 
 
 def test_models_of_the_hub(schema: Draft202012Validator, hub: HubServer, tmp_path: Path) -> None:
     _, experts = write_family(tmp_path, 2)
     for folder in experts:
         hub.add_repo(f"ann/{Path(folder).name}", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
-    found = merge(["ann/e0", "ann/e1@main"], tmp_path / "out")
-    assert [error.message for error in schema.iter_errors(found)] == []
+    actual = merge(["ann/e0", "ann/e1@main"], tmp_path / "out")
+    assert [error.message for error in schema.iter_errors(actual)] == []
 
 
 def remove(*path: str | int) -> Callable[[Manifest], None]:

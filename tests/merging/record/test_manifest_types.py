@@ -120,8 +120,8 @@ def version_2(folder: Path, experts: list[str]) -> dict[str, Any]:
         }  # fmt: skip
 
     tensors = {name: tensor(name) for name in SHAPES}
-    angles = sorted(found["geometry"]["max_angle"] for found in tensors.values())
-    ratios = sorted(found["geometry"]["norm_ratio"] for found in tensors.values())
+    angles = sorted(actual["geometry"]["max_angle"] for actual in tensors.values())
+    ratios = sorted(actual["geometry"]["norm_ratio"] for actual in tensors.values())
     middle = {"angle": float(np.median(angles)), "ratio": float(np.median(ratios))}
     values = {
         "format_version": 2,
@@ -208,8 +208,8 @@ def test_a_module_of_an_adapter_of_version_2_has_no_norm() -> None:
         "action": "merge", "dtype": "F32", "shape": [4, 4], "inputs_xxh3_128": {}, "output_xxh3_128": "",
         "n_blocks": 1, "rank": 2, "truncation_error": 0.125,
     }  # fmt: skip
-    found = RecordedTensor.from_dict(entry)
-    assert (found.rank, found.norm, found.truncation_error) == (2, None, 0.125)
+    actual = RecordedTensor.from_dict(entry)
+    assert (actual.rank, actual.norm, actual.truncation_error) == (2, None, 0.125)
 
 
 def test_what_only_a_later_version_knows_is_passed_over_and_kept(tmp_path: Path) -> None:
