@@ -220,7 +220,7 @@ class _Reader:
 
     def _tokens(self, row: Any, number: int) -> list[int]:
         """Return the tokens of a row, without padding; none if it has no text. `number` is for error messages."""
-        if isinstance(row, (list, tuple, np.ndarray)):
+        if isinstance(row, Iterable) and not isinstance(row, (str, Mapping)):
             row = {"input_ids": row}
         if isinstance(row, Mapping) and "input_ids" in row:
             ids = row_tokens(None, row, number)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
@@ -79,6 +80,7 @@ def test_every_kind_of_data_gives_the_same_prompts(tmp_path: Path, tokenizer: Pr
         padded,
         ids,
         [np.array(row) for row in ids],
+        [torch.tensor(row) for row in ids],
         tmp_path / "a.jsonl",
         str(tmp_path / "a.csv"),
         tmp_path / "a.parquet",
@@ -187,6 +189,9 @@ def test_texts_without_tokens_are_left_out_and_said(
         ([{"label": 1}], r"Row 0 of the data needs a column `text`.*found \['label'\]"),
         ([[5, 2000]], "token id 2000, but the model's vocabulary has 2000"),
         ([[5, -1]], "token id -1, but the model's vocabulary has 2000"),
+        ([{"input_ids": "[5, 6]"}], r"Row 0 of the data needs a list of token ids .*found '\[5, 6\]'"),
+        ([[[5, 6]]], r"needs a list of token ids .*found \[\[5, 6\]\]"),
+        ([{"input_ids": None}], "needs a list of token ids .*found None"),
         ([{"messages": []}], "chat template cannot be applied to row 0"),
         ([{"messages": [{"content": "w1"}]}], "chat template cannot be applied to row 0.*`role` and a `content`"),
         (iter(["w1 w2"]), "read more than once, but got list_iterator"),

@@ -34,8 +34,8 @@ def read_texts(path: str | Path) -> Rows:
 
         try:
             return load_dataset(_TABLES[file.suffix], data_files=str(file), split="train")
-        except Exception as error:  # each format has errors of its own, and an empty file raises StopIteration
-            reason = str(error.__cause__ or error) or "it is empty"
+        except Exception as error:  # each format has errors of its own
+            reason = error.__cause__ or error if file.stat().st_size else "it is empty"
             raise ArgumentError(f"The data {str(file)!r} cannot be read as {file.suffix[1:]}: {reason}.") from error
     try:
         return [file.read_text(encoding="utf-8")]

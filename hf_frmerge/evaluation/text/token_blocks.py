@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,7 +225,13 @@ def row_tokens(
 ) -> list[int]:
     """Return the tokens of a row, from `input_ids` or by tokenizing its text; `number` is for error messages."""
     if not isinstance(row, str) and "input_ids" in row:
-        return [int(token) for token in row["input_ids"]]
+        try:
+            return [operator.index(token) for token in row["input_ids"]]
+        except TypeError as error:  # for example a table of text, such as .csv, which has lists as text
+            raise ArgumentError(
+                f"Row {number} of the data needs a list of token ids in the column `input_ids`, found "
+                f"{row['input_ids']!r:.60}. Keep tokens in .jsonl, .json or .parquet, one list a row."
+            ) from error
     text = text_of(row, number)
     if processing_class is None:
         raise ArgumentError("The data is text, so a tokenizer is needed: pass `processing_class`.")
