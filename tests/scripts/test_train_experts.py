@@ -32,7 +32,7 @@ def test_no_document_is_in_two_parts_or_in_training(scripts: tuple[ModuleType, M
     words = {part: [set(row.split()) for row in rows] for part, rows in parts.items()} | {
         "train": [set(train.split())]
     }
-    everywhere = [word for sets in words.values() for actual in sets for word in actual]
+    everywhere = [word for sets in words.values() for found in sets for word in found]
     assert len(everywhere) == len(set(everywhere)) == 60
     sizes = {part: sum(len(row.split()) for row in rows) for part, rows in parts.items()}
     assert sizes == train_experts.DOMAIN_PARTS
