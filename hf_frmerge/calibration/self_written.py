@@ -29,7 +29,6 @@ FORMAT = 1
 """Version of the cache, part of every key; raise it when the same inputs would give other prompts."""
 
 _SEPARATOR = "<|endoftext|>"  # what GPT-2's descendants put between documents; many of them call another token bos
-_MARK = "\N{REPLACEMENT CHARACTER}"
 
 
 def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -47,17 +46,6 @@ def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         "The experts' tokenizer has no token that begins or ends a text, so they cannot write prompts of their own. "
         "Give prompts from a file."
     )
-
-
-def chat_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """
-    Return what the chat template puts before a user's first message, so that the model writes one (as Magpie does,
-    arXiv 2406.08464); `None` without a template.
-    """
-    if tokenizer.chat_template is None:
-        return None
-    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-    return list(tokenizer(str(text).partition(_MARK)[0], add_special_tokens=False)["input_ids"])
 
 
 def self_written_prompts(
@@ -122,7 +110,6 @@ def write_prompts(
     prefix: Sequence[int],
     seed: int,
     batch_size: int = 64,
-    temperature: float = 1.0,
 ) -> list[NDArray[np.int64]]:
     """
     Let a language model write prompts: each token is drawn from its prediction, over the whole vocabulary.
@@ -136,7 +123,6 @@ def write_prompts(
         prefix (`Sequence[int]`): Tokens that all prompts begin with; at least one, fewer than `max_length`.
         seed (`int`): Seed of the draws. With the same batch size, one machine writes the same prompts again.
         batch_size (`int`, *optional*, defaults to `64`): Prompts that are written at once.
-        temperature (`float`, *optional*, defaults to `1.0`): Divides the logits, above 0.
 
     Returns:
         `list[np.ndarray]`: `n_samples` arrays `(max_length,)`, int64.
@@ -169,7 +155,7 @@ def write_prompts(
             for _ in range(max_length - len(prefix)):
                 output = model_any(input_ids=parts[-1], use_cache=True, **cache)
                 cache = _cache(output, model)
-                parts.append(_draw(output.logits[:, -1].float() / temperature, generator))
+                parts.append(_draw(output.logits[:, -1].float(), generator))
             written += list(torch.cat(parts, dim=1).cpu().numpy())
     model.train(was_training)
     return written
