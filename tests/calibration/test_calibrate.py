@@ -20,6 +20,7 @@ from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, CheckpointError, ResumeError
+from hf_frmerge.merging.outputs.shard_output import ShardOutput
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.diff import diff_merges
 from hf_frmerge.provenance.merge_again import reproduce
@@ -275,3 +276,24 @@ def test_corrections_are_added_to_what_any_method_gives(models: Path, tmp_path: 
         torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
     report = verify(str(tmp_path / "out"))
     assert report.ok, report.problems
+
+
+def test_a_merge_that_dies_after_the_fit_does_not_fit_again(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardOutput, "sync", die)
+        with pytest.raises(Killed):
+            merger(models, out).merge()
+    assert not (out / "config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "fit_block", die)
+        merger(models, out).merge(resume_from_checkpoint=True)
+    merger(models, whole).merge()
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert verify(str(out)).ok
