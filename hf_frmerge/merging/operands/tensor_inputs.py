@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decision
-    from hf_frmerge.merging.planning.blocks import Piece
     from hf_frmerge.merging.planning.corrections import Correction
 
 
