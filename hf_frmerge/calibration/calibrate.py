@@ -15,13 +15,14 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.block_files import BlockFiles
+from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.held_out import choose_form, distances
 from hf_frmerge.calibration.least_squares import FitOptions
 from hf_frmerge.calibration.prompts import Prompts, read_prompts, split_prompts
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
-from hf_frmerge.calibration.sweep import Sweep, SweepOptions
+from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.errors import ArgumentError

@@ -52,12 +52,12 @@ def distances(
             if batch.expert != expert or not batch.is_held_out:
                 continue
             states: Mapping[Form, Tensor] = {
-                "start": sweep.start[index], "low_rank": sweep.low_rank[index], "dense": sweep.merged[index]
+                "start": sweep.start[index], "low_rank": sweep.low_rank[index], "dense": sweep.state.merged[index]
             }  # fmt: skip
             # Prompt by prompt: the logits of a batch would be the largest thing in memory.
             for row in range(len(batch.inputs["input_ids"])):
                 one = {name: values[row : row + 1] for name, values in batch.inputs.items()}
-                target = _predictions(model, expert_weights, sweep.expert[index][row : row + 1], one)
+                target = _predictions(model, expert_weights, sweep.state.expert[index][row : row + 1], one)
                 counts[expert] += len(target)
                 for form, hidden_BTH in states.items():
                     logits = _predictions(model, merged, hidden_BTH[row : row + 1], one)
