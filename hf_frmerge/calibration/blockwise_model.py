@@ -129,13 +129,24 @@ class BlockwiseModel:
         return (result[0] if isinstance(result, tuple) else result).float()
 
     def finish(self, outer: Weights, hidden_TH: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits, float32, from the hidden states after the last block."""
+        """
+        Return the logits, float32, from the hidden states after the last block.
+
+        Raises:
+            ArgumentError: If the model gives none.
+        """
 
         def replace(*_: Any, **__: Any) -> Any:
             return (hidden_TH,) if self._makes_tuple else hidden_TH
 
         with _forwards(self._modules.values(), [replace] * len(self.blocks)), self._computing():
-            logits: Tensor = functional_call(self.model, dict(outer), (), dict(inputs)).logits
+            output = functional_call(self.model, dict(outer), (), dict(inputs))
+        logits: Tensor | None = getattr(output, "logits", None)
+        if logits is None:
+            raise ArgumentError(
+                f"{type(self.model).__name__} has no head, so there are no predictions to judge a fit by. Merge the "
+                "experts with their head, or without calibration."
+            )
         return logits.float()
 
     @contextmanager

@@ -17,7 +17,7 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge.calibration.block_files import BlockFiles
 from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.held_out import choose_form, distances
+from hf_frmerge.calibration.held_out import check_judgeable, choose_form, distances
 from hf_frmerge.calibration.least_squares import FitOptions
 from hf_frmerge.calibration.prompts import Prompts, read_prompts, split_prompts
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
@@ -123,6 +123,7 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
     }
     files = BlockFiles(staging, key)
     sweep.begin()
+    check_judgeable(sweep, batches[0])
     for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
         tensors = {parameter: reader.tensors[f"{name}.{parameter}"] for parameter in model.block_parameters(name)}
         known = files.read(index, tensors)

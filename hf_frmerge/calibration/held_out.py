@@ -65,6 +65,12 @@ def distances(
     return {form: tuple(t / n if n else None for t, n in zip(total, counts)) for form, total in totals.items()}
 
 
+def check_judgeable(sweep: Sweep, batch: Batch) -> None:
+    """Raise `ArgumentError` if the model gives no predictions, before the long work and not after it."""
+    one = {name: values[:1] for name, values in batch.inputs.items()}
+    sweep.state.model.finish(sweep.outer(None), sweep.state.merged[0][:1], one)
+
+
 def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Form:
     """
     Return the form to write: the first that has nearly all of the best one's gain, or the wanted one.

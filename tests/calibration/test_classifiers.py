@@ -8,9 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.verify import verify
 
@@ -82,6 +89,17 @@ def agreement(model_class: Any, merged: Path, folder: Path) -> float:
         with torch.no_grad():
             shares.append((model(**inputs).logits.argmax(-1) == expert(**inputs).logits.argmax(-1)).double().mean())
     return float(torch.stack(shares).mean())
+
+
+def test_encoders_without_a_head_are_refused_before_the_fit(tmp_path: Path) -> None:
+    _, config = CLASSES["bert"]
+    for number in range(2):
+        BertModel(config).save_pretrained(tmp_path / str(number))
+    experts = [str(tmp_path / str(number)) for number in range(2)]
+    args = MergingArguments(output_dir=str(tmp_path / "out"))
+    with pytest.raises(ArgumentError, match="BertModel has no head"):
+        FisherRaoMerger(experts, args, calibration_dataset=samples(0, seed=0)[0]).merge()
+    assert not list((tmp_path / "out" / ".frmerge").glob("calibrated-*"))
 
 
 def test_a_fitted_classifier_agrees_more_with_its_experts(models: tuple[Any, Path], tmp_path: Path) -> None:
