@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from hf_frmerge.checkpoints.beside.donor import write_config
 from hf_frmerge.checkpoints.beside.look_beside import copy_files
@@ -39,8 +38,11 @@ class ShardOutput:
         self.notes: list[str] = []
         self._local = threading.local()
         # The engine merges matrices on threads of its own; BLAS threads below each of them would spin for its cores.
-        is_spectral = METHODS[plan.args.method].kind == "spectral"
-        self._blas_limit = threadpool_limits(1, user_api="blas") if is_spectral else None
+        self._blas_limit: Any = None
+        if METHODS[plan.args.method].kind == "spectral":
+            from threadpoolctl import threadpool_limits  # costs other merges milliseconds
+
+            self._blas_limit = threadpool_limits(1, user_api="blas")
 
     def begin(self) -> bool:
         """Create the unfinished shards, or open those of an earlier run; return whether any was created."""

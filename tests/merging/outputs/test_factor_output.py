@@ -354,7 +354,7 @@ def test_what_no_adapter_can_express_is_refused(bases: dict[str, Path], tmp_path
         (saved, {}, r'/saved.*modules_to_save: lm_head\.weight.*adapter_output="merged"'),
         (gpt2, {}, r"different base models"),
         (plain, {"block": "row"}, r"block='row'"),
-        (plain, {"method": "ties"}, r"ties drops single elements.*adapter_output='merged'"),
+        (plain, {"method": "ties"}, r"ties takes single deltas apart.*adapter_output='merged'"),
     ]
     for other, options, message in refusals:
         with pytest.raises((ArgumentError, CheckpointError), match=message):
