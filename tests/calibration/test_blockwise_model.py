@@ -31,7 +31,7 @@ MODELS = {
         transformers.MixtralConfig(**WIDE, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2),
     ),
     "GPT-NeoX": ("GPTNeoXForCausalLM", transformers.GPTNeoXConfig(**WIDE, max_position_embeddings=32)),
-    "Phi": ("PhiForCausalLM", transformers.PhiConfig(**WIDE, max_position_embeddings=32)),
+    "Phi": ("PhiForCausalLM", transformers.PhiConfig(**WIDE, max_position_embeddings=32, pad_token_id=0)),
     "Falcon": (
         "FalconForCausalLM",
         transformers.FalconConfig(
