@@ -25,6 +25,7 @@ from hf_frmerge.calibration.streams import Batch, in_batches
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
@@ -59,6 +60,12 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         raise ArgumentError(
             "A calibrated merge is a full model. Use adapter_output='merged'; `frmerge extract-lora` makes an adapter "
             "of it."
+        )
+    remote = [one.spec for one in plan.models if "://" in one.source.path]
+    if remote:
+        raise ArgumentError(
+            f"A calibrated merge runs its models, so they must be on this machine, but {some(remote)} is read from "
+            "elsewhere. Leave out --stream-from-hub (stream_from_hub), or copy the files here."
         )
     model, args = _open_model(plan), plan.args
     tokenizer = processing_class or find_tokenizer([plan.donor.source, *(model.source for model in plan.models)])

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -189,6 +190,11 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(models:
     out = tmp_path / "out"
     with pytest.raises(ArgumentError, match="adapter_output='merged'"):
         merger(models, out, adapter_output="adapter").merge()
+    for number in range(2):
+        fsspec.filesystem("memory").put(str(models / f"full{number}"), f"/far{number}", recursive=True)
+    with pytest.raises(ArgumentError, match="must be on this machine"):
+        experts = [f"memory://far{number}" for number in range(2)]
+        FisherRaoMerger(experts, MergingArguments(output_dir=str(out)), calibration_dataset=prompts(0)).merge()
     with pytest.raises(ArgumentError, match="none of the experts"):
         merger(models, out, calibration={"nobody": prompts(0)}).merge()
     with pytest.raises(ArgumentError, match="block='tensor', 'row' or 'head'"):
