@@ -304,9 +304,10 @@ def test_other_heads_are_named_and_the_advice_works(tmp_path, save_model, open_f
             code.replace("THE MODEL", str(tmp_path / name)).replace("without-head", str(tmp_path / f"{name}-bare")), {}
         )
     bare = [open_folder_as(tmp_path / f"{name}-bare", name) for name in ("a", "b")]
-    assert {f"bert.{t.name}" for t in align(bare).tensors if not t.name.startswith("pooler")} == {
-        name for name in model.state_dict() if name.startswith("bert.") and not name.endswith("_ids")
-    }
+    names = {f"bert.{t.name}" for t in align(bare).tensors if not t.name.startswith("pooler")}
+    # The oldest transformers stores a bare BERT under the names of its first release.
+    names = {name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("Norm.beta", "Norm.bias") for name in names}
+    assert names == {name for name in model.state_dict() if name.startswith("bert.") and not name.endswith("_ids")}
 
 
 def test_quantised_checkpoints_are_refused(pair, open_folder_as):
