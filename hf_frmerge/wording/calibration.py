@@ -16,6 +16,9 @@ WITHOUT_DATA = (
 )
 """Hint at the end of a merge without calibration."""
 
+FITTED = "then fitted, layer by layer, to what they compute on a few prompts"
+"""Completes "the experts were combined by ..."."""
+
 _SOURCES = {"self": "which the experts wrote themselves", "file": "from files", "dataset": "from datasets"}
 _FORMS = {
     "low_rank": "factors of rank {rank} for every linear layer",
@@ -28,7 +31,7 @@ def calibration_verdict(record: CalibrationRecord) -> Verdict:
     prompts = f"{sum(record.prompts):,} prompts, {_SOURCES.get(record.source, 'of another origin')}"
     others = f"{sum(record.held_out):,} others"
     before, after = record.mean_distance("start"), record.mean_distance(record.form)
-    if record.form == "start":
+    if not record.is_fitted:
         best = min(record.mean_distance(form) for form in record.distances if form != "start")
         return Verdict(
             "watch",

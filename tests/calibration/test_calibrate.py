@@ -239,6 +239,9 @@ def test_the_record_of_the_fit_is_on_the_card(models: Path, tmp_path: Path) -> N
     card = (tmp_path / "out/README.md").read_text()
     assert "fitted to what its experts compute on 84 prompts" in card
     assert "--calibration PROMPTS.jsonl" in card
+    assert (
+        "by a plain weighted average, and then fitted, layer by layer, to what they compute on a few prompts" in card
+    )
 
 
 def test_a_record_without_its_corrections_is_refused(models: Path, tmp_path: Path) -> None:

@@ -75,6 +75,11 @@ class CalibrationRecord:
         fields_of["distances"] = {form: tuple(row) for form, row in values["distances"].items()}
         return cls(**fields_of)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether anything is added to the merge without data."""
+        return self.form != "start"
+
     def mean_distance(self, form: str) -> float:
         """Return the mean over the experts that have held-out prompts."""
         known = [value for value in self.distances[form] if value is not None]
