@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from hf_frmerge.evaluation.record import EvaluationRecord
     from hf_frmerge.merging.callbacks.callback import MergeCallback
-    from hf_frmerge.merging.planning.corrections import CalibrationRecord
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +46,10 @@ class FisherRaoMerger(CallbackHost):
 
     Args:
         experts (`Sequence[str]`):
-            Two or more fine-tunes of one model: local folders or Hub ids (`org/name@revision`), full checkpoints,
-            LoRA adapters, or both.
-        args (`MergingArguments`, *optional*):
-            Options. By default `MergingArguments()`: the Karcher mean of whole tensors, into `merged`.
+            Two or more fine-tunes of one model, full or LoRA: local folders or Hub ids (`org/name@revision`).
+        args (`MergingArguments`, *optional*): Options; by default the Karcher mean of whole tensors, into `merged`.
         weights (`Sequence[float]`, *optional*): One non-negative number per expert; all alike by default.
-        base_model (`str`, *optional*):
-            The model the experts were fine-tuned from. Needed for adapters and for `space="deltas"`.
+        base_model (`str`, *optional*): What they were fine-tuned from; needed for adapters and `space="deltas"`.
         processing_class (*optional*): Tokenizer used by `evaluate`; by default the merged model's.
         eval_dataset (*optional*):
             Dataset, or dict of datasets, for `evaluate`: a `text` column, `input_ids`, or a list of strings.
@@ -61,15 +57,10 @@ class FisherRaoMerger(CallbackHost):
             Called with the `EvalPrediction` of the merged model on each evaluated dataset, returns metrics.
         callbacks (`list`, *optional*): Callbacks besides the default ones; classes or instances.
         calibration_dataset (*optional*):
-            Prompts without labels, some dozens an expert, on which the merge is fitted to what its experts compute: a
-            file, a `Dataset` or a list of texts for all experts, a mapping from experts to such, or `"self"`: every
-            expert writes its own.
+            Prompts without labels, on which the merge is fitted to what its experts compute: a file, a `Dataset` or a
+            list of texts for all experts, a mapping from experts to such, or `"self"`: every expert writes its own.
         preprocess_logits_for_metrics (`Callable`, *optional*):
-            Called with the logits and labels of each batch; what it returns is kept for `compute_metrics` in their
-            place. The logits of a language model for a whole dataset seldom fit in memory.
-
-    Attributes:
-        report (`dict`): Totals of the merge.
+            Called with the logits and labels of each batch; what it returns is kept for `compute_metrics` instead.
 
     Example:
 
@@ -101,15 +92,11 @@ class FisherRaoMerger(CallbackHost):
         if isinstance(experts, str):
             raise ArgumentError(f"experts must be a list of two or more models, but got the one name {experts!r}.")
         super().__init__(args if args is not None else MergingArguments(), callbacks or (), processing_class)
-        self.experts = list(experts)
-        self.weights = weights
-        self.base_model = base_model
+        self.experts, self.weights, self.base_model = list(experts), weights, base_model
         self.processing_class = processing_class
-        self.eval_dataset = eval_dataset
-        self.compute_metrics = compute_metrics
-        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.calibration_dataset = calibration_dataset
-        self.report: dict[str, Any] = {}
+        self.eval_dataset, self.calibration_dataset = eval_dataset, calibration_dataset
+        self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
+        self.report: dict[str, Any] = {}  # totals of the merge
 
     @property
     def is_merged(self) -> bool:
@@ -121,8 +108,7 @@ class FisherRaoMerger(CallbackHost):
         Decide what will happen to every tensor, from headers alone; then download what is on the Hub.
 
         Args:
-            resume_from_checkpoint (`bool`, *optional*):
-                Overrides the argument of the same name, in the plan alone: `args` stay as they are.
+            resume_from_checkpoint (`bool`, *optional*): Overrides the argument of that name, in the plan alone.
 
         Raises:
             ArgumentError: If options contradict each other or the models.
@@ -162,7 +148,11 @@ class FisherRaoMerger(CallbackHost):
             self._begin(plan)
             if self.args.eval_on_start:
                 self.evaluate_experts()
-            calibrate = self._calibrator(plan)
+            calibrate = None
+            if self.calibration_dataset is not None:
+                from hf_frmerge.calibration.calibrate import prepare
+
+                calibrate = prepare(plan, self.calibration_dataset, self.processing_class)
             observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
             outcome = run_merge(plan, observer, self.processes, self._complete_folder, calibrate)
         self.control = observer.control
@@ -185,8 +175,7 @@ class FisherRaoMerger(CallbackHost):
 
         Args:
             eval_dataset (*optional*):
-                As at construction: a `Dataset`, an `IterableDataset`, or a dict of them, which is told dataset by
-                dataset under `<prefix>_<name>`, and at last what was measured over all of them.
+                As at construction; a dict of datasets is told one by one under `<prefix>_<name>`, at last over all.
             ignore_keys (`list[str]`, *optional*): Outputs of the model that are no predictions for `compute_metrics`.
             metric_key_prefix (`str`, *optional*, defaults to `"eval"`): Prefix of the metrics' names.
 
@@ -216,25 +205,22 @@ class FisherRaoMerger(CallbackHost):
         """
         Measure every expert, and the base model if there is one, on the same data as `evaluate`, one at a time.
 
-        Returns:
-            `dict[str, float]`: `<prefix>_<model>_<dataset>_loss` and so on; models are called as in `evaluation`.
+        The metrics are called `<prefix>_<model>_<dataset>_loss` and so on, with models named as in `evaluation`.
         """
         from hf_frmerge.evaluation.headlines import metrics_of_models
         from hf_frmerge.evaluation.models.names import datasets_by_name
 
         domains, _ = datasets_by_name(eval_dataset, self.eval_dataset, metric_key_prefix)
-        record, _ = self._measure(domains, merged=None)
-        metrics = metrics_of_models(record, metric_key_prefix)
+        metrics = metrics_of_models(self._measure(domains, merged=None)[0], metric_key_prefix)
         self.log(metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Copy the merged model to another folder; `merge` has saved it in `args.output_dir` already."""
         self._require_merge("save_model")
-        if output_dir is None or Path(output_dir).resolve() == Path(self.args.output_dir).resolve():
-            return
-        if self.processes.is_main:
-            copy_folder(Path(self.args.output_dir), Path(output_dir))
+        source, target = Path(self.args.output_dir), Path(output_dir or self.args.output_dir)
+        if self.processes.is_main and source.resolve() != target.resolve():
+            copy_folder(source, target)
         self.processes.wait()
 
     def create_model_card(self, **card_fields: Any) -> Path:
@@ -242,8 +228,7 @@ class FisherRaoMerger(CallbackHost):
         Write the model card, `README.md`, into `args.output_dir`, with figures if matplotlib is installed.
 
         Args:
-            card_fields:
-                Fields of `hf_frmerge.hub.card.data.MergeCard` to set by hand, such as `model_name` or `licence`.
+            card_fields: Fields of `hf_frmerge.hub.card.data.MergeCard` to set, such as `model_name` or `licence`.
         """
         self._require_merge("create_model_card")
         from hf_frmerge.report.figures import figure_drawer
@@ -265,14 +250,11 @@ class FisherRaoMerger(CallbackHost):
         Push the merged model, its record and its card to the Hub in one commit.
 
         Args:
-            repo_id (`str`, *optional*):
-                Repository; by default `args.hub_model_id`, else the name of the output folder.
+            repo_id (`str`, *optional*): By default `args.hub_model_id`, else the name of the output folder.
             commit_message (`str`, *optional*, defaults to `"Upload merged model"`): Message of the commit.
             blocking (`bool`, *optional*, defaults to `True`): Wait for the upload.
-            token, revision, private (*optional*): By default `args.hub_token`, `args.hub_revision`,
-                `args.hub_private_repo`.
-            create_pr (`bool`, *optional*, defaults to `False`):
-                Open a pull request instead of committing to the branch.
+            token, revision, private (*optional*): By default `hub_token`, `hub_revision`, `hub_private_repo`.
+            create_pr (`bool`, *optional*, defaults to `False`): Open a pull request and do not commit to the branch.
             card_fields: As for `create_model_card`.
 
         Returns:
@@ -294,16 +276,10 @@ class FisherRaoMerger(CallbackHost):
         target = full_repo_id(repo_id or args.hub_model_id or Path(args.output_dir).resolve().name, token)
         self.create_model_card(hub_model_id=target, **card_fields)
         return push_folder(
-            args.output_dir,
-            repo_id=target,
-            token=token,
-            private=args.hub_private_repo if private is None else private,
-            revision=revision or args.hub_revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            collection=args.hub_collection,
-            blocking=blocking,
-        )
+            args.output_dir, repo_id=target, token=token, revision=revision or args.hub_revision, create_pr=create_pr,
+            private=args.hub_private_repo if private is None else private, commit_message=commit_message,
+            collection=args.hub_collection, blocking=blocking,
+        )  # fmt: skip
 
     @cached_property
     def evaluation(self) -> EvaluationRecord:
@@ -342,14 +318,6 @@ class FisherRaoMerger(CallbackHost):
         if self.is_merged and self.processes.is_main:
             save_record(self.args.output_dir, self.evaluation)
         return record, speed
-
-    def _calibrator(self, plan: MergePlan) -> Callable[[Path], CalibrationRecord] | None:
-        """Read and check the prompts; return the function that fits the merge to them, if there are any."""
-        if self.calibration_dataset is None:
-            return None
-        from hf_frmerge.calibration.calibrate import prepare
-
-        return prepare(plan, self.calibration_dataset, self.processing_class)
 
     def _begin(self, plan: MergePlan) -> None:
         """Reset what an earlier merge left, and fire `on_merge_begin`."""
