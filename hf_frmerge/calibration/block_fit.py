@@ -31,6 +31,10 @@ _SAME = 1e-12
 """Squared relative change below which an expert's norm counts as the merge's: there is nothing to fit."""
 
 
+_LEAST_WEIGHT = 0.03
+"""Least weight of a token, where the mean is 1: without it tokens with huge activations hardly count, and shrink."""
+
+
 @dataclass(frozen=True)
 class SweepOptions:
     """
@@ -280,13 +284,13 @@ class BlockFit:
         return self._model.run_block(self._name, weights, hidden_BTH, self._sweep.batches[b].calls[self._index])
 
     def _normalise(self, first: str) -> None:
-        """Scale the weights of each expert's tokens to a mean of 1."""
+        """Scale the weights of each expert's tokens to a mean of 1, and none to less than the floor."""
         for expert in range(self._sweep.n_experts):
             keys = [(b, first) for b in self._fitted if self._sweep.batches[b].expert == expert]
             if keys:
                 mean = torch.cat([self._token_weights[key] for key in keys]).mean()
                 for key in keys:
-                    self._token_weights[key] = self._token_weights[key] / mean
+                    self._token_weights[key] = (self._token_weights[key] / mean).clamp(min=_LEAST_WEIGHT)
 
     def _changes(self, name: str) -> bool:
         return self._sweep.reader.changes(f"{self._name}.{name}.weight")
