@@ -164,16 +164,18 @@ class BlockFit:
                 self._fit_norm(step)
 
     def _fit_group(self, group: LinearGroup) -> None:
-        if not any(self._changes(name) for name in group.names):
+        # What no expert changes is copied from the base, without corrections.
+        merged = [name for name in group.names if self._is_merged(f"{name}.weight")]
+        if not merged:
             return
-        has_bias = any(f"{name}.bias" in self._start for name in group.names)
+        has_bias = any(self._is_merged(f"{name}.bias") for name in merged)
         moments = self._moments(group, has_bias)
-        for name in group.names:
-            biased = f"{name}.bias" in self._start
+        for name in merged:
+            biased = self._is_merged(f"{name}.bias")
             of_layer = moments if biased == has_bias else [_without_bias(m) for m in moments]
             fit = self._fit_layer(name, of_layer, biased)
-            put_matrix(self._module, self.weights, name, fit.weight_OI.float())
-            start_OI = matrix_of(self._module, self._start, name)
+            put_matrix(self._module, self.weights, name, fit.weight_OI.float(), with_bias=biased)
+            start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
             n_in = start_OI.shape[1] - biased
             # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
             metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
@@ -219,8 +221,8 @@ class BlockFit:
     # Parts
 
     def _fit_layer(self, name: str, moments: list[Moments], biased: bool) -> Fit:
-        start_OI = matrix_of(self._module, self._start, name)
-        experts_OI = [matrix_of(self._module, expert, name) for expert in self._experts]
+        start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
+        experts_OI = [matrix_of(self._module, expert, name, with_bias=biased) for expert in self._experts]
         priors = None
         if self._fit.update_prior:
             base_OI = self._base_matrix(name)
@@ -239,7 +241,7 @@ class BlockFit:
         base = self._sweep.reader.base(f"{self._name}.{name}.weight")
         assert base is not None
         weights = {f"{name}.weight": base.to(self._model.device)}
-        return matrix_of(self._module, weights, name)
+        return matrix_of(self._module, weights, name, with_bias=False)
 
     def _moments(self, group: LinearGroup, has_bias: bool) -> list[Moments]:
         """Return the moments of every expert's prompts, from the merge as fitted so far."""
@@ -292,8 +294,8 @@ class BlockFit:
                 for key in keys:
                     self._token_weights[key] = (self._token_weights[key] / mean).clamp(min=_LEAST_WEIGHT)
 
-    def _changes(self, name: str) -> bool:
-        return self._sweep.reader.changes(f"{self._name}.{name}.weight")
+    def _is_merged(self, parameter: str) -> bool:
+        return parameter in self._start and self._sweep.reader.is_merged(f"{self._name}.{parameter}")
 
 
 def _with_one(values_TI: Tensor) -> Tensor:

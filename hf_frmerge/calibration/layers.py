@@ -127,16 +127,15 @@ def _n_out(module: nn.Module) -> int:
     return int(weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0])
 
 
-def matrix_of(module: nn.Module, weights: Weights, name: str) -> Tensor:
-    """Return the weight of a linear layer as `(out, in)`, with the bias as a last column where there is one."""
+def matrix_of(module: nn.Module, weights: Weights, name: str, *, with_bias: bool) -> Tensor:
+    """Return the weight of a linear layer as `(out, in)`; `with_bias` appends the bias as a last column."""
     matrix = weights[f"{name}.weight"]
     matrix = matrix.T if isinstance(module.get_submodule(name), Conv1D) else matrix
-    bias = weights.get(f"{name}.bias")
-    return matrix if bias is None else torch.cat([matrix, bias[:, None]], dim=1)
+    return torch.cat([matrix, weights[f"{name}.bias"][:, None]], dim=1) if with_bias else matrix
 
 
-def put_matrix(module: nn.Module, weights: dict[str, Tensor], name: str, matrix: Tensor) -> None:
-    """Store `(out, in)`, with the bias as a last column where the layer has one, as the weights of a layer."""
-    if f"{name}.bias" in weights:
+def put_matrix(module: nn.Module, weights: dict[str, Tensor], name: str, matrix: Tensor, *, with_bias: bool) -> None:
+    """Store what `matrix_of` returns as the weights of a layer."""
+    if with_bias:
         matrix, weights[f"{name}.bias"] = matrix[:, :-1], matrix[:, -1].contiguous()
     weights[f"{name}.weight"] = (matrix.T if isinstance(module.get_submodule(name), Conv1D) else matrix).contiguous()

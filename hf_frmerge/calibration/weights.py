@@ -67,7 +67,7 @@ class WeightReader:
                 "that are merged one by one. Use block='tensor', 'row' or 'head'."
             )
 
-    def changes(self, parameter: str) -> bool:
+    def is_merged(self, parameter: str) -> bool:
         """Whether the tensor is merged, and not copied from one model."""
         return self._steps[parameter].action == "merge"
 

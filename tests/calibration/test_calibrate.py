@@ -15,7 +15,14 @@ import torch
 from click_runner import click_runner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.calibration.sweep import Sweep
@@ -306,3 +313,30 @@ def test_a_merge_that_dies_after_the_fit_does_not_fit_again(
     merger(models, whole).merge()
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert verify(str(out)).ok
+
+
+def test_what_no_adapter_changes_is_left_as_it_is(tmp_path: Path) -> None:
+    """Adapters of some layers only, in a model whose layers have biases: the rest is copied, so it is not fitted."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    calibration = {}
+    for number in range(2):
+        torch.manual_seed(number + 1)
+        lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"])
+        model = get_peft_model(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), lora)
+        train(model, number, 1e-2)
+        model.save_pretrained(tmp_path / f"expert{number}")
+        calibration[str(tmp_path / f"expert{number}")] = prompts(number)
+    args = MergingArguments(
+        output_dir=str(tmp_path / "out"), method="linear", calibration_form="dense", disable_tqdm=True
+    )
+    FisherRaoMerger([*calibration], args, base_model=str(tmp_path / "base"), calibration_dataset=calibration).merge()
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.calibration is not None and manifest.calibration.form == "dense"
+    merged = {name for name, tensor in manifest.tensors.items() if tensor.action == "merge"}
+    assert {name.split(".")[-2] for name in merged} == {"q_proj", "v_proj", "down_proj"}
+    assert load_file(tmp_path / "out/merge_corrections.safetensors").keys() == merged
