@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from hf_frmerge.calibration.sweep import FittedBlock
-from hf_frmerge.checkpoints.disk import create_file, disk_errors, make_folder, remove_file, rename, write_file
+from hf_frmerge.checkpoints.disk import make_folder, remove_file, write_file
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_tensors_file
 from hf_frmerge.errors import ResumeError
@@ -81,7 +81,9 @@ class BlockFiles:
         paths = [self._path(index) for index in range(n_blocks)]
         if form != "start":
             opened = [open_tensors_file(str(self._folder), path.name) for path in paths]
-            _join([(block, name) for block in opened for name in _of_form(block, form)], self._folder)
+            _join(
+                [(block, name) for block in opened for name in _of_form(block, form)], self._folder / CORRECTIONS_FILE
+            )
             for block in opened:
                 block.close()
         for path in paths:
@@ -91,22 +93,15 @@ class BlockFiles:
         return self._folder / f"calibrated-{index:04d}.safetensors"
 
 
-def _of_form(block: Checkpoint, form: Form) -> Iterator[str]:
-    """Yield the tensors of a block's file that belong to a form: of a layer with factors one kind or the other."""
-    factors = {name for name in block.tensors if name.endswith((".up", ".down"))}
-    for name in block.tensors:
-        is_factored = f"{name}.up" in factors
-        if name in factors if form == "low_rank" and (name in factors or is_factored) else name not in factors:
-            yield name
+def _of_form(block: Checkpoint, form: Form) -> list[str]:
+    """Return the tensors of a block's file that belong to a form: of a layer with factors one kind or the other."""
+    if form == "dense":
+        return [name for name in block.tensors if not name.endswith((".up", ".down"))]
+    return [name for name in block.tensors if f"{name}.up" not in block.tensors]
 
 
-def _join(parts: list[tuple[Checkpoint, str]], folder: Path) -> None:
+def _join(parts: list[tuple[Checkpoint, str]], path: Path) -> None:
     where = {name: block for block, name in parts}
     infos = [block.tensors[name] for block, name in parts]
     (shard,) = ShardLayout.plan([(info.name, info.dtype, info.shape) for info in infos], 1 << 62).shards
-    partial = folder / f"{CORRECTIONS_FILE}.partial"
-    with disk_errors(partial, "written"), os.fdopen(create_file(partial), "wb") as file:
-        file.write(shard.header)
-        for name in shard.names:
-            file.write(where[name].read(name).data)
-    rename(partial, folder / CORRECTIONS_FILE)
+    write_file(path, chain([shard.header], (where[name].read(name).data for name in shard.names)))

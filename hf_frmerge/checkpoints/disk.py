@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -85,9 +85,11 @@ def write_all(fd: int, data: bytes | memoryview, start: int) -> None:
         view = view[count:]
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, content: bytes | str | Iterable[bytes | memoryview]) -> None:
     """
     Write a file atomically: to a temporary name, synced to disk, then renamed.
+
+    What does not fit into memory is passed in parts.
 
     Raises:
         MergeError: If it cannot be written; an older file of that name is then still there.
@@ -97,7 +99,10 @@ def write_file(path: Path, content: bytes | str) -> None:
         try:
             fd = create_file(temporary)
             try:
-                write_all(fd, content.encode() if isinstance(content, str) else content, 0)
+                start = 0
+                for part in _parts(content):
+                    write_all(fd, part, start)
+                    start += len(part)
                 os.fsync(fd)  # before the rename: after a power cut the name must not stand for an empty file
             finally:
                 os.close(fd)
@@ -107,6 +112,12 @@ def write_file(path: Path, content: bytes | str) -> None:
                 temporary.unlink()
             raise
     sync_directory(path.parent)
+
+
+def _parts(content: bytes | str | Iterable[bytes | memoryview]) -> Iterable[bytes | memoryview]:
+    if isinstance(content, str):
+        return [content.encode()]
+    return [content] if isinstance(content, bytes) else content
 
 
 def copy_folder(folder: Path, target: Path) -> None:

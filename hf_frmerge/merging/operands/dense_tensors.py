@@ -12,8 +12,11 @@ from hf_frmerge.checkpoints.page_cache import MappedRange
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS
 from hf_frmerge.kernels.interface import Operand
+from hf_frmerge.kernels.product import product
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from hf_frmerge.checkpoints.adapters.factors import DoraWeight, LowRankDelta
     from hf_frmerge.checkpoints.page_cache import Mapping as FileMapping
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
@@ -103,6 +106,35 @@ class DoraTensor:
 
 
 @dataclass(frozen=True)
+class ProductTensor:
+    """Product of two stored factors, `up` `(rows, k)` and `down` `(k, cols)`, computed row by row; float32."""
+
+    up: StoredTensor
+    down: StoredTensor
+    cols: int
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)`."""
+        first, last = start // self.cols, -(-stop // self.cols)
+        up_RK, down_KC = self._factors
+        flat = product(up_RK[first:last], down_KC).reshape(-1)[start - first * self.cols : stop - first * self.cols]
+        return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32", is_delta=True)
+
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return `None`: the factors are small, and are read once."""
+        return None
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        return self.up.files | self.down.files
+
+    @cached_property
+    def _factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return _matrix(self.up), _matrix(self.down)
+
+
+@dataclass(frozen=True)
 class ZeroTensor:
     """The base of a tensor that the base model does not have: zeros."""
 
@@ -141,3 +173,8 @@ class ReorderedTensor:
     def files(self) -> set[tuple[Checkpoint, str]]:
         """The files it is read from."""
         return self.stored.files
+
+
+def _matrix(tensor: StoredTensor) -> NDArray[np.float32]:
+    operand = tensor.read(0, tensor.info.numel)
+    return widen(operand.data, operand.dtype).astype(np.float32).reshape(tensor.info.shape)

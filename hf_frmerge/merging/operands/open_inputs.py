@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hf_frmerge.merging.operands.dense_tensors import (
     DenseTensor,
     DoraTensor,
+    ProductTensor,
     ReorderedTensor,
     StoredTensor,
     ZeroTensor,
@@ -16,6 +17,7 @@ from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.operands.factor_inputs import FactorInputs
+    from hf_frmerge.merging.planning.corrections import Corrections
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
@@ -55,10 +57,21 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
         elif expert.adapter is not None and step.name in expert.adapter.deltas:
             low_rank[index] = expert.adapter.deltas[step.name]
     factored = base is not None and not dense and step.n_blocks == 1
-    correction = plan.corrections.of(step.name, step.cols) if plan.corrections is not None else None
+    correction = _correction(plan.corrections, step) if plan.corrections is not None else None
     row_len = step.shape[-1] if len(step.shape) > 1 and step.shape[-1] > 1 else max(step.numel, 1)
     operands = step.name, step.cols, len(plan.experts), base, dense, low_rank, labels
     return TensorInputs(*operands, plan.space, factored, row_len, correction)
+
+
+def _correction(corrections: Corrections, step: TensorStep) -> DenseTensor | None:
+    """Return what is added to a tensor, stored whole or as two factors; `None` if nothing is."""
+    checkpoint, stored = corrections.checkpoint, corrections.checkpoint.tensors
+    if step.name in stored:
+        return StoredTensor(checkpoint, stored[step.name])
+    if f"{step.name}.up" not in stored:
+        return None
+    up, down = (StoredTensor(checkpoint, stored[f"{step.name}.{factor}"]) for factor in ("up", "down"))
+    return ProductTensor(up, down, step.cols)
 
 
 def _labels(plan: MergePlan) -> dict[int, str]:

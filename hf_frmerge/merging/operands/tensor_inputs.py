@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decision
-    from hf_frmerge.merging.planning.corrections import Correction
 
 
 _SHORT = 1 << 14
@@ -85,7 +84,7 @@ class TensorInputs:
     space: str = "weights"
     factored: bool = False
     row_len: int = 1
-    correction: Correction | None = None
+    correction: DenseTensor | None = None
     _factors: dict[int, _Factors] = field(default_factory=dict, repr=False)
 
     @property
@@ -300,7 +299,10 @@ class TensorInputs:
         out_dtype: str,
     ) -> str:
         if self.correction is not None:
-            operands, labels = [*operands, self.correction.read(piece)], [*labels, "the calibration's correction"]
+            operands, labels = (
+                [*operands, self.correction.read(piece.start, piece.stop)],
+                [*labels, "the calibration's correction"],
+            )
             coefficients_BK = np.append(coefficients_BK, np.ones((len(coefficients_BK), 1)), axis=1)
         table = np.ascontiguousarray(coefficients_BK)
         combined = kernels.combine(operands, table, out, out_dtype, piece.n_blocks, piece.block_len)
@@ -334,7 +336,8 @@ class TensorInputs:
             release(self._mapped(start, stop))
 
     def _mapped(self, start: int, stop: int) -> list[MappedRange]:
-        return [part for tensor in self._stored() if (part := tensor.mapped(start, stop)) is not None]
+        tensors = [*self._stored(), *([self.correction] if self.correction is not None else [])]
+        return [part for tensor in tensors if (part := tensor.mapped(start, stop)) is not None]
 
     def _stored(self) -> list[DenseTensor]:
         return ([self.base] if self.base is not None else []) + [self.dense[i] for i in sorted(self.dense)]
