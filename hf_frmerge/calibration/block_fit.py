@@ -194,10 +194,10 @@ class BlockFit:
         shifts = {} if shift is None else {"bias": zero}
         normalised: list[list[Tensor]] = [[] for _ in self._experts]
         targets: list[list[Tensor]] = [[] for _ in self._experts]
-        offset = zero
+        offset, computed = zero, self._sweep.computed(self.weights)
         for b in self._fitted:
             batch = self._sweep.batches[b]
-            entering = self._enter(b, norm)
+            entering = self._enter(computed, b, norm)
             with torch.no_grad():
                 at_one = torch.func.functional_call(module, {"weight": unit, **shifts}, (entering,)).float()
                 at_zero = torch.func.functional_call(module, {"weight": zero, **shifts}, (entering,)).float()
@@ -249,13 +249,14 @@ class BlockFit:
         n_in = self._inputs[self._fitted[0], first].shape[1] + has_bias
         n_out = sweep.merged[0].shape[-1] if group.writes else None
         moments = [Moments.zeros(n_in, n_out, self._model.device) for _ in self._experts]
+        computed = sweep.computed(self.weights)
         for b in self._fitted:
             batch = sweep.batches[b]
             if group.writes:
-                entering, stream_TH = self._enter_writer(b, group)
+                entering, stream_TH = self._enter_writer(computed, b, group)
                 drift_TH = self._streams.pop((b, first)) - stream_TH
             else:
-                entering, drift_TH = self._enter(b, first), None
+                entering, drift_TH = self._enter(computed, b, first), None
             merged_TI = batch.tokens(entering).float()
             expert_TI = self._inputs.pop((b, first)).float()
             if has_bias:
@@ -263,19 +264,19 @@ class BlockFit:
             moments[batch.expert].add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
         return moments
 
-    def _enter(self, b: int, name: str) -> Tensor:
+    def _enter(self, merged: dict[str, Tensor], b: int, name: str) -> Tensor:
         """Return what enters a layer in the merge as fitted so far."""
         with Taps(self._module, [name], last=name) as taps:
-            self._run(self._sweep.computed(self.weights), b, self._sweep.merged[b])
+            self._run(merged, b, self._sweep.merged[b])
         return taps.inputs[name]
 
-    def _enter_writer(self, b: int, group: LinearGroup) -> tuple[Tensor, Tensor]:
+    def _enter_writer(self, merged: dict[str, Tensor], b: int, group: LinearGroup) -> tuple[Tensor, Tensor]:
         """Return what enters a writing layer, and the residual stream `(tokens, H)` before its output is added."""
         first, batch = group.names[0], self._sweep.batches[b]
         names = [first, *([group.norm_after] if group.norm_after else [])]
         after = torch.zeros(0)
         with Taps(self._module, names, last=group.norm_after) as taps:
-            after = self._run(self._sweep.computed(self.weights), b, self._sweep.merged[b])
+            after = self._run(merged, b, self._sweep.merged[b])
         sum_TH = batch.tokens(self._sum_after(group, taps, after)).float()
         return taps.inputs[first], sum_TH - batch.tokens(taps.outputs[first]).float()
 

@@ -69,7 +69,7 @@ class BlockwiseModel:
         for name, buffer in self.model.named_buffers():
             owner, _, last = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[last] = buffer.to(device)
-        self._makes_tuple = False
+        self._makes_tuple: bool | None = None  # known once a block has run
 
     def block(self, name: str) -> nn.Module:
         """Return a block; its parameters are on the meta device."""
@@ -90,7 +90,7 @@ class BlockwiseModel:
 
         Args:
             outer: Weights outside the blocks.
-            first_block: Weights of the first block; run once to see what a block returns.
+            first_block: Weights of the first block, which runs with the first batch to see what a block returns.
             inputs: Batch as the model takes it (`input_ids`, `attention_mask`).
 
         Returns:
@@ -112,7 +112,8 @@ class BlockwiseModel:
             self._makes_tuple = isinstance(result, tuple)
             return enter(*args, **kwargs)
 
-        forwards = [enter_first, *[enter] * (len(self.blocks) - 1)]
+        first = enter_first if self._makes_tuple is None else enter
+        forwards = [first, *[enter] * (len(self.blocks) - 1)]
         with _forwards(self._modules.values(), forwards), self._computing(), suppress(_Reached):
             functional_call(self.model, dict(outer), (), dict(inputs))
         if len(entered) < len(self.blocks):

@@ -17,7 +17,8 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge.calibration.block_files import BlockFiles
 from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.held_out import check_judgeable, choose_form, distances
+from hf_frmerge.calibration.held_out import choose_form, distances
+from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.least_squares import FitOptions
 from hf_frmerge.calibration.prompts import Prompts, read_prompts, split_prompts
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
@@ -105,9 +106,6 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
         NonFiniteError: If activations are not finite.
         ResumeError: If the folder holds a calibration with other arguments.
     """
-    done = staging / _RECORD_FILE
-    if done.exists():
-        return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
     started = time.process_time()
     fitted, held_out = split_prompts(prompts, _HELD_OUT, plan.args.seed)
     if not held_out:
@@ -120,8 +118,6 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=plan.args.calibration_rank)
     kernels = load_kernels(plan.args.device)
     reader = WeightReader(plan, kernels, model.model)
-    batches = _batches(plan, model, fitted, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
-    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
     key = {
         **fingerprint(plan, kernels.name),
         "prompts": [p.digest for p in prompts],
@@ -129,8 +125,12 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
         "dtype": str(model.dtype),
     }
     files = BlockFiles(staging, key)
+    done = staging / _RECORD_FILE
+    if done.exists():  # the merge died after the fit
+        return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
+    batches = _batches(plan, model, fitted, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
+    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
     sweep.begin()
-    check_judgeable(sweep, batches[0])
     for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
         tensors = {parameter: reader.tensors[f"{name}.{parameter}"] for parameter in model.block_parameters(name)}
         known = files.read(index, tensors)
@@ -192,8 +192,7 @@ def _batches(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts],
 
 
 def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> None:
-    shapes = [parameter.shape for _, parameter in model.block(model.blocks[0]).named_parameters()]
-    widest = max(max(shape) for shape in shapes if len(shape) == 2)
+    widest = max((n_in(module) for module in model.block(model.blocks[0]).modules() if is_linear(module)), default=0)
     n_tokens = sum(len(ids) for one in prompts for ids in one.token_ids)
     if n_tokens < widest:
         logger.warning(
@@ -219,6 +218,11 @@ def _is_silent(plan: MergePlan) -> bool | None:
 
 def _self_written(plan: MergePlan, tokenizer: Any) -> tuple[Prompts, ...]:
     args = plan.args
+    if tokenizer is None:
+        raise ArgumentError(
+            "None of the models has a tokenizer beside it, which says how a text begins, so the experts cannot write "
+            "prompts of their own. Put one beside the base, or pass prompts as token ids (a column input_ids)."
+        )
     return self_written_prompts(
         [expert.source for expert in plan.experts],
         plan.base.source if plan.base is not None else None,

@@ -12,7 +12,8 @@ from torch import Tensor
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.sweep import Sweep
-from hf_frmerge.merging.planning.corrections import Form
+from hf_frmerge.geometry.simplex import chord_to_distance
+from hf_frmerge.merging.planning.corrections import Form, mean_known
 
 FORMS: tuple[Form, ...] = ("start", "low_rank", "dense")
 
@@ -27,8 +28,8 @@ def squared_distance(logits_BV: Tensor, expert_BV: Tensor) -> Tensor:
     From the chord, as arccos of a number near 1 loses half its digits.
     """
     roots = [torch.softmax(logits.double(), dim=-1).sqrt() for logits in (logits_BV, expert_BV)]
-    chord_B = (roots[0] - roots[1]).norm(dim=-1)
-    return (4 * torch.arcsin((chord_B / 2).clamp(max=1.0))).square()
+    squared_chord_B = (roots[0] - roots[1]).square().sum(dim=-1)
+    return torch.from_numpy(chord_to_distance(squared_chord_B.cpu().numpy())).square()
 
 
 def distances(
@@ -56,7 +57,7 @@ def distances(
             }  # fmt: skip
             # Prompt by prompt: the logits of a batch would be the largest thing in memory.
             for row in range(len(batch.inputs["input_ids"])):
-                one = {name: values[row : row + 1] for name, values in batch.inputs.items()}
+                one = batch.prompt(row)
                 target = _predictions(model, expert_weights, sweep.state.expert[index][row : row + 1], one)
                 counts[expert] += len(target)
                 for form, hidden_BTH in states.items():
@@ -65,29 +66,18 @@ def distances(
     return {form: tuple(t / n if n else None for t, n in zip(total, counts)) for form, total in totals.items()}
 
 
-def check_judgeable(sweep: Sweep, batch: Batch) -> None:
-    """Raise `ArgumentError` if the model gives no predictions, before the long work and not after it."""
-    one = {name: values[:1] for name, values in batch.inputs.items()}
-    sweep.state.model.finish(sweep.outer(None), sweep.state.merged[0][:1], one)
-
-
 def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Form:
     """
     Return the form to write: the first that has nearly all of the best one's gain, or the wanted one.
 
     It is the start where that is not better, whatever is wanted.
     """
-    means = {form: _mean(by_form[form]) for form in FORMS}
+    means = {form: mean_known(by_form[form]) for form in FORMS}
     offered = [form for form in FORMS if wanted in ("auto", form)]
     gain = means["start"] - min(means[form] for form in offered)
     if gain <= 0:
         return "start"
     return next(form for form in offered if means["start"] - means[form] >= ENOUGH * gain)
-
-
-def _mean(values: tuple[float | None, ...]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known)
 
 
 def _predictions(

@@ -122,9 +122,13 @@ def _is_norm_of(module: nn.Module, event: tuple[str, Tensor], hidden_size: int) 
     return is_norm(module.get_submodule(name)) and entering.shape[-1] == hidden_size
 
 
+def n_in(module: nn.Module) -> int:
+    """Return the number of inputs of a linear layer."""
+    return int(module.get_parameter("weight").shape[0 if isinstance(module, Conv1D) else 1])
+
+
 def _n_out(module: nn.Module) -> int:
-    weight = module.get_parameter("weight")
-    return int(weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0])
+    return int(module.get_parameter("weight").shape[1 if isinstance(module, Conv1D) else 0])
 
 
 def matrix_of(module: nn.Module, weights: Weights, name: str, *, with_bias: bool) -> Tensor:

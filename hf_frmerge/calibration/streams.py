@@ -38,6 +38,10 @@ class Batch:
         mask = self.inputs.get("attention_mask")
         return None if mask is None else mask.bool()
 
+    def prompt(self, row: int) -> dict[str, Tensor]:
+        """Return the inputs of one prompt, as a batch of its own."""
+        return {name: values[row : row + 1] for name, values in self.inputs.items()}
+
     def tokens(self, values_BTH: Tensor) -> Tensor:
         """Return the values of the tokens alone, `(tokens, H)`, without padding; `(B * T, H)` is taken as well."""
         flat, mask = values_BTH.reshape(-1, values_BTH.shape[-1]), self.mask_BT

@@ -68,15 +68,22 @@ class Sweep:
         self.low_rank: dict[int, Tensor] = {}
 
     def begin(self) -> None:
-        """Embed all prompts, with the experts' embeddings and with the merge's."""
+        """
+        Embed all prompts, with the experts' embeddings and with the merge's.
+
+        Raises:
+            ArgumentError: If the model does not run on text alone, or gives no predictions to judge the fit by: before
+                the long work, and not after it.
+        """
         state, first = self.state, self.state.model.blocks[0]
         outer, block = self.outer(None), state.computed(self._block_weights(None, first))
         for batch in state.batches:
             hidden_BTH, batch.calls = state.model.begin(outer, block, batch.inputs)
             state.merged.append(hidden_BTH)
+        state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0))
         of_experts: dict[int, Tensor] = {}
         for expert in range(state.n_experts):
-            outer, block = self.outer(expert), state.computed(self._block_weights(expert, first))
+            outer = self.outer(expert)
             for index, batch in enumerate(state.batches):
                 if batch.expert == expert:
                     of_experts[index], _ = state.model.begin(outer, block, batch.inputs)

@@ -202,6 +202,8 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(models:
     with pytest.raises(ArgumentError, match="must be on this machine"):
         experts = [f"memory://far{number}" for number in range(2)]
         FisherRaoMerger(experts, MergingArguments(output_dir=str(out)), calibration_dataset=prompts(0)).merge()
+    with pytest.raises(ArgumentError, match="None of the models has a tokenizer beside it"):
+        merger(models, out, calibration="self").merge()
     with pytest.raises(ArgumentError, match="none of the experts"):
         merger(models, out, calibration={"nobody": prompts(0)}).merge()
     with pytest.raises(ArgumentError, match="block='tensor', 'row' or 'head'"):
@@ -307,6 +309,8 @@ def test_a_merge_that_dies_after_the_fit_does_not_fit_again(
         with pytest.raises(Killed):
             merger(models, out).merge()
     assert not (out / "config.json").exists()
+    with pytest.raises(ResumeError, match=r"started differently \(prompts\)"):
+        merger(models, out, calibration={str(models / "lora0"): prompts(0, seed=7)}).merge(resume_from_checkpoint=True)
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "fit_block", die)
         merger(models, out).merge(resume_from_checkpoint=True)

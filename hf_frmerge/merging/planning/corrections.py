@@ -14,7 +14,7 @@ from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_tensors_file
 from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 CORRECTIONS_FILE = "merge_corrections.safetensors"
@@ -23,6 +23,12 @@ _PART = 1 << 24  # bytes read at a time
 
 Form = Literal["start", "low_rank", "dense"]
 """Form of the corrections: none at all, factors of low rank, or one number for every weight."""
+
+
+def mean_known(distances: Sequence[float | None]) -> float:
+    """Return the mean of the distances to experts that have held-out prompts."""
+    known = [value for value in distances if value is not None]
+    return sum(known) / len(known)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class CalibrationRecord:
         prompts: number of prompts of every expert that took part in the fit.
         held_out: number of prompts of every expert that judged it.
         tokens: number of tokens of all prompts.
-        source: where the prompts came from: `"file"`, or `"self"` if the experts wrote them.
+        source: where the prompts came from: `"file"`, `"dataset"`, or `"self"` if the experts wrote them.
         digest: XXH3-128 of their token ids.
         options: settings of the fit, by name.
         form: form that was chosen.
@@ -73,8 +79,7 @@ class CalibrationRecord:
 
     def mean_distance(self, form: str) -> float:
         """Return the mean over the experts that have held-out prompts."""
-        known = [value for value in self.distances[form] if value is not None]
-        return sum(known) / len(known)
+        return mean_known(self.distances[form])
 
 
 @dataclass(frozen=True)
