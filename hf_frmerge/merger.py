@@ -118,8 +118,6 @@ class FisherRaoMerger(CallbackHost):
         args = self.args
         if resume_from_checkpoint is not None:
             args = replace(args, resume_from_checkpoint=resume_from_checkpoint)
-        if self.calibration_dataset is not None and args.adapter_output == "auto":
-            args = replace(args, adapter_output="merged")  # corrections do not keep the rank of the adapters
         return build_plan(self.experts, args, self.weights, self.base_model, check=check_plan)
 
     def merge(self, resume_from_checkpoint: bool | None = None) -> Self:

@@ -10,6 +10,11 @@ column `text`. `scripts/train_experts.py` makes both.
 Recovery of an expert is (base - merged) / (base - expert) in nats a token on its own domain: 1 keeps all that the
 expert learned, 0 none of it. Its standard error comes from the blocks of the text, merged and expert measured on the
 same ones. Every merge runs in a process of its own, whose CPU time and peak memory are printed.
+
+A merge is not told which expert's text it reads, and so cannot predict its first words as that expert does. What can
+be kept all the same is shown by the Bayesian mixture of the experts: it starts with equal odds, and weighs each expert
+by how well it predicted the text so far. If the texts were drawn from the experts, nothing that reads texts alone
+would do better in the mean. The last column is the recovery once a text has had time to tell.
 """
 
 from __future__ import annotations
@@ -43,6 +48,13 @@ finally:
 BLOCK = 128
 """Tokens of a block of text; the first is only context."""
 
+KNOWN = 48
+"""Tokens after which a block has told what domain it is of: the mixture of the experts has lost nothing there."""
+
+
+Losses = dict[str, NDArray[np.float64]]
+"""Domain -> loss of every token."""
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -69,23 +81,29 @@ def main() -> None:
     n_tokens = min(map(len, blocks.values())) * (BLOCK - 1)
     print(f"{args.suite.name}: {', '.join(domains)}; {n_tokens:,} test tokens or more a domain")
     base = {domain: nats(load(args.base), blocks[domain]) for domain in domains}
-    experts = {domain: nats(load_expert(args, domain), blocks[domain]) for domain in domains}
+    of_experts = [{d: nats(model, blocks[d]) for d in domains} for model in (load_expert(args, e) for e in domains)]
+    experts = {domain: losses[domain] for domain, losses in zip(domains, of_experts)}
     for domain in domains:
         print(f"  {domain}: base {base[domain].mean():.3f}, expert {experts[domain].mean():.3f} nats a token")
-    print(f"| merge | {' | '.join(domains)} | mean | worst | CPU s | peak MiB |")
-    print("|---|" + "---:|" * (len(domains) + 4), flush=True)
+    print(f"| merge | {' | '.join(domains)} | mean | worst | CPU s | peak MiB | mean after {KNOWN} tokens |")
+    print("|---|" + "---:|" * (len(domains) + 5), flush=True)
+    mixed = {domain: mixture([losses[domain] for losses in of_experts]) for domain in domains}
+    print(row("mixture of the experts' predictions", base, experts, mixed, None), flush=True)
     for merge in merges(args, domains):
         output, cost = run(args, merge, domains)
         model = load(output)
         merged = {domain: nats(model, blocks[domain]) for domain in domains}
-        rows = [recovery(base[domain], experts[domain], merged[domain]) for domain in domains]
-        values = [value for value, _ in rows]
-        cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in rows)
-        print(
-            f"| {merge.name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {cost.cpu_seconds:.0f} | "
-            f"{cost.peak_mib:.0f} |",
-            flush=True,
-        )
+        print(row(merge.name, base, experts, merged, cost), flush=True)
+
+
+def row(name: str, base: Losses, experts: Losses, merged: Losses, cost: Cost | None) -> str:
+    """Return a row of the table."""
+    found = [recovery(base[domain], experts[domain], merged[domain]) for domain in base]
+    known = [recovery(*(losses[domain][:, KNOWN:] for losses in (base, experts, merged)))[0] for domain in base]
+    values = [value for value, _ in found]
+    cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in found)
+    took = " | ".join(f"{value:.0f}" for value in (cost.cpu_seconds, cost.peak_mib)) if cost else " | "
+    return f"| {name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {took} | {np.mean(known):.3f} |"
 
 
 def parse_args() -> argparse.Namespace:
@@ -162,22 +180,29 @@ def load_expert(args: argparse.Namespace, domain: str) -> torch.nn.Module:
 
 
 def nats(model: torch.nn.Module, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the mean loss of every block."""
+    """Return the loss of every token `(blocks, BLOCK - 1)`."""
     losses = []
     with torch.inference_mode():
         for start in range(0, len(blocks), 8):
             ids = torch.from_numpy(blocks[start : start + 8])
             logits = model(input_ids=ids).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            losses.append(loss.reshape(len(ids), -1).mean(1).double().numpy())
+            losses.append(loss.reshape(len(ids), -1).double().numpy())
     return np.concatenate(losses)
+
+
+def mixture(of_experts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the losses of the Bayesian mixture, whose likelihood of a text so far is the mean of the experts'."""
+    so_far = np.stack(of_experts).cumsum(-1)
+    total = np.log(len(so_far)) - np.logaddexp.reduce(-so_far, 0)
+    return np.diff(total, axis=-1, prepend=0.0)
 
 
 def recovery(
     base: NDArray[np.float64], expert: NDArray[np.float64], merged: NDArray[np.float64]
 ) -> tuple[float, float]:
     """Return the recovery and its standard error over blocks (of a ratio of means, to first order)."""
-    gain, full = base - merged, base - expert
+    gain, full = (base - merged).mean(1), (base - expert).mean(1)
     ratio = gain.mean() / full.mean()
     residual = gain - ratio * full
     return float(ratio), float(residual.std(ddof=1) / math.sqrt(len(base)) / abs(full.mean()))

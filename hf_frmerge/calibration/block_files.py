@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from hf_frmerge.calibration.sweep import FittedBlock
 from hf_frmerge.checkpoints.disk import make_folder, remove_file, write_file
@@ -19,6 +19,7 @@ from hf_frmerge.errors import ResumeError
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, Form
 
 _KEY_FILE = "calibration-key.json"
+_OTHER = {"up": "down", "down": "up"}
 
 
 class BlockFiles:
@@ -77,17 +78,37 @@ class BlockFiles:
         write_file(self._path(index), save({name: values.cpu().contiguous() for name, values in tensors.items()}))
 
     def join(self, n_blocks: int, form: Form) -> None:
-        """Join the corrections of all blocks, in one form, into one file (none for the start); remove theirs."""
-        paths = [self._path(index) for index in range(n_blocks)]
+        """Join the corrections of all blocks, in one form, into one file (none for the start)."""
         if form != "start":
-            opened = [open_tensors_file(str(self._folder), path.name) for path in paths]
+            opened = [open_tensors_file(str(self._folder), self._path(index).name) for index in range(n_blocks)]
             _join(
                 [(block, name) for block in opened for name in _of_form(block, form)], self._folder / CORRECTIONS_FILE
             )
             for block in opened:
                 block.close()
-        for path in paths:
-            remove_file(path)
+
+    def join_for_adapter(self, n_blocks: int, transposed: Collection[str]) -> None:
+        """
+        Join the factors of all blocks into one file, as adapters lay them out.
+
+        Args:
+            n_blocks: Number of blocks.
+            transposed: Tensors that the model stores as `(n_in, n_out)`, as GPT-2 does.
+        """
+        factors = {}
+        for index in range(n_blocks):
+            for name, values in load_file(self._path(index)).items():
+                tensor, _, factor = name.rpartition(".")
+                if factor in _OTHER and tensor in transposed:
+                    factors[f"{tensor}.{_OTHER[factor]}"] = values.T.contiguous()
+                elif factor in _OTHER:
+                    factors[name] = values
+        write_file(self._folder / CORRECTIONS_FILE, save(factors))
+
+    def remove(self, n_blocks: int) -> None:
+        """Remove what was kept of the blocks."""
+        for index in range(n_blocks):
+            remove_file(self._path(index))
 
     def _path(self, index: int) -> Path:
         return self._folder / f"calibrated-{index:04d}.safetensors"

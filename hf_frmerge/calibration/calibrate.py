@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
 
 if TYPE_CHECKING:
@@ -54,24 +55,20 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         processing_class: Tokenizer; by default the one beside the base, or the first full expert.
 
     Raises:
-        ArgumentError: If the merge makes an adapter, its models cannot be run block by block, or the prompts cannot
-            be used.
+        ArgumentError: If its models cannot be run block by block, an adapter is to be made that cannot hold the
+            corrections, or the prompts cannot be used.
     """
-    if plan.layout is None:
-        raise ArgumentError(
-            "A calibrated merge is a full model. Use adapter_output='merged'; `frmerge extract-lora` makes an adapter "
-            "of it."
-        )
     remote = [one.spec for one in plan.models if "://" in one.source.path]
     if remote:
         raise ArgumentError(
             f"A calibrated merge runs its models, so they must be on this machine, but {some(remote)} is read from "
             "elsewhere. Leave out --stream-from-hub (stream_from_hub), or copy the files here."
         )
-    model, args = _open_model(plan), plan.args
-    tokenizer = processing_class or find_tokenizer([plan.donor.source, *(model.source for model in plan.models)])
+    whole = plan if plan.layout is not None else _as_whole_model(plan)
+    model, args = _open_model(whole), plan.args
+    tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
     if calibration == "self":
-        return lambda staging: calibrate(plan, model, _self_written(plan, tokenizer), staging)
+        return lambda staging: calibrate(plan, whole, model, _self_written(plan, tokenizer), staging)
     prompts = read_prompts(
         calibration,
         tokenizer,
@@ -82,10 +79,12 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         vocab_size=model.model.config.get_text_config().vocab_size,
         packing=predicts_next_token(model.model),
     )
-    return lambda staging: calibrate(plan, model, prompts, staging)
+    return lambda staging: calibrate(plan, whole, model, prompts, staging)
 
 
-def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], staging: Path) -> CalibrationRecord:
+def calibrate(
+    plan: MergePlan, whole: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], staging: Path
+) -> CalibrationRecord:
     """
     Fit a merge to its experts, judge it on prompts held out from the fit, and write the corrections that are best.
 
@@ -94,6 +93,7 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
 
     Args:
         plan: Plan of the merge without data, which is the start.
+        whole: The same merge into a whole model: another plan if the output is an adapter.
         model: Modules of its models.
         prompts: Prompts of the experts; one that has none counts by its weights alone.
         staging: Folder of unfinished files.
@@ -115,9 +115,9 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
         )
     _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
-    options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=plan.args.calibration_rank)
+    options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=_rank(plan))
     kernels = load_kernels(plan.args.device)
-    reader = WeightReader(plan, kernels, model.model)
+    reader = WeightReader(whole, kernels, model.model)
     key = {
         **fingerprint(plan, kernels.name),
         "prompts": [p.digest for p in prompts],
@@ -138,8 +138,12 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
         if known is None:
             files.write(index, tensors, fitted_block)
     by_form = distances(model, sweep, batches, len(plan.experts))
-    form = choose_form(by_form, plan.args.calibration_form)
-    files.join(len(model.blocks), form)
+    form = choose_form(by_form, plan.args.calibration_form if plan is whole else "low_rank")
+    if plan is whole or form == "start":
+        files.join(len(model.blocks), form)
+    else:
+        files.join_for_adapter(len(model.blocks), _transposed(whole))
+    files.remove(len(model.blocks))
     record = CalibrationRecord(
         prompts=_counts(plan, fitted),
         held_out=_counts(plan, held_out),
@@ -153,6 +157,45 @@ def calibrate(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]
     )
     write_file(done, json.dumps(record.to_dict()))
     return record
+
+
+def _as_whole_model(plan: MergePlan) -> MergePlan:
+    """Plan the merge of adapters again as that of whole models, which can be run."""
+    args = plan.args
+    if plan.base is None:
+        raise ArgumentError(
+            "A calibrated merge runs its models, and adapters run on their base. Name it: base_model (--base-model)."
+        )
+    if args.calibration_form == "dense":
+        raise ArgumentError(
+            "calibration_form='dense' has a number for every weight, which no adapter can hold. Use "
+            "calibration_form='low_rank', or adapter_output='merged'."
+        )
+    if args.adapter_energy is not None or _rank(plan) < 1:
+        most = max(sum(_ranks(plan, step.name)) for step in plan.steps)
+        raise ArgumentError(
+            "A calibrated adapter holds its experts' factors and beside them the corrections, so its rank is more "
+            f"than {most} here. Leave out adapter_energy, and set adapter_rank above {most} or leave it out."
+        )
+    args = replace(args, adapter_output="merged", adapter_rank=None)
+    return build_plan([expert.spec for expert in plan.experts], args, plan.weights, plan.base.spec)
+
+
+def _rank(plan: MergePlan) -> int:
+    """Return the rank of the low-rank form; in an adapter, what its rank leaves beside the experts' factors."""
+    if plan.layout is not None or plan.args.adapter_rank is None:
+        return plan.args.calibration_rank
+    most = max(sum(_ranks(plan, step.name)) for step in plan.steps)
+    return min(plan.args.calibration_rank, plan.args.adapter_rank - most)
+
+
+def _ranks(plan: MergePlan, module: str) -> list[int]:
+    return [e.adapter.deltas[module].rank for e in plan.experts if e.adapter and module in e.adapter.deltas]
+
+
+def _transposed(whole: MergePlan) -> set[str]:
+    adapters = [expert.adapter for expert in whole.experts if expert.adapter]
+    return {name for adapter in adapters for name, delta in adapter.deltas.items() if delta.transposed}
 
 
 def _open_model(plan: MergePlan) -> BlockwiseModel:

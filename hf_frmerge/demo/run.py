@@ -184,7 +184,12 @@ def _verdict(experts: list[str], base: str) -> str:
 
 def _final_arguments(output_dir: str) -> MergingArguments:
     is_earlier_demo = (Path(output_dir) / MANIFEST_FILE).exists()
-    return MergingArguments(output_dir=output_dir, num_calibration_samples=N_PROMPTS, overwrite=is_earlier_demo)
+    return MergingArguments(
+        output_dir=output_dir,
+        adapter_output="merged",
+        num_calibration_samples=N_PROMPTS,
+        overwrite=is_earlier_demo,
+    )
 
 
 def _merges(experts: Mapping[str, str], base: str, scratch: Path) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,9 @@ from click_runner import click_runner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -88,6 +91,7 @@ def merger(models: Path, out: Path, kind: str = "lora", **options: Any) -> Fishe
         "disable_tqdm": True,
         "calibration_rank": 4,
         "num_calibration_samples": N_PROMPTS,
+        "adapter_output": "merged" if kind == "lora" else "auto",
     }
     args = MergingArguments(output_dir=str(out), **{**defaults, **options})
     return FisherRaoMerger(experts, args, base_model=str(models / "base"), calibration_dataset=calibration)
@@ -115,7 +119,7 @@ def distance_to_experts(models: Path, out: Path, kind: str = "lora") -> float:
 def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
     models: Path, tmp_path: Path, kind: str, form: str
 ) -> None:
-    merger(models, tmp_path / "start", kind, calibration=None, adapter_output="merged").merge()
+    merger(models, tmp_path / "start", kind, calibration=None).merge()
     merger(models, tmp_path / "out", kind, calibration_form=form).merge()
     record = read_manifest(tmp_path / "out").calibration
     assert record is not None and record.form == form
@@ -136,6 +140,49 @@ def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
     assert report.ok, report.problems
     reproduction = reproduce(str(tmp_path / "out"))
     assert not reproduction.differences
+
+
+@pytest.mark.parametrize("options", [{}, {"adapter_rank": 8}])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_adapters_are_fitted_into_an_adapter(
+    models: Path, tmp_path: Path, architecture: str, options: dict[str, int]
+) -> None:
+    """What PEFT makes of it is the fitted whole model. GPT-2 stores its weights the other way round."""
+    if architecture == "gpt2":
+        models = tmp_path
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+        GPT2LMHeadModel(config).save_pretrained(models / "base")
+        for number in range(3):
+            lora = LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)
+            model = get_peft_model(GPT2LMHeadModel.from_pretrained(models / "base"), lora)
+            train(model, number, 1e-2)
+            model.save_pretrained(models / f"lora{number}")
+    merger(models, tmp_path / "adapter", adapter_output="auto", **options).merge()
+    # The rank that is left beside the experts' 3 x 2.
+    rank = options.get("adapter_rank", 10) - 6
+    merger(models, tmp_path / "whole", calibration_form="low_rank", calibration_rank=rank).merge()
+
+    record = read_manifest(tmp_path / "adapter").calibration
+    assert record is not None and record.form == "low_rank" and record.options["rank"] == rank
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 6 + rank
+    base = AutoModelForCausalLM.from_pretrained(models / "base")
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(models / "base").state_dict()
+    assert expected.keys() == merged.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(start[name], tensor) for name, tensor in expected.items())
+
+    report = verify(str(tmp_path / "adapter"))
+    assert report.ok, report.problems
+    assert not reproduce(str(tmp_path / "adapter")).differences
+    details = read_manifest(tmp_path / "adapter").tensors
+    name = next(name for name in details if "mlp" in name)
+    delta = merged[name] - start[name]
+    assert details[name].norm is not None
+    assert details[name].norm == pytest.approx(float(delta.norm()), rel=1e-4)
 
 
 def test_verify_notices_another_correction(models: Path, tmp_path: Path) -> None:
@@ -195,8 +242,14 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bits(
 
 def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ArgumentError, match="adapter_output='merged'"):
-        merger(models, out, adapter_output="adapter").merge()
+    with pytest.raises(ArgumentError, match="calibration_form='low_rank', or adapter_output='merged'"):
+        merger(models, out, adapter_output="adapter", calibration_form="dense").merge()
+    for option in ({"adapter_rank": 6}, {"adapter_energy": 0.9}):
+        with pytest.raises(ArgumentError, match="Leave out adapter_energy, and set adapter_rank above 6"):
+            merger(models, out, adapter_output="auto", **option).merge()
+    adapters = [str(models / f"lora{number}") for number in range(2)]
+    with pytest.raises(ArgumentError, match="Name it: base_model"):
+        FisherRaoMerger(adapters, MergingArguments(output_dir=str(out)), calibration_dataset=prompts(0)).merge()
     for number in range(2):
         fsspec.filesystem("memory").put(str(models / f"full{number}"), f"/far{number}", recursive=True)
     with pytest.raises(ArgumentError, match="must be on this machine"):
@@ -336,7 +389,11 @@ def test_what_no_adapter_changes_is_left_as_it_is(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / f"expert{number}")
         calibration[str(tmp_path / f"expert{number}")] = prompts(number)
     args = MergingArguments(
-        output_dir=str(tmp_path / "out"), method="linear", calibration_form="dense", disable_tqdm=True
+        output_dir=str(tmp_path / "out"),
+        method="linear",
+        adapter_output="merged",
+        calibration_form="dense",
+        disable_tqdm=True,
     )
     FisherRaoMerger([*calibration], args, base_model=str(tmp_path / "base"), calibration_dataset=calibration).merge()
     manifest = read_manifest(tmp_path / "out")

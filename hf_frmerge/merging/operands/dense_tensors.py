@@ -116,7 +116,7 @@ class ProductTensor:
     def read(self, start: int, stop: int) -> Operand:
         """Return elements `[start, stop)`."""
         first, last = start // self.cols, -(-stop // self.cols)
-        up_RK, down_KC = self._factors
+        up_RK, down_KC = self._kept
         flat = product(up_RK[first:last], down_KC).reshape(-1)[start - first * self.cols : stop - first * self.cols]
         return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32", is_delta=True)
 
@@ -129,9 +129,18 @@ class ProductTensor:
         """The files it is read from."""
         return self.up.files | self.down.files
 
-    @cached_property
-    def _factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the product."""
+        return self.down.info.shape[0]
+
+    def factors(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Read both factors."""
         return _matrix(self.up), _matrix(self.down)
+
+    @cached_property
+    def _kept(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return self.factors()
 
 
 @dataclass(frozen=True)

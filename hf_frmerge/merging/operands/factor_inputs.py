@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_frmerge.geometry.lowrank import factor_gram
+from hf_frmerge.geometry.lowrank import Factors, factor_gram
 from hf_frmerge.kernels.product import product
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.adapters.rows import AdapterRow
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.operands.dense_tensors import ProductTensor
     from hf_frmerge.merging.planning.blocks import Piece
 
 
@@ -30,10 +31,12 @@ class FactorInputs:
     Attributes:
         row: the factors.
         labels: name of every expert, for messages.
+        correction: what calibration adds to the merged delta, as factors.
     """
 
     row: AdapterRow
     labels: Mapping[int, str]
+    correction: ProductTensor | None = None
     has_base = False
     factored = True
 
@@ -61,6 +64,16 @@ class FactorInputs:
     def digests(self, piece: Piece) -> dict[int, str]:
         """Return for every adapter that has the module a digest of its factors and scale."""
         return {index: delta.digest() for index, delta in enumerate(self.row.deltas) if delta is not None}
+
+    @property
+    def correction_rank(self) -> int:
+        """Rank of the correction; 0 without one."""
+        return self.correction.rank if self.correction is not None else 0
+
+    def read_correction(self) -> Factors:
+        """Read the factors of the correction."""
+        assert self.correction is not None
+        return Factors(*self.correction.factors())
 
     def release(self, piece: Piece) -> None:
         """Do nothing: what reads the factors has unmapped their pages."""

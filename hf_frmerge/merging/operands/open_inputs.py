@@ -30,7 +30,9 @@ def open_inputs(plan: MergePlan, step: TensorStep) -> TensorInputs | FactorInput
     from hf_frmerge.merging.operands.factor_inputs import FactorInputs
 
     rows = AdapterRow(tuple(e.adapter.deltas.get(step.name) if e.adapter else None for e in plan.experts))
-    return FactorInputs(rows, _labels(plan))
+    correction = _correction(plan.corrections, step) if plan.corrections is not None else None
+    assert not isinstance(correction, StoredTensor)  # a fit that makes an adapter finds factors alone
+    return FactorInputs(rows, _labels(plan), correction)
 
 
 def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
@@ -63,7 +65,7 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
     return TensorInputs(*operands, plan.space, factored, row_len, correction)
 
 
-def _correction(corrections: Corrections, step: TensorStep) -> DenseTensor | None:
+def _correction(corrections: Corrections, step: TensorStep) -> StoredTensor | ProductTensor | None:
     """Return what is added to a tensor, stored whole or as two factors; `None` if nothing is."""
     checkpoint, stored = corrections.checkpoint, corrections.checkpoint.tensors
     if step.name in stored:

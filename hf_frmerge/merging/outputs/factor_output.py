@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter,
 from hf_frmerge.checkpoints.beside.look_beside import copy_files
 from hf_frmerge.checkpoints.disk import make_folder
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
-from hf_frmerge.geometry.lowrank import Factors, concatenate, kept_rank, recompress
+from hf_frmerge.geometry.lowrank import Factors, concatenate, factor_gram, kept_rank, recompress
 from hf_frmerge.geometry.sphere import combine, dot
+from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.decisions import Solution
 from hf_frmerge.merging.engine.engine import worker_count
 from hf_frmerge.merging.engine.outcomes import FactorDetails
@@ -60,14 +62,13 @@ class FactorOutput:
     def lay_out(self, tensors: Sequence[TensorWork]) -> None:
         """Choose the rank of every module, and create the file or open that of an earlier run."""
         args, base = self._plan.args, self._plan.base
-        most = max(_most_rank(_row(tensor), _coefficients(tensor)) for tensor in tensors)
+        sums = [_sum_of(tensor) for tensor in tensors]
+        most = max(one.most_rank for one in sums)
         wanted = None if args.adapter_rank is None else min(args.adapter_rank, most)  # a higher rank only adds zeros
         # On threads, as an energy bound takes singular values. The engine's own wait for the layout.
         with ThreadPoolExecutor(worker_count(self._plan)) as pool:
-            ranks = pool.map(
-                lambda tensor: _rank(_row(tensor), _coefficients(tensor), wanted, args.adapter_energy), tensors
-            )
-            modules = [_module(_row(tensor), rank) for tensor, rank in zip(tensors, ranks)]
+            ranks = pool.map(lambda one: one.rank_to_write(wanted, args.adapter_energy), sums)
+            modules = [_module(one.inputs.row, rank) for one, rank in zip(sums, ranks)]
         self._modules = {tensor.step.name: module for tensor, module in zip(tensors, modules)}
         self.notes = _rank_notes([module.rank for module in modules], most)
         adapters = [expert.adapter for expert in self._plan.experts if expert.adapter]
@@ -78,15 +79,19 @@ class FactorOutput:
 
     def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Compute the factors of a merged module and write them; return the digest of the written bytes."""
-        row, coefficients = _row(tensor), _coefficients(tensor)
-        module, used = self._modules[tensor.step.name], _used(row, coefficients)
-        if module.rank < _full_rank(row, used):
-            pair, error = recompress(concatenate(row.factors(used), coefficients), module.rank)
+        module, terms = self._modules[tensor.step.name], _sum_of(tensor)
+        if module.rank < terms.rank:
+            pair, error = recompress(concatenate(*terms.read()), module.rank)
         else:
-            pair, error = _exact(row, coefficients, used), 0.0
-        # After a resume the decision comes from the journal, and the Gram matrix was not computed in this run.
-        gram = tensor.grams[0] if tensor.grams.any() else tensor.inputs.gram(kernels, piece)[0][0]
-        norm = float(np.sqrt(np.maximum(dot(combine(coefficients, gram), coefficients), 0.0)))
+            pair, error = _exact(*terms.read()), 0.0
+        if terms.inputs.correction is None:
+            # After a resume the decision comes from the journal, and the Gram matrix was not computed in this run.
+            coefficients = terms.coefficients
+            gram = tensor.grams[0] if tensor.grams.any() else tensor.inputs.gram(kernels, piece)[0][0]
+            squared = dot(combine(coefficients, gram), coefficients)
+        else:
+            squared = factor_gram([pair], product)[0, 0]
+        norm = float(np.sqrt(np.maximum(squared, 0.0)))
         self._details[tensor.step.name] = FactorDetails(module.rank, norm, error)
         missing = module.rank - pair.A.shape[0]
         if missing:  # `adapter_rank` is above the rank of the module
@@ -130,37 +135,55 @@ def _joint_digest(parts: Sequence[NDArray[np.uint8]]) -> str:
     return xxh3_128_hexdigest(b"".join(part.data for part in parts))
 
 
-def _row(tensor: TensorWork) -> AdapterRow:
-    assert isinstance(tensor.inputs, FactorInputs)
-    return tensor.inputs.row
+@dataclass(frozen=True)
+class _Sum:
+    """
+    What is summed to the delta of a module: the adapters that have a coefficient, and what calibration adds.
+
+    Attributes:
+        inputs: factors of all adapters, and the correction.
+        coefficients: of every adapter.
+    """
+
+    inputs: FactorInputs
+    coefficients: NDArray[np.float64]
+
+    @property
+    def used(self) -> list[bool]:
+        """Whose factors are written: of adapters with a coefficient; if there are none, of the first."""
+        row = self.inputs.row
+        used = [bool(c) and delta is not None for c, delta in zip(self.coefficients, row.deltas)]
+        return used if any(used) else [delta is row.first for delta in row.deltas]
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors side by side."""
+        ranks = (delta.rank for delta, use in zip(self.inputs.row.deltas, self.used) if use and delta is not None)
+        return sum(ranks) + self.inputs.correction_rank
+
+    @property
+    def most_rank(self) -> int:
+        """Upper limit for the rank of the delta."""
+        return min(self.rank, self.inputs.row.n_out, self.inputs.row.n_in)
+
+    def read(self) -> tuple[list[Factors], NDArray[np.float64]]:
+        """Read the factors; return them with their coefficients."""
+        factors, coefficients = self.inputs.row.factors(self.used), self.coefficients
+        if self.inputs.correction is not None:
+            factors.append(self.inputs.read_correction())
+            coefficients = np.append(coefficients, 1.0)
+        return factors, coefficients
+
+    def rank_to_write(self, rank: int | None, energy: float | None) -> int:
+        """Return the rank to write. For an energy bound that takes half of a recompression, with one to follow."""
+        if energy is not None:
+            return kept_rank(concatenate(*self.read()), rank, energy)
+        return self.rank if rank is None else rank
 
 
-def _coefficients(tensor: TensorWork) -> NDArray[np.float64]:
-    assert isinstance(tensor.decision, Solution)
-    return tensor.decision.coefficients[0]
-
-
-def _used(row: AdapterRow, coefficients: NDArray[np.float64]) -> list[bool]:
-    """Return whose factors are written: of adapters with a coefficient; if there are none, of the first."""
-    used = [bool(c) and delta is not None for c, delta in zip(coefficients, row.deltas)]
-    return used if any(used) else [delta is row.first for delta in row.deltas]
-
-
-def _full_rank(row: AdapterRow, used: Sequence[bool]) -> int:
-    return sum(delta.rank for delta, use in zip(row.deltas, used) if use and delta is not None)
-
-
-def _rank(row: AdapterRow, coefficients: NDArray[np.float64], rank: int | None, energy: float | None) -> int:
-    """Return the rank to write. For an energy bound that takes half of a recompression, with another one to follow."""
-    used = _used(row, coefficients)
-    if energy is not None:
-        return kept_rank(concatenate(row.factors(used), coefficients), rank, energy)
-    return _full_rank(row, used) if rank is None else rank
-
-
-def _most_rank(row: AdapterRow, coefficients: NDArray[np.float64]) -> int:
-    """Return an upper limit for the rank of the merged delta of a module."""
-    return min(_full_rank(row, _used(row, coefficients)), row.n_out, row.n_in)
+def _sum_of(tensor: TensorWork) -> _Sum:
+    assert isinstance(tensor.inputs, FactorInputs) and isinstance(tensor.decision, Solution)
+    return _Sum(tensor.inputs, tensor.decision.coefficients[0])
 
 
 def _rank_notes(ranks: Sequence[int], most: int) -> list[str]:
@@ -175,14 +198,14 @@ def _rank_notes(ranks: Sequence[int], most: int) -> list[str]:
     ]
 
 
-def _exact(row: AdapterRow, coefficients: NDArray[np.float64], used: Sequence[bool]) -> Factors:
+def _exact(factors: Sequence[Factors], coefficients: NDArray[np.float64]) -> Factors:
     """Do what `concatenate` does, in float32 if the inputs are: half the memory traffic, and it is rounded next."""
-    pairs = [pair for pair, use in zip(row.factors(used), used) if use]
-    scales = [c * pair.scale for c, pair in zip(coefficients[used], pairs)]
-    up = np.concatenate([pair.B for pair in pairs], axis=1)
+    used = [(pair, c) for pair, c in zip(factors, coefficients) if pair.A.shape[0]]
+    scales = [c * pair.scale for pair, c in used]
+    up = np.concatenate([pair.B for pair, _ in used], axis=1)
     # The product is taken in float64, and rounded as it is stored.
-    np.multiply(up, np.repeat(scales, [pair.A.shape[0] for pair in pairs]), out=up, casting="same_kind")
-    return Factors(up, np.concatenate([pair.A for pair in pairs]))
+    np.multiply(up, np.repeat(scales, [pair.A.shape[0] for pair, _ in used]), out=up, casting="same_kind")
+    return Factors(up, np.concatenate([pair.A for pair, _ in used]))
 
 
 def _module(row: AdapterRow, rank: int) -> AdapterModule:
