@@ -81,7 +81,7 @@ class ExpertArguments:
     experts: list[str] = field(
         metadata=_describe(
             "Two or more experts: local folders or Hub ids (`org/name` or `org/name@revision`), full checkpoints or "
-            "LoRA adapters."
+            "LoRA adapters. One adapter is folded into its base model."
         )
     )
     weights: list[float] | None = field(
@@ -108,10 +108,8 @@ class ExpertArguments:
             self.calibration = [f"{expert}={file}" for expert, file in self.calibration.items()]
         for name, hint in get_type_hints(type(self)).items():
             setattr(self, name, coerce(name, self.__dict__[name], hint))
-        if len(self.experts) < 2:
-            raise ArgumentError(
-                f"A merge needs at least two experts, but `experts` lists {len(self.experts)}: {self.experts}."
-            )
+        if not self.experts:
+            raise ArgumentError("A merge needs at least two experts, but `experts` lists none.")
         validate_weights(self.weights, len(self.experts))
         _ = self.calibration_dataset
 

@@ -55,7 +55,8 @@ def build_plan(
     so that models which do not fit together are refused before the download.
 
     Args:
-        experts: Two or more folders or Hub ids, full checkpoints or adapters.
+        experts: Two or more folders or Hub ids, full checkpoints or adapters; or one adapter, to be folded into its
+            base.
         args: Options.
         weights: One non-negative number per expert; equal by default.
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
@@ -66,8 +67,8 @@ def build_plan(
         ArgumentError: If options contradict each other or the models.
         CheckpointError: If a model is missing, broken, or does not fit the others.
     """
-    if len(experts) < 2:
-        raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
+    if len(experts) < 1:
+        raise ArgumentError("A merge needs at least two experts, got 0. Name two or more models.")
     alphas = validate_weights(weights, len(experts))
     sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
     plan = _plan(sources, args, alphas, base_model is not None)
@@ -97,6 +98,7 @@ def is_downloaded(source: Source, args: MergingArguments) -> bool:
 def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float], with_base: bool) -> MergePlan:
     opened = [_open(source) for source in sources]
     base = opened.pop() if with_base else None
+    _refuse_alone(opened, base, args)
     method = METHODS[args.method]
     if method.n_experts is not None and len(opened) != method.n_experts:
         raise ArgumentError(
@@ -133,6 +135,22 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     for model in plan.models:
         model.weights.watch([file.name for file in beside.files if file.source == model.source])
     return plan
+
+
+def _refuse_alone(experts: list[Expert], base: Expert | None, args: MergingArguments) -> None:
+    """Raise if there is one expert and nothing to do with it: an adapter can be folded in, or written anew."""
+    only = experts[0]
+    if len(experts) > 1 or (only.adapter and (base is not None or args.adapter_output == "adapter")):
+        return
+    if only.checkpoint:
+        raise ArgumentError(
+            f"A merge needs at least two experts, got 1: {only.spec!r}, a full model, of which a merge would be a "
+            "copy. Name two or more models."
+        )
+    raise ArgumentError(
+        f"A merge needs at least two experts, got 1: {only.spec!r}. Name two or more, or pass base_model "
+        "(--base-model), the model that this adapter is to be folded into."
+    )
 
 
 def _unused_options(args: MergingArguments, method: Method) -> list[str]:
@@ -180,7 +198,9 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
     # Full tensors (`modules_to_save`) and DoRA modules have no low-rank factors; and a pair of factors can only be
     # scaled as a whole, not by rows or heads.
     kept_dense = any(e.adapter.dense or e.adapter.uses_dora for e in experts if e.adapter)
-    factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and not kept_dense
+    # What else could be done with a single adapter but to fold it into its base?
+    factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and len(experts) > 1
+    factored = factored and not kept_dense
     return args.adapter_output == "auto" and not full and factored and _is_sum(args)
 
 
