@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click_runner import click_runner
+from jsonschema import Draft202012Validator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +19,7 @@ from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.merging.callbacks.callback import MergeCallback
+from hf_frmerge.merging.record.manifest import SCHEMA_FILE
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
 
@@ -76,6 +79,8 @@ def test_one_adapter_becomes_what_peft_makes_of_it(tmp_path: Path, case: str, dt
     assert verify(out).ok
     assert reproduce(out).identical
     manifest = json.loads((tmp_path / "out/merge_manifest.json").read_text())
+    schema = json.loads(files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text())
+    Draft202012Validator(schema).validate(manifest)
     assert [model["id"] for model in manifest["experts"]] == ["adapter"] and manifest["base_model"]["id"] == "base"
     card = (tmp_path / "out/README.md").read_text()
     assert "a base model with one adapter folded into it" in card

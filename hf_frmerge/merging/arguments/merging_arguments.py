@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.calibration import parse_calibration
+from hf_frmerge.merging.arguments.tensor_rules import check_rules
 from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
 from hf_frmerge.methods.table import METHODS
 
@@ -233,6 +234,20 @@ class MergingArguments:
         ),
     )
 
+    leave_out: list[str] | None = field(
+        default=None,
+        metadata=_describe(
+            "Regular expression of tensors that the merged model does not get, such as heads of different sizes."
+        ),
+    )
+    take: list[str] | None = field(
+        default=None,
+        metadata=_describe(
+            "'REGEX=EXPERT': tensors that are taken as they are from one expert (as it was written, or its number) or "
+            "from base, the base model; a head brings along its class and its labels."
+        ),
+    )
+
     # 2. Calibration
     num_calibration_samples: int = field(default=64, metadata=_describe("Prompts an expert that are used."))
     max_calibration_length: int = field(default=128, metadata=_describe("Tokens a prompt; longer texts are cut."))
@@ -449,6 +464,7 @@ class MergingArguments:
         self._validate_combinations()
 
     def _validate_combinations(self) -> None:
+        check_rules(self.leave_out, self.take)
         method = METHODS[self.method]
         if (method.kind == "given") != (self.coefficients is not None):
             raise ArgumentError(

@@ -106,6 +106,6 @@ def _targets(model: Expert) -> dict[str, str]:
     for target, delta in adapter.deltas.items():
         parts = (delta.down, delta.up, delta.magnitude)
         targets |= {part.name: target for part in parts if part is not None}
-    targets |= {info.name: target for target, info in adapter.dense.items()}
+    targets |= {info.name: target for target, info in adapter.dense.items()} | dict(adapter.set_apart)
     # PEFT's copies of the base's own weights, those of tied layers, which `base_layers` leaves out, among them.
     return targets | {name: REPEATED for name in adapter.checkpoint.tensors if name.endswith(".base_layer.weight")}
