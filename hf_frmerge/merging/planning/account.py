@@ -99,7 +99,8 @@ def _fates(plan: MergePlan, model: Expert, place: int, skipped: set[str]) -> dic
 def _targets(model: Expert) -> dict[str, str]:
     """Return the tensor of the output that every stored tensor belongs to."""
     if model.checkpoint is not None:
-        return {name: name for name in model.checkpoint.tensors if name not in model.checkpoint.aliases}
+        aliases, logical = model.checkpoint.aliases, model.checkpoint.tensors
+        return {part.name: name for name, info in logical.items() if name not in aliases for part in info.stored}
     adapter = model.adapter
     assert adapter is not None
     targets = dict.fromkeys(adapter.checkpoint.tensors, "")
