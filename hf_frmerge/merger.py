@@ -46,7 +46,8 @@ class FisherRaoMerger(CallbackHost):
 
     Args:
         experts (`Sequence[str]`):
-            Two or more fine-tunes of one model, full or LoRA: local folders or Hub ids (`org/name@revision`).
+            Fine-tunes of one model, full or LoRA: local folders or Hub ids (`org/name@revision`). Two or more, or one
+            adapter, which is folded into its base.
         args (`MergingArguments`, *optional*): Options; by default the Karcher mean of whole tensors, into `merged`.
         weights (`Sequence[float]`, *optional*): One non-negative number per expert; all alike by default.
         base_model (`str`, *optional*): What they were fine-tuned from; needed for adapters and `space="deltas"`.

@@ -27,7 +27,8 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
     Merge two or more experts into one model.
 
     An EXPERT is a local folder or a Hub id (org/name or org/name@revision), a full checkpoint or a LoRA adapter. In
-    place of the experts a CONFIG file (.yml, .yaml, .json) can hold everything.
+    place of the experts a CONFIG file (.yml, .yaml, .json) can hold everything. A single adapter is folded into its
+    --base-model.
     """
     # Imported modules are never garbage, but by default Python scans them every 700 new objects: 5 % of a short merge.
     gc.set_threshold(50_000)

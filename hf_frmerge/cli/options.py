@@ -37,7 +37,8 @@ MEAN = {
         "seed",
         "descent_steps",
         "coefficients",
-    )
+    ),
+    "Tensors that are not merged": ("leave_out", "take"),
 }
 CALIBRATION = {
     "Fitting to what the experts compute": (
@@ -75,6 +76,8 @@ _METAVARS = {
     "output_dir": "DIR",
     "base_model": "MODEL",
     "weight_rules": "RULE",
+    "leave_out": "REGEX",
+    "take": "REGEX=EXPERT",
     "calibration": "[EXPERT=]FILE|self",
 }
 

@@ -27,6 +27,7 @@ class Geometry:
     method: str
     space: str
     dtype: str | None = None
+    n_experts: int = 2
     angle_median: float | None = None
     angle_max: float | None = None
     linear_norm_ratio_median: float | None = None
@@ -44,13 +45,14 @@ class Geometry:
         """Read the totals from the record of a merge; `dtype` is that of its least precise merged tensors."""
         dtypes = {tensor.dtype for tensor in manifest.tensors.values() if tensor.action == "merge"}
         dtype = next((dtype for dtype in DTYPES if dtype in dtypes), None)
-        totals = manifest.report.geometry
+        totals, n_experts = manifest.report.geometry, len(manifest.experts)
         if totals is None:
-            return cls(manifest.method, manifest.space, dtype)
+            return cls(manifest.method, manifest.space, dtype, n_experts)
         return cls(
             manifest.method,
             manifest.space,
             dtype,
+            n_experts,
             angle_median=totals.max_angle.median,
             angle_max=totals.max_angle.max,
             linear_norm_ratio_median=totals.linear_norm_ratio.median,
@@ -79,8 +81,11 @@ def geometry_verdicts(total: Geometry) -> list[Verdict]:
     """
     Return verdicts on angles, lengths, whether the method matters, and whether the iteration converged.
 
-    If tensors were merged without measuring, this is the only verdict; if none was merged, there is none.
+    If tensors were merged without measuring, this is the only verdict; if none was merged, there is none. There is
+    nothing to say of a single expert: it has no angle to another.
     """
+    if total.n_experts == 1:
+        return []
     if total.angle_max is None:
         return [Verdict("fact", "Not measured", unmeasured(total.method))] if total.dtype is not None else []
     verdicts = [

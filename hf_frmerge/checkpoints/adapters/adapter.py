@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Adapter:
         dense: target tensor -> full tensor that replaces the base's (`modules_to_save`).
         base_layers: target tensor -> copy of the base tensor, which PEFT stores beside embedding factors.
         new_tensors: those of `dense` that the base does not have: a head of its own. Known once it is matched.
+        set_apart: stored name of every tensor that is in none of these, at the user's request -> its target.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +48,7 @@ class Adapter:
     dense: dict[str, TensorInfo]
     base_layers: dict[str, TensorInfo]
     new_tensors: frozenset[str] = frozenset()
+    set_apart: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def source(self) -> Source:

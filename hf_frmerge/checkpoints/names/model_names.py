@@ -8,15 +8,27 @@ installed transformers, for the class that `config.json` names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_frmerge.checkpoints.names.empty_model import build_empty
 from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
+
+Shape = tuple[int, ...]
+
+
+class StackRun(NamedTuple):
+    """Rows `[first, first + n_rows)` of a stored tensor; a row is all that its last index runs over."""
+
+    name: str
+    first: int
+    n_rows: int
 
 
 @dataclass(frozen=True)
@@ -29,11 +41,13 @@ class ModelNames:
         parts: path of every part that is a model of its own -> the prefix its tensors have when it is wrapped by a
             class with a head, such as `"model.language_model"` -> `"model"`.
         rename: returns the name in memory of a stored name.
+        stack: returns the rows of the tensors in memory that are joined of several stored ones.
     """
 
     in_memory: frozenset[str]
     parts: dict[str, str]
     rename: Callable[[str], str]
+    stack: Callable[[Mapping[str, Shape]], dict[str, list[StackRun]]]
 
     def canonical(self, names: Iterable[str]) -> dict[str, str]:
         """
@@ -99,7 +113,76 @@ def names_of(model: PreTrainedModel) -> ModelNames | None:
         for path, part in model.named_modules()
         if path and isinstance(part, PreTrainedModel)
     }
-    return ModelNames(frozenset(in_memory), parts, rename)
+
+    def stack(stored: Mapping[str, Shape]) -> dict[str, list[StackRun]]:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name in sorted(stored, key=_natural):
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, in_memory)
+            if pattern is not None and renamed in in_memory and name not in in_memory:
+                groups.setdefault(renamed, []).append((pattern, name))
+        stacks = {}
+        for renamed, members in groups.items():
+            converter = next(each for each in converters if members[0][0] in each.source_patterns)
+            shapes = [(pattern, name, stored[name]) for pattern, name in members]
+            rows = _stacked_rows(converter, shapes, tuple(in_memory[renamed].shape))
+            if rows is not None:
+                stacks[renamed] = rows
+        return stacks
+
+    return ModelNames(frozenset(in_memory), parts, rename, stack)
+
+
+def _stacked_rows(
+    converter: WeightConverter, members: Sequence[tuple[str, str, Shape]], shape: Shape
+) -> list[StackRun] | None:
+    """
+    Return the rows of a tensor in memory, in order; None if it is not made of whole rows of the stored ones.
+
+    transformers' own operations are run on numbers of rows in place of weights, with one column.
+
+    Args:
+        converter: Entry of transformers' table.
+        members: Pattern, name and shape of every stored tensor, in the order in which transformers loads them.
+        shape: Shape in memory.
+    """
+    import torch
+
+    if any(not own or own[-1] != shape[-1] for _, _, own in members):
+        return None
+    collected: dict[str, list[torch.Tensor]] = {}
+    owners: list[tuple[str, int]] = []
+    for pattern, name, own in members:
+        count = math.prod(own[:-1])
+        numbers = torch.arange(len(owners), len(owners) + count).reshape(*own[:-1], 1)
+        collected.setdefault(pattern, []).append(numbers)
+        owners += [(name, row) for row in range(count)]
+    joined: dict[str, Any] = dict(collected)
+    try:
+        for operation in converter.operations:
+            joined = operation.convert(
+                joined, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns
+            )
+        (result,) = joined.values()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return None  # an operation on columns, or one that needs the model
+    if not isinstance(result, torch.Tensor) or tuple(result.shape) != (*shape[:-1], 1):
+        return None
+    order = result.reshape(-1).tolist()
+    if sorted(order) != list(range(len(owners))):
+        return None
+    runs: list[StackRun] = []
+    for name, row in (owners[number] for number in order):
+        last = runs[-1] if runs else None
+        if last is not None and last.name == name and last.first + last.n_rows == row:
+            runs[-1] = last._replace(n_rows=last.n_rows + 1)
+        else:
+            runs.append(StackRun(name, row, 1))
+    return runs
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort numbers in names as numbers, as transformers does before it joins tensors."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
 def _with_prefix(before: str, after: str, in_memory: str, prefix: str) -> str:

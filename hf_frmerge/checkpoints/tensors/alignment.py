@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from hf_frmerge.checkpoints.model_structure import may_be_tied
-from hf_frmerge.checkpoints.tensors.class_order import WITHOUT_HEADS, agree_on_classes, n_classes
+from hf_frmerge.checkpoints.tensors.class_order import agree_on_classes, n_classes, without_heads
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
 from hf_frmerge.checkpoints.tensors.renames import agree_on_names, is_constant_buffer
@@ -57,7 +57,11 @@ class Alignment:
     left_out: dict[str, str]
 
 
-def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alignment:
+def align(
+    experts: Sequence[Checkpoint],
+    base: Checkpoint | None = None,
+    is_apart: Callable[[str], bool] = lambda name: False,
+) -> Alignment:
     """
     Match checkpoints tensor by tensor. Reads headers, and contents only where names differ.
 
@@ -79,6 +83,8 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
             Full checkpoints, in the order the user listed them. May be empty if there is a base model.
         base (`Checkpoint`, *optional*):
             Base model.
+        is_apart (`Callable`, *optional*):
+            Whether a tensor, by its name in the first checkpoint if that has it, is none of those to be matched.
 
     Returns:
         `Alignment`: Tensors and notes.
@@ -92,6 +98,18 @@ def align(experts: Sequence[Checkpoint], base: Checkpoint | None = None) -> Alig
     for checkpoint in checkpoints:
         refuse_quantised(checkpoint)
     notes = _repeated(experts) + _wrapper_notes(checkpoints) + agree_on_names(checkpoints)
+    apart = [{name: info for name, info in each.tensors.items() if is_apart(name)} for each in checkpoints]
+    for checkpoint, hidden in zip(checkpoints, apart):
+        checkpoint.tensors = {name: info for name, info in checkpoint.tensors.items() if name not in hidden}
+    try:
+        return _align(checkpoints, first_index, notes)
+    finally:
+        for checkpoint, hidden in zip(checkpoints, apart):
+            checkpoint.tensors |= hidden
+
+
+def _align(checkpoints: Sequence[Checkpoint], first_index: int, notes: list[str]) -> Alignment:
+    """Match tensors that have one name in all checkpoints; `first_index` is the donor index of the first of these."""
     _refuse_kinds(checkpoints)
     constants = _partial_constants(checkpoints)
     left_out, tied_notes = _settle_tied(checkpoints, constants)
@@ -287,7 +305,8 @@ def _names_hint(
             "torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())`, and save it."
         )
     if all(may_be_tied(name) for name in (*missing, *extra)):
-        return f"Their layers have the same names, so they differ in their heads. {WITHOUT_HEADS}"
+        advice = without_heads([*missing, *extra], wanted & present)
+        return f"Their layers have the same names, so they differ in their heads. {advice}"
     return "Only models of one architecture and size can be merged."
 
 
@@ -324,11 +343,12 @@ def _refuse_shapes(checkpoints: Sequence[Checkpoint]) -> None:
             f"{reference.source.spec!r}"
             for expected, other in wrong
         )
-        hint = _shapes_hint(wrong, (n_classes(reference.config()), n_classes(checkpoint.config())))
+        alike = reference.tensors.keys() - {expected.name for expected, _ in wrong}
+        hint = _shapes_hint(wrong, alike, (n_classes(reference.config()), n_classes(checkpoint.config())))
         raise CheckpointError(f"{len(wrong)} tensors differ in shape: {listed}. {hint}")
 
 
-def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]], classes: tuple[int, int]) -> str:
+def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]], alike: set[str], classes: tuple[int, int]) -> str:
     rows = {(expected.shape[0], other.shape[0]) for expected, other in wrong if expected.shape and other.shape}
     only_rows = all(expected.shape[1:] == other.shape[1:] for expected, other in wrong) and len(rows) == 1
     if only_rows and any(_EMBEDDING.search(expected.name) for expected, _ in wrong):
@@ -340,7 +360,7 @@ def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]], classes: tuple[int,
     if rows == {classes}:
         return (
             f"They are the heads of classifiers with {classes[0]} and {classes[1]} labels, which have no mean. "
-            f"{WITHOUT_HEADS}"
+            f"{without_heads([expected.name for expected, _ in wrong], alike)}"
         )
     return "Only models of one architecture and size can be merged."
 

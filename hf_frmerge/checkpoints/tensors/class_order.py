@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hf_frmerge.checkpoints.names.heads import tensors_of_classes
@@ -11,15 +11,31 @@ from hf_frmerge.checkpoints.names.model_names import read_names
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some
 from hf_frmerge.errors import CheckpointError
 
-WITHOUT_HEADS = (
-    "If only the backbones are to be merged, save each model without its head and merge those (what transformers "
-    "reports as newly initialized is random):\n"
-    "    from transformers import AutoModel\n"
-    '    AutoModel.from_pretrained("THE MODEL").save_pretrained("without-head")'
-)
-
 # Names that transformers gives to classes of which nothing is known.
 _UNNAMED = re.compile(r"LABEL_\d+")
+
+
+def without_heads(heads: Collection[str], others: Collection[str]) -> str:
+    """
+    Say how to merge models without their heads, or with that of one of them.
+
+    Args:
+        heads (`Collection[str]`): Tensors of the heads.
+        others (`Collection[str]`): All other tensors.
+    """
+    modules = sorted({_shortest(name, others) for name in heads})
+    pattern = f"^({'|'.join(map(re.escape, modules))})\\b"
+    return (
+        f"To merge the rest, leave the heads out (--leave-out '{pattern}'), or take those of one expert (--take "
+        f"'{pattern}=EXPERT', EXPERT being its number)."
+    )
+
+
+def _shortest(name: str, others: Collection[str]) -> str:
+    """Return the shortest part of a name, from its start, that belongs to none of the others."""
+    parts = name.split(".")
+    starts = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((start for start in starts if not any(f"{other}.".startswith(f"{start}.") for other in others)), name)
 
 
 def class_names(config: Mapping[str, Any]) -> list[str] | None:
@@ -126,5 +142,5 @@ def _other_classes(
     return CheckpointError(
         f"{first.source.spec!r} and {other.source.spec!r} are classifiers of different classes ({some(ours)}; "
         f"{some(theirs)}): a merge would mix the rows of {some(heads)}. If they mean the same, write the same "
-        f"id2label and label2id into both config.json files. {WITHOUT_HEADS}"
+        f"id2label and label2id into both config.json files. {without_heads(heads, first.tensors.keys() - set(heads))}"
     )

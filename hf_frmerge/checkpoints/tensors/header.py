@@ -6,11 +6,15 @@ import json
 import math
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Bits per element of every dtype code in the safetensors format, in the order its own writer sorts by: smallest
 # alignment first.
@@ -43,9 +47,38 @@ FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 _MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
 
 
+class Recipe(Protocol):
+    """How a tensor is read that is made of stored ones: rows of a stack, or numbers from the codes of a quantiser."""
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """The tensors it is made of."""
+        ...
+
+    def read(self, source: TensorSource, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return bytes `[start, stop)` of the tensor; what `source` reads for that is copied, and released."""
+        ...
+
+
+class TensorSource(Protocol):
+    """Reader of the tensors of a checkpoint."""
+
+    def read_info(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """Return bytes `[start, stop)` of a tensor."""
+        ...
+
+    def release_info(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> None:
+        """Unmap the pages of a range that was read."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Name, dtype, shape and location of one tensor: `nbytes` bytes from byte `offset` of `file`."""
+    """
+    Name, dtype, shape and location of one tensor: `nbytes` bytes from byte `offset` of `file`.
+
+    A tensor that is made of stored ones has a `recipe`, which reads it; `file` and `offset` then mean nothing.
+    """
 
     name: str
     dtype: str
@@ -53,11 +86,17 @@ class TensorInfo:
     file: str
     offset: int
     nbytes: int
+    recipe: Recipe | None = None
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The stored tensors it is read from: itself, or the parts of its recipe and of theirs."""
+        return (self,) if self.recipe is None else tuple(each for part in self.recipe.parts for each in part.stored)
 
     @property
     def is_float(self) -> bool:

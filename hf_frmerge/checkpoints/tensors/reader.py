@@ -86,8 +86,14 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors together, without headers."""
-        return sum(info.nbytes for name, info in self.tensors.items() if name not in self.aliases)
+        """Bytes of all stored tensors together, without headers."""
+        return sum(info.nbytes for info in self.stored)
+
+    @property
+    def stored(self) -> list[TensorInfo]:
+        """The tensors in the files, each once: those of `tensors`, or what they are made of."""
+        logical = (info for name, info in self.tensors.items() if name not in self.aliases)
+        return list({(each.file, each.offset, each.name): each for info in logical for each in info.stored}.values())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """
@@ -107,29 +113,42 @@ class Checkpoint:
         Raises:
             CheckpointError: If the file is gone, has changed, or cannot be read.
         """
-        info = self.tensors[name]
+        return self.read_info(self.tensors[name], start, stop)
+
+    def read_info(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """Read bytes `[start, stop)` of a tensor that may be a part of another, and so none of `tensors`."""
         stop = info.nbytes if stop is None else stop
         if not 0 <= start <= stop <= info.nbytes:
-            raise ValueError(f"Bytes {start} to {stop} are outside tensor {name!r} of {info.nbytes} bytes.")
+            raise ValueError(f"Bytes {start} to {stop} are outside tensor {info.name!r} of {info.nbytes} bytes.")
+        if info.recipe is not None:
+            return info.recipe.read(self, start, stop)
         try:
             return self.folder.view(info.file, self.files[info.file], info.offset + start, info.offset + stop)
         except OSError as error:
             raise CheckpointError(
-                f"{self.source.spec!r}, tensor {name!r}: bytes {start} to {stop} of {info.nbytes} could not be "
+                f"{self.source.spec!r}, tensor {info.name!r}: bytes {start} to {stop} of {info.nbytes} could not be "
                 f"read from {self.folder.path}/{info.file}: {_reason(error)}. Bring the file back (or download it "
                 "again) and resume."
             ) from error
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Unmap the pages of a range that was read; the system's page cache keeps the contents."""
-        info = self.tensors[name]
+        self.release_info(self.tensors[name], start, stop)
+
+    def release_info(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> None:
+        """Do what `release` does, for a tensor that may be a part of another; what is computed maps no pages."""
         stop = info.nbytes if stop is None else stop
-        self.folder.release(info.file, info.offset + start, info.offset + stop)
+        if info.recipe is None:
+            self.folder.release(info.file, info.offset + start, info.offset + stop)
 
     def mapping(self, name: str) -> Mapping | None:
-        """Return the mapping of a tensor's file; `None` if it is remote or cannot be mapped (`read` will say why)."""
+        """
+        Return the mapping of a tensor's file.
+
+        `None` if it is made of other tensors, is remote, or cannot be mapped (`read` will say why).
+        """
         file = self.tensors[name].file
-        if isinstance(self.folder, RemoteFolder):
+        if isinstance(self.folder, RemoteFolder) or self.tensors[name].recipe is not None:
             return None
         with suppress(OSError):
             return self.folder.mapping(file, self.files[file])
@@ -137,8 +156,7 @@ class Checkpoint:
 
     def alias(self, name: str, target: str) -> None:
         """Add a tensor `name` with the contents of `target`: a tied weight that other checkpoints store twice."""
-        info = self.tensors[target]
-        self.tensors[name] = TensorInfo(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
+        self.tensors[name] = replace(self.tensors[target], name=name)
         self.aliases[name] = target
 
     def fingerprint(self) -> list[tuple[str, int, str]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from hf_frmerge.checkpoints.names.model_names import ModelNames, read_names
-from hf_frmerge.checkpoints.tensors.reader import Checkpoint
+from hf_frmerge.checkpoints.names.model_names import ModelNames, StackRun, read_names
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
+from hf_frmerge.checkpoints.tensors.recipes import Run, rows_of
 from hf_frmerge.errors import CheckpointError
 
 # Buffers that a model computes from its config. Old versions of transformers stored them, newer ones do not.
@@ -42,8 +43,8 @@ def agree_on_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
     names = read_names(reference.config(), reference.source.spec)
     if names is None:
         return []
+    notes = [note for other in others for note in _agree_on_stacks(names, reference, other)]
     stored = {canonical: name for name, canonical in _canonical(names, reference).items()}
-    notes = []
     for other in others:
         renamed = {
             theirs: stored[canonical]
@@ -61,6 +62,49 @@ def agree_on_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
                 f"{reference.source.spec!r}."
             )
     return notes
+
+
+def _agree_on_stacks(names: ModelNames, reference: Checkpoint, other: Checkpoint) -> list[str]:
+    """Let `other` have experts one by one, or as a stack, as the first checkpoint has them."""
+    ours, theirs = (names.stack({n: i.shape for n, i in each.tensors.items()}) for each in (reference, other))
+    in_memory = {canonical: name for name, canonical in _canonical(names, other).items()}
+    stacks_here = {canonical: name for name, canonical in _canonical(names, reference).items()}
+    made: dict[str, TensorInfo] = {}
+    used: set[str] = set()
+    for stack, runs in ours.items():  # single ones here, a stack there
+        whole = other.tensors.get(in_memory.get(stack, ""))
+        if stack not in theirs and whole is not None:
+            made |= _taken_apart(whole, runs, reference.tensors)
+            used.add(whole.name)
+    for stack, runs in theirs.items():  # a stack here, single ones there
+        info = reference.tensors.get(stacks_here.get(stack, ""))
+        parts = {run.name: other.tensors[run.name] for run in runs}
+        if stack not in ours and info is not None and len({part.dtype for part in parts.values()}) == 1:
+            rows = [Run(parts[run.name], run.first, run.n_rows) for run in runs]
+            made[info.name] = rows_of(info.name, info.shape, rows)
+            used |= parts.keys()
+    if not made:
+        return []
+    other.tensors = {name: info for name, info in other.tensors.items() if name not in used} | made
+    return [
+        f"{other.source.spec!r} stores experts {'one by one' if len(used) > len(made) else 'in stacks'} and "
+        f"{reference.source.spec!r} does not: {len(used)} tensors are read as {len(made)}, as transformers loads them."
+    ]
+
+
+def _taken_apart(
+    stack: TensorInfo, runs: Sequence[StackRun], parts: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """Return the tensors that `runs` of a stack are made of, as rows of the stack; names and shapes are of `parts`."""
+    places: dict[str, list[tuple[int, Run]]] = {}
+    row = 0
+    for run in runs:
+        places.setdefault(run.name, []).append((run.first, Run(stack, row, run.n_rows)))
+        row += run.n_rows
+    return {
+        name: rows_of(name, parts[name].shape, [run for _, run in sorted(found, key=lambda place: place[0])])
+        for name, found in places.items()
+    }
 
 
 def _refuse_taken(checkpoint: Checkpoint, renamed: dict[str, str]) -> None:

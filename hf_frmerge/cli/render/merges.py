@@ -44,7 +44,7 @@ def print_merge(report: Mapping[str, Any], manifest: Manifest, output_dir: str) 
     calibration = manifest.calibration
     fitted = [calibration_verdict(calibration)] if calibration is not None else []
     print_verdicts(out, fitted + geometry_verdicts(Geometry.of_manifest(manifest)))
-    if calibration is None:
+    if calibration is None and len(manifest.experts) > 1:
         out.print(WITHOUT_DATA)
     out.print(f"Output: {output_dir}", style="bold")
     out.print(f"Check it bit for bit with: frmerge verify {shlex.quote(output_dir)}")

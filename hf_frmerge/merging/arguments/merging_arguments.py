@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.calibration import parse_calibration
+from hf_frmerge.merging.arguments.tensor_rules import check_rules
 from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
 from hf_frmerge.methods.table import METHODS
 
@@ -81,7 +82,7 @@ class ExpertArguments:
     experts: list[str] = field(
         metadata=_describe(
             "Two or more experts: local folders or Hub ids (`org/name` or `org/name@revision`), full checkpoints or "
-            "LoRA adapters."
+            "LoRA adapters. One adapter is folded into its base model."
         )
     )
     weights: list[float] | None = field(
@@ -108,10 +109,8 @@ class ExpertArguments:
             self.calibration = [f"{expert}={file}" for expert, file in self.calibration.items()]
         for name, hint in get_type_hints(type(self)).items():
             setattr(self, name, coerce(name, self.__dict__[name], hint))
-        if len(self.experts) < 2:
-            raise ArgumentError(
-                f"A merge needs at least two experts, but `experts` lists {len(self.experts)}: {self.experts}."
-            )
+        if not self.experts:
+            raise ArgumentError("A merge needs at least two experts, but `experts` lists none.")
         validate_weights(self.weights, len(self.experts))
         _ = self.calibration_dataset
 
@@ -232,6 +231,20 @@ class MergingArguments:
         metadata=_describe(
             "Weights for some tensors only: ordered 'REGEX=w1,w2,...' rules, the first that matches a tensor name "
             "wins; 'a:b:c' in place of a number is interpolated over the layers."
+        ),
+    )
+
+    leave_out: list[str] | None = field(
+        default=None,
+        metadata=_describe(
+            "Regular expression of tensors that the merged model does not get, such as heads of different sizes."
+        ),
+    )
+    take: list[str] | None = field(
+        default=None,
+        metadata=_describe(
+            "'REGEX=EXPERT': tensors that are taken as they are from one expert (as it was written, or its number) or "
+            "from base, the base model; a head brings along its class and its labels."
         ),
     )
 
@@ -451,6 +464,7 @@ class MergingArguments:
         self._validate_combinations()
 
     def _validate_combinations(self) -> None:
+        check_rules(self.leave_out, self.take)
         method = METHODS[self.method]
         if (method.kind == "given") != (self.coefficients is not None):
             raise ArgumentError(

@@ -27,6 +27,8 @@ RESULT_OPTIONS = (
     "max_iter",
     "on_ambiguous",
     "weight_rules",
+    "leave_out",
+    "take",
     "num_calibration_samples",
     "max_calibration_length",
     "calibration_batch_size",

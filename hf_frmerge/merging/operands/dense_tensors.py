@@ -64,7 +64,7 @@ class StoredTensor:
     @property
     def files(self) -> set[tuple[Checkpoint, str]]:
         """The files it is read from."""
-        return {(self.checkpoint, self.info.file)}
+        return {(self.checkpoint, part.file) for part in self.info.stored}
 
     @cached_property
     def _itemsize(self) -> int:

@@ -99,13 +99,14 @@ def _fates(plan: MergePlan, model: Expert, place: int, skipped: set[str]) -> dic
 def _targets(model: Expert) -> dict[str, str]:
     """Return the tensor of the output that every stored tensor belongs to."""
     if model.checkpoint is not None:
-        return {name: name for name in model.checkpoint.tensors if name not in model.checkpoint.aliases}
+        aliases, logical = model.checkpoint.aliases, model.checkpoint.tensors
+        return {part.name: name for name, info in logical.items() if name not in aliases for part in info.stored}
     adapter = model.adapter
     assert adapter is not None
     targets = dict.fromkeys(adapter.checkpoint.tensors, "")
     for target, delta in adapter.deltas.items():
         parts = (delta.down, delta.up, delta.magnitude)
         targets |= {part.name: target for part in parts if part is not None}
-    targets |= {info.name: target for target, info in adapter.dense.items()}
+    targets |= {info.name: target for target, info in adapter.dense.items()} | dict(adapter.set_apart)
     # PEFT's copies of the base's own weights, those of tied layers, which `base_layers` leaves out, among them.
     return targets | {name: REPEATED for name in adapter.checkpoint.tensors if name.endswith(".base_layer.weight")}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.adapters.base import base_notes, common_base
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
@@ -20,6 +20,7 @@ from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, open_checkpoint, some
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import validate_weights
+from hf_frmerge.merging.arguments.tensor_rules import TensorRules, with_numbers
 from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_index
 from hf_frmerge.merging.planning.account import account
 from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
@@ -27,6 +28,14 @@ from hf_frmerge.merging.planning.coefficient_table import CoefficientTable, cut_
 from hf_frmerge.merging.planning.model_class import read_structure
 from hf_frmerge.merging.planning.new_heads import OTHER_HEAD, NewHead, find_new_head
 from hf_frmerge.merging.planning.plan import Expert, MergePlan
+from hf_frmerge.merging.planning.set_apart import (
+    check_rules_match,
+    config_for_taken,
+    left_out_note,
+    reasons_of,
+    taken_tensors,
+    without_ruled,
+)
 from hf_frmerge.merging.planning.tensor_step import TensorStep
 from hf_frmerge.methods.table import METHODS
 
@@ -55,7 +64,8 @@ def build_plan(
     so that models which do not fit together are refused before the download.
 
     Args:
-        experts: Two or more folders or Hub ids, full checkpoints or adapters.
+        experts: Two or more folders or Hub ids, full checkpoints or adapters; or one adapter, to be folded into its
+            base.
         args: Options.
         weights: One non-negative number per expert; equal by default.
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
@@ -66,9 +76,10 @@ def build_plan(
         ArgumentError: If options contradict each other or the models.
         CheckpointError: If a model is missing, broken, or does not fit the others.
     """
-    if len(experts) < 2:
-        raise ArgumentError(f"A merge needs at least two experts, got {len(experts)}. Name two or more models.")
+    if len(experts) < 1:
+        raise ArgumentError("A merge needs at least two experts, got 0. Name two or more models.")
     alphas = validate_weights(weights, len(experts))
+    args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
     sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
     plan = _plan(sources, args, alphas, base_model is not None)
     try:
@@ -95,8 +106,11 @@ def is_downloaded(source: Source, args: MergingArguments) -> bool:
 
 
 def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float], with_base: bool) -> MergePlan:
-    opened = [_open(source) for source in sources]
+    rules = TensorRules.parse(args.leave_out, args.take)
+    opened = [_open(source, rules) for source in sources]
+    check_rules_match(rules, opened)
     base = opened.pop() if with_base else None
+    _refuse_alone(opened, base, args)
     method = METHODS[args.method]
     if method.n_experts is not None and len(opened) != method.n_experts:
         raise ArgumentError(
@@ -109,14 +123,14 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     if base is not None and base.checkpoint is not None and not to_adapter:
         # Checked before adapters are matched: the message is clearer than that their weights are not in the base.
         refuse_quantised(base.checkpoint)
-    opened = _match_adapters(opened, base, to_adapter)
+    opened = _match_adapters(opened, base, to_adapter, rules)
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
-        head = NewHead()
-        left_out: dict[str, str] = {}
+        config_changes: dict[str, Any] = {}
+        left_out = reasons_of(rules, opened, ())
     else:
         head = find_new_head(opened, base.checkpoint if base else None)
-        steps, notes, left_out = _steps(args, opened, base, alphas, head)
+        steps, notes, left_out, config_changes = _steps(args, opened, base, alphas, head, rules)
     notes += _unused_options(args, method) + _number_notes(steps, method)
     if table is not None:
         steps = cut_as_given(steps, table, len(opened))
@@ -126,13 +140,29 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
     notes += beside.notes
     plan = MergePlan(
-        args, opened, base, alphas, space, steps, layout, notes, beside.files, table, head.config, left_out
+        args, opened, base, alphas, space, steps, layout, notes, beside.files, table, config_changes, left_out
     )
     _refuse_large_matrices(plan)
     account(plan)  # refuses what would be lost
     for model in plan.models:
         model.weights.watch([file.name for file in beside.files if file.source == model.source])
     return plan
+
+
+def _refuse_alone(experts: list[Expert], base: Expert | None, args: MergingArguments) -> None:
+    """Raise if there is one expert and nothing to do with it: an adapter can be folded in, or written anew."""
+    only = experts[0]
+    if len(experts) > 1 or (only.adapter and (base is not None or args.adapter_output == "adapter")):
+        return
+    if only.checkpoint:
+        raise ArgumentError(
+            f"A merge needs at least two experts, got 1: {only.spec!r}, a full model, of which a merge would be a "
+            "copy. Name two or more models."
+        )
+    raise ArgumentError(
+        f"A merge needs at least two experts, got 1: {only.spec!r}. Name two or more, or pass base_model "
+        "(--base-model), the model that this adapter is to be folded into."
+    )
 
 
 def _unused_options(args: MergingArguments, method: Method) -> list[str]:
@@ -152,11 +182,11 @@ def _number_notes(steps: list[TensorStep], method: Method) -> list[str]:
     return [f"A single number has no direction: of {some(numbers)} the plain weighted mean is taken."]
 
 
-def _open(source: Source) -> Expert:
+def _open(source: Source, rules: TensorRules) -> Expert:
     if source.kind == "adapter":
         from hf_frmerge.checkpoints.adapters.adapter import open_adapter
 
-        return Expert(source, adapter=open_adapter(source))
+        return Expert(source, adapter=without_ruled(open_adapter(source), rules))
     return Expert(source, checkpoint=open_checkpoint(source))
 
 
@@ -171,6 +201,11 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
             )
         if full:
             raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0]!r} is a full checkpoint.")
+        if args.take:
+            raise ArgumentError(
+                "`take` copies tensors of full models, which no adapter can hold. Give the expert all of the weight "
+                "of these tensors with weight_rules ('REGEX=0,1'), or use adapter_output='merged'."
+            )
         if args.space == "weights":
             raise ArgumentError(
                 "A mean in weight space rescales the base model itself, which no adapter can express. Use "
@@ -180,15 +215,17 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
     # Full tensors (`modules_to_save`) and DoRA modules have no low-rank factors; and a pair of factors can only be
     # scaled as a whole, not by rows or heads.
     kept_dense = any(e.adapter.dense or e.adapter.uses_dora for e in experts if e.adapter)
-    factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and not kept_dense
-    return args.adapter_output == "auto" and not full and factored and _is_sum(args)
+    # What else could be done with a single adapter but to fold it into its base?
+    factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and len(experts) > 1
+    factored = factored and not kept_dense
+    return args.adapter_output == "auto" and not full and factored and not args.take and _is_sum(args)
 
 
 def _is_sum(args: MergingArguments) -> bool:
     return METHODS[args.method].kind in ("span", "given")
 
 
-def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool) -> list[Expert]:
+def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool, rules: TensorRules) -> list[Expert]:
     """Match the modules of adapters with the tensors of the base."""
     if base is None or base.checkpoint is None:
         return experts
@@ -203,7 +240,7 @@ def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool
             return expert
         adapter = expert.adapter.match(shapes, structure, names, into_adapter=to_adapter)
         adapter.check_base_layers(checkpoint)
-        return Expert(expert.source, adapter=adapter)
+        return Expert(expert.source, adapter=without_ruled(adapter, rules))  # by the base's names, too
 
     return [match(expert) for expert in experts]
 
@@ -247,6 +284,8 @@ def _adapter_steps(
     _check_expressible(args, adapters)
     common_base(adapters, base.source if base else None)
     rows = align_adapters(adapters)
+    if not rows:
+        raise ArgumentError("`leave_out` leaves no module to merge. Give expressions of fewer.")
     names = [row.first.target for row in rows]
     weights_for, notes = _weights_for(args, weights, names)
     dtype = DTYPE_CODES.get(args.dtype, rows[0].first.up.dtype if rows else "F32")
@@ -318,21 +357,37 @@ def _stack(name: str) -> str:
 
 
 def _steps(
-    args: MergingArguments, experts: list[Expert], base: Expert | None, weights: list[float], head: NewHead
-) -> tuple[list[TensorStep], list[str], dict[str, str]]:
-    """Return one step for each tensor of a full model, notes, and the reasons for tensors that are left out."""
+    args: MergingArguments,
+    experts: list[Expert],
+    base: Expert | None,
+    weights: list[float],
+    head: NewHead,
+    rules: TensorRules,
+) -> tuple[list[TensorStep], list[str], dict[str, str], dict[str, Any]]:
+    """Return a step for each tensor of a full model, notes, why tensors are left out, and changes of the config."""
     full = [index for index, expert in enumerate(experts) if expert.checkpoint]
     checkpoints = [experts[index].checkpoint for index in full]
-    aligned = align([c for c in checkpoints if c], base.checkpoint if base else None)
+    aligned = align([c for c in checkpoints if c], base.checkpoint if base else None, rules.decides)
     notes = [*aligned.notes, *head.notes, *_adapter_notes(experts, base, args.strict)]
-    tensors = [tensor for tensor in aligned.tensors if tensor.name not in head.left_out]
+    tensors = [
+        replace(tensor, donor=-1 if tensor.donor < 0 else full[tensor.donor])
+        for tensor in aligned.tensors
+        if tensor.name not in head.left_out
+    ]
     tensors += [AlignedTensor(name, info.dtype, info.shape, "merge", -1) for name, info in head.tensors.items()]
+    models = dict(enumerate(experts)) | ({-1: base} if base else {})
+    taken = taken_tensors(rules, models)
+    tensors += taken
+    donor = base or experts[full[0]]
+    reasons = reasons_of(rules, [*experts, *([base] if base else [])], {tensor.name for tensor in taken})
+    lacking = [name for name in donor.weights.tensors if name in reasons]
+    notes += [left_out_note(lacking)] if lacking else []
+    config_changes = head.config | config_for_taken(donor, taken, models)
     touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
     weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in tensors])
     notes += rule_notes
     head_dim = None
     if args.block == "head":
-        donor = base or experts[full[0]]
         head_dim = head_dim_of(donor.checkpoint.config() if donor.checkpoint else {})
 
     is_spectral = METHODS[args.method].kind == "spectral"
@@ -348,7 +403,7 @@ def _steps(
                 dtype=DTYPE_CODES.get(args.dtype, tensor.dtype) if is_float else tensor.dtype,
                 shape=tensor.shape,
                 action="merge" if merge else "copy",
-                donor=-1 if tensor.donor < 0 else full[tensor.donor],
+                donor=tensor.donor,
                 weights=weights_for[tensor.name] if merge else (),
                 group=group_of(tensor.name, args.block),
                 n_blocks=n_blocks,
@@ -360,7 +415,7 @@ def _steps(
         notes.append(_matrix_note(args.method, steps))
     _check_groups(steps)
     _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
-    return steps, notes, aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD)
+    return steps, notes, aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD) | reasons, config_changes
 
 
 def _is_inner_matrix(name: str, shape: tuple[int, ...]) -> bool:

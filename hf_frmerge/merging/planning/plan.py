@@ -193,7 +193,7 @@ def _identity(expert: Expert) -> dict[str, Any]:
         "path": source.path,
         "commit": source.commit,
         "bytes": expert.nbytes,
-        "n_tensors": len(expert.weights.tensors),
+        "n_tensors": len(expert.weights.stored),
     }
 
 

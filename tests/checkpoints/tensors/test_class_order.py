@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,13 @@ def test_other_classes_are_refused_and_the_advice_works(tmp_path: Path) -> None:
         CheckpointError, match=r"classifiers of different classes \(no, maybe, yes; red.*mix the rows"
     ) as refused:
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    code = "\n".join(line[4:] for line in str(refused.value).splitlines() if line.startswith("    "))
-    for name in "ab":
-        exec(code.replace("THE MODEL", str(tmp_path / name)).replace("without-head", str(tmp_path / f"{name}0")), {})
-    # Their configs still have the labels; there is no head to mix.
-    plan = merge([tmp_path / "a0", tmp_path / "b0"], tmp_path / "bare")
+    heads, one_head = re.findall(r"--(?:leave-out|take) '(.*?)'", str(refused.value))
+    plan = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "bare", leave_out=[heads])
     assert plan.steps and not any("classifier" in step.name for step in plan.steps)
+    plan = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "with", take=[one_head.replace("EXPERT", "2")])
+    assert sorted(step.name for step in plan.steps if step.donor == 1) == ["classifier.bias", "classifier.weight"]
+    labels = json.loads((tmp_path / "with/config.json").read_text())["id2label"]
+    assert list(labels.values()) == ["red", "green", "blue"]
     # The other advice: the same names.
     config = json.loads((tmp_path / "a/config.json").read_text())
     other = json.loads((tmp_path / "b/config.json").read_text())

@@ -172,8 +172,9 @@ def test_tokens_never_show() -> None:
 
 
 def test_experts_are_counted_and_their_weights_checked_at_once() -> None:
-    with pytest.raises(ArgumentError, match="at least two experts, but `experts` lists 1"):
-        ExpertArguments(experts="only/one")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="at least two experts, but `experts` lists none"):
+        ExpertArguments(experts=[])
+    assert ExpertArguments(experts="one/adapter").experts == ["one/adapter"]  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="one number per expert: got 2"):
         ExpertArguments(experts=["a", "b", "c"], weights=[1, 2])
     assert ExpertArguments(experts=["a", "b"], weights="0.5, 0.25").weights == [0.5, 0.25]  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ REFUSED = {
     "a path for a name": put("/home/ann/e0", "experts", 0, "id"),
     "an address for a name": put("s3://bucket/e0", "experts", 0, "id"),
     "no weight of an expert": remove("experts", 0, "weight"),
-    "one expert": lambda manifest: manifest["experts"].__delitem__(slice(1, None)),
+    "no expert": lambda manifest: manifest["experts"].__delitem__(slice(None)),
     "a commit of a local model": put("a" * 40, "experts", 0, "commit"),
     "no commit of a model on the Hub": put(True, "experts", 0, "on_hub"),
     "no checksum of an input": remove("experts", 0, "files", "model.safetensors", "sha256"),
