@@ -20,7 +20,13 @@ from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.held_out import choose_form, distances
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.least_squares import FitOptions
-from hf_frmerge.calibration.prompts import Prompts, read_prompts, split_prompts
+from hf_frmerge.calibration.prompts import (
+    Prompts,
+    leading_tokens,
+    read_prompts,
+    split_prompts,
+    with_more_beginnings,
+)
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
 from hf_frmerge.calibration.sweep import Sweep
@@ -128,7 +134,8 @@ def calibrate(
     done = staging / _RECORD_FILE
     if done.exists():  # the merge died after the fit
         return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
-    batches = _batches(plan, model, fitted, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
+    parts = [with_more_beginnings(p) for p in fitted] if predicts_next_token(model.model) else fitted
+    batches = _batches(plan, model, parts, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
     sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
     sweep.begin()
     for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
@@ -270,6 +277,7 @@ def _self_written(plan: MergePlan, tokenizer: Any) -> tuple[Prompts, ...]:
         [expert.source for expert in plan.experts],
         plan.base.source if plan.base is not None else None,
         prefix=document_prefix(tokenizer),
+        leading=leading_tokens(tokenizer),
         n_samples=args.num_calibration_samples,
         max_length=args.max_calibration_length,
         seed=args.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PIECES = 4
+_SHORTEST_PIECE = 8
+
 # Text is read until there is this many times what is asked for: enough to choose from, however large a dataset is.
 _SURPLUS = 8
 
@@ -35,11 +39,13 @@ class Prompts:
         expert: position of the expert in the merge.
         token_ids: one array per prompt, `(T,)` int64, without padding, of two tokens or more.
         source: `"file"`, `"dataset"` (passed in Python), or `"self"` (written by the expert).
+        leading: tokens that the tokenizer puts before every text, which each piece of a text gets as well.
     """
 
     expert: int
     token_ids: tuple[NDArray[np.int64], ...]
     source: str
+    leading: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -110,8 +116,34 @@ def read_prompts(
             )  # fmt: skip
         chosen = _spread(len(blocks), n_samples, np.random.default_rng([seed, number]))
         source = "file" if isinstance(data, (str, Path)) else "dataset"
-        prompts.append(Prompts(number, tuple(blocks[place] for place in chosen), source))
+        prompts.append(Prompts(number, tuple(blocks[place] for place in chosen), source, reader.leading))
     return tuple(prompts)
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens that a tokenizer puts before every text, such as Llama's `<s>`; most have none."""
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    text = tokenizer("a")["input_ids"]
+    starts = [place for place in range(len(text)) if text[place : place + len(word)] == word]
+    return tuple(text[: starts[0]]) if starts else ()
+
+
+def with_more_beginnings(prompts: Prompts) -> Prompts:
+    """
+    Cut every second prompt into four pieces.
+
+    A merge has to find out from its text whose it is, and the fit must show it how, but a prompt has one beginning
+    only. With as many tokens in all, prompts cut like this leave a fifth to a quarter less of the distance to experts.
+    """
+    pieces: list[NDArray[np.int64]] = []
+    for place, ids in enumerate(prompts.token_ids):
+        body = ids[len(prompts.leading) :]
+        if place % 2 == 0 or len(body) < _PIECES * _SHORTEST_PIECE:
+            pieces.append(ids)
+            continue
+        begin = np.array(prompts.leading, ids.dtype)
+        pieces += [np.concatenate([begin, part]) for part in np.array_split(body, _PIECES)]
+    return replace(prompts, token_ids=tuple(pieces))
 
 
 def split_prompts(
@@ -184,13 +216,25 @@ class _Reader:
         """
         rows = [{"input_ids": ids} for ids in self._token_rows(self._rows(data))]
         if self.packing:
-            blocks = cut(token_stream(None, rows), self.max_length, self.vocab_size, None)
+            length = max(self.max_length - len(self.leading), 2)
+            blocks = cut(token_stream(None, rows), length, self.vocab_size, None)
         else:
             blocks = separate_rows(None, rows, self.vocab_size, self.max_length)
             if len(blocks) < len(rows):
                 n_short = len(rows) - len(blocks)
                 logger.warning("%d of %d texts have fewer than two tokens: they are left out.", n_short, len(rows))
-        return [blocks[place][1].numpy() for place in range(len(blocks))]
+        pieces = [blocks[place][1].numpy() for place in range(len(blocks))]
+        return [self._led(ids) for ids in pieces] if self.packing else pieces
+
+    @cached_property
+    def leading(self) -> tuple[int, ...]:
+        """Tokens that come before every text."""
+        return leading_tokens(self.tokenizer) if self.tokenizer is not None else ()
+
+    def _led(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return a block with the leading tokens, which one from the middle of a text lacks."""
+        n_leading = len(self.leading)
+        return ids if tuple(ids[:n_leading]) == self.leading else np.concatenate([np.array(self.leading), ids])
 
     def _rows(self, data: Any) -> Iterable[tuple[int, Any]]:
         """Yield number and row in random order; those of a stream, whose length is not known, in its own."""

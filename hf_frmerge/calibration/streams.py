@@ -57,14 +57,17 @@ def in_batches(
     Args:
         prompts: Token ids of every prompt.
         expert: Index of the expert they belong to.
-        size: Prompts in a batch.
+        size: Prompts in a batch of the longest; of shorter ones as many more as have no more tokens.
         pad: Token id for the places after a prompt's end; masked.
         is_held_out: Stored in the batches.
         device: Where the batches go.
     """
     ordered = sorted(prompts, key=len, reverse=True)  # stable, so that the order of equals is the user's
-    for start in range(0, len(ordered), size):
-        part = ordered[start : start + size]
+    start, most = 0, size * len(ordered[0]) if ordered else 0
+    while start < len(ordered):
+        longest = len(ordered[start])
+        part = [ids for ids in ordered[start : start + most // longest] if 2 * len(ids) > longest]
+        start += len(part)
         ids = torch.full((len(part), len(part[0])), pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(part):

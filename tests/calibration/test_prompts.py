@@ -17,7 +17,13 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from hf_frmerge.calibration.prompts import Prompts, read_prompts, split_prompts
+from hf_frmerge.calibration.prompts import (
+    Prompts,
+    leading_tokens,
+    read_prompts,
+    split_prompts,
+    with_more_beginnings,
+)
 from hf_frmerge.errors import ArgumentError
 from tests.tiny_models import word_tokenizer
 
@@ -57,6 +63,37 @@ def test_a_text_is_cut_into_blocks_from_all_over_it(tmp_path: Path, tokenizer: P
     assert all(low <= start // 7 < high for low, start, high in zip(edges, starts, edges[1:]))
     assert [p.expert for p in (prompts, other)] == [0, 1]
     assert prompts.digest != other.digest  # every expert reads other parts
+
+
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a token before every text, as Llama's and Gemma's do, and one behind it."""
+    tokenizer = word_tokenizer(WORDS, bos_token="<s>", eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def test_blocks_from_within_a_text_begin_as_texts_do(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert leading_tokens(bos_tokenizer()) == (1,) and leading_tokens(tokenizer) == ()
+    (prompts, _) = read([" ".join(WORDS)], bos_tokenizer(), n_samples=200)
+    assert prompts.leading == (1,)
+    assert all(ids[0] == 1 and 1 not in ids[1:] and len(ids) <= 8 for ids in prompts.token_ids)
+    texts = [ids[1:] for ids in prompts.token_ids]
+    assert texts[1][0] == texts[0][-1]  # blocks overlap by one token, and none is lost
+    assert sorted({int(token) for ids in texts for token in ids}) == list(range(2, 1003))
+
+
+def test_every_second_prompt_is_cut_for_the_sake_of_its_beginnings() -> None:
+    ids = [np.arange(start, start + 40) for start in (100, 200, 300)] + [np.arange(10)]
+    cut = with_more_beginnings(Prompts(0, tuple(ids), "file", (7,)))
+    expected = [
+        list(range(100, 140)),
+        [7, *range(201, 211)], [7, *range(211, 221)], [7, *range(221, 231)], [7, *range(231, 240)],
+        list(range(300, 340)),
+        list(range(10)),  # its pieces would be too short to tell anything
+    ]  # fmt: skip
+    assert [piece.tolist() for piece in cut.token_ids] == expected
 
 
 def test_the_seed_alone_chooses(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -120,7 +120,7 @@ def test_predictions_that_are_not_finite_are_refused(family: Path) -> None:
 
 
 def experts_write(experts: list[Path], base: Path | None, cache: Path, **options: Any) -> Any:
-    chosen: dict[str, Any] = {"prefix": [1], "n_samples": 4, "max_length": 8, "seed": 0} | options
+    chosen: dict[str, Any] = {"prefix": [1], "leading": [], "n_samples": 4, "max_length": 8, "seed": 0} | options
     return self_written_prompts(
         [resolve(str(expert)) for expert in experts],
         resolve(str(base)) if base is not None else None,
@@ -139,8 +139,17 @@ def test_every_expert_writes_its_own_prompts(family: Path, tmp_path: Path) -> No
     assert len({p.digest for p in prompts}) == 3  # the same expert in another place draws other numbers
     own_seed = int(np.random.SeedSequence([0, 1]).generate_state(1)[0])
     code = AutoModelForCausalLM.from_pretrained(family / "code")
-    expected = write_prompts(code, 4, 8, prefix=[1], seed=own_seed)
-    assert [ids.tolist() for ids in prompts[1].token_ids] == [ids.tolist() for ids in expected]
+    # What the texts are written behind is no part of the prompts.
+    expected = [ids[1:].tolist() for ids in write_prompts(code, 4, 9, prefix=[1], seed=own_seed)]
+    assert [ids.tolist() for ids in prompts[1].token_ids] == expected
+
+
+def test_prompts_begin_as_the_tokenizer_begins_texts(family: Path, tmp_path: Path) -> None:
+    (prompts,) = experts_write([family / "code"], None, tmp_path, leading=[1])
+    own_seed = int(np.random.SeedSequence([0, 0]).generate_state(1)[0])
+    expected = write_prompts(AutoModelForCausalLM.from_pretrained(family / "code"), 4, 8, prefix=[1], seed=own_seed)
+    assert [ids.tolist() for ids in prompts.token_ids] == [ids.tolist() for ids in expected]
+    assert prompts.leading == (1,)
 
 
 def test_an_adapter_writes_on_its_base(family: Path, tmp_path: Path) -> None:
@@ -152,8 +161,8 @@ def test_an_adapter_writes_on_its_base(family: Path, tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     (prompts,) = experts_write([tmp_path / "adapter"], family / "base", tmp_path / "cache")
     own_seed = int(np.random.SeedSequence([0, 0]).generate_state(1)[0])
-    expected = write_prompts(adapted, 4, 8, prefix=[1], seed=own_seed)
-    assert [ids.tolist() for ids in prompts.token_ids] == [ids.tolist() for ids in expected]
+    expected = write_prompts(adapted, 4, 9, prefix=[1], seed=own_seed)
+    assert [ids.tolist() for ids in prompts.token_ids] == [ids[1:].tolist() for ids in expected]
 
 
 def test_prompts_are_kept_under_everything_they_depend_on(
@@ -166,7 +175,7 @@ def test_prompts_are_kept_under_everything_they_depend_on(
     assert again[0].digest == first[0].digest
     monkeypatch.undo()
     variants: list[dict[str, Any]] = [
-        {"prefix": [2]}, {"n_samples": 3}, {"max_length": 7}, {"seed": 1}, {"dtype": "float32"}
+        {"prefix": [2]}, {"leading": [1]}, {"n_samples": 3}, {"max_length": 7}, {"seed": 1}, {"dtype": "float32"}
     ]  # fmt: skip
     for variant in variants:
         experts_write([family / "math"], None, tmp_path, **variant)
