@@ -29,6 +29,20 @@ class Call:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """
+    What a model gives for a batch, float32.
+
+    Attributes:
+        values: logits `(B, T, V)`, or `(B, V)` of a classifier; of a model without a head, hidden states `(B, T, H)`.
+        is_logits: which of them.
+    """
+
+    values: Tensor
+    is_logits: bool
+
+
 class BlockwiseModel:
     """
     Modules of a transformers model without its weights, and the transformer blocks among them.
@@ -129,12 +143,12 @@ class BlockwiseModel:
             result = functional_call(self.block(name), dict(weights), (hidden_TH, *call.args), call.kwargs)
         return (result[0] if isinstance(result, tuple) else result).float()
 
-    def finish(self, outer: Weights, hidden_TH: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    def finish(self, outer: Weights, hidden_TH: Tensor, inputs: Mapping[str, Tensor]) -> Outputs:
         """
-        Return the logits, float32, from the hidden states after the last block.
+        Return what the model gives, from the hidden states after the last block.
 
         Raises:
-            ArgumentError: If the model gives none.
+            ArgumentError: If it gives neither logits nor hidden states.
         """
 
         def replace(*_: Any, **__: Any) -> Any:
@@ -142,13 +156,14 @@ class BlockwiseModel:
 
         with _forwards(self._modules.values(), [replace] * len(self.blocks)), self._computing():
             output = functional_call(self.model, dict(outer), (), dict(inputs))
-        logits: Tensor | None = getattr(output, "logits", None)
-        if logits is None:
-            raise ArgumentError(
-                f"{type(self.model).__name__} has no head, so there are no predictions to judge a fit by. Merge the "
-                "experts with their head, or without calibration."
-            )
-        return logits.float()
+        for name in ("logits", "last_hidden_state"):
+            values: Tensor | None = getattr(output, name, None)
+            if values is not None:
+                return Outputs(values.float(), is_logits=name == "logits")
+        raise ArgumentError(
+            f"{type(self.model).__name__} gives neither logits nor hidden states to judge a fit by. Merge without "
+            "calibration."
+        )
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

@@ -157,7 +157,11 @@ def calibrate(
         tokens=sum(len(ids) for p in prompts for ids in p.token_ids),
         source=prompts[0].source,
         digest=_digest(prompts),
-        options={**asdict(options), "dtype": str(model.dtype).removeprefix("torch.")},
+        options={
+            **asdict(options),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "judged_by": "predictions" if sweep.gives_logits else "hidden_states",
+        },
         form=form,
         distances=by_form,
         seconds=round(time.process_time() - started, 1),

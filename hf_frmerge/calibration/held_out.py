@@ -1,6 +1,6 @@
-"""Judge fitted merges by prompts they were not fitted to: how far are their predictions from the experts'?"""
+"""Judge fitted merges by prompts they were not fitted to: how far are their outputs from the experts'?"""
 
-# Shape suffixes: B = prompts, T = tokens, V = vocabulary or classes.
+# Shape suffixes: B = prompts, T = tokens, H = hidden size.
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.geometry.simplex import chord_to_distance
@@ -21,15 +21,23 @@ ENOUGH = 0.99
 """Share of the best form's gain from which a smaller form is taken."""
 
 
-def squared_distance(logits_BV: Tensor, expert_BV: Tensor) -> Tensor:
+def squared_distance(merged: Outputs, expert: Outputs) -> Tensor:
     """
-    Return the squared Fisher–Rao distance of two predictions, in rad²: `(2 arccos sum_v sqrt(p_v q_v))²`.
+    Return the squared distance of two models' outputs, in rad², `(rows,)`.
 
-    From the chord, as arccos of a number near 1 loses half its digits.
+    Of logits the squared Fisher–Rao distance of the predictions, `(2 arccos sum_v sqrt(p_v q_v))²`; of hidden states
+    the squared angle between them. Both from the chord, as arccos of a number near 1 loses half its digits.
     """
-    roots = [torch.softmax(logits.double(), dim=-1).sqrt() for logits in (logits_BV, expert_BV)]
-    squared_chord_B = (roots[0] - roots[1]).square().sum(dim=-1)
-    return torch.from_numpy(chord_to_distance(squared_chord_B.cpu().numpy())).square()
+    points = [_on_sphere(outputs) for outputs in (merged, expert)]
+    squared_chord = (points[0] - points[1]).square().sum(dim=-1)
+    distance = torch.from_numpy(chord_to_distance(squared_chord.cpu().numpy()))
+    # The simplex is the sphere of radius 2.
+    return (distance if merged.is_logits else distance / 2).square()
+
+
+def _on_sphere(outputs: Outputs) -> Tensor:
+    values = outputs.values.double()
+    return torch.softmax(values, dim=-1).sqrt() if outputs.is_logits else torch.nn.functional.normalize(values, dim=-1)
 
 
 def distances(
@@ -39,7 +47,7 @@ def distances(
     Return by form the mean squared distance to every expert over its held-out prompts; `None` if it has none.
 
     Args:
-        model: Computes the logits.
+        model: Computes the outputs.
         sweep: Its hidden states, after the last block.
         batches: All prompts.
         n_experts: Number of experts.
@@ -58,11 +66,11 @@ def distances(
             # Prompt by prompt: the logits of a batch would be the largest thing in memory.
             for row in range(len(batch.inputs["input_ids"])):
                 one = batch.prompt(row)
-                target = _predictions(model, expert_weights, sweep.state.expert[index][row : row + 1], one)
-                counts[expert] += len(target)
+                target = _outputs(model, expert_weights, sweep.state.expert[index][row : row + 1], one)
+                counts[expert] += len(target.values)
                 for form, hidden_BTH in states.items():
-                    logits = _predictions(model, merged, hidden_BTH[row : row + 1], one)
-                    totals[form][expert] += float(squared_distance(logits, target).sum())
+                    outputs = _outputs(model, merged, hidden_BTH[row : row + 1], one)
+                    totals[form][expert] += float(squared_distance(outputs, target).sum())
     return {form: tuple(t / n if n else None for t, n in zip(total, counts)) for form, total in totals.items()}
 
 
@@ -80,12 +88,13 @@ def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Fo
     return next(form for form in offered if means["start"] - means[form] >= ENOUGH * gain)
 
 
-def _predictions(
+def _outputs(
     model: BlockwiseModel, outer: Mapping[str, Tensor], hidden_BTH: Tensor, inputs: Mapping[str, Tensor]
-) -> Tensor:
-    """Return the logits of every prediction: of each token, or of each prompt for a classifier."""
-    logits = model.finish(outer, hidden_BTH, inputs)
-    if logits.ndim == 2:
-        return logits
+) -> Outputs:
+    """Return the outputs, one row for each token, or each prompt for a classifier."""
+    outputs = model.finish(outer, hidden_BTH, inputs)
+    if outputs.values.ndim == 2:
+        return outputs
     mask = inputs.get("attention_mask")
-    return logits.reshape(-1, logits.shape[-1]) if mask is None else logits[mask.bool()]
+    kept = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    return Outputs(outputs.values[kept], outputs.is_logits)

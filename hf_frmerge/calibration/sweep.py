@@ -50,6 +50,7 @@ class Sweep:
     Attributes:
         state: what is carried through the blocks.
         start, low_rank: hidden states of the data-free merge and of the low-rank form; held-out batches only.
+        gives_logits: whether the model predicts something, or gives hidden states; known once the sweep has begun.
     """
 
     def __init__(
@@ -66,21 +67,22 @@ class Sweep:
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
         self.low_rank: dict[int, Tensor] = {}
+        self.gives_logits = True
 
     def begin(self) -> None:
         """
         Embed all prompts, with the experts' embeddings and with the merge's.
 
         Raises:
-            ArgumentError: If the model does not run on text alone, or gives no predictions to judge the fit by: before
-                the long work, and not after it.
+            ArgumentError: If the model does not run on text alone, or gives nothing to judge the fit by: before the
+                long work, and not after it.
         """
         state, first = self.state, self.state.model.blocks[0]
         outer, block = self.outer(None), state.computed(self._block_weights(None, first))
         for batch in state.batches:
             hidden_BTH, batch.calls = state.model.begin(outer, block, batch.inputs)
             state.merged.append(hidden_BTH)
-        state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0))
+        self.gives_logits = state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0)).is_logits
         of_experts: dict[int, Tensor] = {}
         for expert in range(state.n_experts):
             outer = self.outer(expert)

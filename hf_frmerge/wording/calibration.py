@@ -30,23 +30,26 @@ def calibration_verdict(record: CalibrationRecord) -> Verdict:
     """State what a merge was fitted to, and how close it came to its experts on prompts held out from the fit."""
     prompts = f"{sum(record.prompts):,} prompts, {_SOURCES.get(record.source, 'of another origin')}"
     others = f"{sum(record.held_out):,} others"
+    outputs, distance = ("predictions", "squared Fisher–Rao distance")
+    if not record.is_judged_by_predictions:
+        outputs, distance = ("hidden states", "squared angle")
     before, after = record.mean_distance("start"), record.mean_distance(record.form)
     if not record.is_fitted:
         best = min(record.mean_distance(form) for form in record.distances if form != "start")
         return Verdict(
             "watch",
             "Fitted to the experts, without gain",
-            f"The merge was fitted to {prompts}, but on {others} its predictions came no closer to the experts': "
-            f"their squared Fisher–Rao distance is {number(before)} rad² without the fit and {number(best)} rad² with "
-            "it. So what was written is the merge without it. More prompts, or prompts that are closer to what the "
-            "experts were trained on, may help.",
+            f"The merge was fitted to {prompts}, but on {others} its {outputs} came no closer to the experts': their "
+            f"{distance} is {number(before)} rad² without the fit and {number(best)} rad² with it. So what was "
+            "written is the merge without it. More prompts, or prompts that are closer to what the experts were "
+            "trained on, may help.",
         )
     gain = (before - after) / before
     return Verdict(
         graded(gain, 0.5, 0.1),
         "Fitted to the experts",
-        f"The merge was fitted to what its experts compute on {prompts}. On {others} the squared Fisher–Rao distance "
-        f"of its predictions to the experts' is {number(after)} rad², where the merge without data has "
-        f"{number(before)} rad²: the fit takes {percent(gain)} of it away. The correction is "
+        f"The merge was fitted to what its experts compute on {prompts}. On {others} the {distance} of its {outputs} "
+        f"to the experts' is {number(after)} rad², where the merge without data has {number(before)} rad²: the fit "
+        f"takes {percent(gain)} of it away. The correction is "
         f"{_FORMS[record.form].format(rank=record.options['rank'])}.",
     )

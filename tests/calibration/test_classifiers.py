@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
-    BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
 )
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.verify import verify
+from hf_frmerge.wording.calibration import calibration_verdict
 
 N_LABELS, N_PROMPTS = 3, 48
 CLASSES = {
@@ -92,15 +92,38 @@ def distance_to_experts(model_class: Any, merged: Path, folder: Path) -> float:
     return float(torch.stack(distances).mean())
 
 
-def test_encoders_without_a_head_are_refused_before_the_fit(tmp_path: Path) -> None:
-    _, config = CLASSES["bert"]
-    for number in range(2):
-        BertModel(config).save_pretrained(tmp_path / str(number))
-    experts = [str(tmp_path / str(number)) for number in range(2)]
-    args = MergingArguments(output_dir=str(tmp_path / "out"))
-    with pytest.raises(ArgumentError, match="BertModel has no head"):
-        FisherRaoMerger(experts, args, calibration_dataset=samples(0, seed=0)[0]).merge()
-    assert not list((tmp_path / "out" / ".frmerge").glob("calibrated-*"))
+def test_encoders_without_a_head_are_judged_by_their_hidden_states(models: tuple[Any, Path], tmp_path: Path) -> None:
+    """Models of embeddings, and classifiers of different labels, of which only what is before the head is merged."""
+    model_class, folder = models
+    bare = {"BertForSequenceClassification": "bert", "GPT2ForSequenceClassification": "transformer"}
+    for name in ("base", *(f"full{number}" for number in range(3))):
+        getattr(model_class.from_pretrained(folder / name), bare[model_class.__name__]).save_pretrained(
+            tmp_path / name
+        )
+    experts = [str(tmp_path / f"full{number}") for number in range(3)]
+    prompts = {expert: samples(number, seed=0)[0] for number, expert in enumerate(experts)}
+    args = MergingArguments(output_dir=str(tmp_path / "out"), method="linear", disable_tqdm=True)
+    FisherRaoMerger(experts, args, base_model=str(tmp_path / "base"), calibration_dataset=prompts).merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.form != "start" and record.options["judged_by"] == "hidden_states"
+    assert "the squared angle of its hidden states to the experts'" in calibration_verdict(record).text
+
+    angles = {}
+    start = MergingArguments(output_dir=str(tmp_path / "start"), method="linear", disable_tqdm=True)
+    FisherRaoMerger(experts, start).merge()
+    for name in ("start", "out"):
+        merged, total = AutoModel.from_pretrained(tmp_path / name).eval(), 0.0
+        for number, expert in enumerate(experts):
+            inputs = padded(samples(number, seed=1)[0])
+            with torch.no_grad():
+                one, other = (
+                    m(**inputs).last_hidden_state.double() for m in (merged, AutoModel.from_pretrained(expert))
+                )
+            cosine = torch.cosine_similarity(one, other, dim=-1)[inputs["attention_mask"].bool()]
+            total += float(torch.arccos(cosine.clamp(max=1)).square().mean()) / 3
+        angles[name] = total
+    assert angles["out"] < 0.8 * angles["start"]
+    assert record.mean_distance("start") == pytest.approx(angles["start"], rel=0.3)
 
 
 def test_a_fitted_classifier_is_closer_to_its_experts(models: tuple[Any, Path], tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class CalibrationRecord:
         digest: XXH3-128 of their token ids.
         options: settings of the fit, by name.
         form: form that was chosen.
-        distances: form -> squared Fisher–Rao distance of the merge to every expert, in rad², mean over the tokens of
-            its held-out prompts.
+        distances: form -> squared Fisher–Rao distance of the merge's predictions to every expert's, in rad², mean over
+            the tokens of its held-out prompts; of a model without a head, the squared angle of hidden states.
         seconds: CPU time of the fit.
     """
 
@@ -71,6 +71,11 @@ class CalibrationRecord:
             fields_of[name] = tuple(fields_of[name])
         fields_of["distances"] = {form: tuple(row) for form, row in values["distances"].items()}
         return cls(**fields_of)
+
+    @property
+    def is_judged_by_predictions(self) -> bool:
+        """Whether the distances are between predictions, or between hidden states."""
+        return self.options.get("judged_by", "predictions") == "predictions"
 
     @property
     def is_fitted(self) -> bool:
