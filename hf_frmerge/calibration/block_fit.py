@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,11 +17,11 @@ from hf_frmerge.calibration.least_squares import (
     Fit,
     FitOptions,
     Moments,
+    System,
+    UpdatePrior,
     fit_linear,
     fit_norm,
     low_rank,
-    ridge_start,
-    update_gram,
 )
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
@@ -168,20 +168,28 @@ class BlockFit:
         merged = [name for name in group.names if self._is_merged(f"{name}.weight")]
         if not merged:
             return
-        has_bias = any(self._is_merged(f"{name}.bias") for name in merged)
-        moments = self._moments(group, has_bias)
-        for name in merged:
-            biased = self._is_merged(f"{name}.bias")
-            of_layer = moments if biased == has_bias else [_without_bias(m) for m in moments]
-            fit = self._fit_layer(name, of_layer, biased)
-            put_matrix(self._module, self.weights, name, fit.weight_OI.float(), with_bias=biased)
-            start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
-            n_in = start_OI.shape[1] - biased
-            # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
-            metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
-            up, down = low_rank((fit.weight_OI - start_OI)[:, :n_in], metric, min(self._sweep.options.rank, n_in))
-            is_flipped = isinstance(self._module.get_submodule(name), Conv1D)
-            self.factors[f"{name}.weight"] = (down.T.contiguous(), up.T.contiguous()) if is_flipped else (up, down)
+        is_biased = {name: self._is_merged(f"{name}.bias") for name in merged}
+        systems: dict[str, System] = {}
+        for expert, moments in enumerate(self._moments(group, any(is_biased.values()))):
+            for name, biased in is_biased.items():
+                expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=biased)
+                if name not in systems:
+                    systems[name] = System.zeros(expert_OI.shape[1], len(expert_OI), self._model.device)
+                of_layer = moments if biased == any(is_biased.values()) else _without_bias(moments)
+                systems[name].add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
+        for name, biased in is_biased.items():
+            self._keep(name, self._fit_layer(name, systems.pop(name), biased), biased)
+
+    def _keep(self, name: str, fit: Fit, biased: bool) -> None:
+        """Keep a fitted layer, whole and as factors."""
+        put_matrix(self._module, self.weights, name, fit.weight_OI.float(), with_bias=biased)
+        start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
+        n_in = start_OI.shape[1] - biased
+        # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
+        metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
+        up, down = low_rank((fit.weight_OI - start_OI)[:, :n_in], metric, min(self._sweep.options.rank, n_in))
+        is_flipped = isinstance(self._module.get_submodule(name), Conv1D)
+        self.factors[f"{name}.weight"] = (down.T.contiguous(), up.T.contiguous()) if is_flipped else (up, down)
 
     def _fit_norm(self, norm: str) -> None:
         """Fit gain and shift of a norm, if the experts have other ones than the merge."""
@@ -220,20 +228,16 @@ class BlockFit:
 
     # Parts
 
-    def _fit_layer(self, name: str, moments: list[Moments], biased: bool) -> Fit:
+    def _fit_layer(self, name: str, system: System, biased: bool) -> Fit:
         start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
-        experts_OI = [matrix_of(self._module, expert, name, with_bias=biased) for expert in self._experts]
-        priors = None
+        prior = None
         if self._fit.update_prior:
-            base_OI = self._base_matrix(name)
-            deltas = [expert_OI[:, : base_OI.shape[1]] - base_OI for expert_OI in experts_OI]
-            priors = [update_gram(delta) for delta in deltas]
+            experts_OI = [matrix_of(self._module, expert, name, with_bias=False) for expert in self._experts]
+            prior = UpdatePrior.of(self._base_matrix(name), experts_OI)
             start_OI = start_OI.clone()
-            start_OI[:, : base_OI.shape[1]] = ridge_start(base_OI, deltas, priors)
+            start_OI[:, : prior.base_OI.shape[1]] = prior.merge()
         try:
-            return fit_linear(
-                moments, self._sweep.shares, start_OI, experts_OI, self._fit, has_bias=biased, priors_II=priors
-            )
+            return fit_linear(system, start_OI, self._fit, has_bias=biased, prior=prior)
         except NonFiniteError as error:
             raise NonFiniteError(f"{self._name}.{name}: {error}. Leave out the prompts that cause it.") from error
 
@@ -243,26 +247,29 @@ class BlockFit:
         weights = {f"{name}.weight": base.to(self._model.device)}
         return matrix_of(self._module, weights, name, with_bias=False)
 
-    def _moments(self, group: LinearGroup, has_bias: bool) -> list[Moments]:
-        """Return the moments of every expert's prompts, from the merge as fitted so far."""
+    def _moments(self, group: LinearGroup, has_bias: bool) -> Iterator[Moments]:
+        """Yield the moments of every expert's prompts, from the merge as fitted so far."""
         first, sweep = group.names[0], self._sweep
         n_in = self._inputs[self._fitted[0], first].shape[1] + has_bias
         n_out = sweep.merged[0].shape[-1] if group.writes else None
-        moments = [Moments.zeros(n_in, n_out, self._model.device) for _ in self._experts]
         computed = sweep.computed(self.weights)
-        for b in self._fitted:
-            batch = sweep.batches[b]
-            if group.writes:
-                entering, stream_TH = self._enter_writer(computed, b, group)
-                drift_TH = self._streams.pop((b, first)) - stream_TH
-            else:
-                entering, drift_TH = self._enter(computed, b, first), None
-            merged_TI = batch.tokens(entering).float()
-            expert_TI = self._inputs.pop((b, first)).float()
-            if has_bias:
-                merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
-            moments[batch.expert].add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
-        return moments
+        for expert in range(sweep.n_experts):
+            moments = Moments.zeros(n_in, n_out, self._model.device)
+            for b in self._fitted:
+                batch = sweep.batches[b]
+                if batch.expert != expert:
+                    continue
+                if group.writes:
+                    entering, stream_TH = self._enter_writer(computed, b, group)
+                    drift_TH = self._streams.pop((b, first)) - stream_TH
+                else:
+                    entering, drift_TH = self._enter(computed, b, first), None
+                merged_TI = batch.tokens(entering).float()
+                expert_TI = self._inputs.pop((b, first)).float()
+                if has_bias:
+                    merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
+                moments.add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
+            yield moments
 
     def _enter(self, merged: dict[str, Tensor], b: int, name: str) -> Tensor:
         """Return what enters a layer in the merge as fitted so far."""

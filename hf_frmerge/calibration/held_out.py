@@ -30,9 +30,9 @@ def squared_distance(merged: Outputs, expert: Outputs) -> Tensor:
     """
     points = [_on_sphere(outputs) for outputs in (merged, expert)]
     squared_chord = (points[0] - points[1]).square().sum(dim=-1)
-    distance = torch.from_numpy(chord_to_distance(squared_chord.cpu().numpy()))
-    # The simplex is the sphere of radius 2.
-    return (distance if merged.is_logits else distance / 2).square()
+    if merged.is_logits:
+        return torch.from_numpy(chord_to_distance(squared_chord.cpu().numpy())).square()
+    return (2 * torch.arcsin((squared_chord.sqrt() / 2).clamp(max=1))).square().cpu()
 
 
 def _on_sphere(outputs: Outputs) -> Tensor:

@@ -11,7 +11,7 @@ and the fitted weight is the ridge solution around a start W_s
     W = W_s + [(G + lambda mu I + sum_i P_i)^-1 (R + sum_i P_i (W_i - W_s)^T)]^T
     G = sum_i alpha_i X_i^T D X_i,   R = sum_i alpha_i X_i^T D (T_i - X_i W_s^T),   mu = mean(diag G)
 
-where D holds weights of tokens, and P_i a prior (see `update_gram`).
+where D holds weights of tokens, and P_i a prior (see `UpdatePrior`).
 """
 
 # Shape suffixes: T = tokens, I = inputs of a layer (one more with a bias), O = outputs, K = rank.
@@ -82,30 +82,84 @@ class FitOptions:
     update_prior: float = 0.0
 
 
-def update_gram(delta_OI: Tensor) -> Tensor:
+@dataclass
+class System:
     """
-    Return the Gram matrix `(I, I)` of an expert's update, with a mean diagonal of 1.
+    Normal equations of one layer, without ridge and start: `gram W^T = pull`; float32.
 
-    Gradients are sums of outer products with the inputs, so the update of a layer spans the inputs it was trained on:
-    its Gram matrix stands in for theirs where there are no prompts. All zeros for no update.
+    Filled one expert after the other, so that the moments of one expert alone are in memory.
+
+    Attributes:
+        gram_II: `sum_i alpha_i X_i^T D X_i`.
+        pull_IO: `sum_i alpha_i X_i^T D T_i`.
     """
-    gram_II = delta_OI.T @ delta_OI
-    mean = gram_II.diagonal().mean()
-    return gram_II / mean if mean > 0 else gram_II
+
+    gram_II: Tensor
+    pull_IO: Tensor
+
+    @staticmethod
+    def zeros(n_in: int, n_out: int, device: torch.device) -> System:
+        """Return equations of no tokens."""
+        return System(torch.zeros(n_in, n_in, device=device), torch.zeros(n_in, n_out, device=device))
+
+    def add(self, moments: Moments, share: float, expert_OI: Tensor, options: FitOptions) -> None:
+        """Add an expert with its weight `share`; one without prompts adds nothing."""
+        if not moments.n_tokens:
+            return
+        factor, rho = share / moments.n_tokens, options.expert_inputs
+        # Products in float32, as precise as the moments are; only the system is solved in float64.
+        self.gram_II += factor * moments.merged_II
+        target_II = rho * moments.cross_II + (1 - rho) * moments.merged_II
+        self.pull_IO += factor * (target_II @ expert_OI.T)
+        if moments.drift_IO is not None:
+            self.pull_IO += factor * options.residual * moments.drift_IO
 
 
-def ridge_start(base_OI: Tensor, deltas_OI: list[Tensor], grams_II: list[Tensor], ridge: float = 0.3) -> Tensor:
+@dataclass(frozen=True)
+class UpdatePrior:
     """
-    Return a merge of full fine-tunes without data: every expert counts along the inputs that its update spans.
+    What the updates of full fine-tunes say without prompts, float32.
 
-    `W_0 + (sum_i D_i C_i) (sum_i C_i + ridge I)^-1`, with `grams_II` the `update_gram` of every update: the closed
-    form that WUDI-Merging (arXiv 2503.08099) descends to, with a ridge to the base in place of early stopping.
+    Gradients are sums of outer products with the inputs, so the update D_i of a layer spans the inputs that it was
+    trained on: its Gram matrix `C_i = D_i^T D_i`, scaled to a mean diagonal of 1, stands in for theirs.
+
+    Attributes:
+        base_OI: weight of the base.
+        gram_II: `sum_i C_i`.
+        pull_IO: `sum_i C_i D_i^T`.
+        n_experts: number of experts.
     """
-    system_II = sum(grams_II, start=torch.zeros_like(grams_II[0])).double()
-    system_II.diagonal().add_(ridge)
-    pulled_OI = sum((d @ c for d, c in zip(deltas_OI, grams_II)), start=torch.zeros_like(base_OI))
-    solved_IO = torch.cholesky_solve(pulled_OI.double().T, torch.linalg.cholesky(system_II))
-    return base_OI + solved_IO.T.to(base_OI.dtype)
+
+    base_OI: Tensor
+    gram_II: Tensor
+    pull_IO: Tensor
+    n_experts: int
+
+    @staticmethod
+    def of(base_OI: Tensor, experts_OI: list[Tensor]) -> UpdatePrior:
+        """Sum the experts' updates; one of zeros counts for nothing."""
+        n_in = base_OI.shape[1]
+        gram_II, pull_IO = base_OI.new_zeros(n_in, n_in), base_OI.new_zeros(n_in, len(base_OI))
+        for expert_OI in experts_OI:
+            delta_OI = expert_OI - base_OI
+            own_II = delta_OI.T @ delta_OI
+            if (mean := own_II.diagonal().mean()) > 0:
+                own_II /= mean
+                gram_II += own_II
+                pull_IO += own_II @ delta_OI.T
+        return UpdatePrior(base_OI, gram_II, pull_IO, len(experts_OI))
+
+    def merge(self, ridge: float = 0.3) -> Tensor:
+        """
+        Return the merge without prompts, `W_0 + (sum_i D_i C_i) (sum_i C_i + ridge I)^-1`.
+
+        The closed form that WUDI-Merging (arXiv 2503.08099) descends to, with a ridge to the base in place of early
+        stopping: every expert counts along the inputs that its update spans.
+        """
+        system_II = self.gram_II.double()
+        system_II.diagonal().add_(ridge)
+        solved_IO = torch.cholesky_solve(self.pull_IO.double(), torch.linalg.cholesky(system_II))
+        return self.base_OI + solved_IO.T.to(self.base_OI.dtype)
 
 
 @dataclass(frozen=True)
@@ -123,43 +177,22 @@ class Fit:
 
 
 def fit_linear(
-    moments: list[Moments],
-    shares: list[float],
-    start_OI: Tensor,
-    experts_OI: list[Tensor],
-    options: FitOptions,
-    *,
-    has_bias: bool,
-    priors_II: list[Tensor] | None = None,
+    system: System, start_OI: Tensor, options: FitOptions, *, has_bias: bool, prior: UpdatePrior | None = None
 ) -> Fit:
     """
     Fit one layer.
 
     Args:
-        moments: Of every expert; those of no tokens count through the prior alone.
-        shares: Weights of the experts.
-        start_OI: Start, with the bias as a last column if `has_bias`; float32, as `experts_OI`.
-        experts_OI: The experts' weights.
+        system: Equations of all experts; changed in place.
+        start_OI: Start, with the bias as a last column if `has_bias`; float32.
         options: Settings.
         has_bias: Whether the last input is the constant 1 of a bias; it has a ridge of its own.
-        priors_II: `update_gram` of every expert, without the bias.
+        prior: Of the weight without the bias; `options.update_prior` says how strong it is.
 
     Raises:
         NonFiniteError: If an activation is not finite.
     """
-    # Products in float32, as precise as the moments are; only the system is solved in float64.
-    system_II = torch.zeros_like(moments[0].merged_II)
-    pull_IO = torch.zeros(start_OI.shape[1], start_OI.shape[0], device=start_OI.device)
-    rho = options.expert_inputs
-    for moment, share, expert_OI in zip(moments, shares, experts_OI):
-        if not moment.n_tokens:
-            continue
-        factor = share / moment.n_tokens
-        system_II += factor * moment.merged_II
-        target_II = rho * moment.cross_II + (1 - rho) * moment.merged_II
-        pull_IO += factor * (target_II @ expert_OI.T)
-        if moment.drift_IO is not None:
-            pull_IO += factor * options.residual * moment.drift_IO
+    system_II, pull_IO = system.gram_II, system.pull_IO
     pull_IO -= system_II @ start_OI.T
     diagonal_I = system_II.diagonal()
     if not diagonal_I.isfinite().all() or not pull_IO.isfinite().all():
@@ -170,11 +203,12 @@ def fit_linear(
     if has_bias:
         ridge_I[-1] = (options.ridge + _JITTER) * (float(diagonal_I[-1]) or 1.0)
     system_II.diagonal().add_(ridge_I)
-    if options.update_prior and priors_II is not None:
-        strength = options.update_prior * mean / len(experts_OI)
-        for prior_II, expert_OI in zip(priors_II, experts_OI):
-            system_II[:n_in, :n_in] += strength * prior_II
-            pull_IO[:n_in] += strength * (prior_II @ (expert_OI - start_OI)[:, :n_in].T)
+    if prior is not None:
+        strength = options.update_prior * mean / prior.n_experts
+        system_II[:n_in, :n_in] += strength * prior.gram_II
+        # sum_i C_i (W_i - W_s)^T, with W_i = W_0 + D_i.
+        to_start_IO = prior.gram_II @ (prior.base_OI - start_OI[:, :n_in]).T
+        pull_IO[:n_in] += strength * (prior.pull_IO + to_start_IO)
     metric_II = torch.linalg.cholesky(system_II.double())
     return Fit(start_OI.double() + torch.cholesky_solve(pull_IO.double(), metric_II).T, metric_II)
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_frmerge.calibration.blockwise_model import Outputs
 from hf_frmerge.calibration.held_out import choose_form, squared_distance
 from hf_frmerge.calibration.least_squares import (
     FitOptions,
     Moments,
+    System,
+    UpdatePrior,
     fit_linear,
     fit_norm,
     low_rank,
-    ridge_start,
-    update_gram,
 )
 from hf_frmerge.errors import NonFiniteError
 
@@ -46,6 +47,15 @@ def moments_of(merged: list[Tensor], experts: list[Tensor], drifts: list[Tensor]
     return out
 
 
+def system_of(
+    moments: list[Moments], weights: list[Tensor], options: FitOptions | None = None, shares: list[float] = SHARES
+) -> System:
+    system = System.zeros(weights[0].shape[1], N_OUT, torch.device("cpu"))
+    for moment, share, weight in zip(moments, shares, weights):
+        system.add(moment, share, weight, options or FitOptions())
+    return system
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("kappa", [0.0, 2.0])
 def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: float) -> None:
@@ -56,17 +66,16 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: floa
     drifts = [torch.randn(n, N_OUT) for n in TOKENS]
     token_weights = [torch.rand(n) + 0.1 for n in TOKENS]
     base = torch.randn(N_OUT, N_IN)
-    priors = [update_gram(w[:, :N_IN] - base) for w in weights]
+    deltas = [(w[:, :N_IN] - base).double() for w in weights]
+    priors = [d.T @ d / torch.trace(d.T @ d) * N_IN for d in deltas]
     options = FitOptions(ridge=0.05, expert_inputs=0.7, residual=0.4, update_prior=kappa)
 
     fit = fit_linear(
-        moments_of(merged, experts, drifts, token_weights),
-        SHARES,
+        system_of(moments_of(merged, experts, drifts, token_weights), weights, options),
         start,
-        weights,
         options,
         has_bias=has_bias,
-        priors_II=priors,
+        prior=UpdatePrior.of(base, [w[:, :N_IN] for w in weights]),
     )
 
     # One row per token, scaled by the square root of its weight; the priors are rows of their own.
@@ -99,20 +108,24 @@ def test_an_expert_without_prompts_counts_by_its_prior_alone() -> None:
     merged, experts, start, weights = layer()
     moments = moments_of(merged, experts, None, None)
     moments[2] = Moments.zeros(N_IN, None, torch.device("cpu"))
-    without = fit_linear(moments[:2], SHARES[:2], start, weights[:2], FitOptions(), has_bias=False)
-    same = fit_linear(moments, SHARES, start, weights, FitOptions(), has_bias=False)
-    torch.testing.assert_close(same.weight_OI, without.weight_OI)
-    priors = [torch.eye(N_IN)] * 3
+    without = fit_linear(system_of(moments[:2], weights[:2]), start, FitOptions(), has_bias=False)
+    same = fit_linear(system_of(moments, weights), start, FitOptions(), has_bias=False)
+    assert torch.equal(same.weight_OI, without.weight_OI)
+    # An orthogonal update says as much about every input, so a strong prior alone gives the mean of the experts.
+    base = torch.zeros(N_IN, N_IN)
+    rotations = [torch.linalg.qr(torch.randn(N_IN, N_IN))[0] for _ in range(3)]
     pulled = fit_linear(
-        moments, SHARES, start, weights, FitOptions(update_prior=1e6), has_bias=False, priors_II=priors
-    )
-    torch.testing.assert_close(pulled.weight_OI, torch.stack(weights).mean(0).double(), rtol=1e-3, atol=1e-3)
+        System.zeros(N_IN, N_IN, base.device), base, FitOptions(update_prior=1e6), has_bias=False,
+        prior=UpdatePrior.of(base, rotations),
+    )  # fmt: skip
+    torch.testing.assert_close(pulled.weight_OI, torch.stack(rotations).mean(0).double(), rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_that_are_all_zero_keep_the_start() -> None:
     _, _, start, weights = layer()
     zeros = [torch.zeros(n, N_IN) for n in TOKENS]
-    fit = fit_linear(moments_of(zeros, zeros, None, None), SHARES, start, weights, FitOptions(), has_bias=False)
+    system = system_of(moments_of(zeros, zeros, None, None), weights)
+    fit = fit_linear(system, start, FitOptions(), has_bias=False)
     assert torch.equal(fit.weight_OI, start.double())
 
 
@@ -120,7 +133,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     merged, experts, start, weights = layer()
     merged[1][3, 2] = math.inf
     with pytest.raises(NonFiniteError, match="not finite"):
-        fit_linear(moments_of(merged, experts, None, None), SHARES, start, weights, FitOptions(), has_bias=False)
+        fit_linear(system_of(moments_of(merged, experts, None, None), weights), start, FitOptions(), has_bias=False)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
@@ -138,11 +151,11 @@ def test_low_rank_is_the_best_in_the_metric_of_the_inputs(shape: tuple[int, int]
 
 def test_the_start_of_full_fine_tunes_is_the_ridge_formula() -> None:
     base, deltas = torch.randn(N_OUT, N_IN).double(), [torch.randn(N_OUT, N_IN).double() for _ in range(3)]
+    experts = [base + delta for delta in deltas]
     grams = [d.T @ d / torch.trace(d.T @ d) * N_IN for d in deltas]
     expected = base + sum(d @ c for d, c in zip(deltas, grams)) @ torch.linalg.inv(sum(grams) + 0.3 * torch.eye(N_IN))
-    torch.testing.assert_close(ridge_start(base, deltas, [update_gram(d) for d in deltas]), expected)
-    nothing = [torch.zeros_like(base)] * 3
-    assert torch.equal(ridge_start(base, nothing, [update_gram(d) for d in nothing]), base)
+    torch.testing.assert_close(UpdatePrior.of(base, experts).merge(), expected)
+    assert torch.equal(UpdatePrior.of(base, [base] * 3).merge(), base)
 
 
 @pytest.mark.parametrize("has_shift", [False, True])
@@ -174,10 +187,15 @@ def test_the_distance_is_that_of_fisher_and_rao() -> None:
     p, q = torch.randn(6, 11), torch.randn(6, 11)
     roots = (p.double().softmax(-1).sqrt(), q.double().softmax(-1).sqrt())
     expected = (2 * torch.arccos((roots[0] * roots[1]).sum(-1))) ** 2
-    torch.testing.assert_close(squared_distance(p, q), expected)
-    assert float(squared_distance(p, p).max()) == 0.0
-    near = squared_distance(p, p + 1e-7 * torch.randn(6, 11, dtype=torch.float64))
-    assert float(near.min()) > 0  # arccos of a number this near 1 would be 0
+    logits = {name: Outputs(values, is_logits=True) for name, values in (("p", p), ("q", q))}
+    torch.testing.assert_close(squared_distance(logits["p"], logits["q"]), expected)
+    assert float(squared_distance(logits["p"], logits["p"]).max()) == 0.0
+    beside = Outputs(p + 1e-7 * torch.randn(6, 11, dtype=torch.float64), is_logits=True)
+    assert float(squared_distance(logits["p"], beside).min()) > 0  # arccos of a number this near 1 would be 0
+
+    hidden = [Outputs(values, is_logits=False) for values in (p, 3 * q)]
+    angle = torch.arccos(torch.cosine_similarity(p.double(), q.double(), dim=-1))
+    torch.testing.assert_close(squared_distance(*hidden), angle.square())
 
 
 @pytest.mark.parametrize(
