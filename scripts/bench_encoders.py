@@ -1,0 +1,126 @@
+"""
+Measure how much of what classifiers learned is left in a merge of their encoders, without data and fitted to prompts.
+
+    python scripts/bench_encoders.py --base BASE --suite FOLDER --texts FOLDER [--prompts 16 64 256]
+
+A suite is a folder with one encoder per task, and in `TASK/classifier` the whole classifier with its head; the texts'
+folder has for every task `TASK.calibration.jsonl` (a column `text`) and `TASK.test.jsonl` (`text` and `label`).
+`scripts/train_experts.py` makes both. The heads have different labels, so the encoders alone are merged, and every
+task is judged with its own head on the merged encoder.
+
+Recovery of a task is (merged - base) / (expert - base) in accuracy, with the expert's head on each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+LENGTH = 64
+"""Tokens of a text at most, as in the training."""
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    tasks = sorted(path.name for path in args.suite.iterdir() if path.is_dir())
+    tests = {task: read(args.texts / f"{task}.test.jsonl", args.tests) for task in tasks}
+    n_tests = min(len(rows) for rows in tests.values())
+    print(f"{', '.join(tasks)}; {n_tests} test texts or more a task")
+    base = {task: right(args.suite, task, str(args.base), tests[task]) for task in tasks}
+    expert = {task: right(args.suite, task, None, tests[task]) for task in tasks}
+    for task in tasks:
+        print(f"  {task}: base {base[task].mean():.3f}, expert {expert[task].mean():.3f}")
+    print(f"| merge | {' | '.join(tasks)} | mean | worst | CPU s |")
+    print("|---|" + "---:|" * (len(tasks) + 3), flush=True)
+    given = [f"--calibration={args.suite / task}={args.texts / f'{task}.calibration.jsonl'}" for task in tasks]
+    rows = [(method, ["--method", method]) for method in args.methods]
+    for count in args.prompts:
+        fit = [*given, f"--num-calibration-samples={count}", f"--max-calibration-length={LENGTH}"]
+        rows.append((f"Karcher, fitted to {count} prompts a task", fit))
+    for name, options in rows:
+        seconds = merge(args, tasks, options)
+        found = [
+            recovery(base[task], expert[task], right(args.suite, task, str(args.workdir), tests[task]))
+            for task in tasks
+        ]
+        cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in found)
+        values = [value for value, _ in found]
+        print(f"| {name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {seconds:.0f} |", flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base encoder")
+    parser.add_argument("--suite", type=Path, required=True, help="folder with one encoder per task")
+    parser.add_argument("--texts", type=Path, required=True, help="folder of the texts")
+    parser.add_argument("--methods", nargs="*", default=["linear", "karcher"], help="merges without data")
+    parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64, 256], help="prompts a task")
+    parser.add_argument("--tests", type=int, default=2000, help="test texts a task at most")
+    parser.add_argument("--workdir", type=Path, default=Path("bench-encoders"))
+    return parser.parse_args()
+
+
+def merge(args: argparse.Namespace, tasks: list[str], options: list[str]) -> float:
+    """Merge in another process; return its CPU seconds."""
+    experts = [str(args.suite / task) for task in tasks]
+    command = [
+        sys.executable, "-c", "from hf_frmerge.cli.main import main; main()", "merge", *experts,
+        "--base-model", str(args.base),
+        "--space", "deltas", "--output-dir", str(args.workdir), "--overwrite", "--disable-tqdm", *options,
+    ]  # fmt: skip
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def read(file: Path, n_rows: int) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:n_rows]]
+
+
+def right(suite: Path, task: str, encoder: str | None, rows: list[dict]) -> NDArray[np.bool_]:
+    """Return of every text whether the task's head is right about it, on another encoder if one is given."""
+    folder = suite / task / "classifier"
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if encoder is not None:
+        own = model.base_model.state_dict()
+        other = AutoModel.from_pretrained(encoder).state_dict()
+        model.base_model.load_state_dict({name: other[name] for name in own})
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(rows), 32):
+            part = rows[start : start + 32]
+            texts = tokenizer(
+                [row["text"] for row in part], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
+            )
+            labels = [model.config.label2id.get(row["label"], row["label"]) for row in part]
+            found.append((model(**texts).logits.argmax(-1) == torch.tensor(labels)).numpy())
+    return np.concatenate(found)
+
+
+def recovery(base: NDArray[np.bool_], expert: NDArray[np.bool_], merged: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the recovery and its standard error over texts (of a ratio of means, to first order)."""
+    gain, full = merged.astype(float) - base, expert.astype(float) - base
+    ratio = gain.mean() / full.mean()
+    return float(ratio), float((gain - ratio * full).std(ddof=1) / math.sqrt(len(gain)) / abs(full.mean()))
+
+
+if __name__ == "__main__":
+    main()
