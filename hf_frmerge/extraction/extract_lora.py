@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapters.writer import AdapterModule, make_config, new_adapter
 from hf_frmerge.checkpoints.lock import sole_writer
+from hf_frmerge.checkpoints.quantised.dequantise import dequantise
 from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some, unchanged
@@ -147,6 +148,7 @@ def extract_lora(
         MergeError: If a merge is writing to `output_dir`, or the disk fails.
     """
     for checkpoint in (merged, base):
+        dequantise(checkpoint)
         refuse_quantised(checkpoint)
     args, inputs = MergingArguments(str(output_dir), overwrite=overwrite), [merged.source.path, base.source.path]
     check_output_dir(args, inputs)
