@@ -38,6 +38,11 @@ class ModelAccount:
     n_copied: int
     unused: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether a tensor is not used for another reason than that its values come from elsewhere, as they should."""
+        return bool(self.unused.keys() - {ELSEWHERE, NOT_NEEDED, NOT_HELD, REPEATED})
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelAccount:
         """Read it from JSON values."""
