@@ -34,7 +34,7 @@ ROOMS = {
         ["resolve"],
         ["names"],
         ["tensors"],
-        ["adapters", "beside"],
+        ["adapters", "beside", "quantised"],
     ],
     "merging": [
         ["arguments"],

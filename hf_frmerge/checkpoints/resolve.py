@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.source import Source, is_on_hub, kind_of
+from hf_frmerge.checkpoints.source import Source, convert_gguf, is_on_hub, kind_of
 from hf_frmerge.errors import CheckpointError
 
 __all__ = ["Source", "fetch_all", "resolve", "resolve_all"]
@@ -47,6 +48,8 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
     # A local folder goes before a Hub id of the same name, as in `from_pretrained`.
     if path.is_dir():
         return Source(spec, kind_of(LocalFolder(str(path)), spec), str(path))
+    if path.suffix == ".gguf" and path.is_file():
+        raise CheckpointError(f"{spec!r} is a GGUF file. {convert_gguf(path.name)}")
     if path.exists():
         raise CheckpointError(f"{spec!r} is a file. Pass the folder that holds it, with its config.json.")
     hub_id = _HUB_ID.fullmatch(spec)
@@ -83,4 +86,8 @@ def _plus_hint(spec: str) -> str:
     base, plus, adapter = spec.partition("+")
     if not (base and plus and adapter):
         return ""
-    return f" To merge an adapter, pass {adapter!r} as the expert and {base!r} as base_model (--base-model)."
+    return (
+        f" To merge an adapter of {base!r} with others of it, pass {adapter!r} as the expert and {base!r} as "
+        f"base_model (--base-model). To merge the two as one model, fold the adapter in first (`frmerge merge {quote(adapter)} "
+        f"--base-model {quote(base)} --output-dir folded`), and pass 'folded'."
+    )

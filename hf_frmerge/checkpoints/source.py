@@ -29,6 +29,15 @@ _CONVERT_MODEL = (
     "    from transformers import AutoModelForCausalLM  # or the class you use\n"
     '    AutoModelForCausalLM.from_pretrained("THIS CHECKPOINT").save_pretrained("converted")'
 )
+_CONVERT_GGUF = (
+    "Let transformers dequantise it once (with the gguf package):\n"
+    "    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig\n"
+    '    folder, name = "ITS FOLDER", "{name}"\n'
+    "    config = GgufConfig(dequantize=True)\n"
+    "    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, quantization_config=config)\n"
+    '    model.save_pretrained("converted")\n'
+    '    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("converted")'
+)
 _CONVERT_ADAPTER = (
     "If its weights are a pickle (adapter_model.bin), convert it once, on its base:\n"
     "    from peft import PeftModel\n"
@@ -81,6 +90,11 @@ def name_of(source: Source) -> tuple[str, str | None]:
     # A path into a Hub cache is only valid on this machine; id and commit are valid everywhere.
     path = str(Path(source.path).absolute())
     return cached_hub_id(path) or (path, None)
+
+
+def convert_gguf(name: str) -> str:
+    """Say how to make a model of a GGUF file."""
+    return _CONVERT_GGUF.format(name=name)
 
 
 def kind_of(folder: LocalFolder | RemoteFolder, spec: str) -> Literal["full", "adapter"]:
@@ -162,6 +176,9 @@ def _no_weights(spec: str, names: Iterable[str], below: Sequence[str]) -> Checkp
     names = list(names)
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"]
     others = [name for name in names if name.endswith(".safetensors")]
+    ggufs = sorted(name for name in names if name.endswith(".gguf"))
+    if ggufs and not others and not pickles:
+        return CheckpointError(f"{spec!r} has GGUF weights only ({', '.join(ggufs[:3])}). {convert_gguf(ggufs[0])}")
     if pickles:
         return CheckpointError(
             f"{spec!r} has pickle weights only ({', '.join(pickles[:3])}). Pickles can run code when opened, so they "

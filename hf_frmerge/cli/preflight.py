@@ -91,6 +91,7 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
         from tqdm import tqdm
 
         from hf_frmerge.merging.inspection import inspect_experts
+        from hf_frmerge.merging.planning.account import account
         from hf_frmerge.merging.planning.build_plan import build_plan
         from hf_frmerge.wording.inspection import inspection_verdict
 
@@ -105,7 +106,8 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
                     bar.update(nbytes)
 
                 inspection = inspect_experts(merge_plan, progress=advance)
-    described = {**inspection.to_dict(), "verdict": inspection_verdict(inspection)}
+            accounts = [asdict(each) for each in account(merge_plan)]
+    described = {**inspection.to_dict(), "verdict": inspection_verdict(inspection), "accounts": accounts}
     if as_json:
         click.echo(json.dumps(described, indent=2))
         return

@@ -8,7 +8,8 @@ delta in chunks of rows and needs no dense SVD. Every module's error is measured
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapters.writer import AdapterModule, make_config, new_adapter
 from hf_frmerge.checkpoints.lock import sole_writer
+from hf_frmerge.checkpoints.quantised.dequantise import dequantise
 from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some, unchanged
@@ -27,6 +29,7 @@ from hf_frmerge.extraction.targets import ExtractTarget, find_modules, task_type
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.ordered_pool import ordered_pool
 from hf_frmerge.merging.output_folder import check_output_dir, remove_model
+from hf_frmerge.merging.planning.account import ModelAccount
 
 _LEAST_NORM, _MOST_NORM = 2.0**-100, 2.0**100  # norms of a delta between which products fit into float32
 _OVERSAMPLING = 10  # extra random directions; 5 to 10 suffice (Halko et al., section 4.2)
@@ -99,12 +102,14 @@ class ExtractedAdapter:
         modules: modules it changes, with their errors.
         unchanged: modules that are equal in both checkpoints.
         left_out: other tensors that differ (embeddings, norms, biases), with the norms of their differences.
+        accounts: what became of the tensors of the fine-tuned model, and of the base.
     """
 
     output_dir: Path
     modules: list[ExtractedModule]
     unchanged: list[str]
     left_out: dict[str, float]
+    accounts: tuple[ModelAccount, ...]
 
     @property
     def error(self) -> float:
@@ -147,6 +152,7 @@ def extract_lora(
         MergeError: If a merge is writing to `output_dir`, or the disk fails.
     """
     for checkpoint in (merged, base):
+        dequantise(checkpoint)
         refuse_quantised(checkpoint)
     args, inputs = MergingArguments(str(output_dir), overwrite=overwrite), [merged.source.path, base.source.path]
     check_output_dir(args, inputs)
@@ -188,12 +194,35 @@ def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: Ex
     with new_adapter(output_dir, modules, config, code) as writer:
         for result in changed:
             writer.write(result.output, result.up, result.down)
+    left_out = {name: norm for name, norm in zip(others, norms) if norm > 0}
+    extracted = {result.report.target for result in changed}
+    compared = {target.tensor for target in targets} | set(others)
     return ExtractedAdapter(
         output_dir,
         [result.report for result in changed],
         [target.module for target, result in zip(targets, factored) if result is None],
-        {name: norm for name, norm in zip(others, norms) if norm > 0},
+        left_out,
+        tuple(_account(checkpoint, extracted, left_out.keys(), compared) for checkpoint in (merged, base)),
     )
+
+
+def _account(
+    checkpoint: Checkpoint, extracted: Collection[str], left_out: Collection[str], compared: Collection[str]
+) -> ModelAccount:
+    """Count the tensors that are in the adapter, equal in both models, or neither, and why."""
+    fates: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        if name in extracted:
+            fate = "adapter"
+        elif name in left_out:
+            fate = "that differ and are left as in the base"
+        elif name in compared:
+            fate = "equal"
+        else:
+            fate = "in one of the models only" if info.is_float else "that hold no weights"
+        fates[fate] += len(info.stored)
+    unused = {fate: count for fate, count in fates.items() if fate not in ("adapter", "equal")}
+    return ModelAccount(sum(fates.values()), fates["adapter"], fates["equal"], unused)
 
 
 @dataclass(frozen=True)

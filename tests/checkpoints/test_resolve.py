@@ -12,11 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from hub_server import ALICE_TOKEN
 from hub_server.state import Blob
 from huggingface_hub import snapshot_download
 from packaging.version import Version
+from safetensors.torch import load_file
 
 from hf_frmerge.checkpoints.hub.find import download_size
 from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all
@@ -171,9 +173,45 @@ def test_a_folder_too_high_names_the_models_below(tmp_path, model):
 
 def test_base_plus_adapter_is_told_how_to_write(tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"pass 'org/lora' as the expert and 'e1' as base_model \(--base-model\)"
+        CheckpointError,
+        match=r"of 'e1' with others of it, pass 'org/lora' as the expert and 'e1' as base_model \(--base-model\)",
     ):
         resolve("e1+org/lora")
+
+
+def test_gguf_weights_are_refused_and_the_advice_works(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_block_count(1), writer.add_context_length(32), writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64), writer.add_head_count(2), writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5), writer.add_rope_freq_base(10000.0), writer.add_vocab_size(40)
+    shapes = {"attn_q": (32, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"token_embd": (40, 32), "output": (40, 32), "output_norm": (32,)}
+    stands_for = {}
+    for name, shape in shapes.items():
+        values = np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        codes = gguf.quants.quantize(values, kind)
+        stands_for[name] = gguf.quants.dequantize(codes, kind)
+        writer.add_tensor(f"{name}.weight", codes, raw_dtype=kind)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+    with pytest.raises(CheckpointError, match=r"'.*m/tiny\.gguf' is a GGUF file\. Let transformers"):
+        resolve(str(folder / "tiny.gguf"))
+    with pytest.raises(CheckpointError, match=r"'.*m' has GGUF weights only \(tiny\.gguf\)") as refused:
+        resolve(str(folder))
+    pytest.importorskip("transformers", minversion="5.23")  # has GgufConfig
+    code = [line[4:] for line in str(refused.value).splitlines() if line.startswith("    ")]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(code[:-1]).replace("ITS FOLDER", str(folder)), {})  # this file has no tokenizer
+    assert resolve("converted").kind == "full"
+    merged = load_file("converted/model.safetensors")
+    assert np.array_equal(merged["model.layers.0.mlp.up_proj.weight"].float().numpy(), stands_for["blk.0.ffn_up"])
+    assert "quantization_config" not in json.loads(Path("converted/config.json").read_text())
 
 
 # URLs

@@ -213,6 +213,11 @@ def test_what_an_adapter_cannot_hold_is_reported_with_its_norm(llama: Path, tmp_
         read(tmp_path / "merged"), read(llama), tmp_path / "lora", ExtractOptions(rank=5, dtype="BF16")
     )
     assert set(report.left_out) == {name for name in deltas if "norm" in name}
+    n_extracted, n_left = len(report.modules), len(report.left_out)
+    for account in report.accounts:
+        assert (account.n_tensors, account.n_merged) == (len(deltas), n_extracted)
+        assert account.n_copied == len(deltas) - n_extracted - n_left
+        assert account.unused == {"that differ and are left as in the base": n_left}
     for name, norm in report.left_out.items():
         assert norm == pytest.approx(np.linalg.norm(deltas[name]), rel=1e-6)
     total = np.sqrt(sum(np.sum(delta**2) for delta in deltas.values()))

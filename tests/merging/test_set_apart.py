@@ -65,6 +65,7 @@ def test_heads_of_other_sizes_are_left_out(classifiers: tuple[str, str], tmp_pat
         assert each["n_tensors"] == len(stored) == each["n_merged"] + 2
     notes = json.loads((out / "merge_manifest.json").read_text())["notes"]
     assert any(note.startswith("The output lacks classifier.bias, classifier.weight, on request.") for note in notes)
+    assert f"Accounted for all {2 * len(stored)} tensors of 2 models" in (out / "README.md").read_text()
     assert verify(str(out)).ok and reproduce(str(out)).identical
 
 
@@ -87,6 +88,7 @@ def test_a_head_is_taken_from_one_expert_with_its_labels(
     assert first["unused"] == {"copied from another model": 2} and not second["unused"]
     assert second["n_copied"] == 2
     assert verify(str(out)).ok and reproduce(str(out)).identical
+    assert "Accounted for" not in (out / "README.md").read_text()  # nothing is missing
     record = (out / "merge_manifest.json").read_text() + (out / "README.md").read_text()
     assert "^classifier=2" in json.loads(record[: record.index("\n}") + 2])["arguments"]["take"]
     assert str(tmp_path) not in record
@@ -198,3 +200,13 @@ def test_sizes_that_no_head_explains_are_refused(tmp_path: Path) -> None:
     BertForSequenceClassification(BertConfig(**SIZES | {"vocab_size": 50})).save_pretrained(tmp_path / "two")
     with pytest.raises(CheckpointError, match=r"has no place for bert\.embeddings\.word_embeddings\.weight"):
         merge([one, str(tmp_path / "two")], tmp_path / "out", take=["word_embeddings=2"])
+
+
+def test_an_inspection_ends_with_the_account(tmp_path: Path) -> None:
+    base = random_model(0)
+    models = [write_model(tmp_path / f"e{i}", random_model(i + 1, base=base)) for i in range(2)]
+    shown = click_runner().invoke(main, ["inspect", *models])
+    assert f"Accounted for all {2 * len(base)} tensors of 2 models: {2 * len(base)} measured." in shown.output
+    described = json.loads(click_runner().invoke(main, ["inspect", *models, "--json"]).stdout)
+    whole = {"n_tensors": len(base), "n_merged": len(base), "n_copied": 0, "unused": {}}
+    assert described["accounts"] == [whole, whole]

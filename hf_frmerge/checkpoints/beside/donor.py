@@ -25,6 +25,7 @@ _NOT_COPIED = {
     "config_sentence_transformers.json",
     "merge_manifest.json",
     "modules.json",
+    "hf_quant_config.json",
     "quantize_config.json",
     "requirements.txt",
     "sentence_bert_config.json",
@@ -90,7 +91,7 @@ def write_config(
         dtype (`str`, *optional*):
             Name of the output dtype, such as `"bfloat16"`. None or `"auto"` keeps the donor's.
         changes (`Mapping[str, Any]`, *optional*):
-            Entries that take the place of the donor's.
+            Entries that take the place of the donor's; None removes one.
 
     Returns:
         `Path`: The file.
@@ -103,7 +104,8 @@ def write_config(
     if not config:
         raise CheckpointError(f"{source.spec!r} has no {CONFIG_FILE}, so what is made from it could not be loaded.")
     content: bytes | str = read_file(folder, CONFIG_FILE, source.spec)
-    config |= changes or {}
+    kept = config.keys() - (changes or {}).keys()  # its own entries may be null
+    config = {key: value for key, value in {**config, **(changes or {})}.items() if value is not None or key in kept}
     if (dtype not in (None, "auto") and _set_dtype(config, str(dtype))) or changes:
         content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     path = Path(output_dir) / CONFIG_FILE

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.tensors.header import FLOAT_DTYPES
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some
 from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from hf_frmerge.checkpoints.tensors.header import TensorInfo
 
@@ -35,6 +35,12 @@ _SCALES = (
     ("FP8", "weight_scale_inv"),
 )
 
+SECTIONS = ("quantization_config", "quantization", "compression_config")
+"""Entries of `config.json` that say how a model is quantised; a model of plain weights has none."""
+
+PLAIN = "plain numbers"
+"""What a checkpoint holds of which only the config says that it is quantised."""
+
 _ORIGINALS = "Merge the unquantised checkpoints it was made from"
 # Method in `quantization_config` -> how to dequantise with transformers, for the methods where that works. The result
 # must be saved with save_original_format=False: otherwise it is quantised again, or cannot be saved.
@@ -42,6 +48,17 @@ _WAYS_OUT = {
     "bitsandbytes": "load it with `from_pretrained`, call `model.dequantize()`",
     "fp8": "load it with `from_pretrained(..., quantization_config=FineGrainedFP8Config(dequantize=True))`",
 }
+
+
+def section_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a `config.json` says of quantisation; empty if it says nothing."""
+    section: Any = next((config[key] for key in SECTIONS if config.get(key)), {})
+    return section if isinstance(section, dict) else {"quant_method": section}
+
+
+def is_code(info: TensorInfo) -> bool:
+    """Whether a tensor may hold quantised codes: a matrix of numbers that are neither floats nor truth values."""
+    return not info.is_float and info.dtype != "BOOL" and sum(length > 1 for length in info.shape) > 1
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -53,19 +70,18 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     """
     spec = checkpoint.source.spec
     config = checkpoint.config()
-    settings = config.get("quantization_config") or config.get("quantization")
-    if settings:
-        unnamed = "MLX" if "quantization" in config else "unknown method"
-        method = str(settings.get("quant_method", unnamed) if isinstance(settings, dict) else settings)
+    section = section_of(config)
+    if section and not checkpoint.quantisation:
+        method = str(section.get("quant_method", "MLX" if "quantization" in config else "unknown method"))
         raise CheckpointError(
-            f"{spec!r} is quantised ({method}): its numbers are codes, which cannot be averaged. {_way_out(method)}"
+            f"{spec!r} is quantised ({method}): its numbers are codes, which cannot be averaged. {way_out(method)}"
         )
     recognised = _by_tensors(checkpoint.tensors.values())
     if recognised:
         method, names = recognised
         raise CheckpointError(
-            f"{spec!r} is quantised ({method}, by its tensors {some(names)}), though its config.json has no "
-            f"`quantization_config`: its numbers are codes, which cannot be averaged. {_ORIGINALS}."
+            f"{spec!r} is quantised ({method}, by its tensors {some(names)}), though its config.json does not say "
+            f"how: its numbers are codes, which cannot be averaged. {_ORIGINALS}."
         )
     codes = [info for info in checkpoint.tensors.values() if info.dtype.startswith(("F4", "F6_", "F8", "C64"))]
     if codes:
@@ -76,7 +92,8 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def _way_out(method: str) -> str:
+def way_out(method: str) -> str:
+    """Say what to do with a model that is quantised by a method, as a sentence."""
     steps = _WAYS_OUT.get(method)
     if steps is None:
         return f"{_ORIGINALS}."

@@ -64,6 +64,9 @@ class Checkpoint:
         aliases (`dict[str, str]`): names added by `alias`, and the tensor each one reads.
         row_orders (`dict[str, tuple[int, ...]]`): for tensors whose rows are taken in another order than they are
             stored in: the stored index of every row.
+        quantisation (`str`, *optional*): what its weights were dequantised from, if they were.
+        largest_computed (`int`): bytes that it takes to compute the largest of these weights.
+        unused (`dict[str, TensorInfo]`): stored tensors that only codes need, such as scales of activations.
         wrapped (`str`, *optional*): example of a stored name, if wrappers were removed from the names (`unwrapped`).
     """
 
@@ -82,6 +85,9 @@ class Checkpoint:
         self._identities = identities
         self.aliases: dict[str, str] = {}
         self.row_orders: dict[str, tuple[int, ...]] = {}
+        self.quantisation: str | None = None
+        self.largest_computed = 0
+        self.unused: dict[str, TensorInfo] = {}
         self.wrapped: str | None = None
 
     @property
@@ -92,7 +98,7 @@ class Checkpoint:
     @property
     def stored(self) -> list[TensorInfo]:
         """The tensors in the files, each once: those of `tensors`, or what they are made of."""
-        logical = (info for name, info in self.tensors.items() if name not in self.aliases)
+        logical = [*(info for name, info in self.tensors.items() if name not in self.aliases), *self.unused.values()]
         return list({(each.file, each.offset, each.name): each for info in logical for each in info.stored}.values())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:

@@ -35,7 +35,7 @@ def print_merge(report: Mapping[str, Any], manifest: Manifest, output_dir: str) 
     parts = [f"{report['n_merged']} tensors merged ({report['method']}, {report['space']}, block {report['block']})"]
     parts += [f"{report[f'n_{what}']} {what}" for what in ("copied", "skipped") if report.get(f"n_{what}")]
     out.print(", ".join(parts) + ".")
-    out.print(account_sentence([ModelAccount.from_dict(each) for each in report["accounts"]]))
+    out.print(account_sentence(_accounts(report)))
     out.print(
         f"{human_bytes(report['input_bytes'])} read, {human_bytes(report['output_bytes'])} written in "
         f"{human_seconds(report['seconds'])}: {human_bytes(report['bytes_per_second'])}/s of input "
@@ -66,7 +66,7 @@ def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
         f"{plan['n_merge']} tensors to merge ({plan['method']}, {plan['space']}, block {plan['block']}), "
         f"{plan['n_copy']} to copy; {human_count(plan['n_parameters'])} parameters, dtype {plan['dtype']}."
     )
-    out.print(account_sentence([ModelAccount.from_dict(each) for each in plan["accounts"]]))
+    out.print(account_sentence(_accounts(plan)))
     shards = plan["shards"]
     files = shards[0] if len(shards) == 1 else f"{len(shards)} files, {shards[0]} to {shards[-1]}"
     out.print(
@@ -85,7 +85,7 @@ def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
     Print the tensors with the largest angles, the whole model, and the verdict.
 
     Args:
-        inspection (`Mapping[str, Any]`): `Inspection.to_dict()`, and the `verdict` on it.
+        inspection (`Mapping[str, Any]`): `Inspection.to_dict()`, the `verdict` on it, and `accounts`.
         top (`int` or `None`): Number of tensors to show; `None` shows all.
     """
     out = console()
@@ -108,6 +108,7 @@ def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
     )
     if len(shown) < len(tensors):
         out.print(f"{len(shown)} of {len(tensors)} tensors, those with the largest angles; --all shows every one.")
+    out.print(account_sentence(_accounts(inspection), "measured", "that a merge copies"))
     out.print(inspection["verdict"], style="bold")
 
 
@@ -162,7 +163,12 @@ def print_extracted(extracted: ExtractedAdapter) -> None:
         names = sorted(extracted.left_out, key=lambda name: -extracted.left_out[name])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         out.print(f"Not in any chosen module, so left as in the base: {', '.join(names[:3])}{more}.", style="yellow")
+    out.print(account_sentence(extracted.accounts, "in the adapter", "equal in both"))
     out.print(f"Output: {extracted.output_dir}", style="bold")
+
+
+def _accounts(described: Mapping[str, Any]) -> list[ModelAccount]:
+    return [ModelAccount.from_dict(each) for each in described["accounts"]]
 
 
 def _view_cells(view: Mapping[str, Any]) -> list[str]:

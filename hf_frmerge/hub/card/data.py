@@ -71,12 +71,13 @@ class CardSource:
 
 @dataclass(frozen=True)
 class CardStatistics:
-    """Statistics of the merge; `None` where not measured."""
+    """Statistics of the merge; `None` where not measured, or where there is nothing to be said."""
 
     n_tensors_merged: int | None = None
     n_tensors_copied: int | None = None
     n_parameters: int | None = None
     geometry: Geometry | None = None
+    losses: str | None = None
 
 
 @dataclass

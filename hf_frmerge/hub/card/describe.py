@@ -26,6 +26,7 @@ from hf_frmerge.merging.record.manifest import (
     local_sources,
     read_manifest,
 )
+from hf_frmerge.wording.account import losses_sentence
 from hf_frmerge.wording.geometry import Geometry
 from hf_frmerge.wording.parts import FIGURES
 
@@ -175,4 +176,5 @@ def _statistics(manifest: Manifest) -> CardStatistics:
         n_tensors_copied=len(manifest.tensors) - len(merged),
         n_parameters=sum(math.prod(tensor.shape) for tensor in merged),
         geometry=Geometry.of_manifest(manifest),
+        losses=losses_sentence(manifest.report.accounts),
     )

@@ -17,6 +17,7 @@ ELSEWHERE = "copied from another model"
 NOT_NEEDED = "of the base, which is not part of a merge in weight space"
 NOT_HELD = "of the base, which a merged adapter does not hold"
 REPEATED = "copies of base tensors beside an adapter"
+OF_CODES = "scales of activations, which plain weights do not need"
 SKIPPED = "skipped by a callback"
 
 
@@ -36,6 +37,11 @@ class ModelAccount:
     n_merged: int
     n_copied: int
     unused: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether a tensor is not used for another reason than that its values come from elsewhere, as they should."""
+        return bool(self.unused.keys() - {ELSEWHERE, NOT_NEEDED, NOT_HELD, REPEATED})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelAccount:
@@ -83,8 +89,8 @@ def _fates(plan: MergePlan, model: Expert, place: int, skipped: set[str]) -> dic
     fates: dict[str, str | None] = {}
     for name, target in targets.items():
         step = steps.get(target)
-        if target == REPEATED:
-            fates[name] = REPEATED
+        if target in (REPEATED, OF_CODES):
+            fates[name] = target
         elif step is None:
             fates[name] = plan.left_out.get(target)
         elif step.action == "merge":
@@ -100,7 +106,8 @@ def _targets(model: Expert) -> dict[str, str]:
     """Return the tensor of the output that every stored tensor belongs to."""
     if model.checkpoint is not None:
         aliases, logical = model.checkpoint.aliases, model.checkpoint.tensors
-        return {part.name: name for name, info in logical.items() if name not in aliases for part in info.stored}
+        targets = {part.name: name for name, info in logical.items() if name not in aliases for part in info.stored}
+        return targets | dict.fromkeys(model.checkpoint.unused, OF_CODES)
     adapter = model.adapter
     assert adapter is not None
     targets = dict.fromkeys(adapter.checkpoint.tensors, "")

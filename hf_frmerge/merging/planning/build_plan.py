@@ -11,12 +11,13 @@ from hf_frmerge.checkpoints.adapters.base import base_notes, common_base
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
 from hf_frmerge.checkpoints.model_structure import may_be_tied
 from hf_frmerge.checkpoints.names.model_names import read_names
+from hf_frmerge.checkpoints.quantised.dequantise import dequantise
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
 from hf_frmerge.checkpoints.tensors.alignment import AlignedTensor, align
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
-from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
+from hf_frmerge.checkpoints.tensors.quantised import SECTIONS, refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, open_checkpoint, some
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import validate_weights
@@ -108,6 +109,7 @@ def is_downloaded(source: Source, args: MergingArguments) -> bool:
 def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float], with_base: bool) -> MergePlan:
     rules = TensorRules.parse(args.leave_out, args.take)
     opened = [_open(source, rules) for source in sources]
+    quantised_notes = [note for each in opened if each.checkpoint for note in dequantise(each.checkpoint)]
     check_rules_match(rules, opened)
     base = opened.pop() if with_base else None
     _refuse_alone(opened, base, args)
@@ -131,7 +133,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     else:
         head = find_new_head(opened, base.checkpoint if base else None)
         steps, notes, left_out, config_changes = _steps(args, opened, base, alphas, head, rules)
-    notes += _unused_options(args, method) + _number_notes(steps, method)
+    notes += quantised_notes + _unused_options(args, method) + _number_notes(steps, method)
     if table is not None:
         steps = cut_as_given(steps, table, len(opened))
     layout = None
@@ -383,6 +385,8 @@ def _steps(
     lacking = [name for name in donor.weights.tensors if name in reasons]
     notes += [left_out_note(lacking)] if lacking else []
     config_changes = head.config | config_for_taken(donor, taken, models)
+    if donor.weights.quantisation:
+        config_changes |= dict.fromkeys(SECTIONS)
     touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
     weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in tensors])
     notes += rule_notes

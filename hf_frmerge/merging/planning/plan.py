@@ -166,12 +166,13 @@ class MergePlan:
 
     @property
     def piece_memory(self) -> int:
-        """Upper limit of the bytes one worker holds at a time; of the model it depends on matrices only."""
+        """Upper limit of the bytes one worker holds at a time; it depends on matrices and quantised weights."""
         # The output piece, one float32 buffer of rows for each adapter, and a copy of each input if it is remote.
         copies = 1 + sum(1 for e in self.experts if e.adapter) + len(self.experts) + (self.base is not None)
         if METHODS[self.args.method].kind == "sparse":
             copies += 4  # the merged piece in float64, in parts and joined
-        return max(copies * PIECE_ELEMENTS * 4, max(map(self.matrix_memory, self.steps), default=0))
+        whole = max((model.weights.largest_computed for model in self.models), default=0)
+        return whole + max(copies * PIECE_ELEMENTS * 4, max(map(self.matrix_memory, self.steps), default=0))
 
     def matrix_memory(self, step: TensorStep) -> int:
         """Upper limit of the bytes that merging a tensor as a matrix takes; 0 if it is not."""

@@ -1,0 +1,148 @@
+"""Let a quantised checkpoint be read as plain numbers, tensor by tensor, where the compressed-tensors package can."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hf_frmerge.checkpoints.quantised.recent import Recent
+from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
+from hf_frmerge.checkpoints.tensors.quantised import PLAIN, is_code, section_of, way_out
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
+from hf_frmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hf_frmerge.checkpoints.quantised.formats import Format
+    from hf_frmerge.checkpoints.tensors.header import TensorSource
+
+EXTRA = "pip install 'hf_frmerge[quantised]'"
+
+_BYTES_AN_ELEMENT = 16
+"""Codes, numbers in float32 and what is made of them, all at a time."""
+
+# What a runtime that computes with codes wants to know of activations and caches; plain weights do not need it.
+_OF_ACTIVATIONS = frozenset(
+    f"{what}_{suffix}"
+    for what in ("input", "output", "activation", "k", "v", "q", "kv")
+    for suffix in ("scale", "scale_inv", "zero_point", "global_scale", "amax")
+)
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """Numbers that the codes of a quantiser stand for; computed as a whole, since codes may lie in any order."""
+
+    info: TensorInfo
+    parts: tuple[TensorInfo, ...]
+    form: Format
+    recent: Recent
+
+    def read(self, source: TensorSource, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return bytes `[start, stop)` of the tensor."""
+        return self.recent.get(self.info.name, lambda: self._compute(source))[start:stop]
+
+    def _compute(self, source: TensorSource) -> NDArray[np.uint8]:
+        # Copied, as torch takes no arrays that may not be written to.
+        stored = {part.name: (part, source.read_info(part).copy()) for part in self.parts}
+        for part in self.parts:
+            source.release_info(part)
+        return self.form.convert(self.info, stored)
+
+
+def dequantise(checkpoint: Checkpoint) -> list[str]:
+    """
+    Put what a quantised checkpoint's codes stand for in the place of its codes; contents are read when they are asked.
+
+    The formats are those that the compressed-tensors package converts: its own, fp8 with scales of blocks, AutoAWQ's
+    and ModelOpt's NVFP4. They are told by the tensors; the section in `config.json` gives what these do not show. A
+    section over plain weights is passed over. What is quantised otherwise is left as it is, for `refuse_quantised`.
+
+    Args:
+        checkpoint (`Checkpoint`): Full model; it is changed in place.
+
+    Returns:
+        `list[str]`: A note, if there was anything to be done.
+
+    Raises:
+        CheckpointError: If the package is needed and missing, or does not convert what is there.
+    """
+    spec, section = checkpoint.source.spec, section_of(checkpoint.config())
+    if not any(is_code(info) for info in checkpoint.tensors.values()):
+        if not section:
+            return []
+        checkpoint.quantisation = PLAIN
+        return [
+            f"The config.json of {spec!r} says that it is quantised, but its weights are plain numbers: they are "
+            "merged as these, and the output's config.json does not say so any more."
+        ]
+    form = _format_of(checkpoint, section)
+    if form is None:
+        return []
+    groups = form.find(checkpoint)
+    if not groups:
+        return []
+    recent = Recent()
+    made: dict[str, TensorInfo] = {}
+    used: set[str] = set()
+    for name, (shape, parts) in groups.items():
+        nbytes = math.prod(shape) * form.itemsize
+        info = TensorInfo(name, form.dtype, shape, parts[0].file, 0, nbytes)
+        made[parts[0].name] = replace(info, recipe=Dequantised(info, parts, form, recent))
+        used |= {part.name for part in parts}
+    unused = {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if name not in used and name.rpartition(".")[2] in _OF_ACTIVATIONS
+    }
+    kept = {name: made.get(name, info) for name, info in checkpoint.tensors.items() if name not in used - made.keys()}
+    checkpoint.tensors = {info.name: info for name, info in kept.items() if name not in unused}
+    checkpoint.unused = unused
+    checkpoint.quantisation = form.title
+    checkpoint.largest_computed = max(math.prod(shape) for shape, _ in groups.values()) * _BYTES_AN_ELEMENT
+    # What does not work should be known before anything else is read.
+    smallest = min(made.values(), key=lambda info: info.nbytes)
+    checkpoint.read(smallest.name)
+    return [
+        f"{spec!r} is quantised ({form.title}): {len(made)} weights, such as {some(groups, 1)}, are dequantised to "
+        f"{form.dtype} while they are read, and merged as these. The output is not quantised."
+    ]
+
+
+def _format_of(checkpoint: Checkpoint, section: Mapping[str, Any]) -> Format | None:
+    """Return the format that tensors and section show; None if it is none of those that can be converted."""
+    names, method = checkpoint.tensors, str(section.get("quant_method", ""))
+    endings = {name.rpartition(".")[2] for name in names}
+    if any(ending.endswith("_scale_inv") for ending in endings):
+        kind = "fp8"
+    elif method in ("compressed-tensors", "awq", "modelopt") and endings & {
+        "weight_packed",
+        "qweight",
+        "weight_scale",
+    }:
+        kind = method
+    else:
+        return None
+    try:
+        import compressed_tensors.entrypoints.convert  # noqa: F401
+
+        from hf_frmerge.checkpoints.quantised.formats import open_format
+    except ImportError as error:
+        raise CheckpointError(
+            f"{checkpoint.source.spec!r} is quantised ({kind}). It can be dequantised while it is read with a package "
+            f"that is not installed: {EXTRA}. {way_out(kind)}"
+        ) from error
+    config = checkpoint.config()
+    dtype = DTYPE_CODES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    try:
+        return open_format(kind, section, dtype)
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.source.spec!r} is quantised ({kind}) in a way that compressed-tensors does not convert "
+            f"({type(error).__name__}: {error}). {way_out(kind)}"
+        ) from error
