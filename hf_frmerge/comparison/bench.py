@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -111,11 +110,11 @@ class Bench:
             measured = self._evaluator.validate(model)
         else:
             measured = self._evaluator.test(model, self.places["test"])
-        del model
-        gc.collect()  # models hold reference cycles, and the next one needs the memory
         return CellResult(measured, seconds, memory)
 
-    def _find_places(self, experts: Mapping[Split, Mapping[str, Losses]]) -> tuple[dict[Split, list[Place]], list[str]]:
+    def _find_places(
+        self, experts: Mapping[Split, Mapping[str, Losses]]
+    ) -> tuple[dict[Split, list[Place]], list[str]]:
         """Return the experts with a gain in both splits, and the names of the others; without a base all texts."""
         texts = [Place(domain, domain) for domain in next(iter(experts["test"].values()))]
         base = self.base

@@ -85,7 +85,11 @@ class MergeComparison:
     Example:
 
     ```python
-    record = MergeComparison(["org/math", "org/code"], {"text": TEXTS}, base_model="org/base").run()
+    texts = {"math": ["the rooms of the house", "each room opens on another"] * 4}
+    comparison = MergeComparison(
+        ["org/math", "org/code"], texts, "org/base", methods=["linear", "ties,density=0.5"], scales=[1.0, 1.4]
+    )
+    record = comparison.run()
     print(record.best.method, record.best.scale, record.command)
     ```
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from pathlib import Path
@@ -62,6 +63,7 @@ class MergedModel:
         write_config(plan.donor.source, scratch, dtype=plan.args.dtype, changes=plan.config_changes)
         self._grams: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}
         self._matrices: tuple[str, Path] | None = None
+        self._model: Any = None
 
     @property
     def architecture(self) -> str:
@@ -85,10 +87,21 @@ class MergedModel:
 
     def model(self) -> Any:
         """Return the model that `from_pretrained` would load if the merge were written; valid until the next merge."""
-        path = str(self._scratch)
-        return model_class_of(path).from_pretrained(
-            None, config=AutoConfig.from_pretrained(path), state_dict=self.tensors(), dtype=self._dtype
-        )
+        if not self._shares_memory():
+            self._model = None
+            gc.collect()  # before loading: models hold reference cycles, and two may not fit
+            path = str(self._scratch)
+            self._model = model_class_of(path).from_pretrained(
+                None, config=AutoConfig.from_pretrained(path), state_dict=self.tensors(), dtype=self._dtype
+            )
+        return self._model
+
+    def _shares_memory(self) -> bool:
+        """Whether the model that was loaded before has the merged tensors themselves, and no copies of them."""
+        if self._model is None:
+            return False
+        places = {tensor.data_ptr() for tensor in self.tensors().values()}
+        return all(tensor.data_ptr() in places for tensor in self._model.state_dict().values())
 
     def _rule(self, plan: MergePlan, cell: Cell) -> Rule | None:
         kind = METHODS[plan.args.method].kind

@@ -11,9 +11,9 @@ and `u` the directions,
 so that `beta=0` preserves norms, `beta=1` shrinks like the plain mean, and `beta=-1` grows like the plain sum.
 
 If all experts of positive weight are the same point (one expert of weight 1, equal experts, all-zero blocks), the
-coefficients are exactly `scale` times the weights. This holds for all methods except `task_arithmetic`, which is a sum
-by definition. An expert with a zero block has no direction: the directional methods give it coefficient 0 and share the
-direction among the others by their weights, but its norm of 0 still counts in the norm.
+coefficients are exactly `scale` times the weights. This holds for all methods except `task_arithmetic`, which is a
+sum by definition. An expert with a zero block has no direction: the directional methods give it coefficient 0 and
+share the direction among the others by their weights, but its norm of 0 still counts in the norm.
 """
 
 from __future__ import annotations
