@@ -15,7 +15,7 @@ from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 _DATA, _TRIED, _MEASURING = "Models and data", "What is tried", "How it is measured"
 _SHARED = {
-    "What all merges share": ("stream_from_hub", "allow_license", "strict"),
+    "What all merges share": ("allow_license", "strict"),
     "Running": ("memory_budget", "num_workers", "device"),
 }
 

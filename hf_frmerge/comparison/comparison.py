@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate import Accelerator
 
+from hf_frmerge.checkpoints.disk import make_folder, remove_folder
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.resolve import resolve_all
@@ -30,6 +31,7 @@ from hf_frmerge.comparison.yardstick import standings
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.evaluation.measures.classification import is_classifier
 from hf_frmerge.evaluation.models.identity import model_identity
+from hf_frmerge.evaluation.models.loading import model_class_of
 from hf_frmerge.evaluation.models.merged import architecture_of
 from hf_frmerge.evaluation.models.names import BASE, models_of_merge
 from hf_frmerge.evaluation.record import MERGED
@@ -42,6 +44,8 @@ from hf_frmerge.merging.planning.build_plan import build_plan
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
+
+logger = logging.getLogger(__name__)
 
 
 class MergeComparison:
@@ -114,7 +118,7 @@ class MergeComparison:
             raise ArgumentError("There is nothing to compare merges on: give a text, best one for every expert.")
         self.scales = _checked_scales(scales)
         self.experts, self.eval_dataset = list(experts), dict(eval_dataset)
-        self.methods = [parse_candidate(text) for text in methods] if methods else None
+        self.methods = list(dict.fromkeys(map(parse_candidate, methods))) if methods else None
         self.weights = [tuple(map(float, one)) for one in weights] if weights else [None]
         self.args = args if args is not None else MergingArguments(output_dir="comparison")
         self.base_model, self.max_tokens, self.eval_dtype = base_model, max_tokens, eval_dtype
@@ -132,12 +136,14 @@ class MergeComparison:
             ResumeError: If the folder holds a comparison of something else.
             MergeError: If a licence forbids merges, no method gives a merge, or a file cannot be written.
         """
-        self._find_base()
-        candidates = self._candidates()
+        self.notes = []
+        candidates = self._candidates(are_full=self._find_base())
         folder = Path(self.args.output_dir)
-        with sole_writer(folder), TemporaryDirectory(prefix="frmerge-compare-") as scratch:
+        with sole_writer(folder), _scratch(folder) as scratch:
             with closing(self._plan(candidates[0][0])) as plan:
-                merged = MergedModel(plan, self.eval_dtype, Path(scratch))
+                for note in plan.notes:
+                    logger.warning("%s", note)
+                merged = MergedModel(plan, self.eval_dtype, scratch)
                 evaluator = self._evaluator(plan, merged)
                 cells = CellFile(folder, self._subject(plan, evaluator), overwrite=self.args.overwrite)
             bench = Bench(self._plan, merged, evaluator, cells, self.on_progress)
@@ -146,8 +152,12 @@ class MergeComparison:
             save_table(folder, cells.results)
         return record
 
-    def _find_base(self) -> None:
-        """Take the base that the first adapter names if none was given; merged adapters become full models."""
+    def _find_base(self) -> bool:
+        """
+        Take the base that the first adapter names if none was given; return whether all experts are full models.
+
+        Adapters are merged into full models: what most methods make of them is no adapter.
+        """
         sources = resolve_all(self.experts, token=self.args.hub_token)
         adapters = [source for source in sources if source.kind == "adapter"]
         if adapters:
@@ -155,18 +165,18 @@ class MergeComparison:
         if adapters and self.base_model is None:
             config = read_json(open_folder(adapters[0].path), "adapter_config.json", adapters[0].spec)
             self.base_model = config.get("base_model_name_or_path")
-        self._are_full = not adapters
         if self.base_model is None:
             self.notes.append(
                 "No base model was given, so there are no deltas: methods that need them are left out, nothing is "
                 "scaled, and losses are compared. Give the model that the experts were fine-tuned from (base_model, "
                 "--base-model) for the rest."
             )
+        return not adapters
 
-    def _candidates(self) -> list[list[Cell]]:
+    def _candidates(self, *, are_full: bool) -> list[list[Cell]]:
         """Return the cells of every method, after planning one of each: what cannot be merged fails now."""
         has_base = self.base_model is not None
-        chosen = self.methods or default_candidates(len(self.experts), has_base=has_base, are_full=self._are_full)
+        chosen = self.methods or default_candidates(len(self.experts), has_base=has_base, are_full=are_full)
         cells = []
         for candidate in chosen:
             own = cells_of(candidate, self.scales, self.weights, has_base=has_base)
@@ -192,6 +202,12 @@ class MergeComparison:
     def _evaluator(self, plan: MergePlan, merged: MergedModel) -> Evaluator:
         """Draw the texts, and name base and experts for the evaluator."""
         architecture = merged.architecture
+        if not is_classifier(architecture) and not model_class_of(merged.folder).can_generate():
+            raise ArgumentError(
+                f"The experts are {architecture}, which predicts neither a next token nor a label, so no method can "
+                "be told from another by it. Compare experts with a head: causal language models, or classifiers of "
+                "text."
+            )
         specs, roles = models_of_merge(self.experts, self.base_model)
         if self.base_model is not None and architecture_of(plan.donor.source.path) != architecture:
             del specs[BASE], roles[BASE]
@@ -282,6 +298,18 @@ class MergeComparison:
             command=merge_command(best.cell, self.experts, self.base_model, self.args, "merged"),
             notes=self.notes,
         )
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder for temporary files, on the disk of the output; a kill may have left an older one."""
+    scratch = folder / ".scratch"
+    remove_folder(scratch)
+    make_folder(scratch)
+    try:
+        yield scratch
+    finally:
+        remove_folder(scratch)
 
 
 def _checked_scales(scales: Sequence[float]) -> tuple[float, ...]:

@@ -54,11 +54,14 @@ class MergedModel:
         plan: Plan of any merge of these experts into a full model.
         dtype: Dtype of the model, as for `from_pretrained`.
         scratch: Empty folder for the configuration and for merged matrices.
+
+    Attributes:
+        folder: folder with the configuration that the merge would write.
     """
 
     def __init__(self, plan: MergePlan, dtype: str, scratch: Path) -> None:
         self._output = MemoryOutput(plan)
-        self._dtype, self._scratch = dtype, scratch
+        self.folder, self._dtype, self._scratch = str(scratch), dtype, scratch
         self._dtypes_and_shapes = {step.name: (_DTYPES[step.dtype], step.shape) for step in plan.steps}
         write_config(plan.donor.source, scratch, dtype=plan.args.dtype, changes=plan.config_changes)
         self._grams: dict[tuple[str, str], dict[str, NDArray[np.float64]]] = {}
@@ -68,7 +71,7 @@ class MergedModel:
     @property
     def architecture(self) -> str:
         """Name of its class."""
-        return architecture_of(str(self._scratch))
+        return architecture_of(self.folder)
 
     def merge(self, plan: MergePlan, cell: Cell) -> float:
         """Merge; return the seconds it took. The tensors of the merge before are replaced."""
@@ -90,9 +93,9 @@ class MergedModel:
         if not self._shares_memory():
             self._model = None
             gc.collect()  # before loading: models hold reference cycles, and two may not fit
-            path = str(self._scratch)
-            self._model = model_class_of(path).from_pretrained(
-                None, config=AutoConfig.from_pretrained(path), state_dict=self.tensors(), dtype=self._dtype
+            config = AutoConfig.from_pretrained(self.folder)
+            self._model = model_class_of(self.folder).from_pretrained(
+                None, config=config, state_dict=self.tensors(), dtype=self._dtype
             )
         return self._model
 

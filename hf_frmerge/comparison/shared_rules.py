@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hf_frmerge.checkpoints.disk import disk_errors
 from hf_frmerge.merging.engine.rules import SpanRule, SpectralRule
 from hf_frmerge.methods.spectral import Spectral
 
@@ -80,5 +81,6 @@ class _KeptMatrix(Spectral):
             kept: Matrix = np.load(self.file)
             return kept
         merged = super().merge(deltas_Nmn)
-        np.save(self.file, merged)
+        with disk_errors(self.file, "written"):
+            np.save(self.file, merged)
         return merged

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from comparison_family import WORDS, Family
 from tiny_models import save_classifier_family
+from transformers import BertModel
 
 from hf_frmerge.comparison.cell_file import CELLS_FILE
 from hf_frmerge.comparison.comparison import MergeComparison
@@ -241,6 +242,15 @@ def test_a_method_that_fails_leaves_the_others(family: Family, cache: Path, tmp_
         comparison(
             family, tmp_path / "none", cache, experts=[family.experts[0], str(mirrored)], methods=["karcher"]
         ).run()
+
+
+def test_encoders_without_a_head_are_refused(tmp_path: Path) -> None:
+    save_classifier_family(tmp_path, WORDS, 0.5)
+    for name in ("math", "code"):
+        BertModel.from_pretrained(tmp_path / name).save_pretrained(tmp_path / f"{name}-encoder")
+    experts = [str(tmp_path / f"{name}-encoder") for name in ("math", "code")]
+    with pytest.raises(ArgumentError, match=r"The experts are BertModel, which predicts neither"):
+        MergeComparison(experts, {"math": WORDS}, args=MergingArguments(output_dir=str(tmp_path / "c"))).run()
 
 
 def test_mistakes_are_found_before_anything_is_run(family: Family, cache: Path, tmp_path: Path) -> None:
