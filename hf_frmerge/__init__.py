@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_frmerge.comparison.comparison import MergeComparison
     from hf_frmerge.merger import FisherRaoMerger
     from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
     from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl, PrinterCallback
@@ -24,6 +25,7 @@ _PUBLIC = {
     "MergeControl": "hf_frmerge.merging.callbacks.callback",
     "MergeCallback": "hf_frmerge.merging.callbacks.callback",
     "ProgressCallback": "hf_frmerge.merging.callbacks.progress",
+    "MergeComparison": "hf_frmerge.comparison.comparison",
     "PrinterCallback": "hf_frmerge.merging.callbacks.callback",
     "CollapseGuardCallback": "hf_frmerge.merging.callbacks.collapse_guard",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "ExpertArguments",
     "FisherRaoMerger",
     "MergeCallback",
+    "MergeComparison",
     "MergeControl",
     "MergeState",
     "MergingArguments",

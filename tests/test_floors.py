@@ -18,7 +18,7 @@ FLOORS = [
     ["provenance", "wording"],
     ["calibration"],
     ["hub", "report"],
-    ["merger"],
+    ["merger", "comparison"],
     ["demo"],
     ["cli"],
 ]
@@ -49,8 +49,8 @@ ROOMS = {
     "hub": [["card"], ["check_plan", "outgoing"], ["push"]],
     "cli": [
         ["command", "render"],
-        ["options"],
-        ["demo", "diff", "evaluate", "extract", "merge", "output", "preflight", "report", "reproduce"],
+        ["evaluating", "options"],
+        ["compare", "demo", "diff", "evaluate", "extract", "merge", "output", "preflight", "report", "reproduce"],
         ["main"],
     ],
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_frmerge.cli.command import FAILURE, FrmergeCommand, SectionOption, results_only, yield_idle_cores
+from hf_frmerge.cli.evaluating import evaluation_bar, named_files
 from hf_frmerge.errors import ArgumentError, MergeError
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def evaluate(
     thresholds = [parse_threshold(text) for text in fail_on]
     if not data and not lm_eval:
         raise ArgumentError("There is nothing to evaluate on: give --data FILE, --lm-eval TASK, or both.")
-    files = _named_files(data)
+    files = named_files(data)
     is_merge = (Path(model) / MANIFEST_FILE).is_file()
     if card and not is_merge:
         raise ArgumentError(f"--card writes the card of a merge, but {model} is no folder that `frmerge merge` wrote.")
@@ -235,7 +236,7 @@ def _measure(
     if files:
         domains = {name: read_texts(file) for name, file in files.items()}
         models = models_to_measure(find_models_to_compare(model, experts, base_model), model)
-        with how.cache() as cache_dir, _bar() as (on_model, on_prediction_step):
+        with how.cache() as cache_dir, evaluation_bar() as (on_model, on_prediction_step):
             run = RunSettings(cache_dir=cache_dir, on_model=on_model, on_prediction_step=on_prediction_step)
             record = evaluate_merge(models, domains, how.suite_options(), run)
     if lm_eval:
@@ -299,46 +300,6 @@ def _report_trips(thresholds: Iterable[Threshold], measured: list[Headline]) -> 
             f"Failed: {trip.name} is {trip.value:.4g} ({trip.where}), and {trip.bound} fails.", err=True, fg="red"
         )
     return bool(trips)
-
-
-@contextmanager
-def _bar() -> Iterator[tuple[Any, Any]]:
-    """Show one progress bar for all models; its total grows with every data loader, as only those are known."""
-    from tqdm import tqdm
-
-    with tqdm(desc="Evaluating", unit="batch", total=0) as bar:
-        last: list[Any] = []
-
-        def on_model(name: str) -> None:
-            bar.set_description(f"Evaluating {name}")
-
-        def on_prediction_step(loader: Any) -> None:
-            if not last or last[0] is not loader:
-                last[:] = [loader]
-                bar.total = (bar.total or 0) + len(loader)
-            bar.update()
-
-        yield on_model, on_prediction_step
-
-
-def _named_files(data: Iterable[str]) -> dict[str, str]:
-    """
-    Map domains to files: `["math=a.txt", "b.txt"]` -> `{"math": "a.txt", "b": "b.txt"}`.
-
-    Raises:
-        ArgumentError: If two files have the same name.
-    """
-    files: dict[str, str] = {}
-    for item in data:
-        name, separator, path = item.partition("=")
-        if not separator or Path(item).is_file():  # a file name may contain "="
-            name, path = Path(item).stem, item
-        if name in files:
-            raise ArgumentError(
-                f"Two texts are named {name!r}: {files[name]!r} and {path!r}. Name them apart with --data NAME=FILE."
-            )
-        files[name] = path
-    return files
 
 
 COMMANDS = {"evaluate": evaluate}

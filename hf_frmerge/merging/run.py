@@ -15,10 +15,12 @@ from hf_frmerge.checkpoints.tensors.writer import remove_staging
 from hf_frmerge.errors import MergeError
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.engine import Engine
-from hf_frmerge.merging.engine.journal import Journal, fingerprint, modification_marks
+from hf_frmerge.merging.engine.journal import Journal, NoJournal, fingerprint, modification_marks
+from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.output import Output
 from hf_frmerge.merging.engine.shared_observer import SharedObserver
 from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
+from hf_frmerge.merging.outputs.blas_threads import one_blas_thread
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections, read_corrections
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.lock import FolderLock
     from hf_frmerge.kernels.interface import Kernels
-    from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
+    from hf_frmerge.merging.engine.outcomes import StepOutcome
     from hf_frmerge.merging.engine.processes import Processes
+    from hf_frmerge.merging.engine.rules import Rule
+    from hf_frmerge.merging.outputs.memory_output import MemoryOutput
     from hf_frmerge.merging.planning.corrections import CalibrationRecord
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.record.summary import MergeReport
@@ -76,6 +80,26 @@ def run_merge(
             if outcome.complete and on_complete is not None:
                 on_complete()
             return outcome
+
+
+def merge_into_memory(plan: MergePlan, output: MemoryOutput, rule: Rule | None = None) -> None:
+    """
+    Run a plan of a full model without writing anything: its tensors, of the same bits, are then in `output`.
+
+    Args:
+        plan: Plan of the merge.
+        output: Memory for the tensors; what is in it is replaced.
+        rule: Measures and decides; by default the rule of the plan's method.
+
+    Raises:
+        MergeError: Whatever stopped the merge.
+    """
+    kernels = load_kernels(plan.args.device)
+    inputs = [model.weights for model in plan.models]
+    with unchanged(inputs), one_blas_thread(plan):
+        Engine(plan, kernels, output, NoJournal(), StepObserver(), rule=rule).run(plan.steps)
+    for checkpoint in inputs:
+        checkpoint.check_unchanged()
 
 
 def _run(

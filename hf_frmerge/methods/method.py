@@ -59,6 +59,7 @@ class Method:
         is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
         is_spherical: whether its direction can differ from that of the plain mean.
         is_iterative: whether it stops at a tolerance, so that steps and residual must be reported.
+        is_compared: whether a comparison of methods tries it unless it is told which to try.
         blocks: the block sizes it supports; by default all.
         paper: where it was published.
         tags: tags of the merged model on the Hub.
@@ -77,6 +78,7 @@ class Method:
     is_directional: bool = False
     is_spherical: bool = False
     is_iterative: bool = False
+    is_compared: bool = False
     blocks: tuple[str, ...] = ("tensor", "row", "head", "layer", "model")
     paper: Paper | None = None
     tags: tuple[str, ...] = ()

@@ -11,9 +11,9 @@ and `u` the directions,
 so that `beta=0` preserves norms, `beta=1` shrinks like the plain mean, and `beta=-1` grows like the plain sum.
 
 If all experts of positive weight are the same point (one expert of weight 1, equal experts, all-zero blocks), the
-coefficients are exactly the weights, without rounding. This holds for all methods except `task_arithmetic`, which is a
-scaled sum by definition. An expert with a zero block has no direction: the directional methods give it coefficient 0
-and share the direction among the others by their weights, but its norm of 0 still counts in the norm.
+coefficients are exactly `scale` times the weights. This holds for all methods except `task_arithmetic`, which is a
+sum by definition. An expert with a zero block has no direction: the directional methods give it coefficient 0 and
+share the direction among the others by their weights, but its norm of 0 still counts in the norm.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class SpanOptions:
         beta (`float`, *optional*, defaults to `0.0`):
             Power of the coherence that multiplies the norm.
         scale (`float`, *optional*, defaults to `1.0`):
-            Factor of `task_arithmetic`: with equal weights, every delta is added `scale` times.
+            Factor of the merged block; meant for deltas. With equal weights `task_arithmetic` adds every delta `scale`
+            times.
         tol (`float`, *optional*, defaults to `1e-12`):
             Norm of the gradient at which an iteration stops: of the Karcher mean in radians, of the geometric median
             as a share of the pull of all experts.
@@ -89,12 +90,12 @@ def linear(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResul
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
         weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
-        options (`SpanOptions`): Not used.
+        options (`SpanOptions`): `scale` is used.
 
     Returns:
-        `SpanResult`: The weights as coefficients.
+        `SpanResult`: The scaled weights as coefficients.
     """
-    return _closed_form(_broadcast(points, weights).copy())
+    return _closed_form(options.scale * _broadcast(points, weights))
 
 
 def task_arithmetic(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
@@ -121,7 +122,7 @@ def nre(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
         weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
-        options (`SpanOptions`): `norm`, `beta` and `on_ambiguous` are used.
+        options (`SpanOptions`): `norm`, `beta`, `scale` and `on_ambiguous` are used.
 
     Returns:
         `SpanResult`: Coefficients proportional to the weights of the experts that are not zero.
@@ -144,7 +145,7 @@ def slerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., 2, K)`, float64.
         weights (`ArrayLike`): Non-negative, summing to 1, `(2,)` or `(..., 2)`.
-        options (`SpanOptions`): `norm`, `beta` and `on_ambiguous` are used.
+        options (`SpanOptions`): `norm`, `beta`, `scale` and `on_ambiguous` are used.
 
     Returns:
         `SpanResult`: Coefficients of the two.
@@ -168,7 +169,7 @@ def karcher(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResu
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
         weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
-        options (`SpanOptions`): All but `scale` are used.
+        options (`SpanOptions`): All are used.
 
     Returns:
         `SpanResult`: Coefficients, with steps and residual of the iteration.
@@ -196,7 +197,7 @@ def nuslerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResu
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., 2, K)`, float64.
         weights (`ArrayLike`): Non-negative, summing to 1, `(2,)` or `(..., 2)`.
-        options (`SpanOptions`): `on_ambiguous` is used.
+        options (`SpanOptions`): `scale` and `on_ambiguous` are used.
 
     Returns:
         `SpanResult`: Coefficients of the two.
@@ -224,7 +225,7 @@ def multislerp(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanR
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
         weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
-        options (`SpanOptions`): `norm`, `beta` and `on_ambiguous` are used.
+        options (`SpanOptions`): `norm`, `beta`, `scale` and `on_ambiguous` are used.
 
     Returns:
         `SpanResult`: Coefficients, inversely proportional to the norms.
@@ -251,10 +252,10 @@ def model_stock(points: Array, weights: ArrayLike, options: SpanOptions) -> Span
     Args:
         points (`np.ndarray`): Coordinates of the deltas, `(..., N, K)`, float64.
         weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
-        options (`SpanOptions`): Not used.
+        options (`SpanOptions`): `scale` is used.
 
     Returns:
-        `SpanResult`: Coefficients that sum to t.
+        `SpanResult`: Coefficients that sum to t, scaled.
     """
     blocks = _Blocks.of(points, weights)
     squares = dot(blocks.weights, blocks.weights)
@@ -276,10 +277,10 @@ def geometric_median(points: Array, weights: ArrayLike, options: SpanOptions) ->
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
         weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
-        options (`SpanOptions`): `tol` and `max_iter` are used.
+        options (`SpanOptions`): `scale`, `tol` and `max_iter` are used.
 
     Returns:
-        `SpanResult`: Coefficients that sum to 1, with steps and residual of the iteration.
+        `SpanResult`: Coefficients that sum to `scale`, with steps and residual of the iteration.
     """
     blocks = _Blocks.of(points, weights)
     median = median_of(points, blocks.weights, tol=options.tol, max_iter=options.max_iter)
@@ -345,11 +346,11 @@ class _Blocks:
         n_iter: NDArray[np.int64] | None = None,
         residual: Array | None = None,
     ) -> SpanResult:
-        """Fill in the exact answers where points coincide, and what `on_ambiguous` asks for, around `coefficients`."""
+        """Fill in exact answers where points coincide, and what `on_ambiguous` asks for; then scale."""
         ambiguous = np.asarray(ambiguous & ~self.coincide)
         coefficients = np.where(self.coincide[..., None], self.weights, coefficients)
         unanswered = self.weights if options.on_ambiguous == "linear" else np.full_like(self.weights, np.nan)
-        answer = _closed_form(np.where(ambiguous[..., None], unanswered, coefficients))
+        answer = _closed_form(options.scale * np.where(ambiguous[..., None], unanswered, coefficients))
         n_iter = answer.n_iter if n_iter is None else n_iter
         residual = answer.residual if residual is None else residual
         return SpanResult(answer.coefficients, n_iter, residual, np.asarray(residual < options.tol), ambiguous)

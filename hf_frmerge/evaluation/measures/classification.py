@@ -98,13 +98,18 @@ def class_log_probabilities(prediction: EvalPrediction) -> NDArray[np.float64]:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
+def label_log_probabilities(prediction: EvalPrediction) -> NDArray[np.float64]:
+    """Return the log-probability of every row's label, `(n,)`, float64."""
+    labels = np.asarray(prediction.label_ids)
+    return np.take_along_axis(class_log_probabilities(prediction), labels[:, None], axis=-1)[:, 0]
+
+
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Return `loss`, the mean negative log-likelihood in nats a sample, and `accuracy`."""
-    log_probabilities, labels = class_log_probabilities(prediction), np.asarray(prediction.label_ids)
-    chosen = np.take_along_axis(log_probabilities, labels[:, None], axis=-1)
+    chosen = class_log_probabilities(prediction).argmax(axis=-1)
     return {
-        "loss": float(-chosen.mean()),
-        "accuracy": float((log_probabilities.argmax(axis=-1) == labels).mean()),
+        "loss": float(-label_log_probabilities(prediction).mean()),
+        "accuracy": float((chosen == np.asarray(prediction.label_ids)).mean()),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def model_identity(source: Source) -> str:
     """Return the identity of a checkpoint: its commit on the Hub, or a digest of its files."""
     if source.commit is not None:
         return f"{source.repo_id}@{source.commit}"
-    return _digest_folder(Path(source.path))
+    return _digest_folder(source.path, tuple(file_marks(source).items()))
 
 
 def file_marks(source: Source) -> dict[str, str]:
@@ -41,10 +42,11 @@ def key_of(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _digest_folder(folder: Path) -> str:
-    """Digest names and contents of a folder's model files."""
+@lru_cache(maxsize=64)
+def _digest_folder(folder: str, marks: tuple[tuple[str, str], ...]) -> str:
+    """Digest names and contents of a folder's model files, again only if the marks of a file have changed."""
     digest = xxhash.xxh3_128()
-    for path in _files(folder):
+    for path in _files(Path(folder)):
         # The name counts too: the same bytes under another name are another model.
         digest.update(path.name.encode())
         with path.open("rb") as file:

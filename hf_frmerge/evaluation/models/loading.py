@@ -60,7 +60,7 @@ class ModelLoader:
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None
             gc.collect()  # before loading, or two models would be in memory
-            model_class = _model_class(path)
+            model_class = model_class_of(path)
             self._loaded = (path, model_class.from_pretrained(path, dtype=self._dtype, device_map=self._device_map))
         return self._loaded[1]
 
@@ -80,7 +80,7 @@ def _leaves_base_unchanged(model: Any) -> bool:
     return all(not getattr(config, "modules_to_save", None) for config in model.peft_config.values())
 
 
-def _model_class(path: str) -> Any:
+def model_class_of(path: str) -> Any:
     """Return the transformers class in the configuration of a model, or the auto class for causal models."""
     import transformers
 

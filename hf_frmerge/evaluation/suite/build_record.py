@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.measures.function_distance import objective, pair_distances, summarise
@@ -32,7 +33,13 @@ CONTEXT_TOKENS = 24
 """Tokens of context shown before a worst token."""
 
 
-def build_record(inputs: Inputs, store: ResultStore, weights: Mapping[str, float], n_worst: int) -> EvaluationRecord:
+def build_record(
+    inputs: Inputs,
+    store: ResultStore,
+    weights: Mapping[str, float],
+    n_worst: int,
+    on_log_probs: Callable[[str, str, NDArray[np.float64]], object] | None = None,
+) -> EvaluationRecord:
     """
     Build the record from stored results; no model is loaded.
 
@@ -41,6 +48,7 @@ def build_record(inputs: Inputs, store: ResultStore, weights: Mapping[str, float
         store (`ResultStore`): Complete results of all models on all texts.
         weights (`Mapping[str, float]`): Weights of the experts, summing to 1.
         n_worst (`int`): Worst tokens to show per expert and text.
+        on_log_probs (`Callable`, *optional*): As in `RunSettings`.
     """
     record = EvaluationRecord(models=dict(inputs.roles), weights=dict(weights))
     causal = []
@@ -62,6 +70,10 @@ def build_record(inputs: Inputs, store: ResultStore, weights: Mapping[str, float
         )
     for number, domain in enumerate(inputs.texts):
         _add_text(record, inputs, store, number, domain, causal, n_worst)
+        if on_log_probs is not None:
+            with store.tables(number, causal) as (tables, _):
+                for name, table in tables.items():
+                    on_log_probs(name, domain, table.read("log_prob"))
     record.recovery = recovery_rows(record)
     record.settings = {
         "block_size": max(text.block_size for text in inputs.texts.values()),

@@ -19,6 +19,7 @@ from hf_frmerge.evaluation.measures.classification import (
     classes_of,
     classification_metrics,
     compare_classes,
+    label_log_probabilities,
     predict_classes,
 )
 from hf_frmerge.evaluation.measures.collapse import ActivationStatistics
@@ -85,6 +86,8 @@ def evaluate_classifiers(
         for domain, prediction in predictions[name].items():
             metrics = classification_metrics(prediction)
             record.scores.append(Score(name, domain, metrics, n_samples=len(prediction.label_ids)))
+            if run.on_log_probs is not None:
+                run.on_log_probs(name, domain, label_log_probabilities(prediction))
         if isinstance(spec, Source):
             loader.release(model)
         del model  # before the next is loaded, so that only one is in memory

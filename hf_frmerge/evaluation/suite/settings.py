@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
@@ -81,6 +83,8 @@ class RunSettings:
         num_workers: background processes that load the rows of classifiers.
         on_model: called with the name of every model before it is run; not called for models found in the cache.
         on_prediction_step: called after every batch.
+        on_log_probs: called with the name of a model, that of a text, and the log-probability of every prediction of
+            it, float64: of its tokens in order, or of the labels of its rows.
     """
 
     accelerator: Accelerator = field(default_factory=Accelerator)
@@ -88,3 +92,4 @@ class RunSettings:
     num_workers: int = 0
     on_model: Callable[[str], object] | None = None
     on_prediction_step: Callable[[DataLoader], None] | None = None
+    on_log_probs: Callable[[str, str, NDArray[np.float64]], object] | None = None

@@ -64,7 +64,7 @@ def evaluate_suite(
     )
     try:
         _Suite(inputs, store, options, run).measure_all()
-        record = build_record(inputs, store, weights, options.n_worst)
+        record = build_record(inputs, store, weights, options.n_worst, run.on_log_probs)
         run.accelerator.wait_for_everyone()  # no process may still read what clean_up removes
     finally:
         store.clean_up()

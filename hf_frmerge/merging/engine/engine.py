@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decided
-    from hf_frmerge.merging.engine.journal import Journal
-    from hf_frmerge.merging.engine.output import Output
-    from hf_frmerge.merging.engine.rules import Gather
+    from hf_frmerge.merging.engine.journal import Journal, NoJournal
+    from hf_frmerge.merging.engine.output import TensorOutput
+    from hf_frmerge.merging.engine.rules import Gather, Rule
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
@@ -59,21 +59,23 @@ class Engine:
         observer: Notified of every tensor.
         gather: Exchange between processes that decide together (`block="model"`): returns what all of them pass. By
             default the process decides by itself.
+        rule: Measures and decides; by default the rule of the plan's method.
     """
 
     def __init__(
         self,
         plan: MergePlan,
         kernels: Kernels,
-        output: Output,
-        journal: Journal,
+        output: TensorOutput,
+        journal: Journal | NoJournal,
         observer: StepObserver,
         gather: Gather | None = None,
+        rule: Rule | None = None,
     ) -> None:
         self._plan = plan
         self._kernels = kernels
         self._output = output
-        self._rule = rule_for(plan, gather)
+        self._rule = rule if rule is not None else rule_for(plan, gather)
         self._decides_together = gather is not None
         self._journal = journal
         self._observer = observer

@@ -160,6 +160,22 @@ class Journal:
         return b"".join(lines)
 
 
+class NoJournal:
+    """Journal of a merge in memory, which cannot be resumed."""
+
+    def __init__(self) -> None:
+        self.decided: dict[str, Decided] = {}
+        self.written: dict[str, dict[str, Any]] = {}
+
+    def record_decided(self, decided: dict[str, Decided]) -> None:
+        """Do nothing."""
+
+    def record_written(
+        self, tensor: str, output: str, inputs: dict[str, str] | None, details: FactorDetails | None
+    ) -> None:
+        """Do nothing."""
+
+
 def _line(record: dict[str, Any]) -> bytes:
     return _signed(json.dumps(record).encode())
 

@@ -1,4 +1,4 @@
-"""Interface of an output, to which the engine writes."""
+"""Interfaces of an output: to the engine, which writes pieces, and to a merge, which makes a folder of them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,8 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.blocks import Piece
 
 
-class Output(Protocol):
-    """
-    Interface of an output. Methods that take a piece are called from any thread.
-
-    Attributes:
-        staging: folder of the unfinished files.
-        notes: notes for the user about the output, complete after `lay_out`.
-    """
-
-    staging: Path
-    notes: list[str]
-
-    def begin(self) -> bool:
-        """Create the unfinished files, or open those of an earlier run; return whether any was created."""
-        ...
+class TensorOutput(Protocol):
+    """Where merged pieces go: what the engine asks of an output. Methods of a piece are called from any thread."""
 
     def lay_out(self, tensors: Sequence[TensorWork]) -> None:
         """Take the decisions for a batch, before any of it is written or read back."""
@@ -42,11 +29,28 @@ class Output(Protocol):
         ...
 
     def read_back(self, tensor: TensorWork, piece: Piece) -> str:
-        """Return the digest of a piece in the unfinished file."""
+        """Return the digest of a piece that was written."""
         ...
 
     def details(self, tensor: str) -> FactorDetails | None:
         """Return how the factors of a written module came out; `None` where the decision says all."""
+        ...
+
+
+class Output(TensorOutput, Protocol):
+    """
+    Output to files in a folder.
+
+    Attributes:
+        staging: folder of the unfinished files.
+        notes: notes for the user about the output, complete after `lay_out`.
+    """
+
+    staging: Path
+    notes: list[str]
+
+    def begin(self) -> bool:
+        """Create the unfinished files, or open those of an earlier run; return whether any was created."""
         ...
 
     def sync(self) -> None:

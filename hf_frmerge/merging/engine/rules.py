@@ -256,12 +256,13 @@ class SpectralRule:
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
         """Return the method for matrices, and the mean for the rest."""
-        return {tensor.step.group: Decided(self._decision(tensor.step), {}) for tensor in tensors}
+        return {tensor.step.group: Decided(self.decision_for(tensor.step), {}) for tensor in tensors}
 
     def join(self) -> None:
         """Do nothing: every process decides alike."""
 
-    def _decision(self, step: TensorStep) -> Decision:
+    def decision_for(self, step: TensorStep) -> Decision:
+        """Return the decision for one tensor."""
         args = self._plan.args
         if step.is_matrix:
             return Spectral(args.method, step.weights, args.scale, self._plan.spectral_options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
 from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space
 from hf_frmerge.kernels.interface import digest
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
+from hf_frmerge.merging.outputs.blas_threads import one_blas_thread
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
-from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,12 +38,8 @@ class ShardOutput:
         self.staging = self._writer.staging
         self.notes: list[str] = []
         self._local = threading.local()
-        # The engine merges matrices on threads of its own; BLAS threads below each of them would spin for its cores.
-        self._blas_limit: Any = None
-        if METHODS[plan.args.method].kind == "spectral":
-            from threadpoolctl import threadpool_limits  # costs other merges milliseconds
-
-            self._blas_limit = threadpool_limits(1, user_api="blas")
+        self._resources = ExitStack()
+        self._resources.enter_context(one_blas_thread(plan))
 
     def begin(self) -> bool:
         """Create the unfinished shards, or open those of an earlier run; return whether any was created."""
@@ -94,8 +91,7 @@ class ShardOutput:
 
     def close(self) -> None:
         """Close the shards."""
-        if self._blas_limit is not None:
-            self._blas_limit.restore_original_limits()
+        self._resources.close()
         self._writer.close()
 
     def _buffer(self, tensor: TensorWork, piece: Piece) -> NDArray[np.uint8]:

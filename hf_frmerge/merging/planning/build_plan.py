@@ -272,6 +272,11 @@ def _space(
         raise ArgumentError(
             f"{args.coefficients} holds coefficients of {table_space}, but space={space!r} was asked for."
         )
+    if space == "weights" and args.scale != 1.0 and "scale" in METHODS[args.method].options:
+        raise ArgumentError(
+            f"scale={args.scale:g} is a factor of what the experts learned, their deltas, but here whole weights are "
+            "merged. Add space='deltas' (--space deltas) and a base_model, or leave scale out."
+        )
     if space == "deltas" and base is None and not to_adapter:
         raise ArgumentError('space="deltas" needs base_model: deltas are the differences to it.')
     return space

@@ -24,7 +24,7 @@ MODEL_STOCK = Paper(
     "2403.19522",
 )
 
-_NORM = ("norm", "beta", "on_ambiguous")
+_NORM = ("norm", "beta", "scale", "on_ambiguous")
 
 SPAN = (
     Method(
@@ -42,6 +42,7 @@ SPAN = (
         is_directional=True,
         is_spherical=True,
         is_iterative=True,
+        is_compared=True,
         paper=FISHER_RAO,
         tags=("karcher-mean", "fisher-rao"),
     ),
@@ -67,6 +68,8 @@ SPAN = (
         "the merged values are the weighted average of the experts' values.",
         "It is the simplest merge there is, and works well when the experts are close to each other; where they "
         "point in different directions, the average is shorter than the experts.",
+        options=("scale",),
+        is_compared=True,
         tags=("linear-merge",),
     ),
     Method(
@@ -78,6 +81,7 @@ SPAN = (
         "spherical methods have to beat.",
         options=_NORM,
         is_directional=True,
+        is_compared=True,
         tags=("norm-rescaled-mean",),
     ),
     Method(
@@ -101,10 +105,11 @@ SPAN = (
         "length of the merged arrow follows from theirs.",
         "It is SLERP without a rule for the length, and the same where the two experts are equally long. Row by row, "
         "it lets every neuron turn by an angle of its own.",
-        options=("on_ambiguous",),
+        options=("scale", "on_ambiguous"),
         n_experts=2,
         extension="karcher",
         is_spherical=True,
+        is_compared=True,
         tags=("nuslerp",),
     ),
     Method(
@@ -115,8 +120,9 @@ SPAN = (
         "distances are not squared.",
         "An expert that is far from all others pulls an average towards itself, the more the farther it is. It pulls "
         "the median no more than any other expert does.",
-        options=("tol", "max_iter"),
+        options=("scale", "tol", "max_iter"),
         is_iterative=True,
+        is_compared=True,
         tags=("geometric-median",),
     ),
     Method(
@@ -127,7 +133,9 @@ SPAN = (
         "more the experts disagree.",
         "Of what several fine-tunes of one task changed, a part is common to them and the rest is chance. The angles "
         "between their changes tell how large the common part is. Experts with nothing in common give the base model.",
+        options=("scale",),
         needs_deltas=True,
+        is_compared=True,
         paper=MODEL_STOCK,
         tags=("model-stock",),
     ),
@@ -140,6 +148,7 @@ SPAN = (
         "experts speak together.",
         options=("scale",),
         needs_deltas=True,
+        is_compared=True,
         paper=TASK_ARITHMETIC,
         tags=("task-arithmetic",),
     ),

@@ -143,6 +143,16 @@ def test_a_method_that_needs_a_base_or_two_experts(plan: Plan, family: Path, tmp
     assert plan(three, **with_base).space == "deltas"
 
 
+def test_weights_are_not_scaled(plan: Plan, family: Path, tmp_path: Path) -> None:
+    three, with_base = [family / f"e{i}" for i in range(3)], {"base": family / "base"}
+    for space in (None, "weights"):
+        message = refused(
+            ArgumentError, lambda s=space: plan(three, scale=2.0, space=s, **with_base), tmp_path / "out"
+        )
+        assert "scale=2" in message and "--space deltas" in message
+    assert plan(three, scale=2.0, space="deltas", **with_base).args.scale == 2.0  # what the message says
+
+
 @pytest.mark.parametrize(
     ("config", "is_adapter"), [({}, True), ({"use_dora": True}, False), ({"modules_to_save": ["lm_head"]}, False)]
 )

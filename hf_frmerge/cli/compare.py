@@ -1,0 +1,194 @@
+"""`frmerge compare`: try merge methods on the user's experts and texts, and say which is best."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from hf_frmerge.cli.command import FrmergeCommand, SectionOption, results_only, yield_idle_cores
+from hf_frmerge.cli.evaluating import evaluation_bar, named_files
+from hf_frmerge.cli.options import options_from
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+
+_DATA, _TRIED, _MEASURING = "Models and data", "What is tried", "How it is measured"
+_SHARED = {
+    "What all merges share": ("allow_license", "strict"),
+    "Running": ("memory_budget", "num_workers", "device"),
+}
+
+
+def _option(section: str, *names: str, **settings: Any) -> Any:
+    """Declare an option listed under the heading `section`."""
+    return click.option(*names, cls=SectionOption, section=section, **settings)
+
+
+@click.command(
+    "compare",
+    cls=FrmergeCommand,
+    on_interrupt="What is finished is kept: run the same command again to go on.",
+)
+@click.argument("experts", nargs=-1, required=True, metavar="EXPERT EXPERT ...")
+@_option(
+    _DATA,
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]FILE",
+    help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text (and label, for "
+    "classifiers). Give it once per domain; a domain named like an expert is that expert's own.",
+)
+@_option(
+    _DATA,
+    "--base-model",
+    metavar="MODEL",
+    help="Model the experts were fine-tuned from. Default: the one adapters name. Without it losses are compared.",
+)
+@_option(
+    _DATA,
+    "--max-tokens",
+    type=click.IntRange(min=0),
+    default=2048,
+    show_default=True,
+    help="Tokens of every text that are used, a quarter of them to choose scales, the others to report; 0 for all.",
+)
+@_option(
+    _TRIED,
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME[,OPTION=VALUE...]",
+    help="Method to try: ties,density=0.3 or karcher,space=weights, say; once per method. Default: about ten.",
+)
+@_option(
+    _TRIED,
+    "--scales",
+    metavar="S,S,...",
+    help="Factors of the merged deltas that every method is tried with. [default: 0.5,0.7,1,1.4,2]",
+)
+@_option(
+    _TRIED,
+    "--weights",
+    multiple=True,
+    metavar="W,W,...",
+    help="Weights of the experts that every method is tried with; may be given several times. Default: all alike.",
+)
+@_option(
+    _TRIED, "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of all that is drawn."
+)
+@_option(
+    _MEASURING,
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Blocks or rows a forward pass.",
+)
+@_option(
+    _MEASURING,
+    "--block-size",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Tokens a block of text.",
+)
+@_option(
+    _MEASURING,
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Dtype to evaluate in. auto: the one a model is stored in.",
+)
+@_option(
+    _MEASURING,
+    "--cache-dir",
+    metavar="DIR",
+    help="Where results of unchanged experts are kept. [default: the user's cache]",
+)
+@_option(
+    "Output",
+    "--output-dir",
+    metavar="DIR",
+    default="comparison",
+    show_default=True,
+    help="Folder for the results. The same command goes on in it, and one with more methods adds to it.",
+)
+@_option("Output", "--overwrite", is_flag=True, help="Begin anew in a folder with another comparison.")
+@_option("Output", "--json", "as_json", is_flag=True, help="Print the record of the comparison as JSON.")
+@options_from(_SHARED)
+def compare(
+    experts: tuple[str, ...],
+    data: tuple[str, ...],
+    base_model: str | None,
+    methods: tuple[str, ...],
+    scales: str | None,
+    weights: tuple[str, ...],
+    max_tokens: int,
+    batch_size: int,
+    block_size: int,
+    dtype: str,
+    cache_dir: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """
+    Compare merge methods on your experts and texts.
+
+    Every method is tried with the same scales; the best on some of the texts is measured on the others. Models are
+    merged in memory, none is written. Prints one table, best first, which of the methods cannot be told from the best,
+    and the command that makes the best merge.
+    """
+    files = named_files(data)
+    factors = _numbers("--scales", scales) if scales is not None else None
+    chosen_weights = [_numbers("--weights", text) for text in weights] or None
+    args = MergingArguments(
+        per_device_eval_batch_size=batch_size,
+        eval_block_size=block_size,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    yield_idle_cores()  # before the imports below, which import torch
+    with results_only():
+        from transformers.utils.logging import disable_progress_bar
+
+        from hf_frmerge.comparison.candidates import SCALES
+        from hf_frmerge.comparison.comparison import MergeComparison
+        from hf_frmerge.evaluation.text.datasets import read_texts
+
+        disable_progress_bar()  # one bar per model loaded would break up the bar below
+        with evaluation_bar() as (on_model, on_prediction_step):
+            record = MergeComparison(
+                experts,
+                {name: read_texts(file) for name, file in files.items()},
+                base_model,
+                methods=methods,
+                scales=factors or SCALES,
+                weights=chosen_weights,
+                args=args,
+                max_tokens=max_tokens,
+                eval_dtype=dtype,
+                cache_dir=cache_dir,
+                on_progress=on_model,
+                on_prediction_step=on_prediction_step,
+            ).run()
+    if as_json:
+        click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
+        return
+    from hf_frmerge.cli.render.comparison import print_comparison
+
+    print_comparison(record, args.output_dir)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    """Read comma-separated numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError(
+            f"{option} takes numbers with commas between them, such as 0.5,1,2, got {text!r}."
+        ) from None
+
+
+COMMANDS = {"compare": compare}

@@ -1,0 +1,50 @@
+"""What the commands that evaluate models share: names for texts, and one progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_frmerge.errors import ArgumentError
+
+
+@contextmanager
+def evaluation_bar() -> Iterator[tuple[Any, Any]]:
+    """Show one progress bar for all models; its total grows with every data loader, as only those are known."""
+    from tqdm import tqdm
+
+    with tqdm(desc="Evaluating", unit="batch", total=0) as bar:
+        last: list[Any] = []
+
+        def on_model(name: str) -> None:
+            bar.set_description(f"Evaluating {name}")
+
+        def on_prediction_step(loader: Any) -> None:
+            if not last or last[0] is not loader:
+                last[:] = [loader]
+                bar.total = (bar.total or 0) + len(loader)
+            bar.update()
+
+        yield on_model, on_prediction_step
+
+
+def named_files(data: Iterable[str]) -> dict[str, str]:
+    """
+    Map domains to files: `["math=a.txt", "b.txt"]` -> `{"math": "a.txt", "b": "b.txt"}`.
+
+    Raises:
+        ArgumentError: If two files have the same name.
+    """
+    files: dict[str, str] = {}
+    for item in data:
+        name, separator, path = item.partition("=")
+        if not separator or Path(item).is_file():  # a file name may contain "="
+            name, path = Path(item).stem, item
+        if name in files:
+            raise ArgumentError(
+                f"Two texts are named {name!r}: {files[name]!r} and {path!r}. Name them apart with --data NAME=FILE."
+            )
+        files[name] = path
+    return files

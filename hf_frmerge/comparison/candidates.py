@@ -1,0 +1,125 @@
+"""What is compared: methods with their options, and the scales and weights that each of them is tried with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.values import did_you_mean
+from hf_frmerge.methods.table import METHODS
+
+SCALES = (0.5, 0.7, 1.0, 1.4, 2.0)
+"""Factors of the merged delta that every method is tried with."""
+
+# Beside the options of its own that a method has.
+_OF_ALL = ("space", "block")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    A method and its options, whatever the scale and the weights of the experts.
+
+    Attributes:
+        method: name of the method.
+        options: arguments of a merge that are not left at their defaults, by name, as text.
+    """
+
+    method: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Name in tables: `ties`, or `ties density=0.3`."""
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.options)])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One merge of a comparison.
+
+    Attributes:
+        candidate: the method.
+        scale: factor of the merged delta; `None` in weight space, where there is none.
+        weights: of the experts; `None` if they are all alike.
+    """
+
+    candidate: Candidate
+    scale: float | None
+    weights: tuple[float, ...] | None
+
+    @property
+    def key(self) -> str:
+        """What it is known by in the file of finished cells."""
+        return json.dumps([self.candidate.method, self.candidate.options, self.scale, self.weights])
+
+
+def parse_candidate(text: str) -> Candidate:
+    """
+    Read a method with options: `ties`, `ties,density=0.3`, `karcher,space=weights,block=row`.
+
+    Raises:
+        ArgumentError: If there is no such method, or it has no such option.
+    """
+    name, *settings = text.split(",")
+    if name not in METHODS or METHODS[name].kind == "given":
+        raise ArgumentError(
+            f"There is no method {name!r} to compare: expected one of {', '.join(_comparable())}."
+            + did_you_mean(name, _comparable())
+        )
+    known = (*METHODS[name].options, *_OF_ALL)
+    options = []
+    for setting in settings:
+        option, separator, value = setting.partition("=")
+        if not separator or option not in known or option == "scale":
+            raise ArgumentError(
+                f"{text!r}: expected NAME or NAME,option=value with an option of {name} "
+                f"({', '.join(one for one in known if one != 'scale')}), but got {setting!r}. All methods are tried "
+                "with the same scales (--scales)."
+            )
+        options.append((option, value))
+    return Candidate(name, tuple(options))
+
+
+def default_candidates(n_experts: int, *, has_base: bool, are_full: bool) -> list[Candidate]:
+    """
+    Return the methods that are compared if none are named: those that can run on these experts.
+
+    Args:
+        n_experts: Number of experts.
+        has_base: Whether there is a base model, without which there are no deltas.
+        are_full: Whether all experts are full models: the singular values of adapters are few, and take long to find.
+    """
+    return [
+        Candidate(method.name)
+        for method in METHODS.values()
+        if method.is_compared
+        and method.n_experts in (None, n_experts)
+        and (has_base or not method.needs_deltas)
+        and (are_full or method.kind != "spectral")
+    ]
+
+
+def cells_of(
+    candidate: Candidate, scales: Sequence[float], weights: Sequence[tuple[float, ...] | None], *, has_base: bool
+) -> list[Cell]:
+    """Return the merges that a candidate is tried with: every scale with every choice of weights."""
+    in_deltas = has_base and dict(candidate.options).get("space") != "weights"
+    factors: Sequence[float | None] = scales if in_deltas else (None,)
+    return [Cell(candidate, scale, chosen) for chosen in weights for scale in factors]
+
+
+def arguments_of(cell: Cell) -> dict[str, Any]:
+    """Return the arguments of a merge that a cell decides, by name; `space` is deltas where there is a scale."""
+    arguments: dict[str, Any] = {"method": cell.candidate.method}
+    if cell.scale is not None:
+        arguments |= {"space": "deltas", "scale": cell.scale}
+    return arguments | dict(cell.candidate.options)
+
+
+def _comparable() -> list[str]:
+    return [method.name for method in METHODS.values() if method.kind != "given"]

@@ -1,0 +1,95 @@
+"""`frmerge compare` and what it prints; the command it ends with makes the merge of the table's first row."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from comparison_family import Family, save_family
+
+from hf_frmerge.comparison.record import RECORD_FILE
+from hf_frmerge.comparison.texts import split_texts
+from hf_frmerge.evaluation.models.merged import tokenizer_of
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return save_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def compared(family: Family, frmerge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    monkeypatch.chdir(tmp_path)
+    return frmerge(*command(family))
+
+
+def command(family: Family) -> list[str]:
+    data = [word for name, file in family.files.items() for word in ("--data", f"{name}={file}")]
+    tried = ["--method", "linear", "--method", "nre", "--method", "ties,density=0.5", "--scales", "0.7,1,1.4"]
+    return ["compare", *family.experts, "--base-model", family.base, *data, *tried, "--max-tokens", "0"]
+
+
+def test_the_command_at_the_end_makes_the_merge_of_the_first_row(
+    compared: Result, family: Family, frmerge: Run, tmp_path: Path
+) -> None:
+    assert compared.exit_code == 0, compared.output
+    last = compared.stdout.strip().splitlines()[-1]
+    program, *arguments = shlex.split(last)
+    assert program == "frmerge" and frmerge(*arguments).exit_code == 0
+    best = json.loads((tmp_path / "comparison" / RECORD_FILE).read_text())["methods"][0]
+    data = []
+    for name, file in family.files.items():
+        text = Path(file).read_text()
+        split = split_texts(name, [text], tokenizer_of(family.base), max_tokens=0, seed=42, is_labelled=False)["test"]
+        rows = tmp_path / f"{name}.jsonl"
+        rows.write_text("".join(json.dumps({"text": row}) + "\n" for row in split.rows))
+        data += ["--data", f"{name}={rows}"]
+    record = json.loads(frmerge("evaluate", "merged", *data, "--json").stdout)
+    kept = {row["expert"]: row["share"] for row in record["recovery"] if row["model"] == "merged"}
+    assert best["by_place"] == pytest.approx(kept, abs=1e-6)
+    cells = re.search(rf"^{re.escape(best['label'])} \*.*$", compared.stdout, re.MULTILINE)
+    assert cells is not None
+    for share in (best["score"], *kept.values()):
+        assert f"{share:.1%}" in cells[0]
+
+
+def test_the_table_says_what_it_is_of(compared: Result) -> None:
+    text = " ".join(compared.stdout.split())
+    assert re.search(r"Share of each expert's gain that is kept, on [\d,]+ predictions in \d+ texts", text)
+    for part in (
+        "is best here: it keeps",
+        "ties density=0.5",
+        "not told from the best",
+        "red",
+        "blue",
+        "one standard",
+    ):
+        assert part in text
+    assert "of the experts' gains on average" in text
+
+
+def test_json_is_the_record(family: Family, frmerge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = frmerge(*command(family), "--json")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "comparison" / RECORD_FILE).read_text())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--scales", "1;2"], "--scales takes numbers with commas"),
+        (["--weights", "a,b"], "--weights takes numbers with commas"),
+        (["--method", "tiez"], "Did you mean 'ties'"),
+        (["--data", "none.txt"], "'none.txt' is not a file"),
+    ],
+)
+def test_mistakes_end_with_a_sentence(family: Family, frmerge: Run, wrong: list[str], message: str) -> None:
+    result = frmerge(*command(family), *wrong)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
