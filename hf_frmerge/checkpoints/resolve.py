@@ -88,6 +88,6 @@ def _plus_hint(spec: str) -> str:
         return ""
     return (
         f" To merge an adapter of {base!r} with others of it, pass {adapter!r} as the expert and {base!r} as "
-        f"base_model (--base-model). To merge the two as one model, fold the adapter in first (`frmerge merge {quote(adapter)} "
-        f"--base-model {quote(base)} --output-dir folded`), and pass 'folded'."
+        f"base_model (--base-model). To merge the two as one model, fold the adapter in first (`frmerge merge "
+        f"{quote(adapter)} --base-model {quote(base)} --output-dir folded`), and pass 'folded'."
     )
