@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.visible import visible_lines
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 _DEBUG = "hf_frmerge.debug"
@@ -25,6 +26,13 @@ class Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+class _VisibleFormatter(logging.Formatter):
+    """Formatter that shows control characters instead of sending them to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible_lines(super().format(record))
 
 
 class SectionOption(click.Option):
@@ -99,6 +107,11 @@ def yield_idle_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def say(text: str, **style: Any) -> None:
+    """Print a line that may name what strangers named, in a style of `click.secho`."""
+    click.secho(visible_lines(text), **style)
+
+
 @contextmanager
 def results_only() -> Iterator[None]:
     """Redirect what libraries print to stderr, so that stdout has only the command's result and can be piped."""
@@ -110,13 +123,13 @@ def results_only() -> Iterator[None]:
 def _terminal_output() -> Iterator[None]:
     """Show warnings and log records as plain lines on stderr, and restore both systems afterwards."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_VisibleFormatter("%(message)s"))
     package = logging.getLogger("hf_frmerge")
     package.addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from libraries, meant for developers
-            warnings.showwarning = lambda message, *_, **__: click.secho(f"Warning: {message}", err=True, fg="yellow")
+            warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}", err=True, fg="yellow")
             yield
     finally:
         package.removeHandler(handler)

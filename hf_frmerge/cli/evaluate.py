@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, SectionOption, results_only, yield_idle_cores
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, SectionOption, results_only, say, yield_idle_cores
 from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.visible import visible
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.headlines import Headline
@@ -163,7 +164,7 @@ def evaluate(
         record = _measure(model, experts, base_model, files, lm_eval, _Measuring(**how))
         headlines = _keep(record, model, card, measured) if is_merge else _headlines(record)
     if as_json:
-        click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(record.to_dict(), indent=2))
     else:
         from hf_frmerge.cli.render.evaluation import print_evaluation
 
@@ -295,9 +296,7 @@ def _report_trips(thresholds: Iterable[Threshold], measured: list[Headline]) -> 
             )
         trips += threshold.trips(metrics, places)
     for trip in trips:
-        click.secho(
-            f"Failed: {trip.name} is {trip.value:.4g} ({trip.where}), and {trip.bound} fails.", err=True, fg="red"
-        )
+        say(f"Failed: {trip.name} is {trip.value:.4g} ({trip.where}), and {trip.bound} fails.", err=True, fg="red")
     return bool(trips)
 
 
@@ -310,7 +309,7 @@ def _bar() -> Iterator[tuple[Any, Any]]:
         last: list[Any] = []
 
         def on_model(name: str) -> None:
-            bar.set_description(f"Evaluating {name}")
+            bar.set_description(f"Evaluating {visible(name)}")
 
         def on_prediction_step(loader: Any) -> None:
             if not last or last[0] is not loader:

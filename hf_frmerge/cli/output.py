@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, say
 
 
 @click.command("verify", cls=FrmergeCommand)
@@ -66,7 +66,7 @@ def card(output_dir: str, hub_model_id: str | None) -> None:
 
         refuse_while_merging(output_dir)
         path = describe_merge(output_dir, draw=figure_drawer(), hub_model_id=hub_model_id)
-    click.echo(f"Wrote {path}.")
+    say(f"Wrote {path}.")
 
 
 @click.command("push", cls=FrmergeCommand, on_interrupt="Push again: what has arrived is not sent twice.")
@@ -116,7 +116,7 @@ def push(
             create_pr=create_pr,
             collection=collection,
         )
-    click.echo(f"Pushed {output_dir}: {commit.pr_url or commit.commit_url}")
+    say(f"Pushed {output_dir}: {commit.pr_url or commit.commit_url}")
 
 
 COMMANDS = {"verify": verify, "card": card, "push": push}
