@@ -1,7 +1,8 @@
-"""Show text that strangers wrote (names of tensors, folders, keys of files) so that it cannot act on who reads it."""
+"""Show text so that it cannot act on who reads it, whatever strangers wrote in it, and tells nobody a secret."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
@@ -26,9 +27,30 @@ def visible(text: str, spaces: bool = False) -> str:
     return "".join(marks.get(character) or _shown(character) for character in text)
 
 
+# Of addresses, the name and password before the host, and the query, in which stores put signatures.
+_CREDENTIALS = re.compile(r"(?<!hub)(://)[^/\s]+@|(://[^\s?'\"]+\?)[^\s'\"]+")
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+
+
+def without_secrets(text: str) -> str:
+    """
+    Leave out of a text what gives access: passwords and signatures in addresses, and tokens of the Hub.
+
+    Example:
+
+    ```python
+    >>> without_secrets("s3://me:secret@bucket/model, https://host/model?signature=abc")
+    's3://…@bucket/model, https://host/model?…'
+
+    ```
+    """
+    shown = _CREDENTIALS.sub(lambda match: f"{match[1]}…@" if match[1] else f"{match[2]}…", text)
+    return _HUB_TOKEN.sub("hf_…", shown)
+
+
 def visible_lines(text: str) -> str:
     r"""
-    Make all that `visible` does visible but line ends, which sentences with lines of code have.
+    Make all that `visible` does visible but line ends, which sentences with lines of code have; without secrets.
 
     Example:
 
@@ -38,6 +60,7 @@ def visible_lines(text: str) -> str:
 
     ```
     """
+    text = without_secrets(text)
     return text if text.isprintable() else "\n".join(map(visible, text.split("\n")))
 
 

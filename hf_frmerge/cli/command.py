@@ -112,6 +112,26 @@ def say(text: str, **style: Any) -> None:
     click.secho(visible_lines(text), **style)
 
 
+def warn_of_token(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Say that a token on the command line is no secret; a callback of its option."""
+    if value is not None:
+        say(
+            f"Warning: {param.opts[0]} shows your token to everyone who can list the processes of this machine. Set "
+            "HF_TOKEN, or log in with `hf auth login`, and leave it out.",
+            err=True,
+            fg="yellow",
+        )
+    return value
+
+
+token_option = click.option(
+    "--token",
+    callback=warn_of_token,
+    help="Token for the Hub. Better not given here, where others on this machine can read it: set HF_TOKEN, or log in "
+    "with `hf auth login`.",
+)
+
+
 @contextmanager
 def results_only() -> Iterator[None]:
     """Redirect what libraries print to stderr, so that stdout has only the command's result and can be piped."""

@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            error.message = visible_lines(error.message)
+            error.message = visible_lines(error.message)  # type: ignore[misc]  # click reads it when it prints
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, say
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, say, token_option
 
 
 @click.command("verify", cls=FrmergeCommand)
@@ -75,7 +75,7 @@ def card(output_dir: str, hub_model_id: str | None) -> None:
 @click.option("--private/--public", default=None, help="Who sees a new repository. Default: what the account says.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to. Default: main.")
-@click.option("--token", help="Token for the Hub. Default: the one stored by `hf auth login`.")
+@token_option
 @click.option("--collection", metavar="SLUG", help="Collection to which the model is added.")
 @click.option("--message", default="Upload merged model", show_default=True, help="Message of the commit.")
 def push(

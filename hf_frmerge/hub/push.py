@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
+from hf_frmerge.checkpoints.hub.errors import BAD_TOKEN
 from hf_frmerge.errors import ArgumentError, HubError
 from hf_frmerge.hub.outgoing import check_base_is_public, check_complete, check_nothing_local, outgoing_files
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE
@@ -229,6 +230,8 @@ def _clear_errors(repo_id: str, token: str | None) -> Iterator[None]:
         yield
     except HubError:
         raise
+    except UnicodeEncodeError as error:  # headers are ASCII
+        raise HubError(BAD_TOKEN) from error
     except HFValidationError as error:
         raise ArgumentError(f"{repo_id!r} is not a valid Hub id: expected `namespace/name`. {error}") from error
     except (OfflineModeIsEnabled, HTTPError, RuntimeError, ValueError) as error:

@@ -217,7 +217,7 @@ def _layer_note(record: EvaluationRecord) -> str | None:
 def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
     """Tabulate the continuations of the first prompts, a table per prompt; the merged model comes last."""
     prompts = list(dict.fromkeys(row.prompt for row in rows if row.model == MERGED))[:_PROMPTS]
-    shown = []
+    shown: list[tuple[str, MarkdownTable]] = []
     for prompt in prompts:
         of_prompt = sorted((row for row in rows if row.prompt == prompt), key=lambda row: row.model == MERGED)
         lines = tuple(

@@ -6,11 +6,14 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
 from hf_frmerge.merging.arguments.values import did_you_mean
+
+if TYPE_CHECKING:
+    import yaml
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             config = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ArgumentError(f"The configuration file {str(file)!r} is not valid YAML: {error}.") from error
+            raise ArgumentError(f"The configuration file {str(file)!r} is not valid YAML{_place(error)}.") from error
     else:
         raise ArgumentError(f"A configuration file ends in .yaml, .yml or .json, but got {str(file)!r}.")
     if not isinstance(config, dict):
@@ -57,6 +60,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         if key not in known:
             raise ArgumentError(f"unknown key {key!r} in {str(file)!r}.{did_you_mean(str(key), known)}")
     return config
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """Return what is wrong and where. The error itself quotes the line, which may hold a token."""
+    from yaml import MarkedYAMLError
+
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return ""
+    mark = error.problem_mark
+    return f" at line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _translated(config: dict[str, Any], known: list[str]) -> str:

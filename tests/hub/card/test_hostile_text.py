@@ -89,8 +89,8 @@ def card_with(text: str) -> MergeCard:
 def shape(markdown: str) -> Counter[str]:
     """What a card is built of: elements by kind, links and images by target, HTML by its text."""
     found: Counter[str] = Counter()
-    tokens = COMMONMARK.parse(markdown)
-    for token in [*tokens, *(child for token in tokens for child in token.children or ())]:
+    blocks = COMMONMARK.parse(markdown)
+    for token in [*blocks, *(child for block in blocks for child in block.children or ())]:
         if token.type in ("html_block", "html_inline"):
             found[token.content.strip()] += 1
         elif str(token.attrs.get("href")).startswith("https://huggingface.co/"):
