@@ -79,6 +79,7 @@ class FrmergeCommand(click.Command):
             except KeyboardInterrupt:
                 raise Failure(f"Interrupted. {self.on_interrupt}", INTERRUPTED) from None
             except Exception as error:
+                _close_bars()
                 # Click handles a closed pipe itself, but only if it sees the OSError.
                 if ctx.meta[_DEBUG] or _is_closed_pipe(error):
                     raise
@@ -153,6 +154,15 @@ def _terminal_output() -> Iterator[None]:
             yield
     finally:
         package.removeHandler(handler)
+
+
+def _close_bars() -> None:
+    """Leave the line of a progress bar, on which an error would be printed otherwise."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
 
 
 def _is_closed_pipe(error: Exception) -> bool:

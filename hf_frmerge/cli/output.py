@@ -97,11 +97,12 @@ def push(
         from hf_frmerge.hub.card.card import has_own_card
         from hf_frmerge.hub.card.describe import describe_merge
         from hf_frmerge.hub.outgoing import check_complete
-        from hf_frmerge.hub.push import full_repo_id, push_folder
+        from hf_frmerge.hub.push import check_branch, full_repo_id, push_folder
         from hf_frmerge.report.figures import figure_drawer
 
-        # Before the card is rewritten: an incomplete folder should stay untouched.
+        # Before the card is rewritten: what cannot be pushed should stay untouched.
         check_complete(Path(output_dir))
+        check_branch(revision, create_pr)
         repo_id = full_repo_id(repo_id, token)
         # A README.md that the user wrote is never overwritten.
         if has_own_card(output_dir):

@@ -165,10 +165,8 @@ def _distance_note(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -
     if not error > 0:
         return None
     kept = record.settings.get("top_k")
-    compared = f"the {escape(kept)} likeliest" if kept else "the likeliest"
-    return Markdown(
-        f"Exact to {error:.2g} rad: beyond {compared} guesses, only a sample of each expert's was compared."
-    )
+    compared = f"the {kept} likeliest" if kept else "the likeliest"
+    return f"Exact to {error:.2g} rad: beyond {compared} guesses, only a sample of each expert's was compared."
 
 
 def _objectives(record: EvaluationRecord) -> MarkdownTable | None:

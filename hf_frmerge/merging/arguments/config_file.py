@@ -31,7 +31,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ArgumentError(f"The configuration file {str(file)!r} does not exist.")
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            f"The configuration file {str(file)!r} is not UTF-8 (byte {error.start}). Save it in that encoding."
+        ) from error
     if file.suffix == ".json":
         try:
             config = json.loads(text)
