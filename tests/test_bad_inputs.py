@@ -182,9 +182,11 @@ ROWS: dict[str, Row] = {
         says="No experts were named. Give two or more folders or Hub ids, or a configuration file that lists "
         "`experts`."),
     "one expert": row("merge math", code=USAGE,
-        says="A merge needs at least two experts, but `experts` lists 1: ['math']."),
+        says="A merge needs at least two experts, got 1: 'math', a full model, of which a merge would be a copy. Name "
+        "two or more models."),
     "one expert and a base": row("merge math --base-model base --output-dir out", code=USAGE,
-        says="A merge needs at least two experts, but `experts` lists 1: ['math']."),
+        says="A merge needs at least two experts, got 1: 'math', a full model, of which a merge would be a copy. Name "
+        "two or more models."),
     "two weights for three experts": row("merge math code base --weights 1,2 --output-dir out", code=USAGE,
         says="`weights` needs one number per expert: got 2 ([1.0, 2.0]) for 3 experts. Leave it out to weigh all "
         "experts alike."),
@@ -245,6 +247,18 @@ ROWS: dict[str, Row] = {
         "merge math code --base-model base --method ties --block row --output-dir out",
         code=USAGE,
         says="`method='ties'` takes block=tensor or layer or model, but got 'row'."),
+    "leaving out what is not there": row(f"{MERGE} --leave-out nothing", code=USAGE,
+        says="`leave_out`: 'nothing' matches none of the tensors of the models, such as "
+        "model.layers.0.self_attn.q_proj.weight, model.layers.0.self_attn.v_proj.weight, model.norm.weight. "
+        "Correct it, or leave it out."),
+    "leaving out by what is no pattern": row(f"{MERGE} --leave-out '(a'", code=USAGE,
+        says="`leave_out`: '(a' is not a regular expression: missing ), unterminated subpattern at position 0."),
+    "taking from what is no expert": row(f"{MERGE} --take lm_head=nowhere", code=USAGE,
+        says="`take` has 'lm_head=nowhere', but 'nowhere' is none of the experts. Write an expert exactly as in the "
+        "list of experts ('math', 'code'), or its number, from 1 to 2, or 'base' for the base model."),
+    "one adapter without its base": row("merge x --output-dir out", code=USAGE,
+        says="A merge needs at least two experts, got 1: 'x'. Name two or more, or pass base_model (--base-model), "
+        "the model that this adapter is to be folded into."),
     "a table and a method": row(f"{MERGE} --method linear --coefficients merged", code=USAGE,
         says="`method='linear'` and `coefficients='merged'` do not go together: a table of coefficients takes the "
         "place of a method. Give the table alone, or a method without it."),
@@ -297,8 +311,6 @@ ROWS: dict[str, Row] = {
         "`experts`."),
     "a configuration of another kind": row("merge math code --config m.toml", write("m.toml", "x = 1\n"), code=USAGE,
         says="A configuration file ends in .yaml, .yml or .json, but got 'm.toml'."),
-    "a configuration that is not UTF-8": row("merge m.yaml", write("m.yaml", b"experts: [\xff]\n"), code=USAGE,
-        says="The configuration file 'm.yaml' is not UTF-8 (byte 10). Save it in that encoding."),
     # Where it goes
     "an output folder in use": row("merge math code --output-dir base", code=USAGE,
         says="The output folder 'base' is not empty. Choose another, or pass --overwrite (overwrite=True) to "
@@ -658,7 +670,8 @@ ROWS: dict[str, Row] = {
     "an adapter out of an adapter": row("extract-lora x --base-model base --output-dir out", code=USAGE,
         says="'x' is an adapter already; a full checkpoint is needed."),
     "an inspection of one model": row("inspect math", code=USAGE,
-        says="A merge needs at least two experts, but `experts` lists 1: ['math']."),
+        says="A merge needs at least two experts, got 1: 'math', a full model, of which a merge would be a copy. Name "
+        "two or more models."),
     "an inspection of an adapter without its base": row("inspect x math", code=USAGE,
         says="'x' is an adapter: pass the model it was trained from as base_model (its config names 'org/base')."),
     "a model of another width than its base": row(

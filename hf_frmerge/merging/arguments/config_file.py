@@ -6,14 +6,11 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
 from hf_frmerge.merging.arguments.values import did_you_mean
-
-if TYPE_CHECKING:
-    import yaml
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -31,12 +28,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ArgumentError(f"The configuration file {str(file)!r} does not exist.")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ArgumentError(
-            f"The configuration file {str(file)!r} is not UTF-8 (byte {error.start}). Save it in that encoding."
-        ) from error
+    text = file.read_text(encoding="utf-8")
     if file.suffix == ".json":
         try:
             config = json.loads(text)
@@ -67,12 +59,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def _place(error: yaml.YAMLError) -> str:
-    """Return what is wrong and where. The error itself quotes the line, which may hold a token."""
+def _place(error: Exception) -> str:
+    """Return what is wrong and where. YAML's own errors quote the line, which may hold a token."""
     from yaml import MarkedYAMLError
 
     if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
-        return ""
+        return f": {error}"
     mark = error.problem_mark
     return f" at line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -17,9 +19,17 @@ from markdown_it import MarkdownIt
 
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Recovered, Score
 from hf_frmerge.hub.card.card import USER_BEGIN, USER_END, read_user_section, render_card, write_card
+from hf_frmerge.hub.card.commands import (
+    install_command,
+    reproduce_command,
+    reproduce_python,
+    usage_python,
+    verify_command,
+)
 from hf_frmerge.hub.card.data import CardSource, MergeCard
 from hf_frmerge.hub.card.licences import SourceMetadata, read_source_metadata
 from hf_frmerge.hub.card.markdown import code, escape, fence, sentence
+from hf_frmerge.hub.card.tasks import Task
 
 COMMONMARK = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
@@ -148,6 +158,24 @@ def test_a_sentence_keeps_its_code_and_nothing_else() -> None:
     assert sentence("Every source is under `apache-2.0`.") == "Every source is under `apache-2.0`."
     assert sentence("`a` is [not](b) `c") == r"`a` is \[not\](b) \`c"
     assert sentence("- x") == r"\- x" and sentence("1. x") == r"1\. x" and sentence("2 x") == "2 x"
+
+
+@pytest.mark.parametrize("text", PAYLOADS.values(), ids=PAYLOADS)
+def test_names_stay_within_the_code_and_the_commands_of_a_card(text: str) -> None:
+    """Readers copy them: Python reads the names as strings, a shell as single words."""
+    card = card_with(text)
+    card = replace(card, output_kind="full", task=Task("text-generation", "AutoModelForCausalLM"))
+    (model, tokenizer) = (
+        call.args[0].value
+        for call in ast.walk(ast.parse(usage_python(card)))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "from_pretrained"
+    )
+    assert model == tokenizer == f"./{text}"
+    names = {node.value for node in ast.walk(ast.parse(reproduce_python(card))) if isinstance(node, ast.Constant)}
+    assert {source.pinned for source in card.experts} <= names
+    assert shlex.split(install_command(card)) == ["pip", "install", f"hf_frmerge=={text}"]
+    assert shlex.split(verify_command(card, text))[:3] == ["frmerge", "verify", text]
+    assert set(shlex.split(reproduce_command(card))) >= {source.pinned for source in card.experts}
 
 
 def test_a_card_s_user_section_cannot_be_written_by_others(tmp_path: Path) -> None:
