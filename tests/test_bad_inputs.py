@@ -750,3 +750,57 @@ def test_a_mistake_is_told_in_a_sentence_before_anything_is_written(
 def test_there_are_many_rows_and_no_two_alike() -> None:
     assert len(ROWS) >= 80
     assert len({(row.command, row.wrong) for row in ROWS.values()}) == len(ROWS)
+
+
+# Row -> what its sentence advises: commands, and changes to files.
+ADVICE: dict[str, tuple[str | Change, ...]] = {
+    "a budget too small for one piece": (f"{MERGE} --memory-budget 12MiB",),
+    "a matrix method with little memory": (f"{MERGE} --base-model base --method iso_c --memory-budget 16MiB",),
+    "two weights for three experts": ("merge math code base --output-dir out",),
+    "slerp of three": ("merge math code base --method karcher --output-dir out",),
+    "deltas without a base": (f"{MERGE} --space deltas --base-model base",),
+    "a rule that divides a layer": (f"{MERGE} --block tensor --weight-rules 'q_proj=1,2'",),
+    "a rank for a full model": (f"{ADAPTERS} --adapter-output adapter --adapter-rank 2",),
+    "rows of one adapter apart": (f"{ADAPTERS} --block row --adapter-output merged",),
+    "weight space for adapters": (f"{ADAPTERS} --space deltas --adapter-output adapter",),
+    "one adapter without its base": ("merge x --base-model base --output-dir out",),
+    "taking from what is no expert": (f"{MERGE} --take lm_head=2",),
+    "an output folder in use": ("merge math code --output-dir base --overwrite",),
+    "an interrupted merge": ("merge math code --output-dir torn --overwrite",),
+    "a folder of checkpoints": ("merge math runs/checkpoint-10 --output-dir out",),
+    "base+adapter as other tools write it": ("merge math x --base-model base --output-dir out",),
+    "an index that leads outside": (
+        lambda: shutil.copy("math/model.safetensors", "code/mine.safetensors"),
+        write("code/model.safetensors.index.json", {"weight_map": dict.fromkeys(SHAPES, "mine.safetensors")}),
+        MERGE,
+    ),
+    "an adapter of another base": (ADAPTERS,),
+    "an adapter of another revision": (ADAPTERS,),
+    "an adapter with a scale that is none": (config("y", lora_alpha=4), ADAPTERS),
+    "a model and an adapter in one folder": (remove("y/model.safetensors"), ADAPTERS),
+    "a licence that forbids it": (f"{MERGE} --allow-license cc-by-nd-4.0",),
+    "a configuration with a misspelt key": (
+        write("m.yaml", "experts: [math, code]\noutput_dir: out\n"), "merge m.yaml",
+    ),
+    "verify with one expert of two": ("verify merged --experts math --experts code",),
+    "a reproduction with an unknown expert": ("reproduce merged --expert math=math",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_the_advice_of_a_sentence_works(place: Path, name: str) -> None:
+    for change in ROWS[name].wrong:
+        change()
+    for step in ADVICE[name]:
+        if callable(step):
+            step()
+        else:
+            result = click_runner().invoke(main, shlex.split(step))
+            assert result.exit_code == 0, result.stderr
+
+
+def test_the_configuration_that_is_given_for_one_of_mergekit_works(place: Path) -> None:
+    row = ROWS["a configuration of mergekit"]
+    lines = [line.strip() for line in row.sentence.split("\n") if line.startswith("    ")]
+    Path("ours.yaml").write_text("\n".join(lines).replace('"merged"', '"out"'))
+    assert click_runner().invoke(main, ["merge", "ours.yaml"]).exit_code == 0
