@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from hf_frmerge.visible import visible_lines
+
 
 class MergeError(RuntimeError):
     """A merge cannot start or go on. The message is written for the person who started it."""
+
+    def __str__(self) -> str:
+        # Sentences name tensors, keys and files of strangers, and a traceback prints them as they are.
+        return visible_lines(super().__str__())
 
 
 class ArgumentError(MergeError, ValueError):

@@ -9,6 +9,7 @@ import pytest
 
 # From the ground up. Rooms of one floor do not import each other.
 FLOORS = [
+    ["visible"],
     ["errors"],
     ["geometry", "kernels"],
     ["checkpoints"],

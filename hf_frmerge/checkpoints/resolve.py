@@ -11,6 +11,7 @@ from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.source import Source, convert_gguf, is_on_hub, kind_of
 from hf_frmerge.errors import CheckpointError
+from hf_frmerge.visible import without_secrets
 
 __all__ = ["Source", "fetch_all", "resolve", "resolve_all"]
 
@@ -43,7 +44,8 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
     spec = str(spec)
     local = _LOCAL_URL.sub("", spec)
     if "://" in local:
-        return Source(spec, kind_of(open_folder(local), spec), local)
+        shown = without_secrets(spec)
+        return Source(shown, kind_of(open_folder(local), shown), local)
     path = Path(local).expanduser()
     # A local folder goes before a Hub id of the same name, as in `from_pretrained`.
     if path.is_dir():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hf_frmerge.errors import CheckpointError
+from hf_frmerge.visible import without_secrets
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.local_folder import LocalFolder
@@ -52,9 +53,9 @@ class Source:
     """
     Location of one checkpoint.
 
-    `spec` is what the user wrote. `path` is a local folder, a URL, or `hub://org/name@commit` for a Hub checkpoint
-    that is not on this machine. For a Hub checkpoint `repo_id`, the requested `revision` (None: the default branch)
-    and the `commit` it resolved to are set.
+    `spec` is what the user wrote, without the password of a URL. `path` is a local folder, a URL, or
+    `hub://org/name@commit` for a Hub checkpoint that is not on this machine. For a Hub checkpoint `repo_id`, the
+    requested `revision` (None: the default branch) and the `commit` it resolved to are set.
     """
 
     spec: str
@@ -86,7 +87,7 @@ def name_of(source: Source) -> tuple[str, str | None]:
     if source.repo_id is not None:
         return source.repo_id, source.commit
     if "://" in source.path:
-        return source.path, None
+        return without_secrets(source.path), None
     # A path into a Hub cache is only valid on this machine; id and commit are valid everywhere.
     path = str(Path(source.path).absolute())
     return cached_hub_id(path) or (path, None)

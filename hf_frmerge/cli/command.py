@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.visible import visible_lines
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 _DEBUG = "hf_frmerge.debug"
@@ -25,6 +26,13 @@ class Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+class _VisibleFormatter(logging.Formatter):
+    """Formatter that shows control characters instead of sending them to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible_lines(super().format(record))
 
 
 class SectionOption(click.Option):
@@ -71,6 +79,7 @@ class FrmergeCommand(click.Command):
             except KeyboardInterrupt:
                 raise Failure(f"Interrupted. {self.on_interrupt}", INTERRUPTED) from None
             except Exception as error:
+                _close_bars()
                 # Click handles a closed pipe itself, but only if it sees the OSError.
                 if ctx.meta[_DEBUG] or _is_closed_pipe(error):
                     raise
@@ -99,6 +108,31 @@ def yield_idle_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def say(text: str, **style: Any) -> None:
+    """Print a line that may name what strangers named, in a style of `click.secho`."""
+    click.secho(visible_lines(text), **style)
+
+
+def warn_of_token(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Say that a token on the command line is no secret; a callback of its option."""
+    if value is not None:
+        say(
+            f"Warning: {param.opts[0]} shows your token to everyone who can list the processes of this machine. Set "
+            "HF_TOKEN, or log in with `hf auth login`, and leave it out.",
+            err=True,
+            fg="yellow",
+        )
+    return value
+
+
+token_option = click.option(
+    "--token",
+    callback=warn_of_token,
+    help="Token for the Hub. Better not given here, where others on this machine can read it: set HF_TOKEN, or log in "
+    "with `hf auth login`.",
+)
+
+
 @contextmanager
 def results_only() -> Iterator[None]:
     """Redirect what libraries print to stderr, so that stdout has only the command's result and can be piped."""
@@ -110,16 +144,25 @@ def results_only() -> Iterator[None]:
 def _terminal_output() -> Iterator[None]:
     """Show warnings and log records as plain lines on stderr, and restore both systems afterwards."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_VisibleFormatter("%(message)s"))
     package = logging.getLogger("hf_frmerge")
     package.addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from libraries, meant for developers
-            warnings.showwarning = lambda message, *_, **__: click.secho(f"Warning: {message}", err=True, fg="yellow")
+            warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}", err=True, fg="yellow")
             yield
     finally:
         package.removeHandler(handler)
+
+
+def _close_bars() -> None:
+    """Leave the line of a progress bar, on which an error would be printed otherwise."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
 
 
 def _is_closed_pipe(error: Exception) -> bool:

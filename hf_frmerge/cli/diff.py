@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, token_option
 
 
 @click.command("diff", cls=FrmergeCommand)
 @click.argument("a")
 @click.argument("b")
-@click.option("--token", help="Token for the Hub. Default: the one stored by `hf auth login`.")
+@token_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def diff(ctx: click.Context, a: str, b: str, token: str | None, as_json: bool) -> None:

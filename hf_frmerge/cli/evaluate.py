@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, SectionOption, results_only, yield_idle_cores
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, SectionOption, results_only, say, yield_idle_cores
 from hf_frmerge.cli.evaluating import evaluation_bar, named_files
 from hf_frmerge.errors import ArgumentError, MergeError
 
@@ -164,7 +164,7 @@ def evaluate(
         record = _measure(model, experts, base_model, files, lm_eval, _Measuring(**how))
         headlines = _keep(record, model, card, measured) if is_merge else _headlines(record)
     if as_json:
-        click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(record.to_dict(), indent=2))
     else:
         from hf_frmerge.cli.render.evaluation import print_evaluation
 
@@ -296,9 +296,7 @@ def _report_trips(thresholds: Iterable[Threshold], measured: list[Headline]) -> 
             )
         trips += threshold.trips(metrics, places)
     for trip in trips:
-        click.secho(
-            f"Failed: {trip.name} is {trip.value:.4g} ({trip.where}), and {trip.bound} fails.", err=True, fg="red"
-        )
+        say(f"Failed: {trip.name} is {trip.value:.4g} ({trip.where}), and {trip.bound} fails.", err=True, fg="red")
     return bool(trips)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.visible import visible
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def evaluation_bar() -> Iterator[tuple[Any, Any]]:
         last: list[Any] = []
 
         def on_model(name: str) -> None:
-            bar.set_description(f"Evaluating {name}")
+            bar.set_description(f"Evaluating {visible(name)}")
 
         def on_prediction_step(loader: Any) -> None:
             if not last or last[0] is not loader:

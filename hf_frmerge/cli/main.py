@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 
 from hf_frmerge import __version__
+from hf_frmerge.visible import visible_lines
 
 # Command -> its module, and its line in `frmerge --help`, which would otherwise have to import all modules.
 _COMMANDS = {
@@ -40,6 +42,14 @@ class LazyGroup(click.Group):
         module = import_module(f"hf_frmerge.cli.{_COMMANDS[cmd_name][0]}")
         command: click.Command = module.COMMANDS[cmd_name]
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; whatever ends it, click prints its message without a control character in it."""
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = visible_lines(error.message)  # type: ignore[misc]  # click reads it when it prints
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from hf_frmerge.cli.command import SectionOption
+from hf_frmerge.cli.command import SectionOption, warn_of_token
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.config_file import read_config
 from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
@@ -153,6 +153,8 @@ def _option(name: str, section: str) -> Callable[[Callable[..., Any]], Callable[
         settings["type"] = str  # "0.5,0.3,0.2": `ExpertArguments` parses it and reports errors
     elif is_list:
         settings["multiple"] = True
+    if name == "hub_token":
+        settings["callback"] = warn_of_token
     if name in _METAVARS:
         settings["metavar"] = _METAVARS[name]
     help_text = field.metadata["help"]

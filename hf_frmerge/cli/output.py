@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, say, token_option
 
 
 @click.command("verify", cls=FrmergeCommand)
@@ -66,7 +66,7 @@ def card(output_dir: str, hub_model_id: str | None) -> None:
 
         refuse_while_merging(output_dir)
         path = describe_merge(output_dir, draw=figure_drawer(), hub_model_id=hub_model_id)
-    click.echo(f"Wrote {path}.")
+    say(f"Wrote {path}.")
 
 
 @click.command("push", cls=FrmergeCommand, on_interrupt="Push again: what has arrived is not sent twice.")
@@ -75,7 +75,7 @@ def card(output_dir: str, hub_model_id: str | None) -> None:
 @click.option("--private/--public", default=None, help="Who sees a new repository. Default: what the account says.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--revision", metavar="BRANCH", help="Branch to push to. Default: main.")
-@click.option("--token", help="Token for the Hub. Default: the one stored by `hf auth login`.")
+@token_option
 @click.option("--collection", metavar="SLUG", help="Collection to which the model is added.")
 @click.option("--message", default="Upload merged model", show_default=True, help="Message of the commit.")
 def push(
@@ -97,11 +97,12 @@ def push(
         from hf_frmerge.hub.card.card import has_own_card
         from hf_frmerge.hub.card.describe import describe_merge
         from hf_frmerge.hub.outgoing import check_complete
-        from hf_frmerge.hub.push import full_repo_id, push_folder
+        from hf_frmerge.hub.push import check_branch, full_repo_id, push_folder
         from hf_frmerge.report.figures import figure_drawer
 
-        # Before the card is rewritten: an incomplete folder should stay untouched.
+        # Before the card is rewritten: what cannot be pushed should stay untouched.
         check_complete(Path(output_dir))
+        check_branch(revision, create_pr)
         repo_id = full_repo_id(repo_id, token)
         # A README.md that the user wrote is never overwritten.
         if has_own_card(output_dir):
@@ -116,7 +117,7 @@ def push(
             create_pr=create_pr,
             collection=collection,
         )
-    click.echo(f"Pushed {output_dir}: {commit.pr_url or commit.commit_url}")
+    say(f"Pushed {output_dir}: {commit.pr_url or commit.commit_url}")
 
 
 COMMANDS = {"verify": verify, "card": card, "push": push}

@@ -30,6 +30,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
     expert_arguments, args = arguments_from(experts, config, options)
     with results_only():
         from hf_frmerge.checkpoints.lock import refuse_while_merging
+        from hf_frmerge.merging.engine.engine import worker_count
         from hf_frmerge.merging.output_folder import check_output_dir
         from hf_frmerge.merging.planning.account import account
         from hf_frmerge.merging.planning.build_plan import build_plan
@@ -54,6 +55,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
             from hf_frmerge.cli.render.merges import print_plan
 
             print_plan(description, args.output_dir)
+        worker_count(merge_plan)  # raises if there can be none
         check_space(merge_plan)  # last: the plan shows how much is needed, and should be printed in any case
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hf_frmerge.cli.command import FrmergeCommand, results_only
+from hf_frmerge.cli.command import FrmergeCommand, results_only, say
 
 
 @click.command("report", cls=FrmergeCommand)
@@ -28,7 +28,7 @@ def report(output_dir: str, output: str | None, figures: str | None) -> None:
         if figures is not None:
             written += save_figures(output_dir, figures).values()
     for path in written:
-        click.echo(f"Wrote {path}.")
+        say(f"Wrote {path}.")
 
 
 COMMANDS = {"report": report}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, token_option
 from hf_frmerge.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     help="Where a model of the record (an expert, or the base) is now. Needed for those that were local folders.",
 )
 @click.option("--device", help="Where to compute. Default: where it was computed.")
-@click.option("--token", help="Token for the Hub. Default: the one stored by `hf auth login`.")
+@token_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def reproduce(

@@ -65,11 +65,13 @@ class ExtractOptions:
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.power_iterations < 0 or (self.energy is not None and not 0.0 < self.energy <= 1.0):
-            raise ArgumentError(
-                f"Expected rank >= 1, power_iterations >= 0 and energy in (0, 1], got rank={self.rank}, "
-                f"power_iterations={self.power_iterations}, energy={self.energy}."
-            )
+        for name, holds, wanted in (
+            ("rank", self.rank >= 1, "at least 1"),
+            ("power_iterations", self.power_iterations >= 0, "at least 0"),
+            ("energy", self.energy is None or 0 < self.energy <= 1, "above 0 and at most 1 (a share)"),
+        ):
+            if not holds:
+                raise ArgumentError(f"`{name}` must be {wanted}, but got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, rea
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 
-# transformers writes the path a model was loaded from into these files, and never reads it back.
-_NAMING_FILES = {"config.json", "tokenizer_config.json", "generation_config.json"}
+# transformers writes the path a model was loaded from into configurations, and never reads it back.
+_CONFIG = "config.json"
 _ORIGINS = {"_name_or_path", "name_or_path"}
 
 # Small files in which a path or a token could hide. Vocabularies are left out: "/root/" may be a token there.
@@ -139,7 +139,7 @@ def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         name: folder / name for name in filter_repo_objects(names, ignore_patterns=_IGNORED_PATTERNS)
     }
-    for name in _NAMING_FILES & files.keys():
+    for name in [name for name in files if name.endswith(_CONFIG)]:
         with suppress(ValueError):  # not JSON, so not what the merge wrote: `check_unaltered` reports it
             config = json.loads((folder / name).read_text(encoding="utf-8"))
             cleaned = _without_origin(config)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
+from hf_frmerge.checkpoints.hub.errors import BAD_TOKEN
 from hf_frmerge.errors import ArgumentError, HubError
 from hf_frmerge.hub.outgoing import check_base_is_public, check_complete, check_nothing_local, outgoing_files
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE
@@ -116,10 +117,7 @@ def push_folder(
 
     from hf_frmerge import __version__
 
-    if create_pr and revision not in (None, "main"):
-        raise ArgumentError(
-            f"A pull request is opened against `main`, but `revision={revision!r}` was given. Leave one of them out."
-        )
+    check_branch(revision, create_pr)
     # All local checks come first: a refused push should not leave an empty repository on the Hub.
     folder = Path(output_dir)
     check_complete(folder)
@@ -143,19 +141,30 @@ def push_folder(
     return upload() if blocking else api.run_as_future(upload)
 
 
+def check_branch(revision: str | None, create_pr: bool) -> None:
+    """Raise `ArgumentError` if a branch was named for a pull request."""
+    if create_pr and revision not in (None, "main"):
+        raise ArgumentError(
+            f"A pull request is opened against `main`, but `revision={revision!r}` was given. Leave one of them out."
+        )
+
+
 def full_repo_id(repo_id: str, token: str | None = None) -> str:
     """
     Return a Hub id with its namespace, which defaults to the logged-in user.
 
     Raises:
+        ArgumentError: If it can be no Hub id.
         HubError: If no user is logged in, or the Hub cannot be reached.
     """
-    if "/" in repo_id:
-        return repo_id
     from huggingface_hub import get_token, whoami
     from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     with _clear_errors(repo_id, token or get_token()):
+        validate_repo_id(repo_id)
+        if "/" in repo_id:
+            return repo_id
         try:
             return f"{whoami(token=token)['name']}/{repo_id}"
         except LocalTokenNotFoundError as error:
@@ -229,8 +238,12 @@ def _clear_errors(repo_id: str, token: str | None) -> Iterator[None]:
         yield
     except HubError:
         raise
+    except UnicodeEncodeError as error:  # headers are ASCII
+        raise HubError(BAD_TOKEN) from error
     except HFValidationError as error:
-        raise ArgumentError(f"{repo_id!r} is not a valid Hub id: expected `namespace/name`. {error}") from error
+        raise ArgumentError(
+            f"{repo_id!r} is not a valid Hub id: expected `namespace/name`, of letters, digits, `-`, `_` and `.`."
+        ) from error
     except (OfflineModeIsEnabled, HTTPError, RuntimeError, ValueError) as error:
         # The client wraps an error with one large file in a RuntimeError; the real one is its cause.
         cause = error.__cause__ if isinstance(error, RuntimeError) else error

@@ -192,7 +192,9 @@ def _plan(folder: Path, manifest: Manifest, experts: Sequence[str] | None, base_
     """Rebuild the plan of the merge from its manifest."""
     n_experts = len(manifest.experts)
     if experts is not None and len(experts) != n_experts:
-        raise CheckpointError(f"The merge had {n_experts} experts, but {len(experts)} were given.")
+        raise CheckpointError(
+            f"The merge had {n_experts} experts, but {len(experts)} were given. Give all, in their order."
+        )
     chosen = [*(experts if experts is not None else [None] * n_experts), base_model]
     models = find_models(folder, manifest, chosen, option="--experts and --base-model")
     return plan_again(manifest, models, str(folder))

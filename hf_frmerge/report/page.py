@@ -23,10 +23,11 @@ from hf_frmerge.report.style import NARROW, PALETTE, WIDE
 from hf_frmerge.report.svg import inline_svg
 from hf_frmerge.report.tables import block_table, distance_table, layer_table, objective_table, score_tables
 from hf_frmerge.report.verdicts import verdicts
+from hf_frmerge.visible import visible
 from hf_frmerge.wording import parts
 from hf_frmerge.wording.geometry import NOTHING_MERGED, unmeasured
 from hf_frmerge.wording.methods import method_of
-from hf_frmerge.wording.numbers import number, percent, visible
+from hf_frmerge.wording.numbers import number, percent
 
 _MAX_TOKENS = 200
 _LONG = 16  # names with more characters may be broken in a cell

@@ -10,8 +10,9 @@ import numpy as np
 from hf_frmerge.evaluation.headlines import Headline, headlines
 from hf_frmerge.evaluation.record import MERGED, CollapseRatio, EvaluationRecord, Recovered
 from hf_frmerge.evaluation.weakest import weakest_domain
+from hf_frmerge.visible import visible
 from hf_frmerge.wording.metrics import metric_of
-from hf_frmerge.wording.numbers import listed, number, percent, visible
+from hf_frmerge.wording.numbers import listed, number, percent
 from hf_frmerge.wording.verdicts import Verdict, graded
 
 N_NAMED = 4

@@ -1,14 +1,11 @@
-"""Formatting of numbers and texts for terminal, model card and report."""
+"""Formatting of numbers and lists for terminal, model card and report."""
 
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 
 NONE = "–"
-_MARKS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
-_JOINERS = "\u200c\u200d"  # needed in Persian and in emoji; other format characters may reverse the direction of text
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -86,27 +83,3 @@ def listed(parts: Sequence[str]) -> str:
 def counted(count: int, what: str) -> str:
     """Format a count with its noun: `1, "block"` as "1 block", `2_000, "block"` as "2,000 blocks"."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def visible(text: str, spaces: bool = False) -> str:
-    r"""
-    Make line ends, tabs, control and direction characters visible; with `spaces`, spaces too.
-
-    Example:
-
-    ```python
-    >>> visible("a\n b\u202e"), visible(" four", spaces=True), visible("", spaces=True)
-    ('a⏎ b⟨U+202E⟩', '␣four', '(nothing)')
-
-    ```
-    """
-    if not text and spaces:
-        return "(nothing)"
-    marks = _MARKS | ({" ": "␣"} if spaces else {})
-    return "".join(marks.get(character) or _shown(character) for character in text)
-
-
-def _shown(character: str) -> str:
-    if character.isprintable() or character in _JOINERS:
-        return character
-    return " " if unicodedata.category(character) == "Zs" else f"⟨U+{ord(character):04X}⟩"

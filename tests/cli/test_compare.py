@@ -54,7 +54,7 @@ def test_the_command_at_the_end_makes_the_merge_of_the_first_row(
     record = json.loads(frmerge("evaluate", "merged", *data, "--json").stdout)
     kept = {row["expert"]: row["share"] for row in record["recovery"] if row["model"] == "merged"}
     assert best["by_place"] == pytest.approx(kept, abs=1e-6)
-    cells = re.search(rf"^{re.escape(best['label'])}(?: \*|  ) .*$", compared.stdout, re.MULTILINE)
+    cells = re.search(rf"^ *{re.escape(best['label'])}(?: \*|  ) .*$", compared.stdout, re.MULTILINE)
     assert cells is not None
     for share in (best["score"], *kept.values()):
         assert f"{share:.1%}" in cells[0]

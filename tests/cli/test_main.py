@@ -38,9 +38,9 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
 def test_the_installed_command_runs() -> None:
     done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in _COMMANDS)
-    done = subprocess.run([SCRIPT, "merge", "one"], capture_output=True, text=True, check=False)
+    done = subprocess.run([SCRIPT, "merge", "one", "two", "--weights", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: A merge needs at least two experts") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: `weights` needs one number per expert") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", _COMMANDS)

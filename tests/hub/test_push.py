@@ -359,16 +359,18 @@ def test_an_adapter_is_pushed_with_the_hub_id_of_its_base_or_not_at_all(
 def test_where_a_model_was_loaded_from_is_left_out_on_the_way(hub: HubServer, tmp_path: Path):
     """transformers 4 wrote that into configurations; the merge takes them over from its first model."""
     save_llama_family(tmp_path / "models", ["some", "words"], spread=0.1)
-    for name, key in {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}.items():
+    keys = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
+    for name, key in {**keys, "preprocessor_config.json": "_name_or_path"}.items():
         path = tmp_path / "models/math" / name
-        path.write_text(json.dumps({**json.loads(path.read_text()), key: "/mnt/training/run 7/math"}))
+        config = json.loads(path.read_text()) if path.is_file() else {"feature_extractor_type": "X"}
+        path.write_text(json.dumps({**config, key: "/mnt/training/run 7/math"}))
     experts = [str(tmp_path / "models" / name) for name in ("math", "code")]
     args = MergingArguments(output_dir=str(tmp_path / "out"), disable_tqdm=True)
     FisherRaoMerger(experts, args).merge()
     push(tmp_path / "out")
     files = hub.repos["models", REPO].commit_of("main").files
     recorded = json.loads(files["merge_manifest.json"].data)["files"]
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert "/mnt/training/run 7/math" in (tmp_path / "out" / name).read_text()
         assert "name_or_path" not in files[name].data.decode()
         assert recorded[name]["sha256"] == hashlib.sha256(files[name].data).hexdigest()

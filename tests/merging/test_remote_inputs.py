@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -111,6 +112,24 @@ def test_remote_models_give_the_bits_of_local_ones(
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
     report = verify(tmp_path / "out")
     assert report.ok
+
+
+def test_a_password_in_an_address_opens_it_and_is_shown_nowhere(
+    models: list[str], tmp_path: Path, web: tuple[str, type[RangeHandler]]
+) -> None:
+    url = web[0].replace("://", "://me:hunter2@")
+    args = MergingArguments(output_dir=str(tmp_path / "out"))
+    plan = build_plan([f"{url}/{Path(model).name}" for model in models[1:]], args)
+    assert plan.experts[0].spec.startswith("http://…@127.0.0.1:") and "hunter2" not in json.dumps(plan.describe())
+    run_merge(plan, StepObserver(), Processes())
+    assert verify(tmp_path / "out").ok  # they are found again
+    holders = [
+        path.name for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()
+    ]
+    assert holders == [".frmerge_sources.json"]  # which stays on this machine
+    with pytest.raises(CheckpointError, match=r"://…@127\.0\.0\.1") as caught:
+        build_plan([f"{url}/nothing", models[0]], args)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_web_server_that_fails_leaves_a_merge_that_goes_on(

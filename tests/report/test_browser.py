@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,37 @@ def test_long_tables_open_on_demand(browser: Browser, page: Path) -> None:
     assert browser.evaluate(visible) == 12
     browser.click("#layers-title + .limited .more input")
     assert browser.evaluate(visible) == 31
+
+
+PAYLOADS = (
+    "<img src=x onerror=\"document.title='owned'\"><b id=evil>",
+    "</td></script></title></style></svg><script>document.title='owned'</script><a id=evil href=https://evil.example>",
+    '" onmouseover="document.title=\'owned\'" autofocus onfocus="document.title=\'owned\'" id="evil',
+    "{{ 7 * 7777 }}&lt;b id=evil&gt;<!--",
+)
+
+
+def test_what_strangers_wrote_does_nothing_in_a_browser(browser: Browser, merge: Callable[..., Path]) -> None:
+    record = make_record(3)
+    for payload in PAYLOADS:
+        token = replace(record.worst_tokens[0], context=payload, token=payload, expert_guess=payload, domain=payload)
+        record.worst_tokens.append(token)
+        record.generations.append(replace(record.generations[-1], prompt=payload, text=payload))
+        record.scores += [replace(score, domain=payload) for score in record.scores[:2]]
+        record.commands.append(payload)
+        record.settings[payload] = payload
+    folder = merge(3, record=record)
+    manifest = json.loads((folder / "merge_manifest.json").read_text())
+    manifest["notes"] = list(PAYLOADS)
+    manifest["experts"][0]["id"], manifest["experts"][1]["id"] = PAYLOADS[:2]
+    manifest["tensors"] |= {f"{payload}.weight": next(iter(manifest["tensors"].values())) for payload in PAYLOADS}
+    (folder / "merge_manifest.json").write_text(json.dumps(manifest))
+    page = write_page(folder)
+    browser.open(page, 1280)
+    title = browser.evaluate("document.title")
+    assert "owned" not in title or "<" in title
+    assert browser.evaluate("document.querySelectorAll('#evil, img, a[href*=evil]').length") == 0
+    assert browser.evaluate("document.querySelectorAll('[onmouseover], [onfocus], [onerror]').length") == 0
+    assert browser.evaluate("document.body.textContent.includes('54439')") is False
+    assert browser.evaluate("document.body.textContent.split('<b id=evil>').length") > 4  # it is there, as text
+    assert browser.requests == [] and browser.errors == []

@@ -11,6 +11,11 @@ from hf_frmerge.errors import CheckpointError, HubError, MergeError
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
+BAD_TOKEN = (
+    "The token for the Hub has a character that no token has. Copy it again from "
+    "https://huggingface.co/settings/tokens to where it is set (HF_TOKEN, `hf auth login` or `hub_token`)."
+)
+
 
 @contextmanager
 def reading_from_hub(repo_id: str, revision: str | None = None) -> Iterator[None]:
@@ -18,7 +23,7 @@ def reading_from_hub(repo_id: str, revision: str | None = None) -> Iterator[None
     Raise errors of the Hub's client as `MergeError`s.
 
     Raises:
-        HubError: If the Hub refuses, fails, or cannot be reached.
+        HubError: If the Hub refuses, fails, or cannot be reached, or the token cannot be one.
         CheckpointError: If `repo_id` is not a valid Hub id.
     """
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -27,6 +32,8 @@ def reading_from_hub(repo_id: str, revision: str | None = None) -> Iterator[None
         yield
     except MergeError:
         raise
+    except UnicodeEncodeError as error:  # headers are ASCII
+        raise HubError(BAD_TOKEN) from error
     except HFValidationError as error:
         raise CheckpointError(f"{repo_id!r} is neither a folder nor a valid Hub id: {error}") from error
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:

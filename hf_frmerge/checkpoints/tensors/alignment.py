@@ -298,13 +298,15 @@ def _names_hint(
                 f"`name.removeprefix({prefix!r})`, keeping the rest of the folder). Loading it with a class that does "
                 "not know the prefix would start from random weights."
             )
-    if len(missing) + len(extra) == 1:
+    stored = {**checkpoint.tensors, **other.tensors}
+    has_matrix = any(name in stored and len(stored[name].shape) == 2 for name in (*missing, *extra))  # as heads are
+    if len(missing) + len(extra) == 1 and has_matrix:
         return (
             "If one of the two ties this weight to another and the other trained it separately, give the first a copy "
             "of its own: load it, `model.config.tie_word_embeddings = False`, `model.get_output_embeddings().weight = "
             "torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())`, and save it."
         )
-    if all(may_be_tied(name) for name in (*missing, *extra)):
+    if has_matrix and all(may_be_tied(name) for name in (*missing, *extra)):
         advice = without_heads([*missing, *extra], wanted & present)
         return f"Their layers have the same names, so they differ in their heads. {advice}"
     return "Only models of one architecture and size can be merged."

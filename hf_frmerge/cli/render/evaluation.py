@@ -12,9 +12,10 @@ from rich.text import Text
 
 from hf_frmerge.cli.render.terminal import console, print_verdicts
 from hf_frmerge.evaluation.record import MERGED, CollapseRatio, EvaluationRecord, Generation, WorstToken
+from hf_frmerge.visible import visible
 from hf_frmerge.wording import parts
 from hf_frmerge.wording.evaluation import evaluation_verdicts, layer_name, weakest_layers
-from hf_frmerge.wording.numbers import decimals, number, percent, visible
+from hf_frmerge.wording.numbers import decimals, number, percent
 from hf_frmerge.wording.scores import score_tables
 
 N_WORST_LAYERS = 3

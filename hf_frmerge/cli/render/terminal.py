@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
+from hf_frmerge.visible import visible_lines
 from hf_frmerge.wording.verdicts import Verdict
 
 _STYLES = {"good": "", "fact": "", "watch": "yellow", "bad": "yellow"}
 
 
+class _VisibleConsole(Console):
+    """Console that shows control characters in what it is given as `str`: lines, and cells of tables."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible_lines(text), **options)
+
+
 def console() -> Console:
-    """Return a console on stdout. Markup is off, since names and paths may contain brackets; pipes are 120 wide."""
+    """
+    Return a console on stdout; pipes are 120 wide.
+
+    Markup is off, since names and paths may contain brackets, and control characters in them are shown.
+    """
     # Rich assumes 80 columns for a pipe, in which tables would be folded.
     width = None if sys.stdout.isatty() else 120
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=False, width=width)
+    return _VisibleConsole(markup=False, emoji=False, highlight=False, soft_wrap=False, width=width)
 
 
 def human_bytes(count: float) -> str:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.evaluation.text.token_blocks import TokenBlocks, text_of
+from hf_frmerge.evaluation.text.token_blocks import NO_TOKENIZER, TokenBlocks, text_of
 
 INDEX = "index"  # entry of a batch: positions of its rows in the dataset
 _LABEL_COLUMNS = ("labels", "label", "label_ids")
@@ -115,7 +115,7 @@ class ClassificationCollator:
             return {name: value for name, value in row.items() if name in self.inputs}
         text = text_of(row, index)
         if self.processing_class is None:
-            raise ArgumentError("The evaluation data is text, so a tokenizer is needed: pass `processing_class`.")
+            raise ArgumentError(NO_TOKENIZER)
         return dict(self.processing_class(text, truncation=True))
 
     def _pad(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -20,6 +20,11 @@ IGNORED_LABEL = -100  # transformers and torch's cross entropy skip it
 
 Rows = Iterable[str | Mapping[str, Any]]
 
+NO_TOKENIZER = (
+    "The data is text, and there is no tokenizer beside the model. Copy the tokenizer of an expert there, pass it as "
+    "`processing_class`, or give token ids (a column input_ids)."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class TokenBlocks:
@@ -234,7 +239,7 @@ def row_tokens(
             ) from error
     text = text_of(row, number)
     if processing_class is None:
-        raise ArgumentError("The data is text, so a tokenizer is needed: pass `processing_class`.")
+        raise ArgumentError(NO_TOKENIZER)
     # verbose=False: no warning about texts longer than the model's context, because they are cut into blocks.
     return processing_class(text, verbose=False)["input_ids"]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.hub.card.commands import (
     again_command,
+    install_command,
     reproduce_command,
     reproduce_python,
     result_arguments,
@@ -19,7 +20,7 @@ from hf_frmerge.hub.card.commands import (
 )
 from hf_frmerge.hub.card.data import CardSource, MergeCard
 from hf_frmerge.hub.card.licences import LicenceDecision, SourceMetadata, combine
-from hf_frmerge.hub.card.markdown import cell
+from hf_frmerge.hub.card.markdown import Markdown, as_markdown, cell, code, fence, hub_link
 from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.wording import parts
 from hf_frmerge.wording.calibration import FITTED, calibration_verdict
@@ -70,9 +71,10 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # the output is Markdown, and the Hub sanitises the HTML it makes of it
+        autoescape=False,  # the output is Markdown: what is not Markdown already is escaped for that
+        finalize=as_markdown,
     )
-    environment.filters["cell"] = cell
+    environment.filters |= {"cell": cell, "code": code, "fence": fence, "hub_link": hub_link, "as_it_is": Markdown}
     template = environment.from_string(Path(card.template_file).read_text(encoding="utf-8"))
     body = template.render(
         card=card,
@@ -84,19 +86,20 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         norm=NORMS.get(card.norm, card.norm),
         settings=result_arguments(card),
         evaluation=_evaluation_section(card),
-        figures={name: f"![{parts.FIGURES[name].title}]({path})" for name, path in card.figures.items()},
+        figures={name: Markdown(f"![{parts.FIGURES[name].title}]({path})") for name, path in card.figures.items()},
         geometry=_verdicts(card),
         fitted=f", and {FITTED}" if card.calibration is not None and card.calibration.is_fitted else "",
         decision=decision,
         command=reproduce_command(card),
         python=reproduce_python(card),
+        install=install_command(card),
         again=again_command(card),
         verify=verify_command(card, folder=card.model_name.rpartition("/")[2]),
         usage=usage_python(card),
         papers=[bibtex(paper) for paper in dict.fromkeys((method.paper, card.tool_paper)) if paper],
-        user_begin=USER_BEGIN,
-        user_end=USER_END,
-        user_section=user_section.strip("\n"),
+        user_begin=Markdown(USER_BEGIN),
+        user_end=Markdown(USER_END),
+        user_section=Markdown(user_section.strip("\n")),
     )
     return f"---\n{card_metadata(card).to_yaml()}\n---\n\n{body.strip()}\n"
 
@@ -145,8 +148,12 @@ def has_own_card(output_dir: Path | str) -> bool:
 
 
 def read_user_section(text: str) -> str | None:
-    """Return the text between the user markers; `None` if a marker is missing or they are in the wrong order."""
-    match = re.search(f"{re.escape(USER_BEGIN)}(.*){re.escape(USER_END)}", text, re.DOTALL)
+    """
+    Return the text between the user markers; `None` if a marker is missing or they are in the wrong order.
+
+    A marker has a line of its own: no name or text of others in a card begins a line with one.
+    """
+    match = re.search(f"^{re.escape(USER_BEGIN)}$(.*)^{re.escape(USER_END)}$", text, re.DOTALL | re.MULTILINE)
     return match[1].strip("\n") if match else None
 
 

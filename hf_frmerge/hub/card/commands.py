@@ -49,14 +49,20 @@ def reproduce_command(card: MergeCard) -> str:
 
 def again_command(card: MergeCard) -> str:
     """Return a `frmerge reproduce` command; it takes local sources from the current folder, under their own names."""
-    parts = [f"frmerge reproduce {card.hub_model_id}"]
+    parts = [f"frmerge reproduce {shlex.quote(str(card.hub_model_id))}"]
     parts += [f"--expert {shlex.quote(f'{s.name}={s.pinned}')}" for s in card.sources if s.repo_id is None]
     return " \\\n    ".join(parts)
 
 
+def install_command(card: MergeCard) -> str:
+    """Return the command that installs this tool, in the version that made the merge."""
+    version = card.versions.get("hf_frmerge")
+    return f"pip install {shlex.quote(f'hf_frmerge=={version}' if version else 'hf_frmerge')}"
+
+
 def verify_command(card: MergeCard, folder: str) -> str:
     """Return a `frmerge verify` command; with a local expert it lists all experts, as a reader has to supply them."""
-    parts = [f"frmerge verify {card.hub_model_id or shlex.quote(folder)}"]
+    parts = [f"frmerge verify {shlex.quote(card.hub_model_id or folder)}"]
     if any(source.repo_id is None for source in card.experts):
         parts += [f"--experts {shlex.quote(source.pinned)}" for source in card.experts]
     if card.base is not None and card.base.repo_id is None:
@@ -98,7 +104,7 @@ def usage_python(card: MergeCard) -> str:
     if card.task.library_name == "sentence-transformers":
         return (
             "from sentence_transformers import SentenceTransformer\n\n"
-            f'model = SentenceTransformer("{model_id}")\n'
+            f"model = SentenceTransformer({_literal(model_id)})\n"
             'embeddings = model.encode(["A first sentence.", "A second one."])'
         )
     library, auto_class = "transformers", card.task.auto_class
@@ -111,8 +117,8 @@ def usage_python(card: MergeCard) -> str:
         if library == "transformers"
         else f"from peft import {auto_class}\nfrom transformers import AutoTokenizer"
     )
-    code = f'{imports}\n\nmodel = {auto_class}.from_pretrained("{model_id}")\n'
-    code += f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer_id}")'
+    code = f"{imports}\n\nmodel = {auto_class}.from_pretrained({_literal(model_id)})\n"
+    code += f"tokenizer = AutoTokenizer.from_pretrained({_literal(tokenizer_id)})"
     if card.task.pipeline_tag == "text-generation":
         code += (
             '\ninputs = tokenizer("Once upon a time", return_tensors="pt")\n'

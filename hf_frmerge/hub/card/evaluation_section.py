@@ -16,7 +16,7 @@ from hf_frmerge.evaluation.record import (
     Recovered,
     WorstToken,
 )
-from hf_frmerge.hub.card.markdown import MarkdownTable, bold, escape
+from hf_frmerge.hub.card.markdown import Markdown, MarkdownTable, bold, escape
 from hf_frmerge.hub.card.metric_tables import MetricTable, metric_tables, shown_model
 from hf_frmerge.wording.evaluation import evaluation_verdicts, layer_name, recovery_verdict, weakest_layers
 from hf_frmerge.wording.numbers import NONE, decimals, percent
@@ -63,7 +63,7 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
     kept = recovery_verdict(record)
     return EvaluationSection(
         measured_on=_measured_on(record),
-        summary=escape(kept[0].text) if kept else None,
+        summary=kept[0].text if kept else None,
         metrics=metric_tables(record.scores),
         recovery=_recovery(record.recovery),
         distances=_distances(record, distances),
@@ -72,7 +72,7 @@ def evaluation_section(record: EvaluationRecord) -> EvaluationSection:
         layers=_layers(collapse),
         layer_note=_layer_note(record),
         generations=_generations(record.generations),
-        verdicts=[escape(verdict.text) for verdict in evaluation_verdicts(record) if verdict not in kept],
+        verdicts=[verdict.text for verdict in evaluation_verdicts(record) if verdict not in kept],
         worst_tokens=_worst_tokens(record.worst_tokens),
         commands=record.commands,
     )
@@ -94,7 +94,7 @@ def _measured_on(record: EvaluationRecord) -> str:
         text += f", in {escape(record.settings['dtype'])}"
     if "block_size" in record.settings:
         text += f", in blocks of {escape(record.settings['block_size'])} tokens"
-    return f"{text}." if text != "Measured" else ""
+    return Markdown(f"{text}." if text != "Measured" else "")
 
 
 def _counted(counts: dict[str, int], unit: str) -> str:
@@ -165,7 +165,7 @@ def _distance_note(record: EvaluationRecord, rows: Sequence[FunctionDistance]) -
     if not error > 0:
         return None
     kept = record.settings.get("top_k")
-    compared = f"the {escape(kept)} likeliest" if kept else "the likeliest"
+    compared = f"the {kept} likeliest" if kept else "the likeliest"
     return f"Exact to {error:.2g} rad: beyond {compared} guesses, only a sample of each expert's was compared."
 
 
@@ -215,7 +215,7 @@ def _layer_note(record: EvaluationRecord) -> str | None:
 def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
     """Tabulate the continuations of the first prompts, a table per prompt; the merged model comes last."""
     prompts = list(dict.fromkeys(row.prompt for row in rows if row.model == MERGED))[:_PROMPTS]
-    shown = []
+    shown: list[tuple[str, MarkdownTable]] = []
     for prompt in prompts:
         of_prompt = sorted((row for row in rows if row.prompt == prompt), key=lambda row: row.model == MERGED)
         lines = tuple(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.errors import MergeError
+from hf_frmerge.visible import visible
 from hf_frmerge.wording.numbers import listed
 
 if TYPE_CHECKING:
@@ -204,4 +205,4 @@ def _flags(sources: Sequence[tuple[str, SourceMetadata]]) -> list[str]:
 def _strings(value: object) -> tuple[str, ...]:
     """Return a front matter field, a value or a list, as strings. `no` (Norwegian) is lost: YAML reads it as false."""
     values = value if isinstance(value, list) else [value]
-    return tuple(item.strip() for item in values if isinstance(item, str) and item.strip())
+    return tuple(visible(item.strip()) for item in values if isinstance(item, str) and item.strip())

@@ -40,7 +40,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         try:
             config = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ArgumentError(f"The configuration file {str(file)!r} is not valid YAML: {error}.") from error
+            raise ArgumentError(f"The configuration file {str(file)!r} is not valid YAML{_place(error)}.") from error
     else:
         raise ArgumentError(f"A configuration file ends in .yaml, .yml or .json, but got {str(file)!r}.")
     if not isinstance(config, dict):
@@ -57,6 +57,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         if key not in known:
             raise ArgumentError(f"unknown key {key!r} in {str(file)!r}.{did_you_mean(str(key), known)}")
     return config
+
+
+def _place(error: Exception) -> str:
+    """Return what is wrong and where. YAML's own errors quote the line, which may hold a token."""
+    from yaml import MarkedYAMLError
+
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return f": {error}"
+    mark = error.problem_mark
+    return f" at line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def _translated(config: dict[str, Any], known: list[str]) -> str:

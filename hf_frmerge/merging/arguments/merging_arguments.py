@@ -374,7 +374,10 @@ class MergingArguments:
     hub_token: str | None = field(
         default=None,
         repr=False,
-        metadata=_describe("Token for the Hub. Default: the one stored by `hf auth login`."),
+        metadata=_describe(
+            "Token for the Hub. Better not on a command line, which others on the machine can read: set HF_TOKEN, or "
+            "log in with `hf auth login`, and leave this out."
+        ),
     )
     hub_private_repo: bool | None = field(
         default=None, metadata=_describe("Make the repository private. Default: what the organization says.")

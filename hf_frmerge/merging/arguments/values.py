@@ -85,7 +85,8 @@ def coerce(name: str, value: object, hint: Any) -> Any:
     try:
         return _SCALARS[kind](value)
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"`{name}` expects {_KINDS[kind]}, but got {value!r}.") from error
+        got = f"a value of type {type(value).__name__}" if name.endswith("_token") else repr(value)
+        raise ArgumentError(f"`{name}` expects {_KINDS[kind]}, but got {got}.") from error
 
 
 def validate_weights(weights: Iterable[float] | None, n_experts: int) -> list[float]:

@@ -323,9 +323,10 @@ def worker_count(plan: MergePlan) -> int:
     budget = plan.args.memory_budget_bytes
     affordable = budget // plan.piece_memory
     if affordable < 1:
+        needed = -(-plan.piece_memory // 2**20)
         raise ArgumentError(
-            f"memory_budget is {budget / 2**20:.0f} MiB, but one worker needs {plan.piece_memory / 2**20:.0f} MiB for "
-            f"{len(plan.experts)} experts. Raise memory_budget."
+            f"memory_budget is {plan.args.memory_budget}, but one worker needs {needed} MiB for {len(plan.experts)} "
+            f"experts. Set memory_budget={needed}MiB or more."
         )
     wanted = plan.args.num_workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     return int(min(wanted, affordable))

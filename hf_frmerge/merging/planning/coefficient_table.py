@@ -59,21 +59,24 @@ def read_coefficients(path: str | Path) -> CoefficientTable:
     if where.endswith(".safetensors"):
         where, _, name = where.rpartition("/")
     folder = open_folder(where or ".")
+    where = f"{where}/{name}" if where else name
     if not folder.exists(name):
-        raise CheckpointError(f"{path} has no {name}: it was not written by hf_frmerge, or is torn.")
+        raise CheckpointError(
+            f"There is no table of coefficients {where}. Pass a safetensors file, or the folder of a finished merge."
+        )
     data = folder.read(name)
     try:
         rows = load(data)
     except SafetensorError as error:
-        raise CheckpointError(f"{where}/{name} is damaged: {error}. Merge again.") from error
+        raise CheckpointError(f"{where} is damaged: {error}. Merge again.") from error
     for tensor, row in rows.items():
         if row.ndim != 2 or row.dtype.kind != "f" or 0 in row.shape:
             raise CheckpointError(
-                f"{where}/{name}: {tensor!r} is {row.dtype} of shape {list(row.shape)}, expected floating-point "
+                f"{where}: {tensor!r} is {row.dtype} of shape {list(row.shape)}, expected floating-point "
                 "numbers, blocks down and experts across."
             )
         if not np.isfinite(row).all():
-            raise NonFiniteError(f"{where}/{name}: a coefficient of {tensor!r} is not a finite number. Correct it.")
+            raise NonFiniteError(f"{where}: a coefficient of {tensor!r} is not a finite number. Correct it.")
     size = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     rows = {tensor: row.astype(np.float64) for tensor, row in rows.items()}

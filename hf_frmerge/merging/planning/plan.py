@@ -14,6 +14,7 @@ from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.sparse.rules import SparseOptions
 from hf_frmerge.methods.spectral import SpectralOptions, memory_bytes
 from hf_frmerge.methods.table import METHODS
+from hf_frmerge.visible import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -191,7 +192,7 @@ def _identity(expert: Expert) -> dict[str, Any]:
     return {
         "spec": source.spec,
         "kind": source.kind,
-        "path": source.path,
+        "path": without_secrets(source.path),
         "commit": source.commit,
         "bytes": expert.nbytes,
         "n_tensors": len(expert.weights.stored),
