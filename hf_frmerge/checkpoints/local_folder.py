@@ -58,8 +58,8 @@ class LocalFolder:
             if not path.is_symlink():
                 return False
             raise CheckpointError(
-                f"{path} is a link to {path.readlink()}, which is not there. Bring that file back, or remove the link; "
-                "if this is the Hub's cache, remove the link and download the model again."
+                f"{path} is a link to {path.readlink()}, which is not there. Bring that file back, or remove the "
+                "link; if this is the Hub's cache, remove the link and download the model again."
             ) from None
         except OSError as error:
             raise CheckpointError(f"{path} could not be opened: {error.strerror}.") from error

@@ -9,7 +9,7 @@ from shlex import quote
 
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.source import Source, convert_gguf, is_on_hub, kind_of
+from hf_frmerge.checkpoints.source import Source, check_name, convert_gguf, is_on_hub, kind_of
 from hf_frmerge.errors import CheckpointError
 
 __all__ = ["Source", "fetch_all", "resolve", "resolve_all"]
@@ -44,6 +44,7 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
     local = _LOCAL_URL.sub("", spec)
     if "://" in local:
         return Source(spec, kind_of(open_folder(local), spec), local)
+    check_name(local)
     path = Path(local).expanduser()
     # A local folder goes before a Hub id of the same name, as in `from_pretrained`.
     if path.is_dir():

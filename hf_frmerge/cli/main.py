@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -40,6 +41,13 @@ class LazyGroup(click.Group):
         module = import_module(f"hf_frmerge.cli.{_COMMANDS[cmd_name][0]}")
         command: click.Command = module.COMMANDS[cmd_name]
         return command
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command. That the system takes no help text, on a full disk, is an error of one line, too."""
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            raise SystemExit(f"Error: The output could not be written: {error.strerror}.") from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""

@@ -166,8 +166,8 @@ def _parse_entry(name: str, entry: Any, file: str, data_start: int, where: str) 
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{where}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} needs {-(-bits // 8)} bytes, its header "
-            f"gives it {end - begin}. The file is damaged; download it again."
+            f"{where}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} needs {-(-bits // 8)} bytes, its "
+            f"header gives it {end - begin}. The file is damaged; download it again."
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
 

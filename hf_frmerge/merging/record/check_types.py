@@ -32,10 +32,14 @@ def check_types(value: Any) -> None:
 @cache
 def _check_of(hint: Any) -> Check:
     """Return a function that says whether a value is of a type; inside of a dataclass it raises `ValueError`."""
+
+    def is_int(value: Any) -> bool:
+        return type(value) is int and abs(value) <= _MAX_INT  # type(): True is no number here
+
     simple: dict[Any, Check] = {
         Any: lambda value: True,
-        float: lambda value: type(value) in (int, float) and not math.isinf(value),
-        int: lambda value: type(value) is int and abs(value) <= _MAX_INT,  # type(): True is no number here
+        float: lambda value: (type(value) is float and not math.isinf(value)) or is_int(value),
+        int: is_int,
     }
     if hint in simple:
         return simple[hint]
