@@ -18,10 +18,22 @@ from attacks import children
 from attacks.site import Site, empty
 
 _WRITES = ("pwrite", "write")
-CALLS = (
-    *_WRITES,
-    *("fsync", "replace", "unlink", "mkdir", "rmdir", "open", "close", "posix_fallocate", "preadv", "scandir"),
-)
+CALLS = {
+    "pwrite": 17,
+    "write": 12,
+    "fsync": 22,
+    "replace": 14,
+    "unlink": 29,
+    "mkdir": 5,
+    "rmdir": 2,
+    "open": 98,
+    "close": 24,
+    "posix_fallocate": 3,
+    "listdir": 8,
+    "stat": 150,
+}
+"""Calls of a merge to the system, and about how many there are in one."""
+
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE)
 
 
@@ -95,11 +107,9 @@ class _Unbuffered:
 
 def random_fault(rng: random.Random) -> Fault:
     """Choose a fault; one with a high number may never happen."""
-    call = rng.choice(CALLS)
+    call = rng.choice(list(CALLS))
     ways: list[int | str] = [*ERRORS, "kill", "killed after", *(["short"] if call in _WRITES else [])]
-    return Fault(
-        call, rng.randrange({"open": 60, "pwrite": 20, "write": 20, "close": 30}.get(call, 12)), rng.choice(ways)
-    )
+    return Fault(call, rng.randrange(CALLS[call]), rng.choice(ways))
 
 
 @dataclass

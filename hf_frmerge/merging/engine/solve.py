@@ -205,7 +205,9 @@ def _ambiguity(
     points_BNK: NDArray[np.float64], ambiguous_B: NDArray[np.bool_], tensor: str, experts: Sequence[str]
 ) -> str:
     """Return a message that names the two experts that are farthest apart in the first ambiguous block."""
-    angles = pairwise_angles(points_BNK[int(np.flatnonzero(ambiguous_B)[0])])
+    points_NK = points_BNK[int(np.flatnonzero(ambiguous_B)[0])]
+    directed_N = norms(points_NK) > 0  # a zero expert has no angle to another
+    angles = np.where(directed_N[:, None] & directed_N, pairwise_angles(points_NK), 0.0)
     i, j = np.unravel_index(int(np.argmax(angles)), angles.shape)
     return (
         f"The experts balance out in {tensor!r}: {experts[int(i)]!r} and {experts[int(j)]!r} are {angles[i, j]:.4f} "
