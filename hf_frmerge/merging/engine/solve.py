@@ -80,10 +80,13 @@ def solve(
     if wild_T.any():
         raise squares_leave_float64(tensors[int(np.argmax(wild_T))], "its experts")
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # checked for below
-        result = METHODS[method].solver()(points_TBNK, weights_T1N, options)
-        if numbers is not None and any(numbers) and METHODS[method].is_directional:
+        plain_T = np.array(numbers if numbers is not None and METHODS[method].is_directional else [False])
+        # Not solved where it is not wanted: on single numbers an iteration takes all the steps it may.
+        solver = METHODS["linear" if plain_T.all() else method].solver()
+        result = solver(points_TBNK, weights_T1N, options)
+        if plain_T.any() and not plain_T.all():
             plain = METHODS["linear"].solver()(points_TBNK, weights_T1N, options)
-            result = _choose(np.array(numbers), plain, result)
+            result = _choose(plain_T, plain, result)
     ambiguous_T = result.ambiguous.any(axis=1)
     if ambiguous_T.any() and options.on_ambiguous == "raise":
         first = int(np.argmax(ambiguous_T))
