@@ -215,7 +215,7 @@ ROWS: dict[str, Row] = {
         code=USAGE,
         says="`seed` must be at least 0, but got -1."),
     "no workers": row(f"{MERGE} --num-workers 0", code=USAGE,
-        says="`num_workers` must be at least 1, but got 0."),
+        says="`num_workers` must be from 1 to 1024, but got 0."),
     "a size without sense": row(f"{MERGE} --max-shard-size big", code=USAGE,
         says="`max_shard_size` expects a size such as '512MiB', '5GB' or a number of bytes, but got 'big'."),
     "a size of nothing": row(f"{MERGE} --memory-budget 0", code=USAGE,
@@ -341,8 +341,9 @@ ROWS: dict[str, Row] = {
     "an empty folder": row("merge math empty --output-dir out", lambda: Path("empty").mkdir(),
         says="'empty' is empty: expected model.safetensors or model.safetensors.index.json and a config.json."),
     "base+adapter as other tools write it": row("merge math base+x --output-dir out",
-        says="There is no folder 'base+x' (looked for {folder}/base+x). To merge an adapter, pass 'x' as the expert "
-        "and 'base' as base_model (--base-model)."),
+        says="There is no folder 'base+x' (looked for {folder}/base+x). To merge an adapter of 'base' with others "
+        "of it, pass 'x' as the expert and 'base' as base_model (--base-model). To merge the two as one model, fold "
+        "the adapter in first (`frmerge merge x --base-model base --output-dir folded`), and pass 'folded'."),
     "a folder of pickles": row(MERGE, rename("code/model.safetensors", "code/pytorch_model.bin"),
         says="'code' has pickle weights only (pytorch_model.bin). Pickles can run code when opened, so they are not "
         "read. Convert it once:\n    from transformers import AutoModelForCausalLM  # or the class you "
@@ -350,8 +351,12 @@ ROWS: dict[str, Row] = {
     "weights without a config": row(MERGE, remove("code/config.json"),
         says="'code' has weights but no config.json. Add the one of its model class."),
     "a GGUF file": row(MERGE, rename("code/model.safetensors", "code/model-q4.gguf"),
-        says="'code' holds no weights: expected model.safetensors or model.safetensors.index.json, found "
-        "config.json, model-q4.gguf."),
+        says="'code' has GGUF weights only (model-q4.gguf). Let transformers dequantise it once (with the gguf "
+        "package):\n    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig\n"
+        '    folder, name = "ITS FOLDER", "model-q4.gguf"\n    config = GgufConfig(dequantize=True)\n'
+        "    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, quantization_config=config)\n"
+        '    model.save_pretrained("converted")\n'
+        '    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("converted")'),
     "a folder of checkpoints": row(
         "merge math runs --output-dir out",
         lambda: shutil.copytree("code", "runs/checkpoint-10"),
@@ -426,11 +431,15 @@ ROWS: dict[str, Row] = {
         "quantised, dequantise it first."),
     "quantised by bitsandbytes": row(
         MERGE,
+        tensors("code", {f"{Q}.weight": np.ones((32, 1), np.uint8), f"{Q}.weight.absmax": np.ones(1, np.float32)}),
         config("code", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         says="'code' is quantised (bitsandbytes): its numbers are codes, which cannot be averaged. Merge the "
         "unquantised checkpoints it was made from, or load it with `from_pretrained`, call "
         "`model.dequantize()` and `model.save_pretrained(..., save_original_format=False)`, and merge that."),
-    "quantised by GPTQ": row(MERGE, config("code", quantization_config={"quant_method": "gptq", "bits": 4}),
+    "quantised by GPTQ": row(
+        MERGE,
+        tensors("code", {f"{Q}.weight": None, f"{Q}.qweight": np.ones((1, 8), np.int32)}),
+        config("code", quantization_config={"quant_method": "gptq", "bits": 4}),
         says="'code' is quantised (gptq): its numbers are codes, which cannot be averaged. Merge the unquantised "
         "checkpoints it was made from."),
     "an index without its shard": row(
@@ -493,8 +502,8 @@ ROWS: dict[str, Row] = {
         says="Adapter 'y': lora_alpha in adapter_config.json is 'a lot', expected a finite number within the range "
         "of float32. Correct it, or save the adapter again with PEFT."),
     "an adapter of rank 0": row(ADAPTERS, config("y", r=0),
-        says="Adapter 'y': r in adapter_config.json is 0, expected a whole number of at least 1. Correct it, or "
-        "save the adapter again with PEFT."),
+        says="Adapter 'y': r in adapter_config.json is 0, expected a whole number from 1 to 2147483647. Correct "
+        "it, or save the adapter again with PEFT."),
     "an adapter whose factor is missing": row(ADAPTERS, tensors("y", {LORA_B: None}),
         says="Adapter 'y', module 'model.layers.0.self_attn.q_proj': lora_B is missing from its weights. A factor "
         "alone means nothing; save the adapter again."),
@@ -565,7 +574,7 @@ ROWS: dict[str, Row] = {
     "a table of whole numbers": row(
         "merge math code --coefficients t.safetensors --output-dir out",
         lambda: save_file({"lm_head.weight": np.ones((1, 2), np.int64)}, "t.safetensors"),
-        says="t.safetensors: 'lm_head.weight' is int64 of shape [1, 2], expected floating-point numbers, blocks "
+        says="t.safetensors: 'lm_head.weight' is I64 of shape [1, 2], expected floating-point numbers, blocks "
         "down and experts across."),
     "a table for three experts": row(
         "merge math code --coefficients t.safetensors --output-dir out",

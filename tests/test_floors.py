@@ -27,7 +27,8 @@ FLOORS = [
 # Inside a room, the folders and the files beside them.
 ROOMS = {
     "checkpoints": [
-        ["disk", "modules_file", "page_cache", "remote_output", "model_structure"],
+        ["disk", "json_text", "page_cache", "remote_output", "model_structure"],
+        ["modules_file"],
         ["lock", "local_folder", "remote_folder"],
         ["source"],
         ["hub"],

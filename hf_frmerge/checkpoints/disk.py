@@ -15,6 +15,7 @@ __all__ = [
     "FULL_DISK",
     "copy_folder",
     "create_file",
+    "disk_error",
     "disk_errors",
     "make_folder",
     "remove_file",
@@ -27,6 +28,7 @@ __all__ = [
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 @contextmanager
@@ -44,16 +46,23 @@ def disk_errors(path: Path, done: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in FULL_DISK:
-            remedy = "Make room on the disk"
-        elif error.errno in _FORBIDDEN:
-            remedy = f"See to the permissions of {path.parent}"
-        else:
-            remedy = "Check the disk"
-        raise MergeError(
-            f"{path} could not be {done}: {error.strerror or error}. {remedy}, then run the command again; an "
-            "interrupted merge goes on with --resume (resume_from_checkpoint=True)."
-        ) from error
+        raise disk_error(error, path, done) from error
+
+
+def disk_error(error: OSError, path: Path, done: str) -> MergeError:
+    """Return an error of the system as a `MergeError`; see `disk_errors`."""
+    if error.errno in FULL_DISK:
+        remedy = "Make room on the disk"
+    elif error.errno in _FORBIDDEN:
+        remedy = f"See to the permissions of {path.parent}"
+    elif error.errno in _TOO_MANY:
+        remedy = "Allow more open files (`ulimit -n 4096`)"
+    else:
+        remedy = "Check the disk"
+    return MergeError(
+        f"{path} could not be {done}: {error.strerror or error}. {remedy}, then run the command again; an interrupted "
+        "merge goes on with --resume (resume_from_checkpoint=True)."
+    )
 
 
 def create_file(path: Path) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import stat
 from collections import OrderedDict
+from io import BufferedReader
 from pathlib import Path
 from threading import Lock
 
@@ -12,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.page_cache import MappedRange, Mapping, release
+from hf_frmerge.errors import CheckpointError
 
-# Each mapping holds a file descriptor. 1024 descriptors is a common limit, and a large model has 200 shards.
-_OPEN_MAPPINGS = 32
+# Each mapping holds a file descriptor. 1024 descriptors is a common limit, a large model has 200 shards, and there may
+# be 30 models.
+_OPEN_MAPPINGS = 16
 
 
 class LocalFolder:
@@ -27,16 +32,43 @@ class LocalFolder:
         self._lock = Lock()
 
     def names(self, subfolder: str = "") -> list[str]:
-        """List the files directly in the folder or in a subfolder of it, sorted; empty if there is no such folder."""
+        """
+        List the files directly in the folder or in a subfolder of it, sorted; empty if there is no such folder.
+
+        What is neither a file nor a folder, such as a dangling link, is listed too: `read` says what is wrong with it.
+        """
         folder = self._root / subfolder
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
+        return sorted(entry.name for entry in folder.iterdir() if not entry.is_dir()) if folder.is_dir() else []
 
     def subfolders(self) -> list[str]:
         """List the folders directly in the folder, sorted."""
         return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir()) if self._root.is_dir() else []
 
     def exists(self, name: str) -> bool:
-        """Whether `name` is a file; False for a dangling link."""
+        """
+        Whether there is a file `name`.
+
+        Raises:
+            CheckpointError: If there is something else of that name: a dangling link, a folder, a pipe, a device.
+        """
+        path = self._root / name
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have such a name
+            if not path.is_symlink():
+                return False
+            raise CheckpointError(
+                f"{path} is a link to {path.readlink()}, which is not there. Bring that file back, or remove the "
+                "link; if this is the Hub's cache, remove the link and download the model again."
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} could not be opened: {error.strerror}.") from error
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path} is {_kind(mode)}, expected a file. Remove it, or put the file there.")
+        return True
+
+    def is_file(self, name: str) -> bool:
+        """Whether `name` is a file, if it is not known whether there should be one; False for a dangling link."""
         return (self._root / name).is_file()
 
     def size(self, name: str) -> int:
@@ -67,7 +99,7 @@ class LocalFolder:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Read bytes `[start, stop)` of `name`; fewer if the file ends before `stop`."""
-        with (self._root / name).open("rb") as file:
+        with self._open(name) as file:
             file.seek(start)
             return file.read() if stop is None else file.read(stop - start)
 
@@ -123,7 +155,7 @@ class LocalFolder:
     def _read_copy(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Read a range into memory: without the native extension, or if faulting in failed, to raise the reason."""
         out = np.empty(stop - start, np.uint8)
-        with (self._root / name).open("rb", buffering=0) as file:
+        with self._open(name) as file:
             file.seek(start)
             done = 0
             while done < out.size:
@@ -133,3 +165,18 @@ class LocalFolder:
                 done += count
         out.flags.writeable = False
         return out
+
+    def _open(self, name: str) -> BufferedReader:
+        """Open a file for reading. A pipe or device would never end, or take what it gives from another reader."""
+        fd = os.open(self._root / name, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK a pipe waits for a writer
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, f"it is {_kind(mode)}, expected a file")
+        return os.fdopen(fd, "rb")
+
+
+def _kind(mode: int) -> str:
+    """Name what is not a regular file."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

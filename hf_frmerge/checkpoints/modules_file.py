@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.errors import CheckpointError
 
 MODULES_FILE = "modules.json"
@@ -29,7 +29,7 @@ def parse_modules(content: bytes, spec: str) -> list[Module]:
     try:
         modules = [
             Module(str(entry["type"]).rpartition(".")[2], str(entry["path"]).rstrip("/"))
-            for entry in json.loads(content)
+            for entry in parse_json(content)
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{spec!r}: {MODULES_FILE} makes no sense: {error!r}. Download it again.") from error

@@ -9,7 +9,7 @@ from shlex import quote
 
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.source import Source, convert_gguf, is_on_hub, kind_of
+from hf_frmerge.checkpoints.source import Source, check_name, convert_gguf, is_on_hub, kind_of
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.visible import without_secrets
 
@@ -46,6 +46,7 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
     if "://" in local:
         shown = without_secrets(spec)
         return Source(shown, kind_of(open_folder(local), shown), local)
+    check_name(local)
     path = Path(local).expanduser()
     # A local folder goes before a Hub id of the same name, as in `from_pretrained`.
     if path.is_dir():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hf_frmerge.errors import CheckpointError
+from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.visible import without_secrets
 
 if TYPE_CHECKING:
@@ -69,6 +69,19 @@ class Source:
 def is_on_hub(source: Source) -> bool:
     """Whether a source is on the Hub and not on this machine."""
     return source.path.startswith(HUB_SCHEME)
+
+
+def check_name(path: str) -> None:
+    """
+    Check that the name of a folder is text: names of other bytes cannot be written into a record, or on a card.
+
+    Raises:
+        ArgumentError: If it is not.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"The name of {path!r} is not UTF-8. Rename the folder.") from None
 
 
 def is_hub_id(name: str) -> bool:

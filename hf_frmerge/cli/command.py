@@ -8,7 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 import click
@@ -70,7 +72,7 @@ class FrmergeCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, turning exceptions into a message and an exit code."""
-        with _terminal_output():
+        with _terminal_output(), _printable_stdout():
             try:
                 return super().invoke(ctx)
             # Click's own exceptions have messages and exit codes already.
@@ -165,6 +167,18 @@ def _close_bars() -> None:
             bar.close()
 
 
+@contextmanager
+def _printable_stdout() -> Iterator[None]:
+    """Let no result fail at its last step because stdout is closed, or has no characters beyond ASCII."""
+    with ExitStack() as stack:
+        if sys.stdout is None:  # closed by the caller, as in `frmerge ... >&-`
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+        elif isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        yield
+
+
 def _is_closed_pipe(error: Exception) -> bool:
     """Whether stdout was closed by its reader, as in `frmerge inspect ... | head`; click then exits silently."""
     return isinstance(error, OSError) and error.errno == errno.EPIPE
@@ -176,8 +190,28 @@ def _as_failure(error: Exception) -> Failure:
         return Failure(str(error), USAGE)
     if isinstance(error, MergeError):
         return Failure(str(error), FAILURE)
+    if isinstance(error, OSError):
+        return Failure(_system_sentence(error), FAILURE)
+    if isinstance(error, MemoryError):
+        return Failure(
+            "There is not enough memory. Give the command more, or make it take less: a smaller --memory-budget and "
+            "--num-workers 1, or for an evaluation a smaller --batch-size.",
+            FAILURE,
+        )
     return Failure(
         f"{type(error).__name__}: {error}\nThis was not expected. Run the command again with --debug to see where it "
         "happened.",
         FAILURE,
+    )
+
+
+def _system_sentence(error: OSError) -> str:
+    """Say what the system refused, where no code nearer to it did."""
+    from hf_frmerge.checkpoints.disk import disk_error
+
+    if error.filename is not None:
+        return str(disk_error(error, Path(os.fsdecode(error.filename)), "read or written"))
+    return (
+        f"The system refused: {error.strerror or error}. Files that were complete stay so. If this was the output of "
+        "the command, send it elsewhere, then run the command again; an interrupted merge goes on with --resume."
     )

@@ -251,21 +251,21 @@ def _keep(record: EvaluationRecord, model: str, card: bool, measured: str | None
     Raises:
         MergeError: If a merge is writing to the folder, or has replaced the model since `measured` was taken.
     """
-    from hf_frmerge.checkpoints.lock import refuse_while_merging
+    from hf_frmerge.checkpoints.lock import sole_writer
     from hf_frmerge.evaluation.headlines import headlines
     from hf_frmerge.evaluation.record import EvaluationRecord, load_record, merge_digest, save_record
     from hf_frmerge.hub.card.describe import describe_merge
     from hf_frmerge.report.figures import figure_drawer
 
-    refuse_while_merging(model)
-    if merge_digest(model) != measured:
-        raise MergeError(f"The model in {model!r} was replaced while it was measured. Evaluate again.")
-    # Earlier results stay: `--data` and `--lm-eval` may be run one after the other.
-    kept = load_record(model) or EvaluationRecord()
-    kept.update(record)
-    save_record(model, kept)
-    if card:
-        describe_merge(model, draw=figure_drawer())
+    with sole_writer(model):
+        if merge_digest(model) != measured:
+            raise MergeError(f"The model in {model!r} was replaced while it was measured. Evaluate again.")
+        # Earlier results stay: `--data` and `--lm-eval` may be run one after the other.
+        kept = load_record(model) or EvaluationRecord()
+        kept.update(record)
+        save_record(model, kept)
+        if card:
+            describe_merge(model, draw=figure_drawer())
     return headlines(record, model)
 
 

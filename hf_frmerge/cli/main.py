@@ -43,6 +43,13 @@ class LazyGroup(click.Group):
         command: click.Command = module.COMMANDS[cmd_name]
         return command
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run a command. That the system takes no help text, on a full disk, is an error of one line, too."""
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            raise SystemExit(f"Error: The output could not be written: {error.strerror}.") from error
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; whatever ends it, click prints its message without a control character in it."""
         try:

@@ -60,12 +60,15 @@ def card(output_dir: str, hub_model_id: str | None) -> None:
     What you wrote between the user markers of README.md is kept.
     """
     with results_only():
-        from hf_frmerge.checkpoints.lock import refuse_while_merging
+        from hf_frmerge.checkpoints.lock import refuse_while_merging, sole_writer
         from hf_frmerge.hub.card.describe import describe_merge
+        from hf_frmerge.merging.record.manifest import read_manifest
         from hf_frmerge.report.figures import figure_drawer
 
         refuse_while_merging(output_dir)
-        path = describe_merge(output_dir, draw=figure_drawer(), hub_model_id=hub_model_id)
+        read_manifest(output_dir)  # of a folder that is no merge nothing is touched
+        with sole_writer(output_dir):
+            path = describe_merge(output_dir, draw=figure_drawer(), hub_model_id=hub_model_id)
     say(f"Wrote {path}.")
 
 

@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.json_text import parse_json
+from hf_frmerge.checkpoints.tensors.reader import read_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.merging.record.manifest import EVALUATION_FILE
 
 FORMAT_VERSION = 2
@@ -330,13 +333,21 @@ def load_record(folder: Path | str) -> EvaluationRecord | None:
     if not opened.exists(EVALUATION_FILE):
         return None
     try:
-        entry = json.loads(opened.read(EVALUATION_FILE))
+        entry = parse_json(read_file(opened, EVALUATION_FILE, str(folder)), finite=True)
     except ValueError as error:
         raise CheckpointError(f"{folder}/{EVALUATION_FILE} is not valid JSON: {error}. Evaluate again.") from error
-    # A merge with other weights gives another digest, so an old record is never shown beside new weights.
-    if entry.get("format_version") != FORMAT_VERSION or entry["merge"] != merge_digest(folder):
-        return None
-    return EvaluationRecord.from_dict(entry)
+    try:
+        # A merge with other weights gives another digest, so an old record is never shown beside new weights.
+        if entry.get("format_version") != FORMAT_VERSION or entry["merge"] != merge_digest(folder):
+            return None
+        record = EvaluationRecord.from_dict(entry)
+        check_types(record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # something is missing, or not of its type
+        raise CheckpointError(
+            f"{folder}/{EVALUATION_FILE} is not what an evaluation writes ({type(error).__name__}: {error}). Remove "
+            "it, and evaluate again."
+        ) from error
+    return record
 
 
 def merge_digest(folder: Path | str) -> str | None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME as ADAPTER_CONFIG
+from hf_frmerge.checkpoints.json_text import parse_json
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.source import is_hub_id
+from hf_frmerge.checkpoints.tensors.reader import read_json, weight_map
 from hf_frmerge.checkpoints.tensors.writer import STAGING
 from hf_frmerge.errors import HubError
 from hf_frmerge.hub.card.private_paths import hide_local_paths, is_public_base
-from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, read_manifest
+from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, read_manifest, read_values
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 
@@ -50,7 +53,7 @@ def check_complete(folder: Path) -> None:
         raise HubError(f"{folder} has neither config.json nor adapter_config.json, so nobody could load it.")
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not is_adapter:
-        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weights = sorted(set(weight_map(LocalFolder(str(folder)), str(folder)).values()))
     else:
         weights = ["adapter_model.safetensors" if is_adapter else "model.safetensors"]
     missing = [name for name in weights if not (folder / name).is_file()]
@@ -72,7 +75,7 @@ def check_base_is_public(folder: Path) -> None:
         HubError: If the base is named by a path; the message says how to change it.
     """
     config = folder / ADAPTER_CONFIG
-    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
+    name = read_json(LocalFolder(str(folder)), config.name, str(folder)).get("base_model_name_or_path")
     if name and not is_public_base(folder, name):
         raise HubError(
             f"{ADAPTER_CONFIG} names the base model {name!r}, which is no Hub id: nobody else would find it. Merge "
@@ -141,13 +144,13 @@ def outgoing_files(folder: Path) -> dict[str, Path | bytes]:
     }
     for name in [name for name in files if name.endswith(_CONFIG)]:
         with suppress(ValueError):  # not JSON, so not what the merge wrote: `check_unaltered` reports it
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = parse_json((folder / name).read_bytes())
             cleaned = _without_origin(config)
             if cleaned != config:
                 files[name] = (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
     if MANIFEST_FILE in files:
         # On the raw JSON and not on a `Manifest`: fields that only a newer version knows are cleaned too.
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_values(folder)
         public: Any = _hide_paths(manifest)
         # The cleaned configurations have other checksums, and the public manifest must match what is public.
         for name, content in files.items():

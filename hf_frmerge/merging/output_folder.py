@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hf_frmerge.checkpoints.disk import remove_file, remove_folder
 from hf_frmerge.checkpoints.lock import LOCK_FILE
 from hf_frmerge.checkpoints.remote_output import check_vacant
+from hf_frmerge.checkpoints.source import check_name
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, CONFIG_FILES
 from hf_frmerge.checkpoints.tensors.writer import STAGING, remove_weights
 from hf_frmerge.errors import ArgumentError, ResumeError
@@ -31,8 +32,16 @@ def check_output_dir(args: MergingArguments, inputs: Sequence[str]) -> None:
         ArgumentError: If it may not be used; the message names the option that would allow it.
     """
     output = Path(args.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ArgumentError(f"The output folder {args.output_dir!r} is a file. Choose another output_dir.")
+    check_name(args.output_dir)
+    for path in (output, *output.parents):
+        if path.is_dir():
+            break
+        if path.is_symlink() or path.exists():  # a link is no folder if it leads nowhere
+            what = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "a file"
+            is_output = "" if path == output else f"is in {str(path)!r}, which "
+            raise ArgumentError(
+                f"The output folder {args.output_dir!r} {is_output}is {what}. Choose another output_dir."
+            )
     if not output.exists():
         return
     _check_is_no_input(output, inputs)

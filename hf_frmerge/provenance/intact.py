@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint
+from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint, read_config
 from hf_frmerge.errors import CheckpointError, HubError
 from hf_frmerge.kernels.interface import digest
 from hf_frmerge.merging.operands.tensor_inputs import join_digests
@@ -59,7 +59,7 @@ def _check_tensors(folder: Path, manifest: Manifest, files: list[str]) -> None:
         if header_digest(folder / name) != manifest.files[name].header_xxh3_128:
             raise _altered(folder, f"the header of {name} was changed after the merge")
     block = manifest.arguments["block"]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(LocalFolder(str(folder)), str(folder))
     head_dim = head_dim_of(config) if block == "head" else None
     with open_checkpoint(Source(str(folder), manifest.output_kind, str(folder))) as model:
         for name, info in model.tensors.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.errors import CheckpointError
+from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import RETIRED, MergingArguments
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
@@ -43,10 +44,19 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
             f"know: {', '.join(unknown)}. Install that version."
         )
     # Repeating a merge must not push, overwrite or resume, whatever the original did.
+    # How much of this machine a merge takes is not for the record of another to say.
+    recorded.pop("num_workers", None)
     recorded |= {"overwrite": False, "resume_from_checkpoint": False, "push_to_hub": False, "space": manifest.space}
     if recorded.get("coefficients") is not None:
         recorded["coefficients"] = folder  # the path the user gave may be gone, but the record has a copy of the table
-    plan = build_plan(models.experts, MergingArguments(**{**recorded, **changes}), models.weights, models.base_model)
+    try:
+        args = MergingArguments(**{**recorded, **changes})
+    except ArgumentError as error:
+        raise CheckpointError(f"The record in {folder} has arguments that cannot be: {error}") from error
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if args.memory_budget_bytes > memory:
+        args.memory_budget = f"{memory}B"
+    plan = build_plan(models.experts, args, models.weights, models.base_model)
     plan.calibration = manifest.calibration
     if CORRECTIONS_FILE in manifest.files:
         plan.corrections = read_corrections(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from click_runner import click_runner
+from merge_reference import write_family
 from safetensors.torch import load_file, save_file
 
 from hf_frmerge.cli.main import _COMMANDS, LazyGroup, main
@@ -38,7 +40,9 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
 def test_the_installed_command_runs() -> None:
     done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in _COMMANDS)
-    done = subprocess.run([SCRIPT, "merge", "one", "two", "--weights", "1"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [SCRIPT, "merge", "one", "two", "--weights", "1"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("Error: `weights` needs one number per expert") and "Traceback" not in done.stderr
 
@@ -166,3 +170,42 @@ def test_warnings_are_plain_lines(models, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "rms_norm_eps" in result.stderr and "callbacks.py" not in result.stderr
     assert json.loads(result.stdout)["complete"]
+
+
+@pytest.mark.parametrize(
+    "command", [("plan", "a", "b"), ("merge", "a", "b", "--output-dir", "out"), ("verify", "out")]
+)
+def test_closed_and_narrow_outputs_are_no_errors(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """The one is `>&-` of a shell, the other an old locale."""
+    experts = write_family(tmp_path, 2)[1]
+    Path(experts[0]).rename(tmp_path / "a")
+    Path(experts[1]).rename(tmp_path / "b")
+    if command[0] == "verify":
+        subprocess.run(
+            [SCRIPT, "merge", "a", "b", "--output-dir", "out"], cwd=tmp_path, check=True, capture_output=True
+        )
+    closed = subprocess.run(
+        ["sh", "-c", f"exec {SCRIPT} {' '.join(command)} >&-"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert closed.returncode == 0, closed.stderr
+    again = [*command, "--overwrite"] if command[0] == "merge" else command
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    narrow = subprocess.run([SCRIPT, *again], cwd=tmp_path, capture_output=True, env=ascii_only, check=False)
+    assert narrow.returncode == 0, narrow.stderr
+    assert narrow.stdout.isascii()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", [["--help"], ["plan", "a", "b"]])
+def test_a_full_disk_under_the_output_is_a_sentence(tmp_path: Path, command: list[str]) -> None:
+    experts = write_family(tmp_path, 2)[1]
+    command = [experts.pop() if part in ("a", "b") else part for part in command]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([SCRIPT, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr and "not expected" not in done.stderr

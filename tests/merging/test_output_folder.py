@@ -344,3 +344,38 @@ def test_an_adapter_cannot_be_loaded_before_its_record_is_there(
     merge(adapters, out, resume_from_checkpoint=True)
     for name in ("adapter_model.safetensors", "adapter_config.json", "merge_coefficients.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("make", "out", "named"),
+    [
+        (Path.touch, "x", "is a file"),
+        (Path.touch, "x/deep/below", "is in '.*/x', which is a file"),
+        (lambda path: path.symlink_to("nowhere"), "x", "is a link to nowhere, which is not there"),
+        (lambda path: path.symlink_to("nowhere"), "x/below", "is in '.*/x', which is a link to nowhere"),
+    ],
+)
+def test_output_where_there_can_be_no_folder(tmp_path: Path, full: list[str], make: Any, out: str, named: str) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(ArgumentError, match=named):
+        merge(full, tmp_path / out)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_names_that_are_not_utf8_are_refused_before_the_merge(tmp_path: Path, full: list[str]) -> None:
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    with pytest.raises(ArgumentError, match=r"The name of .* is not UTF-8"):
+        merge(full, Path(strange))
+    shutil.copytree(full[0], strange)
+    with pytest.raises(MergeError, match=r"The name of .* is not UTF-8"):
+        merge([strange, full[1]], tmp_path / "out")
+    Path(strange).rename(tmp_path / "plain")  # the advice
+    merge([str(tmp_path / "plain"), full[1]], tmp_path / "out")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "README.md", "generation_config.json"])
+def test_a_cache_that_lost_a_file_is_named(tmp_path: Path, full: list[str], file: str) -> None:
+    (Path(full[0]) / file).unlink(missing_ok=True)
+    (Path(full[0]) / file).symlink_to("../blobs/lost")
+    with pytest.raises(MergeError, match=f"{file} is a link to ../blobs/lost, which is not there"):
+        merge(full, tmp_path / "out")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning import blocks
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
+from hf_frmerge.merging.record.find_models import find_models
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.run import run_merge
+from hf_frmerge.provenance.plan_again import plan_again
 from hf_frmerge.provenance.verify import verify
 
 HEAD = "lm_head.weight"
@@ -306,3 +311,64 @@ def test_an_adapter_is_merged_again_and_compared(adapters: Path, tmp_path: Path,
     assert problems(out) == ["File adapter_config.json is missing."]
     file.unlink()
     assert "File adapter_model.safetensors is missing." in problems(out)
+
+
+@pytest.mark.parametrize("where", ["files", "experts"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", ""])
+def test_a_record_that_names_files_outside_of_its_folders_is_refused(merged: Path, where: str, name: str) -> None:
+    (merged.parent / "secret").write_text("secret")
+    file = merged / "merge_manifest.json"
+    values = json.loads(file.read_text())
+    holder = values if where == "files" else values["experts"][0]
+    holder["files"][name] = {"size": 6, "sha256": None}
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="is not the name of a file in its folder"):
+        verify(str(merged), sha256=True)
+    assert json.loads(file.read_text()) == values  # and no hash of the file was recorded
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("tensors", HEAD, "shape"), ["48", 24], "shape of a RecordedTensor"),
+        (("tensors", HEAD, "geometry", "norms"), [1.0], "geometry of 'lm_head.weight' is not of 3 experts"),
+        (("files",), [], "AttributeError"),
+        (("experts",), [], "0 experts"),
+        (("experts", 0, "weight"), "heavy", "weight of a RecordedModel"),
+        (("arguments", "block"), ["tensor"], "argument block"),
+        (("report", "seconds"), 10**400, "seconds of a MergeReport"),
+        (("method",), {"a": 1}, "method of a Manifest"),
+    ],
+)
+def test_a_record_with_values_of_other_types_is_refused(merged: Path, path: tuple, value: Any, named: str) -> None:
+    file = merged / "merge_manifest.json"
+    values = at = json.loads(file.read_text())
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    file.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=rf"merge_manifest.json is not what a merge writes .*{named}"):
+        verify(str(merged))
+
+
+def test_how_much_of_the_machine_is_taken_is_not_for_a_record_to_say(merged: Path) -> None:
+    manifest = read_manifest(merged)
+    manifest.arguments.update(num_workers=1000, memory_budget="1000TB")
+    models = find_models(merged, manifest, option="--experts")
+    with closing(plan_again(manifest, models, str(merged))) as plan:
+        assert plan.args.num_workers is None
+        assert plan.args.memory_budget_bytes == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    manifest.arguments.update(num_workers=1, tol="never")
+    with pytest.raises(CheckpointError, match="has arguments that cannot be"):
+        plan_again(manifest, models, str(merged))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"models": ["a"], "marks": [{}]}', '{"models": [1, 2, 3], "marks": [{}, {}, {}]}', "{"]
+)
+def test_damaged_sources_are_refused_and_the_advice_works(merged: Path, content: str) -> None:
+    (merged / ".frmerge_sources.json").write_text(content)
+    with pytest.raises(CheckpointError, match="Remove it, and say where the models are"):
+        verify(str(merged))
+    (merged / ".frmerge_sources.json").unlink()
+    assert verify(str(merged), experts=[str(merged.parent / f"e{i}") for i in range(3)]).ok

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from hf_frmerge.checkpoints.adapters.patterns import check_pattern
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.tensors.reader import read_json
@@ -52,6 +53,9 @@ _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
 _KNOWN_SWITCHES = frozenset(
     {"use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config"}
 )
+
+
+_RANK_LIMIT = 2**31
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,12 @@ def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> Adapte
         raise CheckpointError(
             f"Adapter {spec!r}: no {CONFIG_NAME} in {folder.path}. Point to a folder PEFT's `save_pretrained` wrote."
         )
+    _check_names(raw, spec)
     _refuse_unsupported(raw, spec)
     _check_numbers(raw, spec)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in raw.get(field) or {}:
+            check_pattern(unwrapped_pattern(pattern), field, spec)
     return AdapterConfig(
         raw=raw,
         base_model=raw.get("base_model_name_or_path") or None,
@@ -123,13 +131,19 @@ def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> Adapte
     )
 
 
+def _check_names(raw: dict[str, Any], spec: str) -> None:
+    for key in ("peft_type", "task_type", "bias", "base_model_name_or_path", "revision"):
+        if not isinstance(raw.get(key) or "", str):
+            raise CheckpointError(_expected(spec, key, raw[key], "a name"))
+
+
 def _check_numbers(raw: dict[str, Any], spec: str) -> None:
     """Check that ranks and alphas are numbers, and that alphas fit into float32, in which an adapter is applied."""
     ranks = {"r": raw.get("r", 8), **_entries(raw, "rank_pattern", spec)}
     alphas = {"lora_alpha": raw.get("lora_alpha", 8), **_entries(raw, "alpha_pattern", spec)}
     for key, value in ranks.items():
-        if type(value) is not int or value < 1:
-            raise CheckpointError(_expected(spec, key, value, "a whole number of at least 1"))
+        if type(value) is not int or not 1 <= value < _RANK_LIMIT:
+            raise CheckpointError(_expected(spec, key, value, f"a whole number from 1 to {_RANK_LIMIT - 1}"))
     for key, value in alphas.items():
         # type() rather than isinstance(): JSON's true would pass as the number 1.
         if type(value) not in (int, float) or not abs(value) < OVERFLOWS_AT["F32"]:
@@ -144,8 +158,9 @@ def _entries(raw: dict[str, Any], field: str, spec: str) -> dict[str, Any]:
 
 
 def _expected(spec: str, key: str, value: Any, expected: str) -> str:
+    shown = repr(value) if len(repr(value)) <= 100 else f"{value!r:.100}..."
     return (
-        f"Adapter {spec!r}: {key} in {CONFIG_NAME} is {value!r}, expected {expected}. Correct it, or save the adapter "
+        f"Adapter {spec!r}: {key} in {CONFIG_NAME} is {shown}, expected {expected}. Correct it, or save the adapter "
         "again with PEFT."
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.resolve import Source
@@ -152,7 +153,7 @@ def _vocabulary_difference(name: str, reference: tuple[Source, bytes], other: tu
 
 def _token_ids(source: Source, content: bytes) -> dict[str, int]:
     try:
-        tokenizer = json.loads(content)
+        tokenizer = parse_json(content)
         vocabulary = tokenizer["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the position
             vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}

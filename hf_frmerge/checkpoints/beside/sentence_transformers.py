@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import MODULES_FILE, Module, parse_modules
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
@@ -130,7 +130,7 @@ def names_in(folder: LocalFolder | RemoteFolder, subfolder: str = "") -> list[st
 def _settings(content: bytes) -> Any:
     """Return the contents of a JSON file without versions and defaults, under the newest names."""
     try:
-        parsed = json.loads(content)
+        parsed = parse_json(content)
     except ValueError:
         return content
     if not isinstance(parsed, dict):

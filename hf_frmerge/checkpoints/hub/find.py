@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.hub.errors import is_unreachable, reading_from_hub
 from hf_frmerge.checkpoints.hub.folder import HubFolder, hub_folder
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import MODULES_FILE, parse_modules
 from hf_frmerge.checkpoints.source import HUB_SCHEME, WEIGHTS, Source, is_on_hub, kind_of
@@ -182,7 +182,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _weight_map(folder: LocalFolder | HubFolder) -> dict[str, str]:
     try:
-        weight_map = json.loads(folder.read(_INDEX))["weight_map"]
+        weight_map = parse_json(folder.read(_INDEX))["weight_map"]
     except (ValueError, KeyError, TypeError):  # the reader of the checkpoint raises a message for it
         return {}
     return {name: file for name, file in weight_map.items() if isinstance(file, str)}
@@ -213,9 +213,9 @@ def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str]) -> Path 
         names = [entry.path for entry in get_cached_repo_tree(repo_id, revision=commit)]
     except CachedRepoTreeNotFoundError:
         return None
-    if any(name in names and not folder.exists(name) for name in (_INDEX, MODULES_FILE)):
+    if any(name in names and not folder.is_file(name) for name in (_INDEX, MODULES_FILE)):
         return None  # these name other files that are needed
-    return snapshot if all(folder.exists(name) for name in _needed(folder, extra, names)) else None
+    return snapshot if all(folder.is_file(name) for name in _needed(folder, extra, names)) else None
 
 
 def _find_in_cache(spec: str, repo_id: str, revision: str | None) -> Source | None:
@@ -234,7 +234,7 @@ def _find_in_cache(spec: str, repo_id: str, revision: str | None) -> Source | No
     try:
         return Source(spec, kind_of(folder, spec), str(snapshot), repo_id, revision, commit)
     except CheckpointError:
-        if folder.exists("config.json") or folder.exists("adapter_config.json"):
+        if folder.is_file("config.json") or folder.is_file("adapter_config.json"):
             return None  # an interrupted download
         raise
 

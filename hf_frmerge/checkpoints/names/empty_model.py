@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,10 @@ from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Settings that say how many modules there are. To build each takes about a millisecond.
+_COUNT = re.compile(r"(^|_)(layers?|blocks?|experts|depths?)($|_)")
+_MOST_MODULES = 4096
 
 
 def build_empty(config: Mapping[str, Any], spec: str, **changes: Any) -> PreTrainedModel:
@@ -37,6 +42,7 @@ def build_empty(config: Mapping[str, Any], spec: str, **changes: Any) -> PreTrai
             f"{transformers.__version__} does not have, so its layers are unknown."
         )
     settings = {key: value for key, value in {**config, **changes}.items() if key != "model_type"}
+    _refuse_endless(settings, spec)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
@@ -46,3 +52,16 @@ def build_empty(config: Mapping[str, Any], spec: str, **changes: Any) -> PreTrai
             "layers are unknown."
         ) from error
     return model
+
+
+def _refuse_endless(settings: Mapping[str, Any], spec: str) -> None:
+    """Raise if a config asks for so many modules that to build them would not end."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _refuse_endless(value, spec)
+        for number in value if isinstance(value, list) else [value]:
+            if _COUNT.search(str(key)) and isinstance(number, (int, float)) and number > _MOST_MODULES:
+                raise CheckpointError(
+                    f"{spec!r}: {key} in config.json is {number:g}, more than any model has ({_MOST_MODULES} are "
+                    "allowed). Download the file again."
+                )

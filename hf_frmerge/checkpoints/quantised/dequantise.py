@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.quantised.recent import Recent
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
-from hf_frmerge.checkpoints.tensors.quantised import PLAIN, is_code, section_of, way_out
+from hf_frmerge.checkpoints.tensors.quantised import PLAIN, is_code, made_by, section_of, way_out
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
 from hf_frmerge.errors import CheckpointError
 
@@ -73,7 +73,9 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
         CheckpointError: If the package is needed and missing, or does not convert what is there.
     """
     spec, section = checkpoint.source.spec, section_of(checkpoint.config())
-    if not any(is_code(info) for info in checkpoint.tensors.values()):
+    infos = checkpoint.tensors.values()
+    # Not every code looks like one: bitsandbytes packs a matrix into one column.
+    if not any(is_code(info) for info in infos) and made_by(infos) is None:
         if not section:
             return []
         checkpoint.quantisation = PLAIN

@@ -181,11 +181,11 @@ def _constant_notes(checkpoints: Sequence[Checkpoint], constants: set[str]) -> l
 def _settle_tied(checkpoints: Sequence[Checkpoint], constants: set[str]) -> tuple[set[str], list[str]]:
     """Alias or drop float tensors that only some checkpoints store, if they repeat another tensor; note each."""
     common = set(checkpoints[0].tensors).intersection(*(checkpoint.tensors for checkpoint in checkpoints[1:]))
+    settled = common | constants
     partial = [
         name
         for name in _names_in_order(checkpoints)
-        if name not in common | constants
-        and any(name in each.tensors and each.tensors[name].is_float for each in checkpoints)
+        if name not in settled and any(name in each.tensors and each.tensors[name].is_float for each in checkpoints)
     ]
     left_out: set[str] = set()
     notes: list[str] = []

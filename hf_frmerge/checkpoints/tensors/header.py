@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.errors import CheckpointError
@@ -45,6 +45,8 @@ DTYPE_BITS = {
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
 _MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors format
+_MAX_DIMENSIONS = 64  # of a numpy array; torch has no limit of its own
+_MAX_NUMBER = 2**63 - 1  # of a size or an offset, which others read as 64-bit integers
 
 
 class Recipe(Protocol):
@@ -139,7 +141,7 @@ def read_header(folder: LocalFolder | RemoteFolder, file: str, spec: str) -> tup
             f"{where} is truncated: its header alone needs {8 + length} bytes, the file has {size}. Download it again."
         )
     try:
-        header = json.loads(folder.read(file, 8, 8 + length))
+        header = parse_json(folder.read(file, 8, 8 + length), finite=True)
     except ValueError as error:
         raise CheckpointError(f"{where} has a header that is not JSON: {error}. Download it again.") from error
     if not isinstance(header, dict):
@@ -153,7 +155,8 @@ def read_header(folder: LocalFolder | RemoteFolder, file: str, spec: str) -> tup
 
 def _parse_entry(name: str, entry: Any, file: str, data_start: int, where: str) -> TensorInfo:
     if not _is_entry(entry):
-        raise CheckpointError(f"{where} has a broken header entry for tensor {name!r}: {entry!r}. Download it again.")
+        shown = repr(entry) if len(repr(entry)) <= 200 else f"{entry!r:.200}..."
+        raise CheckpointError(f"{where} has a broken header entry for tensor {name!r}: {shown}. Download it again.")
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BITS:
         raise CheckpointError(
@@ -163,8 +166,8 @@ def _parse_entry(name: str, entry: Any, file: str, data_start: int, where: str) 
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{where}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} needs {bits / 8:g} bytes, its header "
-            f"gives it {end - begin}. The file is damaged; download it again."
+            f"{where}: tensor {name!r} of shape {tuple(shape)} and dtype {dtype} needs {-(-bits // 8)} bytes, its "
+            f"header gives it {end - begin}. The file is damaged; download it again."
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + begin, end - begin)
 
@@ -175,8 +178,10 @@ def _is_entry(entry: Any) -> bool:
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         return False
-    # type() rather than isinstance(): JSON's true would pass as the integer 1.
-    return all(type(number) is int and number >= 0 for number in (*shape, *offsets)) and offsets[0] <= offsets[1]
+    # Bounded before they are multiplied. type() rather than isinstance(): JSON's true would pass as the integer 1.
+    numbers = (*shape, *offsets)
+    are_sizes = all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers)
+    return are_sizes and len(shape) <= _MAX_DIMENSIONS and offsets[0] <= offsets[1]
 
 
 def _check_extents(infos: list[TensorInfo], data_start: int, size: int, where: str) -> None:

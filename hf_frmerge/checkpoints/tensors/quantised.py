@@ -76,7 +76,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{spec!r} is quantised ({method}): its numbers are codes, which cannot be averaged. {way_out(method)}"
         )
-    recognised = _by_tensors(checkpoint.tensors.values())
+    recognised = made_by(checkpoint.tensors.values())
     if recognised:
         method, names = recognised
         raise CheckpointError(
@@ -100,7 +100,7 @@ def way_out(method: str) -> str:
     return f"{_ORIGINALS}, or {steps} and `model.save_pretrained(..., save_original_format=False)`, and merge that."
 
 
-def _by_tensors(infos: Iterable[TensorInfo]) -> tuple[str, list[str]] | None:
+def made_by(infos: Iterable[TensorInfo]) -> tuple[str, list[str]] | None:
     """Return the name of the format and the tensors it is recognised by; `None` if no quantiser made them."""
     tensors = {info.name: info for info in infos}
     coded = [name for name, info in tensors.items() if not info.is_float]

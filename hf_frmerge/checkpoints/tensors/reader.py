@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.page_cache import Mapping
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
@@ -32,10 +32,12 @@ __all__ = [
     "TensorInfo",
     "open_checkpoint",
     "open_tensors_file",
+    "read_config",
     "read_file",
     "read_json",
     "some",
     "unchanged",
+    "weight_map",
 ]
 
 SINGLE_FILE = "model.safetensors"
@@ -221,7 +223,7 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """Return the parsed `config.json`, empty if there is none."""
-        return read_json(self.folder, "config.json", self.source.spec)
+        return read_config(self.folder, self.source.spec)
 
     def close(self) -> None:
         """Close open files. Arrays from `read` stay valid."""
@@ -283,10 +285,9 @@ def open_checkpoint(source: Source) -> Checkpoint:
             raise CheckpointError(
                 f"{spec!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Pass a folder that `save_pretrained` wrote."
             )
-        weight_map = _weight_map(folder, spec)
-        shards = sorted(set(weight_map.values()))
+        placed = weight_map(folder, spec)
+        shards = sorted(set(placed.values()))
         for shard in shards:
-            _refuse_outside(shard, spec)
             if not folder.exists(shard):
                 raise CheckpointError(
                     f"{spec!r}: {INDEX_FILE} names the shard {shard!r}, which is not in the folder "
@@ -295,7 +296,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
         checkpoint = _open_files(source, folder, shards)
     except OSError as error:
         raise CheckpointError(f"{spec!r} could not be opened: {_reason(error)}.") from error
-    _check_index(checkpoint, weight_map)
+    _check_index(checkpoint, placed)
     return _checked(checkpoint)
 
 
@@ -331,12 +332,43 @@ def read_json(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> dict[
     except OSError as error:
         raise CheckpointError(f"{spec!r}: {name} could not be read: {_reason(error)}.") from error
     try:
-        parsed = json.loads(read_file(folder, name, spec))
+        parsed = parse_json(read_file(folder, name, spec))
     except ValueError as error:
         raise CheckpointError(f"{spec!r}: {name} is not valid JSON: {error}.") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{spec!r}: {name} must hold a JSON object, found a {type(parsed).__name__}.")
     return parsed
+
+
+def read_config(folder: LocalFolder | RemoteFolder, spec: str) -> dict[str, Any]:
+    """Read `config.json`, empty if there is none; the class and the type of the model, if it has any, are names."""
+    config = read_json(folder, CONFIG_FILES["full"], spec)
+    names = config.get("architectures") or []
+    model_type = config.get("model_type") or ""
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in [*names, model_type])):
+        raise CheckpointError(
+            f"{spec!r}: config.json has architectures {_short(names)} and model_type {_short(model_type)}, expected a "
+            "list of class names, and a name. Download the file again."
+        )
+    return config
+
+
+def weight_map(folder: LocalFolder | RemoteFolder, spec: str) -> dict[str, str]:
+    """
+    Read from the index of a sharded checkpoint which file every tensor is in.
+
+    Raises:
+        CheckpointError: If it does not say, or names what is not a file of the folder itself.
+    """
+    placed = read_json(folder, INDEX_FILE, spec).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{spec!r}: {INDEX_FILE} has no `weight_map` from tensor names to shards.")
+    wrong = [name for name, file in placed.items() if not isinstance(file, str)]
+    if wrong:
+        raise CheckpointError(f"{spec!r}: {INDEX_FILE} maps {some(wrong)} to something that is not a file name.")
+    for file in set(placed.values()):
+        _refuse_outside(file, spec)
+    return placed
 
 
 def some(items: Iterable[object], limit: int = 3) -> str:
@@ -398,16 +430,6 @@ def _refuse_empty(checkpoint: Checkpoint) -> None:
         )
 
 
-def _weight_map(folder: LocalFolder | RemoteFolder, spec: str) -> dict[str, str]:
-    weight_map = read_json(folder, INDEX_FILE, spec).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{spec!r}: {INDEX_FILE} has no `weight_map` from tensor names to shards.")
-    wrong = [name for name, file in weight_map.items() if not isinstance(file, str)]
-    if wrong:
-        raise CheckpointError(f"{spec!r}: {INDEX_FILE} maps {some(wrong)} to something that is not a file name.")
-    return weight_map
-
-
 def _refuse_outside(file: str, spec: str) -> None:
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or path.name != file:
@@ -435,6 +457,11 @@ def _check_index(checkpoint: Checkpoint, weight_map: dict[str, str]) -> None:
             f"{spec!r}: the shards hold {len(unlisted)} tensors that {INDEX_FILE} does not list: {some(unlisted)}. "
             "The index belongs to other shards; download the folder again."
         )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _reason(error: OSError) -> str:

@@ -10,8 +10,8 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +45,9 @@ _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?
 # syncing 1 GB took 40 % less time than leaving everything to fsync.
 _WRITEBACK_BYTES = 32 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # <fcntl.h>: start writing dirty pages, do not wait
+
+# Shards whose files stay open. A process may have 1024 files open, and 1000 shards are not unheard of.
+_KEPT_OPEN = 64
 
 # Errors of posix_fallocate if the file system cannot reserve blocks and the C library does not emulate it.
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)
@@ -80,6 +83,7 @@ class CheckpointWriter:
         self.staging = Path(staging) if staging is not None else self.output_dir / STAGING
         self.shards = tuple(range(len(layout.shards))) if shards is None else tuple(shards)
         self._fds: dict[int, int] = {}
+        self._inodes: dict[int, tuple[int, int]] = {}
         self._dirty: dict[int, int] = {}
 
     def create(self) -> None:
@@ -118,23 +122,26 @@ class CheckpointWriter:
         view = memoryview(np.frombuffer(data, np.uint8).data if len(data) else b"")
         shard, start = self._locate(name, offset, offset + len(view))
         try:
-            write_all(self._fds[shard], view, start)
+            with self._opened(shard) as fd:
+                write_all(fd, view, start)
+                self._start_writeback(shard, fd, len(view))
         except OSError as error:
             raise self._failure(error, shard, len(view)) from error
-        self._start_writeback(shard, len(view))
 
     def read_back(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Read bytes `[start, stop)` of a tensor from the unfinished file; a copy, 1-D. Thread-safe."""
         shard, position = self._locate(name, start, stop)
         out = np.empty(stop - start, np.uint8)
         view = out.data
-        while view:
-            with disk_errors(self._staged(shard), "read back"):
-                count = os.preadv(self._fds[shard], [view], position)
-            if count == 0:
-                raise MergeError(f"{self._staged(shard)} was cut short by another program. Start the merge afresh.")
-            position += count
-            view = view[count:]
+        with disk_errors(self._staged(shard), "read back"), self._opened(shard) as fd:
+            while view:
+                count = os.preadv(fd, [view], position)
+                if count == 0:
+                    raise MergeError(
+                        f"{self._staged(shard)} was cut short by another program. Start the merge afresh."
+                    )
+                position += count
+                view = view[count:]
         return out
 
     def finish(self) -> None:
@@ -145,10 +152,12 @@ class CheckpointWriter:
     def sync(self) -> None:
         """Force this process's shards to disk and close them."""
         try:
-            for index in list(self._fds):
+            for index in list(self._inodes):
                 try:
-                    os.fsync(self._fds[index])
-                    os.close(self._fds.pop(index))
+                    with self._opened(index) as fd:
+                        os.fsync(fd)
+                    if index in self._fds:
+                        os.close(self._fds.pop(index))
                 except OSError as error:
                     raise self._failure(error, index, 0) from error
         finally:
@@ -176,6 +185,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Close the files without finishing them; they stay for a resume, which checks their contents by digest."""
+        self._inodes.clear()
         while self._fds:
             with suppress(OSError):
                 os.close(self._fds.popitem()[1])
@@ -206,14 +216,38 @@ class CheckpointWriter:
             if error.errno in FULL_DISK:
                 raise _no_space(self.output_dir, missing, free) from error
             raise MergeError(f"{path} could not be created: {error.strerror}.") from error
-        self._fds[index] = fd
+        self._keep(index, fd)
 
-    def _start_writeback(self, index: int, written: int) -> None:
+    def _keep(self, index: int, fd: int) -> None:
+        """Take over the descriptor of a shard: kept open for the first shards, closed for the others."""
+        status = os.fstat(fd)
+        self._inodes[index] = status.st_dev, status.st_ino
+        if len(self._fds) < _KEPT_OPEN:
+            self._fds[index] = fd
+        else:
+            os.close(fd)
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[int]:
+        """Yield a descriptor of a shard, opened for this use if it is not kept."""
+        if index in self._fds:
+            yield self._fds[index]
+            return
+        fd = os.open(self._staged(index), os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) != self._inodes[index]:
+                raise OSError(errno.ESTALE, "another program replaced it")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _start_writeback(self, index: int, fd: int, written: int) -> None:
         # Not locked: threads may overwrite each other's counts, which only shifts the start of the writeback.
         self._dirty[index] = self._dirty.get(index, 0) + written
         if self._dirty[index] >= _WRITEBACK_BYTES:
             self._dirty[index] = 0
-            start_writeback(self._fds[index])
+            start_writeback(fd)
 
     def _adopt(self, index: int) -> bool:
         """Open a shard that an earlier run left, if it can be continued; return whether it was."""
@@ -226,7 +260,7 @@ class CheckpointWriter:
                 # folder does not look finished.
                 rename(final, staged)
         if fd is not None:
-            self._fds[index] = fd
+            self._keep(index, fd)
         return fd is not None
 
     def _open_earlier(self, path: Path, index: int) -> int | None:

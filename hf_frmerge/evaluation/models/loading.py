@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.tensors.reader import read_config
 from hf_frmerge.errors import ArgumentError
 
 
@@ -84,6 +84,6 @@ def model_class_of(path: str) -> Any:
     """Return the transformers class in the configuration of a model, or the auto class for causal models."""
     import transformers
 
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    config = read_config(LocalFolder(path), path)
     name = (config.get("architectures") or [""])[0]
     return getattr(transformers, name, transformers.AutoModelForCausalLM)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.checkpoints.tensors.reader import read_config, read_json
+from hf_frmerge.errors import CheckpointError
 from hf_frmerge.evaluation.models.loading import ModelLoader
 
 if TYPE_CHECKING:
@@ -27,13 +29,15 @@ def whole_model(output_dir: str, base_model: str | None = None, token: str | Non
             Token for the Hub.
 
     Raises:
-        CheckpointError: If the base cannot be found.
+        CheckpointError: If the base is not named or cannot be found.
     """
     config = Path(output_dir) / "adapter_config.json"
     if not config.is_file():
         return output_dir
     # The caller's base first: the configuration may name a folder of the machine the adapter was trained on.
-    base = base_model or json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = base_model or read_json(LocalFolder(output_dir), config.name, output_dir).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise CheckpointError(f"{config} names no base model. Say which it is (--base-model, base_model).")
     return resolve(base, token=token).path
 
 
@@ -48,7 +52,7 @@ def tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
 
 def architecture_of(folder: str) -> str:
     """Return the class name in the configuration of a whole model, such as `"LlamaForCausalLM"`; empty without one."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_config(LocalFolder(folder), folder)
     return (config.get("architectures") or [""])[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from hf_frmerge.checkpoints.disk import remove_file
+from hf_frmerge.checkpoints.local_folder import LocalFolder
+from hf_frmerge.checkpoints.tensors.reader import read_json
 from hf_frmerge.hub.card.card import write_card
 from hf_frmerge.hub.card.data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.card.licences import SourceMetadata, read_source_metadata
@@ -156,11 +157,8 @@ def _is_current(page: Path) -> bool:
 
 def _base_of_adapter(folder: Path) -> str | None:
     """Return the Hub id an adapter names as its base; `None` for a full model or if it may be a local folder."""
-    config = folder / "adapter_config.json"
-    if not config.is_file():
-        return None
-    name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return name if name and is_public_base(folder, name) else None
+    name = read_json(LocalFolder(str(folder)), "adapter_config.json", str(folder)).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name and is_public_base(folder, name) else None
 
 
 def _non_default(arguments: dict[str, Any]) -> dict[str, object]:

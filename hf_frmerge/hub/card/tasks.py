@@ -6,11 +6,13 @@ of architectures would always be out of date. If the convention does not decide,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_frmerge.checkpoints.local_folder import LocalFolder
+from hf_frmerge.checkpoints.tensors.reader import read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,9 @@ def read_task(folder: Path | str) -> Task:
     folder = Path(folder)
     adapter_config = folder / "adapter_config.json"
     if adapter_config.is_file():
-        task_type = json.loads(adapter_config.read_text(encoding="utf-8")).get("task_type")
+        task_type = read_json(LocalFolder(str(folder)), adapter_config.name, str(folder)).get("task_type")
         task = _BY_ADAPTER_TASK.get(str(task_type), Task())
         return Task(task.pipeline_tag, task.auto_class, "peft", task.tags)
     if (folder / "modules.json").is_file():
         return Task("sentence-similarity", "SentenceTransformer", "sentence-transformers", ("feature-extraction",))
-    config = folder / "config.json"
-    return task_of_config(json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else Task()
+    return task_of_config(read_config(LocalFolder(str(folder)), str(folder)))

@@ -8,9 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
 from hf_frmerge.merging.arguments.values import did_you_mean
+
+_MOST_BYTES = 100_000  # of a configuration file; YAML of megabytes takes minutes to parse
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -28,18 +31,18 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ArgumentError(f"The configuration file {str(file)!r} does not exist.")
-    text = file.read_text(encoding="utf-8")
+    content = _read(file)
     if file.suffix == ".json":
         try:
-            config = json.loads(text)
-        except json.JSONDecodeError as error:
+            config = parse_json(content)
+        except ValueError as error:
             raise ArgumentError(f"The configuration file {str(file)!r} is not valid JSON: {error}.") from error
     elif file.suffix in (".yaml", ".yml"):
         import yaml
 
         try:
-            config = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            config = yaml.safe_load(content.decode())
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such date
             raise ArgumentError(f"The configuration file {str(file)!r} is not valid YAML{_place(error)}.") from error
     else:
         raise ArgumentError(f"A configuration file ends in .yaml, .yml or .json, but got {str(file)!r}.")
@@ -67,6 +70,19 @@ def _place(error: Exception) -> str:
         return f": {error}"
     mark = error.problem_mark
     return f" at line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+def _read(file: Path) -> bytes:
+    try:
+        content = file.open("rb").read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ArgumentError(f"The configuration file {str(file)!r} could not be read: {error.strerror}.") from error
+    if len(content) > _MOST_BYTES:
+        raise ArgumentError(
+            f"The configuration file {str(file)!r} has more than {_MOST_BYTES} bytes, which is more than all options "
+            "take. Pass a file of options."
+        )
+    return content
 
 
 def _translated(config: dict[str, Any], known: list[str]) -> str:

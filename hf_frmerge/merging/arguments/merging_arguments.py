@@ -43,7 +43,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: v >= 0, "at least 0"),
     "tol": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
-    "num_workers": (lambda v: v >= 1, "at least 1"),
+    "num_workers": (lambda v: 1 <= v <= 1024, "from 1 to 1024"),
     "num_calibration_samples": (lambda v: v >= 1, "at least 1"),
     "max_calibration_length": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
     "calibration_batch_size": (lambda v: v >= 1, "at least 1"),
@@ -389,7 +389,7 @@ class MergingArguments:
 
     def __post_init__(self) -> None:
         if self.report_to is None or isinstance(self.report_to, (list, tuple)):  # TrainingArguments takes both
-            self.report_to = ",".join(self.report_to or ["none"])
+            self.report_to = ",".join(map(str, self.report_to or ["none"]))
         if isinstance(self.eval_device_map, dict):  # from_pretrained takes a dict
             self.eval_device_map = json.dumps(self.eval_device_map)
         for name, hint in get_type_hints(type(self)).items():

@@ -132,7 +132,10 @@ def validate_weights(weights: Iterable[float] | None, n_experts: int) -> list[fl
 def _as_float(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
         raise TypeError
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer above the range of float64
+        raise ValueError from None
 
 
 def _as_int(value: object) -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.errors import MergeError
+from hf_frmerge.errors import ArgumentError, MergeError
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -27,6 +27,23 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _world_size() -> int:
+    """
+    Return the number of processes that a launcher has started.
+
+    Raises:
+        ArgumentError: If `WORLD_SIZE` was set by something else: the process would wait for others for ever.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if not size.isdecimal() or (int(size) > 1 and lacking):
+        raise ArgumentError(
+            f"WORLD_SIZE={size!r} is set in the environment, which a launcher does together with RANK, MASTER_ADDR "
+            "and MASTER_PORT. Unset it, or start the merge with `torchrun` or `accelerate launch`."
+        )
+    return int(size)
+
+
 class Processes:
     """
     Rank of this process among those of a merge, and the exchange between them.
@@ -38,7 +55,7 @@ class Processes:
         self.rank = 0
         self.size = 1
         self._others_listen = True  # whether the other processes still take part in exchanges
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _world_size() > 1:
             from accelerate import PartialState
 
             state = PartialState(cpu=True, timeout=_PATIENCE)

@@ -80,10 +80,13 @@ def solve(
     if wild_T.any():
         raise squares_leave_float64(tensors[int(np.argmax(wild_T))], "its experts")
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # checked for below
-        result = METHODS[method].solver()(points_TBNK, weights_T1N, options)
-        if numbers is not None and any(numbers) and METHODS[method].is_directional:
+        plain_T = np.array(numbers if numbers is not None and METHODS[method].is_directional else [False])
+        # Not solved where it is not wanted: on single numbers an iteration takes all the steps it may.
+        solver = METHODS["linear" if plain_T.all() else method].solver()
+        result = solver(points_TBNK, weights_T1N, options)
+        if plain_T.any() and not plain_T.all():
             plain = METHODS["linear"].solver()(points_TBNK, weights_T1N, options)
-            result = _choose(np.array(numbers), plain, result)
+            result = _choose(plain_T, plain, result)
     ambiguous_T = result.ambiguous.any(axis=1)
     if ambiguous_T.any() and options.on_ambiguous == "raise":
         first = int(np.argmax(ambiguous_T))
@@ -205,7 +208,9 @@ def _ambiguity(
     points_BNK: NDArray[np.float64], ambiguous_B: NDArray[np.bool_], tensor: str, experts: Sequence[str]
 ) -> str:
     """Return a message that names the two experts that are farthest apart in the first ambiguous block."""
-    angles = pairwise_angles(points_BNK[int(np.flatnonzero(ambiguous_B)[0])])
+    points_NK = points_BNK[int(np.flatnonzero(ambiguous_B)[0])]
+    directed_N = norms(points_NK) > 0  # a zero expert has no angle to another
+    angles = np.where(directed_N[:, None] & directed_N, pairwise_angles(points_NK), 0.0)
     i, j = np.unravel_index(int(np.argmax(angles)), angles.shape)
     return (
         f"The experts balance out in {tensor!r}: {experts[int(i)]!r} and {experts[int(j)]!r} are {angles[i, j]:.4f} "

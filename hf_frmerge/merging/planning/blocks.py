@@ -65,18 +65,20 @@ def head_dim_of(config: dict[str, Any]) -> int:
         ArgumentError: If the config does not say.
     """
     # Vision-language models keep the settings of the language model in `text_config`.
-    config = {**config, **config.get("text_config", {})}
+    inner = config.get("text_config")
+    config = {**config, **(inner if isinstance(inner, dict) else {})}
+    numbers = {key: value for key, value in config.items() if type(value) is int and value > 0}
     for key in ("head_dim", "d_kv"):
-        if config.get(key):
-            return int(config[key])
+        if key in numbers:
+            return numbers[key]
     for width, heads in (
         ("hidden_size", "num_attention_heads"),
         ("n_embd", "n_head"),
         ("dim", "n_heads"),
         ("d_model", "encoder_attention_heads"),
     ):
-        if config.get(width) and config.get(heads):
-            return int(config[width]) // int(config[heads])
+        if numbers.get(width, 0) >= numbers.get(heads, math.inf):
+            return numbers[width] // numbers[heads]
     raise ArgumentError(
         'block="head" needs the width of an attention head, and config.json names neither head_dim nor the hidden '
         'size and the number of heads. Use block="row" or block="tensor".'

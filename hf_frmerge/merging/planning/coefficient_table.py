@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,9 @@ import numpy as np
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.json_text import parse_json
+from hf_frmerge.checkpoints.tensors.floats import widen
+from hf_frmerge.checkpoints.tensors.header import read_header
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
 
@@ -52,9 +54,6 @@ def read_coefficients(path: str | Path) -> CoefficientTable:
         CheckpointError: If there is no table, it is damaged, or a tensor in it is not a matrix of floats.
         NonFiniteError: If a coefficient is NaN or infinite.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     where, name = str(path), COEFFICIENTS_FILE
     if where.endswith(".safetensors"):
         where, _, name = where.rpartition("/")
@@ -64,23 +63,30 @@ def read_coefficients(path: str | Path) -> CoefficientTable:
         raise CheckpointError(
             f"There is no table of coefficients {where}. Pass a safetensors file, or the folder of a finished merge."
         )
-    data = folder.read(name)
     try:
-        rows = load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"{where} is damaged: {error}. Merge again.") from error
-    for tensor, row in rows.items():
-        if row.ndim != 2 or row.dtype.kind != "f" or 0 in row.shape:
+        infos, size = read_header(folder, name, where)
+        data = folder.read(name, 0, size)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{where} is damaged: {error} Restore the file, or merge again.") from error
+    rows = {}
+    for info in infos:
+        if len(info.shape) != 2 or not info.is_float or 0 in info.shape:
             raise CheckpointError(
-                f"{where}: {tensor!r} is {row.dtype} of shape {list(row.shape)}, expected floating-point "
+                f"{where}: {info.name!r} is {info.dtype} of shape {list(info.shape)}, expected floating-point "
                 "numbers, blocks down and experts across."
             )
-        if not np.isfinite(row).all():
-            raise NonFiniteError(f"{where}: a coefficient of {tensor!r} is not a finite number. Correct it.")
-    size = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    rows = {tensor: row.astype(np.float64) for tensor, row in rows.items()}
-    return CoefficientTable(str(path), rows, metadata.get("space"), xxh3_128_hexdigest(data))
+        stored = np.frombuffer(data, np.uint8, info.nbytes, info.offset)
+        rows[info.name] = widen(stored, info.dtype).astype(np.float64).reshape(info.shape)
+        if not np.isfinite(rows[info.name]).all():
+            raise NonFiniteError(f"{where}: a coefficient of {info.name!r} is not a finite number. Correct it.")
+    return CoefficientTable(str(path), rows, _space(data), xxh3_128_hexdigest(data))
+
+
+def _space(data: bytes) -> str | None:
+    """Return the space that the metadata of a table names, if any."""
+    metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+    space = metadata.get("space") if isinstance(metadata, dict) else None
+    return space if space in ("weights", "deltas") else None
 
 
 def cut_as_given(steps: Sequence[TensorStep], table: CoefficientTable, n_experts: int) -> list[TensorStep]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.json_text import parse_json
+from hf_frmerge.checkpoints.local_folder import LocalFolder
+from hf_frmerge.checkpoints.tensors.reader import read_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
+from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.merging.record.manifest_entries import Machine, RecordedFile, RecordedModel, RecordedTensor, files_of
 from hf_frmerge.merging.record.summary import MergeReport
 
@@ -129,14 +133,32 @@ class Manifest:
         }
 
 
+@dataclass(frozen=True)
+class LocalSources:
+    """Contents of `LOCAL_SOURCES_FILE`: path and marks of every recorded model, the base last."""
+
+    models: tuple[str | None, ...]
+    marks: tuple[dict[str, str], ...]
+
+
 def local_sources(output_dir: Path, manifest: Manifest) -> tuple[list[str | None], list[dict[str, str]]]:
     """Where the recorded models lie on this machine (`None` if that is not known here), and marks of their files."""
     file = output_dir / LOCAL_SOURCES_FILE
     if not file.exists():
         n_models = len(manifest.models)
         return [None] * n_models, [{} for _ in range(n_models)]
-    known = json.loads(file.read_text(encoding="utf-8"))
-    return known["models"], known["marks"]
+    try:
+        known = parse_json(read_file(LocalFolder(str(output_dir)), LOCAL_SOURCES_FILE, str(output_dir)))
+        sources = LocalSources(tuple(known["models"]), tuple(known["marks"]))
+        check_types(sources)
+        if not len(sources.models) == len(sources.marks) == len(manifest.models):
+            raise ValueError(f"it is about {len(sources.models)} models, the merge had {len(manifest.models)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is not what a merge writes ({type(error).__name__}: {error}). Remove it, and say where the "
+            "models are with --experts and --base-model."
+        ) from error
+    return list(sources.models), list(sources.marks)
 
 
 def read_manifest(output_dir: Path | str) -> Manifest:
@@ -148,12 +170,34 @@ def read_manifest(output_dir: Path | str) -> Manifest:
     """
     values = read_values(output_dir)
     try:
-        return Manifest.from_dict(values)
+        manifest = Manifest.from_dict(values)
+        check_types(manifest)
+        _check_sense(manifest)
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # something is missing, or not of its type
         raise CheckpointError(
             f"{output_dir}/{MANIFEST_FILE} is not what a merge writes ({type(error).__name__}: {error}). Restore the "
             "file, or merge again."
         ) from error
+    return manifest
+
+
+def _check_sense(manifest: Manifest) -> None:
+    """Raise `ValueError` if the parts of a record do not fit together, or it names files outside of their folders."""
+    n_experts = len(manifest.experts)
+    if n_experts == 0 or len(manifest.weights) not in (0, n_experts):
+        raise ValueError(f"{n_experts} experts with {len(manifest.weights)} weights")
+    for option in ("block", "norm"):
+        if not isinstance(manifest.arguments[option], str):
+            raise ValueError(f"the argument {option} is {manifest.arguments[option]!r}")
+    for name in [*manifest.files, *(name for model in manifest.models for name in model.files)]:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name or not path.parts:
+            raise ValueError(f"{name!r} is not the name of a file in its folder")
+    for name, tensor in manifest.tensors.items():
+        geometry = tensor.geometry
+        pairs = n_experts * (n_experts - 1) // 2
+        if geometry and (len(geometry.norms) != n_experts or len(geometry.pair_angles) not in (0, pairs)):
+            raise ValueError(f"the geometry of {name!r} is not of {n_experts} experts")
 
 
 def read_values(output_dir: Path | str) -> dict[str, Any]:
@@ -164,7 +208,7 @@ def read_values(output_dir: Path | str) -> dict[str, Any]:
             f"{output_dir} has no {MANIFEST_FILE}. Expected a folder that `frmerge merge` wrote, complete."
         )
     try:
-        values: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
+        values: dict[str, Any] = parse_json(read_file(folder, MANIFEST_FILE, str(output_dir)), finite=True)
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}. Merge again.") from error
     version = values.get("format_version") if isinstance(values, dict) else None

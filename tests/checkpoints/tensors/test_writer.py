@@ -395,3 +395,26 @@ def test_file_size_limit_is_an_error_that_keeps_the_rest(tmp_path, tensors):
     assert caught.value.__cause__.errno == errno.EFBIG
     assert len(list((tmp_path / STAGING).iterdir())) == 4
     writer.close()
+
+
+def test_a_thousand_shards_take_few_open_files(tmp_path):
+    tensors = {f"w{index}": torch.full((4,), float(index)) for index in range(1000)}
+    before = len(os.listdir("/proc/self/fd"))
+    writer = write(tensors, tmp_path, 16)
+    assert len(os.listdir("/proc/self/fd")) - before < 100
+    assert bytes(writer.read_back("w999", 4, 8)) == raw(tensors["w999"])[4:8].tobytes()
+    writer.finish()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert torch.equal(load_file(tmp_path / "model-01000-of-01000.safetensors")["w999"], tensors["w999"])
+
+
+def test_a_shard_that_was_replaced_while_it_was_closed_is_not_written_to(tmp_path):
+    tensors = {f"w{index}": torch.ones(4) for index in range(100)}
+    writer = write(tensors, tmp_path, 16)
+    staged = writer._staged(99)
+    (tmp_path / "theirs").write_bytes(bytes(writer.layout.shards[99].size))  # before the inode of the other is free
+    staged.unlink()
+    os.link(tmp_path / "theirs", staged)
+    with pytest.raises(MergeError, match="another program replaced it"):
+        writer.write("w99", 0, raw(tensors["w99"]))
+    assert not any((tmp_path / "theirs").read_bytes())

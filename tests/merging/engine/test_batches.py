@@ -92,3 +92,14 @@ def test_the_ambiguous_tensor_of_a_batch_is_named() -> None:
             tensors=["first", "second"],
             experts=["org/a", "org/b"],
         )
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_zero_expert_is_not_named_as_one_that_balances_out(zero: int) -> None:
+    """Three experts 120 degrees apart cancel; the fourth has no direction, and no part in it."""
+    directions = [(1.0, 0.0), (-0.5, 0.75**0.5), (-0.5, -(0.75**0.5))]
+    directions.insert(zero, (0.0, 0.0))
+    names = ["org/a", "org/b", "org/c", "org/d"]
+    with pytest.raises(AmbiguousMeanError, match=r"are 2\.0944 rad apart") as error:
+        solve(np.array([[directions]]), [[0.25] * 4], "karcher", SpanOptions(), tensors=["w"], experts=names)
+    assert names[zero] not in str(error.value)

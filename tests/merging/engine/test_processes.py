@@ -16,8 +16,9 @@ from hub_server import HubServer
 from merge_reference import SHAPES, random_model, write_model
 from process_scenarios import BLOCKS, SKIPPED, merge, merge_all, merge_and_listen
 
-from hf_frmerge.errors import ResumeError
+from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.engine.engine import StepObserver, StepOutcome
+from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 
 SCRIPT = Path(__file__).parents[2] / "process_scenarios.py"
@@ -138,3 +139,14 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, hub: HubServer, lau
     with pytest.raises(ResumeError, match="is complete"):
         merge(tmp_path, out, block=killed, resume_from_checkpoint=True)
     assert COEFFICIENTS_FILE in contents(out)
+
+
+@pytest.mark.parametrize("size", ["2", "x", ""])
+def test_a_world_size_that_no_launcher_set_is_refused(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ArgumentError, match=f"WORLD_SIZE='{size}' is set"):
+        Processes()
+    monkeypatch.delenv("WORLD_SIZE")  # the advice
+    assert Processes().size == 1

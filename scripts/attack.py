@@ -1,0 +1,83 @@
+"""
+Attack the commands with damaged files, failing calls to the system, kills and concurrent merges, and print what held.
+
+    python scripts/attack.py --files 10000 --faults 1000 --kills 200 --pairs 100 --seed 0
+
+Everything happens in a temporary folder; the attacks themselves, and what counts as a failure, are in `tests/attacks`.
+Some of what failed is kept there, and the folder with it. The exit code is 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from attacks.disturbances import Tally, attack_with_another, attack_with_fault, attack_with_kill, random_fault
+from attacks.files import TARGETS, FileAttack
+from attacks.site import build_site
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=1000, help="damaged files")
+    parser.add_argument("--faults", type=int, default=200, help="calls to the system that fail")
+    parser.add_argument("--kills", type=int, default=50, help="merges killed")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs of merges into one folder")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="most seconds for each kind of attack")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all choices")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    root = Path(tempfile.mkdtemp(prefix="frmerge-attack-"))
+    site = build_site(root)
+    attack_file = FileAttack(site)
+    names, targets = list(site.merges), list(TARGETS)
+    attacks: list[tuple[str, int, Callable[[int, Tally], None]]] = [
+        (
+            "damaged files",
+            options.files,
+            lambda number, tally: attack_file(targets[number % len(targets)], rng, tally),
+        ),
+        (
+            "faults",
+            options.faults,
+            lambda number, tally: attack_with_fault(site, names[number % len(names)], random_fault(rng), tally),
+        ),
+        (
+            "kills",
+            options.kills,
+            lambda number, tally: attack_with_kill(site, names[number % len(names)], rng, 0.3, tally),
+        ),
+        ("pairs of merges", options.pairs, lambda _, tally: attack_with_another(site, rng, 0.2, tally)),
+    ]
+    print(f"{'attack':16} {'tried':>7} {'held':>7} {'failed':>7}  seen")
+    failures = []
+    for kind, number, attack in attacks:
+        tally, end = Tally(), time.monotonic() + options.seconds
+        for index in range(number):
+            if time.monotonic() > end:
+                break
+            attack(index, tally)
+        seen = ", ".join(f"{count} {what}" for what, count in tally.seen.most_common())
+        print(f"{kind:16} {tally.tried:7} {tally.held:7} {tally.tried - tally.held:7}  {seen}", flush=True)
+        failures += tally.failures
+    for failure in failures[:50]:
+        print(failure)
+    if not failures:
+        shutil.rmtree(root)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""A few seconds of every attack, with a fixed seed; `scripts/attack.py` runs as many as one wants."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from attacks.disturbances import Tally, attack_with_another, attack_with_fault, attack_with_kill, random_fault
+from attacks.files import TARGETS, FileAttack
+from attacks.site import Site, build_site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return build_site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def file_attack(site: Site) -> FileAttack:
+    return FileAttack(site)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_damaged_files_are_refused_in_a_sentence(file_attack: FileAttack, target: str) -> None:
+    tally, rng = Tally(), random.Random(f"files {target}")
+    for _ in range(4):
+        file_attack(target, rng, tally)
+    assert not tally.failures
+
+
+@pytest.mark.parametrize("merge", ["full", "sparse", "adapters"])
+def test_faults_of_the_system_never_end_in_wrong_bits(site: Site, merge: str) -> None:
+    tally, rng = Tally(), random.Random(f"faults {merge}")
+    for _ in range(12):
+        attack_with_fault(site, merge, random_fault(rng), tally)
+    assert not tally.failures
+
+
+@pytest.mark.parametrize("merge", ["full", "adapters"])
+def test_merges_killed_at_any_moment_are_resumed_to_the_same_bits(site: Site, merge: str) -> None:
+    tally, rng = Tally(), random.Random(f"kills {merge}")
+    for _ in range(5):
+        attack_with_kill(site, merge, rng, 0.1, tally)
+    assert not tally.failures
+
+
+def test_of_two_merges_in_a_folder_one_is_refused(site: Site) -> None:
+    tally, rng = Tally(), random.Random("two merges")
+    for _ in range(5):
+        attack_with_another(site, rng, 0.05, tally)
+    assert not tally.failures
