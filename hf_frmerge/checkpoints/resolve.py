@@ -86,8 +86,9 @@ def _plus_hint(spec: str) -> str:
     base, plus, adapter = spec.partition("+")
     if not (base and plus and adapter):
         return ""
+    fold = f"frmerge merge {quote(adapter)} --base-model {quote(base)} --output-dir folded"
     return (
         f" To merge an adapter of {base!r} with others of it, pass {adapter!r} as the expert and {base!r} as "
-        f"base_model (--base-model). To merge the two as one model, fold the adapter in first (`frmerge merge {quote(adapter)} "
-        f"--base-model {quote(base)} --output-dir folded`), and pass 'folded'."
+        f"base_model (--base-model). To merge the two as one model, fold the adapter in first (`{fold}`), and pass "
+        "'folded'."
     )
