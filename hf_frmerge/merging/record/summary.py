@@ -226,7 +226,7 @@ def zero_notes(plan: MergePlan, outcomes: Sequence[StepOutcome]) -> list[str]:
 def base_notes(plan: MergePlan, outcomes: Sequence[StepOutcome]) -> list[str]:
     """Say where a method that shortens what the experts disagree about left nothing of what they learned."""
     method = METHODS[plan.args.method]
-    if plan.space != "deltas" or method.is_directional or "scale" in method.options:
+    if plan.space != "deltas" or method.is_directional or plan.args.scale == 0:
         return []
     measured = [(outcome.step.name, outcome.geometry) for outcome in outcomes if outcome.geometry is not None]
     kept = [name for name, geometry in measured if geometry.norm_ratio == 0 and any(geometry.norms)]
