@@ -235,7 +235,7 @@ def test_unknown_methods_and_blocks_are_named_not_explained():
 def test_pipes_and_line_breaks_do_not_break_tables():
     sources = [CardSource("a|b\nc", weight=1.0, metadata=SourceMetadata("mit|x"))]
     text = render_card(MergeCard("m", "full", sources))
-    assert r"| `a\|b c` (a local folder) | 1 |" in text
+    assert r"| `a\|b⏎c` (a local folder) | 1 |" in text
 
 
 def test_settings_of_the_card_are_those_that_make_the_model():
