@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.callbacks.collapse_guard import CollapseGuardCallback
     from hf_frmerge.merging.callbacks.progress import ProgressCallback
     from hf_frmerge.merging.callbacks.state import MergeState
+    from hf_frmerge.training.merge_checkpoints import MergeCheckpointsCallback
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _PUBLIC = {
     "ProgressCallback": "hf_frmerge.merging.callbacks.progress",
     "MergeComparison": "hf_frmerge.comparison.comparison",
     "PrinterCallback": "hf_frmerge.merging.callbacks.callback",
+    "MergeCheckpointsCallback": "hf_frmerge.training.merge_checkpoints",
     "CollapseGuardCallback": "hf_frmerge.merging.callbacks.collapse_guard",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "ExpertArguments",
     "FisherRaoMerger",
     "MergeCallback",
+    "MergeCheckpointsCallback",
     "MergeComparison",
     "MergeControl",
     "MergeState",

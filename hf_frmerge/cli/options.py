@@ -72,7 +72,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 _FLAGS = {"resume_from_checkpoint": "--resume/--no-resume", "output_dir": "--output-dir"}
 _METAVARS = {
-    "weights": "W,W,...",
+    "weights": "W,W,...|NAME",
     "output_dir": "DIR",
     "base_model": "MODEL",
     "weight_rules": "RULE",

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.calibration import parse_calibration
+from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
 from hf_frmerge.merging.arguments.tensor_rules import check_rules
 from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
 from hf_frmerge.methods.table import METHODS
@@ -66,6 +67,11 @@ def _methods_with(option: str) -> str:
     return ", ".join(method.name for method in METHODS.values() if option in method.options)
 
 
+def _subtracting() -> str:
+    """Return the names of the methods for which weights may be negative, for a help text."""
+    return ", ".join(method.name for method in METHODS.values() if method.subtracts)
+
+
 def _densities() -> str:
     """Return the defaults of the methods that have one, for a help text."""
     return ", ".join(f"{method.density:g} for {method.name}" for method in METHODS.values() if method.density)
@@ -85,9 +91,15 @@ class ExpertArguments:
             "LoRA adapters. One adapter is folded into its base model."
         )
     )
+    # Or a name, which is text: `HfArgumentParser` takes one type for a field.
     weights: list[float] | None = field(
         default=None,
-        metadata=_describe("One non-negative number per expert; they are divided by their sum. Default: all alike."),
+        metadata=_describe(
+            "One number per expert; they are divided by their sum. Default: all alike. Negative ones subtract, with "
+            f"{_subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the checkpoints of a training "
+            "run by their steps, as such a decay of its learning rate would; nan weighs experts by the inverse norm "
+            "of what they learned."
+        ),
     )
     base_model: str | None = field(
         default=None,
@@ -107,11 +119,16 @@ class ExpertArguments:
     def __post_init__(self) -> None:
         if isinstance(self.calibration, Mapping):  # as a configuration file may have it
             self.calibration = [f"{expert}={file}" for expert, file in self.calibration.items()]
+        named: object = self.weights
         for name, hint in get_type_hints(type(self)).items():
-            setattr(self, name, coerce(name, self.__dict__[name], hint))
+            if name != "weights" or not is_name(named):
+                setattr(self, name, coerce(name, self.__dict__[name], hint))
         if not self.experts:
             raise ArgumentError("A merge needs at least two experts, but `experts` lists none.")
-        validate_weights(self.weights, len(self.experts))
+        if isinstance(named, str) and is_name(named):
+            parse_name(named)
+        else:
+            validate_weights(self.weights, len(self.experts))
         _ = self.calibration_dataset
 
     @property

@@ -68,7 +68,7 @@ def build_plan(
         experts: Two or more folders or Hub ids, full checkpoints or adapters; or one adapter, to be folded into its
             base.
         args: Options.
-        weights: One non-negative number per expert; equal by default.
+        weights: One number per expert; equal by default. Negative ones are for methods that subtract.
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
         download: Download models from the Hub, unless `args.stream_from_hub`. Not needed to only show a plan.
         check: Called with the plan before anything is downloaded; may raise.
@@ -79,7 +79,7 @@ def build_plan(
     """
     if len(experts) < 1:
         raise ArgumentError("A merge needs at least two experts, got 0. Name two or more models.")
-    alphas = validate_weights(weights, len(experts))
+    alphas = validate_weights(weights, len(experts), args.method)
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
     sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
     plan = _plan(sources, args, alphas, base_model is not None)
@@ -347,7 +347,7 @@ def _weights_for(
     args: MergingArguments, weights: list[float], names: list[str]
 ) -> tuple[dict[str, tuple[float, ...]], list[str]]:
     """Return the weights of every tensor, and a note for each rule that decides none."""
-    schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(weights))
+    schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(weights), args.method)
     notes = [f"Weight rule {rule!r} decides no tensor's weights." for rule in schedule.unused_rules(names)]
     # An encoder and a decoder may have different depths: a gradient runs over the stack a tensor belongs to.
     depth: dict[str, int] = {}
