@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 """Share of the merged delta's norm by which two machines may differ; see `provenance.verify`."""
 
 # Singular values below this share of the largest are rounding errors, and their vectors arbitrary.
-_RANK_TOLERANCE = 1e-5
+RANK_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def tsv_m(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralO
     rank = max(1, min(rows, cols) // n_experts)
     parts = []
     for delta_mn, weight in zip(deltas_Nmn, weights_N):
-        left_mr, values_r, right_rn = _svd(delta_mn)
+        left_mr, values_r, right_rn = svd(delta_mn)
         parts.append((left_mr[:, :rank], values_r[:rank] * np.float32(n_experts * weight), right_rn[:rank]))
     directions = _orthogonal(parts)
     if directions is None:
@@ -106,8 +106,8 @@ def iso_c(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralO
     Directions in which the sum is zero, as with low-rank deltas, stay zero and are not counted: their singular vectors
     would be noise.
     """
-    left_mr, values_r, right_rn = _svd(_sum(deltas_Nmn, weights_N))
-    kept = values_r > _RANK_TOLERANCE * values_r[0]
+    left_mr, values_r, right_rn = svd(_sum(deltas_Nmn, weights_N))
+    kept = values_r > RANK_TOLERANCE * values_r[0]
     if not kept.any():
         return np.zeros(deltas_Nmn.shape[1:], np.float32)
     return np.float32(values_r[kept].mean()) * (left_mr[:, kept] @ right_rn[kept])
@@ -122,14 +122,14 @@ def iso_cts(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: Spectra
     low-rank deltas, are left out.
     """
     n_experts = len(deltas_Nmn)
-    left_mr, values_r, right_rn = _svd(_sum(deltas_Nmn, weights_N))
+    left_mr, values_r, right_rn = svd(_sum(deltas_Nmn, weights_N))
     rank = len(values_r)
     each = min(rank // n_experts, round((rank - int(options.density * rank)) / n_experts))
     common = rank - n_experts * each
     parts = [(left_mr[:, :common], values_r[:common], right_rn[:common])]
     for delta_mn, weight in zip(deltas_Nmn, weights_N):
         own_mn = delta_mn - parts[0][0] @ (parts[0][0].T @ delta_mn)
-        left, values, right = _svd(own_mn)
+        left, values, right = svd(own_mn)
         parts.append((left[:, :each], values[:each] * np.float32(n_experts * weight), right[:each]))
     directions = _orthogonal(parts)
     if directions is None:
@@ -181,7 +181,7 @@ def res_merge(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: Spect
     n_experts, rows, cols = deltas_Nmn.shape
     heads, rests = np.empty_like(deltas_Nmn), np.empty_like(deltas_Nmn)
     for delta_mn, head_mn, rest_mn in zip(deltas_Nmn, heads, rests):
-        left_mr, values_r, right_rn = _svd(delta_mn)
+        left_mr, values_r, right_rn = svd(delta_mn)
         head_mn[:] = values_r[0] * np.outer(left_mr[:, 0], right_rn[0])
         rest_mn[:] = delta_mn - head_mn
     weights = weights_N.astype(np.float32)
@@ -227,7 +227,8 @@ def _sum(deltas_Nmn: Matrix, weights_N: NDArray[np.float64]) -> Matrix:
     return total
 
 
-def _svd(matrix_mn: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+def svd(matrix_mn: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """Return left singular vectors, singular values and right singular vectors, the largest first."""
     left, values, right = np.linalg.svd(matrix_mn, full_matrices=False)
     return left, values, right
 
@@ -239,7 +240,7 @@ def _orthogonal(parts: list[tuple[Matrix, Matrix, Matrix]]) -> tuple[Matrix, Mat
     Directions without a value are left out; `None` if no other is left.
     """
     values = np.concatenate([part[1] for part in parts])
-    kept = values > _RANK_TOLERANCE * values.max(initial=0.0)
+    kept = values > RANK_TOLERANCE * values.max(initial=0.0)
     if not kept.any():
         return None
     left = _polar(np.concatenate([part[0] for part in parts], axis=1)[:, kept])
@@ -249,7 +250,7 @@ def _orthogonal(parts: list[tuple[Matrix, Matrix, Matrix]]) -> tuple[Matrix, Mat
 
 def _polar(matrix: Matrix) -> Matrix:
     """Return the nearest matrix with orthonormal columns, or rows if it has fewer of these."""
-    left, _, right = _svd(matrix)
+    left, _, right = svd(matrix)
     nearest: Matrix = left @ right
     return nearest
 

@@ -62,7 +62,7 @@ def soup_weights(named: NamedWeights, experts: Sequence[str]) -> list[float]:
         ArgumentError: If an expert is no checkpoint, or two are of one step.
         CheckpointError: If a `trainer_state.json` is damaged.
     """
-    if named.name == "uniform":
+    if named.name == "uniform" or len(experts) == 1:
         return [1.0 / len(experts)] * len(experts)
     steps = [checkpoint_step(spec) for spec in experts]
     for position, step in enumerate(steps):

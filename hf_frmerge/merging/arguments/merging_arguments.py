@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.calibration import parse_calibration
+from hf_frmerge.merging.arguments.layer_scales import parse_layer_scales
 from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
 from hf_frmerge.merging.arguments.tensor_rules import check_rules
 from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
@@ -21,6 +22,7 @@ SPACES = ("weights", "deltas")
 BLOCKS = ("tensor", "row", "head", "layer", "model")
 NORMS = ("mean", "median", "max")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+POST_STEPS = ("svc",)
 ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
 LOG_LEVELS = {
     "debug": logging.DEBUG,
@@ -41,6 +43,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "agreement": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "min_change": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "descent_steps": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "svc_floor": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "seed": (lambda v: v >= 0, "at least 0"),
     "tol": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
@@ -220,6 +223,25 @@ class MergingArguments:
             "Steps of gradient descent that the closed form stands for; more move further from the sum "
             f"({_methods_with('descent_steps')})."
         ),
+    )
+    layer_scales: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Factors of the merged delta, a:b:c, interpolated from the first layer to the last; tensors that belong "
+            "to no layer keep theirs. With any method, in delta space."
+        ),
+    )
+    post_step: str | None = field(
+        default=None,
+        metadata=_describe(
+            "What is done to every merged matrix of a layer, after any method. svc: directions that several experts "
+            "share are weakened to what one of them has.",
+            POST_STEPS,
+        ),
+    )
+    svc_floor: float = field(
+        default=0.1,
+        metadata=_describe("Least share that svc takes an expert to have in a direction; more weakens more."),
     )
     coefficients: str | None = field(
         default=None,
@@ -491,6 +513,20 @@ class MergingArguments:
                 f"`method={self.method!r}` and `coefficients={self.coefficients!r}` do not go together: a table of "
                 "coefficients takes the place of a method. Give the table alone, or a method without it."
             )
+        if self.post_step is not None and method.is_isotropic:
+            raise ArgumentError(
+                f"`post_step={self.post_step!r}` corrects the directions of a merged matrix, but those of "
+                f"method={self.method!r} are all equally strong and cannot be told apart. Leave it out, or choose "
+                "another method."
+            )
+        if self.layer_scales is not None:
+            parse_layer_scales(self.layer_scales)
+            if self.coefficients is not None or self.block == "model":
+                raise ArgumentError(
+                    "`layer_scales` give every layer a factor, but "
+                    + ("a table of coefficients has its own" if self.coefficients else "block='model' decides once")
+                    + ". Leave them out, or choose a method with block='tensor' or 'layer'."
+                )
         if self.block not in method.blocks:
             raise ArgumentError(
                 f"`method={self.method!r}` takes block={' or '.join(method.blocks)}, but got {self.block!r}."

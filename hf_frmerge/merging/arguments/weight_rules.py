@@ -103,7 +103,7 @@ class WeightSchedule:
                 continue
             # Without a layer index only constant weights apply, and these do not depend on the layer.
             layer = layer_index(tensor_name) or 0
-            weights = [_interpolate(row, layer, n_layers) for row in rule.anchors]
+            weights = [interpolate(row, layer, n_layers) for row in rule.anchors]
             try:
                 return validate_weights(weights, len(weights), self.method)
             except ArgumentError as error:
@@ -118,7 +118,8 @@ class WeightSchedule:
         return [rule.text for i, rule in enumerate(self.rules) if i not in used]
 
 
-def _interpolate(anchors: tuple[float, ...], layer: int, n_layers: int) -> float:
+def interpolate(anchors: tuple[float, ...], layer: int, n_layers: int) -> float:
+    """Return the value at a layer of anchors that are spread evenly from the first layer to the last."""
     if len(anchors) == 1 or n_layers == 1:
         return anchors[0]
     # In integers, so that a layer that lies on an anchor (the first and the last do) gets exactly its value.
