@@ -166,6 +166,12 @@ class FisherRaoMerger(CallbackHost):
             self.push_to_hub()
         return self
 
+    def add_expert(self, expert: str, output_dir: str, method: str | None = None) -> Self:
+        """Merge one more expert into the merged model, which counts as all it has; return the new model's merger."""
+        self._require_merge("add_expert")
+        args = replace(self.args, output_dir=output_dir, method=method or self.args.method)
+        return type(self)([self.args.output_dir, expert], args, "continual", self.base_model).merge()
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:

@@ -36,6 +36,7 @@ MEAN = {
         "min_change",
         "seed",
         "descent_steps",
+        "merged_before",
         "layer_scales",
         "post_step",
         "svc_floor",

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
-from hf_frmerge.merging.arguments.named_weights import NAN, is_name, parse_name
+from hf_frmerge.merging.arguments.named_weights import SHAPES, is_name, parse_name
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.run import run_merge
@@ -53,7 +53,7 @@ class MergeCheckpointsCallback(TrainerCallback):
             raise ArgumentError(
                 f"`last` must be at least 2, the number of checkpoints that are merged, but got {last}."
             )
-        if not is_name(weights) or parse_name(weights).name == NAN:
+        if not is_name(weights) or parse_name(weights).name not in SHAPES:
             raise ArgumentError(
                 f"`weights` of checkpoints that come and go are 'uniform', 'linear', '1-sqrt' or 'ema:DECAY'; got "
                 f"{weights!r}."

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hf_frmerge.merging.arguments.named_weights import NAN, is_name, parse_name
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.named_weights import CONTINUAL, NAN, parse_name
 from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.methods.table import METHODS
 from hf_frmerge.weighting.checkpoint_soup import soup_weights
+from hf_frmerge.weighting.continual import continual_weights, opcm_numbers, read_before
 from hf_frmerge.weighting.norm_aware import delta_norms, norm_aware_weights
 
 if TYPE_CHECKING:
@@ -35,9 +39,11 @@ def plan_merge(
         ArgumentError: If the name is unknown, or the experts do not fit it; and as `build_plan`.
         CheckpointError: As `build_plan`.
     """
-    if not (isinstance(weights, str) and is_name(weights)):
+    named = parse_name(weights) if isinstance(weights, str) else None
+    if METHODS[args.method].is_continual or (named is not None and named.name == CONTINUAL):
+        return _plan_next(experts, args, weights, base_model, download=download, check=check)
+    if named is None:
         return build_plan(experts, args, weights, base_model, download=download, check=check)  # type: ignore[arg-type]
-    named = parse_name(weights)
     measured = named.name == NAN
     numbers = None if measured else soup_weights(named, experts)
     plan = build_plan(experts, args, numbers, base_model, download=download, check=check)
@@ -50,6 +56,36 @@ def plan_merge(
         plan = build_plan(experts, args, norm_aware_weights(norms), base_model, check=check)
         plan.notes = notes  # complete only the first time, before what a download leaves out
     plan.notes.append(f"Weights by {weights!r}: {_listed(plan)}.")
+    return plan
+
+
+def _plan_next(
+    experts: Sequence[str],
+    args: MergingArguments,
+    weights: Sequence[float] | str | None,
+    base_model: str | None,
+    *,
+    download: bool,
+    check: Callable[[MergePlan], None] | None,
+) -> MergePlan:
+    """Plan a merge of a merge with new experts."""
+    is_measured = METHODS[args.method].is_continual
+    if is_measured and (args.scale != 1.0 or weights not in (None, CONTINUAL)):
+        raise ArgumentError(
+            f"method={args.method!r} finds weights and scale itself, from the record of the first expert. Leave both "
+            "out."
+        )
+    before = read_before(experts[0], args.hub_token)
+    args = replace(args, merged_before=before.n_experts)
+    numbers = continual_weights(before, len(experts))
+    plan = build_plan(experts, args, numbers, base_model, download=download, check=check)
+    if is_measured and download:
+        with closing(plan):
+            (numbers, scale), notes = opcm_numbers(plan, before), plan.notes
+        plan = build_plan(experts, replace(args, scale=scale), numbers, base_model, check=check)
+        plan.notes = notes
+    is_merge = f"is a merge of {before.n_experts} experts" if before.method is not None else "is no merge"
+    plan.notes.append(f"{experts[0]!r} {is_merge}; the weights are {_listed(plan)}.")
     return plan
 
 

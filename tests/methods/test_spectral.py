@@ -12,7 +12,7 @@ from hf_frmerge.methods.spectral import RULES, SpectralOptions, memory_bytes
 from hf_frmerge.methods.table import METHODS
 
 Array = NDArray[np.float64]
-SPECTRAL = [method.name for method in METHODS.values() if method.kind == "spectral"]
+SPECTRAL = [method.name for method in METHODS.values() if method.kind == "spectral" and method.n_experts is None]
 
 
 def merge(name: str, deltas: Array, weights: Array | None = None, **options: float) -> Array:

@@ -43,6 +43,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "agreement": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "min_change": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "descent_steps": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "merged_before": (lambda v: v >= 1, "at least 1"),
     "svc_floor": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "seed": (lambda v: v >= 0, "at least 0"),
     "tol": (lambda v: 0 < v < math.inf, "above 0 and finite"),
@@ -101,7 +102,7 @@ class ExpertArguments:
             "One number per expert; they are divided by their sum. Default: all alike. Negative ones subtract, with "
             f"{_subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the checkpoints of a training "
             "run by their steps, as such a decay of its learning rate would; nan weighs experts by the inverse norm "
-            "of what they learned."
+            "of what they learned; continual lets a first expert that is a merge count as often as it has experts."
         ),
     )
     base_model: str | None = field(
@@ -222,6 +223,13 @@ class MergingArguments:
         metadata=_describe(
             "Steps of gradient descent that the closed form stands for; more move further from the sum "
             f"({_methods_with('descent_steps')})."
+        ),
+    )
+    merged_before: int = field(
+        default=1,
+        metadata=_describe(
+            "How many experts the first one is a merge of. --weights continual and continual methods read it from the "
+            "first one's record."
         ),
     )
     layer_scales: str | None = field(

@@ -13,6 +13,9 @@ SHAPES = ("uniform", "linear", "1-sqrt", "ema")
 NAN = "nan"
 """Weights by inverse norms of what the experts learned; see `weighting.norm_aware`."""
 
+CONTINUAL = "continual"
+"""The first expert is a merge, and counts as often as it has experts; see `weighting.continual`."""
+
 
 @dataclass(frozen=True)
 class NamedWeights:
@@ -20,7 +23,7 @@ class NamedWeights:
     Name of weights.
 
     Attributes:
-        name: one of `SHAPES`, or `NAN`.
+        name: one of `SHAPES`, `NAN` or `CONTINUAL`.
         decay: number behind `ema:`, in (0, 1); 0 for the others.
     """
 
@@ -40,7 +43,7 @@ def is_name(weights: object) -> bool:
 
 def parse_name(text: str) -> NamedWeights:
     """
-    Parse the name of weights: `uniform`, `linear`, `1-sqrt`, `ema:0.9` or `nan`.
+    Parse the name of weights: `uniform`, `linear`, `1-sqrt`, `ema:0.9`, `nan` or `continual`.
 
     Raises:
         ArgumentError: If it is none of these, or the number behind `ema:` is not between 0 and 1.
@@ -56,9 +59,9 @@ def parse_name(text: str) -> NamedWeights:
                 f"`weights` expects a number between 0 and 1 behind ema:, such as ema:0.9; got {text!r}."
             )
         return NamedWeights(name, decay)
-    if colon or name not in (*SHAPES, NAN):
+    if colon or name not in (*SHAPES, NAN, CONTINUAL):
         raise ArgumentError(
-            f"`weights` expects numbers, one per expert, or one of {', '.join(SHAPES[:3])}, ema:DECAY, {NAN}; got "
-            f"{text!r}.{did_you_mean(name, (*SHAPES, NAN))}"
+            f"`weights` expects numbers, one per expert, or one of {', '.join(SHAPES[:3])}, ema:DECAY, {NAN}, "
+            f"{CONTINUAL}; got {text!r}.{did_you_mean(name, (*SHAPES, NAN, CONTINUAL))}"
         )
     return NamedWeights(name)

@@ -22,6 +22,7 @@ RESULT_OPTIONS = (
     "min_change",
     "seed",
     "descent_steps",
+    "merged_before",
     "layer_scales",
     "post_step",
     "svc_floor",

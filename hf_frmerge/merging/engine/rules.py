@@ -241,7 +241,7 @@ class _Group:
 
 
 class SpectralRule:
-    """Merge matrices by the method, and average the deltas of all other tensors; nothing is measured."""
+    """Merge matrices by the method, and average the deltas of other tensors, or add them up; nothing is measured."""
 
     rounds = 0
 
@@ -257,7 +257,7 @@ class SpectralRule:
         return []
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
-        """Return the method for matrices, and the mean for the rest."""
+        """Return the method for matrices, and the mean or the sum for the rest."""
         return {
             tensor.step.group: Decided(scaled(self.decision_for(tensor.step), tensor.step.scale), {})
             for tensor in tensors
@@ -272,7 +272,8 @@ class SpectralRule:
         if step.is_matrix:
             return Spectral(args.method, step.weights, args.scale, self._plan.spectral_options)
         everything = Band((0.0,) * len(step.weights))
-        return Elementwise(everything, "sum", step.weights, 1.0 / len(step.weights))
+        scale = args.scale if METHODS[args.method].is_continual else 1.0 / len(step.weights)
+        return Elementwise(everything, "sum", step.weights, scale)
 
 
 class GivenRule:

@@ -238,7 +238,7 @@ class TensorInputs:
             NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
             MergeError: If the singular values of the deltas cannot be computed.
         """
-        base, deltas, label = self._matrices(kernels, piece)
+        base, deltas, label = self.matrices(kernels, piece)
         merged = self._by_lapack(lambda: decision.merge(deltas))
         return self._add_delta(kernels, base, label, merged, decision.scale, piece, out, out_dtype)
 
@@ -254,12 +254,12 @@ class TensorInputs:
         """Apply a decision to a whole matrix in float64, and the post-step to the delta that this gives."""
         plain = np.empty(8 * (piece.stop - piece.start), np.uint8)
         replace(self, correction=None, post_step=None).apply(decision, kernels, piece, plain, "F64")
-        base, deltas, label = self._matrices(kernels, piece)
+        base, deltas, label = self.matrices(kernels, piece)
         merged = (plain.view(np.float64) - widen(base.data, base.dtype)).astype(np.float32).reshape(deltas.shape[1:])
         corrected = self._by_lapack(lambda: post_step.apply(merged, deltas))
         return self._add_delta(kernels, base, label, corrected, 1.0, piece, out, out_dtype)
 
-    def _matrices(self, kernels: Kernels, piece: Piece) -> tuple[Operand, NDArray[np.float32], str]:
+    def matrices(self, kernels: Kernels, piece: Piece) -> tuple[Operand, NDArray[np.float32], str]:
         """Return the base, the deltas as float32 matrices, and the base's name."""
         operands, labels = self.delta_operands(piece.start, piece.stop)
         base, *others = (widen(operand.data, operand.dtype) for operand in operands)

@@ -428,8 +428,8 @@ def _matrix_note(args: MergingArguments, steps: list[TensorStep]) -> str:
         )
     return (
         f"method={args.method!r} merges {n_matrices} matrices of layers. The experts' deltas of the other "
-        f"{len(others)} tensors ({some(others)}) are averaged: embeddings, heads, norms, vectors and stacks of "
-        "matrices."
+        f"{len(others)} tensors ({some(others)}) are {'added' if METHODS[args.method].is_continual else 'averaged'}: "
+        "embeddings, heads, norms, vectors and stacks of matrices."
     )
 
 

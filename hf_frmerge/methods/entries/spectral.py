@@ -19,6 +19,13 @@ ISO = Paper(
     "2502.04959",
 )
 
+OPCM = Paper(
+    "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging",
+    "Anke Tang, Enneng Yang, Li Shen, Yong Luo, Han Hu, Lefei Zhang, Bo Du, Dacheng Tao",
+    2025,
+    "2501.09522",
+)
+
 SPECTRAL = (
     Method(
         "tsv_m",
@@ -91,5 +98,24 @@ SPECTRAL = (
         needs_deltas=True,
         blocks=("tensor",),
         tags=("resmerge",),
+    ),
+    Method(
+        "opcm",
+        "spectral",
+        "continual merging (OPCM)",
+        "the first of two experts is a merge, to which the second is added. Of what the second changed in a matrix, "
+        "the part that falls on the strongest directions of the merge is left out, and the sum is brought back to the "
+        "mean size of all experts' changes so far.",
+        "Experts can be added one after the other, whenever they are ready, without keeping those before. What each "
+        "brings does not undo what the merge has learned; the order matters.",
+        options=("density", "scale"),
+        n_experts=2,
+        extension="task_arithmetic",
+        density=0.5,
+        needs_deltas=True,
+        is_continual=True,
+        blocks=("tensor",),
+        paper=OPCM,
+        tags=("opcm", "continual-merging"),
     ),
 )
