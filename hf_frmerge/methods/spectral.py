@@ -74,7 +74,7 @@ class Spectral:
 
 def memory_bytes(rows: int, cols: int, n_experts: int) -> int:
     """Return an upper limit of what merging one matrix takes: deltas, singular vectors of all, products of columns."""
-    return 4 * (rows * cols * (3 * n_experts + 8) + 8 * min(rows, cols) ** 2 + 6 * cols**2)
+    return 4 * (rows * cols * (4 * n_experts + 8) + 8 * min(rows, cols) ** 2 + 6 * cols**2)
 
 
 def tsv_m(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
@@ -194,6 +194,38 @@ def res_merge(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: Spect
     return merged_mn
 
 
+def knots(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
+    r"""
+    KnOTS with TIES (arXiv 2410.19735): TIES on the deltas in directions that all of them share.
+
+    With \([\tau_1 \dots \tau_N] = U \Sigma [V_1 \dots V_N]\), the \(V_i\) are trimmed to the `density` share of their
+    largest elements, the experts vote on the sign of every element, and those on the winning side are averaged; the
+    result is \(U \Sigma V\). Directions without a singular value are left out.
+    """
+    n_experts, rows, cols = deltas_Nmn.shape
+    left_mr, values_r, right = svd(np.concatenate(list(deltas_Nmn), axis=1))
+    kept_r = values_r > RANK_TOLERANCE * values_r[0]
+    if not kept_r.any():
+        return np.zeros((rows, cols), np.float32)
+    count = max(1, int(options.density * np.count_nonzero(kept_r) * cols))
+    parts = np.split(right[kept_r], n_experts, axis=1)  # views; trimmed in place
+    vote_rn = np.zeros((np.count_nonzero(kept_r), cols), np.float32)
+    for part_rn, weight in zip(parts, weights_N.astype(np.float32)):
+        sizes_rn = np.abs(part_rn)
+        threshold = np.partition(sizes_rn.reshape(-1), sizes_rn.size - count)[sizes_rn.size - count]
+        part_rn[sizes_rn < threshold] = 0.0
+        vote_rn += weight * part_rn
+    sign_rn = np.where(vote_rn >= 0, np.float32(1.0), np.float32(-1.0))
+    total_rn, share_rn = np.zeros_like(vote_rn), np.zeros_like(vote_rn)
+    for part_rn, weight in zip(parts, weights_N.astype(np.float32)):
+        agrees_rn = part_rn * sign_rn > 0
+        total_rn += np.where(agrees_rn, weight * part_rn, np.float32(0.0))
+        share_rn += np.where(agrees_rn, weight, np.float32(0.0))
+    mean_rn = np.divide(total_rn, share_rn, out=total_rn, where=share_rn > 0)
+    merged: Matrix = (left_mr[:, kept_r] * values_r[kept_r]) @ mean_rn
+    return merged
+
+
 def opcm(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
     r"""
     OPCM (arXiv 2501.09522, section 4): what a new expert adds to the merge so far, without what would disturb it.
@@ -293,5 +325,5 @@ def _polar(matrix: Matrix) -> Matrix:
 
 
 RULES: dict[str, SpectralMethod] = {
-    method.__name__: method for method in (tsv_m, iso_c, iso_cts, swudi, res_merge, opcm)
+    method.__name__: method for method in (tsv_m, iso_c, iso_cts, swudi, res_merge, knots, opcm)
 }

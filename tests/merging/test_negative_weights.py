@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.suite.merge_evaluation import models_to_measure
+from hf_frmerge.merging.record.find_models import MergeModels
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
@@ -114,3 +116,16 @@ def test_a_gradient_may_cross_zero(tmp_path: Path) -> None:
     merged = tensors(tmp_path / "out")
     np.testing.assert_allclose(merged[first], a[first] + b[first] - origin[first], rtol=0, atol=1e-6)
     np.testing.assert_allclose(merged[second], origin[second] + a[second] - b[second], rtol=0, atol=1e-6)
+
+
+def test_a_merge_that_subtracts_is_not_fitted(tmp_path: Path) -> None:
+    base, experts = write_family(tmp_path, 2)
+    args = MergingArguments(output_dir=str(tmp_path / "out"), method="task_arithmetic")
+    with pytest.raises(ArgumentError, match="has a negative weight, to be subtracted"):
+        FisherRaoMerger(experts, args, weights=[1.0, -1.0], base_model=base, calibration_dataset=["a text"]).merge()
+
+
+def test_what_was_subtracted_is_not_asked_for_in_an_evaluation() -> None:
+    models = MergeModels(["org/a", "org/b", "org/c"], [0.5, -0.25, 0.25])
+    assert models_to_measure(models, "merged").weights == {"a": 0.5, "b": 0.0, "c": 0.25}
+    assert models_to_measure(MergeModels(["org/a", "org/b"], [0.0, -1.0]), "merged").weights is None

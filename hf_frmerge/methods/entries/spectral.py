@@ -19,6 +19,12 @@ ISO = Paper(
     "2502.04959",
 )
 
+KNOTS = Paper(
+    "Model Merging with SVD to Tie the Knots",
+    "George Stoica, Pratik Ramesh, Boglarka Ecsedi, Leshem Choshen, Judy Hoffman",
+    2024,
+    "2410.19735",
+)
 OPCM = Paper(
     "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging",
     "Anke Tang, Enneng Yang, Li Shen, Yong Luo, Han Hu, Lefei Zhang, Bo Du, Dacheng Tao",
@@ -98,6 +104,22 @@ SPECTRAL = (
         needs_deltas=True,
         blocks=("tensor",),
         tags=("resmerge",),
+    ),
+    Method(
+        "knots",
+        "spectral",
+        "KnOTS",
+        "what the experts changed in a matrix of the base model is written in directions that all of them share. "
+        "There the smallest parts are dropped, the experts vote on every part, up or down, and those on the winning "
+        "side are averaged.",
+        "Adapters that were trained apart use directions of their own, so that value by value they have little to do "
+        "with each other. In directions they share, dropping and voting find what belongs together.",
+        options=("density", "scale"),
+        density=0.2,
+        needs_deltas=True,
+        blocks=("tensor",),
+        paper=KNOTS,
+        tags=("knots", "ties"),
     ),
     Method(
         "opcm",
