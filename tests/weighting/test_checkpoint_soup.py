@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_frmerge.errors import ArgumentError, CheckpointError
@@ -20,6 +20,7 @@ STEPS = st.lists(st.integers(0, 10**6), min_size=2, max_size=8, unique=True)
 
 
 @pytest.mark.parametrize("name", DECAYS)
+@settings(deadline=None)
 @given(steps=STEPS, seed=st.integers(0, 99))
 def test_the_mean_is_the_first_checkpoint_plus_damped_updates(name: str, steps: list[int], seed: int) -> None:
     """Checkpoints are sums of updates; every update is damped by what is left of the decay at its end."""

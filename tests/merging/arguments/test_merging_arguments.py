@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
@@ -248,6 +248,7 @@ def test_weights_are_divided_by_their_exact_sum(weights: list[float]) -> None:
         assert abs(Fraction(got) - want) <= want * Fraction(2, 2**52) + Fraction(1, 2**1022)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e9, 1e9).filter(lambda w: abs(w) > 1e-3), min_size=1, max_size=12))
 def test_weights_that_were_divided_stay_as_they_are(weights: list[float]) -> None:
     """A recorded merge is planned again with the weights of its record: they must not lose a bit."""
