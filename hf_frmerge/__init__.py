@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.callbacks.collapse_guard import CollapseGuardCallback
     from hf_frmerge.merging.callbacks.progress import ProgressCallback
     from hf_frmerge.merging.callbacks.state import MergeState
+    from hf_frmerge.training.merge_checkpoints import MergeCheckpointsCallback
+    from hf_frmerge.training.perturb_task_vector import TaskVectorPerturbationCallback
+    from hf_frmerge.weighting.perturb_and_merge import TaskLosses
 
 __version__ = "0.1.0"
 
@@ -27,6 +30,9 @@ _PUBLIC = {
     "ProgressCallback": "hf_frmerge.merging.callbacks.progress",
     "MergeComparison": "hf_frmerge.comparison.comparison",
     "PrinterCallback": "hf_frmerge.merging.callbacks.callback",
+    "MergeCheckpointsCallback": "hf_frmerge.training.merge_checkpoints",
+    "TaskVectorPerturbationCallback": "hf_frmerge.training.perturb_task_vector",
+    "TaskLosses": "hf_frmerge.weighting.perturb_and_merge",
     "CollapseGuardCallback": "hf_frmerge.merging.callbacks.collapse_guard",
 }
 
@@ -35,12 +41,15 @@ __all__ = [
     "ExpertArguments",
     "FisherRaoMerger",
     "MergeCallback",
+    "MergeCheckpointsCallback",
     "MergeComparison",
     "MergeControl",
     "MergeState",
     "MergingArguments",
     "PrinterCallback",
     "ProgressCallback",
+    "TaskLosses",
+    "TaskVectorPerturbationCallback",
 ]
 
 

@@ -20,11 +20,11 @@ from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.callbacks.callback_host import CallbackHost
 from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
 from hf_frmerge.merging.engine.processes import check_same_commits
-from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
+from hf_frmerge.weighting.plan_merge import plan_merge
 
 # What evaluates is imported where it is used: its dataclasses take a fifth of the time that a merge spends on imports.
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class FisherRaoMerger(CallbackHost):
             Fine-tunes of one model, full or LoRA: local folders or Hub ids (`org/name@revision`). Two or more, or one
             adapter, which is folded into its base.
         args (`MergingArguments`, *optional*): Options; by default the Karcher mean of whole tensors, into `merged`.
-        weights (`Sequence[float]`, *optional*): One non-negative number per expert; all alike by default.
+        weights (*optional*): One number per expert, all alike by default; or a name: `linear` for checkpoints, `nan`.
         base_model (`str`, *optional*): What they were fine-tuned from; needed for adapters and `space="deltas"`.
         processing_class (*optional*): Tokenizer used by `evaluate`; by default the merged model's.
         eval_dataset (*optional*):
@@ -81,7 +81,7 @@ class FisherRaoMerger(CallbackHost):
         self,
         experts: Sequence[str],
         args: MergingArguments | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | str | None = None,
         base_model: str | None = None,
         processing_class: Any = None,
         eval_dataset: Any = None,
@@ -119,7 +119,7 @@ class FisherRaoMerger(CallbackHost):
         args = self.args
         if resume_from_checkpoint is not None:
             args = replace(args, resume_from_checkpoint=resume_from_checkpoint)
-        return build_plan(self.experts, args, self.weights, self.base_model, check=check_plan)
+        return plan_merge(self.experts, args, self.weights, self.base_model, check=check_plan)
 
     def merge(self, resume_from_checkpoint: bool | None = None) -> Self:
         """
@@ -165,6 +165,12 @@ class FisherRaoMerger(CallbackHost):
         if self.args.push_to_hub:
             self.push_to_hub()
         return self
+
+    def add_expert(self, expert: str, output_dir: str, method: str | None = None) -> Self:
+        """Merge one more expert into the merged model, which counts as all it has; return the new model's merger."""
+        self._require_merge("add_expert")
+        args = replace(self.args, output_dir=output_dir, method=method or self.args.method)
+        return type(self)([self.args.output_dir, expert], args, "continual", self.base_model).merge()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -307,7 +313,7 @@ class FisherRaoMerger(CallbackHost):
         from hf_frmerge.evaluation.suite.merge_evaluation import UserMetrics, measure_merge
         from hf_frmerge.merging.record.find_models import MergeModels
 
-        models = MergeModels(self.experts, self.weights, self.base_model)
+        models = MergeModels(self.experts, None if isinstance(self.weights, str) else self.weights, self.base_model)
         user = UserMetrics(lambda: self.model, self.compute_metrics, self.preprocess_logits_for_metrics, ignore_keys)
         record, speed = measure_merge(
             self.args, models, merged, domains, self.processing_class, user,
@@ -320,7 +326,7 @@ class FisherRaoMerger(CallbackHost):
 
     def _begin(self, plan: MergePlan) -> None:
         """Reset what an earlier merge left, and fire `on_merge_begin`."""
-        self.report = {}
+        self.report, self.weights = {}, plan.weights if isinstance(self.weights, str) else self.weights
         self.__dict__.pop("model", None)
         self.__dict__.pop("evaluation", None)
         self.callback_handler.model = None

@@ -193,9 +193,11 @@ ROWS: dict[str, Row] = {
     "a weight that is no number": row("merge math code --weights 1,x", code=USAGE,
         says="`weights[1]` expects a number, but got 'x'."),
     "a negative weight": row("merge math code --weights 1,-1", code=USAGE,
-        says="`weights` must be finite and not negative, but the weight of expert 2 is -1.0."),
+        says="`weights` must not be negative with method='karcher', but the weight of expert 2 is -1.0: here a "
+        "weight is a share. To subtract what an expert learned, use method='task_arithmetic' or 'dare_linear' or "
+        "'breadcrumbs'."),
     "a weight that is NaN": row("merge math code --weights 1,nan", code=USAGE,
-        says="`weights` must be finite and not negative, but the weight of expert 2 is nan."),
+        says="`weights` must be finite, but the weight of expert 2 is nan."),
     "weights that are all zero": row("merge math code --weights 0,0", code=USAGE,
         says="`weights` are all zero: at least one expert must count."),
     "a scale that is not finite": row(f"{MERGE} --scale inf", code=USAGE,

@@ -70,6 +70,12 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
             f"A calibrated merge runs its models, so they must be on this machine, but {some(remote)} is read from "
             "elsewhere. Leave out --stream-from-hub (stream_from_hub), or copy the files here."
         )
+    subtracted = [expert.spec for expert, weight in zip(plan.experts, plan.weights) if weight < 0]
+    if subtracted:
+        raise ArgumentError(
+            f"A calibrated merge computes what its experts compute, but {some(subtracted)} has a negative weight, to "
+            "be subtracted. Leave out the calibration, or give no negative weights."
+        )
     whole = plan if plan.layout is not None else _as_whole_model(plan)
     model, args = _open_model(whole), plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])

@@ -36,6 +36,10 @@ MEAN = {
         "min_change",
         "seed",
         "descent_steps",
+        "merged_before",
+        "layer_scales",
+        "post_step",
+        "svc_floor",
         "coefficients",
     ),
     "Tensors that are not merged": ("leave_out", "take"),
@@ -72,7 +76,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 _FLAGS = {"resume_from_checkpoint": "--resume/--no-resume", "output_dir": "--output-dir"}
 _METAVARS = {
-    "weights": "W,W,...",
+    "weights": "W,W,...|NAME",
     "output_dir": "DIR",
     "base_model": "MODEL",
     "weight_rules": "RULE",

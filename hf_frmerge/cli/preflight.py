@@ -33,11 +33,11 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
         from hf_frmerge.merging.engine.engine import worker_count
         from hf_frmerge.merging.output_folder import check_output_dir
         from hf_frmerge.merging.planning.account import account
-        from hf_frmerge.merging.planning.build_plan import build_plan
         from hf_frmerge.merging.planning.disk_space import check_space, download_bytes
+        from hf_frmerge.weighting.plan_merge import plan_merge
 
         refuse_while_merging(args.output_dir)
-        merge_plan = build_plan(
+        merge_plan = plan_merge(
             expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
         )
     with closing(merge_plan):
@@ -94,12 +94,12 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
 
         from hf_frmerge.merging.inspection import inspect_experts
         from hf_frmerge.merging.planning.account import account
-        from hf_frmerge.merging.planning.build_plan import build_plan
+        from hf_frmerge.weighting.plan_merge import plan_merge
         from hf_frmerge.wording.inspection import inspection_verdict
 
         expert_arguments, args = arguments_from(experts, config, options)
         with closing(
-            build_plan(expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model)
+            plan_merge(expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model)
         ) as merge_plan:
             total = sum(step.nbytes for step in merge_plan.steps if step.action == "merge")
             with tqdm(total=total, desc="Inspecting", unit="B", unit_scale=True) as bar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -84,6 +84,18 @@ class Decided(NamedTuple):
 
     decision: Decision
     inputs: dict[str, dict[str, str]]
+
+
+def scaled(decision: Decision, factor: float) -> Decision:
+    """Return a decision about deltas, all of which are merged with `factor` on top."""
+    if factor == 1.0:
+        return decision
+    if not isinstance(decision, Solution):
+        return replace(decision, scale=decision.scale * factor)
+    geometry = decision.geometry
+    if geometry is not None:
+        geometry = replace(geometry, norm_ratio=geometry.norm_ratio * abs(factor))
+    return Solution(decision.coefficients * factor, geometry)
 
 
 def from_journal(entry: dict[str, Any]) -> Decision:

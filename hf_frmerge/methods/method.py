@@ -56,6 +56,9 @@ class Method:
         density: default of the option of that name.
         extension: if `n_experts` is set, the method to use for other numbers.
         needs_deltas: whether it is defined on differences to a base model.
+        subtracts: whether an expert may have a negative weight, which subtracts what it learned.
+        is_isotropic: whether all directions of a merged matrix are equally strong, so that none can be told apart.
+        is_continual: whether it adds the last expert to the first, which may be a merge; its scale is measured.
         is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
         is_spherical: whether its direction can differ from that of the plain mean.
         is_iterative: whether it stops at a tolerance, so that steps and residual must be reported.
@@ -75,6 +78,9 @@ class Method:
     extension: str | None = None
     density: float | None = None
     needs_deltas: bool = False
+    subtracts: bool = False
+    is_isotropic: bool = False
+    is_continual: bool = False
     is_directional: bool = False
     is_spherical: bool = False
     is_iterative: bool = False

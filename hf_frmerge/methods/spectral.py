@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 """Share of the merged delta's norm by which two machines may differ; see `provenance.verify`."""
 
 # Singular values below this share of the largest are rounding errors, and their vectors arbitrary.
-_RANK_TOLERANCE = 1e-5
+RANK_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Spectral:
 
 def memory_bytes(rows: int, cols: int, n_experts: int) -> int:
     """Return an upper limit of what merging one matrix takes: deltas, singular vectors of all, products of columns."""
-    return 4 * (rows * cols * (3 * n_experts + 8) + 8 * min(rows, cols) ** 2 + 6 * cols**2)
+    return 4 * (rows * cols * (4 * n_experts + 8) + 8 * min(rows, cols) ** 2 + 6 * cols**2)
 
 
 def tsv_m(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
@@ -89,7 +89,7 @@ def tsv_m(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralO
     rank = max(1, min(rows, cols) // n_experts)
     parts = []
     for delta_mn, weight in zip(deltas_Nmn, weights_N):
-        left_mr, values_r, right_rn = _svd(delta_mn)
+        left_mr, values_r, right_rn = svd(delta_mn)
         parts.append((left_mr[:, :rank], values_r[:rank] * np.float32(n_experts * weight), right_rn[:rank]))
     directions = _orthogonal(parts)
     if directions is None:
@@ -106,8 +106,8 @@ def iso_c(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralO
     Directions in which the sum is zero, as with low-rank deltas, stay zero and are not counted: their singular vectors
     would be noise.
     """
-    left_mr, values_r, right_rn = _svd(_sum(deltas_Nmn, weights_N))
-    kept = values_r > _RANK_TOLERANCE * values_r[0]
+    left_mr, values_r, right_rn = svd(_sum(deltas_Nmn, weights_N))
+    kept = values_r > RANK_TOLERANCE * values_r[0]
     if not kept.any():
         return np.zeros(deltas_Nmn.shape[1:], np.float32)
     return np.float32(values_r[kept].mean()) * (left_mr[:, kept] @ right_rn[kept])
@@ -122,14 +122,14 @@ def iso_cts(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: Spectra
     low-rank deltas, are left out.
     """
     n_experts = len(deltas_Nmn)
-    left_mr, values_r, right_rn = _svd(_sum(deltas_Nmn, weights_N))
+    left_mr, values_r, right_rn = svd(_sum(deltas_Nmn, weights_N))
     rank = len(values_r)
     each = min(rank // n_experts, round((rank - int(options.density * rank)) / n_experts))
     common = rank - n_experts * each
     parts = [(left_mr[:, :common], values_r[:common], right_rn[:common])]
     for delta_mn, weight in zip(deltas_Nmn, weights_N):
         own_mn = delta_mn - parts[0][0] @ (parts[0][0].T @ delta_mn)
-        left, values, right = _svd(own_mn)
+        left, values, right = svd(own_mn)
         parts.append((left[:, :each], values[:each] * np.float32(n_experts * weight), right[:each]))
     directions = _orthogonal(parts)
     if directions is None:
@@ -181,7 +181,7 @@ def res_merge(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: Spect
     n_experts, rows, cols = deltas_Nmn.shape
     heads, rests = np.empty_like(deltas_Nmn), np.empty_like(deltas_Nmn)
     for delta_mn, head_mn, rest_mn in zip(deltas_Nmn, heads, rests):
-        left_mr, values_r, right_rn = _svd(delta_mn)
+        left_mr, values_r, right_rn = svd(delta_mn)
         head_mn[:] = values_r[0] * np.outer(left_mr[:, 0], right_rn[0])
         rest_mn[:] = delta_mn - head_mn
     weights = weights_N.astype(np.float32)
@@ -192,6 +192,75 @@ def res_merge(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: Spect
     if head_norm > 0 and agreement > 0:
         merged_mn = merged_mn + mean_head * np.float32(0.2 * agreement * float(np.linalg.norm(merged_mn)) / head_norm)
     return merged_mn
+
+
+def knots(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
+    r"""
+    KnOTS with TIES (arXiv 2410.19735): TIES on the deltas in directions that all of them share.
+
+    With \([\tau_1 \dots \tau_N] = U \Sigma [V_1 \dots V_N]\), the \(V_i\) are trimmed to the `density` share of their
+    largest elements, the experts vote on the sign of every element, and those on the winning side are averaged; the
+    result is \(U \Sigma V\). Directions without a singular value are left out.
+    """
+    n_experts, rows, cols = deltas_Nmn.shape
+    left_mr, values_r, right = svd(np.concatenate(list(deltas_Nmn), axis=1))
+    kept_r = values_r > RANK_TOLERANCE * values_r[0]
+    if not kept_r.any():
+        return np.zeros((rows, cols), np.float32)
+    count = max(1, int(options.density * np.count_nonzero(kept_r) * cols))
+    parts = np.split(right[kept_r], n_experts, axis=1)  # views; trimmed in place
+    vote_rn = np.zeros((np.count_nonzero(kept_r), cols), np.float32)
+    for part_rn, weight in zip(parts, weights_N.astype(np.float32)):
+        sizes_rn = np.abs(part_rn)
+        threshold = np.partition(sizes_rn.reshape(-1), sizes_rn.size - count)[sizes_rn.size - count]
+        part_rn[sizes_rn < threshold] = 0.0
+        vote_rn += weight * part_rn
+    sign_rn = np.where(vote_rn >= 0, np.float32(1.0), np.float32(-1.0))
+    total_rn, share_rn = np.zeros_like(vote_rn), np.zeros_like(vote_rn)
+    for part_rn, weight in zip(parts, weights_N.astype(np.float32)):
+        agrees_rn = part_rn * sign_rn > 0
+        total_rn += np.where(agrees_rn, weight * part_rn, np.float32(0.0))
+        share_rn += np.where(agrees_rn, weight, np.float32(0.0))
+    mean_rn = np.divide(total_rn, share_rn, out=total_rn, where=share_rn > 0)
+    merged: Matrix = (left_mr[:, kept_r] * values_r[kept_r]) @ mean_rn
+    return merged
+
+
+def opcm(deltas_Nmn: Matrix, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
+    r"""
+    OPCM (arXiv 2501.09522, section 4): what a new expert adds to the merge so far, without what would disturb it.
+
+    The first delta is the merge so far, D, the second that of the new expert; N times their weighted sum is returned,
+    \(2 (w_1 D + w_2 \tilde\tau)\), with \(\tilde\tau\) from [`without_disturbance`]. What w and `scale` are,
+    `weighting.continual` finds out.
+    """
+    merged_mn, new_mn = deltas_Nmn
+    factors = (2 * weights_N).astype(np.float32)
+    added: Matrix = factors[0] * merged_mn + factors[1] * without_disturbance(merged_mn, new_mn, options.density)
+    return added
+
+
+def without_disturbance(merged_mn: Matrix, new_mn: Matrix, share: float) -> Matrix:
+    r"""
+    Return the part of a delta that a merged delta \(D = U \Sigma V^T\) has no part in.
+
+    With \(P = U^T \tau V\), the paper sets the diagonal of P to zero, and the block of the r leading directions, those
+    whose singular values add up to at most `share` of all (0.5 in the paper). The rest of U and V, which the paper
+    computes in full, is not needed:
+
+    \[ \tilde\tau = \tau - U_r (U_r^T \tau V_r) V_r^T - \sum_{i>r} (u_i^T \tau v_i)\, u_i v_i^T. \]
+
+    Directions without a singular value, of which there is no telling apart, are left as they are.
+    """
+    left_mr, values_r, right_rn = svd(merged_mn)
+    kept = values_r > RANK_TOLERANCE * values_r[0]
+    left_mr, values_r, right_rn = left_mr[:, kept], values_r[kept], right_rn[kept]
+    # With rounding, a share of 1 must be all.
+    leading = int(np.count_nonzero(np.cumsum(values_r, dtype=np.float64) <= share * (1 + 1e-6) * values_r.sum()))
+    block_rr = left_mr[:, :leading].T @ new_mn @ right_rn[:leading].T
+    own_r = np.einsum("mr,mn,rn->r", left_mr[:, leading:], new_mn, right_rn[leading:], optimize=True)
+    rest: Matrix = new_mn - left_mr[:, :leading] @ block_rr @ right_rn[:leading]
+    return rest - (left_mr[:, leading:] * own_r) @ right_rn[leading:]
 
 
 def _on_sphere(rests_ND: Matrix, weights: Matrix) -> Matrix:
@@ -227,7 +296,8 @@ def _sum(deltas_Nmn: Matrix, weights_N: NDArray[np.float64]) -> Matrix:
     return total
 
 
-def _svd(matrix_mn: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+def svd(matrix_mn: Matrix) -> tuple[Matrix, Matrix, Matrix]:
+    """Return left singular vectors, singular values and right singular vectors, the largest first."""
     left, values, right = np.linalg.svd(matrix_mn, full_matrices=False)
     return left, values, right
 
@@ -239,7 +309,7 @@ def _orthogonal(parts: list[tuple[Matrix, Matrix, Matrix]]) -> tuple[Matrix, Mat
     Directions without a value are left out; `None` if no other is left.
     """
     values = np.concatenate([part[1] for part in parts])
-    kept = values > _RANK_TOLERANCE * values.max(initial=0.0)
+    kept = values > RANK_TOLERANCE * values.max(initial=0.0)
     if not kept.any():
         return None
     left = _polar(np.concatenate([part[0] for part in parts], axis=1)[:, kept])
@@ -249,9 +319,11 @@ def _orthogonal(parts: list[tuple[Matrix, Matrix, Matrix]]) -> tuple[Matrix, Mat
 
 def _polar(matrix: Matrix) -> Matrix:
     """Return the nearest matrix with orthonormal columns, or rows if it has fewer of these."""
-    left, _, right = _svd(matrix)
+    left, _, right = svd(matrix)
     nearest: Matrix = left @ right
     return nearest
 
 
-RULES: dict[str, SpectralMethod] = {method.__name__: method for method in (tsv_m, iso_c, iso_cts, swudi, res_merge)}
+RULES: dict[str, SpectralMethod] = {
+    method.__name__: method for method in (tsv_m, iso_c, iso_cts, swudi, res_merge, knots, opcm)
+}

@@ -232,7 +232,7 @@ def _check_tensor(
         except NonFiniteError as error:
             return str(error)
         actual = merged.read(step.name, piece.start * size, piece.stop * size)
-        if isinstance(decision, Spectral):
+        if step.is_matrix:  # through LAPACK
             if digest(actual) != entry.output:
                 return f"Tensor {step.name!r} was changed after the merge."
             if not _is_near(expected, actual, inputs, piece, step.dtype):

@@ -153,7 +153,7 @@ def coefficients_figure(facts: MergeFacts, width: float = WIDE) -> Figure | None
     weights = np.array(facts.manifest.weights)
     # An expert of weight 0 has no ratio: NaN leaves its heat map empty.
     relative = np.divide(
-        table, weights[:, None, None], out=np.full_like(table, np.nan), where=weights[:, None, None] > 0
+        table, weights[:, None, None], out=np.full_like(table, np.nan), where=weights[:, None, None] != 0
     )
     low, high = _scale(relative, least=0.02)
     layers = [tensor.layer for tensor in facts.merged_tensors if tensor.layer is not None]

@@ -67,7 +67,9 @@ def models_to_measure(
     """
     specs, roles = models_of_merge(models.experts, models.base_model, merged)
     names = [name for name, role in roles.items() if role == "expert"]
-    weights = dict(zip(names, models.weights)) if models.weights and names else None
+    # What was subtracted should not be kept; if nothing else went in, all count alike.
+    kept = [max(weight, 0.0) for weight in models.weights or ()]
+    weights = dict(zip(names, kept)) if any(kept) and names else None
     return ModelSet(specs, roles, weights, models.base_model, processing_class, token)
 
 

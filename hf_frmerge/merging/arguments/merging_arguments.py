@@ -12,6 +12,8 @@ from typing import Any, get_type_hints
 from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.calibration import parse_calibration
+from hf_frmerge.merging.arguments.layer_scales import parse_layer_scales
+from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
 from hf_frmerge.merging.arguments.tensor_rules import check_rules
 from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
 from hf_frmerge.methods.table import METHODS
@@ -20,6 +22,7 @@ SPACES = ("weights", "deltas")
 BLOCKS = ("tensor", "row", "head", "layer", "model")
 NORMS = ("mean", "median", "max")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+POST_STEPS = ("svc",)
 ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
 LOG_LEVELS = {
     "debug": logging.DEBUG,
@@ -40,6 +43,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "agreement": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "min_change": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "descent_steps": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "merged_before": (lambda v: v >= 1, "at least 1"),
+    "svc_floor": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "seed": (lambda v: v >= 0, "at least 0"),
     "tol": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
@@ -66,6 +71,11 @@ def _methods_with(option: str) -> str:
     return ", ".join(method.name for method in METHODS.values() if option in method.options)
 
 
+def _subtracting() -> str:
+    """Return the names of the methods for which weights may be negative, for a help text."""
+    return ", ".join(method.name for method in METHODS.values() if method.subtracts)
+
+
 def _densities() -> str:
     """Return the defaults of the methods that have one, for a help text."""
     return ", ".join(f"{method.density:g} for {method.name}" for method in METHODS.values() if method.density)
@@ -85,9 +95,15 @@ class ExpertArguments:
             "LoRA adapters. One adapter is folded into its base model."
         )
     )
+    # Or a name, which is text: `HfArgumentParser` takes one type for a field.
     weights: list[float] | None = field(
         default=None,
-        metadata=_describe("One non-negative number per expert; they are divided by their sum. Default: all alike."),
+        metadata=_describe(
+            "One number per expert; they are divided by their sum. Default: all alike. Negative ones subtract, with "
+            f"{_subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the checkpoints of a training "
+            "run by their steps, as such a decay of its learning rate would; nan weighs experts by the inverse norm "
+            "of what they learned; continual lets a first expert that is a merge count as often as it has experts."
+        ),
     )
     base_model: str | None = field(
         default=None,
@@ -107,11 +123,16 @@ class ExpertArguments:
     def __post_init__(self) -> None:
         if isinstance(self.calibration, Mapping):  # as a configuration file may have it
             self.calibration = [f"{expert}={file}" for expert, file in self.calibration.items()]
+        named: object = self.weights
         for name, hint in get_type_hints(type(self)).items():
-            setattr(self, name, coerce(name, self.__dict__[name], hint))
+            if name != "weights" or not is_name(named):
+                setattr(self, name, coerce(name, self.__dict__[name], hint))
         if not self.experts:
             raise ArgumentError("A merge needs at least two experts, but `experts` lists none.")
-        validate_weights(self.weights, len(self.experts))
+        if isinstance(named, str) and is_name(named):
+            parse_name(named)
+        else:
+            validate_weights(self.weights, len(self.experts))
         _ = self.calibration_dataset
 
     @property
@@ -203,6 +224,32 @@ class MergingArguments:
             "Steps of gradient descent that the closed form stands for; more move further from the sum "
             f"({_methods_with('descent_steps')})."
         ),
+    )
+    merged_before: int = field(
+        default=1,
+        metadata=_describe(
+            "How many experts the first one is a merge of. --weights continual and continual methods read it from the "
+            "first one's record."
+        ),
+    )
+    layer_scales: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Factors of the merged delta, a:b:c, interpolated from the first layer to the last; tensors that belong "
+            "to no layer keep theirs. With any method, in delta space."
+        ),
+    )
+    post_step: str | None = field(
+        default=None,
+        metadata=_describe(
+            "What is done to every merged matrix of a layer, after any method. svc: directions that several experts "
+            "share are weakened to what one of them has.",
+            POST_STEPS,
+        ),
+    )
+    svc_floor: float = field(
+        default=0.1,
+        metadata=_describe("Least share that svc takes an expert to have in a direction; more weakens more."),
     )
     coefficients: str | None = field(
         default=None,
@@ -474,6 +521,20 @@ class MergingArguments:
                 f"`method={self.method!r}` and `coefficients={self.coefficients!r}` do not go together: a table of "
                 "coefficients takes the place of a method. Give the table alone, or a method without it."
             )
+        if self.post_step is not None and method.is_isotropic:
+            raise ArgumentError(
+                f"`post_step={self.post_step!r}` corrects the directions of a merged matrix, but those of "
+                f"method={self.method!r} are all equally strong and cannot be told apart. Leave it out, or choose "
+                "another method."
+            )
+        if self.layer_scales is not None:
+            parse_layer_scales(self.layer_scales)
+            if self.coefficients is not None or self.block == "model":
+                raise ArgumentError(
+                    "`layer_scales` give every layer a factor, but "
+                    + ("a table of coefficients has its own" if self.coefficients else "block='model' decides once")
+                    + ". Leave them out, or choose a method with block='tensor' or 'layer'."
+                )
         if self.block not in method.blocks:
             raise ArgumentError(
                 f"`method={self.method!r}` takes block={' or '.join(method.blocks)}, but got {self.block!r}."

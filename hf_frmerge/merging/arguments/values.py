@@ -12,12 +12,17 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.methods.table import METHODS
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?\s*", re.IGNORECASE)
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+# How far from 1 weights may sum after they were divided by their sum. Divided again they would change in their last
+# bits, and a merge with recorded weights would not be the recorded merge.
+_ROUNDING = 2.0**-52
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -89,22 +94,25 @@ def coerce(name: str, value: object, hint: Any) -> Any:
         raise ArgumentError(f"`{name}` expects {_KINDS[kind]}, but got {got}.") from error
 
 
-def validate_weights(weights: Iterable[float] | None, n_experts: int) -> list[float]:
+def validate_weights(weights: Iterable[float] | None, n_experts: int, method: str | None = None) -> list[float]:
     """
-    Check the weights of the experts and divide them by their sum; `None` gives equal weights.
+    Check the weights of the experts and divide them by the sum of their magnitudes; `None` gives equal weights.
 
     Args:
         weights (`Iterable[float]`, *optional*):
-            Non-negative finite numbers, one per expert, not all zero.
+            Finite numbers, one per expert, not all zero.
         n_experts (`int`):
             Number of experts.
+        method (`str`, *optional*):
+            Method that they are for. Some subtract an expert of negative weight; all others refuse negative weights.
 
     Returns:
-        `list[float]`: Weights that sum to 1 within rounding; a single non-zero weight becomes exactly 1.
+        `list[float]`: Weights whose magnitudes sum to 1 within rounding; a single non-zero weight becomes exactly 1
+            or -1. Weights that this function returned stay as they are, bit for bit.
 
     Raises:
-        ArgumentError: If the number of weights is not `n_experts`, or a weight is negative, NaN or infinite, or all
-            are zero.
+        ArgumentError: If the number of weights is not `n_experts`, a weight is NaN, infinite, or negative where the
+            method has no use for that, or all are zero.
     """
     if weights is None:
         return [1 / n_experts] * n_experts
@@ -115,17 +123,24 @@ def validate_weights(weights: Iterable[float] | None, n_experts: int) -> list[fl
             "out to weigh all experts alike."
         )
     for position, weight in enumerate(numbers, start=1):
-        if not math.isfinite(weight) or weight < 0:
+        if not math.isfinite(weight):
+            raise ArgumentError(f"`weights` must be finite, but the weight of expert {position} is {weight}.")
+        if weight < 0 and method is not None and not METHODS[method].subtracts:
+            subtracting = [other.name for other in METHODS.values() if other.subtracts]
             raise ArgumentError(
-                f"`weights` must be finite and not negative, but the weight of expert {position} is {weight}."
+                f"`weights` must not be negative with method={method!r}, but the weight of expert {position} is "
+                f"{weight}: here a weight is a share. To subtract what an expert learned, use method="
+                f"{' or '.join(map(repr, subtracting))}."
             )
-    largest = max(numbers)
+    largest = max(map(abs, numbers))
     if largest == 0:
         raise ArgumentError("`weights` are all zero: at least one expert must count.")
+    if largest < 1 and abs(math.fsum(map(abs, numbers)) - 1) <= _ROUNDING:
+        return numbers
     # Scaled by a power of two, which is exact, so that the sum of very large weights does not overflow.
     exponent = math.frexp(largest)[1]
     scaled = [math.ldexp(w, -exponent) for w in numbers]
-    total = math.fsum(scaled)
+    total = math.fsum(map(abs, scaled))
     return [w / total for w in scaled]
 
 

@@ -60,9 +60,12 @@ class WeightSchedule:
 
     default_weights: tuple[float, ...]
     rules: tuple[_Rule, ...]
+    method: str
 
     @classmethod
-    def parse(cls, rules: Iterable[str], default_weights: Sequence[float], n_experts: int) -> WeightSchedule:
+    def parse(
+        cls, rules: Iterable[str], default_weights: Sequence[float], n_experts: int, method: str = "karcher"
+    ) -> WeightSchedule:
         """
         Parse rules.
 
@@ -73,15 +76,18 @@ class WeightSchedule:
                 Normalised weights of the tensors that no rule applies to, one per expert.
             n_experts (`int`):
                 Number of experts; every rule has as many weights.
+            method (`str`, *optional*, defaults to `"karcher"`):
+                Method that they are for; see [`validate_weights`].
 
         Raises:
             ArgumentError: If a rule cannot be parsed, or its weights do not fit the experts.
         """
-        return cls(tuple(default_weights), tuple(_parse_rule(text, n_experts) for text in rules))
+        parsed = tuple(_parse_rule(text, n_experts, method) for text in rules)
+        return cls(tuple(default_weights), parsed, method)
 
     def weights_for(self, tensor_name: str, n_layers: int) -> list[float]:
         """
-        Return the weights for one tensor, summing to 1.
+        Return the weights for one tensor, their magnitudes summing to 1.
 
         Args:
             tensor_name (`str`):
@@ -97,9 +103,9 @@ class WeightSchedule:
                 continue
             # Without a layer index only constant weights apply, and these do not depend on the layer.
             layer = layer_index(tensor_name) or 0
-            weights = [_interpolate(row, layer, n_layers) for row in rule.anchors]
+            weights = [interpolate(row, layer, n_layers) for row in rule.anchors]
             try:
-                return validate_weights(weights, len(weights))
+                return validate_weights(weights, len(weights), self.method)
             except ArgumentError as error:
                 raise ArgumentError(f"Weight rule {rule.text!r} at {tensor_name!r}: {error}") from error
         return list(self.default_weights)
@@ -112,7 +118,8 @@ class WeightSchedule:
         return [rule.text for i, rule in enumerate(self.rules) if i not in used]
 
 
-def _interpolate(anchors: tuple[float, ...], layer: int, n_layers: int) -> float:
+def interpolate(anchors: tuple[float, ...], layer: int, n_layers: int) -> float:
+    """Return the value at a layer of anchors that are spread evenly from the first layer to the last."""
     if len(anchors) == 1 or n_layers == 1:
         return anchors[0]
     # In integers, so that a layer that lies on an anchor (the first and the last do) gets exactly its value.
@@ -123,7 +130,7 @@ def _interpolate(anchors: tuple[float, ...], layer: int, n_layers: int) -> float
     return (1 - share) * anchors[lower] + share * anchors[lower + 1]
 
 
-def _parse_rule(text: str, n_experts: int) -> _Rule:
+def _parse_rule(text: str, n_experts: int, method: str) -> _Rule:
     expression, equals, weights = text.rpartition("=")
     if not equals or not expression:
         raise ArgumentError(
@@ -140,11 +147,11 @@ def _parse_rule(text: str, n_experts: int) -> _Rule:
             f"Weight rule {text!r}: weights are numbers, or gradients such as 0:0.5:1, separated by commas; but got "
             f"{weights!r}."
         ) from error
-    # Check one anchor of each expert: an invalid one if there is any, else the largest, because a gradient may be zero
-    # at one end.
+    # Check one anchor of each expert: one that may be invalid if there is any, else the largest, because a gradient
+    # may be zero at one end.
     to_check = [next((a for a in row if not 0 <= a < math.inf), max(row)) for row in anchors]
     try:
-        validate_weights(to_check, n_experts)
+        validate_weights(to_check, n_experts, method)
     except ArgumentError as error:
         raise ArgumentError(f"Weight rule {text!r}: {error}") from error
     return _Rule(text, pattern, anchors)

@@ -49,13 +49,16 @@ class Processes:
     Rank of this process among those of a merge, and the exchange between them.
 
     Without a launcher neither torch nor accelerate is imported.
+
+    Args:
+        alone: Whether this process merges by itself, whatever the others do: in the middle of a training run, say.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
         self.rank = 0
         self.size = 1
         self._others_listen = True  # whether the other processes still take part in exchanges
-        if _world_size() > 1:
+        if _world_size() > 1 and not alone:
             from accelerate import PartialState
 
             state = PartialState(cpu=True, timeout=_PATIENCE)

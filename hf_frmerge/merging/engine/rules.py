@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels.elementwise import Band, Elementwise, has_nonfinite
-from hf_frmerge.merging.decisions import Decided, Solution
+from hf_frmerge.merging.decisions import Decided, Solution, scaled
 from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.merging.engine.tensor_work import TensorGram, sum_grams
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
@@ -130,8 +130,9 @@ class SpanRule:
             experts=[expert.spec for expert in self._plan.experts],
             numbers=[self._are_numbers[group] for group in groups],
         )
+        scales = {tensor.step.group: tensor.step.scale for tensor in tensors}
         return {
-            group: Decided(solution, {name: grams[name].inputs for name in sorted(grams)})
+            group: Decided(scaled(solution, scales[group]), {name: grams[name].inputs for name in sorted(grams)})
             for (group, grams), solution in zip(groups.items(), solutions)
         }
 
@@ -174,14 +175,15 @@ class SparseRule:
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
         """Return the decisions of the method."""
         decided = {}
-        for name, weights in {tensor.step.group: tensor.step.weights for tensor in tensors}.items():
+        for name, step in {tensor.step.group: tensor.step for tensor in tensors}.items():
             if not self.rounds:
-                decided[name] = Decided(self._method(self._plan.sparse_options(weights)), {})
+                decision = self._method(self._plan.sparse_options(step.weights))
+                decided[name] = Decided(scaled(decision, step.scale), {})
                 continue
             decision = self._groups.pop(name).decision
             assert decision is not None
             inputs = {tensor.step.name: tensor.inputs_digest() for tensor in tensors if tensor.step.group == name}
-            decided[name] = Decided(decision, _joined(self._gather, inputs))
+            decided[name] = Decided(scaled(decision, step.scale), _joined(self._gather, inputs))
         return decided
 
     def join(self) -> None:
@@ -239,7 +241,7 @@ class _Group:
 
 
 class SpectralRule:
-    """Merge matrices by the method, and average the deltas of all other tensors; nothing is measured."""
+    """Merge matrices by the method, and average the deltas of other tensors, or add them up; nothing is measured."""
 
     rounds = 0
 
@@ -255,8 +257,11 @@ class SpectralRule:
         return []
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
-        """Return the method for matrices, and the mean for the rest."""
-        return {tensor.step.group: Decided(self.decision_for(tensor.step), {}) for tensor in tensors}
+        """Return the method for matrices, and the mean or the sum for the rest."""
+        return {
+            tensor.step.group: Decided(scaled(self.decision_for(tensor.step), tensor.step.scale), {})
+            for tensor in tensors
+        }
 
     def join(self) -> None:
         """Do nothing: every process decides alike."""
@@ -267,7 +272,8 @@ class SpectralRule:
         if step.is_matrix:
             return Spectral(args.method, step.weights, args.scale, self._plan.spectral_options)
         everything = Band((0.0,) * len(step.weights))
-        return Elementwise(everything, "sum", step.weights, 1.0 / len(step.weights))
+        scale = args.scale if METHODS[args.method].is_continual else 1.0 / len(step.weights)
+        return Elementwise(everything, "sum", step.weights, scale)
 
 
 class GivenRule:

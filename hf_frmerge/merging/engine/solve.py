@@ -65,7 +65,7 @@ def solve(
 
     Args:
         points_TBNK: From `points_of`, of tensors with equally many blocks.
-        weights_TN: Non-negative, every row summing to 1.
+        weights_TN: Their magnitudes sum to 1 in every row; negative only for methods that subtract.
         tensors, experts: Their names, for the error.
         numbers: Whether the blocks of a tensor are single numbers, which have a sign but no direction: methods that
             merge directions take their plain mean. By default none are.
@@ -124,7 +124,7 @@ def _geometries(
     """Measure the experts and the merge of every tensor."""
     merged, linear = combine(result.coefficients, points_TBNK), combine(weights_T1N, points_TBNK)
     norms_TBN = norms(points_TBNK)
-    mean_norm_T = _over_blocks(dot(weights_T1N, norms_TBN))
+    mean_norm_T = _over_blocks(dot(np.abs(weights_T1N), norms_TBN))
     safe_T = np.where(mean_norm_T > 0, mean_norm_T, 1.0)  # a tensor of zeros has lost no norm: its ratio is 1
     lengths = [np.where(mean_norm_T > 0, _over_blocks(norms(x)) / safe_T, 1.0) for x in (merged, linear)]
     angles_TBP = _angles(points_TBNK, norms_TBN)

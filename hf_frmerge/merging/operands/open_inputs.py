@@ -62,7 +62,7 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
     correction = _correction(plan.corrections, step) if plan.corrections is not None else None
     row_len = step.shape[-1] if len(step.shape) > 1 and step.shape[-1] > 1 else max(step.numel, 1)
     operands = step.name, step.cols, len(plan.experts), base, dense, low_rank, labels
-    return TensorInputs(*operands, plan.space, factored, row_len, correction)
+    return TensorInputs(*operands, plan.space, factored, row_len, correction, plan.post_step(step))
 
 
 def _correction(corrections: Corrections, step: TensorStep) -> StoredTensor | ProductTensor | None:

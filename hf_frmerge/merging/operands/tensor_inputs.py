@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from hf_frmerge.merging.planning.blocks import Piece
 from hf_frmerge.methods.spectral import Spectral
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decision
+    from hf_frmerge.methods.post_steps import SingularValueCalibration
 
 
 _SHORT = 1 << 14
@@ -71,6 +72,7 @@ class TensorInputs:
         correction: what calibration adds to the merged tensor, whatever the method.
         factored: whether the Gram matrix is computed from the factors without forming dense deltas: if all experts are
             low-rank and the tensor is one block.
+        post_step: what is done to the merged tensor, a whole matrix, before the correction.
         row_len: elements that are ranked among each other: a row of a matrix, or a whole vector.
     """
 
@@ -85,6 +87,7 @@ class TensorInputs:
     factored: bool = False
     row_len: int = 1
     correction: DenseTensor | None = None
+    post_step: SingularValueCalibration | None = None
     _factors: dict[int, _Factors] = field(default_factory=dict, repr=False)
 
     @property
@@ -177,6 +180,8 @@ class TensorInputs:
 
     def apply(self, decision: Decision, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str) -> str:
         """Apply a decision of any kind to a piece: write the merged elements into `out` and return their digest."""
+        if self.post_step is not None:
+            return self._with_post_step(self.post_step, decision, kernels, piece, out, out_dtype)
         if isinstance(decision, Elementwise):
             return self.merge_elements(kernels, piece, decision, out, out_dtype)
         if isinstance(decision, Spectral):
@@ -233,6 +238,29 @@ class TensorInputs:
             NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
             MergeError: If the singular values of the deltas cannot be computed.
         """
+        base, deltas, label = self.matrices(kernels, piece)
+        merged = self._by_lapack(lambda: decision.merge(deltas))
+        return self._add_delta(kernels, base, label, merged, decision.scale, piece, out, out_dtype)
+
+    def _with_post_step(
+        self,
+        post_step: SingularValueCalibration,
+        decision: Decision,
+        kernels: Kernels,
+        piece: Piece,
+        out: NDArray[np.uint8],
+        out_dtype: str,
+    ) -> str:
+        """Apply a decision to a whole matrix in float64, and the post-step to the delta that this gives."""
+        plain = np.empty(8 * (piece.stop - piece.start), np.uint8)
+        replace(self, correction=None, post_step=None).apply(decision, kernels, piece, plain, "F64")
+        base, deltas, label = self.matrices(kernels, piece)
+        merged = (plain.view(np.float64) - widen(base.data, base.dtype)).astype(np.float32).reshape(deltas.shape[1:])
+        corrected = self._by_lapack(lambda: post_step.apply(merged, deltas))
+        return self._add_delta(kernels, base, label, corrected, 1.0, piece, out, out_dtype)
+
+    def matrices(self, kernels: Kernels, piece: Piece) -> tuple[Operand, NDArray[np.float32], str]:
+        """Return the base, the deltas as float32 matrices, and the base's name."""
         operands, labels = self.delta_operands(piece.start, piece.stop)
         base, *others = (widen(operand.data, operand.dtype) for operand in operands)
         deltas = np.empty((self.n_experts, piece.stop // self.cols, self.cols), np.float32)
@@ -240,17 +268,31 @@ class TensorInputs:
             delta.reshape(-1)[:] = values if operand.is_delta else values - base
         if not np.isfinite(deltas).all():
             self.check_finite(kernels, operands, labels)
+        return operands[0], deltas, labels[0]
+
+    def _by_lapack(self, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
         try:
-            merged = decision.merge(deltas)
+            return compute()
         except np.linalg.LinAlgError as error:
             raise MergeError(
                 f"Tensor {self.name!r}: the singular values of the experts' deltas could not be computed ({error}). "
                 "Use another method."
             ) from error
+
+    def _add_delta(
+        self,
+        kernels: Kernels,
+        base: Operand,
+        label: str,
+        merged: NDArray[np.float32],
+        scale: float,
+        piece: Piece,
+        out: NDArray[np.uint8],
+        out_dtype: str,
+    ) -> str:
         added = Operand(np.ascontiguousarray(merged, np.float32).reshape(-1).view(np.uint8), "F32", is_delta=True)
-        factors = np.array([[1.0, decision.scale]])
-        names = [labels[0], "the merged delta"]
-        return self._combine(kernels, [operands[0], added], names, factors, piece, out, out_dtype)
+        factors = np.tile([1.0, scale], (piece.n_blocks, 1))
+        return self._combine(kernels, [base, added], [label, "the merged delta"], factors, piece, out, out_dtype)
 
     def copy(
         self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from hf_frmerge.methods.table import METHODS
-
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
 
@@ -15,11 +13,11 @@ if TYPE_CHECKING:
 @contextmanager
 def one_blas_thread(plan: MergePlan) -> Iterator[None]:
     """
-    Give BLAS one thread for as long as a spectral method runs.
+    Give BLAS one thread for as long as matrices are merged as a whole.
 
     The engine merges matrices on threads of its own; BLAS threads below each of them would spin for its cores.
     """
-    if METHODS[plan.args.method].kind != "spectral":
+    if not plan.by_matrix:
         yield
         return
     from threadpoolctl import threadpool_limits  # costs other merges milliseconds

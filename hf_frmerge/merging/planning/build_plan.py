@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, open_checkpoint,
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import validate_weights
 from hf_frmerge.merging.arguments.tensor_rules import TensorRules, with_numbers
-from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_index
 from hf_frmerge.merging.planning.account import account
 from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
 from hf_frmerge.merging.planning.coefficient_table import CoefficientTable, cut_as_given, read_coefficients
@@ -38,6 +36,7 @@ from hf_frmerge.merging.planning.set_apart import (
     without_ruled,
 )
 from hf_frmerge.merging.planning.tensor_step import TensorStep
+from hf_frmerge.merging.planning.tensor_weights import scales_by_tensor, weights_by_tensor
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def build_plan(
         experts: Two or more folders or Hub ids, full checkpoints or adapters; or one adapter, to be folded into its
             base.
         args: Options.
-        weights: One non-negative number per expert; equal by default.
+        weights: One number per expert; equal by default. Negative ones are for methods that subtract.
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
         download: Download models from the Hub, unless `args.stream_from_hub`. Not needed to only show a plan.
         check: Called with the plan before anything is downloaded; may raise.
@@ -79,7 +78,7 @@ def build_plan(
     """
     if len(experts) < 1:
         raise ArgumentError("A merge needs at least two experts, got 0. Name two or more models.")
-    alphas = validate_weights(weights, len(experts))
+    alphas = validate_weights(weights, len(experts), args.method)
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
     sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
     plan = _plan(sources, args, alphas, base_model is not None)
@@ -172,7 +171,8 @@ def _unused_options(args: MergingArguments, method: Method) -> list[str]:
     of_methods = dict.fromkeys(name for other in METHODS.values() for name in other.options if name != "seed")
     options = args.to_dict()
     defaults = {field.name: field.default for field in fields(args)}
-    changed = [name for name in of_methods if name not in method.options and options[name] != defaults[name]]
+    used = (*method.options, *(("svc_floor",) if args.post_step is not None else ()))
+    changed = [name for name in (*of_methods, "svc_floor") if name not in used and options[name] != defaults[name]]
     return [f"`{name}` changes nothing with method={method.name!r}." for name in changed]
 
 
@@ -198,8 +198,8 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
     if args.adapter_output == "adapter":
         if not _is_sum(args):
             raise ArgumentError(
-                f"{args.method} takes single deltas apart, so what it makes is no sum of them and no adapter can "
-                "express it. Use adapter_output='merged'."
+                f"{args.post_step or args.method} takes single deltas apart, so what it makes is no sum of them and "
+                "no adapter can express it. Use adapter_output='merged'."
             )
         if full:
             raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0]!r} is a full checkpoint.")
@@ -224,7 +224,7 @@ def _makes_adapter(args: MergingArguments, experts: list[Expert]) -> bool:
 
 
 def _is_sum(args: MergingArguments) -> bool:
-    return METHODS[args.method].kind in ("span", "given")
+    return METHODS[args.method].kind in ("span", "given") and args.post_step is None
 
 
 def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool, rules: TensorRules) -> list[Expert]:
@@ -263,11 +263,13 @@ def _space(
             f"{adapters[0].spec!r} is an adapter: pass the model it was trained from as base_model "
             f"(its config names {adapters[0].adapter.config.base_model!r})."  # type: ignore[union-attr]
         )
-    needs_deltas = METHODS[args.method].needs_deltas
+    of_deltas = [name for name in ("post_step", "layer_scales") if args.to_dict()[name] is not None]
+    needs_deltas = METHODS[args.method].needs_deltas or bool(of_deltas)
     table_space = table.space if table is not None else None
     space = args.space or table_space or ("deltas" if adapters or needs_deltas else "weights")
     if needs_deltas and space != "deltas":
-        raise ArgumentError(f'{args.method} is made of deltas: it needs space="deltas" and a base_model.')
+        name = f"{args.method} is" if not of_deltas else f"What {of_deltas[0]} changes is"
+        raise ArgumentError(f'{name} made of deltas: it needs space="deltas" and a base_model.')
     if table_space is not None and space != table_space:
         raise ArgumentError(
             f"{args.coefficients} holds coefficients of {table_space}, but space={space!r} was asked for."
@@ -294,7 +296,8 @@ def _adapter_steps(
     if not rows:
         raise ArgumentError("`leave_out` leaves no module to merge. Give expressions of fewer.")
     names = [row.first.target for row in rows]
-    weights_for, notes = _weights_for(args, weights, names)
+    weights_for, notes = weights_by_tensor(args, weights, names)
+    scale_of = scales_by_tensor(args, names)
     dtype = DTYPE_CODES.get(args.dtype, rows[0].first.up.dtype if rows else "F32")
     steps = [
         TensorStep(
@@ -307,6 +310,7 @@ def _adapter_steps(
             group=group_of(row.first.target, args.block),
             n_blocks=1,
             block_len=row.n_out * row.n_in,
+            scale=scale_of[row.first.target],
         )
         for row in rows
     ]
@@ -343,26 +347,6 @@ def _adapter_notes(experts: list[Expert], base: Expert | None, strict: bool) -> 
     return notes + base_notes(adapters, base.source)
 
 
-def _weights_for(
-    args: MergingArguments, weights: list[float], names: list[str]
-) -> tuple[dict[str, tuple[float, ...]], list[str]]:
-    """Return the weights of every tensor, and a note for each rule that decides none."""
-    schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(weights))
-    notes = [f"Weight rule {rule!r} decides no tensor's weights." for rule in schedule.unused_rules(names)]
-    # An encoder and a decoder may have different depths: a gradient runs over the stack a tensor belongs to.
-    depth: dict[str, int] = {}
-    for name in names:
-        index = layer_index(name)
-        if index is not None:
-            depth[_stack(name)] = max(depth.get(_stack(name), 0), index + 1)
-    return {name: tuple(schedule.weights_for(name, depth.get(_stack(name), 1))) for name in names}, notes
-
-
-def _stack(name: str) -> str:
-    """Return the part of a tensor's name before its layer index: `encoder.layers`, say."""
-    return re.split(r"\.\d+(?:\.|$)", name, maxsplit=1)[0]
-
-
 def _steps(
     args: MergingArguments,
     experts: list[Expert],
@@ -393,13 +377,14 @@ def _steps(
     if donor.weights.quantisation:
         config_changes |= dict.fromkeys(SECTIONS)
     touched = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
-    weights_for, rule_notes = _weights_for(args, weights, [tensor.name for tensor in tensors])
+    weights_for, rule_notes = weights_by_tensor(args, weights, [tensor.name for tensor in tensors])
     notes += rule_notes
     head_dim = None
     if args.block == "head":
         head_dim = head_dim_of(donor.checkpoint.config() if donor.checkpoint else {})
 
-    is_spectral = METHODS[args.method].kind == "spectral"
+    by_matrix = METHODS[args.method].kind == "spectral" or args.post_step is not None
+    scale_of = scales_by_tensor(args, [tensor.name for tensor in tensors])
     steps = []
     for tensor in tensors:
         is_float = tensor.dtype in FLOAT_DTYPES
@@ -417,11 +402,12 @@ def _steps(
                 group=group_of(tensor.name, args.block),
                 n_blocks=n_blocks,
                 block_len=block_len,
-                is_matrix=merge and is_spectral and _is_inner_matrix(tensor.name, tensor.shape),
+                is_matrix=merge and by_matrix and _is_inner_matrix(tensor.name, tensor.shape),
+                scale=scale_of[tensor.name] if merge else 1.0,
             )
         )
-    if is_spectral:
-        notes.append(_matrix_note(args.method, steps))
+    if by_matrix:
+        notes.append(_matrix_note(args, steps))
     _check_groups(steps)
     _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
     return steps, notes, aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD) | reasons, config_changes
@@ -432,12 +418,18 @@ def _is_inner_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and min(shape) > 1 and not may_be_tied(name)
 
 
-def _matrix_note(method: str, steps: list[TensorStep]) -> str:
+def _matrix_note(args: MergingArguments, steps: list[TensorStep]) -> str:
     others = [step.name for step in steps if step.action == "merge" and not step.is_matrix]
     n_matrices = sum(step.is_matrix for step in steps)
+    if METHODS[args.method].kind != "spectral":
+        return (
+            f"post_step={args.post_step!r} corrects {n_matrices} matrices of layers. The other {len(others)} tensors "
+            f"({some(others)}) stay as method={args.method!r} merges them."
+        )
     return (
-        f"method={method!r} merges {n_matrices} matrices of layers. The experts' deltas of the other {len(others)} "
-        f"tensors ({some(others)}) are averaged: embeddings, heads, norms, vectors and stacks of matrices."
+        f"method={args.method!r} merges {n_matrices} matrices of layers. The experts' deltas of the other "
+        f"{len(others)} tensors ({some(others)}) are {'added' if METHODS[args.method].is_continual else 'averaged'}: "
+        "embeddings, heads, norms, vectors and stacks of matrices."
     )
 
 
@@ -446,8 +438,10 @@ def _refuse_large_matrices(plan: MergePlan) -> None:
     largest = max(plan.steps, key=plan.matrix_memory, default=None)
     needed = plan.matrix_memory(largest) if largest is not None else 0
     if largest is not None and needed > plan.args.memory_budget_bytes:
+        args = plan.args
+        what = f"post_step={args.post_step!r}" if args.post_step is not None else f"method={args.method!r}"
         raise ArgumentError(
-            f"method={plan.args.method!r} merges {largest.name!r}, {list(largest.shape)}, as one matrix, which takes "
+            f"{what} merges {largest.name!r}, {list(largest.shape)}, as one matrix, which takes "
             f"{-(-needed // 2**20)} MiB for {len(plan.experts)} experts; memory_budget is {plan.args.memory_budget}. "
             f"Set memory_budget={-(-needed // 2**20)}MiB or more: that much for every thread that is to work on one."
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
+from hf_frmerge.methods.post_steps import SingularValueCalibration
 from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.sparse.rules import SparseOptions
 from hf_frmerge.methods.spectral import SpectralOptions, memory_bytes
@@ -137,6 +138,17 @@ class MergePlan:
         """Options of a spectral method."""
         density = 1.0 if self.args.density is None else self.args.density
         return SpectralOptions(density, self.args.descent_steps)
+
+    @property
+    def by_matrix(self) -> bool:
+        """Whether matrices of layers are merged as a whole, by LAPACK."""
+        return METHODS[self.args.method].kind == "spectral" or self.args.post_step is not None
+
+    def post_step(self, step: TensorStep) -> SingularValueCalibration | None:
+        """Return what is done to a tensor after it was merged."""
+        if self.args.post_step is None or not step.is_matrix:
+            return None
+        return SingularValueCalibration(step.weights, self.args.svc_floor)
 
     def copied(self, step: TensorStep) -> TensorStep:
         """Return a step that copies the tensor from the base, or the first full expert, instead of merging it."""

@@ -21,6 +21,7 @@ class TensorStep:
         group: tensors of one group form one point and get the same coefficients.
         n_blocks, block_len: number of blocks, and elements in each.
         is_matrix: whether it is merged as a matrix, in one piece.
+        scale: factor of the merged delta by layer.
     """
 
     name: str
@@ -33,6 +34,7 @@ class TensorStep:
     n_blocks: int
     block_len: int
     is_matrix: bool = False
+    scale: float = 1.0
 
     @property
     def numel(self) -> int:

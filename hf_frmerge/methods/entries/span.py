@@ -145,9 +145,10 @@ SPAN = (
         "task arithmetic",
         "what each expert learned on top of the base model is added up, scaled by the weights.",
         "Adding instead of averaging keeps each expert's change at its full size; the scale decides how loudly the "
-        "experts speak together.",
+        "experts speak together. A negative weight subtracts what an expert learned, as to make a model unlearn it.",
         options=("scale",),
         needs_deltas=True,
+        subtracts=True,
         is_compared=True,
         paper=TASK_ARITHMETIC,
         tags=("task-arithmetic",),

@@ -19,6 +19,19 @@ ISO = Paper(
     "2502.04959",
 )
 
+KNOTS = Paper(
+    "Model Merging with SVD to Tie the Knots",
+    "George Stoica, Pratik Ramesh, Boglarka Ecsedi, Leshem Choshen, Judy Hoffman",
+    2024,
+    "2410.19735",
+)
+OPCM = Paper(
+    "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging",
+    "Anke Tang, Enneng Yang, Li Shen, Yong Luo, Han Hu, Lefei Zhang, Bo Du, Dacheng Tao",
+    2025,
+    "2501.09522",
+)
+
 SPECTRAL = (
     Method(
         "tsv_m",
@@ -44,6 +57,7 @@ SPECTRAL = (
         "that depend on the others.",
         options=("scale",),
         needs_deltas=True,
+        is_isotropic=True,
         is_compared=True,
         blocks=("tensor",),
         paper=ISO,
@@ -59,6 +73,7 @@ SPECTRAL = (
         options=("density", "scale"),
         density=0.8,
         needs_deltas=True,
+        is_isotropic=True,
         blocks=("tensor",),
         paper=ISO,
         tags=("iso-cts",),
@@ -89,5 +104,40 @@ SPECTRAL = (
         needs_deltas=True,
         blocks=("tensor",),
         tags=("resmerge",),
+    ),
+    Method(
+        "knots",
+        "spectral",
+        "KnOTS",
+        "what the experts changed in a matrix of the base model is written in directions that all of them share. "
+        "There the smallest parts are dropped, the experts vote on every part, up or down, and those on the winning "
+        "side are averaged.",
+        "Adapters that were trained apart use directions of their own, so that value by value they have little to do "
+        "with each other. In directions they share, dropping and voting find what belongs together.",
+        options=("density", "scale"),
+        density=0.2,
+        needs_deltas=True,
+        blocks=("tensor",),
+        paper=KNOTS,
+        tags=("knots", "ties"),
+    ),
+    Method(
+        "opcm",
+        "spectral",
+        "continual merging (OPCM)",
+        "the first of two experts is a merge, to which the second is added. Of what the second changed in a matrix, "
+        "the part that falls on the strongest directions of the merge is left out, and the sum is brought back to the "
+        "mean size of all experts' changes so far.",
+        "Experts can be added one after the other, whenever they are ready, without keeping those before. What each "
+        "brings does not undo what the merge has learned; the order matters.",
+        options=("density", "scale"),
+        n_experts=2,
+        extension="task_arithmetic",
+        density=0.5,
+        needs_deltas=True,
+        is_continual=True,
+        blocks=("tensor",),
+        paper=OPCM,
+        tags=("opcm", "continual-merging"),
     ),
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
@@ -238,7 +238,7 @@ def test_a_configuration_of_mergekit_is_told_what_to_write(tmp_path: Path) -> No
 )
 def test_bad_weights(weights: list[float], n: int, sentence: str) -> None:
     with pytest.raises(ArgumentError, match=sentence):
-        validate_weights(weights, n)
+        validate_weights(weights, n, "karcher")
 
 
 @given(st.lists(st.floats(1e-290, 1.7e308), min_size=1, max_size=12))
@@ -246,6 +246,24 @@ def test_weights_are_divided_by_their_exact_sum(weights: list[float]) -> None:
     exact = [Fraction(w) / sum(map(Fraction, weights)) for w in weights]
     for got, want in zip(validate_weights(weights, len(weights)), exact, strict=True):
         assert abs(Fraction(got) - want) <= want * Fraction(2, 2**52) + Fraction(1, 2**1022)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e9, 1e9).filter(lambda w: abs(w) > 1e-3), min_size=1, max_size=12))
+def test_weights_that_were_divided_stay_as_they_are(weights: list[float]) -> None:
+    """A recorded merge is planned again with the weights of its record: they must not lose a bit."""
+    once = validate_weights(weights, len(weights))
+    assert validate_weights(once, len(weights)) == once
+
+
+def test_negative_weights_are_for_methods_that_subtract() -> None:
+    assert validate_weights([1.0, -1.0], 2, "task_arithmetic") == [0.5, -0.5]
+    assert validate_weights([0.0, -3.0], 2, "task_arithmetic") == [0.0, -1.0]
+    subtracting = {name for name, method in METHODS.items() if method.subtracts}
+    assert subtracting == {"task_arithmetic", "dare_linear", "breadcrumbs"}
+    for name in METHODS.keys() - subtracting:
+        with pytest.raises(ArgumentError, match=rf"method='{name}', but .* use method='task_arithmetic' or "):
+            validate_weights([1.0, -1.0], 2, name)
 
 
 def test_weights_with_an_exact_answer() -> None:

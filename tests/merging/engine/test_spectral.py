@@ -28,7 +28,7 @@ from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
 
 WEIGHTS = [0.5, 0.3, 0.2]
-SPECTRAL = [method.name for method in METHODS.values() if method.kind == "spectral"]
+SPECTRAL = [method.name for method in METHODS.values() if method.kind == "spectral" and method.n_experts is None]
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
 

@@ -17,6 +17,7 @@ from tiny_models import save_llama_family
 
 from hf_frmerge import FisherRaoMerger, MergeCallback, MergingArguments
 from hf_frmerge.merging.record.manifest import FORMAT_VERSION, SCHEMA_FILE
+from hf_frmerge.methods.table import METHODS
 
 Manifest = dict[str, Any]
 
@@ -54,6 +55,18 @@ class SkipNorms(MergeCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         control.should_skip_tensor = "norm" in state.current_tensor
         return control
+
+
+def test_methods_without_coefficients_are_those_of_the_table(schema: Draft202012Validator) -> None:
+    without = schema.schema["if"]["properties"]["method"]["enum"]
+    assert without == [method.name for method in METHODS.values() if method.kind in ("sparse", "spectral")]
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "tsv_m"])
+def test_a_merge_without_coefficients(schema: Draft202012Validator, tmp_path: Path, method: str) -> None:
+    base, experts = write_family(tmp_path)
+    actual = merge(experts, tmp_path / "out", base, method=method)
+    assert [error.message for error in schema.iter_errors(actual)] == []
 
 
 def test_a_merge_of_full_models(schema: Draft202012Validator, tmp_path: Path) -> None:
