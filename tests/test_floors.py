@@ -34,6 +34,7 @@ ROOMS = {
         ["resolve"],
         ["names"],
         ["tensors"],
+        ["vocabularies"],
         ["adapters", "beside", "quantised"],
     ],
     "merging": [
