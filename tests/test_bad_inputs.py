@@ -418,7 +418,8 @@ ROWS: dict[str, Row] = {
         tensors("code", dict.fromkeys(("lm_head.weight", "model.embed_tokens.weight"), np.ones((18, 8), np.float32))),
         says="2 tensors differ in shape: lm_head.weight is [18, 8] in 'code' and [16, 8] in 'math', "
         "model.embed_tokens.weight is [18, 8] in 'code' and [16, 8] in 'math'. The vocabularies have different "
-        "sizes (18 and 16): give all one tokenizer, call `model.resize_token_embeddings(...)` and save again."),
+        "sizes (18 and 16). Choose whose tokens the output gets, and rows are matched by token: --tokenizer-source "
+        "base, union or an expert (tokenizer_source)."),
     "another width": row(MERGE, tensors("code", {"model.norm.weight": np.ones(9, np.float32)}),
         says="1 tensors differ in shape: model.norm.weight is [9] in 'code' and [8] in 'math'. Only models of one "
         "architecture and size can be merged."),

@@ -36,6 +36,7 @@ ROOMS = {
         ["resolve"],
         ["names"],
         ["tensors"],
+        ["vocabularies"],
         ["adapters", "beside", "quantised"],
     ],
     "merging": [

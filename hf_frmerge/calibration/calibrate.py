@@ -64,6 +64,11 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         ArgumentError: If its models cannot be run block by block, an adapter is to be made that cannot hold the
             corrections, or the prompts cannot be used.
     """
+    if plan.vocabulary is not None:
+        raise ArgumentError(
+            "A calibrated merge compares its models over one vocabulary, and these have different ones. Merge without "
+            "calibration."
+        )
     remote = [one.spec for one in plan.models if "://" in one.source.path]
     if remote:
         raise ArgumentError(

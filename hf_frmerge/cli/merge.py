@@ -10,7 +10,17 @@ from typing import Any
 import click
 
 from hf_frmerge.cli.command import FrmergeCommand, results_only
-from hf_frmerge.cli.options import CALIBRATION, EXPERTS, HUB, MEAN, OUTPUT, RUNNING, arguments_from, options_from
+from hf_frmerge.cli.options import (
+    CALIBRATION,
+    EXPERTS,
+    HUB,
+    MEAN,
+    OUTPUT,
+    RUNNING,
+    VOCABULARY,
+    arguments_from,
+    options_from,
+)
 
 
 @click.command(
@@ -20,7 +30,7 @@ from hf_frmerge.cli.options import CALIBRATION, EXPERTS, HUB, MEAN, OUTPUT, RUNN
 )
 @click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
 @click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
-@options_from(EXPERTS, MEAN, CALIBRATION, OUTPUT, RUNNING, HUB)
+@options_from(EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT, RUNNING, HUB)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options: Any) -> None:
     """

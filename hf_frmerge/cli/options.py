@@ -17,6 +17,7 @@ from hf_frmerge.merging.arguments.config_file import read_config
 from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
 
 EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub")}
+VOCABULARY = {"Tokens and settings": ("tokenizer_source", "pad_to_multiple_of", "settings_from")}
 MEAN = {
     "The mean": (
         "method",
@@ -82,6 +83,8 @@ _METAVARS = {
     "weight_rules": "RULE",
     "leave_out": "REGEX",
     "take": "REGEX=EXPERT",
+    "tokenizer_source": "base|union|EXPERT",
+    "settings_from": "base|EXPERT",
     "calibration": "[EXPERT=]FILE|self",
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_frmerge.cli.command import FrmergeCommand, results_only
-from hf_frmerge.cli.options import EXPERTS, MEAN, OUTPUT, arguments_from, options_from
+from hf_frmerge.cli.options import EXPERTS, MEAN, OUTPUT, VOCABULARY, arguments_from, options_from
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command("plan", cls=FrmergeCommand)
 @click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
 @click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
-@options_from(EXPERTS, MEAN, OUTPUT)
+@options_from(EXPERTS, VOCABULARY, MEAN, OUTPUT)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options: Any) -> None:
     """
@@ -80,7 +80,7 @@ def _licences(merge_plan: MergePlan) -> dict[str, Any]:
 @click.command("inspect", cls=FrmergeCommand)
 @click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
 @click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
-@options_from(EXPERTS)
+@options_from(EXPERTS, VOCABULARY)
 @click.option("--all", "show_all", is_flag=True, help="Show every tensor, not only those with the largest angles.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that was measured as JSON.")
 def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_json: bool, **options: Any) -> None:

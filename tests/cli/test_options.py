@@ -14,11 +14,21 @@ from click.testing import Result
 from click_runner import click_runner
 
 from hf_frmerge.cli.merge import merge
-from hf_frmerge.cli.options import CALIBRATION, EXPERTS, HUB, MEAN, OUTPUT, RUNNING, arguments_from, options_from
+from hf_frmerge.cli.options import (
+    CALIBRATION,
+    EXPERTS,
+    HUB,
+    MEAN,
+    OUTPUT,
+    RUNNING,
+    VOCABULARY,
+    arguments_from,
+    options_from,
+)
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
 
-GROUPS = (EXPERTS, MEAN, CALIBRATION, OUTPUT, RUNNING, HUB)
+GROUPS = (EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT, RUNNING, HUB)
 Arguments = tuple[ExpertArguments, MergingArguments]
 
 

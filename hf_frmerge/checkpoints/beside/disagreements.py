@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.folders import open_folder
-from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.reader import read_file, read_json, some
+from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
+from hf_frmerge.checkpoints.vocabularies.tokenizer_file import moved_tokens, parse_tokenizer
 from hf_frmerge.errors import CheckpointError
 
 # Keys that do not affect what a model computes: names, versions, and dtypes (which alignment reports).
@@ -30,47 +32,57 @@ _IMPORTANT_PARTS = (
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
+_OF_TOKENS = re.compile(r"(^|\.)(vocab_size|.+_token_ids?|.+_token_index)$")
+
 _ABSENT = "not given"
 
 
-def find_disagreements(sources: Sequence[Source]) -> list[str]:
+def find_disagreements(sources: Sequence[Source], choice: TokenChoice | None = None) -> list[str]:
     """
     Describe where configs, tokenizers and chat templates differ, and which one the output takes.
 
     Args:
         sources (`Sequence[Source]`):
             Donor first, then the others. Adapters without a config or tokenizer of their own are skipped.
+        choice (`TokenChoice`, *optional*):
+            Tokens and settings that the user chose: ids of different vocabularies are not compared.
 
     Returns:
         `list[str]`: One sentence for each difference; empty if all agree.
     """
     folders = [(source, open_folder(source.path)) for source in dict.fromkeys(sources)]
     try:
-        in_configs = _differing_configs(folders, CONFIG_FILE) + _differing_configs(folders, "generation_config.json")
+        in_configs = _differing_configs(folders, CONFIG_FILE, choice)
+        first = choice.settings if choice is not None else sources[0]
+        in_configs += _differing_configs(_led_by(first, folders), "generation_config.json", choice)
     except OSError as error:
         raise CheckpointError(f"Configs could not be compared: {error}.") from error
-    return in_configs + find_tokenizer_disagreements(sources)
+    return in_configs + find_tokenizer_disagreements([first, *sources], choice)
 
 
-def find_tokenizer_disagreements(sources: Sequence[Source]) -> list[str]:
+def find_tokenizer_disagreements(sources: Sequence[Source], choice: TokenChoice | None = None) -> list[str]:
     """Describe where vocabularies, special tokens and chat templates differ; those of the first model are taken."""
     folders = [(source, open_folder(source.path)) for source in dict.fromkeys(sources)]
     try:
-        return _differing_vocabularies(folders) + _differing_special_tokens(folders) + _differing_templates(folders)
+        vocabularies = [] if choice is not None and choice.is_aligned else _differing_vocabularies(folders)
+        return vocabularies + _differing_special_tokens(folders) + _differing_templates(folders)
     except OSError as error:
         raise CheckpointError(f"Tokenizers could not be compared: {error}.") from error
-
-
-def token_ids(source: Source) -> dict[str, int]:
-    """Return the id of every token in the `tokenizer.json` of a model, including added tokens."""
-    return _token_ids(source, read_file(open_folder(source.path), "tokenizer.json", source.spec))
 
 
 _Folders = list[tuple[Source, LocalFolder | RemoteFolder]]
 
 
-def _differing_configs(folders: _Folders, name: str) -> list[str]:
+def _led_by(first: Source, folders: _Folders) -> _Folders:
+    return sorted(folders, key=lambda item: item[0] != first)
+
+
+def _differing_configs(folders: _Folders, name: str, choice: TokenChoice | None = None) -> list[str]:
     configs = [(source, _flatten(read_json(folder, name, source.spec))) for source, folder in folders]
+    if choice is not None and choice.is_aligned:  # other vocabularies have other ids and sizes
+        configs = [
+            (source, {key: flat[key] for key in flat if not _OF_TOKENS.search(key)}) for source, flat in configs
+        ]
     configs = [(source, flat) for source, flat in configs if flat]
     sentences = []
     for key in sorted({key for _, flat in configs for key in flat}):
@@ -146,20 +158,17 @@ def _vocabulary_difference(name: str, reference: tuple[Source, bytes], other: tu
     """Describe how many tokens have another id; empty if only the settings around the vocabulary differ."""
     if name != "tokenizer.json":
         return "other bytes"
-    ours, theirs = _token_ids(*reference), _token_ids(*other)
+    first, second = parse_tokenizer(*reference), parse_tokenizer(*other)
+    ours, theirs, moved = first.ids, second.ids, moved_tokens(first, second)
+    if moved and reference[0].kind == other[0].kind == "full":
+        raise CheckpointError(
+            f"{len(moved)} tokens have other ids in {other[0].spec!r} than in {reference[0].spec!r} "
+            f"({some(map(repr, moved))}): merged as they are stored, rows of different tokens would be mixed. Choose "
+            "whose tokens the output gets, and rows are matched by token: --tokenizer-source base, union or an expert "
+            "(tokenizer_source)."
+        )
     count = sum(theirs.get(token) != index for token, index in ours.items()) + len(theirs.keys() - ours.keys())
     return f"{count} tokens differ; sizes {len(ours)} and {len(theirs)}" if count else ""
-
-
-def _token_ids(source: Source, content: bytes) -> dict[str, int]:
-    try:
-        tokenizer = parse_json(content)
-        vocabulary = tokenizer["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram: [token, score], the id is the position
-            vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-        return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{source.spec!r}: tokenizer.json makes no sense: {error!r}.") from error
 
 
 def _differing_special_tokens(folders: _Folders) -> list[str]:

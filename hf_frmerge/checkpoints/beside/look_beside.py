@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_frmerge.checkpoints.beside.disagreements import (
     VOCABULARIES,
     find_disagreements,
     find_tokenizer_disagreements,
-    token_ids,
 )
 from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE, donor_files, list_folder
 from hf_frmerge.checkpoints.beside.sentence_transformers import (
@@ -20,10 +20,13 @@ from hf_frmerge.checkpoints.beside.sentence_transformers import (
     read_pipeline,
     same_content,
 )
+from hf_frmerge.checkpoints.beside.settings import Settings, choose_settings
 from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.source import Source
 from hf_frmerge.checkpoints.tensors.reader import read_file, read_json, some
+from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
+from hf_frmerge.checkpoints.vocabularies.tokenizer_file import read_tokenizer
 from hf_frmerge.errors import CheckpointError
 
 # Files that turn text, images or sound into inputs of the model: tokenizers, chat templates, processors.
@@ -61,13 +64,28 @@ class CarriedFile:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Files the output takes besides weights and config, and notes about these and about files left behind."""
+    """
+    Files the output takes besides weights and config, and notes about these and about files left behind.
+
+    If the user chose its tokens or settings, also the files that were made for it, by name; the entries of its config
+    that follow; and what was read to make these.
+    """
 
     files: tuple[CarriedFile, ...]
     notes: tuple[str, ...]
+    generated: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    read: tuple[CarriedFile, ...] = ()
 
 
-def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter: bool) -> Beside:
+def look_beside(
+    experts: Sequence[Source],
+    base: Source | None,
+    *,
+    makes_adapter: bool,
+    choice: TokenChoice | None = None,
+    n_rows: int | None = None,
+) -> Beside:
     """
     Decide which files lie beside the merged weights. Reads small files only.
 
@@ -83,6 +101,10 @@ def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter
             Base model.
         makes_adapter (`bool`):
             Whether the output is an adapter.
+        choice (`TokenChoice`, *optional*):
+            Tokens and settings that the user chose for it.
+        n_rows (`int`, *optional*):
+            Rows of its embeddings, if they were matched by token.
 
     Returns:
         `Beside`: The files, and notes on files that come from another model, that differ, or that are left behind.
@@ -96,8 +118,13 @@ def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter
         model_folders = [_ModelFolder.of(model) for model in models]
         carried: dict[str, Source] = {}
         donor = base or next((expert for expert in experts if expert.kind == "full"), None)
+        settings: Settings | None = None
         if makes_adapter or donor is None:
-            notes = _inputs_of_adapters(model_folders, carried)
+            notes = _inputs_of_adapters(model_folders, carried, choice)
+        elif choice is not None:
+            settings = choose_settings(donor, choice, n_rows)
+            carried.update(settings.files | dict.fromkeys(settings.generated, choice.settings))
+            notes = find_disagreements([donor, *models], choice)
         else:
             carried.update(dict.fromkeys(donor_files(donor), donor))
             notes = _inputs_without_donor(model_folders, carried) + find_disagreements([donor, *models])
@@ -106,7 +133,12 @@ def look_beside(experts: Sequence[Source], base: Source | None, *, makes_adapter
         notes += _differing(model_folders, carried) + _left(model_folders, carried)
     except OSError as error:
         raise CheckpointError(f"The files beside the weights could not be compared: {error}.") from error
-    return Beside(tuple(CarriedFile(source, name) for name, source in carried.items()), tuple(notes))
+    generated = settings.generated if settings is not None else {}
+    files = tuple(CarriedFile(source, name) for name, source in carried.items() if name not in generated)
+    if settings is None:
+        return Beside(files, tuple(notes))
+    read = tuple(CarriedFile(source, name) for source, name in settings.read)
+    return Beside(files, tuple(notes), generated, settings.config, read)
 
 
 def copy_files(files: Iterable[CarriedFile], output_dir: str | Path) -> list[str]:
@@ -118,6 +150,13 @@ def copy_files(files: Iterable[CarriedFile], output_dir: str | Path) -> list[str
         write_file(target, read_file(open_folder(file.source.path), file.name, file.source.spec))
         names.append(file.name)
     return names
+
+
+def write_files(files: Mapping[str, str], output_dir: str | Path) -> list[str]:
+    """Write the files that `look_beside` made into `output_dir`, each one atomically; return their names."""
+    for name, text in files.items():
+        write_file(Path(output_dir) / name, text)
+    return list(files)
 
 
 @dataclass(frozen=True)
@@ -167,8 +206,14 @@ def _inputs_without_donor(model_folders: Sequence[_ModelFolder], carried: dict[s
     ]
 
 
-def _inputs_of_adapters(adapters: Sequence[_ModelFolder], carried: dict[str, Source]) -> list[str]:
-    """Take the tokenizer and chat template of the adapters, if all that have one agree."""
+def _inputs_of_adapters(
+    adapters: Sequence[_ModelFolder], carried: dict[str, Source], choice: TokenChoice | None
+) -> list[str]:
+    """Take the tokenizer and chat template of the model that was chosen, or of the adapters if all with one agree."""
+    if choice is not None:
+        chosen = _ModelFolder.of(choice.settings)
+        carried.update(dict.fromkeys(chosen.inputs, choice.settings))
+        return []
     holders = [adapter for adapter in adapters if adapter.inputs]
     if not holders:
         return []
@@ -190,7 +235,8 @@ def _embeddings_too_few(carried: Mapping[str, Source], model: Source | None) -> 
     config = read_json(open_folder(model.path), CONFIG_FILE, model.spec)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     size = max((part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)), default=None)
-    last = max(token_ids(source).values(), default=-1)
+    tokenizer = read_tokenizer(source)
+    last = max(tokenizer.ids.values(), default=-1) if tokenizer is not None else -1
     if size is None or last < size:
         return []
     return [

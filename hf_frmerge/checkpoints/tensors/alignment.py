@@ -14,6 +14,7 @@ from hf_frmerge.checkpoints.tensors.class_order import agree_on_classes, n_class
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
 from hf_frmerge.checkpoints.tensors.renames import agree_on_names, is_constant_buffer
+from hf_frmerge.checkpoints.tensors.token_rows import TokenRows, TokenTable, agree_on_tokens, mapped_shape
 from hf_frmerge.errors import CheckpointError
 
 # Non-float tensors of more bytes than this are not compared between experts.
@@ -49,18 +50,21 @@ class Alignment:
     """
     Output tensors in file order of the base model (else of the first expert), and notes for the user.
 
-    `left_out` gives the reason for every tensor that some checkpoint stores and the output does not have.
+    `left_out` gives the reason for every tensor that some checkpoint stores and the output does not have. `token_rows`
+    says which tensors were aligned by token, if any were.
     """
 
     tensors: list[AlignedTensor]
     notes: list[str]
     left_out: dict[str, str]
+    token_rows: TokenRows | None = None
 
 
 def align(
     experts: Sequence[Checkpoint],
     base: Checkpoint | None = None,
     is_apart: Callable[[str], bool] = lambda name: False,
+    tokens: TokenTable | None = None,
 ) -> Alignment:
     """
     Match checkpoints tensor by tensor. Reads headers, and contents only where names differ.
@@ -77,6 +81,7 @@ def align(
       tied weight. It is dropped; or, if the donor of the config stores it, the other checkpoints read it from the
       tensor it repeats (`Checkpoint.alias`).
     * Dtypes may differ.
+    * With `tokens`, embeddings and output layers may have other rows: those of a token belong together.
 
     Args:
         experts (`Sequence[Checkpoint]`):
@@ -85,6 +90,8 @@ def align(
             Base model.
         is_apart (`Callable`, *optional*):
             Whether a tensor, by its name in the first checkpoint if that has it, is none of those to be matched.
+        tokens (`TokenTable`, *optional*):
+            Tokens by which rows are matched. By default all models must have the same.
 
     Returns:
         `Alignment`: Tensors and notes.
@@ -102,13 +109,15 @@ def align(
     for checkpoint, hidden in zip(checkpoints, apart):
         checkpoint.tensors = {name: info for name, info in checkpoint.tensors.items() if name not in hidden}
     try:
-        return _align(checkpoints, first_index, notes)
+        return _align(checkpoints, first_index, notes, tokens)
     finally:
         for checkpoint, hidden in zip(checkpoints, apart):
             checkpoint.tensors |= hidden
 
 
-def _align(checkpoints: Sequence[Checkpoint], first_index: int, notes: list[str]) -> Alignment:
+def _align(
+    checkpoints: Sequence[Checkpoint], first_index: int, notes: list[str], tokens: TokenTable | None
+) -> Alignment:
     """Match tensors that have one name in all checkpoints; `first_index` is the donor index of the first of these."""
     _refuse_kinds(checkpoints)
     constants = _partial_constants(checkpoints)
@@ -116,6 +125,7 @@ def _align(checkpoints: Sequence[Checkpoint], first_index: int, notes: list[str]
     notes += _constant_notes(checkpoints, constants) + tied_notes
     _refuse_names(checkpoints, left_out | constants)
     constants_out = constants - set(checkpoints[0].tensors)
+    token_rows = agree_on_tokens(checkpoints, tokens) if tokens is not None else None
     _refuse_shapes(checkpoints)
     notes += agree_on_classes(checkpoints)
     notes += _dtype_notes(checkpoints)
@@ -127,13 +137,12 @@ def _align(checkpoints: Sequence[Checkpoint], first_index: int, notes: list[str]
         holders = [place for place, checkpoint in enumerate(checkpoints) if name in checkpoint.tensors]
         info = checkpoints[holders[0]].tensors[name]
         merged = info.is_float and info.numel > 0 and name not in constants
-        tensors.append(
-            AlignedTensor(name, info.dtype, info.shape, "merge" if merged else "copy", holders[0] + first_index)
-        )
+        shape = mapped_shape(checkpoints[holders[0]], info)
+        tensors.append(AlignedTensor(name, info.dtype, shape, "merge" if merged else "copy", holders[0] + first_index))
         if not info.is_float:
             notes += _copy_notes(name, [checkpoints[place] for place in holders], len(checkpoints))
     reasons = dict.fromkeys(left_out, TIED_TWICE) | dict.fromkeys(constants_out, CONSTANT)
-    return Alignment(tensors, notes, reasons)
+    return Alignment(tensors, notes, reasons, token_rows)
 
 
 def _names_in_order(checkpoints: Sequence[Checkpoint]) -> list[str]:
@@ -336,7 +345,9 @@ def _refuse_shapes(checkpoints: Sequence[Checkpoint]) -> None:
         wrong = [
             (info, checkpoint.tensors[name])
             for name, info in reference.tensors.items()
-            if info.is_float and name in checkpoint.tensors and checkpoint.tensors[name].shape != info.shape
+            if info.is_float
+            and name in checkpoint.tensors
+            and mapped_shape(checkpoint, checkpoint.tensors[name]) != mapped_shape(reference, info)
         ]
         if not wrong:
             continue
@@ -356,8 +367,9 @@ def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]], alike: set[str], cl
     if only_rows and any(_EMBEDDING.search(expected.name) for expected, _ in wrong):
         ((expected_rows, other_rows),) = rows
         return (
-            f"The vocabularies have different sizes ({other_rows} and {expected_rows}): give all one tokenizer, "
-            "call `model.resize_token_embeddings(...)` and save again."
+            f"The vocabularies have different sizes ({other_rows} and {expected_rows}). Choose whose tokens the "
+            "output gets, and rows are matched by token: --tokenizer-source base, union or an expert "
+            "(tokenizer_source)."
         )
     if rows == {classes}:
         return (

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hf_frmerge.checkpoints.names.heads import tensors_of_classes
 from hf_frmerge.checkpoints.names.model_names import read_names
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some
@@ -102,7 +104,7 @@ def agree_on_classes(checkpoints: Sequence[Checkpoint]) -> list[str]:
             raise _other_classes(first, other, named[first], named[other], heads)
         for name in heads:
             if name in other.tensors:
-                other.row_orders[name] = order
+                other.row_maps[name] = np.array(order)
         notes.append(
             f"{other.source.spec!r} orders its classes differently ({some(named[other])}): the rows of {some(heads)} "
             f"are taken in the order of {reference.source.spec!r} ({some(named[first])})."

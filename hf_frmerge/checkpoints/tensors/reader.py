@@ -64,8 +64,8 @@ class Checkpoint:
 
     Attributes:
         aliases (`dict[str, str]`): names added by `alias`, and the tensor each one reads.
-        row_orders (`dict[str, tuple[int, ...]]`): for tensors whose rows are taken in another order than they are
-            stored in: the stored index of every row.
+        row_maps (`dict[str, NDArray[numpy.int64]]`): for tensors whose rows are not taken as they are stored: the
+            stored index of every row, -1 for a row that is not stored and has to be filled.
         quantisation (`str`, *optional*): what its weights were dequantised from, if they were.
         largest_computed (`int`): bytes that it takes to compute the largest of these weights.
         unused (`dict[str, TensorInfo]`): stored tensors that only codes need, such as scales of activations.
@@ -86,7 +86,7 @@ class Checkpoint:
         self.files = files
         self._identities = identities
         self.aliases: dict[str, str] = {}
-        self.row_orders: dict[str, tuple[int, ...]] = {}
+        self.row_maps: dict[str, NDArray[np.int64]] = {}
         self.quantisation: str | None = None
         self.largest_computed = 0
         self.unused: dict[str, TensorInfo] = {}

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from hf_frmerge.cli.render.terminal import console, human_bytes, human_count, human_seconds, print_verdicts
 from hf_frmerge.merging.planning.account import ModelAccount
+from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
 from hf_frmerge.wording.account import account_sentence
 from hf_frmerge.wording.calibration import WITHOUT_DATA, calibration_verdict
 from hf_frmerge.wording.geometry import Geometry, geometry_verdicts
 from hf_frmerge.wording.numbers import number
+from hf_frmerge.wording.vocabulary import vocabulary_sentence
 
 if TYPE_CHECKING:
     from hf_frmerge.extraction.extract_lora import ExtractedAdapter
@@ -36,6 +38,8 @@ def print_merge(report: Mapping[str, Any], manifest: Manifest, output_dir: str) 
     parts += [f"{report[f'n_{what}']} {what}" for what in ("copied", "skipped") if report.get(f"n_{what}")]
     out.print(", ".join(parts) + ".")
     out.print(account_sentence(_accounts(report)))
+    if manifest.vocabulary is not None:
+        out.print(vocabulary_sentence(manifest.vocabulary))
     out.print(
         f"{human_bytes(report['input_bytes'])} read, {human_bytes(report['output_bytes'])} written in "
         f"{human_seconds(report['seconds'])}: {human_bytes(report['bytes_per_second'])}/s of input "
@@ -67,6 +71,8 @@ def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
         f"{plan['n_copy']} to copy; {human_count(plan['n_parameters'])} parameters, dtype {plan['dtype']}."
     )
     out.print(account_sentence(_accounts(plan)))
+    if plan["vocabulary"] is not None:
+        out.print(vocabulary_sentence(VocabularyRecord.from_dict(plan["vocabulary"])))
     shards = plan["shards"]
     files = shards[0] if len(shards) == 1 else f"{len(shards)} files, {shards[0]} to {shards[-1]}"
     out.print(

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
-from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
+from hf_frmerge.checkpoints.tensors.reader import open_checkpoint, some
+from hf_frmerge.checkpoints.vocabularies.tokenizer_file import moved_tokens, read_tokenizer
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.evaluation.record import Role
 from hf_frmerge.evaluation.text.token_blocks import Rows, TokenBlocks, cut, separate_rows, token_stream
@@ -67,7 +68,7 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
 
     Raises:
         ArgumentError: If there is no model or no text, a role is missing, an adapter has no base, the models have
-            vocabularies of different sizes, a model reads something else than one text, or a text cannot be used.
+            different vocabularies, a model reads something else than one text, or a text cannot be used.
         CheckpointError: If a model is missing or broken.
     """
     if not models.specs or not domains:
@@ -90,6 +91,7 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
     for name, config in zip(in_order, configs):
         _refuse_without_measures(name, config)
     vocab_size = _common_vocabulary(dict(zip(in_order, configs)))
+    _refuse_other_tokens(sources)
     # Models with relative positions, and some that extrapolate without limit, lack this entry. The shortest limit
     # counts for all models, because only predictions from the same context can be compared.
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
@@ -158,6 +160,19 @@ def _common_vocabulary(configs: Mapping[str, Any]) -> int:
             f"{', '.join(f'{name} {size}' for name, size in sizes.items())}. Resize their embeddings alike."
         )
     return next(iter(sizes.values()))
+
+
+def _refuse_other_tokens(sources: Mapping[str, Source]) -> None:
+    """Raise if a token has another id in one of the models: they would be measured on different texts."""
+    read = [(name, tokenizer) for name, source in sources.items() if (tokenizer := read_tokenizer(source)) is not None]
+    for name, tokenizer in read[1:]:
+        first_name, first = read[0]
+        moved = moved_tokens(first, tokenizer)
+        if moved:
+            raise ArgumentError(
+                f"Outputs can only be compared over one vocabulary, but {len(moved)} tokens have other ids in "
+                f"{name!r} than in {first_name!r} ({some(map(repr, moved))}). Evaluate each by itself."
+            )
 
 
 def find_tokenizer(donors: Sequence[Source | None]) -> PreTrainedTokenizerBase | None:

@@ -48,6 +48,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: v >= 0, "at least 0"),
     "tol": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "max_iter": (lambda v: v >= 1, "at least 1"),
+    "pad_to_multiple_of": (lambda v: v >= 1, "at least 1"),
     "num_workers": (lambda v: 1 <= v <= 1024, "from 1 to 1024"),
     "num_calibration_samples": (lambda v: v >= 1, "at least 1"),
     "max_calibration_length": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
@@ -295,7 +296,28 @@ class MergingArguments:
         ),
     )
 
-    # 2. Calibration
+    # 2. Tokens and settings
+    tokenizer_source: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Whose tokens the output has, where the models' differ: base, union (the base's, then the others'), or an "
+            "expert (as in the list, or its number). Rows of embeddings and output layers are matched by token; a "
+            "model that lacks one gets the weighted mean of the experts that have it, else the row of the base."
+        ),
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None,
+        metadata=_describe("Round the rows of embeddings up to a multiple of this; goes with tokenizer_source."),
+    )
+    settings_from: str | None = field(
+        default=None,
+        metadata=_describe(
+            "Model whose chat template, special tokens and generation settings the output gets: base or an expert. "
+            "Default: the model whose tokens it has."
+        ),
+    )
+
+    # 3. Calibration
     num_calibration_samples: int = field(default=64, metadata=_describe("Prompts an expert that are used."))
     max_calibration_length: int = field(default=128, metadata=_describe("Tokens a prompt; longer texts are cut."))
     calibration_batch_size: int = field(default=8, metadata=_describe("Prompts that run together."))
@@ -309,7 +331,7 @@ class MergingArguments:
     )
     calibration_rank: int = field(default=32, metadata=_describe("Rank of the factors, for each linear layer."))
 
-    # 3. Reading and writing
+    # 4. Reading and writing
     dtype: str = field(
         default="auto",
         metadata=_describe("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
@@ -361,7 +383,7 @@ class MergingArguments:
         ),
     )
 
-    # 4. Running and reporting, as in `TrainingArguments`; one step is one tensor
+    # 5. Running and reporting, as in `TrainingArguments`; one step is one tensor
     run_name: str | None = field(default=None, metadata=_describe("Name of this run in the reports."))
     report_to: str = field(
         default="none",
@@ -382,7 +404,7 @@ class MergingArguments:
     logging_steps: int = field(default=500, metadata=_describe("Log every this many tensors."))
     logging_first_step: bool = field(default=False, metadata=_describe("Log the first tensor too."))
 
-    # 5. Evaluation
+    # 6. Evaluation
     do_eval: bool = field(default=False, metadata=_describe("Evaluate the merged model after the merge."))
     eval_on_start: bool = field(default=False, metadata=_describe("Evaluate the experts before the merge."))
     evaluate_experts: bool = field(
@@ -413,7 +435,7 @@ class MergingArguments:
         default=0, metadata=_describe("Processes that load evaluation data; 0 loads it in the main process.")
     )
 
-    # 6. The Hub
+    # 7. The Hub
     push_to_hub: bool = field(default=False, metadata=_describe("Push the merged model to the Hub at the end."))
     hub_model_id: str | None = field(
         default=None, metadata=_describe("Repository to push to. Default: the name of the output folder.")

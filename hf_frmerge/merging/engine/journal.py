@@ -16,6 +16,7 @@ from hf_frmerge.checkpoints.disk import create_file, disk_errors, rename
 from hf_frmerge.errors import MergeError, ResumeError
 from hf_frmerge.merging.arguments.result_options import RESULT_OPTIONS
 from hf_frmerge.merging.decisions import Decided, from_journal
+from hf_frmerge.merging.planning.vocabulary import row_maps_digest
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.engine.outcomes import FactorDetails
@@ -36,6 +37,8 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
     parts["compute kernels"] = kernels
     if plan.coefficients is not None:
         parts["coefficients"] = plan.coefficients.digest
+    if plan.vocabulary is not None:
+        parts["rows of tokens"] = row_maps_digest(plan.models)
     if plan.calibration is not None:
         parts["calibration"] = plan.corrections.digest if plan.corrections is not None else None
     models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]

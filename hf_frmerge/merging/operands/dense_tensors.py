@@ -158,32 +158,6 @@ class ZeroTensor:
         return None
 
 
-@dataclass(frozen=True)
-class ReorderedTensor:
-    """Stored tensor with its rows in another order: row `k` is the stored row `order[k]`. For small tensors."""
-
-    stored: StoredTensor
-    order: tuple[int, ...]
-    cols: int
-
-    def read(self, start: int, stop: int) -> Operand:
-        """Return elements `[start, stop)`, copied."""
-        first, last = start // self.cols, -(-stop // self.cols)
-        rows = [self.stored.read(row * self.cols, (row + 1) * self.cols).data for row in self.order[first:last]]
-        size = DTYPE_BITS[self.stored.info.dtype] // 8
-        offset = first * self.cols
-        return Operand(np.concatenate(rows)[(start - offset) * size : (stop - offset) * size], self.stored.info.dtype)
-
-    def mapped(self, start: int, stop: int) -> MappedRange | None:
-        """Return `None`: the rows of a head are too few to be faulted in together."""
-        return None
-
-    @property
-    def files(self) -> set[tuple[Checkpoint, str]]:
-        """The files it is read from."""
-        return self.stored.files
-
-
 def _matrix(tensor: StoredTensor) -> NDArray[np.float32]:
     operand = tensor.read(0, tensor.info.numel)
     return widen(operand.data, operand.dtype).astype(np.float32).reshape(tensor.info.shape)

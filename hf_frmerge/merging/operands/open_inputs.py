@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hf_frmerge.merging.operands.dense_tensors import (
     DenseTensor,
     DoraTensor,
     ProductTensor,
-    ReorderedTensor,
     StoredTensor,
     ZeroTensor,
 )
+from hf_frmerge.merging.operands.row_mapped import RowFill, RowMappedTensor, StoredRows
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 
 if TYPE_CHECKING:
@@ -42,18 +45,19 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
         donor = plan.base if step.donor < 0 else plan.experts[step.donor]
         assert donor is not None and donor.checkpoint is not None
         # A head that only the adapters have is copied from the first of them.
-        only = _stored(donor.checkpoint, step) if step.name in donor.checkpoint.tensors else _first_dense(plan, step)
+        is_stored = step.name in donor.checkpoint.tensors
+        only = _stored(donor.checkpoint, step, plan) if is_stored else _first_dense(plan, step)
         return TensorInputs(step.name, 1, 1, None, {0: only}, {}, {0: labels[step.donor]})
     # In weight space full experts do not need the base. Adapters do: their weights are base plus delta.
     base: DenseTensor | None = None
     if plan.base is not None and (plan.space == "deltas" or any(expert.adapter for expert in plan.experts)):
         assert plan.base.checkpoint is not None
-        info = plan.base.checkpoint.tensors.get(step.name)
-        base = StoredTensor(plan.base.checkpoint, info) if info else ZeroTensor()
+        is_stored = step.name in plan.base.checkpoint.tensors
+        base = _stored(plan.base.checkpoint, step, plan) if is_stored else ZeroTensor()
     dense: dict[int, DenseTensor] = {}
     low_rank = {}
     for index, expert in enumerate(plan.experts):
-        weights = _dense_tensor(expert, step, base)
+        weights = _dense_tensor(plan, expert, step, base)
         if weights is not None:
             dense[index] = weights
         elif expert.adapter is not None and step.name in expert.adapter.deltas:
@@ -81,20 +85,48 @@ def _labels(plan: MergePlan) -> dict[int, str]:
     return labels | ({-1: f"base model {plan.base.spec!r}"} if plan.base is not None else {})
 
 
-def _stored(checkpoint: Checkpoint, step: TensorStep) -> DenseTensor:
+def _stored(checkpoint: Checkpoint, step: TensorStep, plan: MergePlan) -> DenseTensor:
+    """Return a model's tensor, its rows in the order of the output."""
     tensor = StoredTensor(checkpoint, checkpoint.tensors[step.name])
-    order = checkpoint.row_orders.get(step.name)
-    return tensor if order is None else ReorderedTensor(tensor, order, step.cols)
+    rows = _stored_rows(checkpoint, step)
+    if rows is None:
+        return tensor
+    if (rows.rows >= 0).all():
+        return RowMappedTensor(rows)
+    is_wide = any(m.checkpoint and m.checkpoint.tensors[step.name].dtype == "F64" for m in plan.models)
+    return RowMappedTensor(rows, _row_fill(plan, step), "F64" if is_wide else "F32")
+
+
+def _stored_rows(checkpoint: Checkpoint, step: TensorStep) -> StoredRows | None:
+    rows = checkpoint.row_maps.get(step.name)
+    if rows is None:
+        return None
+    return StoredRows(StoredTensor(checkpoint, checkpoint.tensors[step.name]), rows, step.numel // len(rows))
+
+
+def _row_fill(plan: MergePlan, step: TensorStep) -> RowFill:
+    """Return the rows of tokens that some models lack."""
+    weights = step.weights or plan.weights
+    experts = [
+        (weight, rows)
+        for weight, expert in zip(weights, plan.experts)
+        if expert.checkpoint is not None and (rows := _stored_rows(expert.checkpoint, step)) is not None
+    ]
+    base = _stored_rows(plan.base.checkpoint, step) if plan.base is not None and plan.base.checkpoint else None
+    assert plan.donor.checkpoint is not None
+    donor = base or experts[0][1]
+    n_stored = plan.donor.checkpoint.tensors[step.name].numel // donor.cols
+    return RowFill(experts, base, replace(donor, rows=np.arange(n_stored)))
 
 
 def _first_dense(plan: MergePlan, step: TensorStep) -> DenseTensor:
-    return next(tensor for expert in plan.experts if (tensor := _dense_tensor(expert, step, None)) is not None)
+    return next(tensor for expert in plan.experts if (tensor := _dense_tensor(plan, expert, step, None)) is not None)
 
 
-def _dense_tensor(expert: Expert, step: TensorStep, base: DenseTensor | None) -> DenseTensor | None:
+def _dense_tensor(plan: MergePlan, expert: Expert, step: TensorStep, base: DenseTensor | None) -> DenseTensor | None:
     """Return the expert's full tensor, if it has one; an adapter has one for `modules_to_save` and DoRA modules."""
     if expert.checkpoint is not None:
-        return _stored(expert.checkpoint, step)
+        return _stored(expert.checkpoint, step, plan)
     assert expert.adapter is not None
     if step.name in expert.adapter.dense:
         return StoredTensor(expert.adapter.checkpoint, expert.adapter.dense[step.name])

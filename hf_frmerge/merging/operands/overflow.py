@@ -74,7 +74,8 @@ def squares_leave_float64(tensor: str, owner: str) -> NonFiniteError:
 
 def coefficients_overflow(tensor: str, method: str, options: SpanOptions) -> NonFiniteError:
     """Name the option that makes coefficients infinite, or all of them zero."""
-    is_scaled = "scale" in METHODS[method].options
+    # Of a method that has both, the one that is far out.
+    is_scaled = "beta" not in METHODS[method].options or abs(options.scale) > abs(options.beta)
     option = f"scale={options.scale:g}" if is_scaled else f"beta={options.beta:g}"
     advice = "Choose a smaller one." if is_scaled else "Choose one nearer to 0."
     return NonFiniteError(

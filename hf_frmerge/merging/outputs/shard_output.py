@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_frmerge.checkpoints.beside.donor import write_config
-from hf_frmerge.checkpoints.beside.look_beside import copy_files
+from hf_frmerge.checkpoints.beside.look_beside import copy_files, write_files
 from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
 from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space
 from hf_frmerge.kernels.interface import digest
@@ -79,7 +79,7 @@ class ShardOutput:
     def publish(self) -> dict[str, Path]:
         """Copy the files that the model takes from its donor, and rename the shards into place."""
         folder = self._writer.output_dir
-        names = copy_files(self._plan.carried, folder)
+        names = copy_files(self._plan.carried, folder) + write_files(self._plan.generated, folder)
         self._writer.publish()
         names += [INDEX_FILE] if self._writer.layout.index_json() is not None else []
         return {name: folder / name for name in names}

@@ -37,6 +37,16 @@ from hf_frmerge.merging.planning.set_apart import (
 )
 from hf_frmerge.merging.planning.tensor_step import TensorStep
 from hf_frmerge.merging.planning.tensor_weights import scales_by_tensor, weights_by_tensor
+from hf_frmerge.merging.planning.vocabulary import (
+    choose_tokens,
+    full_models,
+    record_vocabulary,
+    refuse_comparison,
+    refuse_taken_rows,
+    token_table,
+    vocabulary_notes,
+    with_model_numbers,
+)
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -44,6 +54,8 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.adapters.adapter import Adapter
     from hf_frmerge.checkpoints.resolve import Source
+    from hf_frmerge.checkpoints.tensors.token_rows import TokenRows
+    from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.methods.method import Method
 
@@ -112,6 +124,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     check_rules_match(rules, opened)
     base = opened.pop() if with_base else None
     _refuse_alone(opened, base, args)
+    args = with_model_numbers(args, [expert.source for expert in opened], base.source if base else None)
     method = METHODS[args.method]
     if method.n_experts is not None and len(opened) != method.n_experts:
         raise ArgumentError(
@@ -124,29 +137,42 @@ def _plan(sources: Sequence[Source], args: MergingArguments, alphas: list[float]
     if base is not None and base.checkpoint is not None and not to_adapter:
         # Checked before adapters are matched: the message is clearer than that their weights are not in the base.
         refuse_quantised(base.checkpoint)
+    choice = choose_tokens(args, opened, base)
     opened = _match_adapters(opened, base, to_adapter, rules)
+    token_rows: TokenRows | None = None
     if to_adapter:
         steps, notes = _adapter_steps(args, [e.adapter for e in opened if e.adapter], alphas, base)
         config_changes: dict[str, Any] = {}
         left_out = reasons_of(rules, opened, ())
     else:
         head = find_new_head(opened, base.checkpoint if base else None)
-        steps, notes, left_out, config_changes = _steps(args, opened, base, alphas, head, rules)
+        steps, notes, left_out, config_changes, token_rows = _steps(args, opened, base, alphas, head, rules, choice)
     notes += quantised_notes + _unused_options(args, method) + _number_notes(steps, method)
     if table is not None:
         steps = cut_as_given(steps, table, len(opened))
     layout = None
     if not to_adapter:
         layout = ShardLayout.plan([(step.name, step.dtype, step.shape) for step in steps], args.max_shard_bytes)
-    beside = look_beside([expert.source for expert in opened], base.source if base else None, makes_adapter=to_adapter)
-    notes += beside.notes
-    plan = MergePlan(
-        args, opened, base, alphas, space, steps, layout, notes, beside.files, table, config_changes, left_out
+    vocabulary = None
+    if choice is not None and token_rows is not None:
+        refuse_comparison(args)
+        vocabulary = record_vocabulary(choice, token_rows, full_models(opened, base), args)
+        notes += vocabulary_notes(vocabulary, choice)
+    beside = look_beside(
+        [expert.source for expert in opened],
+        base.source if base else None,
+        makes_adapter=to_adapter,
+        choice=choice,
+        n_rows=token_rows.n_rows if token_rows is not None else None,
     )
+    notes += beside.notes
+    config = {**config_changes, **beside.config}
+    plan = MergePlan(args, opened, base, alphas, space, steps, layout, notes, beside.files, table, config, left_out)
+    plan.vocabulary, plan.generated, plan.read_beside = vocabulary, beside.generated, beside.read
     _refuse_large_matrices(plan)
     account(plan)  # refuses what would be lost
     for model in plan.models:
-        model.weights.watch([file.name for file in beside.files if file.source == model.source])
+        model.weights.watch([file.name for file in (*beside.files, *beside.read) if file.source == model.source])
     return plan
 
 
@@ -354,11 +380,13 @@ def _steps(
     weights: list[float],
     head: NewHead,
     rules: TensorRules,
-) -> tuple[list[TensorStep], list[str], dict[str, str], dict[str, Any]]:
-    """Return a step for each tensor of a full model, notes, why tensors are left out, and changes of the config."""
+    choice: TokenChoice | None,
+) -> tuple[list[TensorStep], list[str], dict[str, str], dict[str, Any], TokenRows | None]:
+    """Return steps for the tensors of a full model, notes, why others are left out, config changes, mapped rows."""
     full = [index for index, expert in enumerate(experts) if expert.checkpoint]
     checkpoints = [experts[index].checkpoint for index in full]
-    aligned = align([c for c in checkpoints if c], base.checkpoint if base else None, rules.decides)
+    tokens = token_table(choice, full_models(experts, base), args)
+    aligned = align([c for c in checkpoints if c], base.checkpoint if base else None, rules.decides, tokens)
     notes = [*aligned.notes, *head.notes, *_adapter_notes(experts, base, args.strict)]
     tensors = [
         replace(tensor, donor=-1 if tensor.donor < 0 else full[tensor.donor])
@@ -368,6 +396,7 @@ def _steps(
     tensors += [AlignedTensor(name, info.dtype, info.shape, "merge", -1) for name, info in head.tensors.items()]
     models = dict(enumerate(experts)) | ({-1: base} if base else {})
     taken = taken_tensors(rules, models)
+    refuse_taken_rows(taken, aligned.token_rows)
     tensors += taken
     donor = base or experts[full[0]]
     reasons = reasons_of(rules, [*experts, *([base] if base else [])], {tensor.name for tensor in taken})
@@ -410,7 +439,8 @@ def _steps(
         notes.append(_matrix_note(args, steps))
     _check_groups(steps)
     _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
-    return steps, notes, aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD) | reasons, config_changes
+    left_out = aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD) | reasons
+    return steps, notes, left_out, config_changes, aligned.token_rows
 
 
 def _is_inner_matrix(name: str, shape: tuple[int, ...]) -> bool:

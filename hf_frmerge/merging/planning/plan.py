@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
     from hf_frmerge.merging.planning.corrections import CalibrationRecord, Corrections
     from hf_frmerge.merging.planning.tensor_step import TensorStep
+    from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ class MergePlan:
         corrections: what that adds to the method's tensors; `None` if it found nothing better.
         config_changes: entries of the output's `config.json` that differ from those of the donor.
         left_out: tensor that the output does not have -> reason.
+        vocabulary: what was made of the vocabularies; `None` if all models have the same.
+        generated: name -> text of a file of the output that no model has.
+        read_beside: files that these and the rows of tokens were made from.
     """
 
     args: MergingArguments
@@ -90,6 +94,9 @@ class MergePlan:
     left_out: Mapping[str, str] = field(default_factory=dict)
     calibration: CalibrationRecord | None = None
     corrections: Corrections | None = None
+    vocabulary: VocabularyRecord | None = None
+    generated: Mapping[str, str] = field(default_factory=dict)
+    read_beside: tuple[CarriedFile, ...] = ()
 
     @property
     def output_kind(self) -> Literal["full", "adapter"]:
@@ -174,6 +181,7 @@ class MergePlan:
             "shards": [shard.file for shard in self.layout.shards] if self.layout else [ADAPTER_FILE],
             "disk_free": shutil.disk_usage(_existing(Path(self.args.output_dir))).free,
             "memory_estimate": self.piece_memory,
+            "vocabulary": self.vocabulary.to_dict() if self.vocabulary is not None else None,
             "notes": self.notes,
         }
 
@@ -184,6 +192,8 @@ class MergePlan:
         copies = 1 + sum(1 for e in self.experts if e.adapter) + len(self.experts) + (self.base is not None)
         if METHODS[self.args.method].kind == "sparse":
             copies += 4  # the merged piece in float64, in parts and joined
+        if self.vocabulary is not None:
+            copies += 8  # rows of one input that are filled in, those they are made of, and both as read, in float64
         whole = max((model.weights.largest_computed for model in self.models), default=0)
         return whole + max(copies * PIECE_ELEMENTS * 4, max(map(self.matrix_memory, self.steps), default=0))
 

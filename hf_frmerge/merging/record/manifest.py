@@ -12,6 +12,7 @@ from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.tensors.reader import read_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
+from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
 from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.merging.record.manifest_entries import Machine, RecordedFile, RecordedModel, RecordedTensor, files_of
 from hf_frmerge.merging.record.summary import MergeReport
@@ -49,6 +50,7 @@ class Manifest:
         versions: of Python and of libraries.
         files: of the output, but for the model card, the evaluation and this record.
         calibration: how the merge was fitted to its experts on prompts; `None` for a merge without data.
+        vocabulary: how rows were matched by token; `None` if all models have the same tokens.
     """
 
     hf_frmerge: str
@@ -66,6 +68,7 @@ class Manifest:
     files: dict[str, RecordedFile]
     tensors: dict[str, RecordedTensor]
     calibration: CalibrationRecord | None = None
+    vocabulary: VocabularyRecord | None = None
 
     @property
     def models(self) -> tuple[RecordedModel, ...]:
@@ -91,6 +94,7 @@ class Manifest:
     def from_dict(cls, values: dict[str, Any]) -> Manifest:
         """Read it from JSON values; what this version does not know is passed over."""
         base, calibration = values["base_model"], values.get("calibration")
+        vocabulary = values.get("vocabulary")
         return cls(
             hf_frmerge=values["hf_frmerge"],
             output_kind=values["output_kind"],
@@ -107,6 +111,7 @@ class Manifest:
             files=files_of(values["files"]),
             tensors={name: RecordedTensor.from_dict(entry) for name, entry in values["tensors"].items()},
             calibration=CalibrationRecord.from_dict(calibration) if calibration is not None else None,
+            vocabulary=VocabularyRecord.from_dict(vocabulary) if vocabulary is not None else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,6 +132,7 @@ class Manifest:
             "report": {n: value for n, value in self.report.to_dict().items() if n not in ("output_dir", "notes")},
             "versions": self.versions,
             **({"calibration": self.calibration.to_dict()} if self.calibration is not None else {}),
+            **({"vocabulary": self.vocabulary.to_dict()} if self.vocabulary is not None else {}),
             "notes": self.report.notes,
             "files": {name: file.to_dict() for name, file in self.files.items()},
             "tensors": {name: tensor.to_dict() for name, tensor in self.tensors.items()},

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.layout import Shard
     from hf_frmerge.merging.engine.outcomes import StepOutcome
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
+    from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
     from hf_frmerge.merging.record.summary import MergeReport
 
 _PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
@@ -100,6 +101,7 @@ def write_manifest(
         },
         tensors={outcome.step.name: _tensor(outcome) for outcome in outcomes},
         calibration=plan.calibration,
+        vocabulary=_vocabulary(plan),
     )
     write_file(output_dir / MANIFEST_FILE, _as_text(manifest.to_dict()))
     paths = [m.source.path if "://" in m.source.path else str(Path(m.source.path).resolve()) for m in plan.models]
@@ -167,16 +169,30 @@ def _shard_entry(path: Path, shard: Shard) -> RecordedFile:
     return RecordedFile(shard.size, sha256, xxh3_128_hexdigest(shard.header))
 
 
+def _vocabulary(plan: MergePlan) -> VocabularyRecord | None:
+    """Return what was made of the vocabularies, with the names that models have in a record."""
+    if plan.vocabulary is None:
+        return None
+    names = {model.spec: _id(model) for model in plan.models}
+    models = tuple(replace(model, spec=names[model.spec]) for model in plan.vocabulary.models)
+    return replace(plan.vocabulary, models=models)
+
+
+def _id(model: Expert) -> str:
+    """Name a model: local folders are known by their name only, as the manifest is pushed."""
+    return model.source.repo_id or Path(model.source.path).name
+
+
 def _model(expert: Expert, plan: MergePlan, weight: float | None) -> RecordedModel:
-    """Identity of a model. Local folders are known by their name only: the manifest is pushed."""
+    """Identity of a model."""
     source = expert.source
     return RecordedModel(
-        id=source.repo_id or Path(source.path).name,
+        id=_id(expert),
         on_hub=source.repo_id is not None,
         revision=source.revision,
         commit=source.commit,
         kind=source.kind,
-        files=input_files(expert, plan.carried),
+        files=input_files(expert, (*plan.carried, *plan.read_beside)),
         weight=weight,
     )
 

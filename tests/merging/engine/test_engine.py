@@ -383,5 +383,5 @@ def test_angles_of_pairs_are_medians_over_the_blocks_that_have_one(tmp_path: Pat
 
 def test_a_budget_too_small_for_one_piece_is_refused(tmp_path: Path) -> None:
     _, experts = write_family(tmp_path)
-    with pytest.raises(ArgumentError, match=r"memory_budget is 1 MiB, but one worker needs"):
+    with pytest.raises(ArgumentError, match=r"memory_budget is 1MiB, but one worker needs"):
         merge(experts, tmp_path / "out", memory_budget="1MiB")

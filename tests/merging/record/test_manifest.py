@@ -193,7 +193,7 @@ def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def test_reading_refuses_what_is_not_a_record(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no merge_manifest.json"):
         read_manifest(tmp_path)
-    with pytest.raises(CheckpointError, match=r"has no merge_coefficients.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no table of coefficients .*merge_coefficients.safetensors"):
         read_coefficients(tmp_path)
     (tmp_path / "merge_coefficients.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"merge_coefficients.safetensors is damaged"):
