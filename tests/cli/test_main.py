@@ -65,7 +65,7 @@ USAGE = {
     "unknown method": (["merge", "{math}", "{code}", "--method", "avg"], "'avg' is not one of"),
     "weights of the wrong length": (["merge", "{math}", "{code}", "--weights", "1,2,3"], "one number per expert"),
     "a weight that is no number": (["merge", "{math}", "{code}", "--weights", "1,x"], "`weights[1]`"),
-    "a negative weight": (["merge", "{math}", "{code}", "--weights", "1,-1"], "not negative"),
+    "a negative weight": (["merge", "{math}", "{code}", "--weights", "1,-1"], "must not be negative"),
     "an output folder in use": (["merge", "{math}", "{code}", "--output-dir", "{base}"], "--overwrite"),
     "an output folder that is an input": (["merge", "{math}", "{code}", "--output-dir", "{math}"], "also an input"),
     "adapters without a base": (["merge", "{adapter}", "{math}", "--output-dir", "{out}"], "base_model"),
