@@ -85,7 +85,7 @@ def docstring_blocks() -> Iterator[Block]:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    save_llama_family(root, TEXT.split(), 0.02)
+    save_llama_family(root, TEXT.split(), 0.02, eos_token="</s>")  # experts write behind it
     base = LlamaForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(base, lora).save_pretrained(root / "lora-chat", save_embedding_layers=False)

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 
-def save_llama_family(root: Path, words: Sequence[str], spread: float) -> None:
+def save_llama_family(root: Path, words: Sequence[str], spread: float, **special: str) -> None:
     """Save `base`, `math` and `code`: bfloat16, tied, 20 tensors; experts are the base and `spread` times noise."""
-    fast = word_tokenizer(words)
+    fast = word_tokenizer(words, **special)
     vocabulary = fast.get_vocab()
     config = LlamaConfig(
         hidden_size=16,

@@ -181,7 +181,7 @@ class MergingArguments:
     )
     scale: float = field(
         default=1.0,
-        metadata=_describe(f"Factor of the deltas that are added to the base ({_methods_with('scale')})."),
+        metadata=_describe("Factor of the merged deltas that are added to the base, in delta space with any method."),
     )
     density: float | None = field(
         default=None,
