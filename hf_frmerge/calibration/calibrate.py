@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from hf_frmerge.calibration.block_files import BlockFiles
 from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.held_out import choose_form, distances
+from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.least_squares import FitOptions
 from hf_frmerge.calibration.prompts import (
@@ -38,7 +39,6 @@ from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
-from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
             f"A calibrated merge computes what its experts compute, but {some(subtracted)} has a negative weight, to "
             "be subtracted. Leave out the calibration, or give no negative weights."
         )
-    whole = plan if plan.layout is not None else _as_whole_model(plan)
+    whole = plan if plan.layout is not None else as_whole_model(plan)
     model, args = _open_model(whole), plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
     if calibration == "self":
@@ -132,7 +132,7 @@ def calibrate(
         )
     _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
-    options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=_rank(plan))
+    options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
     kernels = load_kernels(plan.args.device)
     reader = WeightReader(whole, kernels, model.model)
     key = {
@@ -160,7 +160,7 @@ def calibrate(
     if plan is whole or form == "start":
         files.join(len(model.blocks), form)
     else:
-        files.join_for_adapter(len(model.blocks), _transposed(whole))
+        files.join_for_adapter(len(model.blocks), transposed_tensors(whole))
     files.remove(len(model.blocks))
     record = CalibrationRecord(
         prompts=_counts(plan, fitted),
@@ -179,45 +179,6 @@ def calibrate(
     )
     write_file(done, json.dumps(record.to_dict()))
     return record
-
-
-def _as_whole_model(plan: MergePlan) -> MergePlan:
-    """Plan the merge of adapters again as that of whole models, which can be run."""
-    args = plan.args
-    if plan.base is None:
-        raise ArgumentError(
-            "A calibrated merge runs its models, and adapters run on their base. Name it: base_model (--base-model)."
-        )
-    if args.calibration_form == "dense":
-        raise ArgumentError(
-            "calibration_form='dense' has a number for every weight, which no adapter can hold. Use "
-            "calibration_form='low_rank', or adapter_output='merged'."
-        )
-    if args.adapter_energy is not None or _rank(plan) < 1:
-        most = max(sum(_ranks(plan, step.name)) for step in plan.steps)
-        raise ArgumentError(
-            "A calibrated adapter holds its experts' factors and beside them the corrections, so its rank is more "
-            f"than {most} here. Leave out adapter_energy, and set adapter_rank above {most} or leave it out."
-        )
-    args = replace(args, adapter_output="merged", adapter_rank=None)
-    return build_plan([expert.spec for expert in plan.experts], args, plan.weights, plan.base.spec)
-
-
-def _rank(plan: MergePlan) -> int:
-    """Return the rank of the low-rank form; in an adapter, what its rank leaves beside the experts' factors."""
-    if plan.layout is not None or plan.args.adapter_rank is None:
-        return plan.args.calibration_rank
-    most = max(sum(_ranks(plan, step.name)) for step in plan.steps)
-    return min(plan.args.calibration_rank, plan.args.adapter_rank - most)
-
-
-def _ranks(plan: MergePlan, module: str) -> list[int]:
-    return [e.adapter.deltas[module].rank for e in plan.experts if e.adapter and module in e.adapter.deltas]
-
-
-def _transposed(whole: MergePlan) -> set[str]:
-    adapters = [expert.adapter for expert in whole.experts if expert.adapter]
-    return {name for adapter in adapters for name, delta in adapter.deltas.items() if delta.transposed}
 
 
 def _open_model(plan: MergePlan) -> BlockwiseModel:
