@@ -222,7 +222,8 @@ def _generations(rows: Sequence[Generation]) -> list[tuple[str, MarkdownTable]]:
             (shown_model(row.model), escape(row.text.strip(), _GENERATED), percent(row.repetition))
             for row in of_prompt
         )
-        shown.append((escape(prompt, _GENERATED), MarkdownTable(("", "goes on", "repeated"), lines, numeric=False)))
+        table = MarkdownTable(("", "goes on", "repeated"), lines, numeric=False)
+        shown.append((escape(prompt.strip(), _GENERATED), table))
     return shown
 
 

@@ -58,6 +58,8 @@ PAYLOADS = {
     "shell": "x; reboot #'$(reboot)",
     "directions": "\u202e\x1b[2J\x85\u2028",
     "backslash": "\\",
+    "space before and after": " x ",
+    "indented": "    x",
 }
 
 
