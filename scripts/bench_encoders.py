@@ -110,7 +110,8 @@ def right(suite: Path, task: str, encoder: str | None, rows: list[dict]) -> NDAr
             texts = tokenizer(
                 [row["text"] for row in part], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
             )
-            labels = [model.config.label2id.get(row["label"], row["label"]) for row in part]
+            numbers = model.config.label2id or {}
+            labels = [numbers.get(row["label"], row["label"]) for row in part]
             found.append((model(**texts).logits.argmax(-1) == torch.tensor(labels)).numpy())
     return np.concatenate(found)
 

@@ -162,7 +162,7 @@ def test_modules_are_left_out_of_a_merged_adapter(tmp_path: Path) -> None:
     assert json.loads((out / "adapter_config.json").read_text())["target_modules"]
     assert [each["unused"] for each in accounts(out)] == [{"left out on request": 4}] * 2
     assert verify(str(out)).ok
-    with pytest.raises(ArgumentError, match="leaves no module"):
+    with pytest.raises(ArgumentError, match="nothing left to merge"):
         FisherRaoMerger(adapters, MergingArguments(str(tmp_path / "no"), leave_out=["layer"])).merge()
     with pytest.raises(ArgumentError, match="which no adapter can hold"):
         args = MergingArguments(str(tmp_path / "no"), take=["layer=1"], adapter_output="adapter")
@@ -175,6 +175,7 @@ def test_modules_are_left_out_of_a_merged_adapter(tmp_path: Path) -> None:
         ({"leave_out": ["clasifier"]}, "'clasifier' matches none of the tensors of the models, such as"),
         ({"take": ["clasifier=2"]}, "'clasifier' matches none of the tensors of the models, such as"),
         ({"take": ["three=2"], "leave_out": ["classifier"]}, "'three' matches none of the tensors of the models"),
+        ({"leave_out": ["."]}, "there is nothing left to merge. Write rules that match less"),
         ({"take": ["classifier=3"]}, "'3' is none of the experts.*from 1 to 2"),
         ({"take": ["classifier=base"]}, "no base model was given"),
         (

@@ -86,12 +86,22 @@ def taken_tensors(rules: TensorRules, models: Mapping[int, Expert]) -> list[Alig
 
 
 def check_rules_match(rules: TensorRules, models: Sequence[Expert]) -> None:
-    """Raise `ArgumentError` if a rule matches no tensor of any model; before models are matched, as it may matter."""
+    """
+    Check the rules against all names, before models are matched, as it may matter.
+
+    Raises:
+        ArgumentError: If a rule matches no tensor of any model, or `leave_out` matches all of them.
+    """
     names = _all_names(models)
     patterns = [("leave_out", pattern) for pattern in rules.leave_out] + [("take", p) for p, _ in rules.take]
     for option, pattern in patterns:
         if not any(pattern.search(name) for name in names):
             raise ArgumentError(_matches_nothing(option, pattern.pattern, names, "of the models"))
+    if all(rules.leaves_out(name) for name in names):
+        raise ArgumentError(
+            "`leave_out` matches every tensor of the models, so there is nothing left to merge. Write rules that "
+            "match less."
+        )
 
 
 def reasons_of(rules: TensorRules, models: Sequence[Expert], taken: Collection[str]) -> dict[str, str]:
