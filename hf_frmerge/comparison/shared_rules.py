@@ -31,13 +31,13 @@ class SharedGrams(SpanRule):
     Args:
         plan: Plan of the merge.
         known: Tensor -> Gram matrices of its blocks, or of their pieces, from a merge of the same experts in the same
-            space and blocks; filled in if it is empty.
+            space and blocks; filled in if there are not those of all tensors, as after a merge that failed.
     """
 
     def __init__(self, plan: MergePlan, known: dict[str, NDArray[np.float64]]) -> None:
         super().__init__(plan, None)
         self._known = known
-        self.rounds = 0 if known else 1
+        self.rounds = 0 if known.keys() >= {step.name for step in plan.steps if step.action == "merge"} else 1
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
         """Solve all groups of a batch from known Gram matrices, or from those that were just measured."""

@@ -36,7 +36,7 @@ def method_of(name: str) -> Method:
 
     A record may name a method that this version does not have.
     """
-    title = name.replace("_", " ").replace("-", " ")
+    title = name.replace("_", " ").replace("-", " ").strip() or name
     return METHODS.get(name) or Method(name, "span", title, "", "", tags=(name.replace("_", "-"),))
 
 

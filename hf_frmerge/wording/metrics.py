@@ -86,7 +86,8 @@ def metric_of(name: str) -> Metric:
     if name.startswith(_RECOVERY):
         title = f"Share kept of what {name.removeprefix(_RECOVERY)} gained over the base"
         return Metric(name, title, 3, "recovery")
-    return METRICS.get(name) or Metric(name, name.replace("_", " ").capitalize(), None, name)
+    title = name.replace("_", " ").strip() or name
+    return METRICS.get(name) or Metric(name, title.capitalize(), None, name)
 
 
 def is_error(name: str) -> bool:

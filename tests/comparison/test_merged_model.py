@@ -15,9 +15,12 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification
 from hf_frmerge.comparison.candidates import Cell, arguments_of, default_candidates, parse_candidate
 from hf_frmerge.comparison.merged_model import MergedModel
 from hf_frmerge.comparison.shared_rules import SharedGrams
+from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.decisions import Decided
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.engine.tensor_work import TensorWork
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.run import run_merge
@@ -126,6 +129,30 @@ def test_experts_are_measured_once_for_all_span_methods(
                 merged.merge(plan, cell)
     with closing(plan_of(CELLS[0], family.experts, family.base, tmp_path / "none")) as plan:
         assert sorted(measured) == sorted(step.name for step in plan.steps if step.action == "merge")
+
+
+def test_what_a_merge_that_failed_did_not_measure_is_measured_by_the_next(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = merged_model(family.experts, family.base, tmp_path)
+    decide, decided = SharedGrams.decide, []
+
+    def fail(rule: SharedGrams, tensors: list[TensorWork]) -> dict[str, Decided]:
+        if decided:
+            raise MergeError("the experts balance out")
+        decided.append(tensors)
+        return decide(rule, tensors[:1])
+
+    with (
+        closing(plan_of(CELLS[0], family.experts, family.base, tmp_path / "none")) as plan,
+        monkeypatch.context() as patch,
+        pytest.raises((MergeError, KeyError)),
+    ):
+        patch.setattr(SharedGrams, "decide", fail)
+        merged.merge(plan, CELLS[0])
+    with closing(plan_of(CELLS[0], family.experts, family.base, tmp_path / "none")) as plan:
+        merged.merge(plan, CELLS[0])
+    assert_same(merged.tensors(), written(CELLS[0], family.experts, family.base, tmp_path / "written"))
 
 
 def test_a_matrix_is_merged_once_for_all_scales(

@@ -80,7 +80,7 @@ def test_the_norm_is_that_of_the_worst_tensor_of_the_manifest(tmp_path: Path) ->
         )
 
     copied = RecordedTensor("copy", "F32", (2,), {}, "", donor=0)
-    tensors = {"a": tensor(0.9, 1, 2), "b": tensor(0.7, 1, 2), "zero": tensor(math.nan, 0, 0), "c": copied}
+    tensors = {"a": tensor(0.9, 1, 2), "b": tensor(0.7, 1, 2), "zero": tensor(0.5, 0, 0), "c": copied}
     (tmp_path / "merge_manifest.json").write_text(json.dumps(make_manifest(tensors).to_dict()))
     [headline] = norm_headline(tmp_path)
     assert (headline.name, headline.value, headline.place) == ("norm_ratio", 0.7, "b")

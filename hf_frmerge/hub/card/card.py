@@ -96,7 +96,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         again=again_command(card),
         verify=verify_command(card, folder=card.model_name.rpartition("/")[2]),
         usage=usage_python(card),
-        papers=[bibtex(paper) for paper in dict.fromkeys((method.paper, card.tool_paper)) if paper],
+        papers=[Markdown(bibtex(paper)) for paper in dict.fromkeys((method.paper, card.tool_paper)) if paper],
         user_begin=Markdown(USER_BEGIN),
         user_end=Markdown(USER_END),
         user_section=Markdown(user_section.strip("\n")),

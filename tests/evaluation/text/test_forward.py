@@ -148,7 +148,7 @@ def test_refuses_data_it_cannot_score(model: LlamaForCausalLM, stream: list[int]
         evaluate_causal_lm(model, tokenizer, ["w1"])
     with pytest.raises(ArgumentError, match="0 token"):
         evaluate_causal_lm(model, tokenizer, [])
-    with pytest.raises(ArgumentError, match="pass `processing_class`"):
+    with pytest.raises(ArgumentError, match="pass it as `processing_class`"):
         evaluate_causal_lm(model, None, ["w1 w2"])
     with pytest.raises(ArgumentError, match="token id 64, but the model's vocabulary has 64 entries"):
         evaluate_causal_lm(model, None, [{"input_ids": [*stream, VOCAB]}], block_size=16)
