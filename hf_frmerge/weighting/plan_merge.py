@@ -11,8 +11,6 @@ from hf_frmerge.merging.arguments.named_weights import CONTINUAL, NAN, parse_nam
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.weighting.checkpoint_soup import soup_weights
-from hf_frmerge.weighting.continual import continual_weights, opcm_numbers, read_before
-from hf_frmerge.weighting.norm_aware import delta_norms, norm_aware_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,6 +49,9 @@ def plan_merge(
         plan.notes.append(f"Weights by {weights!r} are measured when the merge begins; here they are equal.")
         return plan
     if measured:
+        # Both are imported on use, for the sake of merges that need neither: they bring along threads and BLAS.
+        from hf_frmerge.weighting.norm_aware import delta_norms, norm_aware_weights
+
         with closing(plan):
             norms, notes = delta_norms(plan), plan.notes
         plan = build_plan(experts, args, norm_aware_weights(norms), base_model, check=check)
@@ -69,6 +70,8 @@ def _plan_next(
     check: Callable[[MergePlan], None] | None,
 ) -> MergePlan:
     """Plan a merge of a merge with new experts."""
+    from hf_frmerge.weighting.continual import continual_weights, opcm_numbers, read_before
+
     is_measured = METHODS[args.method].is_continual
     if is_measured and (args.scale != 1.0 or weights not in (None, CONTINUAL)):
         raise ArgumentError(
