@@ -489,6 +489,11 @@ class MergingArguments:
         return "bfloat16" if self.bf16_full_eval else "float16" if self.fp16_full_eval else "auto"
 
     @property
+    def merges_matrices(self) -> bool:
+        """Whether matrices of layers are merged as a whole, by LAPACK."""
+        return METHODS[self.method].kind == "spectral" or self.post_step is not None
+
+    @property
     def device_map(self) -> str | dict[str, str | int] | None:
         """`eval_device_map` in the form that `from_pretrained` takes."""
         if self.eval_device_map is None or not self.eval_device_map.lstrip().startswith("{"):

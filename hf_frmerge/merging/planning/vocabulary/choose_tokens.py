@@ -22,7 +22,7 @@ from hf_frmerge.checkpoints.vocabularies.tokenizer_file import (
 )
 from hf_frmerge.checkpoints.vocabularies.union import union_ids, union_json
 from hf_frmerge.errors import ArgumentError, CheckpointError
-from hf_frmerge.merging.planning.vocabulary_record import ModelTokens, VocabularyRecord
+from hf_frmerge.merging.planning.vocabulary.record import ModelTokens, VocabularyRecord
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.resolve import Source
