@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_frmerge.comparison.comparison import MergeComparison
     from hf_frmerge.merger import FisherRaoMerger
-    from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
+    from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl, PrinterCallback
     from hf_frmerge.merging.callbacks.collapse_guard import CollapseGuardCallback
     from hf_frmerge.merging.callbacks.progress import ProgressCallback
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it. Resolved on first use, so that importing the package costs nothing.
 _PUBLIC = {
     "FisherRaoMerger": "hf_frmerge.merger",
-    "ExpertArguments": "hf_frmerge.merging.arguments.merging_arguments",
+    "ExpertArguments": "hf_frmerge.merging.arguments.expert_arguments",
     "MergingArguments": "hf_frmerge.merging.arguments.merging_arguments",
     "MergeState": "hf_frmerge.merging.callbacks.state",
     "MergeControl": "hf_frmerge.merging.callbacks.callback",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hf_frmerge.visible import visible_lines
 
 
@@ -35,3 +37,10 @@ class ResumeError(MergeError):
 
 class HubError(MergeError):
     """The Hugging Face Hub refused a request or could not be reached."""
+
+
+def some(items: Iterable[object], limit: int = 3) -> str:
+    """Return the first few items as text, for a message, and the number of the others: `a, b, c and 4 more`."""
+    shown = [str(item) for item in items]
+    rest = len(shown) - limit
+    return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")

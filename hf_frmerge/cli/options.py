@@ -14,7 +14,8 @@ import click
 from hf_frmerge.cli.command import SectionOption, warn_of_token
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.config_file import read_config
-from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
+from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub")}
 VOCABULARY = {"Tokens and settings": ("tokenizer_source", "pad_to_multiple_of", "settings_from")}

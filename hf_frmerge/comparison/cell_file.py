@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hf_frmerge.checkpoints.disk import disk_errors, write_file
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.comparison.candidates import Cell
 from hf_frmerge.comparison.evaluator import Measured
 from hf_frmerge.comparison.texts import Split, TextLosses
@@ -97,7 +98,7 @@ class CellFile:
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     return entry if isinstance(entry, dict) else None

@@ -18,7 +18,7 @@ from hf_frmerge.checkpoints.disk import make_folder, remove_folder
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.resolve import resolve_all
-from hf_frmerge.checkpoints.tensors.reader import read_json
+from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.comparison.bench import Bench, Trial
 from hf_frmerge.comparison.candidates import SCALES, Cell, arguments_of, cells_of, default_candidates, parse_candidate
 from hf_frmerge.comparison.cell_file import CellFile

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.json_text import parse_json
-from hf_frmerge.checkpoints.tensors.reader import read_file
+from hf_frmerge.checkpoints.tensors.small_files import read_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record.check_types import check_types

@@ -15,7 +15,8 @@ from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.source import is_hub_id
-from hf_frmerge.checkpoints.tensors.reader import read_json, weight_map
+from hf_frmerge.checkpoints.tensors.shard_index import weight_map
+from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.checkpoints.tensors.writer import STAGING
 from hf_frmerge.errors import HubError
 from hf_frmerge.hub.card.private_paths import hide_local_paths, is_public_base

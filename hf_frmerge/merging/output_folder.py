@@ -11,7 +11,8 @@ from hf_frmerge.checkpoints.disk import remove_file, remove_folder
 from hf_frmerge.checkpoints.lock import LOCK_FILE
 from hf_frmerge.checkpoints.remote_output import check_vacant
 from hf_frmerge.checkpoints.source import check_name
-from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, CONFIG_FILES
+from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
+from hf_frmerge.checkpoints.tensors.small_files import CONFIG_FILES
 from hf_frmerge.checkpoints.tensors.writer import STAGING, remove_weights
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE

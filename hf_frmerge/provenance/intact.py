@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint, read_config
+from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint
+from hf_frmerge.checkpoints.tensors.small_files import read_config
 from hf_frmerge.errors import CheckpointError, HubError
 from hf_frmerge.kernels.interface import digest
 from hf_frmerge.merging.operands.tensor_inputs import join_digests

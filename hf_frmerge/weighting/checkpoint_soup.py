@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.named_weights import NamedWeights
 
@@ -38,9 +37,9 @@ def checkpoint_step(spec: str) -> int:
     state = Path(spec).expanduser() / STATE_FILE
     if state.is_file():
         try:
-            values: Any = json.loads(state.read_text(encoding="utf-8"))
+            values = parse_json(state.read_bytes())
             return int(values["global_step"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise CheckpointError(
                 f"{state} does not say at which step the checkpoint was written ({type(error).__name__}: {error}). "
                 "Restore the file, or give the weights as numbers."

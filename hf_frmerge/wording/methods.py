@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_frmerge.merging.planning.build_plan import DTYPE_CODES
+from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.methods.method import Method, Paper
 from hf_frmerge.methods.table import METHODS
 

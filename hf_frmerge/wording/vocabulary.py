@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
+from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
 
 
 def vocabulary_sentence(record: VocabularyRecord) -> str:

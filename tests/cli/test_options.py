@@ -26,7 +26,8 @@ from hf_frmerge.cli.options import (
     options_from,
 )
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
+from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 GROUPS = (EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT, RUNNING, HUB)
 Arguments = tuple[ExpertArguments, MergingArguments]

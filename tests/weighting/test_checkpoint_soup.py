@@ -61,7 +61,7 @@ def test_errors_name_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     with pytest.raises(ArgumentError, match=r"final' has no trainer_state.json"):
         checkpoint_step(str(tmp_path / "final"))
-    for text in ("{", "[]", '{"global_step": "soon"}', '{"epoch": 1}'):
+    for text in ("{", "[]", '{"global_step": "soon"}', '{"epoch": 1}', '{"global_step": Infinity}', "[" * 200000):
         (tmp_path / "final" / "trainer_state.json").write_text(text)
         with pytest.raises(CheckpointError, match="does not say at which step"):
             checkpoint_step(str(tmp_path / "final"))

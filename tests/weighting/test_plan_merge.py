@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, MergeError
-from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments
+from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
 from hf_frmerge.merging.callbacks.callback import MergeCallback
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.merge_again import reproduce

@@ -10,7 +10,7 @@ from typing import Any
 from hf_frmerge.checkpoints.adapters.patterns import check_pattern
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
-from hf_frmerge.checkpoints.tensors.reader import read_json
+from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped_pattern
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.kernels.interface import OVERFLOWS_AT

@@ -12,7 +12,8 @@ from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.reader import read_file, read_json, some
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.checkpoints.tensors.small_files import read_file, read_json
 from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import moved_tokens, parse_tokenizer
 from hf_frmerge.errors import CheckpointError

@@ -12,7 +12,7 @@ from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.reader import read_file, read_json
+from hf_frmerge.checkpoints.tensors.small_files import read_file, read_json
 from hf_frmerge.errors import CheckpointError
 
 CONFIG_FILE = "config.json"

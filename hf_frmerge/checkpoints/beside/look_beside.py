@@ -24,7 +24,8 @@ from hf_frmerge.checkpoints.beside.settings import Settings, choose_settings
 from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.source import Source
-from hf_frmerge.checkpoints.tensors.reader import read_file, read_json, some
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.checkpoints.tensors.small_files import read_file, read_json
 from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import read_tokenizer
 from hf_frmerge.errors import CheckpointError

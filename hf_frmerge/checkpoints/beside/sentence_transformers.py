@@ -13,7 +13,8 @@ from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import MODULES_FILE, Module, parse_modules
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.source import Source
-from hf_frmerge.checkpoints.tensors.reader import read_file, some
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.checkpoints.tensors.small_files import read_file
 from hf_frmerge.errors import CheckpointError
 
 # Files for prompts and similarity, and for the longest input and lower-casing.

@@ -13,7 +13,7 @@ from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE, donor_files, list_f
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.names.tokens import with_n_tokens
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.reader import read_json
+from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import TOKENIZER_FILE
 from hf_frmerge.errors import CheckpointError

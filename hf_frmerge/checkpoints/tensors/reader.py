@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any
 
@@ -13,37 +12,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.folders import open_folder
-from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.page_cache import Mapping
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.header import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, read_header
+from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE, check_index, weight_map
+from hf_frmerge.checkpoints.tensors.small_files import CONFIG_FILES, read_config, reason
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped
-from hf_frmerge.errors import CheckpointError
+from hf_frmerge.errors import CheckpointError, some
 
 __all__ = [
     "ADAPTER_FILE",
     "DTYPE_BITS",
     "FLOAT_DTYPES",
-    "INDEX_FILE",
     "SINGLE_FILE",
     "Checkpoint",
     "TensorInfo",
     "open_checkpoint",
     "open_tensors_file",
-    "read_config",
-    "read_file",
-    "read_json",
     "some",
     "unchanged",
-    "weight_map",
 ]
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILES = {"full": "config.json", "adapter": "adapter_config.json"}
 
 
 class Checkpoint:
@@ -135,7 +128,7 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(
                 f"{self.source.spec!r}, tensor {info.name!r}: bytes {start} to {stop} of {info.nbytes} could not be "
-                f"read from {self.folder.path}/{info.file}: {_reason(error)}. Bring the file back (or download it "
+                f"read from {self.folder.path}/{info.file}: {reason(error)}. Bring the file back (or download it "
                 "again) and resume."
             ) from error
 
@@ -182,7 +175,7 @@ class Checkpoint:
         try:
             self._identities |= {name: self.folder.identity(name) for name in names}
         except OSError as error:
-            raise CheckpointError(f"{self.source.spec!r} could not be opened: {_reason(error)}.") from error
+            raise CheckpointError(f"{self.source.spec!r} could not be opened: {reason(error)}.") from error
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
         """
@@ -217,7 +210,7 @@ class Checkpoint:
                     else f"it had {before} bytes and now has {now}"
                 )
         except OSError as error:
-            return f"it cannot be found any more ({_reason(error)})"
+            return f"it cannot be found any more ({reason(error)})"
         broken = isinstance(self.folder, LocalFolder) and self.folder.is_broken(name)
         return "a part of it could not be read from the disk" if broken else ""
 
@@ -295,8 +288,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
                 )
         checkpoint = _open_files(source, folder, shards)
     except OSError as error:
-        raise CheckpointError(f"{spec!r} could not be opened: {_reason(error)}.") from error
-    _check_index(checkpoint, placed)
+        raise CheckpointError(f"{spec!r} could not be opened: {reason(error)}.") from error
+    check_index(checkpoint.tensors, placed, spec)
     return _checked(checkpoint)
 
 
@@ -312,70 +305,8 @@ def open_tensors_file(path: str, file: str) -> Checkpoint:
         identity = folder.identity(file)
         infos, size = read_header(folder, file, path)
     except OSError as error:
-        raise CheckpointError(f"{path}/{file} could not be opened: {_reason(error)}.") from error
+        raise CheckpointError(f"{path}/{file} could not be opened: {reason(error)}.") from error
     return Checkpoint(source, folder, {info.name: info for info in infos}, {file: size}, {file: identity})
-
-
-def read_file(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> bytes:
-    """Read a small file of a checkpoint; `spec` names the checkpoint in errors."""
-    try:
-        return folder.read(name)
-    except OSError as error:
-        raise CheckpointError(f"{spec!r}: {name} could not be read: {_reason(error)}.") from error
-
-
-def read_json(folder: LocalFolder | RemoteFolder, name: str, spec: str) -> dict[str, Any]:
-    """Read a JSON object from a file of the folder; empty if there is no such file."""
-    try:
-        if not folder.exists(name):
-            return {}
-    except OSError as error:
-        raise CheckpointError(f"{spec!r}: {name} could not be read: {_reason(error)}.") from error
-    try:
-        parsed = parse_json(read_file(folder, name, spec))
-    except ValueError as error:
-        raise CheckpointError(f"{spec!r}: {name} is not valid JSON: {error}.") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{spec!r}: {name} must hold a JSON object, found a {type(parsed).__name__}.")
-    return parsed
-
-
-def read_config(folder: LocalFolder | RemoteFolder, spec: str) -> dict[str, Any]:
-    """Read `config.json`, empty if there is none; the class and the type of the model, if it has any, are names."""
-    config = read_json(folder, CONFIG_FILES["full"], spec)
-    names = config.get("architectures") or []
-    model_type = config.get("model_type") or ""
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in [*names, model_type])):
-        raise CheckpointError(
-            f"{spec!r}: config.json has architectures {_short(names)} and model_type {_short(model_type)}, expected a "
-            "list of class names, and a name. Download the file again."
-        )
-    return config
-
-
-def weight_map(folder: LocalFolder | RemoteFolder, spec: str) -> dict[str, str]:
-    """
-    Read from the index of a sharded checkpoint which file every tensor is in.
-
-    Raises:
-        CheckpointError: If it does not say, or names what is not a file of the folder itself.
-    """
-    placed = read_json(folder, INDEX_FILE, spec).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise CheckpointError(f"{spec!r}: {INDEX_FILE} has no `weight_map` from tensor names to shards.")
-    wrong = [name for name, file in placed.items() if not isinstance(file, str)]
-    if wrong:
-        raise CheckpointError(f"{spec!r}: {INDEX_FILE} maps {some(wrong)} to something that is not a file name.")
-    for file in set(placed.values()):
-        _refuse_outside(file, spec)
-    return placed
-
-
-def some(items: Iterable[object], limit: int = 3) -> str:
-    """Return the first few items as text, for a message, and the number of the others: `a, b, c and 4 more`."""
-    shown = [str(item) for item in items]
-    rest = len(shown) - limit
-    return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _open_files(source: Source, folder: LocalFolder | RemoteFolder, files: list[str]) -> Checkpoint:
@@ -428,42 +359,3 @@ def _refuse_empty(checkpoint: Checkpoint) -> None:
             '`"stage3_gather_16bit_weights_on_model_save": true` in the DeepSpeed config (of FSDP: with '
             "`FULL_STATE_DICT`)."
         )
-
-
-def _refuse_outside(file: str, spec: str) -> None:
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or path.name != file:
-        raise CheckpointError(
-            f"{spec!r}: {INDEX_FILE} names {file!r}, which is not a file of the folder itself. Shards must lie beside "
-            "the index; nothing outside is read."
-        )
-
-
-def _check_index(checkpoint: Checkpoint, weight_map: dict[str, str]) -> None:
-    spec = checkpoint.source.spec
-    misplaced = [
-        f"{name!r} ({file})"
-        for name, file in weight_map.items()
-        if name not in checkpoint.tensors or checkpoint.tensors[name].file != file
-    ]
-    if misplaced:
-        raise CheckpointError(
-            f"{spec!r}: {INDEX_FILE} lists {len(misplaced)} tensors that are not in the shard it names: "
-            f"{some(misplaced)}. The index belongs to other shards; download the folder again."
-        )
-    unlisted = [f"{name!r} ({info.file})" for name, info in checkpoint.tensors.items() if name not in weight_map]
-    if unlisted:
-        raise CheckpointError(
-            f"{spec!r}: the shards hold {len(unlisted)} tensors that {INDEX_FILE} does not list: {some(unlisted)}. "
-            "The index belongs to other shards; download the folder again."
-        )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _reason(error: OSError) -> str:
-    text = error.strerror or str(error) or type(error).__name__
-    return f"{text} ({error.filename})" if error.filename else text

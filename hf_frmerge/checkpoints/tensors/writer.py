@@ -31,7 +31,7 @@ from hf_frmerge.checkpoints.disk import (
     write_file,
 )
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
-from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
+from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE
 from hf_frmerge.errors import MergeError
 
 __all__ = ["STAGING", "CheckpointWriter", "ShardLayout", "check_free_space", "remove_staging", "remove_weights"]

@@ -9,7 +9,7 @@ from typing import Any
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.reader import read_file
+from hf_frmerge.checkpoints.tensors.small_files import read_file
 from hf_frmerge.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hf_frmerge.cli.render.terminal import console, human_bytes, human_count, human_seconds, print_verdicts
 from hf_frmerge.merging.planning.account import ModelAccount
-from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
+from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
 from hf_frmerge.wording.account import account_sentence
 from hf_frmerge.wording.calibration import WITHOUT_DATA, calibration_verdict
 from hf_frmerge.wording.geometry import Geometry, geometry_verdicts

@@ -9,7 +9,7 @@ import torch
 
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.reader import read_config
+from hf_frmerge.checkpoints.tensors.small_files import read_config
 from hf_frmerge.errors import ArgumentError
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import resolve
-from hf_frmerge.checkpoints.tensors.reader import read_config, read_json
+from hf_frmerge.checkpoints.tensors.small_files import read_config, read_json
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.evaluation.models.loading import ModelLoader
 

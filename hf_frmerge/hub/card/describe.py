@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.tensors.reader import read_json
+from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.hub.card.card import write_card
 from hf_frmerge.hub.card.data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.card.licences import SourceMetadata, read_source_metadata

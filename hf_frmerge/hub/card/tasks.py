@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.tensors.reader import read_config, read_json
+from hf_frmerge.checkpoints.tensors.small_files import read_config, read_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments, MergingArguments
+from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.values import did_you_mean
 
 _MOST_BYTES = 100_000  # of a configuration file; YAML of megabytes takes minutes to parse

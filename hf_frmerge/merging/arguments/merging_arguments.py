@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_type_hints
 
 from hf_frmerge.checkpoints.remote_output import local_folder
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments.calibration import parse_calibration
-from hf_frmerge.merging.arguments.layer_scales import parse_layer_scales
-from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
+from hf_frmerge.merging.arguments.checks import (
+    check_adapter_options,
+    check_choices,
+    check_layer_scales,
+    check_method,
+    check_post_step,
+    check_ranges,
+    check_table,
+)
+from hf_frmerge.merging.arguments.help_texts import default_densities, described, methods_with
 from hf_frmerge.merging.arguments.tensor_rules import check_rules
-from hf_frmerge.merging.arguments.values import coerce, did_you_mean, parse_size, validate_weights
+from hf_frmerge.merging.arguments.values import coerce, parse_size
 from hf_frmerge.methods.table import METHODS
 
 SPACES = ("weights", "deltas")
@@ -33,113 +38,8 @@ LOG_LEVELS = {
     "passive": logging.NOTSET,  # leave the level of the application alone
 }
 
-# Field -> (test of a value that is not None, what the test asks for).
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "beta": (math.isfinite, "finite"),
-    "scale": (math.isfinite, "finite"),
-    "density": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the elements that stay)"),
-    "gamma": (lambda v: 0 <= v < 1, "at least 0 and below 1 (share of the elements that are dropped)"),
-    "epsilon": (lambda v: 0 <= v < 0.5, "at least 0 and below 0.5 (share of the elements)"),
-    "agreement": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
-    "min_change": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
-    "descent_steps": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
-    "merged_before": (lambda v: v >= 1, "at least 1"),
-    "svc_floor": (lambda v: 0 < v < math.inf, "above 0 and finite"),
-    "seed": (lambda v: v >= 0, "at least 0"),
-    "tol": (lambda v: 0 < v < math.inf, "above 0 and finite"),
-    "max_iter": (lambda v: v >= 1, "at least 1"),
-    "pad_to_multiple_of": (lambda v: v >= 1, "at least 1"),
-    "num_workers": (lambda v: 1 <= v <= 1024, "from 1 to 1024"),
-    "num_calibration_samples": (lambda v: v >= 1, "at least 1"),
-    "max_calibration_length": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
-    "calibration_batch_size": (lambda v: v >= 1, "at least 1"),
-    "calibration_rank": (lambda v: v >= 1, "at least 1"),
-    "adapter_rank": (lambda v: v >= 1, "at least 1"),
-    "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
-    "logging_steps": (lambda v: v >= 1, "at least 1"),
-    "per_device_eval_batch_size": (lambda v: v >= 1, "at least 1"),
-    "eval_block_size": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
-    "dataloader_num_workers": (lambda v: v >= 0, "at least 0"),
-}
-
-
 # Arguments that stand in the records of earlier versions and never had an effect. They are ignored when read.
 RETIRED = ("metric_for_best_model", "greater_is_better", "hub_strategy")
-
-
-def _methods_with(option: str) -> str:
-    """Return the names of the methods that use an option, for a help text."""
-    return ", ".join(method.name for method in METHODS.values() if option in method.options)
-
-
-def _subtracting() -> str:
-    """Return the names of the methods for which weights may be negative, for a help text."""
-    return ", ".join(method.name for method in METHODS.values() if method.subtracts)
-
-
-def _densities() -> str:
-    """Return the defaults of the methods that have one, for a help text."""
-    return ", ".join(f"{method.density:g} for {method.name}" for method in METHODS.values() if method.density)
-
-
-def _describe(text: str, choices: Collection[str] | None = None) -> dict[str, Any]:
-    return {"help": text} if choices is None else {"help": text, "choices": choices}
-
-
-@dataclass
-class ExpertArguments:
-    """Models of a merge: the experts, their weights, and the model they were fine-tuned from."""
-
-    experts: list[str] = field(
-        metadata=_describe(
-            "Two or more experts: local folders or Hub ids (`org/name` or `org/name@revision`), full checkpoints or "
-            "LoRA adapters. One adapter is folded into its base model."
-        )
-    )
-    # Or a name, which is text: `HfArgumentParser` takes one type for a field.
-    weights: list[float] | None = field(
-        default=None,
-        metadata=_describe(
-            "One number per expert; they are divided by their sum. Default: all alike. Negative ones subtract, with "
-            f"{_subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the checkpoints of a training "
-            "run by their steps, as such a decay of its learning rate would; nan weighs experts by the inverse norm "
-            "of what they learned; continual lets a first expert that is a merge count as often as it has experts."
-        ),
-    )
-    base_model: str | None = field(
-        default=None,
-        metadata=_describe(
-            "Model the experts were fine-tuned from: local folder or Hub id. Needed for deltas and adapters."
-        ),
-    )
-    calibration: list[str] | None = field(
-        default=None,
-        metadata=_describe(
-            "Prompts, without labels, on which the merge is fitted to what its experts compute: EXPERT=FILE, once per "
-            "expert; one FILE for all; or self, and every expert writes its own. A file is text, .jsonl, .json, .csv "
-            "or .parquet with a column text, input_ids or messages."
-        ),
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.calibration, Mapping):  # as a configuration file may have it
-            self.calibration = [f"{expert}={file}" for expert, file in self.calibration.items()]
-        named: object = self.weights
-        for name, hint in get_type_hints(type(self)).items():
-            if name != "weights" or not is_name(named):
-                setattr(self, name, coerce(name, self.__dict__[name], hint))
-        if not self.experts:
-            raise ArgumentError("A merge needs at least two experts, but `experts` lists none.")
-        if isinstance(named, str) and is_name(named):
-            parse_name(named)
-        else:
-            validate_weights(self.weights, len(self.experts))
-        _ = self.calibration_dataset
-
-    @property
-    def calibration_dataset(self) -> Mapping[str, str] | str | None:
-        """`calibration` as `FisherRaoMerger` takes it: a file for every expert, one for all, or `"self"`."""
-        return None if not self.calibration else parse_calibration(self.calibration, self.experts)
 
 
 @dataclass
@@ -155,94 +55,94 @@ class MergingArguments:
     """
 
     output_dir: str = field(
-        default="merged", metadata=_describe("Folder the merged model is written to, or its fsspec URL.")
+        default="merged", metadata=described("Folder the merged model is written to, or its fsspec URL.")
     )
 
     # 1. The mean
-    method: str = field(default="karcher", metadata=_describe("How the experts are combined.", METHODS.keys()))
+    method: str = field(default="karcher", metadata=described("How the experts are combined.", METHODS.keys()))
     space: str | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Whether the points are the weights or their differences to the base model. Default: deltas if any expert "
             "is an adapter, else weights.",
             SPACES,
         ),
     )
-    block: str = field(default="tensor", metadata=_describe("What one sphere covers.", BLOCKS))
+    block: str = field(default="tensor", metadata=described("What one sphere covers.", BLOCKS))
     norm: str = field(
         default="mean",
-        metadata=_describe("Which norm of the experts a merged block gets (weighted mean, median, max).", NORMS),
+        metadata=described("Which norm of the experts a merged block gets (weighted mean, median, max).", NORMS),
     )
     beta: float = field(
         default=0.0,
-        metadata=_describe(
+        metadata=described(
             "Exponent of the coherence factor on the norm: 0 keeps the norm, 1 is the plain mean, -1 the plain sum."
         ),
     )
     scale: float = field(
         default=1.0,
-        metadata=_describe("Factor of the merged deltas that are added to the base, in delta space with any method."),
+        metadata=described("Factor of the merged deltas that are added to the base, in delta space with any method."),
     )
     density: float | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Share of the elements of every delta, or of the directions of a matrix, that is kept. "
-            f"Default: {_densities()}."
+            f"Default: {default_densities()}."
         ),
     )
     gamma: float = field(
         default=0.01,
-        metadata=_describe(f"Share of the largest elements of a delta that is dropped ({_methods_with('gamma')})."),
+        metadata=described(f"Share of the largest elements of a delta that is dropped ({methods_with('gamma')})."),
     )
     epsilon: float = field(
         default=0.07,
-        metadata=_describe(
+        metadata=described(
             "How much likelier than density the largest element of a row is kept, and the smallest less likely "
-            f"({_methods_with('epsilon')})."
+            f"({methods_with('epsilon')})."
         ),
     )
     agreement: float = field(
         default=0.2,
-        metadata=_describe(
+        metadata=described(
             "Share of the other experts' sum that an expert's element must exceed to count "
-            f"({_methods_with('agreement')})."
+            f"({methods_with('agreement')})."
         ),
     )
     min_change: float = field(
         default=1e-5,
-        metadata=_describe(f"Magnitude above which an element counts as changed ({_methods_with('min_change')})."),
+        metadata=described(f"Magnitude above which an element counts as changed ({methods_with('min_change')})."),
     )
     seed: int = field(
         default=42,
-        metadata=_describe(
-            f"Seed of all that is random: elements that are dropped ({_methods_with('seed')}), and the prompts of a "
+        metadata=described(
+            f"Seed of all that is random: elements that are dropped ({methods_with('seed')}), and the prompts of a "
             "calibration."
         ),
     )
     descent_steps: float = field(
         default=300.0,
-        metadata=_describe(
+        metadata=described(
             "Steps of gradient descent that the closed form stands for; more move further from the sum "
-            f"({_methods_with('descent_steps')})."
+            f"({methods_with('descent_steps')})."
         ),
     )
     merged_before: int = field(
         default=1,
-        metadata=_describe(
+        metadata=described(
             "How many experts the first one is a merge of. --weights continual and continual methods read it from the "
             "first one's record."
         ),
     )
     layer_scales: str | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Factors of the merged delta, a:b:c, interpolated from the first layer to the last; tensors that belong "
             "to no layer keep theirs. With any method, in delta space."
         ),
     )
     post_step: str | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "What is done to every merged matrix of a layer, after any method. svc: directions that several experts "
             "share are weakened to what one of them has.",
             POST_STEPS,
@@ -250,33 +150,33 @@ class MergingArguments:
     )
     svc_floor: float = field(
         default=0.1,
-        metadata=_describe("Least share that svc takes an expert to have in a direction; more weakens more."),
+        metadata=described("Least share that svc takes an expert to have in a direction; more weakens more."),
     )
     coefficients: str | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Safetensors file, or folder of a merge, with the coefficients of every tensor, blocks down and experts "
             "across. They take the place of a method."
         ),
     )
     tol: float = field(
         default=1e-12,
-        metadata=_describe("Stop the iteration when the norm of the gradient (karcher: in radians) is below this."),
+        metadata=described("Stop the iteration when the norm of the gradient (karcher: in radians) is below this."),
     )
     max_iter: int = field(
         default=100,
-        metadata=_describe("Give up the iteration after this many steps; the report then says so."),
+        metadata=described("Give up the iteration after this many steps; the report then says so."),
     )
     on_ambiguous: str = field(
         default="raise",
-        metadata=_describe(
+        metadata=described(
             "What to do with a block whose experts cancel out, so that no mean direction is preferred.",
             ("raise", "linear"),
         ),
     )
     weight_rules: list[str] | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Weights for some tensors only: ordered 'REGEX=w1,w2,...' rules, the first that matches a tensor name "
             "wins; 'a:b:c' in place of a number is interpolated over the layers."
         ),
@@ -284,13 +184,13 @@ class MergingArguments:
 
     leave_out: list[str] | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Regular expression of tensors that the merged model does not get, such as heads of different sizes."
         ),
     )
     take: list[str] | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "'REGEX=EXPERT': tensors that are taken as they are from one expert (as it was written, or its number) or "
             "from base, the base model; a head brings along its class and its labels."
         ),
@@ -299,7 +199,7 @@ class MergingArguments:
     # 2. Tokens and settings
     tokenizer_source: str | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Whose tokens the output has, where the models' differ: base, union (the base's, then the others'), or an "
             "expert (as in the list, or its number). Rows of embeddings and output layers are matched by token; a "
             "model that lacks one gets the weighted mean of the experts that have it, else the row of the base."
@@ -307,153 +207,153 @@ class MergingArguments:
     )
     pad_to_multiple_of: int | None = field(
         default=None,
-        metadata=_describe("Round the rows of embeddings up to a multiple of this; goes with tokenizer_source."),
+        metadata=described("Round the rows of embeddings up to a multiple of this; goes with tokenizer_source."),
     )
     settings_from: str | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Model whose chat template, special tokens and generation settings the output gets: base or an expert. "
             "Default: the model whose tokens it has."
         ),
     )
 
     # 3. Calibration
-    num_calibration_samples: int = field(default=64, metadata=_describe("Prompts an expert that are used."))
-    max_calibration_length: int = field(default=128, metadata=_describe("Tokens a prompt; longer texts are cut."))
-    calibration_batch_size: int = field(default=8, metadata=_describe("Prompts that run together."))
+    num_calibration_samples: int = field(default=64, metadata=described("Prompts an expert that are used."))
+    max_calibration_length: int = field(default=128, metadata=described("Tokens a prompt; longer texts are cut."))
+    calibration_batch_size: int = field(default=8, metadata=described("Prompts that run together."))
     calibration_form: str = field(
         default="auto",
-        metadata=_describe(
+        metadata=described(
             "What is added to the merge: factors of low rank, a number for every weight, or the smaller of the two "
             "that has nearly all of the gain on prompts held out from the fit.",
             ("auto", "low_rank", "dense"),
         ),
     )
-    calibration_rank: int = field(default=32, metadata=_describe("Rank of the factors, for each linear layer."))
+    calibration_rank: int = field(default=32, metadata=described("Rank of the factors, for each linear layer."))
 
     # 4. Reading and writing
     dtype: str = field(
         default="auto",
-        metadata=_describe("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
+        metadata=described("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
     )
-    max_shard_size: str = field(default="50GB", metadata=_describe("Largest size of one output file, such as 5GB."))
-    overwrite: bool = field(default=False, metadata=_describe("Write into an output folder that is not empty."))
+    max_shard_size: str = field(default="50GB", metadata=described("Largest size of one output file, such as 5GB."))
+    overwrite: bool = field(default=False, metadata=described("Write into an output folder that is not empty."))
     resume_from_checkpoint: bool = field(
-        default=False, metadata=_describe("Continue a merge that was interrupted in the same output folder.")
+        default=False, metadata=described("Continue a merge that was interrupted in the same output folder.")
     )
     allow_license: str | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Comma-separated licences without derivatives, such as cc-by-nd-4.0, that you have permission to merge."
         ),
     )
     strict: bool = field(
-        default=False, metadata=_describe("Raise where experts differ in a way that is otherwise only warned about.")
+        default=False, metadata=described("Raise where experts differ in a way that is otherwise only warned about.")
     )
     stream_from_hub: bool = field(
         default=False,
-        metadata=_describe(
+        metadata=described(
             "Read full models of the Hub by byte ranges while they are merged, without downloading them: for a disk "
             "that cannot hold them."
         ),
     )
     memory_budget: str = field(
-        default="512MiB", metadata=_describe("Memory for the pieces of tensors in flight, such as 2GiB.")
+        default="512MiB", metadata=described("Memory for the pieces of tensors in flight, such as 2GiB.")
     )
     num_workers: int | None = field(
-        default=None, metadata=_describe("Threads that read, combine and write. Default: one per core.")
+        default=None, metadata=described("Threads that read, combine and write. Default: one per core.")
     )
-    device: str = field(default="cpu", metadata=_describe("Device the merge is computed on, such as cpu or cuda:0."))
+    device: str = field(default="cpu", metadata=described("Device the merge is computed on, such as cpu or cuda:0."))
     adapter_output: str = field(
         default="auto",
-        metadata=_describe(
+        metadata=described(
             "Whether merged adapters are written as an adapter or added to the base model.", ADAPTER_OUTPUTS
         ),
     )
     adapter_rank: int | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Rank of all modules of the merged adapter, compressed if need be. Default: exact, ranks added up."
         ),
     )
     adapter_energy: float | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1]."
         ),
     )
 
     # 5. Running and reporting, as in `TrainingArguments`; one step is one tensor
-    run_name: str | None = field(default=None, metadata=_describe("Name of this run in the reports."))
+    run_name: str | None = field(default=None, metadata=described("Name of this run in the reports."))
     report_to: str = field(
         default="none",
-        metadata=_describe(
+        metadata=described(
             "Comma-separated reporting integrations, such as tensorboard,wandb; none, or all for every installed one."
         ),
     )
     disable_tqdm: bool | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Print log lines instead of progress bars. Default: only when the log level is above warning."
         ),
     )
     log_level: str = field(
         default="passive",
-        metadata=_describe("Level of the package's log messages; passive leaves it alone.", LOG_LEVELS),
+        metadata=described("Level of the package's log messages; passive leaves it alone.", LOG_LEVELS),
     )
-    logging_steps: int = field(default=500, metadata=_describe("Log every this many tensors."))
-    logging_first_step: bool = field(default=False, metadata=_describe("Log the first tensor too."))
+    logging_steps: int = field(default=500, metadata=described("Log every this many tensors."))
+    logging_first_step: bool = field(default=False, metadata=described("Log the first tensor too."))
 
     # 6. Evaluation
-    do_eval: bool = field(default=False, metadata=_describe("Evaluate the merged model after the merge."))
-    eval_on_start: bool = field(default=False, metadata=_describe("Evaluate the experts before the merge."))
+    do_eval: bool = field(default=False, metadata=described("Evaluate the merged model after the merge."))
+    eval_on_start: bool = field(default=False, metadata=described("Evaluate the experts before the merge."))
     evaluate_experts: bool = field(
         default=True,
-        metadata=_describe("Measure the experts and the base too, and how far the merged model is from them."),
+        metadata=described("Measure the experts and the base too, and how far the merged model is from them."),
     )
     per_device_eval_batch_size: int = field(
-        default=8, metadata=_describe("Batch size of the evaluation on each device.")
+        default=8, metadata=described("Batch size of the evaluation on each device.")
     )
     eval_packing: bool = field(
         default=True,
-        metadata=_describe(
+        metadata=described(
             "Join the rows of a text into one stream cut into blocks, rather than read each by itself."
         ),
     )
-    eval_block_size: int = field(default=256, metadata=_describe("Tokens a block of packed text."))
+    eval_block_size: int = field(default=256, metadata=described("Tokens a block of packed text."))
     eval_device_map: str | None = field(
         default=None,
-        metadata=_describe(
+        metadata=described(
             "Spread models over devices to evaluate them: auto, balanced, a device, or a JSON object of module to "
             "device, cpu or disk."
         ),
     )
-    use_cpu: bool = field(default=False, metadata=_describe("Evaluate on the CPU even if there is an accelerator."))
-    bf16_full_eval: bool = field(default=False, metadata=_describe("Evaluate in bfloat16."))
-    fp16_full_eval: bool = field(default=False, metadata=_describe("Evaluate in float16."))
+    use_cpu: bool = field(default=False, metadata=described("Evaluate on the CPU even if there is an accelerator."))
+    bf16_full_eval: bool = field(default=False, metadata=described("Evaluate in bfloat16."))
+    fp16_full_eval: bool = field(default=False, metadata=described("Evaluate in float16."))
     dataloader_num_workers: int = field(
-        default=0, metadata=_describe("Processes that load evaluation data; 0 loads it in the main process.")
+        default=0, metadata=described("Processes that load evaluation data; 0 loads it in the main process.")
     )
 
     # 7. The Hub
-    push_to_hub: bool = field(default=False, metadata=_describe("Push the merged model to the Hub at the end."))
+    push_to_hub: bool = field(default=False, metadata=described("Push the merged model to the Hub at the end."))
     hub_model_id: str | None = field(
-        default=None, metadata=_describe("Repository to push to. Default: the name of the output folder.")
+        default=None, metadata=described("Repository to push to. Default: the name of the output folder.")
     )
     hub_token: str | None = field(
         default=None,
         repr=False,
-        metadata=_describe(
+        metadata=described(
             "Token for the Hub. Better not on a command line, which others on the machine can read: set HF_TOKEN, or "
             "log in with `hf auth login`, and leave this out."
         ),
     )
     hub_private_repo: bool | None = field(
-        default=None, metadata=_describe("Make the repository private. Default: what the organization says.")
+        default=None, metadata=described("Make the repository private. Default: what the organization says.")
     )
-    hub_revision: str | None = field(default=None, metadata=_describe("Branch to push to."))
+    hub_revision: str | None = field(default=None, metadata=described("Branch to push to."))
     hub_collection: str | None = field(
-        default=None, metadata=_describe("Slug of a collection on the Hub to which the pushed model is added.")
+        default=None, metadata=described("Slug of a collection on the Hub to which the pushed model is added.")
     )
 
     def __post_init__(self) -> None:
@@ -489,6 +389,11 @@ class MergingArguments:
         return "bfloat16" if self.bf16_full_eval else "float16" if self.fp16_full_eval else "auto"
 
     @property
+    def merges_matrices(self) -> bool:
+        """Whether matrices of layers are merged as a whole, by LAPACK."""
+        return METHODS[self.method].kind == "spectral" or self.post_step is not None
+
+    @property
     def device_map(self) -> str | dict[str, str | int] | None:
         """`eval_device_map` in the form that `from_pretrained` takes."""
         if self.eval_device_map is None or not self.eval_device_map.lstrip().startswith("{"):
@@ -519,63 +424,16 @@ class MergingArguments:
         return self.get_process_log_level() > logging.WARNING
 
     def _validate(self) -> None:
-        values = self.__dict__
-        for option in fields(self):
-            value, choices = values[option.name], option.metadata.get("choices")
-            if choices is not None and value is not None and value not in choices:
-                raise ArgumentError(
-                    f"unknown {option.name} {value!r}: expected one of {', '.join(choices)}."
-                    + did_you_mean(value, choices)
-                )
-        for name, (holds, wanted) in _RANGES.items():
-            value = values[name]
-            if value is not None and not holds(value):
-                raise ArgumentError(f"`{name}` must be {wanted}, but got {value}.")
+        check_choices(self)
+        check_ranges(self.__dict__)
         # Parse these once, so that a bad value fails now and not in the middle of a merge.
         _ = self.memory_budget_bytes, self.max_shard_bytes, self.device_map
-        self._validate_combinations()
-
-    def _validate_combinations(self) -> None:
         check_rules(self.leave_out, self.take)
         method = METHODS[self.method]
-        if (method.kind == "given") != (self.coefficients is not None):
-            raise ArgumentError(
-                f"`method={self.method!r}` and `coefficients={self.coefficients!r}` do not go together: a table of "
-                "coefficients takes the place of a method. Give the table alone, or a method without it."
-            )
-        if self.post_step is not None and method.is_isotropic:
-            raise ArgumentError(
-                f"`post_step={self.post_step!r}` corrects the directions of a merged matrix, but those of "
-                f"method={self.method!r} are all equally strong and cannot be told apart. Leave it out, or choose "
-                "another method."
-            )
-        if self.layer_scales is not None:
-            parse_layer_scales(self.layer_scales)
-            if self.coefficients is not None or self.block == "model":
-                raise ArgumentError(
-                    "`layer_scales` give every layer a factor, but "
-                    + ("a table of coefficients has its own" if self.coefficients else "block='model' decides once")
-                    + ". Leave them out, or choose a method with block='tensor' or 'layer'."
-                )
-        if self.block not in method.blocks:
-            raise ArgumentError(
-                f"`method={self.method!r}` takes block={' or '.join(method.blocks)}, but got {self.block!r}."
-            )
-        density = self.density or method.density or 1.0
-        if "epsilon" in method.options and not self.epsilon < density <= 1.0 - self.epsilon:
-            raise ArgumentError(
-                f"`density={density}` and `epsilon={self.epsilon}` would keep an element with a chance outside of 0 "
-                f"to 1. Choose a density between {self.epsilon} and {1 - self.epsilon:g}, or a smaller epsilon."
-            )
+        check_table(method, self.coefficients)
+        check_post_step(method, self.post_step)
+        check_layer_scales(self.layer_scales, self.block, self.coefficients)
+        check_method(method, self.block, self.density, self.epsilon)
         if self.bf16_full_eval and self.fp16_full_eval:
             raise ArgumentError("`bf16_full_eval` and `fp16_full_eval` exclude each other: choose one.")
-        if self.adapter_rank is not None and self.adapter_energy is not None:
-            raise ArgumentError(
-                f"`adapter_rank={self.adapter_rank}` and `adapter_energy={self.adapter_energy}` both choose the rank "
-                "of the merged adapter: give one of them."
-            )
-        if self.adapter_output == "merged" and (self.adapter_rank is not None or self.adapter_energy is not None):
-            raise ArgumentError(
-                "`adapter_rank` and `adapter_energy` shape a merged adapter, but `adapter_output='merged'` adds it to "
-                "the base model: leave them out, or choose `adapter_output='adapter'`."
-            )
+        check_adapter_options(self.adapter_output, self.adapter_rank, self.adapter_energy)

@@ -16,7 +16,7 @@ from hf_frmerge.checkpoints.disk import create_file, disk_errors, rename
 from hf_frmerge.errors import MergeError, ResumeError
 from hf_frmerge.merging.arguments.result_options import RESULT_OPTIONS
 from hf_frmerge.merging.decisions import Decided, from_journal
-from hf_frmerge.merging.planning.vocabulary import row_maps_digest
+from hf_frmerge.merging.planning.vocabulary.choose_tokens import row_maps_digest
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.engine.outcomes import FactorDetails

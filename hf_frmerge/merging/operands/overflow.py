@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _NAME_OF = {code: name for name, code in DTYPE_CODES.items()}
 
-LEAST_SQUARES = 2.0**-900
+_LEAST_SQUARES = 2.0**-900
 """Smallest reliable sum of squares: below it, squares may have lost some or all digits to underflow in float64."""
 
 
@@ -61,6 +61,21 @@ def result_overflows(
         f"Tensor {tensor!r} would hold values {reach}, which are not finite in {_NAME_OF[out_dtype]}: it is {terms}. "
         f"{'; or '.join(advice).capitalize()}."
     )
+
+
+def check_squares(
+    tensor: str, gram_BKK: NDArray[np.float64], operands: Sequence[Operand], labels: Sequence[str]
+) -> None:
+    """
+    Raise if a block has a Gram matrix of zero because squares underflow, while its values are not zero.
+
+    Only float64 values can be so small.
+    """
+    vanishing_B = np.trace(gram_BKK, axis1=1, axis2=2) < _LEAST_SQUARES
+    for label, operand in zip(labels, operands):
+        values = widen(operand.data, operand.dtype).reshape(len(gram_BKK), -1)
+        if values[vanishing_B].any():
+            raise squares_leave_float64(tensor, label)
 
 
 def squares_leave_float64(tensor: str, owner: str) -> NonFiniteError:

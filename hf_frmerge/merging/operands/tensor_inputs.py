@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
@@ -20,8 +20,9 @@ from hf_frmerge.kernels.elementwise import Elementwise, RankedDropout, Run
 from hf_frmerge.kernels.interface import Operand, digest
 from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.operands.dense_tensors import DenseTensor
+from hf_frmerge.merging.operands.low_rank_deltas import LowRankDeltas
 from hf_frmerge.merging.operands.overflow import (
-    LEAST_SQUARES,
+    check_squares,
     delta_overflows,
     result_overflows,
     squares_leave_float64,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.checkpoints.adapters.factors import LowRankDelta
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decision
@@ -48,12 +48,6 @@ _SHORT = 1 << 14
 def join_digests(digests: Sequence[str]) -> str:
     """Return the digest of a tensor, computed from those of its pieces, into which it is cut by its shape alone."""
     return digests[0] if len(digests) == 1 else xxh3_128_hexdigest("".join(digests).encode())
-
-
-class _Factors(NamedTuple):
-    left: NDArray[np.float32]
-    right: NDArray[np.float32]
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -81,14 +75,13 @@ class TensorInputs:
     n_experts: int
     base: DenseTensor | None
     dense: Mapping[int, DenseTensor]
-    low_rank: Mapping[int, LowRankDelta]
+    low_rank: LowRankDeltas
     labels: Mapping[int, str]
     space: str = "weights"
     factored: bool = False
     row_len: int = 1
     correction: DenseTensor | None = None
     post_step: SingularValueCalibration | None = None
-    _factors: dict[int, _Factors] = field(default_factory=dict, repr=False)
 
     @property
     def has_base(self) -> bool:
@@ -119,7 +112,7 @@ class TensorInputs:
         is_tiny = precise
         precise = precise or piece.stop - piece.start <= _SHORT or any(o.dtype == "F32" for o in operands)
         compact, read = kernels.gram_and_digests(operands, piece.n_blocks, piece.block_len, precise=precise)
-        digests = {owner: value or self._factor(owner).digest for owner, value in zip(owners, read)}
+        digests = {owner: value or self.low_rank.factors(owner).digest for owner, value in zip(owners, read)}
         if not np.isfinite(compact).all():
             self.check_finite(kernels, operands, [self.labels[owner] for owner in owners])
             if not precise:  # the inputs are finite, so float32 products have overflown
@@ -127,7 +120,7 @@ class TensorInputs:
             largest = int(np.argmax(np.isnan(compact) | np.isinf(compact))) % len(owners)
             raise squares_leave_float64(self.name, self.labels[owners[largest]])
         if is_tiny and any(operand.dtype == "F64" for operand in operands):
-            self._check_squares(compact, operands, owners)
+            check_squares(self.name, compact, operands, [self.labels[owner] for owner in owners])
         # Experts that equal the base have no operand; their rows and columns stay zero.
         rows = [owner + self.has_base for owner in owners]
         size = self.n_experts + self.has_base
@@ -173,7 +166,7 @@ class TensorInputs:
             labels.append(self.labels[index])
             columns.append(coefficients_BN[:, index])
         if self.low_rank:
-            operands.append(self._low_rank_sum(piece, coefficients_BN))
+            operands.append(self.low_rank.weighted_sum(piece, coefficients_BN))
             labels.append(some(self.labels[index] for index in sorted(self.low_rank)))
             columns.append(np.ones(piece.n_blocks))
         return self._combine(kernels, operands, labels, np.stack(columns, axis=1), piece, out, out_dtype)
@@ -328,7 +321,7 @@ class TensorInputs:
         stored = {
             owner: digest(tensor.read(piece.start, piece.stop).data) for owner, tensor in zip(owners, self._stored())
         }
-        return stored | {index: self._factor(index).digest for index in self.low_rank}
+        return stored | {index: self.low_rank.factors(index).digest for index in self.low_rank}
 
     def _combine(
         self,
@@ -356,7 +349,7 @@ class TensorInputs:
     def _factored_gram(self) -> NDArray[np.float64]:
         """Return the difference Gram `(1, K, K)` of the tensor; in delta space the base's row and column stay 0."""
         owners = sorted(self.low_rank)
-        factors = [Factors(self._factor(index).left, self._factor(index).right) for index in owners]
+        factors = [Factors(*self.low_rank.factors(index)[:2]) for index in owners]
         gram = np.zeros((1, self.n_experts + 1, self.n_experts + 1))
         inner = np.array([index + 1 for index in owners])
         if self.space == "deltas":
@@ -369,7 +362,7 @@ class TensorInputs:
     def _base_rows(self) -> Iterator[NDArray[np.float64]]:
         """Yield the base in chunks of whole rows, as float64."""
         assert self.base is not None
-        n_rows = len(next(iter(self._factors.values())).left)
+        n_rows = len(self.low_rank.factors(min(self.low_rank)).left)
         step = max(1, _SHORT * 16 // self.cols)
         for row in range(0, n_rows, step):
             start, stop = row * self.cols, min(row + step, n_rows) * self.cols
@@ -393,40 +386,11 @@ class TensorInputs:
             if index in self.dense:
                 operands.append(self.dense[index].read(piece.start, piece.stop))
             elif index in self.low_rank:
-                left, right, _ = self._factor(index)
-                rows = slice(piece.start // self.cols, -(-piece.stop // self.cols))
-                operands.append(self._delta_operand(product(left[rows], right), piece))
+                operands.append(self.low_rank.delta(index, piece))
             else:
                 continue
             owners.append(index)
         return operands, owners
-
-    def _low_rank_sum(self, piece: Piece, coefficients_BN: NDArray[np.float64]) -> Operand:
-        """Return the sum of the low-rank deltas, times their coefficients, as one product of stacked factors."""
-        first_row = piece.start // self.cols
-        rows = np.arange(first_row, -(-piece.stop // self.cols))
-        # Which block of the piece every row lies in; if the piece is a part of one block, it is block 0 for all.
-        rows_per_block = max(1, piece.block_len // self.cols)
-        block_of_row = np.minimum((rows - first_row) // rows_per_block, piece.n_blocks - 1)
-        scaled, rights = [], []
-        for index in sorted(self.low_rank):
-            left, right, _ = self._factor(index)
-            scaled.append(left[rows] * coefficients_BN[block_of_row, index, None].astype(np.float32))
-            rights.append(right)
-        return self._delta_operand(product(np.concatenate(scaled, axis=1), np.concatenate(rights, axis=0)), piece)
-
-    def _delta_operand(self, rows: NDArray[np.float32], piece: Piece) -> Operand:
-        """Return the elements of a piece, which may begin and end within a row, from whole rows of a delta."""
-        offset = piece.start % self.cols
-        flat = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1)[offset : offset + piece.stop - piece.start]
-        return Operand(np.ascontiguousarray(flat).view(np.uint8), "F32", is_delta=True)
-
-    def _factor(self, index: int) -> _Factors:
-        # Not locked: two threads may read the same factors at once, and get the same result.
-        if index not in self._factors:
-            left, right = self.low_rank[index].factors()
-            self._factors[index] = _Factors(left, right, xxh3_128_hexdigest(left.tobytes() + right.tobytes()))
-        return self._factors[index]
 
     def check_finite(self, kernels: Kernels, operands: list[Operand], labels: list[str]) -> None:
         """Raise `NonFiniteError` with the name of the first operand that holds NaN or infinity, if any does."""
@@ -439,15 +403,3 @@ class TensorInputs:
                     f"Expected finite numbers, found {count:,} NaN or infinite values in tensor {self.name!r} of "
                     f"{label}. A merge would spread them; repair or leave out that model."
                 )
-
-    def _check_squares(self, gram_BKK: NDArray[np.float64], operands: list[Operand], owners: list[int]) -> None:
-        """
-        Raise if a block has a Gram matrix of zero because squares underflow, while its values are not zero.
-
-        Only float64 values can be so small.
-        """
-        vanishing_B = np.trace(gram_BKK, axis1=1, axis2=2) < LEAST_SQUARES
-        for owner, operand in zip(owners, operands):
-            values = widen(operand.data, operand.dtype).reshape(len(gram_BKK), -1)
-            if values[vanishing_B].any():
-                raise squares_leave_float64(self.name, self.labels[owner])

@@ -17,7 +17,7 @@ def one_blas_thread(plan: MergePlan) -> Iterator[None]:
 
     The engine merges matrices on threads of its own; BLAS threads below each of them would spin for its cores.
     """
-    if not plan.by_matrix:
+    if not plan.args.merges_matrices:
         yield
         return
     from threadpoolctl import threadpool_limits  # costs other merges milliseconds

@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_frmerge.checkpoints.beside.donor import write_config
 from hf_frmerge.checkpoints.beside.look_beside import copy_files, write_files
-from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
+from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE
 from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space
 from hf_frmerge.kernels.interface import digest
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
     from hf_frmerge.merging.planning.corrections import CalibrationRecord, Corrections
     from hf_frmerge.merging.planning.tensor_step import TensorStep
-    from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
+    from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,6 @@ class MergePlan:
         """Options of a spectral method."""
         density = 1.0 if self.args.density is None else self.args.density
         return SpectralOptions(density, self.args.descent_steps)
-
-    @property
-    def by_matrix(self) -> bool:
-        """Whether matrices of layers are merged as a whole, by LAPACK."""
-        return METHODS[self.args.method].kind == "spectral" or self.args.post_step is not None
 
     def post_step(self, step: TensorStep) -> SingularValueCalibration | None:
         """Return what is done to a tensor after it was merged."""

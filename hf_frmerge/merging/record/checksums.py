@@ -18,7 +18,7 @@ from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.disk import disk_errors
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.tensors.reader import INDEX_FILE
+from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE
 from hf_frmerge.merging.record.manifest_entries import RecordedFile
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.tensors.reader import read_file
+from hf_frmerge.checkpoints.tensors.small_files import read_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
-from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
+from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
 from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.merging.record.manifest_entries import Machine, RecordedFile, RecordedModel, RecordedTensor, files_of
 from hf_frmerge.merging.record.summary import MergeReport

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.layout import Shard
     from hf_frmerge.merging.engine.outcomes import StepOutcome
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
-    from hf_frmerge.merging.planning.vocabulary_record import VocabularyRecord
+    from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
     from hf_frmerge.merging.record.summary import MergeReport
 
 _PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")

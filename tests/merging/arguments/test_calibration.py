@@ -8,7 +8,7 @@ import pytest
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.calibration import SELF, parse_calibration
-from hf_frmerge.merging.arguments.merging_arguments import ExpertArguments
+from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
 
 EXPERTS = ["org/math", "org/math=2", "./code/"]
 

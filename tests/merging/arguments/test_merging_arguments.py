@@ -19,11 +19,9 @@ from transformers import HfArgumentParser
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.config_file import read_config
-from hf_frmerge.merging.arguments.merging_arguments import (
-    ExpertArguments,
-    MergingArguments,
-    validate_weights,
-)
+from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.arguments.values import validate_weights
 from hf_frmerge.methods.table import METHODS
 
 

@@ -11,7 +11,8 @@ from xxhash import xxh3_128
 
 from hf_frmerge.checkpoints.beside.disagreements import VOCABULARIES
 from hf_frmerge.checkpoints.folders import open_folder
-from hf_frmerge.checkpoints.tensors.reader import read_file, some
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.checkpoints.tensors.small_files import read_file
 from hf_frmerge.checkpoints.tensors.token_rows import TokenRows, TokenTable
 from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import (
@@ -22,7 +23,7 @@ from hf_frmerge.checkpoints.vocabularies.tokenizer_file import (
 )
 from hf_frmerge.checkpoints.vocabularies.union import union_ids, union_json
 from hf_frmerge.errors import ArgumentError, CheckpointError
-from hf_frmerge.merging.planning.vocabulary_record import ModelTokens, VocabularyRecord
+from hf_frmerge.merging.planning.vocabulary.record import ModelTokens, VocabularyRecord
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.resolve import Source

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.layer_scales import layer_scale, parse_layer_scales
 from hf_frmerge.merging.arguments.weight_rules import WeightSchedule, layer_index
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+    from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 def weights_by_tensor(
@@ -28,6 +32,18 @@ def scales_by_tensor(args: MergingArguments, names: list[str]) -> dict[str, floa
         return dict.fromkeys(names, 1.0)
     anchors, depth = parse_layer_scales(args.layer_scales), _depths(names)
     return {name: layer_scale(anchors, layer_index(name), depth.get(_stack(name), 1)) for name in names}
+
+
+def check_groups(steps: Sequence[TensorStep]) -> None:
+    """Raise `ArgumentError` if tensors of one group, which get the same coefficients, have different weights."""
+    first: dict[str, TensorStep] = {}
+    for step in steps:
+        other = first.setdefault(step.group, step) if step.action == "merge" else step
+        if other.weights != step.weights:
+            raise ArgumentError(
+                f"weight_rules give {other.name!r} and {step.name!r} different weights, but both lie on one sphere "
+                f"(group {step.group or 'model'!r}). Use block='tensor', or rules that do not divide a group."
+            )
 
 
 def _depths(names: list[str]) -> dict[str, int]:
