@@ -51,7 +51,7 @@ def reproduce(
         from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
         from hf_frmerge.provenance.merge_again import reproduce as make_again
 
-        with tqdm(desc="Merging again", unit="tensor") as bar:
+        with tqdm(desc="Merging again", unit=" tensors") as bar:
 
             class Advance(StepObserver):
                 def end(self, outcome: StepOutcome) -> bool:

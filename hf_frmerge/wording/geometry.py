@@ -21,7 +21,8 @@ class Geometry:
 
     Angles are in radians. For each tensor, `angle` is the largest angle between two experts in any block, and `gap`
     the largest between the merged point and the norm-rescaled average. `linear_norm_ratio` is the norm of the plain
-    weighted average divided by the experts' mean norm, `norm_ratio` the same for the merge.
+    weighted average divided by the experts' mean norm, `norm_ratio` the same for the merge. All of it is measured
+    before what is done to the mean `afterwards`, which completes "before ...".
     """
 
     method: str
@@ -39,6 +40,7 @@ class Geometry:
     n_iter: int | None = None
     n_not_converged: int = 0
     n_ambiguous: int = 0
+    afterwards: str | None = None
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Geometry:
@@ -64,6 +66,7 @@ class Geometry:
             n_iter=totals.n_iter,
             n_not_converged=totals.n_not_converged,
             n_ambiguous=totals.n_ambiguous,
+            afterwards=_afterwards(manifest),
         )
 
 
@@ -96,11 +99,12 @@ def geometry_verdicts(total: Geometry) -> list[Verdict]:
     if method_of(total.method).is_spherical and total.gap_max is not None and total.dtype in DTYPES:
         is_one = is_below_rounding(total.gap_max, total.space, total.dtype)
         title = "The method makes no difference here" if is_one else "The method makes a difference"
-        verdicts.append(Verdict("fact", title, gap_sentence(total.gap_max, total.space, total.dtype)))
+        it_is = "It is" if total.afterwards is None else "Before that, it was"
+        verdicts.append(Verdict("fact", title, gap_sentence(total.gap_max, total.space, total.dtype, it_is)))
     return verdicts + _convergence(total)
 
 
-def gap_sentence(gap: float, space: str, dtype: str) -> str:
+def gap_sentence(gap: float, space: str, dtype: str, it_is: str = "It is") -> str:
     """
     Explain whether the gap between a spherical mean and the norm-rescaled average can matter.
 
@@ -108,15 +112,24 @@ def gap_sentence(gap: float, space: str, dtype: str) -> str:
         gap: Largest angle between the two in any block, in radians.
         space: Space the angle was measured in, `weights` or `deltas`.
         dtype: Dtype of the output, as in safetensors.
+        it_is: Begin of the sentence.
     """
     text = (
-        f"It is at most {angle(gap)} from the norm-rescaled average (the plain average stretched back to the experts' "
-        "length) in any block"
+        f"{it_is} at most {angle(gap)} from the norm-rescaled average (the plain average stretched back to the "
+        "experts' length) in any block"
     )
     if is_below_rounding(gap, space, dtype):
         rounding = f"less than what rounding to {DTYPES[dtype]} turns a tensor by, {angle(ROUNDING_ANGLE[dtype])}"
         return f"{text}. That is {rounding}, {SAME_MODEL}."
     return f"{text}. Only an evaluation of both can tell which is better."
+
+
+def _afterwards(manifest: Manifest) -> str | None:
+    """Name what was done to the mean after it was measured."""
+    step, fit = manifest.arguments.get("post_step"), manifest.calibration
+    steps = [f"{step} corrected it"] if step is not None else []
+    steps += ["it was fitted to its experts"] if fit is not None and fit.is_fitted else []
+    return " and ".join(steps) or None
 
 
 def _angles(total: Geometry) -> str:
@@ -129,8 +142,9 @@ def _angles(total: Geometry) -> str:
 
 def _lengths(total: Geometry) -> str:
     """Describe how much of the experts' norm the merge and a plain average keep."""
+    keeps = "This merge keeps" if total.afterwards is None else f"Before {total.afterwards}, this merge kept"
     return (
-        f"This merge keeps {percent(total.norm_ratio_median, 2)} of the experts' length in the median tensor and "
+        f"{keeps} {percent(total.norm_ratio_median, 2)} of the experts' length in the median tensor and "
         f"{percent(total.norm_ratio_min, 2)} in the worst. A plain average keeps "
         f"{percent(total.linear_norm_ratio_median, 2)} and {percent(total.linear_norm_ratio_min, 2)}."
     )

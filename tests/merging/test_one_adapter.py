@@ -87,6 +87,11 @@ def test_one_adapter_becomes_what_peft_makes_of_it(tmp_path: Path, case: str, dt
     card = (tmp_path / "out/README.md").read_text()
     assert "a base model with one adapter folded into it" in card
     assert "apart in the median" not in card + result.output  # an angle takes two
+    assert "one adapter alone, whose mean is itself" in result.output
+    # Nothing of a method that decided nothing, and no advice that only a merge of several needs.
+    for of_several in ("karcher", "Functionality-Oriented", "bibtex", "any one expert"):
+        assert of_several not in card, of_several
+    assert "expect of it what `adapter` does on its base" in card
 
 
 class _Stop(MergeCallback):
@@ -111,6 +116,8 @@ def test_one_adapter_can_be_compressed(tmp_path: Path) -> None:
     args = MergingArguments(str(tmp_path / "out"), adapter_output="adapter", adapter_rank=2)
     FisherRaoMerger([adapter], args).merge()
     tensors, small = (load_file(f"{each}/adapter_model.safetensors") for each in (adapter, tmp_path / "out"))
+    card = (tmp_path / "out/README.md").read_text()
+    assert "a LoRA adapter written anew" in card and "made out of 1" not in card and "adapter_rank" in card
     for name, down in tensors.items():
         if "lora_A" in name:
             up = name.replace("lora_A", "lora_B")

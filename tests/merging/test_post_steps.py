@@ -56,6 +56,10 @@ def test_svc_corrects_the_matrices_that_a_method_merged(tmp_path: Path, method: 
     assert verify(str(out)).ok and reproduce(str(out)).identical
     notes = json.loads((out / "merge_manifest.json").read_text())["notes"]
     assert any("matrices of layers" in note for note in notes)
+    card = (out / "README.md").read_text()  # what was measured is the mean, not what svc made of it
+    assert "This merge keeps" not in card and "It is at most" not in card
+    assert ("Before svc corrected it, this merge kept" in card) == (method in ("karcher", "task_arithmetic"))
+    assert ("Before that, it was at most" in card) == (method == "karcher")
 
 
 def test_verify_finds_a_matrix_that_was_changed(tmp_path: Path) -> None:

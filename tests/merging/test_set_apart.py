@@ -85,7 +85,7 @@ def test_a_head_is_taken_from_one_expert_with_its_labels(
         wanted = theirs[name] if name.startswith("classifier") else mean(classifiers, name)
         assert torch.equal(tensor, wanted), name
     first, second = accounts(out)
-    assert first["unused"] == {"copied from another model": 2} and not second["unused"]
+    assert first["unused"] == {"that gave way to another model's": 2} and not second["unused"]
     assert second["n_copied"] == 2
     assert verify(str(out)).ok and reproduce(str(out)).identical
     assert "Accounted for" not in (out / "README.md").read_text()  # nothing is missing

@@ -381,18 +381,19 @@ def _shapes_hint(wrong: list[tuple[TensorInfo, TensorInfo]], alike: set[str], cl
 
 def _dtype_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     reference = checkpoints[0]
-    notes = []
+    holders: dict[tuple[int, str, str], list[str]] = {}
     for checkpoint in checkpoints[1:]:
         pairs: dict[tuple[str, str], int] = {}
         for name, info in reference.tensors.items():
             other = checkpoint.tensors.get(name)
             if other is not None and info.is_float and other.dtype != info.dtype:
                 pairs[info.dtype, other.dtype] = pairs.get((info.dtype, other.dtype), 0) + 1
-        notes += [
-            f"{count} tensors are {other} in {checkpoint.source.spec!r} and {expected} in {reference.source.spec!r}."
-            for (expected, other), count in pairs.items()
-        ]
-    return notes
+        for (expected, other), count in pairs.items():
+            holders.setdefault((count, other, expected), []).append(repr(checkpoint.source.spec))
+    return [
+        f"{count} tensors are {other} in {some(specs)}, and {expected} in {reference.source.spec!r}."
+        for (count, other, expected), specs in holders.items()
+    ]
 
 
 def _copy_notes(name: str, holders: list[Checkpoint], n_all: int) -> list[str]:

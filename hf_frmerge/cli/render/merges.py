@@ -14,6 +14,7 @@ from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
 from hf_frmerge.wording.account import account_sentence
 from hf_frmerge.wording.calibration import WITHOUT_DATA, calibration_verdict
 from hf_frmerge.wording.geometry import Geometry, geometry_verdicts
+from hf_frmerge.wording.methods import method_of
 from hf_frmerge.wording.numbers import number
 from hf_frmerge.wording.vocabulary import vocabulary_sentence
 
@@ -34,7 +35,7 @@ def print_merge(report: Mapping[str, Any], manifest: Manifest, output_dir: str) 
         output_dir (`str`): Folder of the merged model.
     """
     out = console()
-    parts = [f"{report['n_merged']} tensors merged ({report['method']}, {report['space']}, block {report['block']})"]
+    parts = [f"{report['n_merged']} tensors merged ({_manner(report, len(manifest.experts))})"]
     parts += [f"{report[f'n_{what}']} {what}" for what in ("copied", "skipped") if report.get(f"n_{what}")]
     out.print(", ".join(parts) + ".")
     out.print(account_sentence(_accounts(report)))
@@ -54,6 +55,13 @@ def print_merge(report: Mapping[str, Any], manifest: Manifest, output_dir: str) 
     out.print(f"Check it bit for bit with: frmerge verify {shlex.quote(output_dir)}")
 
 
+def _manner(facts: Mapping[str, Any], n_experts: int) -> str:
+    """Say how tensors are merged; the mean of a single adapter is that adapter."""
+    if n_experts == 1 and method_of(facts["method"]).is_directional:
+        return "one adapter alone, whose mean is itself"
+    return f"{facts['method']}, {facts['space']}, block {facts['block']}"
+
+
 def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
     """Print `MergePlan.describe()` with `licences` and `accounts`: models, tensors, sizes, and notes."""
     out = console()
@@ -67,7 +75,7 @@ def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
         table.add_row(model["spec"], weight, model["kind"], str(model["n_tensors"]), size, licence, where)
     out.print(table)
     out.print(
-        f"{plan['n_merge']} tensors to merge ({plan['method']}, {plan['space']}, block {plan['block']}), "
+        f"{plan['n_merge']} tensors to merge ({_manner(plan, len(plan['experts']))}), "
         f"{plan['n_copy']} to copy; {human_count(plan['n_parameters'])} parameters, dtype {plan['dtype']}."
     )
     out.print(account_sentence(_accounts(plan)))

@@ -66,6 +66,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
 
     card = _without_local_paths(card)
     decision, method = licence_of(card), method_of(card.method)
+    papers = (method.paper, card.tool_paper)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -96,7 +97,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         again=again_command(card),
         verify=verify_command(card, folder=card.model_name.rpartition("/")[2]),
         usage=usage_python(card),
-        papers=[Markdown(bibtex(paper)) for paper in dict.fromkeys((method.paper, card.tool_paper)) if paper],
+        papers=[Markdown(bibtex(paper)) for paper in dict.fromkeys(papers if card.is_by_method else ()) if paper],
         user_begin=Markdown(USER_BEGIN),
         user_end=Markdown(USER_END),
         user_section=Markdown(user_section.strip("\n")),
@@ -194,7 +195,8 @@ def card_metadata(card: MergeCard) -> ModelCardData:
     relation = "merge" if card.output_kind == "full" else "adapter"
     languages = [language for source in card.sources for language in source.metadata.language]
     datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
-    tags = [*card.tag_names, *method_of(card.method).tags, *card.task.tags, *card.tags]
+    of_method = method_of(card.method).tags if card.is_by_method else ()
+    tags = [*card.tag_names, *of_method, *card.task.tags, *card.tags]
     tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
     results = _eval_results(card)
     optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}

@@ -12,6 +12,7 @@ from hf_frmerge.hub.card.tasks import Task
 from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
 from hf_frmerge.wording.geometry import Geometry
+from hf_frmerge.wording.methods import method_of
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.record import EvaluationRecord
@@ -160,6 +161,11 @@ class MergeCard:
     def experts(self) -> list[CardSource]:
         """Sources with the role "expert", in the order of the merge."""
         return [source for source in self.sources if source.role == "expert"]
+
+    @property
+    def is_by_method(self) -> bool:
+        """Whether the method decided anything: the mean of a single expert is that expert."""
+        return len(self.experts) > 1 or not method_of(self.method).is_directional
 
     @property
     def base(self) -> CardSource | None:

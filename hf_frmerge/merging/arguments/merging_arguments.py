@@ -234,7 +234,9 @@ class MergingArguments:
     # 4. Reading and writing
     dtype: str = field(
         default="auto",
-        metadata=described("Dtype of the merged tensors. auto: the dtype they have in the experts.", DTYPES),
+        metadata=described(
+            "Dtype of the merged tensors. auto: that of the base model, without one that of the first expert.", DTYPES
+        ),
     )
     max_shard_size: str = field(default="50GB", metadata=described("Largest size of one output file, such as 5GB."))
     overwrite: bool = field(default=False, metadata=described("Write into an output folder that is not empty."))

@@ -13,7 +13,7 @@ from hf_frmerge.errors import CheckpointError
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
 
-ELSEWHERE = "copied from another model"
+ELSEWHERE = "that gave way to another model's"
 NOT_NEEDED = "of the base, which is not part of a merge in weight space"
 NOT_HELD = "of the base, which a merged adapter does not hold"
 REPEATED = "copies of base tensors beside an adapter"

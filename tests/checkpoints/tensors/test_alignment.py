@@ -62,15 +62,18 @@ def test_dtype_and_order_come_from_the_base(tmp_path, save_model, open_folder_as
     save_model(tmp_path / "base", dtype=torch.float32)
     save_model(tmp_path / "a", seed=1)
     save_model(tmp_path / "b", seed=2, dtype=torch.float16)
-    base, a, b = (open_folder_as(tmp_path / name, name) for name in ("base", "a", "b"))
+    save_model(tmp_path / "c", seed=3)
+    base, a, b, c = (open_folder_as(tmp_path / name, name) for name in ("base", "a", "b", "c"))
     alignment = align([a, b], base)
     assert {tensor.dtype for tensor in alignment.tensors} == {"F32"}
     assert {tensor.donor for tensor in alignment.tensors} == {-1}
     count = len(base.tensors)
     assert alignment.notes == [
-        f"{count} tensors are BF16 in 'a' and F32 in 'base'.",
-        f"{count} tensors are F16 in 'b' and F32 in 'base'.",
+        f"{count} tensors are BF16 in 'a', and F32 in 'base'.",
+        f"{count} tensors are F16 in 'b', and F32 in 'base'.",
     ]
+    notes = align([a, b, c], base).notes  # models that differ alike share one
+    assert notes[0] == f"{count} tensors are BF16 in 'a', 'c', and F32 in 'base'." and len(notes) == 2
     assert {tensor.dtype for tensor in align([a, b]).tensors} == {"BF16"}
 
 

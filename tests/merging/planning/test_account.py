@@ -68,10 +68,10 @@ def test_what_is_left_out_has_a_reason(models: Path) -> None:
     add(models / "code", **{"lm_head.weight": tied}, **constant)
     math, code = merge(models, ["math", "code"])
     assert math == ModelAccount(21, 20, 1)
-    reasons = {"copied from another model", "tied and stored twice", "constant, computed by the model itself"}
+    reasons = {"that gave way to another model's", "tied and stored twice", "constant, computed by the model itself"}
     assert code == ModelAccount(23, 20, 0, dict.fromkeys(reasons, 1))
     # A tied weight of the donor is kept, and read by the other from the tensor it repeats.
-    assert merge(models, ["code", "math"])[1] == ModelAccount(21, 20, 0, {"copied from another model": 1})
+    assert merge(models, ["code", "math"])[1] == ModelAccount(21, 20, 0, {"that gave way to another model's": 1})
 
 
 class SkipNorms(MergeCallback):

@@ -166,7 +166,7 @@ def left_out_note(names: Collection[str]) -> str:
     """Say what it means that the output lacks tensors which the model has whose config it gets."""
     return (
         f"The output lacks {some(names)}, on request. If the class in its config.json has them, transformers fills "
-        "them with random numbers when it loads the model: train them, or take them from an expert (--take "
+        "them with untrained values when it loads the model: train them, or take them from an expert (--take "
         "REGEX=EXPERT)."
     )
 
