@@ -388,11 +388,11 @@ def _dtype_notes(checkpoints: Sequence[Checkpoint]) -> list[str]:
             other = checkpoint.tensors.get(name)
             if other is not None and info.is_float and other.dtype != info.dtype:
                 pairs[info.dtype, other.dtype] = pairs.get((info.dtype, other.dtype), 0) + 1
-        for (expected, other), count in pairs.items():
-            holders.setdefault((count, other, expected), []).append(repr(checkpoint.source.spec))
+        for (expected, found), count in pairs.items():
+            holders.setdefault((count, found, expected), []).append(repr(checkpoint.source.spec))
     return [
-        f"{count} tensors are {other} in {some(specs)}, and {expected} in {reference.source.spec!r}."
-        for (count, other, expected), specs in holders.items()
+        f"{count} tensors are {found} in {some(specs)}, and {expected} in {reference.source.spec!r}."
+        for (count, found, expected), specs in holders.items()
     ]
 
 
