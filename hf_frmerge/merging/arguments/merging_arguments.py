@@ -100,10 +100,11 @@ class ExpertArguments:
     weights: list[float] | None = field(
         default=None,
         metadata=_describe(
-            "One number per expert; they are divided by their sum. Default: all alike. Negative ones subtract, with "
-            f"{_subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the checkpoints of a training "
-            "run by their steps, as such a decay of its learning rate would; nan weighs experts by the inverse norm "
-            "of what they learned; continual lets a first expert that is a merge count as often as it has experts."
+            "One number per expert; they are divided by the sum of their magnitudes. Default: all alike. Negative "
+            f"ones subtract, with {_subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the "
+            "checkpoints of a training run by their steps, as such a decay of its learning rate would; nan weighs "
+            "experts by the inverse norm of what they learned; continual lets a first expert that is a merge count as "
+            "often as it has experts."
         ),
     )
     base_model: str | None = field(
