@@ -27,8 +27,9 @@ class ExpertArguments:
     weights: list[float] | None = field(
         default=None,
         metadata=described(
-            "One number per expert; they are divided by their sum. Default: all alike. Negative ones subtract, with "
-            f"{subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the checkpoints of a training "
+            "One number per expert; they are divided by the sum of their magnitudes. Default: all alike. Negative "
+            f"ones subtract, with {subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the "
+            "checkpoints of a training "
             "run by their steps, as such a decay of its learning rate would; nan weighs experts by the inverse norm "
             "of what they learned; continual lets a first expert that is a merge count as often as it has experts."
         ),
