@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 
@@ -57,6 +58,29 @@ def test_an_expert_of_negative_weight_is_subtracted(tmp_path: Path, method: str)
     manifest = json.loads((out / "merge_manifest.json").read_text())
     jsonschema.validate(manifest, schema)
     assert [expert["weight"] for expert in manifest["experts"]] == pytest.approx([1 / 2, -1 / 6, -1 / 3])
+
+
+def test_what_negative_weights_stand_for_is_said(tmp_path: Path) -> None:
+    """The sum of deltas that the weights read like is one option away."""
+    base, experts = write_family(tmp_path)
+
+    def plan_notes(**options: float) -> str:
+        merger = FisherRaoMerger(
+            experts[:2], MergingArguments(output_dir=str(tmp_path / "out"), method="task_arithmetic", **options),
+            weights=[1.0, -0.5], base_model=base,
+        )  # fmt: skip
+        with closing(merger.plan()) as plan:
+            return " ".join(plan.notes)
+
+    notes = plan_notes()
+    assert "are added 1.333, -0.6667 times" in notes and "To add them 1, -0.5 times, pass --scale 0.75" in notes
+    assert "times" not in plan_notes(scale=0.75)
+    args = MergingArguments(output_dir=str(tmp_path / "out"), method="task_arithmetic", scale=0.75)
+    FisherRaoMerger(experts[:2], args, weights=[1.0, -0.5], base_model=base).merge()
+    origin, (one, other) = tensors(base), (tensors(expert) for expert in experts[:2])
+    for name, merged in tensors(tmp_path / "out").items():
+        expected = origin[name] + (one[name] - origin[name]) - 0.5 * (other[name] - origin[name])
+        np.testing.assert_allclose(merged, expected, rtol=0, atol=5e-7)
 
 
 def test_opposite_weights_of_one_expert_leave_the_base(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,7 @@ def build_plan(
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
     sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
     plan = _plan(sources, args, alphas, base_model is not None)
+    plan.notes += _weights_note(weights, alphas, args.scale)
     try:
         if check is not None:
             check(plan)
@@ -93,6 +95,19 @@ def build_plan(
     plan = _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
     plan.notes = notes
     return plan
+
+
+def _weights_note(given: Sequence[float] | None, weights: Sequence[float], scale: float) -> list[str]:
+    """Say how often deltas are added if weights are negative: where people know these from, they say it themselves."""
+    factors = [scale * len(weights) * weight for weight in weights]  # of all methods that subtract
+    if given is None or min(given) >= 0 or all(map(math.isclose, given, factors)):
+        return []
+    added, written = (", ".join(f"{number:.4g}" for number in row) for row in (factors, given))
+    same = sum(map(abs, given)) / len(given)
+    return [
+        f"The experts' deltas are added {added} times: weights are shares of the sum of their magnitudes, times the "
+        f"number of experts and the scale. To add them {written} times, pass --scale {same:.4g} (scale)."
+    ]
 
 
 def is_downloaded(source: Source, args: MergingArguments) -> bool:
