@@ -60,7 +60,9 @@ def test_a_function_and_an_entry_are_a_method(tmp_path: Path) -> None:
 def test_choices_and_help_are_those_of_the_table() -> None:
     help_text = " ".join(merge_command.merge.get_help(click.Context(merge_command.merge, terminal_width=2000)).split())
     assert f"[{'|'.join(METHODS)}]" in help_text
-    assert "task_arithmetic, ties" in help_text  # what obeys --scale
+    assert "(dare_linear, dare_ties, della)" in help_text  # what obeys --seed
+    # The help of --scale says so.
+    assert all("scale" in method.options for method in METHODS.values() if method.kind != "given")
     with pytest.raises(ArgumentError, match=rf"expected one of {', '.join(METHODS)}\."):
         MergingArguments(method="none-of-them")
 
