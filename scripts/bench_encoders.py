@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import subprocess
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_function_space import recovery
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -38,10 +38,10 @@ def main() -> None:
     tests = {task: read(args.texts / f"{task}.test.jsonl", args.tests) for task in tasks}
     n_tests = min(len(rows) for rows in tests.values())
     print(f"{', '.join(tasks)}; {n_tests} test texts or more a task")
-    base = {task: right(args.suite, task, str(args.base), tests[task]) for task in tasks}
-    expert = {task: right(args.suite, task, None, tests[task]) for task in tasks}
+    base = {task: errors(args.suite, task, str(args.base), tests[task]) for task in tasks}
+    expert = {task: errors(args.suite, task, None, tests[task]) for task in tasks}
     for task in tasks:
-        print(f"  {task}: base {base[task].mean():.3f}, expert {expert[task].mean():.3f}")
+        print(f"  {task}: base {1 - base[task].mean():.3f}, expert {1 - expert[task].mean():.3f}")
     print(f"| merge | {' | '.join(tasks)} | mean | worst | CPU s |")
     print("|---|" + "---:|" * (len(tasks) + 3), flush=True)
     given = [f"--calibration={args.suite / task}={args.texts / f'{task}.calibration.jsonl'}" for task in tasks]
@@ -52,7 +52,7 @@ def main() -> None:
     for name, options in rows:
         seconds = merge(args, tasks, options)
         found = [
-            recovery(base[task], expert[task], right(args.suite, task, str(args.workdir), tests[task]))
+            recovery(base[task], expert[task], errors(args.suite, task, str(args.workdir), tests[task]))
             for task in tasks
         ]
         cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in found)
@@ -94,8 +94,8 @@ def read(file: Path, n_rows: int) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:n_rows]]
 
 
-def right(suite: Path, task: str, encoder: str | None, rows: list[dict]) -> NDArray[np.bool_]:
-    """Return of every text whether the task's head is right about it, on another encoder if one is given."""
+def errors(suite: Path, task: str, encoder: str | None, rows: list[dict]) -> NDArray[np.float64]:
+    """Return 1 for every text the task's head is wrong about, on another encoder if one is given; `(texts, 1)`."""
     folder = suite / task / "classifier"
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -112,15 +112,8 @@ def right(suite: Path, task: str, encoder: str | None, rows: list[dict]) -> NDAr
             )
             numbers = model.config.label2id or {}
             labels = [numbers.get(row["label"], row["label"]) for row in part]
-            found.append((model(**texts).logits.argmax(-1) == torch.tensor(labels)).numpy())
-    return np.concatenate(found)
-
-
-def recovery(base: NDArray[np.bool_], expert: NDArray[np.bool_], merged: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return the recovery and its standard error over texts (of a ratio of means, to first order)."""
-    gain, full = merged.astype(float) - base, expert.astype(float) - base
-    ratio = gain.mean() / full.mean()
-    return float(ratio), float((gain - ratio * full).std(ddof=1) / math.sqrt(len(gain)) / abs(full.mean()))
+            found.append((model(**texts).logits.argmax(-1) != torch.tensor(labels)).numpy())
+    return np.concatenate(found).astype(np.float64)[:, None]
 
 
 if __name__ == "__main__":

@@ -169,13 +169,14 @@ class BlockFit:
         if not merged:
             return
         is_biased = {name: self._is_merged(f"{name}.bias") for name in merged}
+        has_bias = any(is_biased.values())
         systems: dict[str, System] = {}
-        for expert, moments in enumerate(self._moments(group, any(is_biased.values()))):
+        for expert, moments in enumerate(self._moments(group, has_bias)):
             for name, biased in is_biased.items():
                 expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=biased)
                 if name not in systems:
                     systems[name] = System.zeros(expert_OI.shape[1], len(expert_OI), self._model.device)
-                of_layer = moments if biased == any(is_biased.values()) else _without_bias(moments)
+                of_layer = moments if biased == has_bias else _without_bias(moments)
                 systems[name].add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
         for name, biased in is_biased.items():
             self._keep(name, self._fit_layer(name, systems.pop(name), biased), biased)

@@ -7,22 +7,25 @@ from typing import Any
 
 import click
 
-from hf_frmerge.cli.command import FrmergeCommand, SectionOption, results_only, yield_idle_cores
-from hf_frmerge.cli.evaluating import evaluation_bar, named_files
+from hf_frmerge.cli.command import FrmergeCommand, results_only, yield_idle_cores
+from hf_frmerge.cli.evaluating import (
+    MEASURING,
+    batch_size_option,
+    block_size_option,
+    eval_dtype_option,
+    evaluation_bar,
+    named_files,
+    option,
+)
 from hf_frmerge.cli.options import options_from
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
-_DATA, _TRIED, _MEASURING = "Models and data", "What is tried", "How it is measured"
+_DATA, _TRIED = "Models and data", "What is tried"
 _SHARED = {
     "What all merges share": ("allow_license", "strict"),
     "Running": ("memory_budget", "num_workers", "device"),
 }
-
-
-def _option(section: str, *names: str, **settings: Any) -> Any:
-    """Declare an option listed under the heading `section`."""
-    return click.option(*names, cls=SectionOption, section=section, **settings)
 
 
 @click.command(
@@ -31,7 +34,7 @@ def _option(section: str, *names: str, **settings: Any) -> Any:
     on_interrupt="What is finished is kept: run the same command again to go on.",
 )
 @click.argument("experts", nargs=-1, required=True, metavar="EXPERT EXPERT ...")
-@_option(
+@option(
     _DATA,
     "--data",
     multiple=True,
@@ -40,13 +43,13 @@ def _option(section: str, *names: str, **settings: Any) -> Any:
     help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text (and label, for "
     "classifiers). Give it once per domain; a domain named like an expert is that expert's own.",
 )
-@_option(
+@option(
     _DATA,
     "--base-model",
     metavar="MODEL",
     help="Model the experts were fine-tuned from. Default: the one adapters name. Without it losses are compared.",
 )
-@_option(
+@option(
     _DATA,
     "--max-tokens",
     type=click.IntRange(min=0),
@@ -54,7 +57,7 @@ def _option(section: str, *names: str, **settings: Any) -> Any:
     show_default=True,
     help="Tokens of every text that are used, a quarter of them to choose scales, the others to report; 0 for all.",
 )
-@_option(
+@option(
     _TRIED,
     "--method",
     "methods",
@@ -62,53 +65,30 @@ def _option(section: str, *names: str, **settings: Any) -> Any:
     metavar="NAME[,OPTION=VALUE...]",
     help="Method to try: ties,density=0.3 or karcher,space=weights, say; once per method. Default: about ten.",
 )
-@_option(
+@option(
     _TRIED,
     "--scales",
     metavar="S,S,...",
     help="Factors of the merged deltas that every method is tried with. [default: 0.5,0.7,1,1.4,2]",
 )
-@_option(
+@option(
     _TRIED,
     "--weights",
     multiple=True,
     metavar="W,W,...",
     help="Weights of the experts that every method is tried with; may be given several times. Default: all alike.",
 )
-@_option(
-    _TRIED, "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of all that is drawn."
-)
-@_option(
-    _MEASURING,
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Blocks or rows a forward pass.",
-)
-@_option(
-    _MEASURING,
-    "--block-size",
-    type=click.IntRange(min=2),
-    default=256,
-    show_default=True,
-    help="Tokens a block of text.",
-)
-@_option(
-    _MEASURING,
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="Dtype to evaluate in. auto: the one a model is stored in.",
-)
-@_option(
-    _MEASURING,
+@option(_TRIED, "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of all that is drawn.")
+@batch_size_option
+@block_size_option
+@eval_dtype_option
+@option(
+    MEASURING,
     "--cache-dir",
     metavar="DIR",
     help="Where results of unchanged experts are kept. [default: the user's cache]",
 )
-@_option(
+@option(
     "Output",
     "--output-dir",
     metavar="DIR",
@@ -116,8 +96,8 @@ def _option(section: str, *names: str, **settings: Any) -> Any:
     show_default=True,
     help="Folder for the results. The same command goes on in it, and one with more methods adds to it.",
 )
-@_option("Output", "--overwrite", is_flag=True, help="Begin anew in a folder with another comparison.")
-@_option("Output", "--json", "as_json", is_flag=True, help="Print the record of the comparison as JSON.")
+@option("Output", "--overwrite", is_flag=True, help="Begin anew in a folder with another comparison.")
+@option("Output", "--json", "as_json", is_flag=True, help="Print the record of the comparison as JSON.")
 @options_from(_SHARED)
 def compare(
     experts: tuple[str, ...],

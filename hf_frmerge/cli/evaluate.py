@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, SectionOption, results_only, say, yield_idle_cores
-from hf_frmerge.cli.evaluating import evaluation_bar, named_files
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, say, yield_idle_cores
+from hf_frmerge.cli.evaluating import (
+    MEASURING,
+    batch_size_option,
+    block_size_option,
+    eval_dtype_option,
+    evaluation_bar,
+    named_files,
+    option,
+)
 from hf_frmerge.errors import ArgumentError, MergeError
 
 if TYPE_CHECKING:
@@ -22,30 +30,25 @@ if TYPE_CHECKING:
     from hf_frmerge.evaluation.suite.settings import SuiteOptions
     from hf_frmerge.merging.callbacks.thresholds import Threshold
 
-_MODELS, _MEASURING, _AFTER = "Models and data", "How it is measured", "What is done with it"
-
-
-def _option(section: str, *names: str, **settings: Any) -> Any:
-    """Declare an option listed under the heading `section`."""
-    return click.option(*names, cls=SectionOption, section=section, **settings)
+_MODELS, _AFTER = "Models and data", "What is done with it"
 
 
 @click.command("evaluate", cls=FrmergeCommand)
 @click.argument("model")
-@_option(
+@option(
     _MODELS,
     "--experts",
     multiple=True,
     metavar="EXPERT",
     help="Model to compare with; give it once per expert. Default: those MODEL was merged from.",
 )
-@_option(
+@option(
     _MODELS,
     "--base-model",
     metavar="MODEL",
     help="Base of the experts, also what adapters are put on. Default: theirs.",
 )
-@_option(
+@option(
     _MODELS,
     "--data",
     multiple=True,
@@ -53,7 +56,7 @@ def _option(section: str, *names: str, **settings: Any) -> Any:
     help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text (and label, for a "
     "classifier). Give it once per domain; a domain named like an expert is that expert's own.",
 )
-@_option(
+@option(
     _MODELS,
     "--lm-eval",
     "lm_eval",
@@ -62,55 +65,34 @@ def _option(section: str, *names: str, **settings: Any) -> Any:
     help="Also run a task of lm-evaluation-harness: a .yaml file, hellaswag, bbh, mmlu-pro, musr, gpqa-diamond, or "
     "any other it knows.",
 )
-@_option(
-    _MEASURING,
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Blocks or rows a forward pass.",
-)
-@_option(
-    _MEASURING,
-    "--block-size",
-    type=click.IntRange(min=2),
-    default=256,
-    show_default=True,
-    help="Tokens a block of text.",
-)
-@_option(_MEASURING, "--no-packing", is_flag=True, help="Read every row by itself, not joined into blocks.")
-@_option(
-    _MEASURING,
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    show_default=True,
-    help="Dtype to evaluate in. auto: the one a model is stored in.",
-)
-@_option(
-    _MEASURING,
+@batch_size_option
+@block_size_option
+@option(MEASURING, "--no-packing", is_flag=True, help="Read every row by itself, not joined into blocks.")
+@eval_dtype_option
+@option(
+    MEASURING,
     "--device-map",
     metavar="MAP",
     help="Spread models over devices: auto, or a JSON object of module: device.",
 )
-@_option(
-    _MEASURING,
+@option(
+    MEASURING,
     "--top-k",
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
     help="Likeliest tokens kept of every prediction; the distances of the rest are estimated, and the error stated.",
 )
-@_option(_MEASURING, "--exact", is_flag=True, help="Keep whole distributions: exact distances, much more disk.")
-@_option(_MEASURING, "--no-generate", is_flag=True, help="Do not let the models continue the texts.")
-@_option(
-    _MEASURING,
+@option(MEASURING, "--exact", is_flag=True, help="Keep whole distributions: exact distances, much more disk.")
+@option(MEASURING, "--no-generate", is_flag=True, help="Do not let the models continue the texts.")
+@option(
+    MEASURING,
     "--cache-dir",
     metavar="DIR",
     help="Where results of unchanged models are kept. [default: the user's cache]",
 )
-@_option(_MEASURING, "--no-cache", is_flag=True, help="Measure everything again, keep nothing.")
-@_option(
+@option(MEASURING, "--no-cache", is_flag=True, help="Measure everything again, keep nothing.")
+@option(
     _AFTER,
     "--fail-on",
     multiple=True,
@@ -118,10 +100,8 @@ def _option(section: str, *names: str, **settings: Any) -> Any:
     help="End with exit code 1 if a metric is out of bounds, as in effective_rank<0.9 or perplexity>40; may be given "
     "several times.",
 )
-@_option(
-    _AFTER, "--card", is_flag=True, help="Write the model card in MODEL, the folder of a merge, with the results."
-)
-@_option(_AFTER, "--json", "as_json", is_flag=True, help="Print the record of the evaluation as JSON.")
+@option(_AFTER, "--card", is_flag=True, help="Write the model card in MODEL, the folder of a merge, with the results.")
+@option(_AFTER, "--json", "as_json", is_flag=True, help="Print the record of the evaluation as JSON.")
 @click.pass_context
 def evaluate(
     ctx: click.Context,
@@ -175,7 +155,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Measuring:
-    """Values of the options under "How it is measured"."""
+    """Values of the options under MEASURING."""
 
     batch_size: int
     block_size: int

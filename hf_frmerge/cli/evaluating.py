@@ -1,4 +1,4 @@
-"""What the commands that evaluate models share: names for texts, and one progress bar."""
+"""What the commands that evaluate models share: options, names for texts, and one progress bar."""
 
 from __future__ import annotations
 
@@ -7,8 +7,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
+
+from hf_frmerge.cli.command import SectionOption
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.visible import visible
+
+MEASURING = "How it is measured"
+"""Heading of the options about measuring."""
+
+
+def option(section: str, *names: str, **settings: Any) -> Any:
+    """Declare an option listed under the heading `section`."""
+    return click.option(*names, cls=SectionOption, section=section, **settings)
+
+
+batch_size_option = option(
+    MEASURING,
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Blocks or rows a forward pass.",
+)
+block_size_option = option(
+    MEASURING,
+    "--block-size",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Tokens a block of text.",
+)
+eval_dtype_option = option(
+    MEASURING,
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Dtype to evaluate in. auto: the one a model is stored in.",
+)
 
 
 @contextmanager
