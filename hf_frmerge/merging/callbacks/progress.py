@@ -40,9 +40,12 @@ class ProgressCallback(MergeCallback):
         self._blocks = 0
 
     def on_merge_begin(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
-        """Open the bar."""
+        """Count blocks from 0."""
         self._blocks = 0
-        if state.is_world_process_zero:
+
+    def on_step_begin(self, args: MergingArguments, state: MergeState, control: MergeControl, **kwargs: Any) -> None:
+        """Open the bar with the first tensor: what a calibration took before it says nothing about the time left."""
+        if state.is_world_process_zero and self._merge_bar is None:
             self._merge_bar = _bar()(
                 desc="Merging",
                 total=state.bytes_total,

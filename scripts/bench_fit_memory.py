@@ -1,0 +1,115 @@
+"""
+Fit a merge of one wide transformer block to prompts, and watch the memory: a fit holds one block of every model.
+
+    python scripts/bench_fit_memory.py --hidden 2048 --intermediate 7168 --experts 5 --prompts 64
+
+A Llama of one block and its fine-tunes are written below `--work-dir`, with random weights; prompts are random tokens.
+A deeper model takes the same memory, but for the time. Prints what the fit allocated at most, without the mapped pages
+of its inputs, beside what it should on paper:
+
+* in float32 the block of the base, of every expert, of the merge and of what it becomes;
+* the hidden states of merge and expert of all prompts, and the inputs of the block's layers in bfloat16;
+* of the widest layer, with n inputs, two n x n systems of one expert and their sum in float32, and one in
+  float64 to solve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_memory import watch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 512
+HEAD = 64  # width of an attention head
+LENGTH = 128  # tokens of a prompt
+UPDATE = 0.02  # norm of an expert's update over that of the weights
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
+        models, prompts = write_models(Path(folder), args), write_prompts(Path(folder), args)
+        command = [str(Path(sys.executable).with_name("frmerge")), "merge", *map(str, models[1:])]
+        command += ["--base-model", str(models[0]), "--output-dir", str(Path(folder) / "out")]
+        command += [f"--calibration={model}={file}" for model, file in zip(models[1:], prompts)]
+        command += ["--num-calibration-samples", str(args.prompts), "--max-calibration-length", str(LENGTH)]
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        peaks = watch(process)
+        if process.wait():
+            raise SystemExit("The merge failed.")
+        seconds = time.perf_counter() - started
+    print(
+        f"{args.experts} experts of one block {args.hidden} x {args.intermediate}, {args.prompts} prompts of {LENGTH} "
+        f"tokens each: {seconds:.0f} s, load {os.getloadavg()[0]:.1f}"
+    )
+    print(f"peak anonymous memory {peaks['RssAnon'] / 1e9:.2f} GB; on paper {on_paper(args) / 1e9:.2f} GB")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=2048, help="width of the hidden states (7 B: 4096)")
+    parser.add_argument("--intermediate", type=int, default=7168, help="inputs of the widest layer (7 B: 14336)")
+    parser.add_argument("--experts", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=64, help="of each expert")
+    parser.add_argument("--work-dir", type=Path, help="where the models go; by default a temporary folder")
+    return parser.parse_args()
+
+
+def write_models(folder: Path, args: argparse.Namespace) -> list[Path]:
+    """Write a base and its fine-tunes, all weights of which moved a little, and return their folders."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=args.hidden // HEAD,
+        num_key_value_heads=args.hidden // HEAD // 4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=LENGTH,
+        dtype="bfloat16",
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    folders = []
+    for number in range(args.experts + 1):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                step = UPDATE * base[name].float().std().nan_to_num() if number else 0.0
+                parameter.copy_(base[name] + step * torch.randn_like(parameter))
+        folders.append(folder / ("base" if number == 0 else f"expert-{number}"))
+        model.save_pretrained(folders[-1])
+    return folders
+
+
+def write_prompts(folder: Path, args: argparse.Namespace) -> list[Path]:
+    draw, files = np.random.default_rng(0), []
+    for number in range(args.experts):
+        rows = [{"input_ids": draw.integers(VOCABULARY, size=LENGTH).tolist()} for _ in range(args.prompts)]
+        files.append(folder / f"prompts-{number}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files
+
+
+def on_paper(args: argparse.Namespace) -> float:
+    """Return the bytes that a fit should take at most."""
+    hidden, inner, tokens = args.hidden, args.intermediate, args.experts * args.prompts * LENGTH
+    block = hidden * hidden * 2.5 + 3 * hidden * inner  # keys and values have a quarter of the heads
+    weights = 4 * block * (args.experts + 3)
+    streams = tokens * (2 * 4 * hidden + 2 * (3 * hidden + inner))
+    systems = inner * inner * (3 * 4 + 8)
+    return weights + streams + systems
+
+
+if __name__ == "__main__":
+    main()
