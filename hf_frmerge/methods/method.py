@@ -57,7 +57,10 @@ class Method:
         extension: if `n_experts` is set, the method to use for other numbers.
         needs_deltas: whether it is defined on differences to a base model.
         subtracts: whether an expert may have a negative weight, which subtracts what it learned.
-        is_isotropic: whether all directions of a merged matrix are equally strong, so that none can be told apart.
+        is_isotropic: whether all directions of a merged matrix, or an adapter's in it, are equally strong, so that
+            none can be told apart.
+        is_equivariant: whether deltas in other orthonormal coordinates give the merged delta in these, so that
+            low-rank ones can be merged as small matrices.
         is_continual: whether it adds the last expert to the first, which may be a merge; its scale is measured.
         is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
         is_spherical: whether its direction can differ from that of the plain mean.
@@ -80,6 +83,7 @@ class Method:
     needs_deltas: bool = False
     subtracts: bool = False
     is_isotropic: bool = False
+    is_equivariant: bool = False
     is_continual: bool = False
     is_directional: bool = False
     is_spherical: bool = False

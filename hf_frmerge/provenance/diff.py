@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.merging.record.manifest import Manifest
-    from hf_frmerge.methods.spectral import Spectral
+    from hf_frmerge.methods.spectral.decision import Spectral
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from hf_frmerge.merging.record.find_models import find_models
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.record.write_manifest import record_checksums
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.methods.spectral import RULES, TOLERANCE, Spectral
+from hf_frmerge.methods.spectral.decision import RULES, TOLERANCE, Spectral
 from hf_frmerge.provenance.plan_again import plan_again
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def verify(
     Small files are compared by SHA-256, weight files by header and tensors. Every merged tensor is recomputed from the
     experts and the recorded decision, and compared bit for bit. The decision itself is not made again. What went
     through LAPACK, which differs in its last digits from machine to machine, is compared with the digest of what was
-    written, and with what is computed here to `methods.spectral.TOLERANCE` of the merged delta.
+    written, and with what is computed here to `methods.spectral.decision.TOLERANCE` of the merged delta.
 
     Args:
         output_dir: Folder or Hub id of the merged model.

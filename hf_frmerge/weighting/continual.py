@@ -20,7 +20,7 @@ from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.planning.blocks import pieces_of
 from hf_frmerge.merging.record.find_models import record_folder
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE, read_manifest
-from hf_frmerge.methods.spectral import without_disturbance
+from hf_frmerge.methods.spectral.continual import without_disturbance
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.merging.engine.tensor_work import TensorGram, sum_grams
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 from hf_frmerge.methods.sparse.rules import CountKeys
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:

@@ -28,7 +28,9 @@ from hf_frmerge.merging.operands.overflow import (
     squares_leave_float64,
 )
 from hf_frmerge.merging.planning.blocks import Piece
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral
+from hf_frmerge.methods.spectral.inputs import Experts
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,8 +233,16 @@ class TensorInputs:
             NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
             MergeError: If the singular values of the deltas cannot be computed.
         """
-        base, deltas, label = self.matrices(kernels, piece)
-        merged = self._by_lapack(lambda: decision.merge(deltas))
+        may_be_cores = METHODS[decision.rule].is_equivariant and not self.dense
+        factors = self.low_rank.small_factors(self.n_experts) if may_be_cores else None
+        if factors is not None:
+            assert self.base is not None
+            base, label = self.base.read(piece.start, piece.stop), self.labels[-1]
+            merged = self._by_lapack(lambda: decision.merge_factors(factors))
+        else:
+            base, deltas, label = self.matrices(kernels, piece)
+            origin = widen(base.data, base.dtype).astype(np.float32, copy=False).reshape(deltas.shape[1:])
+            merged = self._by_lapack(lambda: decision.merge(Experts(deltas, origin)))
         return self._add_delta(kernels, base, label, merged, decision.scale, piece, out, out_dtype)
 
     def _with_post_step(

@@ -13,7 +13,8 @@ from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.methods.post_steps import SingularValueCalibration
 from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.sparse.rules import SparseOptions
-from hf_frmerge.methods.spectral import SpectralOptions, memory_bytes
+from hf_frmerge.methods.spectral.decision import memory_bytes
+from hf_frmerge.methods.spectral.inputs import SpectralOptions
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.visible import without_secrets
 
@@ -194,7 +195,7 @@ class MergePlan:
 
     def matrix_memory(self, step: TensorStep) -> int:
         """Upper limit of the bytes that merging a tensor as a matrix takes; 0 if it is not."""
-        return memory_bytes(step.shape[0], step.cols, len(self.experts)) if step.is_matrix else 0
+        return memory_bytes(self.args.method, step.shape[0], step.cols, len(self.experts)) if step.is_matrix else 0
 
     def close(self) -> None:
         """Close all files."""

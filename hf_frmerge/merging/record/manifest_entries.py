@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.kernels.elementwise import Band, Elementwise
 from hf_frmerge.merging.decisions import Geometry, Solution, elementwise_of, geometry_of, spectral_of
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral
 
 if TYPE_CHECKING:
     import numpy as np

@@ -28,7 +28,7 @@ from hf_frmerge.merging.record.manifest import (
     read_values,
 )
 from hf_frmerge.merging.record.manifest_entries import Machine, RecordedFile, RecordedModel, RecordedTensor
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

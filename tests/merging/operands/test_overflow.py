@@ -235,6 +235,19 @@ def test_a_delta_that_float32_cannot_hold_is_refused(
         merge([good, bad], tmp_path / "out", base, adapter_output="merged", block=block, overwrite=True)
 
 
+@pytest.mark.parametrize("values", [{"B": 1e38}, {"A": 1e30, "B": 1e30}])
+def test_cores_that_float32_cannot_hold_are_refused(tmp_path: Path, values: dict[str, float]) -> None:
+    base, _ = write_family(tmp_path, 2)
+    good, bad = (write_adapter(tmp_path / f"{i}", i, lora_alpha=4) for i in range(2))
+    merge([good, bad], tmp_path / "out", base, method="iso_c")
+    factors = load_file(Path(bad) / "adapter_model.safetensors")
+    for side, value in values.items():
+        factors[f"base_model.model.{PROJECTION.removesuffix('weight')}lora_{side}.weight"][0] = value
+    save_file(factors, Path(bad) / "adapter_model.safetensors")
+    with pytest.raises(NonFiniteError, match=f"q_proj.*{bad}|{bad}.*q_proj"):
+        merge([good, bad], tmp_path / "out", base, method="iso_c", overwrite=True)
+
+
 @pytest.mark.parametrize("block", ["tensor", "layer"])
 def test_adapters_whose_squares_leave_float64_are_refused(tmp_path: Path, block: str) -> None:
     adapters = [write_adapter(tmp_path / f"a{i}", i) for i in range(2)]
