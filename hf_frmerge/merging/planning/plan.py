@@ -195,7 +195,24 @@ class MergePlan:
 
     def matrix_memory(self, step: TensorStep) -> int:
         """Upper limit of the bytes that merging a tensor as a matrix takes; 0 if it is not."""
-        return memory_bytes(self.args.method, step.shape[0], step.cols, len(self.experts)) if step.is_matrix else 0
+        if not step.is_matrix:
+            return 0
+        rank = self._core_rank(step)
+        return memory_bytes(self.args.method, step.shape[0], step.cols, len(self.experts), core_rank=rank)
+
+    def _core_rank(self, step: TensorStep) -> int | None:
+        """Return the sum of the ranks of the experts' deltas, if these are merged as cores."""
+        if not METHODS[self.args.method].is_equivariant or self.args.post_step is not None:
+            return None
+        rank = 0
+        for expert in self.experts:
+            if expert.adapter is None or step.name in expert.adapter.dense:
+                return None
+            delta = expert.adapter.deltas.get(step.name)
+            if delta is not None and delta.is_dora:
+                return None
+            rank += delta.rank if delta is not None else 0
+        return rank if 0 < rank < min(step.shape[0], step.cols) else None
 
     def close(self) -> None:
         """Close all files."""

@@ -70,8 +70,19 @@ class Spectral:
         return merged
 
 
-def memory_bytes(method: str, rows: int, cols: int, n_experts: int) -> int:
-    """Return an upper limit of what merging one matrix takes: deltas, singular vectors of all, products of columns."""
+def memory_bytes(method: str, rows: int, cols: int, n_experts: int, core_rank: int | None = None) -> int:
+    """
+    Return an upper limit of what merging one matrix takes: deltas, singular vectors of all, products of columns.
+
+    Args:
+        method: Name of the method.
+        rows, cols: Shape of the matrix.
+        n_experts: Number of experts.
+        core_rank: Sum of the ranks of their deltas, if these are merged as cores.
+    """
+    if core_rank is not None:  # cores, factors and their singular vectors in float64, the merged delta
+        factors = 8 * 8 * (rows + cols) * core_rank
+        return 2 * memory_bytes(method, core_rank, core_rank, n_experts) + factors + 8 * rows * cols
     needed = 4 * (rows * cols * (4 * n_experts + 8) + 8 * min(rows, cols) ** 2 + 6 * cols**2)
     # Rotations of the columns, their singular vectors and the workspace of these, in float64.
     return needed + (8 * 12 * cols**2 if method == ortho_merge.__name__ else 0)

@@ -154,6 +154,31 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / mem
             assert float(done.stdout) <= 1.0, (method, shape, done.stdout)
 
 
+def test_the_memory_declared_for_cores_is_enough_and_less() -> None:
+    code = """
+import resource, sys
+import numpy as np
+from hf_frmerge.geometry.lowrank import Factors
+from hf_frmerge.methods.spectral.decision import Spectral, memory_bytes
+from hf_frmerge.methods.spectral.inputs import SpectralOptions
+name, rows, cols, rank = sys.argv[1], 1500, 1800, 40
+decision = Spectral(name, (1 / 3,) * 3, 1.0, SpectralOptions(0.8))
+rng = np.random.default_rng(0)
+def merge(rows, cols, rank):
+    shapes = (rows, rank), (rank, cols)
+    decision.merge_factors([Factors(*(rng.standard_normal(shape, np.float32) for shape in shapes)) for _ in range(3)])
+merge(20, 30, 4)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge(rows, cols, rank)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(memory_bytes(name, rows, cols, 3, 3 * rank), memory_bytes(name, rows, cols, 3))
+"""
+    for method in [name for name in SPECTRAL if METHODS[name].is_equivariant]:
+        done = subprocess.run([sys.executable, "-c", code, method], capture_output=True, text=True, check=True)
+        taken, declared, as_matrices = map(int, done.stdout.split())
+        assert taken <= declared < as_matrices / 3, (method, done.stdout)
+
+
 def test_the_policy_for_other_tensors_is_told(tmp_path: Path) -> None:
     base, experts = write_family(tmp_path)
     plan = build_plan(experts, MergingArguments(method="swudi"), WEIGHTS, base)

@@ -21,7 +21,7 @@ from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning import blocks
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.methods.spectral.decision import RULES
+from hf_frmerge.methods.spectral.decision import RULES, memory_bytes
 from hf_frmerge.methods.spectral.inputs import Experts, SpectralOptions
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.provenance.verify import verify
@@ -281,3 +281,19 @@ def test_an_adapter_beside_a_full_model_is_merged_as_a_matrix(
     save_file({name: 1.1 * tensor for name, tensor in tensors.items()}, full / "model.safetensors", {"format": "pt"})
     run([adapter, str(full)], tmp_path / "out", folder, method="iso_c")
     assert shapes and all(min(shape) >= 8 for shape in shapes)
+
+
+def test_the_plan_says_what_cores_take(base: Any, tmp_path: Path) -> None:
+    folder = base("llama")
+    adapters = [make_adapter(folder, tmp_path / f"{i}", i, r=1 + i, target_modules=["down_proj"]) for i in range(2)]
+    dora = make_adapter(folder, tmp_path / "dora", 2, r=1, use_dora=True, target_modules=["down_proj"])
+
+    def memory(*experts: str, **options: Any) -> int:
+        args = MergingArguments(output_dir=str(tmp_path / "out"), adapter_output="merged", **options)
+        plan = build_plan(experts, args, None, str(folder))
+        return plan.matrix_memory(next(step for step in plan.steps if "down_proj" in step.name))
+
+    assert memory(*adapters, method="iso_c") == memory_bytes("iso_c", 16, 24, 2, core_rank=3)
+    whole = memory_bytes("knots", 16, 24, 2)
+    assert memory(*adapters, method="knots") == memory(*adapters, method="tsv_m", post_step="svc") == whole
+    assert memory(adapters[0], dora, method="iso_c") == memory(adapters[0], str(folder), method="iso_c") == whole
