@@ -69,14 +69,10 @@ def ace(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOptio
     if not used:
         return experts.zero()
     total_weight = float(factors_N[used].sum())
-    logs = np.log(energies_N[used])
-    mean_log = float(factors_N[used] @ logs) / total_weight
-    variance = float(factors_N[used] @ (logs - mean_log) ** 2) / total_weight
-    is_uneven = variance > _HETEROGENEITY * mean_log**2
-
+    is_uneven = _differ_in_size(energies_N[used], factors_N[used] / total_weight)
     rows, cols = experts.deltas.shape[1:]
     moments_nn, ridge = np.zeros((cols, cols)), 0.0
-    pull_mn, own_mn = np.zeros((rows, cols)), np.zeros((rows, cols))
+    pull_mn, own_mn, sum_mn = np.zeros((rows, cols)), np.zeros((rows, cols)), experts.zero()
     for i in used:
         divisor = traces_N[i] if is_uneven else 1.0
         centred_mn = experts.deltas[i] - _mean_row(experts.deltas[i])
@@ -87,15 +83,23 @@ def ace(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOptio
         pull_mn += centred_mn @ moment_nn + (factors_N[i] * _RIDGE / divisor) * centred_mn
         if is_uneven:
             own_mn += experts.deltas[i] @ moment_nn
+            sum_mn += np.float32(factors_N[i]) * experts.deltas[i]
     prior_n = moments_nn.mean(axis=0)
     if is_uneven:
         prior_n /= float(factors_N[used] @ energies_N[used]) / total_weight
     moments_nn[np.diag_indices(cols)] += ridge
     merged_mn = np.linalg.solve((moments_nn + prior_n).T, pull_mn.T).T
     if is_uneven:
-        own_mn -= experts.sum(weights_N) @ (moments_nn / total_weight)
+        own_mn -= sum_mn @ (moments_nn / total_weight)
         merged_mn = merged_mn + _evened_out((merged_mn + own_mn).astype(np.float32), options.density)
     return merged_mn.astype(np.float32)
+
+
+def _differ_in_size(energies_N: NDArray[np.float64], weights_N: NDArray[np.float64]) -> bool:
+    """Whether experts have such different squared norms that these must be evened out (eq. 7)."""
+    logs = np.log(energies_N)
+    mean = float(weights_N @ logs)
+    return float(weights_N @ (logs - mean) ** 2) > _HETEROGENEITY * mean**2
 
 
 def _mean_row(delta_mn: Matrix) -> NDArray[np.float64]:

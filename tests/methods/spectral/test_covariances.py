@@ -36,10 +36,12 @@ def test_experts_on_different_inputs_are_added_by_ace() -> None:
 
 def test_ace_leaves_out_experts_whose_rows_are_alike() -> None:
     deltas = experts(10, 3, 14, 10)
-    expected = covariances(deltas[:2], np.full(2, 0.5))
-    for third in (np.zeros((14, 10)), np.tile(deltas[2, 0], (14, 1))):
-        actual = merge("ace", np.stack([*deltas[:2], third]))
-        assert np.linalg.norm(actual - expected) < 1e-4 * np.linalg.norm(expected)
+    sizes = np.array([0.05, 10.0, 1.0]) / np.linalg.norm(deltas, axis=(1, 2))
+    for likes in (deltas, deltas * sizes[:, None, None]):  # of like size, and evened out
+        expected = covariances(likes[:2], np.full(2, 0.5))
+        for third in (np.zeros((14, 10)), np.tile(likes[2, 0], (14, 1))):
+            actual = merge("ace", np.stack([*likes[:2], third]))
+            assert np.linalg.norm(actual - expected) < 2e-4 * np.linalg.norm(expected)
 
 
 def test_experts_that_see_different_inputs_are_all_kept_by_swudi() -> None:
