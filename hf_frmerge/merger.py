@@ -16,6 +16,7 @@ from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
 from hf_frmerge.hub.check_plan import check_plan
+from hf_frmerge.merging.arguments.checks import check_prompts
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.callbacks.callback_host import CallbackHost
 from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
@@ -24,6 +25,7 @@ from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
+from hf_frmerge.methods.table import METHODS
 from hf_frmerge.weighting.plan_merge import plan_merge
 
 # What evaluates is imported where it is used: its dataclasses take a fifth of the time that a merge spends on imports.
@@ -136,6 +138,7 @@ class FisherRaoMerger(CallbackHost):
         """
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
+        check_prompts(METHODS[self.args.method], has_prompts=self.calibration_dataset is not None)
         with self.processes.sharing_errors():
             if self.processes.is_main:
                 refuse_while_merging(self.args.output_dir)

@@ -115,6 +115,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64], help="prompts an expert")
     parser.add_argument("--self", nargs="*", type=int, default=[64], dest="own", help="self-written prompts an expert")
     parser.add_argument("--start", default="karcher", help="method the fit starts from")
+    parser.add_argument("--baselines", nargs="*", default=[], help="methods that need prompts, as rows beside the fit")
     parser.add_argument("--seeds", nargs="*", type=int, default=[42], help="seeds of the choice of prompts")
     parser.add_argument("--tokens", type=int, default=20_000, help="test tokens a domain")
     parser.add_argument("--options", nargs="*", default=[], help="further options of the fitted merges, as NAME=VALUE")
@@ -133,6 +134,8 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
             for seed in args.seeds:
                 options = ("--method", args.start, *source, f"--num-calibration-samples={count}", f"--seed={seed}")
                 rows.append(Merge(f"{count} {name}, seed {seed}", (*options, *further)))
+                for method in args.baselines:
+                    rows.append(Merge(f"{method}, {count} {name}, seed {seed}", ("--method", method, *options[2:])))
     return rows
 
 

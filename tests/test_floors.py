@@ -16,7 +16,7 @@ FLOORS = [
     ["methods"],
     ["merging"],
     ["evaluation", "extraction", "weighting"],
-    ["provenance", "wording"],
+    ["fisher", "provenance", "wording"],
     ["calibration", "training"],
     ["hub", "report"],
     ["merger", "comparison"],

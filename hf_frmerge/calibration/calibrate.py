@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.block_files import BlockFiles
-from hf_frmerge.calibration.block_fit import SweepOptions
+from hf_frmerge.calibration.block_fit import BlockFit, SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.held_out import choose_form, distances
+from hf_frmerge.calibration.fisher_fit import FisherFit
+from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method
 from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.least_squares import FitOptions
@@ -28,18 +30,22 @@ from hf_frmerge.calibration.prompts import (
     split_prompts,
     with_more_beginnings,
 )
+from hf_frmerge.calibration.regmean import REGRESSIONS, RegMeanFit
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
-from hf_frmerge.calibration.sweep import Sweep
+from hf_frmerge.calibration.sweep import LayerFit, Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
+from hf_frmerge.fisher.average import FLOOR
+from hf_frmerge.fisher.files import estimate_fisher
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -81,6 +87,11 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
             f"A calibrated merge computes what its experts compute, but {some(subtracted)} has a negative weight, to "
             "be subtracted. Leave out the calibration, or give no negative weights."
         )
+    if plan.args.method == "fisher" and plan.args.calibration_form == "low_rank":
+        raise ArgumentError(
+            "method='fisher' averages element by element, and what that gives has no low rank. Leave out "
+            "calibration_form='low_rank'."
+        )
     whole = plan if plan.layout is not None else as_whole_model(plan)
     model, args = _open_model(whole), plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
@@ -96,6 +107,12 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         vocab_size=model.model.config.get_text_config().vocab_size,
         packing=predicts_next_token(model.model),
     )
+    without = [expert.spec for place, expert in enumerate(plan.experts) if place not in {p.expert for p in prompts}]
+    if METHODS[args.method].needs_prompts and without:
+        raise ArgumentError(
+            f"method={args.method!r} needs prompts of every expert, and {some(without)} has none. Pass some for it "
+            "too, or one file for all experts."
+        )
     return lambda staging: calibrate(plan, whole, model, prompts, staging)
 
 
@@ -105,8 +122,9 @@ def calibrate(
     """
     Fit a merge to its experts, judge it on prompts held out from the fit, and write the corrections that are best.
 
-    Nothing is written if no form of the corrections is closer to the experts than the merge without data. An
-    interrupted call goes on where it was when it is made again with the same arguments and folder.
+    Nothing is written if no form of the corrections is closer to the experts than the merge without data; but what a
+    method gives that was asked for by name is written as it is. An interrupted call goes on where it was when it is
+    made again with the same arguments and folder.
 
     Args:
         plan: Plan of the merge without data, which is the start.
@@ -130,15 +148,18 @@ def calibrate(
             "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
             "expert help already, 64 are better."
         )
-    _warn_of_few_tokens(model, fitted)
+    is_of_method = METHODS[plan.args.method].needs_prompts
+    if not is_of_method:
+        _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
+    settings = _settings(plan, options)
     kernels = load_kernels(plan.args.device)
     reader = WeightReader(whole, kernels, model.model)
     key = {
         **fingerprint(plan, kernels.name),
         "prompts": [p.digest for p in prompts],
-        "fit": asdict(options),
+        "fit": settings,
         "dtype": str(model.dtype),
     }
     files = BlockFiles(staging, key)
@@ -147,7 +168,8 @@ def calibrate(
         return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
     parts = [with_more_beginnings(p) for p in fitted] if predicts_next_token(model.model) else fitted
     batches = _batches(plan, model, parts, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
-    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
+    fit_of = _fit_of(plan, model, parts)
+    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full, fit_of=fit_of)
     sweep.begin()
     for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
         tensors = {parameter: reader.tensors[f"{name}.{parameter}"] for parameter in model.block_parameters(name)}
@@ -156,7 +178,8 @@ def calibrate(
         if known is None:
             files.write(index, tensors, fitted_block)
     by_form = distances(model, sweep, batches, len(plan.experts))
-    form = choose_form(by_form, plan.args.calibration_form if plan is whole else "low_rank")
+    wanted = plan.args.calibration_form if plan is whole else "low_rank"
+    form = form_of_method(wanted) if is_of_method else choose_form(by_form, wanted)
     if plan is whole or form == "start":
         files.join(len(model.blocks), form)
     else:
@@ -169,7 +192,7 @@ def calibrate(
         source=prompts[0].source,
         digest=_digest(prompts),
         options={
-            **asdict(options),
+            **settings,
             "dtype": str(model.dtype).removeprefix("torch."),
             "judged_by": "predictions" if sweep.gives_logits else "hidden_states",
         },
@@ -179,6 +202,37 @@ def calibrate(
     )
     write_file(done, json.dumps(record.to_dict()))
     return record
+
+
+def _settings(plan: MergePlan, options: SweepOptions) -> dict[str, Any]:
+    """Return the settings of the fit; if it is that of a method, its name is among them."""
+    method = plan.args.method
+    if not METHODS[method].needs_prompts:
+        return asdict(options)
+    own = asdict(REGRESSIONS[method]) if method in REGRESSIONS else {"floor": FLOOR}
+    return {"method": method, **own, "rank": options.rank}
+
+
+def _fit_of(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]) -> Callable[..., LayerFit]:
+    """Return what fits a block: to the experts, or as the method says."""
+    if plan.args.method in REGRESSIONS:
+        return partial(RegMeanFit, options=REGRESSIONS[plan.args.method])
+    if plan.args.method != "fisher":
+        return BlockFit
+    parameters = [f"{block}.{name}" for block in model.blocks for name in model.block_parameters(block)]
+    files = [
+        estimate_fisher(
+            plan.experts[own.expert].source,
+            plan.base.source if plan.base is not None else None,
+            own.token_ids,
+            parameters,
+            seed=plan.args.seed,
+            device=plan.args.device,
+            is_silent=_is_silent(plan),
+        )
+        for own in prompts
+    ]
+    return partial(FisherFit, files=files)
 
 
 def _open_model(plan: MergePlan) -> BlockwiseModel:

@@ -88,6 +88,11 @@ def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Fo
     return next(form for form in offered if means["start"] - means[form] >= ENOUGH * gain)
 
 
+def form_of_method(wanted: str) -> Form:
+    """Return the form of what a method gives that was asked for by name, however good it is: whole unless wanted."""
+    return "low_rank" if wanted == "low_rank" else "dense"
+
+
 def _outputs(
     model: BlockwiseModel, outer: Mapping[str, Tensor], hidden_BTH: Tensor, inputs: Mapping[str, Tensor]
 ) -> Outputs:

@@ -10,8 +10,9 @@ it got wrong. Only one block of each model is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,12 +41,34 @@ class FittedBlock:
     factors: dict[str, tuple[Tensor, Tensor]]
 
 
+class LayerFit(Protocol):
+    """
+    Fit of the layers of one block.
+
+    Attributes:
+        weights: weights as fitted so far, float32; those that are not fitted are the start's own tensors.
+        factors: weight of a linear layer -> its correction as factors `(rows, k)` and `(k, columns)`.
+    """
+
+    weights: dict[str, Tensor]
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def run_experts(self) -> None:
+        """Run the experts' blocks on all their prompts, and keep what the fit needs."""
+        ...
+
+    def fit(self) -> None:
+        """Fit all layers."""
+        ...
+
+
 class Sweep:
     """
     One pass over the blocks.
 
     Args:
         model, reader, batches, shares, options, is_full: See `SweepState`.
+        fit_of: Makes the fit of a block, from the arguments of `BlockFit`.
 
     Attributes:
         state: what is carried through the blocks.
@@ -62,8 +85,10 @@ class Sweep:
         options: SweepOptions,
         *,
         is_full: bool,
+        fit_of: Callable[..., LayerFit] = BlockFit,
     ) -> None:
         self.state = SweepState(model, reader, batches, list(shares), options, is_full)
+        self._fit_of = fit_of
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
         self.low_rank: dict[int, Tensor] = {}
@@ -113,7 +138,7 @@ class Sweep:
         experts = [self._block_weights(expert, name) for expert in range(state.n_experts)]
         call = state.batches[0].calls[index]
         layers = find_layers(state.model, name, state.computed(start), state.merged[0], call)
-        fit = BlockFit(state, index, layers, start, experts)
+        fit = self._fit_of(state, index, layers, start, experts)
         fit.run_experts()
         if known is None:
             fit.fit()
@@ -142,7 +167,7 @@ class Sweep:
                     f"{state.batches[b].expert + 1}. Leave out such prompts, or merge without calibration."
                 )
 
-    def _stored(self, name: str, start: dict[str, Tensor], fit: BlockFit) -> FittedBlock:
+    def _stored(self, name: str, start: dict[str, Tensor], fit: LayerFit) -> FittedBlock:
         """Return what was found in the dtypes of the output, so that the sweep goes on with what will be written."""
         dtypes = {key: _TORCH_DTYPES[self.state.reader.dtype(f"{name}.{key}")] for key in start}
         corrections = {

@@ -71,6 +71,20 @@ class WeightReader:
         """Whether the tensor is merged, and not copied from one model."""
         return self._steps[parameter].action == "merge"
 
+    def weights(self, parameter: str) -> tuple[float, ...]:
+        """Return the experts' weights in a merged tensor, which sum to 1."""
+        return self._steps[parameter].weights
+
+    def scaled(self, parameter: str, merged: Tensor) -> Tensor:
+        """Return the base and the scale of the plan times what a merged tensor has on top of it."""
+        scale = self._plan.args.scale * self._steps[parameter].scale
+        if scale == 1.0:
+            return merged
+        base = self.base(parameter)
+        assert base is not None  # a scale needs deltas, and these a base
+        base = base.to(merged.device)
+        return base + scale * (merged - base)
+
     def dtype(self, parameter: str) -> str:
         """Return the dtype code of the merged tensor."""
         return self._steps[parameter].dtype

@@ -66,7 +66,7 @@ def parse_candidate(text: str) -> Candidate:
         ArgumentError: If there is no such method, or it has no such option.
     """
     name, *settings = text.split(",")
-    if name not in METHODS or METHODS[name].kind == "given":
+    if name not in _comparable():
         raise ArgumentError(
             f"There is no method {name!r} to compare: expected one of {', '.join(_comparable())}."
             + did_you_mean(name, _comparable())
@@ -122,4 +122,4 @@ def arguments_of(cell: Cell) -> dict[str, Any]:
 
 
 def _comparable() -> list[str]:
-    return [method.name for method in METHODS.values() if method.kind != "given"]
+    return [method.name for method in METHODS.values() if method.kind not in ("calibrated", "given")]

@@ -14,6 +14,7 @@ from hf_frmerge.checkpoints.tensors.reader import unchanged
 from hf_frmerge.checkpoints.tensors.writer import remove_staging
 from hf_frmerge.errors import MergeError
 from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.arguments.checks import check_prompts
 from hf_frmerge.merging.engine.engine import Engine
 from hf_frmerge.merging.engine.journal import Journal, NoJournal, fingerprint, modification_marks
 from hf_frmerge.merging.engine.outcomes import StepObserver
@@ -26,6 +27,7 @@ from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections, read_corrections
 from hf_frmerge.merging.record.summary import MergeOutcome, make_report
 from hf_frmerge.merging.record.write_manifest import write_coefficients, write_manifest
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,6 +70,7 @@ def run_merge(
     Raises:
         MergeError: Whatever stopped the merge.
     """
+    check_prompts(METHODS[plan.args.method], has_prompts=calibrate is not None or plan.corrections is not None)
     with processes.sharing_errors():
         # Until all processes have planned: the files created below would look to the others like another merge.
         processes.wait()

@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from hf_frmerge.methods.span import SpanMethod
     from hf_frmerge.methods.sparse.rules import SparseOptions
 
-Kind = Literal["span", "sparse", "spectral", "given"]
+Kind = Literal["span", "sparse", "spectral", "calibrated", "given"]
 """
 How the engine runs a method: what the first pass over the inputs measures, and what is decided from that.
 
-    kind      first pass measures            decision                      second pass writes
-    span      Gram matrices of differences   coefficients, block x expert  a sum of the experts
-    sparse    what the method wants to know  what is kept of each delta    deltas merged element by element
-    spectral  nothing                        the method and its numbers    deltas merged matrix by matrix
-    given     nothing                        coefficients from a file      a sum of the experts
+    kind        first pass measures            decision                      second pass writes
+    span        Gram matrices of differences   coefficients, block x expert  a sum of the experts
+    sparse      what the method wants to know  what is kept of each delta    deltas merged element by element
+    spectral    nothing                        the method and its numbers    deltas merged matrix by matrix
+    calibrated  as linear                      as linear                     the same, and what prompts say to add
+    given       nothing                        coefficients from a file      a sum of the experts
 """
 
 
@@ -62,6 +63,7 @@ class Method:
         is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
         is_spherical: whether its direction can differ from that of the plain mean.
         is_iterative: whether it stops at a tolerance, so that steps and residual must be reported.
+        fits_adapter: whether what a calibrated method adds to a mean of adapters is of so low a rank as they are.
         is_compared: whether a comparison of methods tries it unless it is told which to try.
         blocks: the block sizes it supports; by default all.
         paper: where it was published.
@@ -84,21 +86,29 @@ class Method:
     is_directional: bool = False
     is_spherical: bool = False
     is_iterative: bool = False
+    fits_adapter: bool = False
     is_compared: bool = False
     blocks: tuple[str, ...] = ("tensor", "row", "head", "layer", "model")
     paper: Paper | None = None
     tags: tuple[str, ...] = ()
 
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether it asks what the experts do on prompts, which must be passed."""
+        return self.kind == "calibrated"
+
     def solver(self) -> SpanMethod:
         """
         Return the function of a span method: the one in `methods/span.py` that has its name.
+
+        A calibrated method has that of `linear`: what the prompts say is added to the plain average.
 
         The import is inside because `--help` and the arguments read the table of methods, and importing numpy would
         cost them a tenth of a second.
         """
         from hf_frmerge.methods import span
 
-        function: SpanMethod = vars(span)[self.name]
+        function: SpanMethod = vars(span)["linear" if self.needs_prompts else self.name]
         return function
 
     def rule(self) -> Callable[[SparseOptions], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_frmerge.wording.methods import method_of
 from hf_frmerge.wording.numbers import number, percent
 from hf_frmerge.wording.verdicts import Verdict, graded
 
@@ -34,7 +35,16 @@ def calibration_verdict(record: CalibrationRecord) -> Verdict:
     if not record.is_judged_by_predictions:
         outputs, distance = ("hidden states", "squared angle")
     before, after = record.mean_distance("start"), record.mean_distance(record.form)
-    if not record.is_fitted:
+    if record.method is not None:
+        gain = (before - after) / before if before else 0.0
+        return Verdict(
+            graded(gain, 0.25, 0.0),
+            "Compared with a plain average",
+            f"{method_of(record.method).title} was computed from what the experts do on {prompts}. On {others} the "
+            f"{distance} of its {outputs} to the experts' is {number(after)} rad², where a plain average of their "
+            f"weights has {number(before)} rad².",
+        )
+    if not record.is_corrected:
         best = min(record.mean_distance(form) for form in record.distances if form != "start")
         return Verdict(
             "watch",

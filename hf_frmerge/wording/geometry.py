@@ -128,7 +128,8 @@ def _afterwards(manifest: Manifest) -> str | None:
     """Name what was done to the mean after it was measured."""
     step, fit = manifest.arguments.get("post_step"), manifest.calibration
     steps = [f"{step} corrected it"] if step is not None else []
-    steps += ["it was fitted to its experts"] if fit is not None and fit.is_fitted else []
+    if fit is not None and fit.is_corrected:
+        steps.append("it was fitted to its experts" if fit.is_fitted else "what the prompts say was added")
     return " and ".join(steps) or None
 
 

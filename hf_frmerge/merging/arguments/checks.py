@@ -75,7 +75,12 @@ def check_table(method: Method, coefficients: str | None) -> None:
 
 
 def check_post_step(method: Method, post_step: str | None) -> None:
-    """Check that a post-step has directions to tell apart."""
+    """Check that a post-step has directions to tell apart, and that nothing is added behind it."""
+    if post_step is not None and method.needs_prompts:
+        raise ArgumentError(
+            f"`post_step={post_step!r}` changes what a method makes of the experts' weights, but method="
+            f"{method.name!r} decides by their outputs. Leave it out, or choose another method."
+        )
     if post_step is not None and method.is_isotropic:
         raise ArgumentError(
             f"`post_step={post_step!r}` corrects the directions of a merged matrix, but those of "
@@ -106,6 +111,16 @@ def check_method(method: Method, block: str, density: float | None, epsilon: flo
         raise ArgumentError(
             f"`density={density}` and `epsilon={epsilon}` would keep an element with a chance outside of 0 "
             f"to 1. Choose a density between {epsilon} and {1 - epsilon:g}, or a smaller epsilon."
+        )
+
+
+def check_prompts(method: Method, *, has_prompts: bool) -> None:
+    """Check that a method that asks what the experts do on prompts gets some."""
+    if method.needs_prompts and not has_prompts:
+        raise ArgumentError(
+            f"`method={method.name!r}` asks what the experts do on prompts, and there are none. Pass some: "
+            "calibration_dataset, or --calibration EXPERT=FILE for each expert, --calibration FILE for all, or "
+            "--calibration self, on which language models write them."
         )
 
 

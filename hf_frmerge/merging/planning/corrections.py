@@ -78,9 +78,20 @@ class CalibrationRecord:
         return self.options.get("judged_by", "predictions") == "predictions"
 
     @property
-    def is_fitted(self) -> bool:
+    def is_corrected(self) -> bool:
         """Whether anything is added to the merge without data."""
         return self.form != "start"
+
+    @property
+    def method(self) -> str | None:
+        """The method that the corrections belong to; `None` if a merge by any method was fitted to its experts."""
+        method: str | None = self.options.get("method")
+        return method
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the merge was fitted to its experts, beyond what its method gives, and is the better for it."""
+        return self.is_corrected and self.method is None
 
     def mean_distance(self, form: str) -> float:
         """Return the mean over the experts that have held-out prompts."""

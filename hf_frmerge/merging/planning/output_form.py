@@ -84,4 +84,5 @@ def choose_space(
 
 
 def _is_sum(args: MergingArguments) -> bool:
-    return METHODS[args.method].kind in ("span", "given") and args.post_step is None
+    method = METHODS[args.method]
+    return (method.kind in ("span", "given") or method.fits_adapter) and args.post_step is None
