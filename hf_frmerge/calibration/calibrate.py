@@ -30,7 +30,7 @@ from hf_frmerge.calibration.prompts import (
     split_prompts,
     with_more_beginnings,
 )
-from hf_frmerge.calibration.regmean import REGRESSIONS, RegMeanFit
+from hf_frmerge.calibration.regmean import RegMeanFit, RegMeanOptions
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
 from hf_frmerge.calibration.sweep import LayerFit, Sweep
@@ -209,16 +209,20 @@ def _settings(plan: MergePlan, options: SweepOptions) -> dict[str, Any]:
     method = plan.args.method
     if not METHODS[method].needs_prompts:
         return asdict(options)
-    own = asdict(REGRESSIONS[method]) if method in REGRESSIONS else {"floor": FLOOR}
+    own = {"floor": FLOOR} if method == "fisher" else asdict(_regmean_options(plan))
     return {"method": method, **own, "rank": options.rank}
+
+
+def _regmean_options(plan: MergePlan) -> RegMeanOptions:
+    return RegMeanOptions(plan.args.off_diagonal, from_merge=plan.args.method == "regmean++")
 
 
 def _fit_of(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]) -> Callable[..., LayerFit]:
     """Return what fits a block: to the experts, or as the method says."""
-    if plan.args.method in REGRESSIONS:
-        return partial(RegMeanFit, options=REGRESSIONS[plan.args.method])
-    if plan.args.method != "fisher":
+    if not METHODS[plan.args.method].needs_prompts:
         return BlockFit
+    if plan.args.method != "fisher":
+        return partial(RegMeanFit, options=_regmean_options(plan))
     parameters = [f"{block}.{name}" for block in model.blocks for name in model.block_parameters(block)]
     files = [
         estimate_fisher(

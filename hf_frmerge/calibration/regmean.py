@@ -35,16 +35,12 @@ class RegMeanOptions:
     Settings of a merge by regression.
 
     Attributes:
-        off_diagonal: factor of what is off the diagonal of an expert's Gram matrix; 0.9 in RegMean's paper.
+        off_diagonal: factor of what is off the diagonal of an expert's Gram matrix, below 1; 0.9 in RegMean's paper.
         from_merge: whether the inputs are those behind the merged blocks, as in RegMean++.
     """
 
-    off_diagonal: float = 0.9
-    from_merge: bool = False
-
-
-REGRESSIONS = {"regmean": RegMeanOptions(), "regmean++": RegMeanOptions(from_merge=True)}
-"""Method -> its settings."""
+    off_diagonal: float
+    from_merge: bool
 
 
 class RegMeanFit:

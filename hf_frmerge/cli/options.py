@@ -38,6 +38,7 @@ MEAN = {
         "min_change",
         "seed",
         "descent_steps",
+        "off_diagonal",
         "merged_before",
         "layer_scales",
         "post_step",

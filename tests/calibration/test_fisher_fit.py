@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.checkpoints.resolve import resolve
-from hf_frmerge.errors import ArgumentError
+from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.evaluation.models.identity import model_identity
 from hf_frmerge.fisher import files as fisher_files
 from hf_frmerge.merging.record.manifest import read_manifest
@@ -65,8 +66,8 @@ def merger(models: Path, out: Path, kind: str = "full", **options: Any) -> Fishe
     experts = [str(models / f"{kind}{number}") for number in range(2)]
     calibration = {expert: prompts(number) for number, expert in enumerate(experts)}
     args = MergingArguments(
-        output_dir=str(out), method="fisher", max_calibration_length=LENGTH, disable_tqdm=True, dtype="float32",
-        **options,
+        output_dir=str(out), max_calibration_length=LENGTH, disable_tqdm=True, dtype="float32",
+        **({"method": "fisher"} | options),
     )  # fmt: skip
     return FisherRaoMerger(
         experts, args, weights=WEIGHTS, base_model=str(models / "base"), calibration_dataset=calibration
@@ -142,3 +143,31 @@ def test_what_it_cannot_write_is_refused_before_anything_is(models: Path, tmp_pa
     assert not out.exists() and not cache.exists()
     merger(models, out, "lora").merge()  # without an option, adapters become a whole model
     assert (out / "model.safetensors").exists()
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean++"])
+def test_an_interrupted_merge_goes_on_to_the_same_bits(
+    models: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    fit, fitted = Sweep.fit_block, []
+
+    def fit_block(self: Sweep, index: int, known: Any) -> Any:
+        fitted.append(index if known is None else None)
+        if fitted == [0, 1]:
+            raise Killed
+        return fit(self, index, known)
+
+    monkeypatch.setattr(Sweep, "fit_block", fit_block)
+    with pytest.raises(Killed):
+        merger(models, tmp_path / "out", method=method).merge()
+    with pytest.raises(ResumeError, match=r"option method"):
+        merger(models, tmp_path / "out", method="regmean").merge(resume_from_checkpoint=True)
+    merger(models, tmp_path / "out", method=method).merge(resume_from_checkpoint=True)
+    assert fitted == [0, 1, None, 1]
+    merger(models, tmp_path / "whole", method=method).merge()
+    for name in ("model.safetensors", "merge_corrections.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -26,6 +26,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "agreement": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "min_change": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "descent_steps": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "off_diagonal": (lambda v: 0 <= v < 1, "at least 0 and below 1 (at 1 few prompts leave a layer undecided)"),
     "merged_before": (lambda v: v >= 1, "at least 1"),
     "svc_floor": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "seed": (lambda v: v >= 0, "at least 0"),

@@ -126,6 +126,13 @@ class MergingArguments:
             f"({methods_with('descent_steps')})."
         ),
     )
+    off_diagonal: float = field(
+        default=0.9,
+        metadata=described(
+            "Factor of what two inputs of a layer have in common; less trusts the prompts less "
+            f"({methods_with('off_diagonal')})."
+        ),
+    )
     merged_before: int = field(
         default=1,
         metadata=described(

@@ -22,6 +22,7 @@ RESULT_OPTIONS = (
     "min_change",
     "seed",
     "descent_steps",
+    "off_diagonal",
     "merged_before",
     "layer_scales",
     "post_step",

@@ -27,7 +27,7 @@ CALIBRATED = (
         "inputs that the layer has in that expert. Everything else is averaged.",
         "What a layer computes matters only for inputs that occur. A few prompts show which do, and then the best "
         "weights of a layer follow in one step.",
-        options=("scale",),
+        options=("off_diagonal", "scale"),
         fits_adapter=True,
         blocks=("tensor",),
         paper=REGMEAN,
@@ -41,7 +41,7 @@ CALIBRATED = (
         "the layer has in each expert behind the merged layers below it. Everything else is averaged.",
         "In RegMean each layer is made for inputs from the experts, but in the merged model it gets those of merged "
         "layers. Merged from the bottom up, it can be made for these.",
-        options=("scale",),
+        options=("off_diagonal", "scale"),
         fits_adapter=True,
         blocks=("tensor",),
         paper=REGMEAN_PLUS_PLUS,
