@@ -58,14 +58,18 @@ class FisherFit:
     def fit(self) -> None:
         """Average all weights of the block."""
         reader = self._sweep.reader
+        at_floor = []
         for key, start in self.weights.items():
             parameter = f"{self._name}.{key}"
             if not reader.is_merged(parameter):
                 continue
-            merged, at_floor = fisher_average(
+            merged, share = fisher_average(
                 [weights[key] for weights in self._experts],
                 [file.read(parameter).to(start.device) for file in self._files],
                 reader.weights(parameter),
             )
             self.weights[key] = reader.scaled(parameter, merged)
-            logger.info("%s: %.1f %% of the Fisher information is at the floor.", parameter, 100 * at_floor)
+            at_floor.append(share)
+        if at_floor:
+            mean = 100 * sum(at_floor) / len(at_floor)
+            logger.info("%s: on average %.1f %% of a tensor's Fisher information is at the floor.", self._name, mean)

@@ -80,10 +80,9 @@ def estimate_fisher(
     seed: int,
     device: str = "cpu",
     is_silent: bool | None = None,
-    cache_dir: Path | None = None,
 ) -> FisherFile:
     """
-    Estimate the diagonal Fisher information of an expert on its prompts, or find it in the cache.
+    Estimate the diagonal Fisher information of an expert on its prompts, or find it in the user's cache.
 
     It is estimated in float32 and stored in bfloat16, which changes it by 0.4 % at most: its own error is far larger.
 
@@ -95,13 +94,12 @@ def estimate_fisher(
         seed: Of the labels that are drawn.
         device: Where the model runs.
         is_silent: Whether no progress is shown; `None` shows it on a terminal.
-        cache_dir: By default `fisher` in the user's cache, beside that of evaluations.
 
     Raises:
         ArgumentError, NonFiniteError: As `diagonal_fisher` does, with the name of the expert.
         MergeError: If the cache cannot be written.
     """
-    folder = cache_dir if cache_dir is not None else default_cache_dir().parent / "fisher"
+    folder = default_cache_dir().parent / "fisher"
     make_folder(folder)
     identity = [model_identity(one) for one in (expert, *([base] if base and expert.kind == "adapter" else []))]
     tokens = [tokens_identity(torch.from_numpy(ids)) for ids in prompts]
@@ -111,7 +109,7 @@ def estimate_fisher(
         return _open(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there, or damaged
         pass
-    shown = tqdm(prompts, f"Fisher information of {expert.spec}", unit="prompt", disable=is_silent)
+    shown = tqdm(prompts, "Fisher information", unit="prompt", disable=is_silent)
     try:
         model = _whole_model(expert, base, device)
         information, n_predictions = diagonal_fisher(model, shown, parameters, seed=seed)
