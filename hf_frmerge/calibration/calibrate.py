@@ -168,7 +168,7 @@ def calibrate(
         return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
     parts = [with_more_beginnings(p) for p in fitted] if predicts_next_token(model.model) else fitted
     batches = _batches(plan, model, parts, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
-    fit_of = _fit_of(plan, model, parts)
+    fit_of = _fit_of(plan, model, fitted)
     sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full, fit_of=fit_of)
     sweep.begin()
     for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
