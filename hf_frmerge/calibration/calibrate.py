@@ -6,8 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +14,9 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.block_files import BlockFiles
-from hf_frmerge.calibration.block_fit import BlockFit, SweepOptions
+from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.fisher_fit import FisherFit
+from hf_frmerge.calibration.equations import check_experts, check_form, equations_of, settings_of
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method
 from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
 from hf_frmerge.calibration.layers import is_linear, n_in
@@ -30,18 +28,15 @@ from hf_frmerge.calibration.prompts import (
     split_prompts,
     with_more_beginnings,
 )
-from hf_frmerge.calibration.regmean import RegMeanFit, RegMeanOptions
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
-from hf_frmerge.calibration.sweep import LayerFit, Sweep
+from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
-from hf_frmerge.fisher.average import FLOOR
-from hf_frmerge.fisher.files import estimate_fisher
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
@@ -87,11 +82,7 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
             f"A calibrated merge computes what its experts compute, but {some(subtracted)} has a negative weight, to "
             "be subtracted. Leave out the calibration, or give no negative weights."
         )
-    if plan.args.method == "fisher" and plan.args.calibration_form == "low_rank":
-        raise ArgumentError(
-            "method='fisher' averages element by element, and what that gives has no low rank. Leave out "
-            "calibration_form='low_rank'."
-        )
+    check_form(plan)
     whole = plan if plan.layout is not None else as_whole_model(plan)
     model, args = _open_model(whole), plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
@@ -107,12 +98,7 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         vocab_size=model.model.config.get_text_config().vocab_size,
         packing=predicts_next_token(model.model),
     )
-    without = [expert.spec for place, expert in enumerate(plan.experts) if place not in {p.expert for p in prompts}]
-    if METHODS[args.method].needs_prompts and without:
-        raise ArgumentError(
-            f"method={args.method!r} needs prompts of every expert, and {some(without)} has none. Pass some for it "
-            "too, or one file for all experts."
-        )
+    check_experts(plan, prompts)
     return lambda staging: calibrate(plan, whole, model, prompts, staging)
 
 
@@ -153,7 +139,7 @@ def calibrate(
         _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
-    settings = _settings(plan, options)
+    settings = settings_of(plan, options)
     kernels = load_kernels(plan.args.device)
     reader = WeightReader(whole, kernels, model.model)
     key = {
@@ -168,7 +154,7 @@ def calibrate(
         return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
     parts = [with_more_beginnings(p) for p in fitted] if predicts_next_token(model.model) else fitted
     batches = _batches(plan, model, parts, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
-    fit_of = _fit_of(plan, model, fitted)
+    fit_of = equations_of(plan, model, fitted, is_silent=_is_silent(plan))
     sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full, fit_of=fit_of)
     sweep.begin()
     for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
@@ -202,41 +188,6 @@ def calibrate(
     )
     write_file(done, json.dumps(record.to_dict()))
     return record
-
-
-def _settings(plan: MergePlan, options: SweepOptions) -> dict[str, Any]:
-    """Return the settings of the fit; if it is that of a method, its name is among them."""
-    method = plan.args.method
-    if not METHODS[method].needs_prompts:
-        return asdict(options)
-    own = {"floor": FLOOR} if method == "fisher" else asdict(_regmean_options(plan))
-    return {"method": method, **own, "rank": options.rank}
-
-
-def _regmean_options(plan: MergePlan) -> RegMeanOptions:
-    return RegMeanOptions(plan.args.off_diagonal, from_merge=plan.args.method == "regmean++")
-
-
-def _fit_of(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts]) -> Callable[..., LayerFit]:
-    """Return what fits a block: to the experts, or as the method says."""
-    if not METHODS[plan.args.method].needs_prompts:
-        return BlockFit
-    if plan.args.method != "fisher":
-        return partial(RegMeanFit, options=_regmean_options(plan))
-    parameters = [f"{block}.{name}" for block in model.blocks for name in model.block_parameters(block)]
-    files = [
-        estimate_fisher(
-            plan.experts[own.expert].source,
-            plan.base.source if plan.base is not None else None,
-            own.token_ids,
-            parameters,
-            seed=plan.args.seed,
-            device=plan.args.device,
-            is_silent=_is_silent(plan),
-        )
-        for own in prompts
-    ]
-    return partial(FisherFit, files=files)
 
 
 def _open_model(plan: MergePlan) -> BlockwiseModel:
