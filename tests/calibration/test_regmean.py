@@ -277,6 +277,9 @@ def test_without_prompts_it_is_refused_before_anything_is_written(models: Path, 
     folder, out = models / "llama", tmp_path / "out"
     with pytest.raises(ArgumentError, match="'regmean'` asks what the experts do on prompts, and there are none"):
         merger(folder, out, calibration=None).merge()
+    args = MergingArguments(output_dir=str(out), method="regmean")
+    with pytest.raises(ArgumentError, match="asks what the experts do on prompts"):  # before any model is looked for
+        FisherRaoMerger(["nobody/has-this", "nobody/has-that"], args).merge()
     experts = [str(folder / f"full{number}") for number in range(2)]
     plan = build_plan(experts, MergingArguments(output_dir=str(out), method="regmean++"))
     with pytest.raises(ArgumentError, match=r"'regmean\+\+'` asks what the experts do on prompts"):
@@ -285,6 +288,8 @@ def test_without_prompts_it_is_refused_before_anything_is_written(models: Path, 
         merger(folder, out, calibration={experts[0]: prompts(0)}).merge()
     with pytest.raises(ArgumentError, match=r"method='regmean' decides by their outputs\. Leave it out"):
         MergingArguments(method="regmean", post_step="svc")
+    with pytest.raises(ArgumentError, match="`off_diagonal` must be at least 0 and below 1"):
+        MergingArguments(method="regmean", off_diagonal=1.0)
     with pytest.raises(ArgumentError, match=r"no method 'regmean' to compare"):
         parse_candidate("regmean")
     assert not out.exists()
