@@ -40,9 +40,9 @@ def calibration_verdict(record: CalibrationRecord) -> Verdict:
         return Verdict(
             graded(gain, 0.25, 0.0),
             "Compared with a plain average",
-            f"{method_of(record.method).title} was computed from what the experts do on {prompts}. On {others} the "
-            f"{distance} of its {outputs} to the experts' is {number(after)} rad², where a plain average of their "
-            f"weights has {number(before)} rad².",
+            f"The experts were combined by {method_of(record.method).title}, judging by what they do on {prompts}. On "
+            f"{others} the {distance} of the merge's {outputs} to theirs is {number(after)} rad², where a plain "
+            f"average of their weights has {number(before)} rad².",
         )
     if not record.is_corrected:
         best = min(record.mean_distance(form) for form in record.distances if form != "start")

@@ -311,7 +311,7 @@ def test_the_command_line_takes_the_advice_and_says_what_came_of_it(models: Path
     said = " ".join(done.stdout.split())
     assert f"is {shown(record.mean_distance('dense'))} rad², where a plain average of their weights" in said
     card = (tmp_path / "out/README.md").read_text()
-    assert "RegMean++ was computed from what the experts do on 48 prompts" in card
+    assert "combined by RegMean++, judging by what they do on 48 prompts" in card
     assert "then fitted" not in card and "--calibration PROMPTS.jsonl" in card and "--method regmean++" in card
 
 
