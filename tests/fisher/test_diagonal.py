@@ -50,7 +50,6 @@ def test_of_softmax_regression_it_is_the_closed_form(by_prompt: bool) -> None:
     # The squares have a spread of about 1.5 times their mean, so this is some four standard errors.
     torch.testing.assert_close(found["head.weight"].double(), weight, rtol=0.08, atol=0.01 * float(weight.max()))
     torch.testing.assert_close(found["head.bias"].double(), bias, rtol=0.08, atol=0.0)
-    # With the labels that are likeliest, or with one prompt's labels for all, it would be another.
     assert model.features.weight.grad is None and model.head.weight.grad is None
 
 
