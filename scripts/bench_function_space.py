@@ -135,7 +135,8 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
                 options = ("--method", args.start, *source, f"--num-calibration-samples={count}", f"--seed={seed}")
                 rows.append(Merge(f"{count} {name}, seed {seed}", (*options, *further)))
                 for method in args.baselines:
-                    rows.append(Merge(f"{method}, {count} {name}, seed {seed}", ("--method", method, *options[2:])))
+                    of_method = ("--method", method, *options[2:], *further)
+                    rows.append(Merge(f"{method}, {count} {name}, seed {seed}", of_method))
     return rows
 
 
