@@ -136,6 +136,11 @@ class FisherRaoMerger(CallbackHost):
         """
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
+        if self.args.refine_steps and self.calibration_dataset is None:
+            raise ArgumentError(
+                "refine_steps (--refine) refines a merge that is fitted to prompts, and there are none. Pass "
+                "calibration_dataset (--calibration), or leave it out."
+            )
         with self.processes.sharing_errors():
             if self.processes.is_main:
                 refuse_while_merging(self.args.output_dir)
@@ -169,7 +174,7 @@ class FisherRaoMerger(CallbackHost):
     def add_expert(self, expert: str, output_dir: str, method: str | None = None) -> Self:
         """Merge one more expert into the merged model, which counts as all it has; return the new model's merger."""
         self._require_merge("add_expert")
-        args = replace(self.args, output_dir=output_dir, method=method or self.args.method)
+        args = replace(self.args, output_dir=output_dir, method=method or self.args.method, refine_steps=0)
         return type(self)([self.args.output_dir, expert], args, "continual", self.base_model).merge()
 
     def evaluate(

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from hf_frmerge.calibration.sweep import FittedBlock
 from hf_frmerge.checkpoints.disk import make_folder, remove_file, write_file
@@ -95,14 +96,9 @@ class BlockFiles:
             n_blocks: Number of blocks.
             transposed: Tensors that the model stores as `(n_in, n_out)`, as GPT-2 does.
         """
-        factors = {}
+        factors: dict[str, Tensor] = {}
         for index in range(n_blocks):
-            for name, values in load_file(self._path(index)).items():
-                tensor, _, factor = name.rpartition(".")
-                if factor in _OTHER and tensor in transposed:
-                    factors[f"{tensor}.{_OTHER[factor]}"] = values.T.contiguous()
-                elif factor in _OTHER:
-                    factors[name] = values
+            factors |= factors_for_adapter(load_file(self._path(index)), transposed)
         write_file(self._folder / CORRECTIONS_FILE, save(factors))
 
     def remove(self, n_blocks: int) -> None:
@@ -112,6 +108,18 @@ class BlockFiles:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"calibrated-{index:04d}.safetensors"
+
+
+def factors_for_adapter(corrections: Mapping[str, Tensor], transposed: Collection[str]) -> dict[str, Tensor]:
+    """Return the factors among corrections as adapters lay them out; arguments as for `join_for_adapter`."""
+    factors = {}
+    for name, values in corrections.items():
+        tensor, _, factor = name.rpartition(".")
+        if factor in _OTHER and tensor in transposed:
+            factors[f"{tensor}.{_OTHER[factor]}"] = values.T.contiguous()
+        elif factor in _OTHER:
+            factors[name] = values
+    return factors
 
 
 def _of_form(block: Checkpoint, form: Form) -> list[str]:

@@ -17,7 +17,7 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge.calibration.block_files import BlockFiles
 from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.held_out import choose_form, distances
+from hf_frmerge.calibration.held_out import choose_form, distances, forms_of
 from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.least_squares import FitOptions
@@ -28,11 +28,12 @@ from hf_frmerge.calibration.prompts import (
     split_prompts,
     with_more_beginnings,
 )
+from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
-from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.checkpoints.disk import remove_file, write_file
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RECORD_FILE = "calibration.json"
-_HELD_OUT = 1 / 8
+HELD_OUT = 1 / 8
 _UPDATE_PRIOR = 5.0  # kappa for full fine-tunes; 3 to 10 gave the same
 
 
@@ -82,7 +83,7 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
             "be subtracted. Leave out the calibration, or give no negative weights."
         )
     whole = plan if plan.layout is not None else as_whole_model(plan)
-    model, args = _open_model(whole), plan.args
+    model, args = open_model(whole), plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
     if calibration == "self":
         return lambda staging: calibrate(plan, whole, model, _self_written(plan, tokenizer), staging)
@@ -103,7 +104,9 @@ def calibrate(
     plan: MergePlan, whole: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], staging: Path
 ) -> CalibrationRecord:
     """
-    Fit a merge to its experts, judge it on prompts held out from the fit, and write the corrections that are best.
+    Fit a merge to its experts, refine it if that is asked for, and write the corrections that are best.
+
+    Best is what is closest to the experts on prompts held out from the fit.
 
     Nothing is written if no form of the corrections is closer to the experts than the merge without data. An
     interrupted call goes on where it was when it is made again with the same arguments and folder.
@@ -124,7 +127,7 @@ def calibrate(
         ResumeError: If the folder holds a calibration with other arguments.
     """
     started = time.process_time()
-    fitted, held_out = split_prompts(prompts, _HELD_OUT, plan.args.seed)
+    fitted, held_out = split_prompts(prompts, HELD_OUT, plan.args.seed)
     if not held_out:
         raise ArgumentError(
             "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
@@ -145,23 +148,28 @@ def calibrate(
     done = staging / _RECORD_FILE
     if done.exists():  # the merge died after the fit
         return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
-    parts = [with_more_beginnings(p) for p in fitted] if predicts_next_token(model.model) else fitted
-    batches = _batches(plan, model, parts, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
-    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
+    sweep = Sweep(model, reader, batches_of(plan, model, fitted, held_out), plan.weights, options, is_full=is_full)
     sweep.begin()
-    for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
-        tensors = {parameter: reader.tensors[f"{name}.{parameter}"] for parameter in model.block_parameters(name)}
-        known = files.read(index, tensors)
+    for index in tqdm(range(len(model.blocks)), "Calibrating", unit="block", disable=_is_silent(plan)):
+        known = files.read(index, sweep.tensors(index))
         fitted_block = sweep.fit_block(index, known)
         if known is None:
-            files.write(index, tensors, fitted_block)
-    by_form = distances(model, sweep, batches, len(plan.experts))
+            files.write(index, sweep.tensors(index), fitted_block)
+    by_form = distances(sweep, forms_of(sweep))
     form = choose_form(by_form, plan.args.calibration_form if plan is whole else "low_rank")
-    if plan is whole or form == "start":
-        files.join(len(model.blocks), form)
-    else:
-        files.join_for_adapter(len(model.blocks), transposed_tensors(whole))
+    transposed = transposed_tensors(whole) if plan is not whole else None
+    refinement = None
+    if plan.args.refine_steps:
+        blocks = [files.read(index, sweep.tensors(index)) for index in range(len(model.blocks))]
+        found = [block for block in blocks if block is not None]
+        form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
+    if refinement is None or not refinement.best_step:
+        if transposed is None or form == "start":
+            files.join(len(model.blocks), form)
+        else:
+            files.join_for_adapter(len(model.blocks), transposed)
     files.remove(len(model.blocks))
+    remove_file(staging / PROGRESS_FILE)
     record = CalibrationRecord(
         prompts=_counts(plan, fitted),
         held_out=_counts(plan, held_out),
@@ -176,12 +184,13 @@ def calibrate(
         form=form,
         distances=by_form,
         seconds=round(time.process_time() - started, 1),
+        refinement=refinement,
     )
     write_file(done, json.dumps(record.to_dict()))
     return record
 
 
-def _open_model(plan: MergePlan) -> BlockwiseModel:
+def open_model(plan: MergePlan) -> BlockwiseModel:
     """Return the modules of the models' class, without weights."""
     import transformers
 
@@ -207,11 +216,17 @@ def _compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_native else torch.float32
 
 
-def _batches(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], *, is_held_out: bool) -> list[Batch]:
+def batches_of(
+    plan: MergePlan, model: BlockwiseModel, fitted: Sequence[Prompts], held_out: Sequence[Prompts]
+) -> list[Batch]:
+    """Return the prompts to fit, of a language model with more beginnings, and then those to judge by, in batches."""
+    if predicts_next_token(model.model):
+        fitted = [with_more_beginnings(p) for p in fitted]
     pad = getattr(model.model.config, "pad_token_id", None) or 0  # masked, so any token will do
     size = plan.args.calibration_batch_size
     return [
         batch
+        for prompts, is_held_out in ((fitted, False), (held_out, True))
         for one in prompts
         for batch in in_batches(one.token_ids, one.expert, size, pad, is_held_out=is_held_out, device=model.device)
     ]

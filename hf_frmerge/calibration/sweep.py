@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.block_fit import BlockFit, SweepOptions, SweepState
@@ -22,8 +21,6 @@ from hf_frmerge.calibration.layers import find_layers
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import NonFiniteError
-
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class Sweep:
         state: what is carried through the blocks.
         start, low_rank: hidden states of the data-free merge and of the low-rank form; held-out batches only.
         gives_logits: whether the model predicts something, or gives hidden states; known once the sweep has begun.
+        predicts_tokens: likewise, whether it gives an output for every token, or one for a prompt, as a classifier.
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class Sweep:
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
         self.low_rank: dict[int, Tensor] = {}
-        self.gives_logits = True
+        self.gives_logits = self.predicts_tokens = True
 
     def begin(self) -> None:
         """
@@ -82,7 +80,8 @@ class Sweep:
         for batch in state.batches:
             hidden_BTH, batch.calls = state.model.begin(outer, block, batch.inputs)
             state.merged.append(hidden_BTH)
-        self.gives_logits = state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0)).is_logits
+        outputs = state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0))
+        self.gives_logits, self.predicts_tokens = outputs.is_logits, outputs.values.ndim > 2
         of_experts: dict[int, Tensor] = {}
         for expert in range(state.n_experts):
             outer = self.outer(expert)
@@ -96,6 +95,11 @@ class Sweep:
     def outer(self, expert: int | None) -> dict[str, Tensor]:
         """Return the weights outside the blocks, of an expert or of the data-free merge."""
         return self.state.computed({name: self._read(expert, name) for name in self.state.model.outer_parameters()})
+
+    def tensors(self, index: int) -> dict[str, str]:
+        """Return parameter of a block -> its tensor."""
+        model, name = self.state.model, self.state.model.blocks[index]
+        return {key: self.state.reader.tensors[f"{name}.{key}"] for key in model.block_parameters(name)}
 
     def fit_block(self, index: int, known: FittedBlock | None = None) -> FittedBlock:
         """
@@ -144,7 +148,7 @@ class Sweep:
 
     def _stored(self, name: str, start: dict[str, Tensor], fit: BlockFit) -> FittedBlock:
         """Return what was found in the dtypes of the output, so that the sweep goes on with what will be written."""
-        dtypes = {key: _TORCH_DTYPES[self.state.reader.dtype(f"{name}.{key}")] for key in start}
+        dtypes = {key: self.state.reader.torch_dtype(f"{name}.{key}") for key in start}
         corrections = {
             key: (fit.weights[key] - start[key]).to(dtypes[key]) for key in start if fit.weights[key] is not start[key]
         }

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
+
 
 class WeightReader:
     """
@@ -71,9 +73,9 @@ class WeightReader:
         """Whether the tensor is merged, and not copied from one model."""
         return self._steps[parameter].action == "merge"
 
-    def dtype(self, parameter: str) -> str:
-        """Return the dtype code of the merged tensor."""
-        return self._steps[parameter].dtype
+    def torch_dtype(self, parameter: str) -> torch.dtype:
+        """Return the dtype in which a correction of the merged tensor is stored."""
+        return _TORCH_DTYPES[self._steps[parameter].dtype]
 
     def expert(self, index: int, parameter: str) -> Tensor:
         """Return an expert's values of a parameter: the base's where an adapter does not change it."""

@@ -54,6 +54,9 @@ CALIBRATION = {
         "calibration_batch_size",
         "calibration_form",
         "calibration_rank",
+        "refine_steps",
+        "refine_loss",
+        "refine_learning_rate",
     )
 }
 OUTPUT = {
@@ -76,7 +79,11 @@ HUB = {"The Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revis
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
-_FLAGS = {"resume_from_checkpoint": "--resume/--no-resume", "output_dir": "--output-dir"}
+_FLAGS = {
+    "resume_from_checkpoint": ("--resume/--no-resume",),
+    "output_dir": ("--output-dir",),
+    "refine_steps": ("--refine", "--refine-steps"),
+}
 _METAVARS = {
     "weights": "W,W,...|NAME",
     "output_dir": "DIR",
@@ -87,6 +94,7 @@ _METAVARS = {
     "tokenizer_source": "base|union|EXPERT",
     "settings_from": "base|EXPERT",
     "calibration": "[EXPERT=]FILE|self",
+    "refine_steps": "STEPS",
 }
 
 
@@ -169,7 +177,7 @@ def _option(name: str, section: str) -> Callable[[Callable[..., Any]], Callable[
     if field.default is not MISSING and field.default is not None and kind is not bool:
         help_text += f" [default: {field.default}]"
     return click.option(
-        _FLAGS.get(name, flag), name, cls=SectionOption, section=section, default=None, help=help_text, **settings
+        *_FLAGS.get(name, (flag,)), name, cls=SectionOption, section=section, default=None, help=help_text, **settings
     )
 
 

@@ -125,9 +125,11 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
 
 def _resolved(manifest: Manifest) -> dict[str, Any]:
     """Return what the arguments came to, and what a merge was fitted to."""
-    fitted = {}
+    fitted: dict[str, Any] = {}
     if manifest.calibration is not None:
         fitted = {"fitted to prompts": manifest.calibration.digest, "form of the fit": manifest.calibration.form}
+        if manifest.calibration.refinement is not None:
+            fitted["steps of the refinement"] = manifest.calibration.refinement.best_step
     return {"method": manifest.method, "space": manifest.space, "output_kind": manifest.output_kind, **fitted}
 
 

@@ -23,7 +23,7 @@ from hf_frmerge.hub.card.licences import LicenceDecision, SourceMetadata, combin
 from hf_frmerge.hub.card.markdown import Markdown, as_markdown, cell, code, fence, hub_link
 from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.wording import parts
-from hf_frmerge.wording.calibration import FITTED, calibration_verdict
+from hf_frmerge.wording.calibration import calibration_verdict, fitted_how
 from hf_frmerge.wording.geometry import geometry_verdicts
 from hf_frmerge.wording.methods import BLOCKS, NORMS, SPACES, bibtex, method_of
 
@@ -89,7 +89,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         evaluation=_evaluation_section(card),
         figures={name: Markdown(f"![{parts.FIGURES[name].title}]({path})") for name, path in card.figures.items()},
         geometry=_verdicts(card),
-        fitted=f", and {FITTED}" if card.calibration is not None and card.calibration.is_fitted else "",
+        fitted=f", and {how}" if (how := fitted_how(card.calibration)) is not None else "",
         decision=decision,
         command=reproduce_command(card),
         python=reproduce_python(card),

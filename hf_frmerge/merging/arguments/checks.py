@@ -37,6 +37,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_calibration_length": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
     "calibration_batch_size": (lambda v: v >= 1, "at least 1"),
     "calibration_rank": (lambda v: v >= 1, "at least 1"),
+    "refine_steps": (lambda v: v >= 0, "at least 0 (0 does not refine)"),
+    "refine_learning_rate": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "adapter_rank": (lambda v: v >= 1, "at least 1"),
     "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
     "logging_steps": (lambda v: v >= 1, "at least 1"),

@@ -230,6 +230,27 @@ class MergingArguments:
         ),
     )
     calibration_rank: int = field(default=32, metadata=described("Rank of the factors, for each linear layer."))
+    refine_steps: int = field(
+        default=0,
+        metadata=described(
+            "Steps of a distillation of all layers together, after the fit, to each expert on its own prompts; kept "
+            "if it is closer to the experts on prompts held out. 0: none."
+        ),
+    )
+    refine_loss: str = field(
+        default="kl",
+        metadata=described(
+            "What the refinement lowers: the Kullback–Leibler divergence of the merge's predictions from the "
+            "experts', or their squared Fisher–Rao distance.",
+            ("kl", "fisher_rao"),
+        ),
+    )
+    refine_learning_rate: float | None = field(
+        default=None,
+        metadata=described(
+            "Highest step size of the refinement. Default: 3e-5 for a number for every weight, 3e-4 for factors."
+        ),
+    )
 
     # 4. Reading and writing
     dtype: str = field(
