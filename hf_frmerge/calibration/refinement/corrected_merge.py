@@ -92,8 +92,8 @@ def corrections_to_refine(
         start: The merge without data.
         blocks: What the fit found for every block.
         form: `"dense"` or `"low_rank"`.
-        from_fit: Begin at the fit; otherwise at the merge without data, and of the fit's factors only those that read
-            the input are taken, as with both at zero no gradient would reach either.
+        from_fit: Begin at the fit; otherwise at the merge without data: then one of the fit's two factors is set to
+            zero, but not the other, as no gradient would reach either.
         factors_only: Leave out whole corrections, which an adapter cannot hold.
     """
     fitted = {
@@ -103,7 +103,7 @@ def corrections_to_refine(
         if from_fit
     }
     whole = {
-        name: fitted[name].float() if name in fitted else torch.zeros_like(values)
+        name: fitted[name].to(values) if name in fitted else torch.zeros_like(values)
         for name, values in start.items()
         if state.reader.is_merged(name) and (form == "dense" or (values.ndim == 1 and not factors_only))
     }
@@ -112,7 +112,7 @@ def corrections_to_refine(
     factors: dict[str, Tensor] = {}
     for name, block in zip(state.model.blocks, blocks):
         for key, pair in block.factors.items():
-            up, down = _balanced(pair[0].float(), pair[1].float())
+            up, down = _balanced(*(factor.to(state.model.device, torch.float32) for factor in pair))
             factors |= {f"{name}.{key}.up": up if from_fit else torch.zeros_like(up), f"{name}.{key}.down": down}
     return whole | factors
 
