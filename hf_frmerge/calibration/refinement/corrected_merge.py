@@ -67,6 +67,11 @@ class CorrectedMerge:
         return values
 
 
+def parameter_of(name: str) -> str:
+    """Return the parameter that a correction, or one of its factors, is of."""
+    return name.removesuffix(".up").removesuffix(".down")
+
+
 def read_start(state: SweepState) -> dict[str, Tensor]:
     """Return the merge without data, by parameters: all of it, float32."""
     return {name: state.reader.start(name).to(state.model.device) for name in state.reader.tensors}

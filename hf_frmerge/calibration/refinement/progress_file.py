@@ -43,20 +43,19 @@ class Progress:
     Attributes:
         step: number of steps taken.
         values: the corrections, float32.
-        first, second: the optimiser's running means of their gradients, and of the squares; empty at step 0.
-        best: the best point so far; `None` at step 0.
+        first, second: the optimiser's running means of their gradients, and of the squares.
+        best: the best point so far.
     """
 
     step: int
     values: dict[str, Tensor]
     first: dict[str, Tensor]
     second: dict[str, Tensor]
-    best: Best | None
+    best: Best
 
 
 def write_progress(path: Path, progress: Progress) -> None:
     """Write the file, in place of an earlier one."""
-    assert progress.best is not None
     facts = {"step": progress.step, "best_step": progress.best.step, "distances": progress.best.distances}
     groups = {
         "values": progress.values, "first": progress.first, "second": progress.second,

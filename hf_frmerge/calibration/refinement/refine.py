@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_frmerge.calibration.blockwise_model import Weights
 from hf_frmerge.calibration.held_out import Candidate, distances, outputs_of
-from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge
+from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, parameter_of
 from hf_frmerge.calibration.refinement.losses import row_losses
 from hf_frmerge.calibration.refinement.progress_file import Best, Progress, read_progress, write_progress
 from hf_frmerge.calibration.sweep import Sweep
@@ -108,35 +108,35 @@ class Refinement:
             silent: Show no progress bar; `None` shows it on a terminal.
 
         Returns:
-            `None` if no point could be judged, as nothing was finite; this is said.
+            `None` if nothing finite came of it before a point was judged; this is said.
         """
         options = self._options
         optimizer = torch.optim.Adam(list(self.values.values()), options.learning_rate, _BETAS)
         done = read_progress(file, self._sweep.state.model.device)
         best = self._go_on(done, optimizer) if done is not None else None
         first = done.step if done is not None else 0
-        for step in tqdm(
+        steps = tqdm(
             range(first, options.steps), "Refining", options.steps, initial=first, unit="step", disable=silent
-        ):
+        )
+        for step in steps:
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * rate_at(step, options.steps)
             optimizer.zero_grad(set_to_none=False)
-            loss = self.take_gradients(step)
-            if not math.isfinite(loss):
+            steps.set_postfix(loss=f"{self.take_gradients(step):.4g}")
+            optimizer.step()
+            if (step + 1) % _JUDGED_EVERY and step + 1 < options.steps:
+                continue
+            point = self._judge(step + 1)
+            if not math.isfinite(mean_known(point.distances)):
                 logger.warning(
-                    "The refinement ends at step %d, as its loss is not finite there: what was best so far is kept. A "
-                    "smaller refine_learning_rate (%g now) may help.",
+                    "The refinement ends at step %d, where the merge gives values that are not finite: what was best "
+                    "so far is kept. A smaller refine_learning_rate (%g now) may help.",
                     step + 1, options.learning_rate,
                 )  # fmt: skip
                 break
-            optimizer.step()
-            if (step + 1) % _JUDGED_EVERY == 0 or step + 1 == options.steps:
-                best = self._judge(step + 1, best)
-                if best is None:
-                    continue
-                states = {name: optimizer.state[tensor] for name, tensor in self.values.items()}
-                moments = [{n: state[key] for n, state in states.items()} for key in ("exp_avg", "exp_avg_sq")]
-                write_progress(file, Progress(step + 1, self.values, moments[0], moments[1], best))
+            if best is None or mean_known(point.distances) < mean_known(best.distances):
+                best = point
+            write_progress(file, self._progress(step + 1, optimizer, best))
         return best
 
     def take_gradients(self, step: int) -> float:
@@ -167,13 +167,11 @@ class Refinement:
             hidden_BTH.backward(leaf_BTH.grad)
         return total
 
-    def _judge(self, step: int, best: Best | None) -> Best | None:
-        """Measure the corrections as they would be stored, and return the better of this point and the best so far."""
+    def _judge(self, step: int) -> Best:
+        """Measure the corrections as they would be stored."""
         state = self._sweep.state
         stored = {
-            name: tensor.detach().to(
-                state.reader.torch_dtype(name.removesuffix(".up").removesuffix(".down")), copy=True
-            )
+            name: tensor.detach().to(state.reader.torch_dtype(parameter_of(name)), copy=True)
             for name, tensor in self.values.items()
         }
         with torch.no_grad():
@@ -183,10 +181,14 @@ class Refinement:
                 b: merge.hidden(outer, batch.inputs) for b, batch in enumerate(state.batches) if batch.is_held_out
             }
             found = distances(self._sweep, {"refined": Candidate(outer, hidden)})["refined"]
-        is_better = best is None or mean_known(found) < mean_known(best.distances)
-        return Best(stored, found, step) if is_better and math.isfinite(mean_known(found)) else best
+        return Best(stored, found, step)
 
-    def _go_on(self, done: Progress, optimizer: torch.optim.Optimizer) -> Best | None:
+    def _progress(self, step: int, optimizer: torch.optim.Optimizer, best: Best) -> Progress:
+        states = {name: optimizer.state[tensor] for name, tensor in self.values.items()}
+        first, second = ({n: state[key] for n, state in states.items()} for key in ("exp_avg", "exp_avg_sq"))
+        return Progress(step, self.values, first, second, best)
+
+    def _go_on(self, done: Progress, optimizer: torch.optim.Optimizer) -> Best:
         with torch.no_grad():
             for name, tensor in self.values.items():
                 tensor.copy_(done.values[name])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hf_frmerge.calibration.block_files import factors_for_adapter
-from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
+from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, parameter_of, read_start
 from hf_frmerge.calibration.refinement.progress_file import write_tensors
 from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
@@ -75,6 +75,6 @@ def _write(
     """Write corrections under the names of tensors, or those of an adapter."""
     tensors = {}
     for name, values in corrections.items():
-        parameter, _, last = name.rpartition(".")
-        tensors[f"{tensor_of[parameter]}.{last}" if last in ("up", "down") else tensor_of[name]] = values
+        parameter = parameter_of(name)
+        tensors[tensor_of[parameter] + name.removeprefix(parameter)] = values
     write_tensors(path, tensors if transposed is None else factors_for_adapter(tensors, transposed))
