@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from jsonschema import Draft202012Validator
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.func import functional_call
@@ -37,7 +40,7 @@ from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.planning.build_plan import build_plan
-from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.merging.record.manifest import SCHEMA_FILE, read_manifest
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
 
@@ -273,13 +276,14 @@ def test_a_refined_merge_is_closer_and_its_record_checks(
     wanted = {} if options.get("adapter_output") == "auto" else {"calibration_form": form}
     merging = merger(models, tmp_path / "out", kind, expert, refine_steps=12, **wanted, **options)
     merging.merge()
-    manifest = read_manifest(tmp_path / "out")
-    record = manifest.calibration
+    record = read_manifest(tmp_path / "out").calibration
     assert record is not None and record.refinement is not None and record.form == form
     assert record.is_refined and record.refinement.began_from in (form, "start")
     assert record.refinement.loss == ("angle" if kind == "headless" else options.get("refine_loss", "kl"))
     assert record.mean_distance("refined") < min(record.mean_distance(form), record.mean_distance("start"))
 
+    schema = json.loads(files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text(encoding="utf-8"))
+    Draft202012Validator(schema).validate(json.loads((tmp_path / "out/merge_manifest.json").read_text()))
     report = verify(str(tmp_path / "out"))
     assert report.ok, report.problems
     assert not reproduce(str(tmp_path / "out")).differences
