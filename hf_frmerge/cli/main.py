@@ -13,6 +13,7 @@ from hf_frmerge.visible import visible_lines
 # Command -> its module, and its line in `frmerge --help`, which would otherwise have to import all modules.
 _COMMANDS = {
     "merge": ("merge", "Merge two or more experts into one model."),
+    "add": ("merge", "Merge one more expert into a model that is a merge."),
     "plan": ("preflight", "Show what a merge would do, from file headers alone."),
     "inspect": ("preflight", "Measure angles and norms: can the choice of method matter here?"),
     "evaluate": ("evaluate", "Compare a merged model with its experts on your texts."),
