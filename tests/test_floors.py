@@ -20,7 +20,7 @@ FLOORS = [
     ["calibration", "training"],
     ["hub", "report"],
     ["merger", "comparison"],
-    ["demo"],
+    ["demo", "search"],
     ["cli"],
 ]
 
@@ -53,7 +53,19 @@ ROOMS = {
     "cli": [
         ["command", "render"],
         ["evaluating", "options"],
-        ["compare", "demo", "diff", "evaluate", "extract", "merge", "output", "preflight", "report", "reproduce"],
+        [
+            "compare",
+            "demo",
+            "diff",
+            "evaluate",
+            "extract",
+            "merge",
+            "output",
+            "preflight",
+            "report",
+            "reproduce",
+            "search",
+        ],
         ["main"],
     ],
 }

@@ -15,10 +15,10 @@ from hf_frmerge.cli.evaluating import (
     eval_dtype_option,
     evaluation_bar,
     named_files,
+    numbers,
     option,
 )
 from hf_frmerge.cli.options import options_from
-from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 _DATA, _TRIED = "Models and data", "What is tried"
@@ -122,8 +122,8 @@ def compare(
     and the command that makes the best merge.
     """
     files = named_files(data)
-    factors = _numbers("--scales", scales) if scales is not None else None
-    chosen_weights = [_numbers("--weights", text) for text in weights] or None
+    factors = numbers("--scales", scales) if scales is not None else None
+    chosen_weights = [numbers("--weights", text) for text in weights] or None
     args = MergingArguments(
         per_device_eval_batch_size=batch_size,
         eval_block_size=block_size,
@@ -159,16 +159,6 @@ def compare(
     from hf_frmerge.cli.render.comparison import print_comparison
 
     print_comparison(record, args.output_dir)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    """Read comma-separated numbers."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ArgumentError(
-            f"{option} takes numbers with commas between them, such as 0.5,1,2, got {text!r}."
-        ) from None
 
 
 COMMANDS = {"compare": compare}

@@ -18,6 +18,7 @@ _COMMANDS = {
     "inspect": ("preflight", "Measure angles and norms: can the choice of method matter here?"),
     "evaluate": ("evaluate", "Compare a merged model with its experts on your texts."),
     "compare": ("compare", "Try merge methods on your experts and texts: which is best, by how much?"),
+    "search": ("search", "Choose weights by measuring merges: greedy soups, Pareto fronts."),
     "report": ("report", "Show what a merge did, on one HTML page."),
     "verify": ("output", "Recompute a merge and compare it bit for bit."),
     "reproduce": ("reproduce", "Make a pushed merge again from its record, and compare."),

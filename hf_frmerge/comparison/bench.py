@@ -53,6 +53,7 @@ class Bench:
         on_progress: Called with what is run next.
 
     Attributes:
+        evaluator, cells: as passed.
         base: split -> losses of the base; `None` if it is not measured.
         places: split -> where merges are scored.
         without_gain: experts that are no better than the base on their own text, so that nothing of them can be kept.
@@ -66,7 +67,7 @@ class Bench:
         cells: CellFile,
         on_progress: Callable[[str], object],
     ) -> None:
-        self._plan_of, self._merged, self._evaluator, self._cells = plan_of, merged, evaluator, cells
+        self._plan_of, self._merged, self.evaluator, self.cells = plan_of, merged, evaluator, cells
         self._on_progress = on_progress
         references = {split: evaluator.references(split) for split in SPLITS}
         self.base: dict[Split, Losses | None] = {split: references[split].pop(BASE, None) for split in SPLITS}
@@ -74,7 +75,7 @@ class Bench:
 
     def try_all(self, cells: Sequence[Cell]) -> Trial:
         """Run all cells of one method on the validation texts, and the best of them on the test texts."""
-        results = [(cell, self._result(cell, "validation")) for cell in cells]
+        results = [(cell, self.result(cell, "validation")) for cell in cells]
         seconds = max(result.seconds for _, result in results)
         scored = [
             (score_of(result.measured.losses, self.places["validation"]), cell)
@@ -86,16 +87,16 @@ class Bench:
         score, best = max(scored, key=lambda pair: pair[0])  # the first of equals
         scales = [cell.scale for cell in cells if cell.scale is not None]
         is_edge = best.scale is not None and len(set(scales)) > 1 and best.scale in (min(scales), max(scales))
-        return Trial(best, is_edge, score, self._result(best, "test"), seconds)
+        return Trial(best, is_edge, score, self.result(best, "test"), seconds)
 
-    def _result(self, cell: Cell, split: Split) -> CellResult:
+    def result(self, cell: Cell, split: Split) -> CellResult:
         """Return the result of a cell, run now unless it is finished."""
-        known = self._cells.find(cell, split)
+        known = self.cells.find(cell, split)
         if known is not None:
             return known
         self._on_progress(f"{cell.candidate.label}{'' if cell.scale is None else f' × {cell.scale:g}'} ({split})")
         result = self._run(cell, split)
-        self._cells.add(cell, split, result)
+        self.cells.add(cell, split, result)
         return result
 
     def _run(self, cell: Cell, split: Split) -> CellResult:
@@ -107,9 +108,9 @@ class Bench:
                 return CellResult(None, memory=memory, failure=str(error))
         model = self._merged.model()
         if split == "validation":
-            measured = self._evaluator.validate(model)
+            measured = self.evaluator.validate(model)
         else:
-            measured = self._evaluator.test(model, self.places["test"])
+            measured = self.evaluator.test(model, self.places["test"])
         return CellResult(measured, seconds, memory)
 
     def _find_places(

@@ -136,6 +136,20 @@ class MergeComparison:
             ResumeError: If the folder holds a comparison of something else.
             MergeError: If a licence forbids merges, no method gives a merge, or a file cannot be written.
         """
+        with self.bench() as (bench, candidates):
+            record = self._record(bench, [bench.try_all(own) for own in candidates])
+            save_record(Path(self.args.output_dir), record)
+            save_table(Path(self.args.output_dir), bench.cells.results)
+        return record
+
+    @contextmanager
+    def bench(self) -> Iterator[tuple[Bench, list[list[Cell]]]]:
+        """
+        Find models and texts, measure base and experts, and yield the bench of this comparison and its cells.
+
+        Raises:
+            MergeError: As `run`.
+        """
         self.notes = []
         candidates = self._candidates(are_full=self._find_base())
         folder = Path(self.args.output_dir)
@@ -146,11 +160,7 @@ class MergeComparison:
                 merged = MergedModel(plan, self.eval_dtype, scratch)
                 evaluator = self._evaluator(plan, merged)
                 cells = CellFile(folder, self._subject(plan, evaluator), overwrite=self.args.overwrite)
-            bench = Bench(self._plan, merged, evaluator, cells, self.on_progress)
-            record = self._record(bench, [bench.try_all(own) for own in candidates], evaluator)
-            save_record(folder, record)
-            save_table(folder, cells.results)
-        return record
+            yield Bench(self._plan, merged, evaluator, cells, self.on_progress), candidates
 
     def _find_base(self) -> bool:
         """
@@ -265,7 +275,7 @@ class MergeComparison:
             "versions": [torch.__version__, transformers.__version__],
         }
 
-    def _record(self, bench: Bench, trials: Sequence[Trial], evaluator: Evaluator) -> ComparisonRecord:
+    def _record(self, bench: Bench, trials: Sequence[Trial]) -> ComparisonRecord:
         """Rank the methods."""
         places = bench.places["test"]
         losses = {
@@ -287,12 +297,7 @@ class MergeComparison:
             experts=self.experts,
             base_model=self.base_model,
             unit="loss" if places[0].gain is None else "share",
-            texts={
-                split: {
-                    name: {"texts": len(one.rows), "predictions": one.n_predictions} for name, one in texts.items()
-                }
-                for split, texts in evaluator.texts.items()
-            },
+            texts=bench.evaluator.sizes(),
             settings={"scales": list(self.scales), "seed": self.args.seed, "max_tokens": self.max_tokens},
             methods=results,
             command=merge_command(best.cell, self.experts, self.base_model, self.args, "merged"),

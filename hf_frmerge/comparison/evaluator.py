@@ -53,6 +53,13 @@ class Evaluator:
     options: SuiteOptions
     run: RunSettings
 
+    def sizes(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Return the number of texts and of predictions, by split and domain."""
+        return {
+            split: {name: {"texts": len(one.rows), "predictions": one.n_predictions} for name, one in texts.items()}
+            for split, texts in self.texts.items()
+        }
+
     def references(self, split: Split) -> dict[str, Domains]:
         """Return the losses of base and experts on the texts of a split, by model."""
         return self._evaluate(self.models, split)[1]
