@@ -23,7 +23,7 @@ Frmerge = Callable[..., Result]
 SCRIPT = Path(sys.executable).parent / "frmerge"
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["plan"], ["inspect"], ["evaluate"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["merge"], ["plan"], ["inspect"], ["evaluate"], ["search"], ["demo"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     """Under half a second follows from what is imported; a clock would measure the machine."""
     program = (
