@@ -41,6 +41,15 @@ def test_the_same_bits_as_add_expert(frmerge: Run, tmp_path: Path, options: dict
     assert all(recorded[name] == value for name, value in options.items())
 
 
+def test_adapters_stay_adapters(frmerge: Run, models, tmp_path: Path) -> None:
+    args = MergingArguments(output_dir=str(tmp_path / "two"))
+    merger = FisherRaoMerger([models.adapter, models.adapter_2], args, base_model=models.base).merge()
+    merger.add_expert(models.adapter, str(tmp_path / "python"))
+    assert frmerge("add", tmp_path / "two", models.adapter, "--output-dir", tmp_path / "command").exit_code == 0
+    bits = [(tmp_path / way / "adapter_model.safetensors").read_bytes() for way in ("python", "command")]
+    assert bits[0] == bits[1]
+
+
 def test_another_method_and_json(frmerge: Run, tmp_path: Path) -> None:
     base, experts = write_family(tmp_path, 3)
     args = MergingArguments(output_dir=str(tmp_path / "two"), method="opcm")

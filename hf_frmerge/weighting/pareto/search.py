@@ -1,6 +1,6 @@
 """The three ways of MAP: all experts at once, with more points where the surrogates are wrong, and two by two."""
 
-# Shape suffixes: N = experts, M = tasks, P = points.
+# Shape suffixes: N = experts, M = tasks, P = points, D = draws.
 
 from __future__ import annotations
 
@@ -148,11 +148,9 @@ def front_by_acquisition(
 
 def bin_doubts(measured: Surrogates, surrogates: Sequence[Quadratic], generator: np.random.Generator) -> Array:
     """
-    Return how little is known in every bin of directions, from 0 to 1.
+    Return how little is known in every bin of directions, from 0 to 1; a bin without a point has the largest doubt.
 
-    The mean squared residual of all tasks, each in units of its scores' spread, plus half of the standard deviation
-    of that mean over 30 draws that leave out a fifth of all points. What is known of no bin with a point is known of
-    no bin without: it has the largest doubt.
+    Residuals are in units of the spread of their task's scores, and squares are the mean over the tasks.
     """
     n_experts = measured.region.n_experts
     spread_M = measured.scores_PM.std(0)
@@ -162,16 +160,19 @@ def bin_doubts(measured: Surrogates, surrogates: Sequence[Quadratic], generator:
     number_P = bins(measured.points_PN)
     doubts = np.full(n_bins(n_experts) ** (n_experts - 1), np.nan)
     for number in np.unique(number_P):
-        inside_P = number_P == number
-        means = []
-        for _ in range(_DROPS):
-            kept_P = inside_P & (generator.random(len(number_P)) >= _DROPPED)  # drawn anew from all points
-            if kept_P.any():
-                means.append(float(squares_P[kept_P].mean()))
-        doubts[number] = squares_P[inside_P].mean() + 0.5 * float(np.std(means) if means else 0.0)
+        doubts[number] = doubt_of(squares_P[number_P == number], generator)
     largest = float(np.nanmax(doubts))
     doubts = np.where(np.isnan(doubts), largest, doubts)
     return doubts / largest if largest else np.ones_like(doubts)
+
+
+def doubt_of(squares_P: Array, generator: np.random.Generator) -> float:
+    """Return the mean of squared residuals plus half its standard deviation over draws that leave out a fifth."""
+    # Each draw is from all points: what one leaves out is in the next.
+    kept_DP = generator.random((_DROPS, len(squares_P))) >= _DROPPED
+    kept_DP = kept_DP[kept_DP.any(1)]
+    means_D = kept_DP @ squares_P / kept_DP.sum(1)
+    return float(squares_P.mean() + 0.5 * (means_D.std() if len(means_D) else 0.0))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hf_frmerge.weighting.pareto.search import (
     Measurement,
     Surrogates,
     bin_doubts,
+    doubt_of,
     front_by_acquisition,
     front_of_all,
     front_of_pairs,
@@ -97,32 +98,12 @@ def test_acquisition_draws_where_the_surrogates_are_wrong() -> None:
     assert drawn[front_by_acquisition] > 1.5 * drawn[front_of_all]
 
 
-def measured_in_one_bin(n_points: int) -> tuple[Surrogates, list]:
-    """Many points near the first expert with residuals that are all the same but for their sign."""
-    draw = np.random.default_rng(0)
-    region = Region(2)
-    share = draw.uniform(0.95, 1.0, n_points)
-    points = np.stack([share, 1 - share], axis=1)
-    noise = iter(draw.normal(size=n_points))
-    measured = Surrogates([Task("t")], region, lambda point: Measurement(np.array([next(noise)]), np.ones(1)), 0)
-    measured.add(points)
-    return measured, measured.fit()
-
-
 def test_what_is_left_out_is_drawn_anew_each_time() -> None:
-    """So the mean squared residual varies as by leaving out a fifth once, and not more and more."""
-    measured, fitted = measured_in_one_bin(2000)
-    squares = np.square(fitted[0].residuals_P / measured.scores_PM.std(0)[0])
-    [number] = np.unique(bins(measured.points_PN))
-    draw = np.random.default_rng(1)
-    doubts = []
-    for _ in range(20):
-        means = [squares[draw.random(2000) >= 0.2].mean() for _ in range(30)]
-        doubts.append(0.5 * np.std(means))
-    # Doubts are divided by the largest, which is that of the one bin with points; so undo that by the mean.
-    assert bin_doubts(measured, fitted, np.random.default_rng(2))[number] == 1.0
-    alone = 0.5 * np.sqrt(squares.var() * 0.2 / 0.8 / 2000)
-    assert np.mean(doubts) == pytest.approx(alone, rel=0.2)
+    """So the mean varies as by leaving out a fifth once: by the variance over n, times 0.2 / 0.8."""
+    squares = np.square(np.random.default_rng(0).normal(size=2000))
+    doubts = [doubt_of(squares, np.random.default_rng(seed)) - squares.mean() for seed in range(20)]
+    assert np.mean(doubts) == pytest.approx(0.5 * np.sqrt(squares.var() / 2000 * 0.2 / 0.8), rel=0.1)
+    assert doubt_of(np.array([3.0]), np.random.default_rng(0)) == 3.0
 
 
 def test_doubts_are_of_all_points_so_far() -> None:
