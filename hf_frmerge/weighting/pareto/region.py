@@ -49,13 +49,6 @@ class Region:
         """Return the free coordinates of points, `(P, K)`, all about as far apart in every direction."""
         return points_PN[:, : self.dimension] / self.scales[1]
 
-    def contains(self, points_PN: Array) -> NDArray[np.bool_]:
-        """Whether points lie in it, within rounding."""
-        sums_P = points_PN.sum(1)
-        low, high = self.scales
-        in_range: NDArray[np.bool_] = (sums_P >= low - 1e-9) & (sums_P <= high + 1e-9)
-        return in_range & (points_PN >= -1e-9).all(1)
-
     def sample(self, n_points: int, generator: np.random.Generator) -> Array:
         """
         Draw points: each expert alone, all alike, and the others uniformly on the simplex, at scales of even spread.
@@ -73,11 +66,6 @@ class Region:
         scales_P = self.scales[0] + (self.scales[1] - self.scales[0]) * strata_P
         return weights_PN * scales_P[:, None]
 
-    def at_scales(self, weights_N: Array) -> Array:
-        """Return one choice of weights at scales from the smallest to the largest."""
-        steps = 0 if self.scales[0] == self.scales[1] else GRIDS.get(self.dimension, 100)
-        return np.linspace(*self.scales, steps + 1)[:, None] * weights_N
-
     def grid(self) -> Array:
         """Return points on a grid over all of it, up to 15,000; it has at most three dimensions."""
         steps = GRIDS[self.dimension]
@@ -87,7 +75,8 @@ class Region:
             if sum(part) <= steps
         ]
         weights_PN = np.array(shares, dtype=np.float64) / steps
-        return np.vstack([self.at_scales(weights_N) for weights_N in weights_PN])
+        scales = np.linspace(*self.scales, 1 if self.scales[0] == self.scales[1] else steps + 1)
+        return np.vstack([scale * weights_PN for scale in scales])
 
 
 def angles(points_PN: Array) -> Array:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from regions import inside
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.weighting.pareto.front import Task, choose
@@ -53,7 +54,7 @@ def test_all_at_once(find: Callable) -> None:
         assert np.linalg.norm(found.points_PN[best] - peak) < 0.08
     balanced = found.points_PN[choose(land.tasks, found.scores_PM)["balanced"]]
     np.testing.assert_allclose(balanced, PEAKS.mean(0), atol=0.08)  # the maximum of the sum
-    assert region.contains(found.points_PN).all() and region.contains(found.front.points_FN).all()
+    assert inside(region, found.points_PN).all() and inside(region, found.front.points_FN).all()
     again = find(land.tasks, region, Landscape(PEAKS), 20, 0)
     np.testing.assert_array_equal(again.points_PN, found.points_PN)
     other = find(land.tasks, region, Landscape(PEAKS), 20, 1)
@@ -139,7 +140,7 @@ def test_two_by_two_joins_every_expert_once() -> None:
     n = 5
     land, region = Landscape(0.4 * np.eye(n) + 0.1), Region(n, WIDE)
     found = front_of_pairs(land.tasks, region, land, range(n), 12, 0)
-    assert region.contains(np.array(land.points)).all()
+    assert inside(region, np.array(land.points)).all()
     ends = found.points_PN[:2] / found.points_PN[:2].sum(1, keepdims=True)  # the last two, each alone
     assert (ends[0] * ends[1] == 0).all() and (ends.sum(0) > 0).all()
     least = n + (n - 1) * 12 + (n - 2)  # alone, every pair, and every pair but the last as it was joined
