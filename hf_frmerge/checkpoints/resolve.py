@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
@@ -16,6 +17,10 @@ from hf_frmerge.visible import without_secrets
 __all__ = ["Source", "fetch_all", "resolve", "resolve_all"]
 
 _LOCAL_URL = re.compile(r"(?:file|local)://(?=/)")
+_ONE_MODEL = (
+    "{spec!r} is a model with an adapter on it, which a merge takes as one expert, but nothing else does. Fold the "
+    "adapter in first (`frmerge merge {adapter} --base-model {base} --output-dir folded`), and pass 'folded'."
+)
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
@@ -57,22 +62,61 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
         raise CheckpointError(f"{spec!r} is a file. Pass the folder that holds it, with its config.json.")
     hub_id = _HUB_ID.fullmatch(spec)
     if hub_id is None or spec.startswith((".", "~")):
-        raise CheckpointError(f"There is no folder {spec!r} (looked for {path.absolute()}).{_plus_hint(spec)}")
+        pair = split_pair(spec)
+        if pair is not None:
+            raise CheckpointError(_ONE_MODEL.format(spec=spec, base=quote(pair[0]), adapter=quote(pair[1])))
+        raise CheckpointError(f"There is no folder {spec!r} (looked for {path.absolute()}).")
     from hf_frmerge.checkpoints.hub.find import fetch, find
 
     source = find(spec, hub_id["repo"], hub_id["revision"], token, extra)
     return fetch([source], token, extra)[0] if download else source
 
 
-def resolve_all(specs: Iterable[str], *, token: str | bool | None = None, download: bool = True) -> list[Source]:
-    """Resolve each spec, in order. A spec listed twice is looked up once; all are looked up before any download."""
+def resolve_all(
+    specs: Iterable[str], *, token: str | bool | None = None, download: bool = True, pairs: bool = False
+) -> list[Source]:
+    """
+    Resolve each spec, in order. A spec listed twice is looked up once; all are looked up before any download.
+
+    Args:
+        specs (`Iterable[str]`):
+            As for `resolve`.
+        token, download:
+            As for `resolve`.
+        pairs (`bool`, *optional*, defaults to `False`):
+            Accept `base+adapter`, a full model with an adapter on it.
+    """
     resolved: dict[str, Source] = {}
     sources = []
     for spec in specs:
         if spec not in resolved:
-            resolved[spec] = resolve(spec, token=token, download=False)
+            pair = split_pair(spec) if pairs else None
+            resolved[spec] = _resolve_pair(spec, *pair, token) if pair else resolve(spec, token=token, download=False)
         sources.append(resolved[spec])
     return fetch_all(sources, token=token) if download else sources
+
+
+def split_pair(spec: str) -> tuple[str, str] | None:
+    """Return model and adapter of `base+adapter`; None of other names, and of folders that have a plus in theirs."""
+    if Path(spec).expanduser().exists() or "://" in spec:
+        return None
+    pairs = [(spec[:place], spec[place + 1 :]) for place, letter in enumerate(spec) if letter == "+"]
+    pairs = [(base, adapter) for base, adapter in pairs if base and adapter]
+    found = [pair for pair in pairs if all(Path(name).expanduser().is_dir() for name in pair)]
+    return next(iter(found or pairs), None)
+
+
+def _resolve_pair(spec: str, base: str, adapter: str, token: str | bool | None) -> Source:
+    """Resolve `base+adapter`."""
+    model, on_it = resolve(base, token=token, download=False), resolve(adapter, token=token, download=False)
+    if (model.kind, on_it.kind) != ("full", "adapter"):
+        raise CheckpointError(
+            f"{spec!r}: expected a full model and an adapter on it, but {base!r} is "
+            f"{'an adapter' if model.kind == 'adapter' else 'a full model'} and {adapter!r} is "
+            f"{'an adapter' if on_it.kind == 'adapter' else 'a full model'}. Name models to be merged one by one, "
+            "with a space between."
+        )
+    return replace(model, spec=spec, adapter=on_it)
 
 
 def fetch_all(sources: Sequence[Source], *, token: str | bool | None = None) -> list[Source]:
@@ -82,15 +126,3 @@ def fetch_all(sources: Sequence[Source], *, token: str | bool | None = None) -> 
     from hf_frmerge.checkpoints.hub.find import fetch
 
     return fetch(sources, token)
-
-
-def _plus_hint(spec: str) -> str:
-    """Return advice on `base+adapter`, as other tools write a model with an adapter; empty for other names."""
-    base, plus, adapter = spec.partition("+")
-    if not (base and plus and adapter):
-        return ""
-    return (
-        f" To merge an adapter of {base!r} with others of it, pass {adapter!r} as the expert and {base!r} as "
-        f"base_model (--base-model). To merge the two as one model, fold the adapter in first (`frmerge merge "
-        f"{quote(adapter)} --base-model {quote(base)} --output-dir folded`), and pass 'folded'."
-    )

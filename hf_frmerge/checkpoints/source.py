@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -55,7 +55,8 @@ class Source:
 
     `spec` is what the user wrote, without the password of a URL. `path` is a local folder, a URL, or
     `hub://org/name@commit` for a Hub checkpoint that is not on this machine. For a Hub checkpoint `repo_id`, the
-    requested `revision` (None: the default branch) and the `commit` it resolved to are set.
+    requested `revision` (None: the default branch) and the `commit` it resolved to are set. A full model that is to be
+    read with an adapter on it (`base+adapter`) has the `adapter`; all else is about the model.
     """
 
     spec: str
@@ -64,6 +65,12 @@ class Source:
     repo_id: str | None = None
     revision: str | None = None
     commit: str | None = None
+    adapter: Source | None = None
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """The model and the adapter on it, each by itself."""
+        return (self,) if self.adapter is None else (replace(self, adapter=None), self.adapter)
 
 
 def is_on_hub(source: Source) -> bool:

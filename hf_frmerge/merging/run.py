@@ -95,7 +95,7 @@ def merge_into_memory(plan: MergePlan, output: MemoryOutput, rule: Rule | None =
         MergeError: Whatever stopped the merge.
     """
     kernels = load_kernels(plan.args.device)
-    inputs = [model.weights for model in plan.models]
+    inputs = plan.opened
     with unchanged(inputs), one_blas_thread(plan):
         Engine(plan, kernels, output, NoJournal(), StepObserver(), rule=rule).run(plan.steps)
     for checkpoint in inputs:
@@ -118,7 +118,7 @@ def _run(
         # With block="model" the tensors of all processes share one decision.
         together = plan.layout is not None and plan.args.block == "model" and processes.size > 1
         engine = Engine(plan, kernels, output, journal, observer, processes.gather if together else None)
-        inputs = [model.weights for model in plan.models]
+        inputs = plan.opened
         inputs += [plan.corrections.checkpoint] if plan.corrections is not None else []
         with unchanged(inputs):
             outcomes, complete = engine.run(processes.share(plan))

@@ -112,7 +112,7 @@ def verify(
         if plan.layout is None:
             _check_adapter(merged, plan, report)
         else:
-            with unchanged([merged, *(model.weights for model in plan.models)]):
+            with unchanged([merged, *plan.opened]):
                 _check_model(merged, coefficients, manifest, plan, report)
     if (
         sha256 and report.ok and folder == Path(output_dir)

@@ -17,10 +17,21 @@ from hf_frmerge.kernels.interface import OVERFLOWS_AT
 
 CONFIG_NAME = "adapter_config.json"
 
-# PEFT methods whose update is a delta of the weight: PEFT itself can convert it to LoRA factors.
-_CONVERTIBLE = frozenset(
-    {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS"}
-    | {"PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
+# Kinds of adapters that PEFT itself folds into their base, layer by layer, with the right result: the tests try each.
+FOLDED_BY_PEFT = frozenset(
+    {"ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING"}
+    | {"LOHA", "LOKR", "MISS", "OFT", "PEANUT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING"}
+    | {"TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
+)
+
+FOLD_BY_HAND = (
+    "If PEFT can fold it into its base as a whole, do that once:\n"
+    "    from peft import PeftModel\n"
+    "    from transformers import AutoModelForCausalLM  # or the class you use\n"
+    '    base = AutoModelForCausalLM.from_pretrained("ITS BASE MODEL")\n'
+    '    model = PeftModel.from_pretrained(base, "THIS ADAPTER").merge_and_unload()\n'
+    '    model.save_pretrained("folded")\n'
+    "and pass 'folded', a full model."
 )
 
 # PEFT methods that do not change the weights, but add inputs or layers of their own.
@@ -92,6 +103,12 @@ class AdapterConfig:
             if re.match(rf"(.*\.)?({unwrapped_pattern(key)})$", module):
                 return value
         return default
+
+
+def is_folded_by_peft(folder: LocalFolder | RemoteFolder, spec: str) -> bool:
+    """Whether a folder holds an adapter of another kind than LoRA that PEFT folds into its base layer by layer."""
+    kind = read_json(folder, CONFIG_NAME, spec).get("peft_type")
+    return isinstance(kind, str) and kind in FOLDED_BY_PEFT
 
 
 def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> AdapterConfig:
@@ -168,15 +185,10 @@ def _expected(spec: str, key: str, value: Any, expected: str) -> str:
 def _refuse_unsupported(raw: dict[str, Any], spec: str) -> None:
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
-        if peft_type in _CONVERTIBLE:
-            hint = "Load it with PEFT and rewrite it with `peft.save_as_lora(path, model, rank)`, then merge that."
-        elif peft_type in _WITHOUT_WEIGHTS:
+        if peft_type in _WITHOUT_WEIGHTS:
             hint = "It changes no weights of its base, so there is nothing to merge."
         else:
-            hint = (
-                "If PEFT can fold it into its base (`merge_and_unload`), do so, save the model, and merge the full "
-                "checkpoints."
-            )
+            hint = FOLD_BY_HAND
         raise CheckpointError(f"Adapter {spec!r}: peft_type is {peft_type!r}, expected 'LORA'. {hint}")
     bias = raw.get("bias", "none")
     if bias != "none":

@@ -43,13 +43,14 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
         parts["calibration"] = plan.corrections.digest if plan.corrections is not None else None
     models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]
     for role, model in [*models, *([("base model", plan.base)] if plan.base else [])]:
-        parts[role] = {"spec": model.spec, "files": model.weights.files}
+        files = {name: size for opened in model.opened for name, size in opened.files.items()}
+        parts[role] = {"spec": model.spec, "files": files}
     return parts
 
 
 def modification_marks(plan: MergePlan) -> dict[str, Any]:
     """Return by model a cheap mark of every weight file, which changes when the file is rewritten."""
-    return {model.spec: model.weights.fingerprint() for model in plan.models}
+    return {model.spec: [mark for opened in model.opened for mark in opened.fingerprint()] for model in plan.models}
 
 
 class Journal:

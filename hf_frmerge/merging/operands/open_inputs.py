@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hf_frmerge.checkpoints.adapters.folded import Folded
 from hf_frmerge.merging.operands.dense_tensors import (
     DenseTensor,
     DoraTensor,
+    FoldedTensor,
     ProductTensor,
     StoredTensor,
     ZeroTensor,
@@ -88,7 +90,7 @@ def _labels(plan: MergePlan) -> dict[int, str]:
 
 def _stored(checkpoint: Checkpoint, step: TensorStep, plan: MergePlan) -> DenseTensor:
     """Return a model's tensor, its rows in the order of the output."""
-    tensor = StoredTensor(checkpoint, checkpoint.tensors[step.name])
+    tensor = _whole(checkpoint, step.name)
     rows = _stored_rows(checkpoint, step)
     if rows is None:
         return tensor
@@ -102,7 +104,14 @@ def _stored_rows(checkpoint: Checkpoint, step: TensorStep) -> StoredRows | None:
     rows = checkpoint.row_maps.get(step.name)
     if rows is None:
         return None
-    return StoredRows(StoredTensor(checkpoint, checkpoint.tensors[step.name]), rows, step.numel // len(rows))
+    return StoredRows(_whole(checkpoint, step.name), rows, step.numel // len(rows))
+
+
+def _whole(checkpoint: Checkpoint, name: str) -> StoredTensor | FoldedTensor:
+    """Return a model's tensor as it is stored, or as an adapter changes it."""
+    info = checkpoint.tensors[name]
+    # Single experts of a stack that another model stores whole are the exception: these are read in its own dtype.
+    return FoldedTensor(checkpoint, info.recipe) if isinstance(info.recipe, Folded) else StoredTensor(checkpoint, info)
 
 
 def _row_fill(plan: MergePlan, step: TensorStep) -> RowFill:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hf_frmerge.checkpoints.adapters.adapter import Adapter
+    from hf_frmerge.checkpoints.adapters.folded import FoldedAdapter
     from hf_frmerge.checkpoints.beside.look_beside import CarriedFile
     from hf_frmerge.checkpoints.resolve import Source
     from hf_frmerge.checkpoints.tensors.layout import ShardLayout
@@ -34,11 +35,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Expert:
-    """Opened model of a merge (an expert or the base): a full checkpoint, or a low-rank adapter of the base."""
+    """
+    Opened model of a merge (an expert or the base): a full checkpoint, or a low-rank adapter of the base.
+
+    Attributes:
+        source: where it is.
+        checkpoint: full model. That of an adapter which has no low-rank factors is its base, read with the adapter.
+        adapter: low-rank adapter of the base.
+        folded: adapter that the full model is read with.
+    """
 
     source: Source
     checkpoint: Checkpoint | None = None
     adapter: Adapter | None = None
+    folded: FoldedAdapter | None = None
 
     @property
     def spec(self) -> str:
@@ -57,6 +67,11 @@ class Expert:
             return self.checkpoint
         assert self.adapter is not None
         return self.adapter.checkpoint
+
+    @property
+    def opened(self) -> list[Checkpoint]:
+        """All that is open: its weights, and the adapter they are read with."""
+        return [self.weights, *([self.folded.checkpoint] if self.folded is not None else [])]
 
 
 @dataclass
@@ -112,6 +127,11 @@ class MergePlan:
     def models(self) -> list[Expert]:
         """The experts, then the base if there is one."""
         return [*self.experts, *([self.base] if self.base else [])]
+
+    @property
+    def opened(self) -> list[Checkpoint]:
+        """All checkpoints that are read."""
+        return [checkpoint for model in self.models for checkpoint in model.opened]
 
     @property
     def span_options(self) -> SpanOptions:
@@ -198,8 +218,8 @@ class MergePlan:
 
     def close(self) -> None:
         """Close all files."""
-        for model in self.models:
-            model.weights.close()
+        for checkpoint in self.opened:
+            checkpoint.close()
         if self.corrections is not None:
             self.corrections.checkpoint.close()
 

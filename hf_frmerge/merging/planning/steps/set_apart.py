@@ -32,13 +32,7 @@ def without_ruled(adapter: Adapter, rules: TensorRules) -> Adapter:
     dropped = {name for name in (*adapter.deltas, *adapter.dense) if rules.decides(name)}
     if not dropped:
         return adapter
-    stored = {
-        part.name: name
-        for name, delta in adapter.deltas.items()
-        if name in dropped
-        for part in (delta.down, delta.up, delta.magnitude)
-        if part is not None
-    }
+    stored = {part.name: name for name, delta in adapter.deltas.items() if name in dropped for part in delta.stored}
     stored |= {info.name: name for name, info in adapter.dense.items() if name in dropped}
     return replace(
         adapter,
