@@ -75,7 +75,7 @@ def run_merge(
             return _run(plan, observer, processes, None, calibrate)
         with sole_writer(plan.args.output_dir) as lock:
             # Checked again, under the lock: another merge may have begun and ended since this one was planned.
-            check_output_dir(plan.args, [model.source.path for model in plan.models])
+            check_output_dir(plan.args, plan.input_paths)
             outcome = _run(plan, observer, processes, lock, calibrate)
             if outcome.complete and on_complete is not None:
                 on_complete()

@@ -152,7 +152,7 @@ def _generations(record: EvaluationRecord) -> Iterator[Prompt]:
 
 def _evaluate_command(facts: MergeFacts) -> str:
     """Return a command that evaluates this merge. Local models appear by name, without a path."""
-    experts = [part for expert in facts.manifest.experts for part in ("--experts", expert.id)]
+    experts = [part for expert in facts.manifest.experts for part in ("--experts", expert.name)]
     base = facts.manifest.base_model
     parts = ["frmerge", "evaluate", facts.name, *experts, *(["--base-model", base.id] if base else [])]
     return shlex.join([*parts, "--data", "heldout.txt"])

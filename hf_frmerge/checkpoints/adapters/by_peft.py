@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -175,7 +175,7 @@ def _layers_of(checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint) -
         if unknown:
             raise ValueError(f"this version does not know {some(unknown)} in {CONFIG_NAME}")
         peft_model: Any = get_peft_model(empty, peft_config)
-        result = set_peft_model_state_dict(peft_model, stored)
+        result: Any = set_peft_model_state_dict(peft_model, stored)
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     lost = [*result.unexpected_keys, *(expected.keys() - stored.keys())]
     if lost:
@@ -197,7 +197,7 @@ def _layers_of(checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint) -
         wrong = [info.name for name, info in infos.items() if info.shape != tuple(inner[name].shape)]
         if wrong:
             raise ValueError(f"{some(wrong)} of the base has another shape in memory")
-        layers.append(_Layer(path, module, inner, infos))
+        layers.append(_Layer(path, cast("torch.nn.Module", module), inner, infos))
     changed = [name for name, each in own.items() if each.dim() == 1 and not _is_empty(each)]
     outside = [name for name in changed if not any(name.startswith(f"{layer.path}.") for layer in layers)]
     if outside or not layers:

@@ -160,7 +160,7 @@ def read_user_section(text: str) -> str | None:
 
 def licence_of(card: MergeCard) -> LicenceDecision:
     """Decide the licence of the merged model: the one the user chose, else by the rule of `licences.combine`."""
-    decision = combine([(source.name, source.metadata) for source in card.sources])
+    decision = combine([(source.name, source.metadata) for source in card.parts])
     if card.licence is not None:
         reason = f"The person who made this merge chose `{card.licence}` for it."
         return replace(
@@ -168,7 +168,7 @@ def licence_of(card: MergeCard) -> LicenceDecision:
         )
     if decision.licence_link and not re.match(r"https?://", decision.licence_link):
         # A link such as "LICENSE" is relative to the source's card and would be broken in ours.
-        origin = next((source for source in card.sources if source.repo_id is not None), None)
+        origin = next((source for source in card.parts if source.repo_id is not None), None)
         link = f"https://huggingface.co/{origin.repo_id}/blob/{origin.commit or 'main'}/" if origin else None
         decision = replace(decision, licence_link=link and link + decision.licence_link)
     return decision
@@ -190,14 +190,14 @@ def card_metadata(card: MergeCard) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     decision = licence_of(card)
-    parents = card.sources if card.output_kind == "full" else [s for s in card.sources if s.role == "base"]
+    parents = card.parts if card.output_kind == "full" else [s for s in card.sources if s.role == "base"]
     base_model = _unique([source.repo_id for source in parents])
     relation = "merge" if card.output_kind == "full" else "adapter"
-    languages = [language for source in card.sources for language in source.metadata.language]
-    datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
+    languages = [language for source in card.parts for language in source.metadata.language]
+    datasets = [dataset for source in card.parts for dataset in source.metadata.datasets if _is_id(dataset)]
     of_method = method_of(card.method).tags if card.is_by_method else ()
     tags = [*card.tag_names, *of_method, *card.task.tags, *card.tags]
-    tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
+    tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.parts)]
     results = _eval_results(card)
     optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
     return ModelCardData(
@@ -221,7 +221,7 @@ def _without_local_paths(card: MergeCard) -> MergeCard:
     """Return a copy of `card` in which local paths are shortened to their last part in all free text."""
 
     def hide(text: str) -> str:
-        return hide_local_paths(text, card.sources)
+        return hide_local_paths(text, card.parts)
 
     return replace(
         card,
@@ -241,7 +241,8 @@ def _public_source(source: CardSource) -> CardSource:
     link = metadata.licence_link
     return replace(
         source,
-        spec=source.name,
+        spec=source.parts[0].name,
+        adapter=_public_source(source.adapter) if source.adapter is not None else None,
         metadata=replace(metadata, licence_link=hide_local_paths(link) if link else None),
     )
 

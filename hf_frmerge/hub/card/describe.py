@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -25,6 +25,7 @@ from hf_frmerge.merging.record.manifest import (
     REPORT_FILE,
     Manifest,
     local_sources,
+    parts_of_path,
     read_manifest,
 )
 from hf_frmerge.wording.account import losses_sentence
@@ -33,6 +34,7 @@ from hf_frmerge.wording.parts import FIGURES
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.record import EvaluationRecord
+    from hf_frmerge.merging.record.manifest_entries import RecordedFolder
 
 FIGURES_FOLDER = "figures"
 
@@ -114,23 +116,27 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
 def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
     """Collect the sources with the metadata of their cards, as far as these can be read."""
     paths, _ = local_sources(folder, manifest)
-    sources = [
-        CardSource(
-            spec=model.id,
-            repo_id=model.id if model.on_hub else None,
-            commit=model.commit,
-            weight=model.weight if manifest.is_weighted else None,
-            role="base" if model is manifest.base_model else "expert",
-            kind=model.kind,
-            metadata=read_source_metadata(path) if _is_readable(path) else SourceMetadata(),
+    sources = []
+    for model, path in zip(manifest.models, paths):
+        source, *on_it = [_source(part, place) for part, place in zip(model.parts, parts_of_path(path))]
+        sources.append(
+            replace(
+                source,
+                weight=model.weight if manifest.is_weighted else None,
+                role="base" if model is manifest.base_model else "expert",
+                adapter=on_it[0] if on_it else None,
+            )
         )
-        for model, path in zip(manifest.models, paths)
-    ]
     trained_on = _base_of_adapter(folder)
     # A merge of adapters needs no base to run, but its card should name the one they were trained on.
     if trained_on is not None and manifest.base_model is None:
         sources.append(CardSource(spec=trained_on, repo_id=trained_on, role="base"))
     return sources
+
+
+def _source(model: RecordedFolder, path: str | None) -> CardSource:
+    metadata = read_source_metadata(path) if _is_readable(path) else SourceMetadata()
+    return CardSource(model.id, model.id if model.on_hub else None, model.commit, kind=model.kind, metadata=metadata)
 
 
 def _evaluation(folder: Path) -> EvaluationRecord | None:

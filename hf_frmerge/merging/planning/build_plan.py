@@ -148,7 +148,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
         vocabulary = record_vocabulary(choice, rows, full_models(experts, base), args)
         notes += vocabulary_notes(vocabulary, choice)
     beside = look_beside(
-        [expert.source for expert in experts],
+        [part for expert in experts for part in expert.source.parts],
         base.source if base else None,
         makes_adapter=to_adapter,
         choice=choice,
@@ -168,7 +168,8 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
     _refuse_large_matrices(plan)
     account(plan)  # refuses what would be lost
     for model in plan.models:
-        model.weights.watch([file.name for file in (*beside.files, *beside.read) if file.source == model.source])
+        for source, checkpoint in model.recorded:
+            checkpoint.watch([file.name for file in (*beside.files, *beside.read) if file.source == source])
     return plan
 
 
@@ -176,8 +177,8 @@ def _refuse_number(experts: list[Expert], base: Expert | None, args: MergingArgu
     """Raise if there is one expert and nothing to do with it, or if the method joins another number of experts."""
     method, only = METHODS[args.method], experts[0]
     # One adapter can be folded into its base, or written anew.
-    is_adapter = only.source.kind == "adapter" or only.folded is not None
-    if len(experts) == 1 and not (is_adapter and (base is not None or args.adapter_output == "adapter")):
+    is_adapter = only.source.kind == "adapter" and (base is not None or args.adapter_output == "adapter")
+    if len(experts) == 1 and not (is_adapter or only.source.adapter is not None):
         expected = f"A merge needs at least two experts, got 1: {only.spec!r}"
         if only.checkpoint:
             raise ArgumentError(

@@ -69,6 +69,16 @@ class Expert:
         return self.adapter.checkpoint
 
     @property
+    def recorded(self) -> list[tuple[Source, Checkpoint]]:
+        """Its folder and that of an adapter on it, with the weights that lie there; a base is recorded by itself."""
+        if self.folded is None or self.checkpoint is None:
+            return [(self.source, self.weights)]
+        if self.source.adapter is None:
+            return [(self.source, self.folded.checkpoint)]
+        model, adapter = self.source.parts
+        return [(model, self.checkpoint), (adapter, self.folded.checkpoint)]
+
+    @property
     def opened(self) -> list[Checkpoint]:
         """All that is open: its weights, and the adapter they are read with."""
         return [self.weights, *([self.folded.checkpoint] if self.folded is not None else [])]
@@ -127,6 +137,11 @@ class MergePlan:
     def models(self) -> list[Expert]:
         """The experts, then the base if there is one."""
         return [*self.experts, *([self.base] if self.base else [])]
+
+    @property
+    def input_paths(self) -> list[str]:
+        """Folders of the models, and of the adapters on them."""
+        return [part.path for model in self.models for part in model.source.parts]
 
     @property
     def opened(self) -> list[Checkpoint]:

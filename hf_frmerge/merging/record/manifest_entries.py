@@ -43,16 +43,15 @@ class RecordedFile:
 
 
 @dataclass(frozen=True)
-class RecordedModel:
+class RecordedFolder:
     """
-    An expert or the base model.
+    A full model or an adapter that was read.
 
     Attributes:
         id: Hub id, or the name of a local folder; never a path.
         revision: what was asked for.
         commit: what it stood for on the Hub.
         files: what was read of it, by name.
-        weight: of an expert; `None` of the base model.
     """
 
     id: str
@@ -61,32 +60,70 @@ class RecordedModel:
     commit: str | None
     kind: Literal["full", "adapter"]
     files: dict[str, RecordedFile]
-    weight: float | None = None
-
-    @property
-    def pinned(self) -> str | None:
-        """Hub id at the recorded commit; `None` of a local model."""
-        return f"{self.id}@{self.commit}" if self.on_hub else None
 
     @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> RecordedModel:
+    def from_dict(cls, entry: dict[str, Any]) -> RecordedFolder:
         """Read it from JSON values."""
-        return cls(
+        return RecordedFolder(
             entry["id"],
             entry["on_hub"],
             entry["revision"],
             entry["commit"],
             entry["kind"],
             files_of(entry["files"]),
-            entry.get("weight"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        values = {**vars(self), "files": {name: file.to_dict() for name, file in self.files.items()}}
-        if self.weight is None:
-            del values["weight"]
-        return values
+        return {**vars(self), "files": {name: file.to_dict() for name, file in self.files.items()}}
+
+
+@dataclass(frozen=True)
+class RecordedModel(RecordedFolder):
+    """
+    An expert or the base model.
+
+    Attributes:
+        weight: of an expert; `None` of the base model.
+        adapter: of a full model that was read with an adapter on it (`base+adapter`): this adapter. All else is then
+            about the model.
+    """
+
+    weight: float | None = None
+    adapter: RecordedFolder | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it: its id, with that of an adapter on it."""
+        return "+".join(part.id for part in self.parts)
+
+    @property
+    def pinned(self) -> str | None:
+        """Hub id at the recorded commit, with that of an adapter on it; `None` if one of them is local."""
+        pinned = [f"{part.id}@{part.commit}" for part in self.parts if part.on_hub]
+        return "+".join(pinned) if len(pinned) == len(self.parts) else None
+
+    @property
+    def parts(self) -> tuple[RecordedFolder, ...]:
+        """The model and the adapter on it."""
+        return (self,) if self.adapter is None else (self, self.adapter)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> RecordedModel:
+        """Read it from JSON values."""
+        adapter = entry.get("adapter")
+        return cls(
+            **vars(RecordedFolder.from_dict(entry)),
+            weight=entry.get("weight"),
+            adapter=RecordedFolder.from_dict(adapter) if adapter is not None else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        values = super().to_dict()
+        if self.adapter is not None:
+            values["adapter"] = self.adapter.to_dict()
+        return {key: value for key, value in values.items() if value is not None or key not in ("weight", "adapter")}
 
 
 @dataclass(frozen=True)

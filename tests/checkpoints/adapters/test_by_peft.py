@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_frmerge.checkpoints.adapters.by_peft import fold_by_peft
 from hf_frmerge.checkpoints.adapters.config import FOLDED_BY_PEFT
@@ -24,7 +23,6 @@ from hf_frmerge.checkpoints.adapters.folded import folded_within
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint
-from hf_frmerge.errors import CheckpointError
 
 LLAMA = LlamaConfig(
     vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
