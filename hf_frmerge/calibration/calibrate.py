@@ -75,6 +75,12 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
             f"A calibrated merge runs its models, so they must be on this machine, but {some(remote)} is read from "
             "elsewhere. Leave out --stream-from-hub (stream_from_hub), or copy the files here."
         )
+    pairs = [one.spec for one in plan.models if one.source.adapter is not None]
+    if pairs:
+        raise ArgumentError(
+            f"A calibrated merge runs its models, and {some(pairs)} is two: a model and an adapter. Fold the adapter "
+            "in first (`frmerge merge ADAPTER --base-model BASE --output-dir folded`), and pass 'folded'."
+        )
     subtracted = [expert.spec for expert, weight in zip(plan.experts, plan.weights) if weight < 0]
     if subtracted:
         raise ArgumentError(

@@ -59,7 +59,7 @@ CALIBRATION = {
 OUTPUT = {
     "Output": ("output_dir", "dtype", "max_shard_size", "overwrite", "resume_from_checkpoint"),
     "What is accepted": ("strict", "allow_license"),
-    "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy"),
+    "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy", "adapter_rank_pattern"),
 }
 RUNNING = {
     "Running": ("memory_budget", "num_workers", "device"),

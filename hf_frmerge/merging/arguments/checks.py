@@ -109,7 +109,7 @@ def check_method(method: Method, block: str, density: float | None, epsilon: flo
         )
 
 
-def check_adapter_options(output: str, rank: int | None, energy: float | None) -> None:
+def check_adapter_options(output: str, rank: int | None, energy: float | None, pattern: str) -> None:
     """Check that the rank of a merged adapter is chosen once, and only if an adapter may be written."""
     if rank is not None and energy is not None:
         raise ArgumentError(
@@ -120,4 +120,9 @@ def check_adapter_options(output: str, rank: int | None, energy: float | None) -
         raise ArgumentError(
             "`adapter_rank` and `adapter_energy` shape a merged adapter, but `adapter_output='merged'` adds it to "
             "the base model: leave them out, or choose `adapter_output='adapter'`."
+        )
+    if output == "merged" and pattern != "auto":
+        raise ArgumentError(
+            "`adapter_rank_pattern` shapes a merged adapter, but `adapter_output='merged'` adds it to the base model: "
+            "leave it out, or choose `adapter_output='adapter'`."
         )

@@ -29,6 +29,7 @@ NORMS = ("mean", "median", "max")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 POST_STEPS = ("svc",)
 ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
+RANK_PATTERNS = ("auto", "uniform")
 LOG_LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -284,6 +285,14 @@ class MergingArguments:
             "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1]."
         ),
     )
+    adapter_rank_pattern: str = field(
+        default="auto",
+        metadata=described(
+            "Whether modules of the merged adapter have the ranks they need, or all the largest of these, filled up "
+            "with zeros, for runtimes that read one rank and one alpha.",
+            RANK_PATTERNS,
+        ),
+    )
 
     # 5. Running and reporting, as in `TrainingArguments`; one step is one tensor
     run_name: str | None = field(default=None, metadata=described("Name of this run in the reports."))
@@ -438,4 +447,4 @@ class MergingArguments:
         check_method(method, self.block, self.density, self.epsilon)
         if self.bf16_full_eval and self.fp16_full_eval:
             raise ArgumentError("`bf16_full_eval` and `fp16_full_eval` exclude each other: choose one.")
-        check_adapter_options(self.adapter_output, self.adapter_rank, self.adapter_energy)
+        check_adapter_options(self.adapter_output, self.adapter_rank, self.adapter_energy, self.adapter_rank_pattern)

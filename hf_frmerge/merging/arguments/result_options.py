@@ -46,6 +46,7 @@ RESULT_OPTIONS = (
     "adapter_output",
     "adapter_rank",
     "adapter_energy",
+    "adapter_rank_pattern",
 )
 
 # Without these the model might not be made, though they change no bit of it.

@@ -124,6 +124,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
     check_rules_match(rules, experts)
     base = experts.pop() if with_base else None
     _refuse_number(experts, base, args)
+    _refuse_measured_pairs(experts, args)
     args = with_model_numbers(args, [expert.source for expert in experts], base.source if base else None)
     table = read_coefficients(args.coefficients) if args.coefficients is not None else None
     to_adapter = makes_adapter(args, experts)
@@ -192,6 +193,17 @@ def _refuse_number(experts: list[Expert], base: Expert | None, args: MergingArgu
         raise ArgumentError(
             f"{method.name} joins exactly {method.n_experts} experts, got {len(experts)}. Use "
             f"method={method.extension!r}, its extension."
+        )
+
+
+def _refuse_measured_pairs(experts: list[Expert], args: MergingArguments) -> None:
+    """Raise if a model with an adapter on it is to be run: what loads models takes one folder each."""
+    pairs = [expert.spec for expert in experts if expert.source.adapter is not None]
+    if pairs and args.evaluate_experts and (args.do_eval or args.eval_on_start):
+        raise ArgumentError(
+            f"`evaluate_experts` runs the experts, and {some(pairs)} is two: a model and an adapter. Set "
+            "evaluate_experts=False, or fold the adapter in first (`frmerge merge ADAPTER --base-model BASE "
+            "--output-dir folded`), and pass 'folded'."
         )
 
 
