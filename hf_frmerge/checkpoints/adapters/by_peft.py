@@ -141,7 +141,7 @@ def fold_by_peft(adapter: Source, model: Checkpoint) -> FoldedAdapter:
     except NonFiniteError:
         raise
     except _ERRORS as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise CheckpointError(
             f"Adapter {adapter.spec!r} ({raw.get('peft_type')}): PEFT cannot fold it into {model.source.spec!r} layer "
             f"by layer ({reason}). {FOLD_BY_HAND}"

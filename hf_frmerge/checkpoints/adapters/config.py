@@ -12,7 +12,7 @@ from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped_pattern
-from hf_frmerge.errors import CheckpointError
+from hf_frmerge.errors import CheckpointError, some
 from hf_frmerge.kernels.interface import OVERFLOWS_AT
 
 CONFIG_NAME = "adapter_config.json"
@@ -23,6 +23,9 @@ FOLDED_BY_PEFT = frozenset(
     | {"LOHA", "LOKR", "MISS", "OFT", "PEANUT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING"}
     | {"TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
 )
+
+# Fields of a LoRA that change more of the layers than factors can; PEFT folds these, too.
+_BESIDE_FACTORS = ("bias", "lora_bias", "target_parameters", "trainable_token_indices")
 
 FOLD_BY_HAND = (
     "If PEFT can fold it into its base as a whole, do that once:\n"
@@ -105,10 +108,14 @@ class AdapterConfig:
         return default
 
 
-def is_folded_by_peft(folder: LocalFolder | RemoteFolder, spec: str) -> bool:
-    """Whether a folder holds an adapter of another kind than LoRA that PEFT folds into its base layer by layer."""
-    kind = read_json(folder, CONFIG_NAME, spec).get("peft_type")
-    return isinstance(kind, str) and kind in FOLDED_BY_PEFT
+def kind_folded_by_peft(folder: LocalFolder | RemoteFolder, spec: str) -> str | None:
+    """Return what to call an adapter that is no plain LoRA and that PEFT folds layer by layer; None of others."""
+    raw = read_json(folder, CONFIG_NAME, spec)
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        return kind if isinstance(kind, str) and kind in FOLDED_BY_PEFT else None
+    beside = [field for field in _BESIDE_FACTORS if raw.get(field) not in (None, False, [], {}, "none")]
+    return f"LORA with {some(beside)}" if beside else None
 
 
 def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> AdapterConfig:

@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME, kind_folded_by_peft
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.names.model_names import read_names
 from hf_frmerge.checkpoints.quantised.dequantise import dequantise
@@ -48,8 +49,8 @@ def open_models(sources: Sequence[Source], rules: TensorRules, with_base: bool) 
     for source in sources:
         if source.kind == "full":
             model = _open_full(source, notes)
-        elif _is_folded_by_peft(source):
-            model = _open_on_base(source, base, notes)
+        elif kind := _kind_folded_by_peft(source):
+            model = _open_on_base(source, base, kind, notes)
         else:
             from hf_frmerge.checkpoints.adapters.adapter import open_adapter
 
@@ -99,7 +100,7 @@ def _open_full(source: Source, notes: list[str]) -> Expert:
 
 def _fold(adapter: Source, checkpoint: Checkpoint) -> FoldedAdapter:
     """Let a full model be read with an adapter on it."""
-    if _is_folded_by_peft(adapter):
+    if _kind_folded_by_peft(adapter):
         from hf_frmerge.checkpoints.adapters.by_peft import fold_by_peft
 
         return fold_by_peft(adapter, checkpoint)
@@ -109,15 +110,13 @@ def _fold(adapter: Source, checkpoint: Checkpoint) -> FoldedAdapter:
     return fold(checkpoint, _matcher(checkpoint, into_adapter=False)(open_adapter(adapter)))
 
 
-def _open_on_base(source: Source, base: Source | None, notes: list[str]) -> Expert:
-    """Open an adapter that has no low-rank factors, as a full model."""
-    config = read_json(open_folder(source.path), "adapter_config.json", source.spec)
-    kind = config["peft_type"]
+def _open_on_base(source: Source, base: Source | None, kind: str, notes: list[str]) -> Expert:
+    """Open an adapter that is more than low-rank factors, as a full model."""
     if base is None or base.kind != "full":
+        named = read_json(open_folder(source.path), CONFIG_NAME, source.spec).get("base_model_name_or_path")
         raise ArgumentError(
-            f"{source.spec!r} is an adapter of kind {kind}, which has no low-rank factors and is folded into its "
-            "base: pass the model it was trained from as base_model (--base-model; its config names "
-            f"{config.get('base_model_name_or_path')!r})."
+            f"{source.spec!r} is an adapter of kind {kind}, which is more than low-rank factors and is folded into "
+            f"its base: pass the model it was trained from as base_model (--base-model; its config names {named!r})."
         )
     checkpoint = open_checkpoint(replace(base, spec=source.spec))
     dequantise(checkpoint)  # the base itself is noted
@@ -129,7 +128,5 @@ def _open_on_base(source: Source, base: Source | None, notes: list[str]) -> Expe
     return Expert(source, checkpoint, folded=_fold(source, checkpoint))
 
 
-def _is_folded_by_peft(source: Source) -> bool:
-    from hf_frmerge.checkpoints.adapters.config import is_folded_by_peft
-
-    return is_folded_by_peft(open_folder(source.path), source.spec)
+def _kind_folded_by_peft(source: Source) -> str | None:
+    return kind_folded_by_peft(open_folder(source.path), source.spec)

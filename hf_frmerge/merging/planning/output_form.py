@@ -26,8 +26,8 @@ def makes_adapter(args: MergingArguments, experts: Sequence[Expert]) -> bool:
             )
         if full:
             is_adapter = full[0].source.kind == "adapter"
-            what = "has no low-rank factors. Use adapter_output='merged'" if is_adapter else "is a full checkpoint"
-            raise ArgumentError(f"adapter_output='adapter' needs LoRA adapters only, but {full[0].spec!r} {what}.")
+            what = "more than low-rank factors. Use adapter_output='merged'" if is_adapter else "a full checkpoint"
+            raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0].spec!r} is {what}.")
         if args.take:
             raise ArgumentError(
                 "`take` copies tensors of full models, which no adapter can hold. Give the expert all of the weight "
