@@ -37,7 +37,8 @@ ROOMS = {
         ["names"],
         ["tensors"],
         ["vocabularies"],
-        ["adapters", "beside", "quantised"],
+        ["quantised"],
+        ["adapters", "beside"],
     ],
     "merging": [
         ["arguments"],

@@ -21,7 +21,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from hf_frmerge.checkpoints.hub.find import download_size
-from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all
+from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all, split_pair
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.errors import CheckpointError, HubError
 
@@ -171,12 +171,20 @@ def test_a_folder_too_high_names_the_models_below(tmp_path, model):
         assert ("and 1 more" in str(caught.value)) == (name == "run")
 
 
-def test_base_plus_adapter_is_told_how_to_write(tmp_path):
-    with pytest.raises(
-        CheckpointError,
-        match=r"of 'e1' with others of it, pass 'org/lora' as the expert and 'e1' as base_model \(--base-model\)",
-    ):
+def test_base_plus_adapter_is_told_how_to_become_one_model():
+    command = "frmerge merge org/lora --base-model e1 --output-dir folded"
+    with pytest.raises(CheckpointError, match=f"one expert, but nothing else does. Fold .*`{command}`"):
         resolve("e1+org/lora")
+
+
+def test_folders_with_a_plus_in_their_name_go_before_pairs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c++", "c++-lora", "a+b"):
+        (tmp_path / name).mkdir()
+    assert split_pair("a+b") is None
+    assert split_pair("c+++c++-lora") == ("c++", "c++-lora")
+    assert split_pair("org/c++org/lora") == ("org/c", "+org/lora")
+    assert split_pair("memory://a+b") is None and split_pair("a+") is None and split_pair("+b") is None
 
 
 def test_gguf_weights_are_refused_and_the_advice_works(tmp_path, monkeypatch):

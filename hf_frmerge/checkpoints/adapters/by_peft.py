@@ -141,10 +141,10 @@ def fold_by_peft(adapter: Source, model: Checkpoint) -> FoldedAdapter:
     except NonFiniteError:
         raise
     except _ERRORS as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        reason = f"{' '.join(str(error).split())[:400]} ({type(error).__name__})"
         raise CheckpointError(
             f"Adapter {adapter.spec!r} ({raw.get('peft_type')}): PEFT cannot fold it into {model.source.spec!r} layer "
-            f"by layer ({reason}). {FOLD_BY_HAND}"
+            f"by layer: {reason}. {FOLD_BY_HAND}"
         ) from error
     put_in_place(model, folded)
     model.largest_computed = max(each.info.numel for each in folded.values()) * _BYTES_AN_ELEMENT
