@@ -154,6 +154,30 @@ def test_a_model_with_an_adapter_is_one_expert(
     assert str(tmp_path) not in json.dumps(manifest)
 
 
+@pytest.mark.parametrize("method", ["karcher", "ties", "tsv_m"])
+def test_every_kind_of_method_sees_the_folded_model(base: str, other: str, method: str, tmp_path: Path) -> None:
+    """In float32 there is next to nothing to be rounded in between, so folding first gives the same."""
+    wide = str(tmp_path / "wide")
+    LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(wide)
+    adapter = save_adapter(wide, ADAPTERS["lora"], tmp_path / "lora")
+    merge(adapter, "--base-model", wide, "--output-dir", str(tmp_path / "folded"))
+    for expert, out in ((f"{wide}+{adapter}", "pair"), (str(tmp_path / "folded"), "first")):
+        merge(expert, other, "--base-model", wide, "--output-dir", str(tmp_path / out), method=method)
+    pair, first = (load_file(tmp_path / out / "model.safetensors") for out in ("pair", "first"))
+    for name, tensor in pair.items():
+        torch.testing.assert_close(tensor, first[name], rtol=1e-5, atol=1e-6)
+
+
+def test_two_adapters_on_one_base_are_two_models(base: str, tmp_path: Path) -> None:
+    one, two = (save_adapter(base, ADAPTERS["loha"], tmp_path / str(seed), seed) for seed in (1, 2))
+    for experts in ([one, two, "--base-model", base], [f"{base}+{one}", f"{base}+{two}"]):
+        result = click_runner().invoke(main, ["plan", *experts])
+        assert result.exit_code == 0, result.output
+        assert "is listed twice" not in result.output
+    again = click_runner().invoke(main, ["plan", f"{base}+{one}", f"{base}+{one}"])
+    assert "is listed twice" in " ".join(again.output.split())
+
+
 def test_a_pair_alone_is_folded(base: str, tmp_path: Path) -> None:
     adapter = save_adapter(base, ADAPTERS["lora"], tmp_path / "lora")
     out = str(tmp_path / "out")

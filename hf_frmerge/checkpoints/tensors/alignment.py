@@ -154,7 +154,7 @@ def _repeated(experts: Sequence[Checkpoint]) -> list[str]:
     notes = []
     for later, expert in enumerate(experts):
         for earlier in experts[:later]:
-            if expert.source.path == earlier.source.path:
+            if (expert.source.path, expert.source.adapter) == (earlier.source.path, earlier.source.adapter):
                 notes.append(f"{expert.source.spec!r} is listed twice; it counts with both its weights.")
                 break
     return notes

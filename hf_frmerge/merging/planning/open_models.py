@@ -118,7 +118,7 @@ def _open_on_base(source: Source, base: Source | None, kind: str, notes: list[st
             f"{source.spec!r} is an adapter of kind {kind}, which is more than low-rank factors and is folded into "
             f"its base: pass the model it was trained from as base_model (--base-model; its config names {named!r})."
         )
-    checkpoint = open_checkpoint(replace(base, spec=source.spec))
+    checkpoint = open_checkpoint(replace(base, spec=source.spec, adapter=source))
     dequantise(checkpoint)  # the base itself is noted
     refuse_quantised(checkpoint)
     notes.append(
