@@ -301,7 +301,12 @@ class FisherRaoMerger(CallbackHost):
 
         args = self.args
         self.callback_handler.model = load_merged(
-            args.output_dir, self.base_model, args.hub_token, dtype=args.eval_dtype, device_map=args.device_map
+            args.output_dir,
+            self.base_model,
+            args.hub_token,
+            dtype=args.eval_dtype,
+            device_map=args.device_map,
+            allow_pickle=args.allow_pickle,
         )
         return self.callback_handler.model
 

@@ -9,7 +9,7 @@ from shlex import quote
 
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.source import Source, check_name, convert_gguf, is_on_hub, kind_of
+from hf_frmerge.checkpoints.source import Source, check_name, convert_gguf, is_on_hub, source_of
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.visible import without_secrets
 
@@ -19,7 +19,14 @@ _LOCAL_URL = re.compile(r"(?:file|local)://(?=/)")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
-def resolve(spec: str, *, token: str | bool | None = None, download: bool = True, extra: Sequence[str] = ()) -> Source:
+def resolve(
+    spec: str,
+    *,
+    token: str | bool | None = None,
+    download: bool = True,
+    extra: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> Source:
     """
     Find the checkpoint a user means, downloading it from the Hub if need be.
 
@@ -33,24 +40,26 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
             `hub://org/name@commit`, to be read by ranges.
         extra (`Sequence[str]`, *optional*):
             Patterns of files to fetch from the Hub besides those a merge reads.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Take pickles for weights where there is nothing else.
 
     Returns:
         `Source`: Folder, kind, and for a Hub id the commit.
 
     Raises:
-        CheckpointError: If there is no such folder, or it holds no safetensors weights.
+        CheckpointError: If there is no such folder, or it holds no weights that may be read.
         HubError: If the Hub cannot be reached or refuses, or the disk is too small for a download.
     """
     spec = str(spec)
     local = _LOCAL_URL.sub("", spec)
     if "://" in local:
         shown = without_secrets(spec)
-        return Source(shown, kind_of(open_folder(local), shown), local)
+        return source_of(open_folder(local), shown, local, allow_pickle=allow_pickle)
     check_name(local)
     path = Path(local).expanduser()
     # A local folder goes before a Hub id of the same name, as in `from_pretrained`.
     if path.is_dir():
-        return Source(spec, kind_of(LocalFolder(str(path)), spec), str(path))
+        return source_of(LocalFolder(str(path)), spec, str(path), allow_pickle=allow_pickle)
     if path.suffix == ".gguf" and path.is_file():
         raise CheckpointError(f"{spec!r} is a GGUF file. {convert_gguf(path.name)}")
     if path.exists():
@@ -60,17 +69,23 @@ def resolve(spec: str, *, token: str | bool | None = None, download: bool = True
         raise CheckpointError(f"There is no folder {spec!r} (looked for {path.absolute()}).{_plus_hint(spec)}")
     from hf_frmerge.checkpoints.hub.find import fetch, find
 
-    source = find(spec, hub_id["repo"], hub_id["revision"], token, extra)
+    source = find(spec, hub_id["repo"], hub_id["revision"], token, extra, allow_pickle=allow_pickle)
     return fetch([source], token, extra)[0] if download else source
 
 
-def resolve_all(specs: Iterable[str], *, token: str | bool | None = None, download: bool = True) -> list[Source]:
+def resolve_all(
+    specs: Iterable[str],
+    *,
+    token: str | bool | None = None,
+    download: bool = True,
+    allow_pickle: bool = False,
+) -> list[Source]:
     """Resolve each spec, in order. A spec listed twice is looked up once; all are looked up before any download."""
     resolved: dict[str, Source] = {}
     sources = []
     for spec in specs:
         if spec not in resolved:
-            resolved[spec] = resolve(spec, token=token, download=False)
+            resolved[spec] = resolve(spec, token=token, download=False, allow_pickle=allow_pickle)
         sources.append(resolved[spec])
     return fetch_all(sources, token=token) if download else sources
 

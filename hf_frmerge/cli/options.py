@@ -17,7 +17,7 @@ from hf_frmerge.merging.arguments.config_file import read_config
 from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
-EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub")}
+EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub", "allow_pickle")}
 VOCABULARY = {"Tokens and settings": ("tokenizer_source", "pad_to_multiple_of", "settings_from")}
 MEAN = {
     "The mean": (

@@ -158,7 +158,7 @@ class MergeComparison:
 
         Adapters are merged into full models: what most methods make of them is no adapter.
         """
-        sources = resolve_all(self.experts, token=self.args.hub_token)
+        sources = resolve_all(self.experts, token=self.args.hub_token, allow_pickle=self.args.allow_pickle)
         adapters = [source for source in sources if source.kind == "adapter"]
         if adapters:
             self.args = replace(self.args, adapter_output="merged")
@@ -229,7 +229,7 @@ class MergeComparison:
         }
         args = self.args
         return Evaluator(
-            ModelSet(specs, roles, None, self.base_model, tokenizer, args.hub_token),
+            ModelSet(specs, roles, None, self.base_model, tokenizer, args.hub_token, args.allow_pickle),
             {split: {name: splits[split] for name, splits in drawn.items()} for split in SPLITS},
             SuiteOptions(
                 batch_size=args.per_device_eval_batch_size,

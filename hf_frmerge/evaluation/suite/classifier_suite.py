@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +100,11 @@ def evaluate_classifiers(
 
 def _find_models(models: ModelSet, options: SuiteOptions) -> tuple[ModelLoader, dict[str, Source | torch.nn.Module]]:
     """Resolve every model that is not in memory, and the base of adapters."""
+    find = partial(resolve, token=models.token, allow_pickle=models.allow_pickle)
     specs = {
-        name: spec if isinstance(spec, torch.nn.Module) else resolve(str(spec), token=models.token)
-        for name, spec in models.specs.items()
+        name: spec if isinstance(spec, torch.nn.Module) else find(str(spec)) for name, spec in models.specs.items()
     }
-    base = resolve(str(models.base_model), token=models.token) if models.base_model is not None else None
+    base = find(str(models.base_model)) if models.base_model is not None else None
     return ModelLoader(base, options.dtype, options.device_map), specs
 
 

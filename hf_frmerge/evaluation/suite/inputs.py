@@ -83,7 +83,7 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
         if isinstance(spec, torch.nn.Module):
             live[name] = spec
         else:
-            sources[name] = resolve(str(spec), token=models.token)
+            sources[name] = resolve(str(spec), token=models.token, allow_pickle=models.allow_pickle)
     base = _find_base(models, sources)
     for source in dict.fromkeys([*([base] if base else []), *sources.values()]):
         _refuse_wrapped(source)
@@ -110,7 +110,7 @@ def _find_base(models: ModelSet, sources: Mapping[str, Source]) -> Source | None
     """Return the base of adapters: `base_model` if set, else the model whose role is base."""
     base = next((source for name, source in sources.items() if models.roles[name] == "base"), None)
     if models.base_model is not None:
-        base = resolve(str(models.base_model), token=models.token)
+        base = resolve(str(models.base_model), token=models.token, allow_pickle=models.allow_pickle)
     for other in sources.values():
         if other.kind == "adapter" and base is None:
             raise ArgumentError(f"{other.spec!r} is an adapter: pass the model it was trained from as base_model.")

@@ -32,6 +32,7 @@ class ModelSet:
         base_model: base of adapters; by default the model whose role is `"base"`.
         processing_class: tokenizer; by default that of the base, else of the first checkpoint with one.
         token: token for the Hub.
+        allow_pickle: whether weights may be pickles, which transformers and PEFT load with `weights_only=True`.
     """
 
     specs: Mapping[str, str | Path | torch.nn.Module]
@@ -40,6 +41,7 @@ class ModelSet:
     base_model: str | Path | None = None
     processing_class: PreTrainedTokenizerBase | None = None
     token: str | None = None
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)

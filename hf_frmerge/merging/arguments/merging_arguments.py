@@ -243,6 +243,13 @@ class MergingArguments:
     resume_from_checkpoint: bool = field(
         default=False, metadata=described("Continue a merge that was interrupted in the same output folder.")
     )
+    allow_pickle: bool = field(
+        default=False,
+        metadata=described(
+            "Take weights that are pickles (pytorch_model.bin, adapter_model.bin) where a model has no others. They "
+            "are read as torch.load(weights_only=True) finds them: code that a pickle names is not run."
+        ),
+    )
     allow_license: str | None = field(
         default=None,
         metadata=described(

@@ -76,7 +76,8 @@ def build_plan(
         raise ArgumentError("A merge needs at least two experts, got 0. Name two or more models.")
     alphas = validate_weights(weights, len(experts), args.method)
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
-    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
+    specs = [*experts, *([base_model] if base_model else [])]
+    sources = resolve_all(specs, token=args.hub_token, download=False, allow_pickle=args.allow_pickle)
     plan = _plan(sources, args, alphas, base_model is not None)
     plan.notes += _weights_note(weights, alphas, args.scale)
     try:

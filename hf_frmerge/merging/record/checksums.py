@@ -18,7 +18,6 @@ from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.disk import disk_errors
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE
 from hf_frmerge.merging.record.manifest_entries import RecordedFile
 
 if TYPE_CHECKING:
@@ -62,7 +61,9 @@ def input_files(model: Expert, carried: Sequence[CarriedFile]) -> dict[str, Reco
     """
     folder = open_folder(model.source.path)
     names = [*model.weights.files]
-    names += [name for name in (INDEX_FILE, CONFIG_FILE, "adapter_config.json") if folder.exists(name)]
+    names += [
+        name for name in (model.source.weight_files.index, CONFIG_FILE, "adapter_config.json") if folder.exists(name)
+    ]
     names += [file.name for file in carried if file.source == model.source]
     return {name: _input_entry(folder, name) for name in dict.fromkeys(names)}
 
