@@ -182,7 +182,10 @@ def _keys(inputs: Inputs, options: Sequence[str | int]) -> dict[str, str]:
         "versions": [torch.__version__, transformers.__version__],
         "options": list(options),
         "texts": [
-            [tokens_identity(numbers) for numbers in (text.tokens, text.labels, torch.tensor(text.bounds))]
+            [
+                tokens_identity(numbers)
+                for numbers in (text.tokens, text.labels, torch.tensor(text.bounds), *text.sources)
+            ]
             for text in inputs.texts.values()
         ],
     }

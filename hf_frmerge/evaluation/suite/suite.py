@@ -113,7 +113,8 @@ class _Suite:
     def _measure(self, name: str, model: torch.nn.Module, others: Sequence[str], missing: Sequence[str]) -> None:
         """Run a model, and write the results under the missing keys."""
         store, key = self.store, self.store.key(name)
-        causal, is_new = predicts_next_token(model), key in missing
+        has_pairs = any(text.sources for text in self.inputs.texts.values())
+        causal, is_new = predicts_next_token(model) or has_pairs, key in missing
         store.begin(missing)
         statistics = measure_model(
             model,
@@ -143,9 +144,13 @@ class _Suite:
         store.publish(missing)
 
     def _generate(self, name: str, model: torch.nn.Module) -> list[Generation]:
-        """Continue `n_prompts` prompts of every text, which begin at equal distances, the first at its start."""
+        """
+        Continue `n_prompts` prompts of every text, which begin at equal distances, the first at its start.
+
+        Encoder-decoders are not asked to: what they write belongs to their task, and is no continuation.
+        """
         n_prompts, texts = self.options.n_prompts, self.inputs.texts
-        if n_prompts == 0:
+        if n_prompts == 0 or any(text.sources for text in texts.values()):
             return []
         # Prompts of one length form a batch without padding, which could change what a model generates.
         shortest = min(min(len(blocks.tokens), blocks.block_size // 2) for blocks in texts.values())

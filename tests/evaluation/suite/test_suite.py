@@ -20,7 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
-    T5ForConditionalGeneration,
+    T5Model,
     ViTConfig,
     ViTModel,
 )
@@ -349,11 +349,12 @@ def test_refuses_what_it_cannot_measure(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="different sizes"):
         run(folder, tmp_path, specs=specs(folder) | {"code": tmp_path / "larger"}, on_model=ran.append)
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
-    T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1)).save_pretrained(
-        tmp_path / "t5"
-    )
+    T5Model(T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1)).save_pretrained(tmp_path / "t5")
     ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
-    for kind, sentence in (("t5", "'code' .t5. is an encoder-decoder"), ("vit", "'code' .vit. is no model of text")):
+    for kind, sentence in (
+        ("t5", "'code' .t5. is an encoder-decoder without a head"),
+        ("vit", "'code' .vit. is no model of text"),
+    ):
         with pytest.raises(ArgumentError, match=sentence):
             run(folder, tmp_path, specs=specs(folder) | {"code": tmp_path / kind}, on_model=ran.append)
     assert ran == []
