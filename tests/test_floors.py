@@ -36,6 +36,7 @@ ROOMS = {
         ["resolve"],
         ["names"],
         ["tensors"],
+        ["alignment"],
         ["vocabularies"],
         ["adapters", "beside", "quantised"],
     ],

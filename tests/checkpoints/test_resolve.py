@@ -486,7 +486,7 @@ def test_local_folders_need_no_hub_client(model):
     program = (
         "import sys; from hf_frmerge.checkpoints.tensors.reader import open_checkpoint; "
         "from hf_frmerge.checkpoints.resolve import resolve; "
-        "from hf_frmerge.checkpoints.tensors.alignment import align; "
+        "from hf_frmerge.checkpoints.alignment.align import align; "
         "from hf_frmerge.checkpoints.beside import donor; from hf_frmerge.checkpoints.tensors import writer; "
         "c = open_checkpoint(resolve(sys.argv[1])); align([c, c]); c.read('model.norm.weight'); "
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'fsspec', 'safetensors'}; "

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.adapters.base import base_notes
-from hf_frmerge.checkpoints.model_structure import may_be_tied
-from hf_frmerge.checkpoints.tensors.alignment import AlignedTensor, Alignment, align
+from hf_frmerge.checkpoints.alignment.align import AlignedTensor, Alignment, align
+from hf_frmerge.checkpoints.model_structure import may_be_tied, untying
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.quantised import SECTIONS
 from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, some
@@ -63,9 +63,16 @@ def full_model_steps(
     refuse_taken_rows(taken, aligned.token_rows)
     reasons = reasons_of(rules, list(models.values()), {tensor.name for tensor in taken})
     donor = base or next(expert for expert in experts if expert.checkpoint)
+    if not donor.weights.config():
+        raise CheckpointError(
+            f"{donor.spec!r} has an empty config.json ({{}}), so what is made from it could not be loaded. Put the "
+            "one of its model class there."
+        )
     lacking = [name for name in donor.weights.tensors if name in reasons]
     notes += [left_out_note(lacking)] if lacking else []
     config_changes: dict[str, Any] = head.config | config_for_taken(donor, taken, models)
+    if aligned.unties:
+        config_changes |= untying(donor.weights.config())
     if donor.weights.quantisation:
         config_changes |= dict.fromkeys(SECTIONS)
     tensors = [*_tensors_of_experts(aligned, experts, head), *taken]

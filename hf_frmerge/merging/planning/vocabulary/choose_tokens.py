@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_128
 
+from hf_frmerge.checkpoints.alignment.token_rows import TokenRows, TokenTable
 from hf_frmerge.checkpoints.beside.disagreements import VOCABULARIES
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.checkpoints.tensors.small_files import read_file
-from hf_frmerge.checkpoints.tensors.token_rows import TokenRows, TokenTable
 from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import (
     TokenizerFile,
@@ -26,8 +26,8 @@ from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.planning.vocabulary.record import ModelTokens, VocabularyRecord
 
 if TYPE_CHECKING:
+    from hf_frmerge.checkpoints.alignment.align import AlignedTensor
     from hf_frmerge.checkpoints.resolve import Source
-    from hf_frmerge.checkpoints.tensors.alignment import AlignedTensor
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.merging.planning.plan import Expert
 
