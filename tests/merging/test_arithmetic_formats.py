@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click_runner import click_runner
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +26,10 @@ from transformers import (
 from hf_frmerge.checkpoints.quantised.dequantise import dequantise
 from hf_frmerge.checkpoints.resolve import Source
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
-from hf_frmerge.errors import CheckpointError
+from hf_frmerge.cli.main import main
+from hf_frmerge.errors import ArgumentError, CheckpointError
+from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
+from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.engine import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
@@ -76,9 +82,11 @@ def gptq(weight: torch.Tensor, bits: int, version: str, *, act_order: bool) -> t
     return tensors, stands_for
 
 
-def save_gptq(folder: Path, bits: int = 4, version: str = "gptq", *, act_order: bool = False) -> Tensors:
+def save_gptq(
+    folder: Path, bits: int = 4, version: str = "gptq", *, act_order: bool = False, seed: int = 1
+) -> Tensors:
     """Save a model with its layers quantised; return the weights it stands for, in float64."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     LlamaForCausalLM(LLAMA).half().save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
     stands_for = {name: tensor.double() for name, tensor in stored.items()}
@@ -216,3 +224,32 @@ def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(merged[name], tensor) for name, tensor in wanted.items())
     assert plan.layout is not None and verify(str(tmp_path / "out")).ok
+
+
+def test_streamed_from_the_hub(tmp_path: Path, hub: HubServer) -> None:
+    for seed, name in enumerate(("a", "b")):
+        save_gptq(tmp_path / name, seed=seed)
+        hub.add_repo(f"lab/{name}", {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "local")
+    plan = build_plan(["lab/a", "lab/b"], MergingArguments(str(tmp_path / "out"), stream_from_hub=True))
+    assert all(model.source.path.startswith("hub://") for model in plan.models)
+    run_merge(plan, StepObserver(), Processes())
+    expected, actual = (load_file(tmp_path / folder / "model.safetensors") for folder in ("local", "out"))
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.skipif(find_spec("gptqmodel") is not None, reason="transformers can load them")
+def test_evaluation_of_what_transformers_cannot_load_is_refused(tmp_path: Path) -> None:
+    save_gptq(tmp_path / "a")
+    models = ModelSet({"a": str(tmp_path / "a")}, {"a": "expert"})
+    rows = {"text": [{"input_ids": list(range(40))}]}
+    loaded: list[str] = []
+    run = RunSettings(cache_dir=tmp_path / "cache", on_model=loaded.append)
+    with pytest.raises(ArgumentError, match="is quantised, and transformers cannot load it here") as caught:
+        evaluate_suite(models, rows, SuiteOptions(), run)
+    assert loaded == []
+    advice = str(caught.value).split("`frmerge ")[1].split("`")[0].replace("MODEL", str(tmp_path / "a"))
+    command = advice.replace("PLAIN", str(tmp_path / "plain"))
+    assert click_runner().invoke(main, command.split()).exit_code == 0
+    plain = ModelSet({"a": str(tmp_path / "plain")}, {"a": "expert"})
+    assert evaluate_suite(plain, rows, SuiteOptions(), run).scores

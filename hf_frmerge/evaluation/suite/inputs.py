@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint, some
@@ -91,6 +92,8 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
     wholes = [_config(live.get(name), sources.get(name), base) for name in in_order]
     for name, whole in zip(in_order, wholes):
         _refuse_without_measures(name, whole)
+        if name in sources:
+            _refuse_unloadable(sources[name], whole)
     configs = [whole.get_text_config() for whole in wholes]
     vocab_size = _common_vocabulary(dict(zip(in_order, configs)))
     _refuse_other_tokens(sources)
@@ -189,6 +192,21 @@ def _refuse_without_measures(name: str, config: Any) -> None:
             "classifiers of text can be evaluated. Measure this one with the script it was trained with; the merge "
             "itself is not affected."
         )
+
+
+def _refuse_unloadable(source: Source, config: Any) -> None:
+    """Raise for a quantised model that transformers cannot load here, before anything is loaded."""
+    section = getattr(config, "quantization_config", None)
+    if section is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(section, pre_quantized=True).validate_environment(device_map=None)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ArgumentError(
+            f"{source.spec!r} is quantised, and transformers cannot load it here: {str(error).partition(chr(10))[0]} "
+            "Where a merge can read it, write out what its codes stand for, and measure that: `frmerge merge MODEL "
+            "MODEL --method linear --output-dir PLAIN`."
+        ) from error
 
 
 def _unmeasured(config: Any) -> str | None:
