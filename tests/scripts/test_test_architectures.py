@@ -15,6 +15,7 @@ SAMPLE = (
     "LlavaForConditionalGeneration",
     "MixtralForCausalLM",
     "T5ForConditionalGeneration",
+    "T5Gemma2ForTokenClassification",  # ties two tensors of one name, and stores one of them
     "ViTForImageClassification",
     "WhisperForConditionalGeneration",
 )

@@ -91,7 +91,11 @@ def _tied_by_the_class(first: Checkpoint, in_all: set[str]) -> Iterator[tuple[st
     for key, source in tied.items():
         names = [info.name for info in outside if leaf(info.name) == leaf(key)]
         targets = [info.name for info in outside if leaf(info.name) == leaf(source)]
-        if len(names) == len(targets) == 1 and first.tensors[names[0]].shape == first.tensors[targets[0]].shape:
+        if (
+            len(names) == len(targets) == 1
+            and names != targets
+            and first.tensors[names[0]].shape == first.tensors[targets[0]].shape
+        ):
             yield names[0], targets[0]
 
 
