@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decided
+    from hf_frmerge.merging.engine.gather import Gather
     from hf_frmerge.merging.engine.journal import Journal, NoJournal
     from hf_frmerge.merging.engine.output import TensorOutput
-    from hf_frmerge.merging.engine.rules import Gather, Rule
+    from hf_frmerge.merging.engine.rules import Rule
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 

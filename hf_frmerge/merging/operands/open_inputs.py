@@ -15,12 +15,12 @@ from hf_frmerge.merging.operands.dense_tensors import (
     ZeroTensor,
 )
 from hf_frmerge.merging.operands.low_rank_deltas import LowRankDeltas
-from hf_frmerge.merging.operands.row_mapped import RowFill, RowMappedTensor, StoredRows
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.operands.factor_inputs import FactorInputs
+    from hf_frmerge.merging.operands.row_mapped import RowFill, StoredRows
     from hf_frmerge.merging.planning.corrections import Corrections
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
@@ -92,6 +92,9 @@ def _stored(checkpoint: Checkpoint, step: TensorStep, plan: MergePlan) -> DenseT
     rows = _stored_rows(checkpoint, step)
     if rows is None:
         return tensor
+    # Imported on use, here and below: most merges have all rows in their order.
+    from hf_frmerge.merging.operands.row_mapped import RowMappedTensor
+
     if (rows.rows >= 0).all():
         return RowMappedTensor(rows)
     is_wide = any(m.checkpoint and m.checkpoint.tensors[step.name].dtype == "F64" for m in plan.models)
@@ -102,11 +105,15 @@ def _stored_rows(checkpoint: Checkpoint, step: TensorStep) -> StoredRows | None:
     rows = checkpoint.row_maps.get(step.name)
     if rows is None:
         return None
+    from hf_frmerge.merging.operands.row_mapped import StoredRows
+
     return StoredRows(StoredTensor(checkpoint, checkpoint.tensors[step.name]), rows, step.numel // len(rows))
 
 
 def _row_fill(plan: MergePlan, step: TensorStep) -> RowFill:
     """Return the rows of tokens that some models lack."""
+    from hf_frmerge.merging.operands.row_mapped import RowFill
+
     weights = step.weights or plan.weights
     experts = [
         (weight, rows)

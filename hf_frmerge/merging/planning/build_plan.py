@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
 from hf_frmerge.checkpoints.names.model_names import read_names
-from hf_frmerge.checkpoints.quantised.dequantise import dequantise
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
-from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
+from hf_frmerge.checkpoints.tensors.quantised import is_quantised, refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint, some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.tensor_rules import TensorRules, with_numbers
@@ -118,7 +117,7 @@ def is_downloaded(source: Source, args: MergingArguments) -> bool:
 def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float], with_base: bool) -> MergePlan:
     rules = TensorRules.parse(args.leave_out, args.take)
     experts = [_open(source, rules) for source in sources]
-    notes_of_codes = [note for each in experts if each.checkpoint for note in dequantise(each.checkpoint)]
+    notes_of_codes = _dequantise(experts)
     check_rules_match(rules, experts)
     base = experts.pop() if with_base else None
     _refuse_number(experts, base, args)
@@ -212,6 +211,16 @@ def _open(source: Source, rules: TensorRules) -> Expert:
 
         return Expert(source, adapter=without_ruled(open_adapter(source), rules))
     return Expert(source, checkpoint=open_checkpoint(source))
+
+
+def _dequantise(models: list[Expert]) -> list[str]:
+    """Let models of codes be read as numbers; return notes on it."""
+    quantised = [model.checkpoint for model in models if model.checkpoint and is_quantised(model.checkpoint)]
+    if not quantised:
+        return []
+    from hf_frmerge.checkpoints.quantised.dequantise import dequantise  # on use: most models are plain numbers
+
+    return [note for checkpoint in quantised for note in dequantise(checkpoint)]
 
 
 def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool, rules: TensorRules) -> list[Expert]:

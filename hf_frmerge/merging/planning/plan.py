@@ -12,7 +12,6 @@ from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.methods.post_steps import SingularValueCalibration
 from hf_frmerge.methods.span import SpanOptions
-from hf_frmerge.methods.sparse.rules import SparseOptions
 from hf_frmerge.methods.spectral import SpectralOptions, memory_bytes
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.visible import without_secrets
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.corrections import CalibrationRecord, Corrections
     from hf_frmerge.merging.planning.tensor_step import TensorStep
     from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
+    from hf_frmerge.methods.sparse.rules import SparseOptions
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ class MergePlan:
 
     def sparse_options(self, weights: tuple[float, ...]) -> SparseOptions:
         """Options of a sparse method, for a group with these weights."""
+        from hf_frmerge.methods.sparse.rules import SparseOptions  # on use: other methods have no use for the rules
+
         args = self.args
         return SparseOptions(
             weights,

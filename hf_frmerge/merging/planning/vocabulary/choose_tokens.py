@@ -21,7 +21,6 @@ from hf_frmerge.checkpoints.vocabularies.tokenizer_file import (
     check_same_spelling,
     read_tokenizer,
 )
-from hf_frmerge.checkpoints.vocabularies.union import union_ids, union_json
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.planning.vocabulary.record import ModelTokens, VocabularyRecord
 
@@ -103,6 +102,8 @@ def choose_tokens(args: MergingArguments, experts: Sequence[Expert], base: Exper
         check_same_spelling(holder, tokenizer)
     output, joined = dict(holder.ids), None
     if source == UNION:
+        from hf_frmerge.checkpoints.vocabularies.union import union_ids, union_json  # on use: few merges join tokens
+
         output = union_ids(first, others)
         joined = union_json(first, others, output) if len(output) > len(first.ids) else None
     return TokenChoice(holder.source, settings or holder.source, tokenizers, output, joined, is_aligned=True)
