@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.evaluation.record import EvaluationRecord
     from hf_frmerge.merging.callbacks.callback import MergeCallback
+    from hf_frmerge.merging.record.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class FisherRaoMerger(CallbackHost):
         self.eval_dataset, self.calibration_dataset = eval_dataset, calibration_dataset
         self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
         self.report: dict[str, Any] = {}  # totals of the merge
+        self.manifest: Manifest | None = None  # its record, in the main process
 
     @property
     def is_merged(self) -> bool:
@@ -161,7 +163,7 @@ class FisherRaoMerger(CallbackHost):
         if any(self.processes.gather([self.control.should_evaluate])):
             self.evaluate()
             if self.processes.is_main:
-                self._describe()  # now with what was measured
+                self._describe(manifest=self.manifest)  # now with what was measured
         if self.args.push_to_hub:
             self.push_to_hub()
         return self
@@ -326,6 +328,7 @@ class FisherRaoMerger(CallbackHost):
 
     def _begin(self, plan: MergePlan) -> None:
         """Reset what an earlier merge left, and fire `on_merge_begin`."""
+        self.manifest = None
         self.report, self.weights = {}, plan.weights if isinstance(self.weights, str) else self.weights
         self.__dict__.pop("model", None)
         self.__dict__.pop("evaluation", None)
@@ -333,13 +336,14 @@ class FisherRaoMerger(CallbackHost):
         self.state.start(plan)
         self._fire("on_merge_begin")
 
-    def _complete_folder(self) -> None:
+    def _complete_folder(self, manifest: Manifest) -> None:
         """Write what comes beside model and record, and upload it all where the output is behind a URL."""
+        self.manifest = manifest
         if "evaluation" in self.__dict__ and self.evaluation.models:
             from hf_frmerge.evaluation.record import save_record
 
             save_record(self.args.output_dir, self.evaluation)
-        self._describe()
+        self._describe(manifest=manifest)
         upload(self.args.output_dir)
 
     def _describe(self, **card_fields: Any) -> Path:

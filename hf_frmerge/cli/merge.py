@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -60,7 +59,8 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
     from hf_frmerge.cli.render.merges import print_merge
     from hf_frmerge.merging.record.manifest import read_manifest
 
-    print_merge(merger.report, read_manifest(Path(args.output_dir)), args.output_dir)
+    # A process that did not write the record, of several, reads it.
+    print_merge(merger.report, merger.manifest or read_manifest(args.output_dir), args.output_dir)
 
 
 COMMANDS = {"merge": merge}

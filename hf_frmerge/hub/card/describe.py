@@ -38,7 +38,11 @@ FIGURES_FOLDER = "figures"
 
 
 def describe_merge(
-    output_dir: Path | str, *, draw: Callable[[Path, Path], Mapping[str, Path]] | None = None, **card_fields: Any
+    output_dir: Path | str,
+    manifest: Manifest | None = None,
+    *,
+    draw: Callable[[Path, Path], Mapping[str, Path]] | None = None,
+    **card_fields: Any,
 ) -> Path:
     """
     Write the model card of the merge in a folder, with its figures.
@@ -46,6 +50,8 @@ def describe_merge(
     Args:
         output_dir (`Path` or `str`):
             Folder a merge wrote.
+        manifest (`Manifest`, *optional*):
+            Its record, if it is at hand; by default it is read.
         draw (`Callable`, *optional*):
             Function that saves the figures of one folder into another and returns their files by name, such as
             `report.figures.save_figures`. The default is a card without figures.
@@ -64,16 +70,18 @@ def describe_merge(
     for name in FIGURES.keys() - figures.keys():  # left over from an earlier card, and would be pushed
         remove_file(figures_folder / f"{name}.png")
     relative_paths = {name: file.relative_to(folder).as_posix() for name, file in figures.items()}
-    return write_card(card_of_folder(folder, figures=relative_paths, **card_fields), folder)
+    return write_card(card_of_folder(folder, manifest, figures=relative_paths, **card_fields), folder)
 
 
-def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
+def card_of_folder(output_dir: Path | str, manifest: Manifest | None = None, **card_fields: Any) -> MergeCard:
     """
     Collect the contents of a model card from the manifest and the evaluation record of a folder.
 
     Args:
         output_dir (`Path` or `str`):
             Folder a merge wrote.
+        manifest (`Manifest`, *optional*):
+            Its record, if it is at hand; by default it is read.
         card_fields:
             Fields of `MergeCard` to override, such as `hub_model_id`, `model_name` or `licence`.
 
@@ -84,7 +92,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         CheckpointError: If the folder holds no finished merge.
     """
     folder = Path(output_dir)
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     arguments = manifest.arguments
     hub_model_id = card_fields.get("hub_model_id")
     name = hub_model_id.rpartition("/")[2] if hub_model_id else folder.resolve().name

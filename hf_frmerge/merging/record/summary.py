@@ -149,14 +149,6 @@ class MergeReport:
         return values
 
 
-@dataclass(frozen=True)
-class MergeOutcome:
-    """A merge that ended; whether its output is complete: an observer may have stopped it before."""
-
-    complete: bool
-    report: MergeReport
-
-
 def make_report(
     plan: MergePlan, outcomes: Sequence[StepOutcome], kernels: str, seconds: float, notes: Sequence[str]
 ) -> MergeReport:

@@ -67,15 +67,15 @@ def write_manifest(
     report: MergeReport,
     n_processes: int,
     small_files: dict[str, Path],
-) -> None:
+) -> Manifest:
     """
-    Write `merge_manifest.json`.
+    Write `merge_manifest.json`; return what `read_manifest` would read there.
 
     Args:
         report: Totals of the merge.
         small_files: Name of every file but the shards of a full model -> where it lies now.
     """
-    arguments = plan.args.to_dict()
+    arguments = json.loads(json.dumps(plan.args.to_dict()))  # as they are read: with lists in the place of tuples
     arguments.pop("output_dir")
     if plan.coefficients is not None:
         arguments["coefficients"] = COEFFICIENTS_FILE  # the table that was given is in the record itself
@@ -107,6 +107,7 @@ def write_manifest(
     paths = [m.source.path if "://" in m.source.path else str(Path(m.source.path).resolve()) for m in plan.models]
     marks = [modification_marks(path, model.files) for path, model in zip(paths, manifest.models)]
     write_file(output_dir / LOCAL_SOURCES_FILE, json.dumps({"models": paths, "marks": marks}) + "\n")
+    return manifest
 
 
 def record_checksums(output_dir: Path, known: Mapping[str, str] | None = None) -> list[str]:
