@@ -156,6 +156,9 @@ class FisherRaoMerger(CallbackHost):
                 calibrate = prepare(plan, self.calibration_dataset, self.processing_class)
             observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
             outcome = run_merge(plan, observer, self.processes, self._complete_folder, calibrate)
+        for note in outcome.report.notes:
+            if note not in plan.notes:  # known only now
+                logger.warning("%s", note)
         self.control = observer.control
         self.report = {**outcome.report.to_dict(), "complete": outcome.complete}
         self._end(self.report)

@@ -57,7 +57,7 @@ CALIBRATION = {
     )
 }
 OUTPUT = {
-    "Output": ("output_dir", "dtype", "max_shard_size", "overwrite", "resume_from_checkpoint"),
+    "Output": ("output_dir", "dtype", "on_overflow", "max_shard_size", "overwrite", "resume_from_checkpoint"),
     "What is accepted": ("strict", "allow_license"),
     "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy"),
 }

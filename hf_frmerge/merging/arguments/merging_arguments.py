@@ -238,6 +238,14 @@ class MergingArguments:
             "Dtype of the merged tensors. auto: that of the base model, without one that of the first expert.", DTYPES
         ),
     )
+    on_overflow: str = field(
+        default="raise",
+        metadata=described(
+            "What to do with merged values that are beyond what the dtype of a full model holds: refuse the merge, or "
+            "write the largest number of the dtype.",
+            ("raise", "saturate"),
+        ),
+    )
     max_shard_size: str = field(default="50GB", metadata=described("Largest size of one output file, such as 5GB."))
     overwrite: bool = field(default=False, metadata=described("Write into an output folder that is not empty."))
     resume_from_checkpoint: bool = field(

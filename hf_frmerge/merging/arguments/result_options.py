@@ -42,6 +42,7 @@ RESULT_OPTIONS = (
     "calibration_form",
     "calibration_rank",
     "dtype",
+    "on_overflow",
     "max_shard_size",
     "adapter_output",
     "adapter_rank",

@@ -103,7 +103,12 @@ class Journal:
         self._append({"kind": "decided", "groups": groups})
 
     def record_written(
-        self, tensor: str, output: str, inputs: dict[str, str] | None, details: FactorDetails | None
+        self,
+        tensor: str,
+        output: str,
+        inputs: dict[str, str] | None,
+        details: FactorDetails | None,
+        n_saturated: int,
     ) -> None:
         """
         Record a tensor that is completely in its file.
@@ -113,8 +118,11 @@ class Journal:
             output: Digest of what was written.
             inputs: Digests of what it was made from, where no decision holds them: of a copy, say.
             details: How its factors were written, of a module of an adapter.
+            n_saturated: How many values became the largest number of its dtype.
         """
-        record = {"kind": "written", "tensor": tensor, "output": output, "inputs": inputs}
+        record: dict[str, Any] = {"kind": "written", "tensor": tensor, "output": output, "inputs": inputs}
+        if n_saturated:
+            record["saturated"] = n_saturated
         self._append({**record, "details": vars(details) if details is not None else None})
 
     def close(self) -> None:
@@ -174,7 +182,12 @@ class NoJournal:
         """Do nothing."""
 
     def record_written(
-        self, tensor: str, output: str, inputs: dict[str, str] | None, details: FactorDetails | None
+        self,
+        tensor: str,
+        output: str,
+        inputs: dict[str, str] | None,
+        details: FactorDetails | None,
+        n_saturated: int,
     ) -> None:
         """Do nothing."""
 

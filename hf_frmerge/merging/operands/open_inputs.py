@@ -48,7 +48,8 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
         # A head that only the adapters have is copied from the first of them.
         is_stored = step.name in donor.checkpoint.tensors
         only = _stored(donor.checkpoint, step, plan) if is_stored else _first_dense(plan, step)
-        return TensorInputs(step.name, 1, 1, None, {0: only}, LowRankDeltas({}, 1), {0: labels[step.donor]})
+        operands = step.name, 1, 1, None, {0: only}, LowRankDeltas({}, 1), {0: labels[step.donor]}
+        return TensorInputs(*operands, saturates=plan.args.on_overflow == "saturate")
     # In weight space full experts do not need the base. Adapters do: their weights are base plus delta.
     base: DenseTensor | None = None
     if plan.base is not None and (plan.space == "deltas" or any(expert.adapter for expert in plan.experts)):
@@ -66,8 +67,21 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
     factored = base is not None and not dense and step.n_blocks == 1
     correction = _correction(plan.corrections, step) if plan.corrections is not None else None
     row_len = step.shape[-1] if len(step.shape) > 1 and step.shape[-1] > 1 else max(step.numel, 1)
-    operands = step.name, step.cols, len(plan.experts), base, dense, LowRankDeltas(low_rank, step.cols), labels
-    return TensorInputs(*operands, plan.space, factored, row_len, correction, plan.post_step(step))
+    return TensorInputs(
+        step.name,
+        step.cols,
+        len(plan.experts),
+        base,
+        dense,
+        LowRankDeltas(low_rank, step.cols),
+        labels,
+        plan.space,
+        factored,
+        row_len,
+        correction,
+        plan.post_step(step),
+        saturates=plan.args.on_overflow == "saturate",
+    )
 
 
 def _correction(corrections: Corrections, step: TensorStep) -> StoredTensor | ProductTensor | None:

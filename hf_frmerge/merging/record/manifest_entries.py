@@ -104,6 +104,7 @@ class RecordedTensor:
         decision: what the method decided. `None` of copies, and of coefficients, which have a file of their own.
         rank, norm, truncation_error: of a module of an adapter, as `FactorDetails` has them. Version 2 has no norm.
         geometry: what was measured of the experts, if anything was.
+        n_saturated: values that were beyond the dtype and became its largest number (`on_overflow`).
     """
 
     action: Literal["merge", "copy", "skip"]
@@ -118,6 +119,7 @@ class RecordedTensor:
     norm: float | None = None
     truncation_error: float | None = None
     geometry: Geometry | None = None
+    n_saturated: int = 0
 
     def decision_with(self, coefficients: NDArray[np.float64] | None) -> Decision | None:
         """
@@ -147,6 +149,7 @@ class RecordedTensor:
             norm=entry.get("norm"),
             truncation_error=entry.get("truncation_error"),
             geometry=geometry_of(geometry) if geometry is not None else None,
+            n_saturated=entry.get("n_saturated", 0),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,6 +161,8 @@ class RecordedTensor:
             "inputs_xxh3_128": self.inputs,
             "output_xxh3_128": self.output,
         }
+        if self.n_saturated:
+            values["n_saturated"] = self.n_saturated
         if self.action != "merge":
             return {**values, "donor": self.donor}
         decided = {} if self.decision is None else self.decision.to_journal()

@@ -223,4 +223,5 @@ def _tensor(outcome: StepOutcome) -> RecordedTensor:
         norm=details.norm if details else None,
         truncation_error=details.truncation_error if details else None,
         geometry=outcome.geometry,
+        n_saturated=outcome.n_saturated,
     )
