@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from hf_frmerge.calibration.block_files import BlockFiles
+from hf_frmerge.calibration.block_files import BlockFiles, read_kept
 from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.held_out import choose_form, distances
@@ -34,12 +34,13 @@ from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.tensors.reader import some
-from hf_frmerge.errors import ArgumentError
+from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
+from hf_frmerge.merging.record.check_types import check_types
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -144,7 +145,7 @@ def calibrate(
     files = BlockFiles(staging, key)
     done = staging / _RECORD_FILE
     if done.exists():  # the merge died after the fit
-        return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
+        return _read_record(done)
     parts = [with_more_beginnings(p) for p in fitted] if predicts_next_token(model.model) else fitted
     batches = _batches(plan, model, parts, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
     sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
@@ -178,6 +179,20 @@ def calibrate(
         seconds=round(time.process_time() - started, 1),
     )
     write_file(done, json.dumps(record.to_dict()))
+    return record
+
+
+def _read_record(path: Path) -> CalibrationRecord:
+    """Read the record of a fit that an interrupted merge had ended. Raises `ResumeError` if it is damaged."""
+    values = read_kept(path)
+    try:
+        record = CalibrationRecord.from_dict(values)
+        check_types(record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResumeError(
+            f"{path} is not what a calibration writes ({type(error).__name__}: {error}). Pass --overwrite to start "
+            "anew."
+        ) from error
     return record
 
 

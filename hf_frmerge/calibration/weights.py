@@ -57,7 +57,8 @@ class WeightReader:
         if missing:
             raise ArgumentError(
                 f"The model has parameters {some(missing)} that are no tensors of these checkpoints under that name, "
-                "so it cannot be calibrated. Load and save the experts with transformers, which renames them."
+                "so it cannot be calibrated. Load the experts with transformers: if it reports none of these as "
+                "missing, save them, and they have its names."
             )
         self._steps = {name: steps[tensor] for name, tensor in self.tensors.items()}
         groups = [step.group for step in plan.steps if step.action == "merge"]

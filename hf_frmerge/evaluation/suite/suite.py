@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from hf_frmerge.evaluation.record import EvaluationRecord, Generation
 from hf_frmerge.evaluation.suite.build_record import build_record, expert_weights
 from hf_frmerge.evaluation.suite.inputs import Inputs, find_inputs
 from hf_frmerge.evaluation.suite.measure_model import Comparison, measure_model
-from hf_frmerge.evaluation.suite.result_store import ResultStore
+from hf_frmerge.evaluation.suite.result_store import Measured, ResultStore
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.text.generation import continue_greedily, repetition
 from hf_frmerge.evaluation.text.token_blocks import Rows
@@ -132,13 +132,8 @@ class _Suite:
         if is_new:
             generations = self._generate(name, model) if causal else []
             if self.run.accelerator.is_main_process:
-                measured = {
-                    "causal": causal,
-                    "n_tokens": statistics.n_tokens,
-                    "n_features": statistics.n_features,
-                    "layers": [asdict(row) for row in statistics.results(name)],
-                    "generations": [asdict(row) for row in generations],
-                }
+                layers = statistics.results(name)
+                measured = Measured(causal, statistics.n_tokens, statistics.n_features, layers, generations)
                 store.write_measured(key, measured)
         store.publish(missing)
 

@@ -28,6 +28,7 @@ from two_processes import run_on_two_processes
 
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
+from hf_frmerge.evaluation.suite.result_store import Measured
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.geometry.simplex import barycentre, fisher_rao_distance
@@ -264,6 +265,30 @@ def test_changed_text_weights_or_options_miss_the_cache(folder: Path, tmp_path: 
         victim.write_bytes(victim.read_bytes()[:-8])
     assert again() == whole
     assert ran == ["base", MERGED]
+
+
+def test_damaged_results_of_one_model_are_measured_again(folder: Path, tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def again() -> EvaluationRecord:
+        ran.clear()
+        models = {"base": folder / "base", MERGED: folder / "math"}
+        return run(folder, tmp_path / "cache", specs=models, weights=None, on_model=ran.append)
+
+    whole = again()
+    victim = next((tmp_path / "cache").glob("*/measured.json"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert again() == whole
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b'{"layers": 1}', b"[]", b'{"a": 1, "a": 2}', b"\xff", b'{"layers": [{"x": 1}]}', b"[" * 9999]
+)
+def test_what_is_no_result_is_told_from_one(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "measured.json").write_bytes(damage)
+    with pytest.raises(ValueError):  # the sentence is of those who read it
+        Measured.read(tmp_path / "measured.json")
 
 
 def test_a_model_that_changes_while_it_is_measured_is_not_kept(
