@@ -97,6 +97,7 @@ def push(
     The card is written again, for the model as it will be called; a README.md of your own is sent as it is.
     """
     with results_only():
+        from hf_frmerge.checkpoints.lock import sole_writer
         from hf_frmerge.hub.card.card import has_own_card
         from hf_frmerge.hub.card.describe import describe_merge
         from hf_frmerge.hub.outgoing import check_complete
@@ -109,7 +110,8 @@ def push(
         repo_id = full_repo_id(repo_id, token)
         # A README.md that the user wrote is never overwritten.
         if has_own_card(output_dir):
-            describe_merge(output_dir, draw=figure_drawer(), hub_model_id=repo_id)
+            with sole_writer(output_dir):
+                describe_merge(output_dir, draw=figure_drawer(), hub_model_id=repo_id)
         commit = push_folder(
             output_dir,
             repo_id=repo_id,

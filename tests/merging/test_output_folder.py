@@ -30,7 +30,7 @@ from hf_frmerge.merging import run
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.callbacks.callback import MergeCallback
 
-TAKEN = "Another merge is writing to"
+TAKEN = "Another merge or push is at work in"
 
 
 def write_adapter(folder: Path, seed: int) -> str:
