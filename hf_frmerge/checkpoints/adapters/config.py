@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from hf_frmerge.checkpoints.adapters.patterns import check_pattern
@@ -133,7 +134,7 @@ def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> Adapte
 
 def _check_names(raw: dict[str, Any], spec: str) -> None:
     for key in ("peft_type", "task_type", "bias", "base_model_name_or_path", "revision"):
-        if not isinstance(raw.get(key) or "", str):
+        if not isinstance(raw.get(key), (str, NoneType)):
             raise CheckpointError(_expected(spec, key, raw[key], "a name"))
 
 

@@ -251,6 +251,8 @@ def edit_config(folder: Path, **fields) -> None:
 
 REFUSED = [
     ({"peft_type": "LOHA"}, r"peft_type is 'LOHA'.*save_as_lora"),
+    ({"peft_type": []}, r"peft_type in adapter_config\.json is \[\], expected a name"),
+    ({"peft_type": {}}, r"peft_type in adapter_config\.json is \{\}, expected a name"),
     ({"peft_type": "PROMPT_TUNING"}, r"peft_type is 'PROMPT_TUNING'.*changes no weights"),
     ({"bias": "all"}, r"bias='all'"),
     ({"lora_bias": True}, r"lora_bias is set"),
