@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.callbacks.collapse_guard import CollapseGuardCallback
     from hf_frmerge.merging.callbacks.progress import ProgressCallback
     from hf_frmerge.merging.callbacks.state import MergeState
+    from hf_frmerge.search.weight_search import WeightSearch
     from hf_frmerge.training.merge_checkpoints import MergeCheckpointsCallback
     from hf_frmerge.training.perturb_task_vector import TaskVectorPerturbationCallback
     from hf_frmerge.weighting.perturb_and_merge import TaskLosses
@@ -34,6 +35,7 @@ _PUBLIC = {
     "MergeCheckpointsCallback": "hf_frmerge.training.merge_checkpoints",
     "TaskVectorPerturbationCallback": "hf_frmerge.training.perturb_task_vector",
     "TaskLosses": "hf_frmerge.weighting.perturb_and_merge",
+    "WeightSearch": "hf_frmerge.search.weight_search",
     "CollapseGuardCallback": "hf_frmerge.merging.callbacks.collapse_guard",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "ProgressCallback",
     "TaskLosses",
     "TaskVectorPerturbationCallback",
+    "WeightSearch",
 ]
 
 

@@ -16,6 +16,7 @@ from hf_frmerge.checkpoints.remote_output import upload
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
 from hf_frmerge.hub.check_plan import check_plan
+from hf_frmerge.merging.arguments.checks import check_prompts, check_refinement
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.callbacks.callback_host import CallbackHost
 from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
@@ -24,6 +25,7 @@ from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
+from hf_frmerge.methods.table import METHODS
 from hf_frmerge.weighting.plan_merge import plan_merge
 
 # What evaluates is imported where it is used: its dataclasses take a fifth of the time that a merge spends on imports.
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.evaluation.record import EvaluationRecord
     from hf_frmerge.merging.callbacks.callback import MergeCallback
+    from hf_frmerge.merging.record.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +101,7 @@ class FisherRaoMerger(CallbackHost):
         self.eval_dataset, self.calibration_dataset = eval_dataset, calibration_dataset
         self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
         self.report: dict[str, Any] = {}  # totals of the merge
+        self.manifest: Manifest | None = None  # its record, in the main process
 
     @property
     def is_merged(self) -> bool:
@@ -136,6 +140,10 @@ class FisherRaoMerger(CallbackHost):
         """
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
+        method, has_prompts = METHODS[self.args.method], self.calibration_dataset is not None
+        check_prompts(method, has_prompts=has_prompts)
+        if self.args.refine_steps:
+            check_refinement(method, has_prompts=has_prompts)
         with self.processes.sharing_errors():
             if self.processes.is_main:
                 refuse_while_merging(self.args.output_dir)
@@ -154,6 +162,9 @@ class FisherRaoMerger(CallbackHost):
                 calibrate = prepare(plan, self.calibration_dataset, self.processing_class)
             observer = CallbackObserver(self.callback_handler, self.args, self.state, self.control, self.log)
             outcome = run_merge(plan, observer, self.processes, self._complete_folder, calibrate)
+        for note in outcome.report.notes:
+            if note not in plan.notes:  # known only now
+                logger.warning("%s", note)
         self.control = observer.control
         self.report = {**outcome.report.to_dict(), "complete": outcome.complete}
         self._end(self.report)
@@ -161,7 +172,7 @@ class FisherRaoMerger(CallbackHost):
         if any(self.processes.gather([self.control.should_evaluate])):
             self.evaluate()
             if self.processes.is_main:
-                self._describe()  # now with what was measured
+                self._describe(manifest=self.manifest)  # now with what was measured
         if self.args.push_to_hub:
             self.push_to_hub()
         return self
@@ -169,7 +180,7 @@ class FisherRaoMerger(CallbackHost):
     def add_expert(self, expert: str, output_dir: str, method: str | None = None) -> Self:
         """Merge one more expert into the merged model, which counts as all it has; return the new model's merger."""
         self._require_merge("add_expert")
-        args = replace(self.args, output_dir=output_dir, method=method or self.args.method)
+        args = replace(self.args, output_dir=output_dir, method=method or self.args.method, refine_steps=0)
         return type(self)([self.args.output_dir, expert], args, "continual", self.base_model).merge()
 
     def evaluate(
@@ -301,7 +312,12 @@ class FisherRaoMerger(CallbackHost):
 
         args = self.args
         self.callback_handler.model = load_merged(
-            args.output_dir, self.base_model, args.hub_token, dtype=args.eval_dtype, device_map=args.device_map
+            args.output_dir,
+            self.base_model,
+            args.hub_token,
+            dtype=args.eval_dtype,
+            device_map=args.device_map,
+            allow_pickle=args.allow_pickle,
         )
         return self.callback_handler.model
 
@@ -326,6 +342,7 @@ class FisherRaoMerger(CallbackHost):
 
     def _begin(self, plan: MergePlan) -> None:
         """Reset what an earlier merge left, and fire `on_merge_begin`."""
+        self.manifest = None
         self.report, self.weights = {}, plan.weights if isinstance(self.weights, str) else self.weights
         self.__dict__.pop("model", None)
         self.__dict__.pop("evaluation", None)
@@ -333,13 +350,14 @@ class FisherRaoMerger(CallbackHost):
         self.state.start(plan)
         self._fire("on_merge_begin")
 
-    def _complete_folder(self) -> None:
+    def _complete_folder(self, manifest: Manifest) -> None:
         """Write what comes beside model and record, and upload it all where the output is behind a URL."""
+        self.manifest = manifest
         if "evaluation" in self.__dict__ and self.evaluation.models:
             from hf_frmerge.evaluation.record import save_record
 
             save_record(self.args.output_dir, self.evaluation)
-        self._describe()
+        self._describe(manifest=manifest)
         upload(self.args.output_dir)
 
     def _describe(self, **card_fields: Any) -> Path:

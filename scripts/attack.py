@@ -1,7 +1,7 @@
 """
 Attack the commands with damaged files, failing calls to the system, kills and concurrent merges, and print what held.
 
-    python scripts/attack.py --files 10000 --faults 1000 --kills 200 --pairs 100 --seed 0
+    python scripts/attack.py --doors 1000000 --files 10000 --faults 1000 --kills 200 --pairs 100 --seed 0
 
 Everything happens in a temporary folder; the attacks themselves, and what counts as a failure, are in `tests/attacks`.
 Some of what failed is kept there, and the folder with it. The exit code is 1 if anything failed.
@@ -10,6 +10,7 @@ Some of what failed is kept there, and the folder with it. The exit code is 1 if
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import shutil
@@ -24,13 +25,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from attacks.disturbances import Tally, attack_with_another, attack_with_fault, attack_with_kill, random_fault
+from attacks.disturbances import Tally, attack_with_another, attack_with_fault, attack_with_kill
+from attacks.doors import DoorAttack
 from attacks.files import TARGETS, FileAttack
 from attacks.site import build_site
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--doors", type=int, default=20_000, help="damaged files given to readers in one process")
     parser.add_argument("--files", type=int, default=1000, help="damaged files")
     parser.add_argument("--faults", type=int, default=200, help="calls to the system that fail")
     parser.add_argument("--kills", type=int, default=50, help="merges killed")
@@ -41,9 +44,11 @@ def main() -> int:
     rng = random.Random(options.seed)
     root = Path(tempfile.mkdtemp(prefix="frmerge-attack-"))
     site = build_site(root)
-    attack_file = FileAttack(site)
-    names, targets = list(site.merges), list(TARGETS)
+    logging.getLogger("hf_frmerge").setLevel(logging.ERROR)  # thousands of notes otherwise
+    attack_file, attack_door = FileAttack(site), DoorAttack(site)
+    names, targets, doors = list(site.merges), list(TARGETS), list(attack_door.doors)
     attacks: list[tuple[str, int, Callable[[int, Tally], None]]] = [
+        ("hostile bytes", options.doors, lambda number, tally: attack_door(doors[number % len(doors)], rng, tally)),
         (
             "damaged files",
             options.files,
@@ -52,7 +57,7 @@ def main() -> int:
         (
             "faults",
             options.faults,
-            lambda number, tally: attack_with_fault(site, names[number % len(names)], random_fault(rng), tally),
+            lambda number, tally: attack_with_fault(site, names[number % len(names)], rng, tally),
         ),
         (
             "kills",

@@ -11,6 +11,10 @@ Recovery of an expert is (base - merged) / (base - expert) in nats a token on it
 expert learned, 0 none of it. Its standard error comes from the blocks of the text, merged and expert measured on the
 same ones. Every merge runs in a process of its own, whose CPU time and peak memory are printed.
 
+`--refine STEPS` adds each fitted merge once more with a refinement, and `--distil STEPS` two controls that see the
+same prompts but no fit: all weights distilled from the linear merge, and a fresh LoRA of the base
+(`distil_control.py`).
+
 A merge is not told which expert's text it reads, and so cannot predict its first words as that expert does. What can
 be kept all the same is shown by the Bayesian mixture of the experts: it starts with equal odds, and weighs each expert
 by how well it predicted the text so far. If the texts were drawn from the experts, nothing that reads texts alone
@@ -45,6 +49,8 @@ finally:
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
 
+CONTROL = Path(__file__).with_name("distil_control.py")
+
 BLOCK = 128
 """Tokens of a block of text; the first is only context."""
 
@@ -58,10 +64,11 @@ Losses = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Merge:
-    """One row of the table."""
+    """One row of the table: options of `frmerge merge`, or of the script that makes controls."""
 
     name: str
     options: tuple[str, ...]
+    is_control: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64], help="prompts an expert")
     parser.add_argument("--self", nargs="*", type=int, default=[64], dest="own", help="self-written prompts an expert")
     parser.add_argument("--start", default="karcher", help="method the fit starts from")
+    parser.add_argument("--baselines", nargs="*", default=[], help="methods that need prompts, as rows beside the fit")
     parser.add_argument("--seeds", nargs="*", type=int, default=[42], help="seeds of the choice of prompts")
     parser.add_argument("--tokens", type=int, default=20_000, help="test tokens a domain")
     parser.add_argument("--options", nargs="*", default=[], help="further options of the fitted merges, as NAME=VALUE")
+    parser.add_argument("--refine", type=int, default=0, help="steps of a refinement; 0 leaves these rows out")
+    parser.add_argument("--distil", type=int, default=0, help="steps of the controls; 0 leaves these rows out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workdir", type=Path, default=Path("bench-function-space"))
     return parser.parse_args()
@@ -133,6 +143,25 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
             for seed in args.seeds:
                 options = ("--method", args.start, *source, f"--num-calibration-samples={count}", f"--seed={seed}")
                 rows.append(Merge(f"{count} {name}, seed {seed}", (*options, *further)))
+                for method in args.baselines:
+                    of_method = ("--method", method, *options[2:], *further)
+                    rows.append(Merge(f"{method}, {count} {name}, seed {seed}", of_method))
+                if args.refine:
+                    refined = (*options, f"--refine={args.refine}", *further)
+                    rows.append(Merge(f"{count} {name}, seed {seed}, refined", refined))
+    return [*rows, *controls(args, domains)]
+
+
+def controls(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
+    """List distillations on the same prompts, without a fit."""
+    given = [f"{args.suite / domain}={args.texts / f'{domain}.calibration.jsonl'}" for domain in domains]
+    rows = []
+    for count in args.prompts if args.distil else ():
+        for seed in args.seeds:
+            options = ("--base", args.base, f"--prompts={count}", f"--seed={seed}", f"--steps={args.distil}")
+            for kind, name in (("all", "all weights distilled"), ("lora", "fresh LoRA distilled")):
+                options_of = (kind, *options, "--calibration", *given)
+                rows.append(Merge(f"{name}, {count} prompts, seed {seed}", options_of, is_control=True))
     return rows
 
 
@@ -141,19 +170,23 @@ def run(args: argparse.Namespace, merge: Merge, domains: list[str]) -> tuple[Pat
     output = args.workdir / args.suite.name / merge.name.replace(" ", "-").replace(",", "")
     experts = [str(args.suite / domain) for domain in domains]
     options = [
-        "merge", *experts, "--base-model", args.base, "--space", "deltas",
+        "-c", _MEASURED, "merge", *experts, "--base-model", args.base, "--space", "deltas",
         "--adapter-output", "merged", "--output-dir", str(output), "--overwrite", "--disable-tqdm", *merge.options,
     ]  # fmt: skip
+    if merge.is_control:
+        options = [str(CONTROL), *merge.options, "--output-dir", str(output)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, *options],
+        [sys.executable, *options],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},  # two threads that wait for each other burn CPU time
     )
     if done.returncode:
-        raise SystemExit(f"frmerge {' '.join(options)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"{merge.name}, {' '.join(merge.options)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return output, Cost(cpu, int(done.stderr.rsplit("peak ", 1)[1].split()[0]) / 1024)

@@ -3,10 +3,14 @@ Merge one tiny model of every class in transformers' auto mappings, and compare 
 
     python scripts/test_architectures.py                          # all of them; half an hour on two cores
     python scripts/test_architectures.py --only LlamaForCausalLM ViTForImageClassification
+    python scripts/test_architectures.py --adapters               # LoRA on every linear layer instead of whole copies
 
 Of every class that can be built small from its config: a base and three copies with noise are saved by transformers,
 merged (`method="linear"`, `space="deltas"`), and loaded by transformers with no missing and no unexpected key. Every
 float tensor must be the float64 mean of the copies. Prints the count, and the reason for every class left out.
+
+With `--adapters`, an adapter of the base and the base with another adapter on it (`base+adapter`) are merged, each a
+LoRA of rank 2 on every linear layer that PEFT accepts, and compared with what PEFT folds in memory in float64.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
@@ -168,7 +174,12 @@ def check(model: Any, folder: Path) -> str:
     args = MergingArguments(str(folder / "out"), method="linear", space="deltas", disable_tqdm=True)
     plan = build_plan([str(folder / f"e{copy}") for copy in range(N_COPIES)], args, None, str(folder / "base"))
     run_merge(plan, StepObserver(), Processes())
-    merged, info = type(model).from_pretrained(folder / "out", output_loading_info=True)
+    return compare(type(model), folder / "out", copies)
+
+
+def compare(model_class: Any, output: Path, copies: list[dict[str, torch.Tensor]]) -> str:
+    """Load what was merged, and say what is not the mean of the copies."""
+    merged, info = model_class.from_pretrained(output, output_loading_info=True)
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         return f"keys that do not load: {sorted(map(str, wrong))[:3]}"
@@ -181,13 +192,64 @@ def check(model: Any, folder: Path) -> str:
     return ""
 
 
-def try_class(name: str, model_class: type, config_class: type) -> tuple[str, str]:
+def save_base_and_adapters(model: Any, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Save `base` and the adapters `a0` and `a1`; return the tensors that PEFT makes of them, in float64."""
+    try:
+        model.save_pretrained(folder / "base")
+        targets = linear_layers(type(model).from_pretrained(folder / "base"))
+        folded = []
+        for number in range(2):
+            adapted = get_peft_model(
+                type(model).from_pretrained(folder / "base"), LoraConfig(r=2, lora_alpha=3, target_modules=targets)
+            )
+            generator = torch.Generator().manual_seed(number + 1)
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+            adapted.save_pretrained(folder / f"a{number}")
+            double = type(model).from_pretrained(folder / "base", dtype=torch.float64)
+            whole = PeftModel.from_pretrained(double, folder / f"a{number}").double().merge_and_unload()
+            folded.append({name: tensor.clone() for name, tensor in whole.state_dict().items()})
+    except Exception as error:
+        text = f"transformers or PEFT cannot make adapters of it: {type(error).__name__}: {error}"
+        raise LeftOut(text.splitlines()[0][:110]) from error
+    return folded
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Return the paths of all linear layers whose weight no other layer has."""
+    names: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    layers = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and names[id(module.weight)] == 1
+    ]
+    if not layers:
+        raise LeftOut("it has no linear layers")
+    return layers
+
+
+def check_adapters(model: Any, folder: Path) -> str:
+    """Merge an adapter with the base that another is on; return what is wrong, or an empty string."""
+    folded = save_base_and_adapters(model, folder)
+    args = MergingArguments(
+        str(folder / "out"), method="linear", space="deltas", adapter_output="merged", disable_tqdm=True
+    )
+    experts = [str(folder / "a0"), f"{folder / 'base'}+{folder / 'a1'}"]
+    run_merge(build_plan(experts, args, None, str(folder / "base")), StepObserver(), Processes())
+    return compare(type(model), folder / "out", folded)
+
+
+def try_class(name: str, model_class: type, config_class: type, *, adapters: bool) -> tuple[str, str]:
     """Return `("right" | "wrong" | "refused" | "left out", why)` for a class."""
     with tempfile.TemporaryDirectory(prefix="architecture-") as folder:
         try:
             with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                wrong = check(build(model_class, config_class), Path(folder))
+                checked = check_adapters if adapters else check
+                wrong = checked(build(model_class, config_class), Path(folder))
         except LeftOut as reason:
             return "left out", str(reason)
         except MergeError as error:
@@ -201,6 +263,7 @@ def main() -> int:
     """Try all classes, or those that are named, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="CLASS", help="Classes to try.")
+    parser.add_argument("--adapters", action="store_true", help="Merge adapters instead of whole copies.")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -209,7 +272,7 @@ def main() -> int:
     counts: dict[str, int] = {}
     started = time.monotonic()
     for name in chosen:
-        outcome, why = try_class(name, *known[name])
+        outcome, why = try_class(name, *known[name], adapters=args.adapters)
         counts[outcome] = counts.get(outcome, 0) + 1
         if outcome != "right":
             sys.stdout.write(f"{outcome}: {name}: {why}\n")

@@ -100,7 +100,12 @@ SUITES = {
     "demo": Recipe(("austen", "kjv", "python"), steps=300, warm_up=20, learning_rate=1e-3, rank=4),
     "full": Recipe(("german", "kjv", "python", "french", "roff"), steps=50, warm_up=5, learning_rate=1e-4),
     "lora": Recipe(
-        ("french", "roff", "mail", "dialogue", "german"), steps=100, warm_up=10, learning_rate=1e-3, rank=8, batch_size=2
+        ("french", "roff", "mail", "dialogue", "german"),
+        steps=100,
+        warm_up=10,
+        learning_rate=1e-3,
+        rank=8,
+        batch_size=2,
     ),
     "encoders": Recipe(tuple(TASKS), steps=60, warm_up=6, learning_rate=1e-4, batch_size=32, length=64),
 }

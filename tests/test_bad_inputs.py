@@ -342,14 +342,16 @@ ROWS: dict[str, Row] = {
         says="'code/model.safetensors' is a file. Pass the folder that holds it, with its config.json."),
     "an empty folder": row("merge math empty --output-dir out", lambda: Path("empty").mkdir(),
         says="'empty' is empty: expected model.safetensors or model.safetensors.index.json and a config.json."),
-    "base+adapter as other tools write it": row("merge math base+x --output-dir out",
-        says="There is no folder 'base+x' (looked for {folder}/base+x). To merge an adapter of 'base' with others "
-        "of it, pass 'x' as the expert and 'base' as base_model (--base-model). To merge the two as one model, fold "
-        "the adapter in first (`frmerge merge x --base-model base --output-dir folded`), and pass 'folded'."),
+    "a model with an adapter as the base": row("merge math code --base-model base+x --output-dir out",
+        says="'base+x' is a model with an adapter on it, which a merge takes as one expert, but nothing else does. "
+        "Fold the adapter in first (`frmerge merge x --base-model base --output-dir folded`), and pass 'folded'."),
+    "a model with a model on it": row("merge math base+code --output-dir out",
+        says="'base+code': expected a full model and an adapter on it, but 'base' is a full model and 'code' is a "
+        "full model. Name models to be merged one by one, with a space between."),
     "a folder of pickles": row(MERGE, rename("code/model.safetensors", "code/pytorch_model.bin"),
-        says="'code' has pickle weights only (pytorch_model.bin). Pickles can run code when opened, so they are not "
-        "read. Convert it once:\n    from transformers import AutoModelForCausalLM  # or the class you "
-        'use\n    AutoModelForCausalLM.from_pretrained("THIS CHECKPOINT").save_pretrained("converted")'),
+        says="'code' has pickle weights only (pytorch_model.bin). A pickle can run code when it is opened, so it is "
+        "left alone unless you ask: with --allow-pickle (allow_pickle) its tensors are read as "
+        "`torch.load(weights_only=True)` finds them, which runs none of the code it may name."),
     "weights without a config": row(MERGE, remove("code/config.json"),
         says="'code' has weights but no config.json. Add the one of its model class."),
     "a GGUF file": row(MERGE, rename("code/model.safetensors", "code/model-q4.gguf"),
@@ -439,6 +441,18 @@ ROWS: dict[str, Row] = {
         says="'code' is quantised (bitsandbytes): its numbers are codes, which cannot be averaged. Merge the "
         "unquantised checkpoints it was made from, or load it with `from_pretrained`, call "
         "`model.dequantize()` and `model.save_pretrained(..., save_original_format=False)`, and merge that."),
+    "an empty configuration": row(MERGE, write("math/config.json", {}),
+        says="'math' has an empty config.json ({}), so what is made from it could not be loaded. Put the one of its "
+        "model class there."),
+    "what is no pickle": row(
+        f"{MERGE} --allow-pickle", rename("code/model.safetensors", "code/pytorch_model.bin"),
+        says="'code': pytorch_model.bin is no zip file, as torch writes it since 1.6, and cannot be read in place. "
+        "Save it anew:\n    import torch\n    file = \"FOLDER/pytorch_model.bin\"\n    torch.save(torch.load(file, "
+        "weights_only=True), file)"),
+    "a pickle under another name": row(
+        f"{MERGE} --allow-pickle", rename("code/model.safetensors", "code/model.pt"),
+        says="'code' has pickle weights only (model.pt), under names that transformers does not load. If one holds "
+        "all tensors of the model by name, call it pytorch_model.bin and pass --allow-pickle."),
     "quantised by GPTQ": row(
         MERGE,
         tensors("code", {f"{Q}.weight": None, f"{Q}.qweight": np.ones((1, 8), np.int32)}),
@@ -484,16 +498,17 @@ ROWS: dict[str, Row] = {
     "an adapter as base": row("merge x y --base-model x --output-dir out", code=USAGE,
         says="The base model 'x' is an adapter; a full checkpoint is needed."),
     "an adapter without its weights": row(ADAPTERS, remove("y/adapter_model.safetensors"),
-        says="'y' is an adapter without adapter_model.safetensors. If its weights are a pickle (adapter_model.bin), "
-        "convert it once, on its base:\n    from peft import PeftModel\n    from transformers import "
-        'AutoModelForCausalLM  # or the class you use\n    base = AutoModelForCausalLM.from_pretrained("ITS '
-        'BASE MODEL")\n    PeftModel.from_pretrained(base, "THIS ADAPTER").save_pretrained("converted")'),
-    "an adapter of another kind": row(ADAPTERS, config("y", peft_type="IA3"),
-        says="Adapter 'y': peft_type is 'IA3', expected 'LORA'. If PEFT can fold it into its base "
-        "(`merge_and_unload`), do so, save the model, and merge the full checkpoints."),
-    "an adapter with trained biases": row(ADAPTERS, config("y", bias="all"),
-        says="Adapter 'y': bias='all' trained biases of the base beside the factors, expected 'none'. Merge it into "
-        "its base (`merge_and_unload`) and merge the full checkpoints."),
+        says="'y' is an adapter without adapter_model.safetensors. Copy or download it again, or save it anew with "
+        "PEFT's `save_pretrained`."),
+    "an adapter of another kind": row(ADAPTERS, config("y", peft_type="OSF"),
+        says="Adapter 'y': peft_type is 'OSF', expected 'LORA'. If PEFT can fold it into its base as a whole, do that "
+        "once:\n    from peft import PeftModel\n    from transformers import AutoModelForCausalLM  # or the class you "
+        'use\n    base = AutoModelForCausalLM.from_pretrained("ITS BASE MODEL")\n    model = '
+        'PeftModel.from_pretrained(base, "THIS ADAPTER").merge_and_unload()\n    '
+        'model.save_pretrained("folded")\nand pass \'folded\', a full model.'),
+    "an adapter of another kind without its base": row("merge x y --output-dir out", config("y", peft_type="LOHA"),
+        code=USAGE, says="'y' is an adapter of kind LOHA, which is more than low-rank factors and is folded into its "
+        "base: pass the model it was trained from as base_model (--base-model; its config names 'org/base')."),
     "an adapter with an unknown option": row(ADAPTERS, config("y", use_new_thing=True),
         says="Adapter 'y': use_new_thing=True is an option this version does not know; it may change what the "
         "factors mean. Merge the adapter into its base with the PEFT version that wrote it."),
@@ -780,7 +795,10 @@ ADVICE: dict[str, tuple[str | Change, ...]] = {
     "an output folder in use": ("merge math code --output-dir base --overwrite",),
     "an interrupted merge": ("merge math code --output-dir torn --overwrite",),
     "a folder of checkpoints": ("merge math runs/checkpoint-10 --output-dir out",),
-    "base+adapter as other tools write it": ("merge math x --base-model base --output-dir out",),
+    "a model with an adapter as the base": (
+        "merge x --base-model base --output-dir folded", "merge math code --base-model folded --output-dir out",
+    ),
+    "a model with a model on it": ("merge math base code --output-dir out",),
     "an index that leads outside": (
         lambda: shutil.copy("math/model.safetensors", "code/mine.safetensors"),
         write("code/model.safetensors.index.json", {"weight_map": dict.fromkeys(SHAPES, "mine.safetensors")}),

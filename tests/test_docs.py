@@ -39,7 +39,7 @@ PROJECT = PYPROJECT["project"]
 
 TEXT = "the house of wisdom has many rooms and each room opens on another house "
 # Commands that take minutes: it is only checked that they would start.
-LONG = {"demo", "compare"}
+LONG = {"demo", "compare", "search"}
 NOT_CODE = {"bibtex", "mermaid"}
 
 

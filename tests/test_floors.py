@@ -16,11 +16,11 @@ FLOORS = [
     ["methods"],
     ["merging"],
     ["evaluation", "extraction", "weighting"],
-    ["provenance", "wording"],
+    ["fisher", "provenance", "wording"],
     ["calibration", "training"],
     ["hub", "report"],
     ["merger", "comparison"],
-    ["demo"],
+    ["demo", "search"],
     ["cli"],
 ]
 
@@ -36,8 +36,10 @@ ROOMS = {
         ["resolve"],
         ["names"],
         ["tensors"],
+        ["alignment"],
         ["vocabularies"],
-        ["adapters", "beside", "quantised"],
+        ["quantised"],
+        ["adapters", "beside"],
     ],
     "merging": [
         ["arguments"],
@@ -53,7 +55,19 @@ ROOMS = {
     "cli": [
         ["command", "render"],
         ["evaluating", "options"],
-        ["compare", "demo", "diff", "evaluate", "extract", "merge", "output", "preflight", "report", "reproduce"],
+        [
+            "compare",
+            "demo",
+            "diff",
+            "evaluate",
+            "extract",
+            "merge",
+            "output",
+            "preflight",
+            "report",
+            "reproduce",
+            "search",
+        ],
         ["main"],
     ],
 }

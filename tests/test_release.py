@@ -43,7 +43,7 @@ def test_lower_bounds_are_the_versions_that_are_tested() -> None:
             name: tested[name] for name in bounds if name in tested
         }
     assert needed.keys() <= tested.keys()
-    for name in ("fast", "report", "tensorboard"):
+    for name in ("fast", "pareto", "report", "tensorboard"):
         assert lower_bounds(PROJECT["optional-dependencies"][name]).keys() <= tested.keys()
 
 

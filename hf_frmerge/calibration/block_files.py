@@ -8,11 +8,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from hf_frmerge.calibration.sweep import FittedBlock
-from hf_frmerge.checkpoints.disk import make_folder, remove_file, write_file
+from hf_frmerge.checkpoints.disk import disk_errors, make_folder, remove_file, write_file
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_tensors_file
 from hf_frmerge.errors import ResumeError
@@ -31,7 +33,7 @@ class BlockFiles:
         key: Everything the fit depends on.
 
     Raises:
-        ResumeError: If the folder has blocks that were fitted with another key.
+        ResumeError: If the folder has blocks that were fitted with another key, or a damaged one.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -41,7 +43,7 @@ class BlockFiles:
         if not path.exists():
             write_file(path, text)
             return
-        before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        before, now = read_kept(path), json.loads(text)
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
             raise ResumeError(
@@ -60,14 +62,17 @@ class BlockFiles:
         path = self._path(index)
         if not path.exists():
             return None
-        with safe_open(path, "pt") as stored:
-            tensors = set(stored.keys())
-            corrections = {name: stored.get_tensor(t) for name, t in names.items() if t in tensors}
-            factors = {
-                name: (stored.get_tensor(f"{t}.up"), stored.get_tensor(f"{t}.down"))
-                for name, t in names.items()
-                if f"{t}.up" in tensors
-            }
+        try:
+            with safe_open(path, "pt") as stored:
+                tensors = set(stored.keys())
+                corrections = {name: stored.get_tensor(t) for name, t in names.items() if t in tensors}
+                factors = {
+                    name: (stored.get_tensor(f"{t}.up"), stored.get_tensor(f"{t}.down"))
+                    for name, t in names.items()
+                    if f"{t}.up" in tensors
+                }
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
         return FittedBlock(corrections, factors)
 
     def write(self, index: int, names: Mapping[str, str], block: FittedBlock) -> None:
@@ -95,14 +100,9 @@ class BlockFiles:
             n_blocks: Number of blocks.
             transposed: Tensors that the model stores as `(n_in, n_out)`, as GPT-2 does.
         """
-        factors = {}
+        factors: dict[str, Tensor] = {}
         for index in range(n_blocks):
-            for name, values in load_file(self._path(index)).items():
-                tensor, _, factor = name.rpartition(".")
-                if factor in _OTHER and tensor in transposed:
-                    factors[f"{tensor}.{_OTHER[factor]}"] = values.T.contiguous()
-                elif factor in _OTHER:
-                    factors[name] = values
+            factors |= factors_for_adapter(load_file(self._path(index)), transposed)
         write_file(self._folder / CORRECTIONS_FILE, save(factors))
 
     def remove(self, n_blocks: int) -> None:
@@ -112,6 +112,40 @@ class BlockFiles:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"calibrated-{index:04d}.safetensors"
+
+
+def factors_for_adapter(corrections: Mapping[str, Tensor], transposed: Collection[str]) -> dict[str, Tensor]:
+    """Return the factors among corrections as adapters lay them out; arguments as for `join_for_adapter`."""
+    factors = {}
+    for name, values in corrections.items():
+        tensor, _, factor = name.rpartition(".")
+        if factor in _OTHER and tensor in transposed:
+            factors[f"{tensor}.{_OTHER[factor]}"] = values.T.contiguous()
+        elif factor in _OTHER:
+            factors[name] = values
+    return factors
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """
+    Read a JSON object that an interrupted calibration left.
+
+    Raises:
+        ResumeError: If it is damaged.
+    """
+    with disk_errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        values = parse_json(content)
+        if not isinstance(values, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return values
+
+
+def _damaged(path: Path, error: Exception) -> ResumeError:
+    return ResumeError(f"{path} of the interrupted calibration is damaged: {error}. Pass --overwrite to start anew.")
 
 
 def _of_form(block: Checkpoint, form: Form) -> list[str]:

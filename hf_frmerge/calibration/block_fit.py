@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps
@@ -188,9 +188,8 @@ class BlockFit:
         n_in = start_OI.shape[1] - biased
         # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
         metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
-        up, down = low_rank((fit.weight_OI - start_OI)[:, :n_in], metric, min(self._sweep.options.rank, n_in))
-        is_flipped = isinstance(self._module.get_submodule(name), Conv1D)
-        self.factors[f"{name}.weight"] = (down.T.contiguous(), up.T.contiguous()) if is_flipped else (up, down)
+        correction_OI, rank = (fit.weight_OI - start_OI)[:, :n_in], min(self._sweep.options.rank, n_in)
+        self.factors[f"{name}.weight"] = as_factors(self._module, name, correction_OI, metric, rank)
 
     def _fit_norm(self, norm: str) -> None:
         """Fit gain and shift of a norm, if the experts have other ones than the merge."""
@@ -305,6 +304,15 @@ class BlockFit:
 
     def _is_merged(self, parameter: str) -> bool:
         return parameter in self._start and self._sweep.reader.is_merged(f"{self._name}.{parameter}")
+
+
+def as_factors(
+    module: nn.Module, name: str, correction_OI: Tensor, metric_II: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Return the correction of a linear layer as `low_rank` gives it, in the order in which the weight is stored."""
+    up, down = low_rank(correction_OI, metric_II, rank)
+    is_flipped = isinstance(module.get_submodule(name), Conv1D)
+    return (down.T.contiguous(), up.T.contiguous()) if is_flipped else (up, down)
 
 
 def _with_one(values_TI: Tensor) -> Tensor:

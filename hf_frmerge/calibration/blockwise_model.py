@@ -48,7 +48,8 @@ class BlockwiseModel:
     Modules of a transformers model without its weights, and the transformer blocks among them.
 
     Blocks are the members of the longest `ModuleList` whose class the model declares as not to be split
-    (`_no_split_modules`), or of the longest one of any single class.
+    (`_no_split_modules`), or of the longest one of any single class. Gradients reach the weights that are
+    handed in, if these require them.
 
     Args:
         model_class: A class of transformers.
@@ -75,7 +76,7 @@ class BlockwiseModel:
             part.use_cache = False
         # Buffers such as the frequencies of rotary embeddings are computed, not stored: they must be real.
         with init_empty_weights(include_buffers=False):
-            self.model = model_class(config).eval()
+            self.model = model_class(config).eval().requires_grad_(False)
         self.model.tie_weights()  # what was tied got parameters of its own on the meta device
         self.device, self.dtype = device, dtype
         self._modules = _block_modules(self.model, model_class.__name__)
@@ -165,13 +166,8 @@ class BlockwiseModel:
             "calibration."
         )
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        with (
-            torch.no_grad(),
-            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16),
-        ):
-            yield
+    def _computing(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
 class Taps:

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,11 @@ import torch
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from hf_frmerge.calibration.block_files import BlockFiles
+from hf_frmerge.calibration.block_files import BlockFiles, read_kept
 from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.held_out import choose_form, distances
+from hf_frmerge.calibration.equations import check_experts, check_form, equations_of, settings_of
+from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
 from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.least_squares import FitOptions
@@ -28,18 +28,21 @@ from hf_frmerge.calibration.prompts import (
     split_prompts,
     with_more_beginnings,
 )
+from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
-from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.checkpoints.disk import remove_file, write_file
 from hf_frmerge.checkpoints.tensors.reader import some
-from hf_frmerge.errors import ArgumentError
+from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
+from hf_frmerge.merging.record.check_types import check_types
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _RECORD_FILE = "calibration.json"
-_HELD_OUT = 1 / 8
+HELD_OUT = 1 / 8
 _UPDATE_PRIOR = 5.0  # kappa for full fine-tunes; 3 to 10 gave the same
 
 
@@ -75,14 +78,21 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
             f"A calibrated merge runs its models, so they must be on this machine, but {some(remote)} is read from "
             "elsewhere. Leave out --stream-from-hub (stream_from_hub), or copy the files here."
         )
+    pairs = [one.spec for one in plan.models if one.source.adapter is not None]
+    if pairs:
+        raise ArgumentError(
+            f"A calibrated merge runs its models, and {some(pairs)} is two: a model and an adapter. Fold the adapter "
+            "in first (`frmerge merge ADAPTER --base-model BASE --output-dir folded`), and pass 'folded'."
+        )
     subtracted = [expert.spec for expert, weight in zip(plan.experts, plan.weights) if weight < 0]
     if subtracted:
         raise ArgumentError(
             f"A calibrated merge computes what its experts compute, but {some(subtracted)} has a negative weight, to "
             "be subtracted. Leave out the calibration, or give no negative weights."
         )
+    check_form(plan)
     whole = plan if plan.layout is not None else as_whole_model(plan)
-    model, args = _open_model(whole), plan.args
+    model, args = open_model(whole), plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
     if calibration == "self":
         return lambda staging: calibrate(plan, whole, model, _self_written(plan, tokenizer), staging)
@@ -96,6 +106,7 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         vocab_size=model.model.config.get_text_config().vocab_size,
         packing=predicts_next_token(model.model),
     )
+    check_experts(plan, prompts)
     return lambda staging: calibrate(plan, whole, model, prompts, staging)
 
 
@@ -103,10 +114,13 @@ def calibrate(
     plan: MergePlan, whole: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], staging: Path
 ) -> CalibrationRecord:
     """
-    Fit a merge to its experts, judge it on prompts held out from the fit, and write the corrections that are best.
+    Fit a merge to its experts, refine it if that is asked for, and write the corrections that are best.
 
-    Nothing is written if no form of the corrections is closer to the experts than the merge without data. An
-    interrupted call goes on where it was when it is made again with the same arguments and folder.
+    Best is what is closest to the experts on prompts held out from the fit.
+
+    Nothing is written if no form of the corrections is closer to the experts than the merge without data; but what a
+    method gives that was asked for by name is written as it is. An interrupted call goes on where it was when it is
+    made again with the same arguments and folder.
 
     Args:
         plan: Plan of the merge without data, which is the start.
@@ -124,44 +138,55 @@ def calibrate(
         ResumeError: If the folder holds a calibration with other arguments.
     """
     started = time.process_time()
-    fitted, held_out = split_prompts(prompts, _HELD_OUT, plan.args.seed)
+    fitted, held_out = split_prompts(prompts, HELD_OUT, plan.args.seed)
     if not held_out:
         raise ArgumentError(
             "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
             "expert help already, 64 are better."
         )
-    _warn_of_few_tokens(model, fitted)
+    is_of_method = METHODS[plan.args.method].needs_prompts
+    if not is_of_method:
+        _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
+    settings = settings_of(plan, options)
     kernels = load_kernels(plan.args.device)
     reader = WeightReader(whole, kernels, model.model)
     key = {
         **fingerprint(plan, kernels.name),
         "prompts": [p.digest for p in prompts],
-        "fit": asdict(options),
+        "fit": settings,
         "dtype": str(model.dtype),
     }
     files = BlockFiles(staging, key)
     done = staging / _RECORD_FILE
     if done.exists():  # the merge died after the fit
-        return CalibrationRecord.from_dict(json.loads(done.read_text(encoding="utf-8")))
-    parts = [with_more_beginnings(p) for p in fitted] if predicts_next_token(model.model) else fitted
-    batches = _batches(plan, model, parts, is_held_out=False) + _batches(plan, model, held_out, is_held_out=True)
-    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full)
+        return _read_record(done)
+    batches = batches_of(plan, model, fitted, held_out)
+    fit_of = equations_of(plan, model, fitted, is_silent=_is_silent(plan))
+    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full, fit_of=fit_of)
     sweep.begin()
-    for index, name in enumerate(tqdm(model.blocks, "Calibrating", unit="block", disable=_is_silent(plan))):
-        tensors = {parameter: reader.tensors[f"{name}.{parameter}"] for parameter in model.block_parameters(name)}
-        known = files.read(index, tensors)
+    for index in tqdm(range(len(model.blocks)), "Calibrating", unit="block", disable=_is_silent(plan)):
+        known = files.read(index, sweep.tensors(index))
         fitted_block = sweep.fit_block(index, known)
         if known is None:
-            files.write(index, tensors, fitted_block)
-    by_form = distances(model, sweep, batches, len(plan.experts))
-    form = choose_form(by_form, plan.args.calibration_form if plan is whole else "low_rank")
-    if plan is whole or form == "start":
-        files.join(len(model.blocks), form)
-    else:
-        files.join_for_adapter(len(model.blocks), transposed_tensors(whole))
+            files.write(index, sweep.tensors(index), fitted_block)
+    by_form = distances(sweep, forms_of(sweep))
+    wanted = plan.args.calibration_form if plan is whole else "low_rank"
+    form = form_of_method(wanted) if is_of_method else choose_form(by_form, wanted)
+    transposed = transposed_tensors(whole) if plan is not whole else None
+    refinement = None
+    if plan.args.refine_steps:
+        blocks = [files.read(index, sweep.tensors(index)) for index in range(len(model.blocks))]
+        found = [block for block in blocks if block is not None]
+        form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
+    if refinement is None or not refinement.best_step:
+        if transposed is None or form == "start":
+            files.join(len(model.blocks), form)
+        else:
+            files.join_for_adapter(len(model.blocks), transposed)
     files.remove(len(model.blocks))
+    remove_file(staging / PROGRESS_FILE)
     record = CalibrationRecord(
         prompts=_counts(plan, fitted),
         held_out=_counts(plan, held_out),
@@ -169,19 +194,34 @@ def calibrate(
         source=prompts[0].source,
         digest=_digest(prompts),
         options={
-            **asdict(options),
+            **settings,
             "dtype": str(model.dtype).removeprefix("torch."),
             "judged_by": "predictions" if sweep.gives_logits else "hidden_states",
         },
         form=form,
         distances=by_form,
         seconds=round(time.process_time() - started, 1),
+        refinement=refinement,
     )
     write_file(done, json.dumps(record.to_dict()))
     return record
 
 
-def _open_model(plan: MergePlan) -> BlockwiseModel:
+def _read_record(path: Path) -> CalibrationRecord:
+    """Read the record of a fit that an interrupted merge had ended. Raises `ResumeError` if it is damaged."""
+    values = read_kept(path)
+    try:
+        record = CalibrationRecord.from_dict(values)
+        check_types(record)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResumeError(
+            f"{path} is not what a calibration writes ({type(error).__name__}: {error}). Pass --overwrite to start "
+            "anew."
+        ) from error
+    return record
+
+
+def open_model(plan: MergePlan) -> BlockwiseModel:
     """Return the modules of the models' class, without weights."""
     import transformers
 
@@ -207,11 +247,17 @@ def _compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_native else torch.float32
 
 
-def _batches(plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], *, is_held_out: bool) -> list[Batch]:
+def batches_of(
+    plan: MergePlan, model: BlockwiseModel, fitted: Sequence[Prompts], held_out: Sequence[Prompts]
+) -> list[Batch]:
+    """Return the prompts to fit, of a language model with more beginnings, and then those to judge by, in batches."""
+    if predicts_next_token(model.model):
+        fitted = [with_more_beginnings(p) for p in fitted]
     pad = getattr(model.model.config, "pad_token_id", None) or 0  # masked, so any token will do
     size = plan.args.calibration_batch_size
     return [
         batch
+        for prompts, is_held_out in ((fitted, False), (held_out, True))
         for one in prompts
         for batch in in_batches(one.token_ids, one.expert, size, pad, is_held_out=is_held_out, device=model.device)
     ]

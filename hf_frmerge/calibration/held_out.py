@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs
-from hf_frmerge.calibration.streams import Batch
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs, Weights
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.geometry.simplex import chord_to_distance
 from hf_frmerge.merging.planning.corrections import Form, mean_known
@@ -19,6 +19,20 @@ FORMS: tuple[Form, ...] = ("start", "low_rank", "dense")
 
 ENOUGH = 0.99
 """Share of the best form's gain from which a smaller form is taken."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    A model to judge.
+
+    Attributes:
+        outer: its weights outside the blocks.
+        hidden: index of a held-out batch -> its hidden states `(B, T, H)` after the last block.
+    """
+
+    outer: Weights
+    hidden: Mapping[int, Tensor]
 
 
 def squared_distance(merged: Outputs, expert: Outputs) -> Tensor:
@@ -40,38 +54,38 @@ def _on_sphere(outputs: Outputs) -> Tensor:
     return torch.softmax(values, dim=-1).sqrt() if outputs.is_logits else torch.nn.functional.normalize(values, dim=-1)
 
 
-def distances(
-    model: BlockwiseModel, sweep: Sweep, batches: list[Batch], n_experts: int
-) -> dict[str, tuple[float | None, ...]]:
+def forms_of(sweep: Sweep) -> dict[str, Candidate]:
+    """Return the merge without data and the forms of the fit, after the last block of a sweep."""
+    outer = sweep.outer(None)
+    fitted = {index: sweep.state.merged[index] for index in sweep.start}
+    return {form: Candidate(outer, hidden) for form, hidden in zip(FORMS, (sweep.start, sweep.low_rank, fitted))}
+
+
+def distances(sweep: Sweep, candidates: Mapping[str, Candidate]) -> dict[str, tuple[float | None, ...]]:
     """
-    Return by form the mean squared distance to every expert over its held-out prompts; `None` if it has none.
+    Return by candidate the mean squared distance to every expert over its held-out prompts; `None` if it has none.
 
     Args:
-        model: Computes the outputs.
-        sweep: Its hidden states, after the last block.
-        batches: All prompts.
-        n_experts: Number of experts.
+        sweep: After its last block: it has the experts' hidden states.
+        candidates: Models to judge.
     """
-    totals = {form: [0.0] * n_experts for form in FORMS}
-    counts = [0] * n_experts
-    merged = sweep.outer(None)
-    for expert in range(n_experts):
+    state = sweep.state
+    totals = {key: [0.0] * state.n_experts for key in candidates}
+    counts = [0] * state.n_experts
+    for expert in range(state.n_experts):
         expert_weights = sweep.outer(expert)
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(state.batches):
             if batch.expert != expert or not batch.is_held_out:
                 continue
-            states: Mapping[Form, Tensor] = {
-                "start": sweep.start[index], "low_rank": sweep.low_rank[index], "dense": sweep.state.merged[index]
-            }  # fmt: skip
             # Prompt by prompt: the logits of a batch would be the largest thing in memory.
             for row in range(len(batch.inputs["input_ids"])):
                 one = batch.prompt(row)
-                target = _outputs(model, expert_weights, sweep.state.expert[index][row : row + 1], one)
+                target = outputs_of(state.model, expert_weights, state.expert[index][row : row + 1], one)
                 counts[expert] += len(target.values)
-                for form, hidden_BTH in states.items():
-                    outputs = _outputs(model, merged, hidden_BTH[row : row + 1], one)
-                    totals[form][expert] += float(squared_distance(outputs, target).sum())
-    return {form: tuple(t / n if n else None for t, n in zip(total, counts)) for form, total in totals.items()}
+                for key, candidate in candidates.items():
+                    outputs = outputs_of(state.model, candidate.outer, candidate.hidden[index][row : row + 1], one)
+                    totals[key][expert] += float(squared_distance(outputs, target).sum())
+    return {key: tuple(t / n if n else None for t, n in zip(total, counts)) for key, total in totals.items()}
 
 
 def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Form:
@@ -88,7 +102,12 @@ def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Fo
     return next(form for form in offered if means["start"] - means[form] >= ENOUGH * gain)
 
 
-def _outputs(
+def form_of_method(wanted: str) -> Form:
+    """Return the form of what a method gives that was asked for by name, however good it is: whole unless wanted."""
+    return "low_rank" if wanted == "low_rank" else "dense"
+
+
+def outputs_of(
     model: BlockwiseModel, outer: Mapping[str, Tensor], hidden_BTH: Tensor, inputs: Mapping[str, Tensor]
 ) -> Outputs:
     """Return the outputs, one row for each token, or each prompt for a classifier."""

@@ -223,7 +223,7 @@ class _Reader:
             if len(blocks) < len(rows):
                 n_short = len(rows) - len(blocks)
                 logger.warning("%d of %d texts have fewer than two tokens: they are left out.", n_short, len(rows))
-        pieces = [blocks[place][1].numpy() for place in range(len(blocks))]
+        pieces = [blocks[place].tokens.numpy() for place in range(len(blocks))]
         return [self._led(ids) for ids in pieces] if self.packing else pieces
 
     @cached_property

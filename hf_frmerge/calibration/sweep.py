@@ -10,10 +10,10 @@ it got wrong. Only one block of each model is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.block_fit import BlockFit, SweepOptions, SweepState
@@ -22,8 +22,6 @@ from hf_frmerge.calibration.layers import find_layers
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import NonFiniteError
-
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -40,17 +38,40 @@ class FittedBlock:
     factors: dict[str, tuple[Tensor, Tensor]]
 
 
+class LayerFit(Protocol):
+    """
+    Fit of the layers of one block.
+
+    Attributes:
+        weights: weights as fitted so far, float32; those that are not fitted are the start's own tensors.
+        factors: weight of a linear layer -> its correction as factors `(rows, k)` and `(k, columns)`.
+    """
+
+    weights: dict[str, Tensor]
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def run_experts(self) -> None:
+        """Run the experts' blocks on all their prompts, and keep what the fit needs."""
+        ...
+
+    def fit(self) -> None:
+        """Fit all layers."""
+        ...
+
+
 class Sweep:
     """
     One pass over the blocks.
 
     Args:
         model, reader, batches, shares, options, is_full: See `SweepState`.
+        fit_of: Makes the fit of a block, from the arguments of `BlockFit`.
 
     Attributes:
         state: what is carried through the blocks.
         start, low_rank: hidden states of the data-free merge and of the low-rank form; held-out batches only.
         gives_logits: whether the model predicts something, or gives hidden states; known once the sweep has begun.
+        predicts_tokens: likewise, whether it gives an output for every token, or one for a prompt, as a classifier.
     """
 
     def __init__(
@@ -62,12 +83,14 @@ class Sweep:
         options: SweepOptions,
         *,
         is_full: bool,
+        fit_of: Callable[..., LayerFit] = BlockFit,
     ) -> None:
         self.state = SweepState(model, reader, batches, list(shares), options, is_full)
+        self._fit_of = fit_of
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
         self.low_rank: dict[int, Tensor] = {}
-        self.gives_logits = True
+        self.gives_logits = self.predicts_tokens = True
 
     def begin(self) -> None:
         """
@@ -82,7 +105,8 @@ class Sweep:
         for batch in state.batches:
             hidden_BTH, batch.calls = state.model.begin(outer, block, batch.inputs)
             state.merged.append(hidden_BTH)
-        self.gives_logits = state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0)).is_logits
+        outputs = state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0))
+        self.gives_logits, self.predicts_tokens = outputs.is_logits, outputs.values.ndim > 2
         of_experts: dict[int, Tensor] = {}
         for expert in range(state.n_experts):
             outer = self.outer(expert)
@@ -96,6 +120,11 @@ class Sweep:
     def outer(self, expert: int | None) -> dict[str, Tensor]:
         """Return the weights outside the blocks, of an expert or of the data-free merge."""
         return self.state.computed({name: self._read(expert, name) for name in self.state.model.outer_parameters()})
+
+    def tensors(self, index: int) -> dict[str, str]:
+        """Return parameter of a block -> its tensor."""
+        model, name = self.state.model, self.state.model.blocks[index]
+        return {key: self.state.reader.tensors[f"{name}.{key}"] for key in model.block_parameters(name)}
 
     def fit_block(self, index: int, known: FittedBlock | None = None) -> FittedBlock:
         """
@@ -113,7 +142,7 @@ class Sweep:
         experts = [self._block_weights(expert, name) for expert in range(state.n_experts)]
         call = state.batches[0].calls[index]
         layers = find_layers(state.model, name, state.computed(start), state.merged[0], call)
-        fit = BlockFit(state, index, layers, start, experts)
+        fit = self._fit_of(state, index, layers, start, experts)
         fit.run_experts()
         if known is None:
             fit.fit()
@@ -142,9 +171,9 @@ class Sweep:
                     f"{state.batches[b].expert + 1}. Leave out such prompts, or merge without calibration."
                 )
 
-    def _stored(self, name: str, start: dict[str, Tensor], fit: BlockFit) -> FittedBlock:
+    def _stored(self, name: str, start: dict[str, Tensor], fit: LayerFit) -> FittedBlock:
         """Return what was found in the dtypes of the output, so that the sweep goes on with what will be written."""
-        dtypes = {key: _TORCH_DTYPES[self.state.reader.dtype(f"{name}.{key}")] for key in start}
+        dtypes = {key: self.state.reader.torch_dtype(f"{name}.{key}") for key in start}
         corrections = {
             key: (fit.weights[key] - start[key]).to(dtypes[key]) for key in start if fit.weights[key] is not start[key]
         }

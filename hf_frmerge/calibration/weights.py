@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
+
 
 class WeightReader:
     """
@@ -57,7 +59,8 @@ class WeightReader:
         if missing:
             raise ArgumentError(
                 f"The model has parameters {some(missing)} that are no tensors of these checkpoints under that name, "
-                "so it cannot be calibrated. Load and save the experts with transformers, which renames them."
+                "so it cannot be calibrated. Load the experts with transformers: if it reports none of these as "
+                "missing, save them, and they have its names."
             )
         self._steps = {name: steps[tensor] for name, tensor in self.tensors.items()}
         groups = [step.group for step in plan.steps if step.action == "merge"]
@@ -71,9 +74,23 @@ class WeightReader:
         """Whether the tensor is merged, and not copied from one model."""
         return self._steps[parameter].action == "merge"
 
-    def dtype(self, parameter: str) -> str:
-        """Return the dtype code of the merged tensor."""
-        return self._steps[parameter].dtype
+    def weights(self, parameter: str) -> tuple[float, ...]:
+        """Return the experts' weights in a merged tensor, which sum to 1."""
+        return self._steps[parameter].weights
+
+    def scaled(self, parameter: str, merged: Tensor) -> Tensor:
+        """Return the base and the scale of the plan times what a merged tensor has on top of it."""
+        scale = self._plan.args.scale * self._steps[parameter].scale
+        if scale == 1.0:
+            return merged
+        base = self.base(parameter)
+        assert base is not None  # a scale needs deltas, and these a base
+        base = base.to(merged.device)
+        return base + scale * (merged - base)
+
+    def torch_dtype(self, parameter: str) -> torch.dtype:
+        """Return the dtype in which a correction of the merged tensor is stored."""
+        return _TORCH_DTYPES[self._steps[parameter].dtype]
 
     def expert(self, index: int, parameter: str) -> Tensor:
         """Return an expert's values of a parameter: the base's where an adapter does not change it."""

@@ -130,5 +130,6 @@ def _acquire(folder: Path) -> FolderLock:
 
 def _is_taken(folder: str | Path) -> MergeError:
     return MergeError(
-        f"Another merge is writing to {str(folder)!r}. Wait until it has ended, or stop it, or choose another folder."
+        f"Another merge or push is at work in {str(folder)!r}. Wait until it has ended, or stop it, or choose another "
+        "folder."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,19 @@ def may_be_conv1d(target: str, shapes: Mapping[str, Sequence[int]]) -> bool:
         len(shape) == 2 and shape[0] != shape[1] and tuple(shapes.get(_bias_of(name), ())) == (shape[1],)
         for name, shape in shapes.items()
     )
+
+
+def stated_ties(config: Mapping[str, Any]) -> list[bool]:
+    """Return what a `config.json` says of tying word embeddings, on the levels that say something."""
+    own = [bool(config["tie_word_embeddings"])] if "tie_word_embeddings" in config else []
+    return own + [stated for value in config.values() if isinstance(value, dict) for stated in stated_ties(value)]
+
+
+def untying(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that make a `config.json` tie no word embeddings, on any level that says something of it."""
+    nested = {name: {**value, **untying(value)} for name, value in config.items()
+              if isinstance(value, dict) and stated_ties(value)}  # fmt: skip
+    return {**nested, "tie_word_embeddings": False}
 
 
 def _bias_of(weight: str) -> str:

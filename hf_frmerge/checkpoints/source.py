@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,21 +15,27 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.local_folder import LocalFolder
     from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Names of the files that hold weights in one format: of a model in one file, of the index of several, adapter."""
+
+    single: str
+    index: str
+    adapter: str
+
+
+SAFETENSORS = WeightFiles("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+PICKLES = WeightFiles("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+WEIGHTS = (SAFETENSORS.single, SAFETENSORS.index)
 
 HUB_SCHEME = "hub://"
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _CACHED = re.compile(r"(?:.*[/\\])?models--(?P<repo>[\w.-]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})[/\\]*")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-_CONVERT_MODEL = (
-    "Convert it once:\n"
-    "    from transformers import AutoModelForCausalLM  # or the class you use\n"
-    '    AutoModelForCausalLM.from_pretrained("THIS CHECKPOINT").save_pretrained("converted")'
-)
 _CONVERT_GGUF = (
     "Let transformers dequantise it once (with the gguf package):\n"
     "    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig\n"
@@ -39,12 +45,9 @@ _CONVERT_GGUF = (
     '    model.save_pretrained("converted")\n'
     '    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("converted")'
 )
-_CONVERT_ADAPTER = (
-    "If its weights are a pickle (adapter_model.bin), convert it once, on its base:\n"
-    "    from peft import PeftModel\n"
-    "    from transformers import AutoModelForCausalLM  # or the class you use\n"
-    '    base = AutoModelForCausalLM.from_pretrained("ITS BASE MODEL")\n'
-    '    PeftModel.from_pretrained(base, "THIS ADAPTER").save_pretrained("converted")'
+_ALLOW_PICKLE = (
+    "A pickle can run code when it is opened, so it is left alone unless you ask: with --allow-pickle (allow_pickle) "
+    "its tensors are read as `torch.load(weights_only=True)` finds them, which runs none of the code it may name."
 )
 
 
@@ -55,7 +58,9 @@ class Source:
 
     `spec` is what the user wrote, without the password of a URL. `path` is a local folder, a URL, or
     `hub://org/name@commit` for a Hub checkpoint that is not on this machine. For a Hub checkpoint `repo_id`, the
-    requested `revision` (None: the default branch) and the `commit` it resolved to are set.
+    requested `revision` (None: the default branch) and the `commit` it resolved to are set. `is_pickled` says that its
+    weights are pickles, which the user has allowed. A full model that is to be read with an adapter on it
+    (`base+adapter`) has the `adapter`; all else is about the model.
     """
 
     spec: str
@@ -64,6 +69,18 @@ class Source:
     repo_id: str | None = None
     revision: str | None = None
     commit: str | None = None
+    is_pickled: bool = False
+    adapter: Source | None = None
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """The model and the adapter on it, each by itself."""
+        return (self,) if self.adapter is None else (replace(self, adapter=None), self.adapter)
+
+    @property
+    def weight_files(self) -> WeightFiles:
+        """Names that the files of its weights may have."""
+        return PICKLES if self.is_pickled else SAFETENSORS
 
 
 def is_on_hub(source: Source) -> bool:
@@ -111,30 +128,58 @@ def convert_gguf(name: str) -> str:
     return _CONVERT_GGUF.format(name=name)
 
 
-def kind_of(folder: LocalFolder | RemoteFolder, spec: str) -> Literal["full", "adapter"]:
+def source_of(
+    folder: LocalFolder | RemoteFolder,
+    spec: str,
+    path: str,
+    repo_id: str | None = None,
+    revision: str | None = None,
+    commit: str | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> Source:
     """
-    Return whether a folder holds a full checkpoint or an adapter.
+    Return the source in a folder, a full checkpoint or an adapter. Pickles are taken where there is nothing else.
+
+    Args:
+        folder: The folder.
+        spec, path, repo_id, revision, commit: As the source will have them.
+        allow_pickle: Whether its weights may be pickles.
 
     Raises:
         CheckpointError: If it holds neither or both; the message says what it holds.
     """
     try:
-        weights = next((name for name in WEIGHTS if folder.exists(name)), None)
-        is_adapter = folder.exists(_ADAPTER_CONFIG)
-        if weights and is_adapter:
-            raise _two_models(spec, weights)
-        if weights:
-            if not folder.exists("config.json"):
-                raise CheckpointError(f"{spec!r} has weights but no config.json. Add the one of its model class.")
-            return "full"
-        if is_adapter:
-            if folder.exists(_ADAPTER_WEIGHTS):
-                return "adapter"
-            raise CheckpointError(f"{spec!r} is an adapter without {_ADAPTER_WEIGHTS}. {_CONVERT_ADAPTER}")
+        for files in (SAFETENSORS, PICKLES) if allow_pickle else (SAFETENSORS,):
+            kind = _kind_of(folder, spec, files)
+            if kind is not None:
+                return Source(spec, kind, path, repo_id, revision, commit, files is PICKLES)
+        if folder.exists(_ADAPTER_CONFIG):
+            raise _no_adapter(spec, folder.exists(PICKLES.adapter))
         names, below = _names(folder), _models_below(folder)
     except OSError as error:
         raise CheckpointError(f"{spec!r} could not be opened: {error}.") from error
     raise _no_weights(spec, names, below)
+
+
+def _kind_of(folder: LocalFolder | RemoteFolder, spec: str, files: WeightFiles) -> Literal["full", "adapter"] | None:
+    """Return whether a folder holds a full checkpoint or an adapter with weights of these names; None for neither."""
+    weights = next((name for name in (files.single, files.index) if folder.exists(name)), None)
+    is_adapter = folder.exists(_ADAPTER_CONFIG)
+    if weights and is_adapter:
+        raise _two_models(spec, weights)
+    if weights and not folder.exists("config.json"):
+        raise CheckpointError(f"{spec!r} has weights but no config.json. Add the one of its model class.")
+    return "full" if weights else "adapter" if is_adapter and folder.exists(files.adapter) else None
+
+
+def _no_adapter(spec: str, has_pickle: bool) -> CheckpointError:
+    if has_pickle:
+        return CheckpointError(f"{spec!r} has pickle weights only ({PICKLES.adapter}). {_ALLOW_PICKLE}")
+    return CheckpointError(
+        f"{spec!r} is an adapter without {SAFETENSORS.adapter}. Copy or download it again, or save it anew with "
+        "PEFT's `save_pretrained`."
+    )
 
 
 def _models_below(folder: LocalFolder | RemoteFolder) -> list[str]:
@@ -147,7 +192,7 @@ def _models_below(folder: LocalFolder | RemoteFolder) -> list[str]:
     if "://" in folder.path:
         return []
     root = Path(folder.path)
-    marks = (*WEIGHTS, _ADAPTER_CONFIG)
+    marks = (*WEIGHTS, PICKLES.single, PICKLES.index, _ADAPTER_CONFIG)
     folders = {Path(mark).parent for name in marks for mark in (*root.glob(f"*/{name}"), *root.glob(f"*/*/{name}"))}
     main = root / "refs" / "main"
     commit = main.read_text().strip() if main.is_file() else ""
@@ -169,8 +214,8 @@ def _either(names: Iterable[str], limit: int = 3) -> str:
 def _two_models(spec: str, weights: str) -> CheckpointError:
     return CheckpointError(
         f"{spec!r} holds a full model ({weights}) and an adapter ({_ADAPTER_CONFIG}), and transformers would load the "
-        f"model with the adapter on it. Move {_ADAPTER_CONFIG} and {_ADAPTER_WEIGHTS} to a folder of their own (of a "
-        "Hub repository, download one without the other: `hf download ORG/NAME --exclude 'adapter_*' --local-dir "
+        f"model with the adapter on it. Move {_ADAPTER_CONFIG} and {SAFETENSORS.adapter} to a folder of their own (of "
+        "a Hub repository, download one without the other: `hf download ORG/NAME --exclude 'adapter_*' --local-dir "
         "FOLDER`) and pass the folder you mean. To merge both as one model, fold the adapter in with PEFT's "
         "`merge_and_unload`, and pass what you save then."
     )
@@ -193,10 +238,12 @@ def _no_weights(spec: str, names: Iterable[str], below: Sequence[str]) -> Checkp
     ggufs = sorted(name for name in names if name.endswith(".gguf"))
     if ggufs and not others and not pickles:
         return CheckpointError(f"{spec!r} has GGUF weights only ({', '.join(ggufs[:3])}). {convert_gguf(ggufs[0])}")
+    if {PICKLES.single, PICKLES.index} & set(names):
+        return CheckpointError(f"{spec!r} has pickle weights only ({', '.join(pickles[:3])}). {_ALLOW_PICKLE}")
     if pickles:
         return CheckpointError(
-            f"{spec!r} has pickle weights only ({', '.join(pickles[:3])}). Pickles can run code when opened, so they "
-            f"are not read. {_CONVERT_MODEL}"
+            f"{spec!r} has pickle weights only ({', '.join(pickles[:3])}), under names that transformers does not "
+            f"load. If one holds all tensors of the model by name, call it {PICKLES.single} and pass --allow-pickle."
         )
     if others:
         return CheckpointError(

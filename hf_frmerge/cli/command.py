@@ -135,6 +135,14 @@ token_option = click.option(
 )
 
 
+pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Take weights that are pickles where a model has no others. They are read as torch.load(weights_only=True) "
+    "finds them: code that a pickle names is not run.",
+)
+
+
 @contextmanager
 def results_only() -> Iterator[None]:
     """Redirect what libraries print to stderr, so that stdout has only the command's result and can be piped."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,15 +17,27 @@ from hf_frmerge.cli.evaluating import (
     eval_dtype_option,
     evaluation_bar,
     named_files,
+    numbers,
     option,
 )
-from hf_frmerge.cli.options import options_from
+from hf_frmerge.cli.options import CALIBRATION, options_from
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.calibration import SELF, parse_calibration
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
 
 _DATA, _TRIED = "Models and data", "What is tried"
 _SHARED = {
-    "What all merges share": ("allow_license", "strict"),
+    "What all merges share": (
+        "post_step",
+        "svc_floor",
+        "layer_scales",
+        "leave_out",
+        "take",
+        "settings_from",
+        "allow_license",
+        "strict",
+    ),
     "Running": ("memory_budget", "num_workers", "device"),
 }
 
@@ -75,8 +89,18 @@ _SHARED = {
     _TRIED,
     "--weights",
     multiple=True,
-    metavar="W,W,...",
-    help="Weights of the experts that every method is tried with; may be given several times. Default: all alike.",
+    metavar="W,W,...|NAME",
+    help="Weights of the experts that every method is tried with, or their name: nan, say. May be given several "
+    "times. Default: all alike.",
+)
+@option(
+    _TRIED,
+    "--seeds",
+    "n_seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How often methods that draw at random are repeated; their score is the mean, and the spread is told.",
 )
 @option(_TRIED, "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of all that is drawn.")
 @batch_size_option
@@ -98,7 +122,7 @@ _SHARED = {
 )
 @option("Output", "--overwrite", is_flag=True, help="Begin anew in a folder with another comparison.")
 @option("Output", "--json", "as_json", is_flag=True, help="Print the record of the comparison as JSON.")
-@options_from(_SHARED)
+@options_from(CALIBRATION, _SHARED)
 def compare(
     experts: tuple[str, ...],
     data: tuple[str, ...],
@@ -106,6 +130,8 @@ def compare(
     methods: tuple[str, ...],
     scales: str | None,
     weights: tuple[str, ...],
+    calibration: tuple[str, ...],
+    n_seeds: int,
     max_tokens: int,
     batch_size: int,
     block_size: int,
@@ -117,18 +143,21 @@ def compare(
     """
     Compare merge methods on your experts and texts.
 
-    Every method is tried with the same scales; the best on some of the texts is measured on the others. Models are
-    merged in memory, none is written. Prints one table, best first, which of the methods cannot be told from the best,
-    and the command that makes the best merge.
+    Every method is tried with the same scales; the best on some of the texts is measured on the others. With
+    --calibration a merge that is fitted to its experts is compared with them. Models are merged in memory, none is
+    written. Prints one table, best first, which of the methods cannot be told from the best, and the command that
+    makes the best merge; a page with figures is beside the results.
     """
     files = named_files(data)
-    factors = _numbers("--scales", scales) if scales is not None else None
-    chosen_weights = [_numbers("--weights", text) for text in weights] or None
+    factors = numbers("--scales", scales) if scales is not None else None
+    chosen_weights = [_weights(text) for text in weights] or None
     args = MergingArguments(
         per_device_eval_batch_size=batch_size,
         eval_block_size=block_size,
-        **{name: value for name, value in options.items() if value is not None},
+        **{name: value for name, value in options.items() if value is not None and value != ()},
     )
+    prompts = parse_calibration(calibration, experts) if calibration else None
+    _check_held_out(prompts, files)
     yield_idle_cores()  # before the imports below, which import torch
     with results_only():
         from transformers.utils.logging import disable_progress_bar
@@ -136,6 +165,8 @@ def compare(
         from hf_frmerge.comparison.candidates import SCALES
         from hf_frmerge.comparison.comparison import MergeComparison
         from hf_frmerge.evaluation.text.datasets import read_texts
+        from hf_frmerge.report.comparison_page import write_comparison_page
+        from hf_frmerge.report.figures import can_draw
 
         disable_progress_bar()  # one bar per model loaded would break up the bar below
         with evaluation_bar() as (on_model, on_prediction_step):
@@ -147,28 +178,41 @@ def compare(
                 scales=factors or SCALES,
                 weights=chosen_weights,
                 args=args,
+                calibration_dataset=prompts,
+                n_seeds=n_seeds,
                 max_tokens=max_tokens,
                 eval_dtype=dtype,
                 cache_dir=cache_dir,
                 on_progress=on_model,
                 on_prediction_step=on_prediction_step,
             ).run()
+        page = write_comparison_page(args.output_dir) if can_draw() else None
     if as_json:
         click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
         return
     from hf_frmerge.cli.render.comparison import print_comparison
 
-    print_comparison(record, args.output_dir)
+    print_comparison(record, args.output_dir, page)
 
 
-def _numbers(option: str, text: str) -> list[float]:
-    """Read comma-separated numbers."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ArgumentError(
-            f"{option} takes numbers with commas between them, such as 0.5,1,2, got {text!r}."
-        ) from None
+def _check_held_out(prompts: Mapping[str, str] | str | None, files: Mapping[str, str]) -> None:
+    """Refuse prompts from a file that merges are measured on: a fit would have seen what it is judged by."""
+    sources = prompts.values() if isinstance(prompts, Mapping) else [prompts] if prompts is not None else []
+    for source in sources:
+        for file in files.values():
+            if source != SELF and Path(source).exists() and Path(file).exists() and Path(source).samefile(file):
+                raise ArgumentError(
+                    f"{file!r} is given as --data and as --calibration: a merge that was fitted to a text cannot be "
+                    "compared on it. Give other text to one of them, or --calibration self."
+                )
+
+
+def _weights(text: str) -> list[float] | str:
+    """Read weights, or check their name."""
+    if not is_name(text):
+        return numbers("--weights", text)
+    parse_name(text)
+    return text
 
 
 COMMANDS = {"compare": compare}

@@ -65,6 +65,12 @@ _MODELS, _AFTER = "Models and data", "What is done with it"
     help="Also run a task of lm-evaluation-harness: a .yaml file, hellaswag, bbh, mmlu-pro, musr, gpqa-diamond, or "
     "any other it knows.",
 )
+@option(
+    _MODELS,
+    "--allow-pickle",
+    is_flag=True,
+    help="Take weights that are pickles where a model has no others; they are loaded with weights_only=True.",
+)
 @batch_size_option
 @block_size_option
 @option(MEASURING, "--no-packing", is_flag=True, help="Read every row by itself, not joined into blocks.")
@@ -110,6 +116,7 @@ def evaluate(
     base_model: str | None,
     data: tuple[str, ...],
     lm_eval: tuple[str, ...],
+    allow_pickle: bool,
     card: bool,
     as_json: bool,
     fail_on: tuple[str, ...],
@@ -141,7 +148,7 @@ def evaluate(
 
         # Taken before measuring, so that `_keep` notices a merge that replaced the model meanwhile.
         measured = merge_digest(model) if is_merge else None
-        record = _measure(model, experts, base_model, files, lm_eval, _Measuring(**how))
+        record = _measure(model, experts, base_model, files, lm_eval, allow_pickle, _Measuring(**how))
         headlines = _keep(record, model, card, measured) if is_merge else _headlines(record)
     if as_json:
         click.echo(json.dumps(record.to_dict(), indent=2))
@@ -199,6 +206,7 @@ def _measure(
     base_model: str | None,
     files: dict[str, str],
     lm_eval: tuple[str, ...],
+    allow_pickle: bool,
     how: _Measuring,
 ) -> EvaluationRecord:
     """Evaluate all models on the files, and the merged one on tasks of lm-evaluation-harness."""
@@ -215,7 +223,8 @@ def _measure(
     record = EvaluationRecord()
     if files:
         domains = {name: read_texts(file) for name, file in files.items()}
-        models = models_to_measure(find_models_to_compare(model, experts, base_model), model)
+        found = find_models_to_compare(model, experts, base_model)
+        models = models_to_measure(found, model, allow_pickle=allow_pickle)
         with how.cache() as cache_dir, evaluation_bar() as (on_model, on_prediction_step):
             run = RunSettings(cache_dir=cache_dir, on_model=on_model, on_prediction_step=on_prediction_step)
             record = evaluate_merge(models, domains, how.suite_options(), run)

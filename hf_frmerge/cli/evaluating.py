@@ -86,3 +86,18 @@ def named_files(data: Iterable[str]) -> dict[str, str]:
             )
         files[name] = path
     return files
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """
+    Read comma-separated numbers.
+
+    Raises:
+        ArgumentError: If they are none.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentError(
+            f"{option} takes numbers with commas between them, such as 0.5,1,2, got {text!r}."
+        ) from None

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from hf_frmerge.cli.command import FrmergeCommand, results_only
+from hf_frmerge.cli.command import FrmergeCommand, pickle_option, results_only
 from hf_frmerge.errors import ArgumentError
 
 
@@ -28,6 +28,7 @@ from hf_frmerge.errors import ArgumentError
     help="Last name of a module to adapt, such as q_proj; give it once per module. Default: all linear layers but the "
     "output layer.",
 )
+@pickle_option
 @click.option("--overwrite", is_flag=True, help="Write into an output folder that is not empty.")
 @click.option("--json", "as_json", is_flag=True, help="Print ranks and errors as JSON.")
 def extract_lora(
@@ -37,6 +38,7 @@ def extract_lora(
     rank: int,
     energy: float | None,
     target_modules: tuple[str, ...],
+    allow_pickle: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -51,7 +53,7 @@ def extract_lora(
         from hf_frmerge.extraction.extract_lora import ExtractOptions
         from hf_frmerge.extraction.extract_lora import extract_lora as extract
 
-        sources = resolve_all([model, base_model])
+        sources = resolve_all([model, base_model], allow_pickle=allow_pickle)
         # Both are checked before a checkpoint is opened: an adapter has no dense weights to subtract.
         for source in sources:
             if source.kind != "full":

@@ -13,10 +13,12 @@ from hf_frmerge.visible import visible_lines
 # Command -> its module, and its line in `frmerge --help`, which would otherwise have to import all modules.
 _COMMANDS = {
     "merge": ("merge", "Merge two or more experts into one model."),
+    "add": ("merge", "Merge one more expert into a model that is a merge."),
     "plan": ("preflight", "Show what a merge would do, from file headers alone."),
     "inspect": ("preflight", "Measure angles and norms: can the choice of method matter here?"),
     "evaluate": ("evaluate", "Compare a merged model with its experts on your texts."),
     "compare": ("compare", "Try merge methods on your experts and texts: which is best, by how much?"),
+    "search": ("search", "Choose weights by measuring merges: greedy soups, Pareto fronts."),
     "report": ("report", "Show what a merge did, on one HTML page."),
     "verify": ("output", "Recompute a merge and compare it bit for bit."),
     "reproduce": ("reproduce", "Make a pushed merge again from its record, and compare."),

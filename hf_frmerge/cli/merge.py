@@ -1,11 +1,10 @@
-"""`frmerge merge`."""
+"""`frmerge merge`, and `frmerge add` for one more expert."""
 
 from __future__ import annotations
 
 import gc
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +20,9 @@ from hf_frmerge.cli.options import (
     arguments_from,
     options_from,
 )
+
+if TYPE_CHECKING:
+    from hf_frmerge.merger import FisherRaoMerger
 
 
 @click.command(
@@ -54,13 +56,46 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
             base_model=expert_arguments.base_model,
             calibration_dataset=expert_arguments.calibration_dataset,
         ).merge()
+    _print(merger, as_json)
+
+
+@click.command(
+    "add",
+    cls=FrmergeCommand,
+    on_interrupt="The output folder holds no finished model. Run the same command with --resume to go on.",
+)
+@click.argument("merged")
+@click.argument("expert")
+@options_from({"What is merged": ("method", "base_model")}, OUTPUT, RUNNING, HUB)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def add(merged: str, expert: str, base_model: str | None, as_json: bool, **options: Any) -> None:
+    """
+    Merge one more EXPERT into MERGED, the folder or Hub id of a merge.
+
+    MERGED counts as often as its record says that it has experts, so that in the end all count alike. Method, base
+    model and options are those of its record; a merge by opcm goes on with opcm, others with a recursive mean.
+    """
+    changes = {name: value for name, value in options.items() if value is not None}
+    with results_only():
+        from hf_frmerge.merger import FisherRaoMerger
+        from hf_frmerge.weighting.continual import next_merge
+
+        args, base_model = next_merge(merged, changes, base_model, options["hub_token"])
+        merger = FisherRaoMerger([merged, expert], args, "continual", base_model).merge()
+    _print(merger, as_json)
+
+
+def _print(merger: FisherRaoMerger, as_json: bool) -> None:
+    """Print what came of a merge."""
     if as_json:
         click.echo(json.dumps(merger.report, indent=2))
         return
     from hf_frmerge.cli.render.merges import print_merge
     from hf_frmerge.merging.record.manifest import read_manifest
 
-    print_merge(merger.report, read_manifest(Path(args.output_dir)), args.output_dir)
+    folder = merger.args.output_dir
+    # A process that did not write the record, of several, reads it.
+    print_merge(merger.report, merger.manifest or read_manifest(folder), folder)
 
 
-COMMANDS = {"merge": merge}
+COMMANDS = {"merge": merge, "add": add}

@@ -17,7 +17,7 @@ from hf_frmerge.merging.arguments.config_file import read_config
 from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
-EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub")}
+EXPERTS = {"Experts": ("weights", "base_model", "stream_from_hub", "allow_pickle")}
 VOCABULARY = {"Tokens and settings": ("tokenizer_source", "pad_to_multiple_of", "settings_from")}
 MEAN = {
     "The mean": (
@@ -38,6 +38,7 @@ MEAN = {
         "min_change",
         "seed",
         "descent_steps",
+        "off_diagonal",
         "merged_before",
         "layer_scales",
         "post_step",
@@ -54,12 +55,15 @@ CALIBRATION = {
         "calibration_batch_size",
         "calibration_form",
         "calibration_rank",
+        "refine_steps",
+        "refine_loss",
+        "refine_learning_rate",
     )
 }
 OUTPUT = {
-    "Output": ("output_dir", "dtype", "max_shard_size", "overwrite", "resume_from_checkpoint"),
+    "Output": ("output_dir", "dtype", "on_overflow", "max_shard_size", "overwrite", "resume_from_checkpoint"),
     "What is accepted": ("strict", "allow_license"),
-    "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy"),
+    "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy", "adapter_rank_pattern"),
 }
 RUNNING = {
     "Running": ("memory_budget", "num_workers", "device"),
@@ -76,7 +80,11 @@ HUB = {"The Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revis
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
-_FLAGS = {"resume_from_checkpoint": "--resume/--no-resume", "output_dir": "--output-dir"}
+_FLAGS = {
+    "resume_from_checkpoint": ("--resume/--no-resume",),
+    "output_dir": ("--output-dir",),
+    "refine_steps": ("--refine", "--refine-steps"),
+}
 _METAVARS = {
     "weights": "W,W,...|NAME",
     "output_dir": "DIR",
@@ -87,6 +95,7 @@ _METAVARS = {
     "tokenizer_source": "base|union|EXPERT",
     "settings_from": "base|EXPERT",
     "calibration": "[EXPERT=]FILE|self",
+    "refine_steps": "STEPS",
 }
 
 
@@ -169,7 +178,7 @@ def _option(name: str, section: str) -> Callable[[Callable[..., Any]], Callable[
     if field.default is not MISSING and field.default is not None and kind is not bool:
         help_text += f" [default: {field.default}]"
     return click.option(
-        _FLAGS.get(name, flag), name, cls=SectionOption, section=section, default=None, help=help_text, **settings
+        *_FLAGS.get(name, (flag,)), name, cls=SectionOption, section=section, default=None, help=help_text, **settings
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, say, token_option
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, pickle_option, results_only, say, token_option
 
 
 @click.command("verify", cls=FrmergeCommand)
@@ -18,6 +18,7 @@ from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, say, t
 @click.option(
     "--sha256", is_flag=True, help="Compare weight files by SHA-256 too, and record those that the manifest lacks."
 )
+@pickle_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def verify(
@@ -26,6 +27,7 @@ def verify(
     experts: tuple[str, ...],
     base_model: str | None,
     sha256: bool,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """
@@ -40,7 +42,9 @@ def verify(
     with results_only():
         from hf_frmerge.provenance.verify import verify as verify_folder
 
-        report = verify_folder(output_dir, experts=experts or None, base_model=base_model, sha256=sha256)
+        report = verify_folder(
+            output_dir, experts=experts or None, base_model=base_model, sha256=sha256, allow_pickle=allow_pickle
+        )
     if as_json:
         click.echo(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
     else:
@@ -97,6 +101,7 @@ def push(
     The card is written again, for the model as it will be called; a README.md of your own is sent as it is.
     """
     with results_only():
+        from hf_frmerge.checkpoints.lock import sole_writer
         from hf_frmerge.hub.card.card import has_own_card
         from hf_frmerge.hub.card.describe import describe_merge
         from hf_frmerge.hub.outgoing import check_complete
@@ -109,7 +114,8 @@ def push(
         repo_id = full_repo_id(repo_id, token)
         # A README.md that the user wrote is never overwritten.
         if has_own_card(output_dir):
-            describe_merge(output_dir, draw=figure_drawer(), hub_model_id=repo_id)
+            with sole_writer(output_dir):
+                describe_merge(output_dir, draw=figure_drawer(), hub_model_id=repo_id)
         commit = push_folder(
             output_dir,
             repo_id=repo_id,

@@ -42,7 +42,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
         )
     with closing(merge_plan):
         # Not for `inspect`, which writes nothing and so accepts any folder.
-        check_output_dir(args, [model.source.path for model in merge_plan.models])
+        check_output_dir(args, merge_plan.input_paths)
         with results_only():
             description = merge_plan.describe() | {
                 "licences": _licences(merge_plan),

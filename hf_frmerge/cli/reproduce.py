@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hf_frmerge.cli.command import FAILURE, FrmergeCommand, results_only, token_option
+from hf_frmerge.cli.command import FAILURE, FrmergeCommand, pickle_option, results_only, token_option
 from hf_frmerge.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--device", help="Where to compute. Default: where it was computed.")
 @token_option
+@pickle_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def reproduce(
@@ -36,6 +37,7 @@ def reproduce(
     experts: tuple[str, ...],
     device: str | None,
     token: str | None,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """
@@ -58,7 +60,15 @@ def reproduce(
                     bar.update()
                     return True
 
-            result = make_again(model, output_dir, experts=places, device=device, token=token, observer=Advance())
+            result = make_again(
+                model,
+                output_dir,
+                experts=places,
+                device=device,
+                token=token,
+                allow_pickle=allow_pickle,
+                observer=Advance(),
+            )
         if output_dir is not None:
             from hf_frmerge.hub.card.describe import describe_merge
 

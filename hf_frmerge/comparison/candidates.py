@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_frmerge.errors import ArgumentError
@@ -15,7 +15,7 @@ SCALES = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Factors of the merged delta that every method is tried with."""
 
 # Beside the options of its own that a method has.
-_OF_ALL = ("space", "block")
+_OF_ALL = ("space", "block", "post_step", "svc_floor", "layer_scales")
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,24 @@ class Cell:
         candidate: the method.
         scale: factor of the merged delta; `None` in weight space, where there is none.
         weights: of the experts; `None` if they are all alike.
+        fit: digest of the prompts it is fitted to its experts on, and of how; `None` without a fit.
     """
 
     candidate: Candidate
     scale: float | None
     weights: tuple[float, ...] | None
+    fit: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Name in tables, whatever the scale and the weights."""
+        return self.candidate.label + (", fitted" if self.fit is not None else "")
 
     @property
     def key(self) -> str:
         """What it is known by in the file of finished cells."""
-        return json.dumps([self.candidate.method, self.candidate.options, self.scale, self.weights])
+        fit = [] if self.fit is None else [self.fit]
+        return json.dumps([self.candidate.method, self.candidate.options, self.scale, self.weights, *fit])
 
 
 def parse_candidate(text: str) -> Candidate:
@@ -66,7 +74,7 @@ def parse_candidate(text: str) -> Candidate:
         ArgumentError: If there is no such method, or it has no such option.
     """
     name, *settings = text.split(",")
-    if name not in METHODS or METHODS[name].kind == "given":
+    if name not in _comparable():
         raise ArgumentError(
             f"There is no method {name!r} to compare: expected one of {', '.join(_comparable())}."
             + did_you_mean(name, _comparable())
@@ -113,6 +121,24 @@ def cells_of(
     return [Cell(candidate, scale, chosen) for chosen in weights for scale in factors]
 
 
+def with_seeds(cell: Cell, n_seeds: int, seed: int) -> list[Cell]:
+    """
+    Return a merge, and if its method draws at random the same with the seeds that follow its own.
+
+    Args:
+        cell: The merge.
+        n_seeds: Number of seeds.
+        seed: Of a merge that has none among its options.
+    """
+    candidate = cell.candidate
+    if "seed" not in METHODS[candidate.method].options:
+        return [cell]
+    options = dict(candidate.options)
+    first = int(options.pop("seed", seed))
+    others = [Candidate(candidate.method, (*options.items(), ("seed", str(first + n)))) for n in range(1, n_seeds)]
+    return [cell, *(replace(cell, candidate=other) for other in others)]
+
+
 def arguments_of(cell: Cell) -> dict[str, Any]:
     """Return the arguments of a merge that a cell decides, by name; `space` is deltas where there is a scale."""
     arguments: dict[str, Any] = {"method": cell.candidate.method}
@@ -122,4 +148,4 @@ def arguments_of(cell: Cell) -> dict[str, Any]:
 
 
 def _comparable() -> list[str]:
-    return [method.name for method in METHODS.values() if method.kind != "given"]
+    return [method.name for method in METHODS.values() if method.kind not in ("calibrated", "given")]

@@ -28,15 +28,17 @@ class CellResult:
 
     Attributes:
         measured: `None` if the merge failed.
-        seconds: of the merge, in memory.
+        seconds: of the merge, in memory, and of its fit.
         memory: most bytes the merge was allowed to hold at a time, beside the model.
         failure: why there is no merge.
+        n_prompts: number of prompts it was fitted to; 0 without a fit.
     """
 
     measured: Measured | None
     seconds: float = 0.0
     memory: int = 0
     failure: str | None = None
+    n_prompts: int = 0
 
 
 class CellFile:

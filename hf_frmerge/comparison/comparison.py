@@ -20,15 +20,25 @@ from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.resolve import resolve_all
 from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.comparison.bench import Bench, Trial
-from hf_frmerge.comparison.candidates import SCALES, Cell, arguments_of, cells_of, default_candidates, parse_candidate
+from hf_frmerge.comparison.candidates import (
+    SCALES,
+    Candidate,
+    Cell,
+    arguments_of,
+    cells_of,
+    default_candidates,
+    parse_candidate,
+)
 from hf_frmerge.comparison.cell_file import CellFile
 from hf_frmerge.comparison.command import merge_command
 from hf_frmerge.comparison.evaluator import Evaluator
+from hf_frmerge.comparison.fitter import FIT_OPTIONS, Fitter
 from hf_frmerge.comparison.merged_model import MergedModel
-from hf_frmerge.comparison.record import ComparisonRecord, method_result, save_record, save_table
+from hf_frmerge.comparison.record import method_result, save_table
 from hf_frmerge.comparison.texts import SPLITS, digest_of, split_texts
 from hf_frmerge.comparison.yardstick import standings
 from hf_frmerge.errors import ArgumentError, MergeError
+from hf_frmerge.evaluation.comparison_record import ComparisonRecord, save_comparison
 from hf_frmerge.evaluation.measures.classification import is_classifier
 from hf_frmerge.evaluation.models.identity import model_identity
 from hf_frmerge.evaluation.models.loading import model_class_of
@@ -40,7 +50,7 @@ from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOpt
 from hf_frmerge.hub.card.licences import licences_of_plan
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.result_options import RESULT_OPTIONS
-from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.weighting.plan_merge import plan_merge
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -70,11 +80,17 @@ class MergeComparison:
             `NAME` or `NAME,option=value`; by default about ten that can run on these experts.
         scales (`Sequence[float]`, *optional*):
             Factors of the merged delta that every method is tried with.
-        weights (`Sequence[Sequence[float]]`, *optional*):
-            Weights of the experts that every method is tried with; all alike by default.
+        weights (`Sequence`, *optional*):
+            Weights of the experts that every method is tried with: numbers, or a name as `FisherRaoMerger` takes it;
+            all alike by default.
         args (`MergingArguments`, *optional*):
             What all merges share, where they run and how they are evaluated; `output_dir` is the folder of the
             comparison, `seed` draws texts and resamples, too.
+        calibration_dataset (*optional*):
+            Prompts without labels, as for `FisherRaoMerger`: a merge by `args.method` that is fitted to what its
+            experts compute on them is compared with the others.
+        n_seeds (`int`, *optional*, defaults to `1`):
+            How often methods that draw at random are repeated on the test texts; their score is the mean.
         max_tokens (`int`, *optional*, defaults to `2048`):
             Tokens of every text that are used, a quarter of them to choose scales; 0 for all.
         eval_dtype (`str`, *optional*, defaults to `"auto"`):
@@ -106,8 +122,10 @@ class MergeComparison:
         *,
         methods: Sequence[str] | None = None,
         scales: Sequence[float] = SCALES,
-        weights: Sequence[Sequence[float]] | None = None,
+        weights: Sequence[Sequence[float] | str] | None = None,
         args: MergingArguments | None = None,
+        calibration_dataset: Any = None,
+        n_seeds: int = 1,
         max_tokens: int = 2048,
         eval_dtype: str = "auto",
         cache_dir: str | None = None,
@@ -119,7 +137,8 @@ class MergeComparison:
         self.scales = _checked_scales(scales)
         self.experts, self.eval_dataset = list(experts), dict(eval_dataset)
         self.methods = list(dict.fromkeys(map(parse_candidate, methods))) if methods else None
-        self.weights = [tuple(map(float, one)) for one in weights] if weights else [None]
+        self.weights = list(weights) if weights else [None]
+        self.calibration_dataset, self.n_seeds = calibration_dataset, n_seeds
         self.args = args if args is not None else MergingArguments(output_dir="comparison")
         self.base_model, self.max_tokens, self.eval_dtype = base_model, max_tokens, eval_dtype
         self.cache_dir, self.on_prediction_step = cache_dir, on_prediction_step
@@ -136,9 +155,26 @@ class MergeComparison:
             ResumeError: If the folder holds a comparison of something else.
             MergeError: If a licence forbids merges, no method gives a merge, or a file cannot be written.
         """
+        with self.bench() as (bench, candidates):
+            record = self._record(bench, [bench.try_all(own, self.n_seeds, self.args.seed) for own in candidates])
+            save_comparison(Path(self.args.output_dir), record)
+            save_table(Path(self.args.output_dir), bench.cells.results)
+        return record
+
+    @contextmanager
+    def bench(self) -> Iterator[tuple[Bench, list[list[Cell]]]]:
+        """
+        Find models and texts, measure base and experts, and yield the bench of this comparison and its cells.
+
+        Raises:
+            MergeError: As `run`.
+        """
         self.notes = []
-        candidates = self._candidates(are_full=self._find_base())
         folder = Path(self.args.output_dir)
+        fitter = None
+        if self.calibration_dataset is not None:
+            fitter = Fitter(self.calibration_dataset, self.args, folder)
+        candidates = self._candidates(self._find_base(), fitter)
         with sole_writer(folder), _scratch(folder) as scratch:
             with closing(self._plan(candidates[0][0])) as plan:
                 for note in plan.notes:
@@ -146,11 +182,9 @@ class MergeComparison:
                 merged = MergedModel(plan, self.eval_dtype, scratch)
                 evaluator = self._evaluator(plan, merged)
                 cells = CellFile(folder, self._subject(plan, evaluator), overwrite=self.args.overwrite)
-            bench = Bench(self._plan, merged, evaluator, cells, self.on_progress)
-            record = self._record(bench, [bench.try_all(own) for own in candidates], evaluator)
-            save_record(folder, record)
-            save_table(folder, cells.results)
-        return record
+            yield Bench(self._plan, merged, evaluator, cells, fitter, self.on_progress), candidates
+            if fitter is not None:
+                fitter.close()
 
     def _find_base(self) -> bool:
         """
@@ -158,7 +192,7 @@ class MergeComparison:
 
         Adapters are merged into full models: what most methods make of them is no adapter.
         """
-        sources = resolve_all(self.experts, token=self.args.hub_token)
+        sources = resolve_all(self.experts, token=self.args.hub_token, allow_pickle=self.args.allow_pickle)
         adapters = [source for source in sources if source.kind == "adapter"]
         if adapters:
             self.args = replace(self.args, adapter_output="merged")
@@ -173,13 +207,14 @@ class MergeComparison:
             )
         return not adapters
 
-    def _candidates(self, *, are_full: bool) -> list[list[Cell]]:
+    def _candidates(self, are_full: bool, fitter: Fitter | None) -> list[list[Cell]]:
         """Return the cells of every method, after planning one of each: what cannot be merged fails now."""
         has_base = self.base_model is not None
+        weights = [self._numbers(one) for one in self.weights]
         chosen = self.methods or default_candidates(len(self.experts), has_base=has_base, are_full=are_full)
         cells = []
         for candidate in chosen:
-            own = cells_of(candidate, self.scales, self.weights, has_base=has_base)
+            own = cells_of(candidate, self.scales, weights, has_base=has_base)
             try:
                 self._plan(own[0]).close()
             except ArgumentError as error:
@@ -188,16 +223,26 @@ class MergeComparison:
                 self.notes.append(f"{candidate.label} was left out: {error}")
             else:
                 cells.append(own)
+        if fitter is not None:
+            fitted = Cell(Candidate(self.args.method), 1.0 if has_base else None, weights[0], fitter.digest)
+            with closing(self._plan(fitted)) as plan:
+                fitter.check(plan)
+            cells.insert(
+                0, [fitted]
+            )  # the first to be run: what only the fit can find should not come after all others
         return cells
 
+    def _numbers(self, weights: Sequence[float] | str | None) -> tuple[float, ...] | None:
+        """Return weights as numbers; what a name stands for is measured now."""
+        if not isinstance(weights, str):
+            return None if weights is None else tuple(map(float, weights))
+        with closing(plan_merge(self.experts, self.args, weights, self.base_model, check=_check_licences)) as plan:
+            self.notes.append(plan.notes[-1])
+            return tuple(plan.weights)
+
     def _plan(self, cell: Cell) -> MergePlan:
-        return build_plan(
-            self.experts,
-            replace(self.args, **arguments_of(cell)),
-            cell.weights,
-            self.base_model,
-            check=lambda plan: licences_of_plan(plan).raise_if_refused(),
-        )
+        args = replace(self.args, **arguments_of(cell))
+        return plan_merge(self.experts, args, cell.weights, self.base_model, check=_check_licences)
 
     def _evaluator(self, plan: MergePlan, merged: MergedModel) -> Evaluator:
         """Draw the texts, and name base and experts for the evaluator."""
@@ -229,7 +274,7 @@ class MergeComparison:
         }
         args = self.args
         return Evaluator(
-            ModelSet(specs, roles, None, self.base_model, tokenizer, args.hub_token),
+            ModelSet(specs, roles, None, self.base_model, tokenizer, args.hub_token, args.allow_pickle),
             {split: {name: splits[split] for name, splits in drawn.items()} for split in SPLITS},
             SuiteOptions(
                 batch_size=args.per_device_eval_batch_size,
@@ -261,24 +306,28 @@ class MergeComparison:
             "base model": model_identity(plan.base.source) if plan.base is not None else None,
             "texts": {split: digest_of(evaluator.texts[split]) for split in SPLITS},
             "evaluation": {"dtype": self.eval_dtype, "block_size": self.args.eval_block_size},
-            "options": {name: options[name] for name in RESULT_OPTIONS if name not in of_cells},
+            "options": {name: options[name] for name in RESULT_OPTIONS if name not in (*of_cells, *FIT_OPTIONS)},
             "versions": [torch.__version__, transformers.__version__],
         }
 
-    def _record(self, bench: Bench, trials: Sequence[Trial], evaluator: Evaluator) -> ComparisonRecord:
+    def _record(self, bench: Bench, trials: Sequence[Trial]) -> ComparisonRecord:
         """Rank the methods."""
         places = bench.places["test"]
+        failed = {trial.label: trial.failure for trial in trials if trial.failure is not None}
+        merged = {trial.label: trial for trial in trials if trial.failure is None}
+        if not merged:
+            raise MergeError(f"No method gave a merge. {trials[0].label}: {trials[0].failure}")
         losses = {
-            trial.cell.candidate.label: trial.test.measured.losses
-            for trial in trials
-            if trial.test.measured is not None
+            label: [result.measured.losses for result in trial.tests if result.measured is not None]
+            for label, trial in merged.items()
         }
-        if not losses:
-            raise MergeError(f"No method gave a merge. {trials[0].cell.candidate.label}: {trials[0].test.failure}")
         ranked = standings(losses, bench.base["test"], places, self.args.seed)
-        results = [method_result(trial, ranked.get(trial.cell.candidate.label)) for trial in trials]
-        results.sort(key=lambda row: -math.inf if math.isnan(row.score) else row.score, reverse=True)
-        best = next(trial for trial in trials if trial.cell.candidate.label == results[0].label)
+        results = sorted(
+            (method_result(trial, ranked[label]) for label, trial in merged.items()),
+            key=lambda row: row.score,
+            reverse=True,
+        )
+        best = merged[results[0].label].cell
         if bench.without_gain:
             self.notes.append(
                 f"Not counted: {', '.join(bench.without_gain)}, no better than the base on the texts here."
@@ -287,17 +336,24 @@ class MergeComparison:
             experts=self.experts,
             base_model=self.base_model,
             unit="loss" if places[0].gain is None else "share",
-            texts={
-                split: {
-                    name: {"texts": len(one.rows), "predictions": one.n_predictions} for name, one in texts.items()
-                }
-                for split, texts in evaluator.texts.items()
+            texts=bench.evaluator.sizes(),
+            settings={
+                "scales": list(self.scales),
+                "seed": self.args.seed,
+                "n_seeds": self.n_seeds,
+                "max_tokens": self.max_tokens,
             },
-            settings={"scales": list(self.scales), "seed": self.args.seed, "max_tokens": self.max_tokens},
             methods=results,
-            command=merge_command(best.cell, self.experts, self.base_model, self.args, "merged"),
+            command=merge_command(
+                best, self.experts, self.base_model, self.args, "merged", calibration=self.calibration_dataset
+            ),
+            failed=failed,
             notes=self.notes,
         )
+
+
+def _check_licences(plan: MergePlan) -> None:
+    licences_of_plan(plan).raise_if_refused()
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.comparison.texts import Split, SplitTexts, TextLosses
+from hf_frmerge.comparison.texts import SPLITS, Split, SplitTexts, TextLosses
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
 from hf_frmerge.evaluation.suite.merge_evaluation import evaluate_merge
 
@@ -43,7 +43,7 @@ class Evaluator:
     Evaluator of a comparison.
 
     Attributes:
-        models: base and experts; the cache of the evaluation has each of them run once on a split.
+        models: base and experts; each of them is run once on a split.
         texts: split -> domain -> texts.
         options, run: as for `evaluate_merge`.
     """
@@ -52,6 +52,15 @@ class Evaluator:
     texts: Mapping[Split, Mapping[str, SplitTexts]]
     options: SuiteOptions
     run: RunSettings
+    # Language models are kept by the evaluation itself, on disk.
+    _classifiers: dict[Split, dict[str, Any]] = field(default_factory=lambda: {split: {} for split in SPLITS})
+
+    def sizes(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Return the number of texts and of predictions, by split and domain."""
+        return {
+            split: {name: {"texts": len(one.rows), "predictions": one.n_predictions} for name, one in texts.items()}
+            for split, texts in self.texts.items()
+        }
 
     def references(self, split: Split) -> dict[str, Domains]:
         """Return the losses of base and experts on the texts of a split, by model."""
@@ -88,7 +97,8 @@ class Evaluator:
             losses.setdefault(model, {})[domain] = texts[domain].losses(log_probs)
 
         domains = {name: list(one.rows) for name, one in texts.items()}
-        record = evaluate_merge(models, domains, self.options, replace(self.run, on_log_probs=keep))
+        run = replace(self.run, on_log_probs=keep, classifiers=self._classifiers[split])
+        record = evaluate_merge(models, domains, self.options, run)
         return record, losses
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +72,9 @@ class MergedModel:
         """Name of its class."""
         return architecture_of(self.folder)
 
-    def merge(self, plan: MergePlan, cell: Cell) -> float:
-        """Merge; return the seconds it took. The tensors of the merge before are replaced."""
-        started = time.perf_counter()
+    def merge(self, plan: MergePlan, cell: Cell) -> None:
+        """Merge. The tensors of the merge before are replaced."""
         merge_into_memory(plan, self._output, self._rule(plan, cell))
-        return time.perf_counter() - started
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the merged tensors by their names in a file; they share the memory."""

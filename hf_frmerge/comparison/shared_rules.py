@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_frmerge.checkpoints.disk import disk_errors
 from hf_frmerge.merging.engine.rules import SpanRule, SpectralRule
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
-    from hf_frmerge.methods.spectral import Matrix
+    from hf_frmerge.methods.spectral.inputs import Experts, Matrix
 
 
 class SharedGrams(SpanRule):
@@ -76,11 +76,11 @@ class _KeptMatrix(Spectral):
 
     file: Path
 
-    def merge(self, deltas_Nmn: Matrix) -> Matrix:
+    def merge(self, experts: Experts) -> Matrix:
         if self.file.exists():
             kept: Matrix = np.load(self.file)
             return kept
-        merged = super().merge(deltas_Nmn)
+        merged = super().merge(experts)
         with disk_errors(self.file, "written"):
             np.save(self.file, merged)
         return merged

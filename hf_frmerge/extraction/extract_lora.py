@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_frmerge.checkpoints.adapters.writer import AdapterModule, make_config, new_adapter
+from hf_frmerge.checkpoints.alignment.renames import agree_on_names
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.quantised.dequantise import dequantise
 from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some, unchanged
-from hf_frmerge.checkpoints.tensors.renames import agree_on_names
 from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
 from hf_frmerge.extraction.difference import DenseDelta
 from hf_frmerge.extraction.targets import ExtractTarget, find_modules, task_type

@@ -22,7 +22,7 @@ def check_plan(plan: MergePlan) -> None:
         MergeError: If a licence forbids derived works and was not allowed by name, or a disk is too small.
     """
     # A failure after the download would come too late: it may be 100 GB.
-    check_output_dir(plan.args, [model.source.path for model in plan.models])
+    check_output_dir(plan.args, plan.input_paths)
     licences_of_plan(plan).raise_if_refused()
     worker_count(plan)  # raises if there can be none
     check_space(plan)

@@ -20,7 +20,7 @@ from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.checkpoints.tensors.writer import STAGING
 from hf_frmerge.errors import HubError
 from hf_frmerge.hub.card.private_paths import hide_local_paths, is_public_base
-from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, read_manifest, read_values
+from hf_frmerge.merging.record.manifest import MANIFEST_FILE, local_sources, parts_of_path, read_manifest, read_values
 
 _IGNORED_PATTERNS = ["_*", ".frmerge*", "checkpoint-*", ".git/*", ".cache/*", "*/.cache/*"]
 
@@ -95,7 +95,8 @@ def check_nothing_local(folder: Path, token: str | None) -> None:
     places = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), folder.resolve().parent, folder.absolute().parent}
     manifest = read_manifest(folder)
     sources, _ = local_sources(folder, manifest)
-    places |= {Path(source).parent for source in sources if source is not None and "://" not in source}
+    parts = [part for source in sources for part in parts_of_path(source)]
+    places |= {Path(part).parent for part in parts if part is not None and "://" not in part}
     # Whole path prefixes only: not the middle of a URL or of a longer path.
     local = [re.compile(rf"(?<![\w./:-]){re.escape(str(place))}/") for place in places if len(place.parts) > 1]
     written = manifest.files

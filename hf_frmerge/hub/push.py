@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
 from hf_frmerge.checkpoints.hub.errors import BAD_TOKEN
+from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.errors import ArgumentError, HubError
 from hf_frmerge.hub.outgoing import check_base_is_public, check_complete, check_nothing_local, outgoing_files
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE
@@ -79,7 +81,8 @@ def push_folder(
     Push the folder of a finished merge, card included, as one commit.
 
     All checks run before the first request: the merge is finished, its files are unchanged since, and none contains
-    a local path or the token. SHA-256 checksums that the manifest lacks are added to it.
+    a local path or the token. SHA-256 checksums that the manifest lacks are added to it. The lock of the folder is
+    held until all is uploaded, so that no merge writes there meanwhile.
 
     The repository and, with `revision`, the branch are created if they do not exist. Pushing unchanged files makes
     no commit. After an interrupted push, files that have arrived are not uploaded again.
@@ -123,16 +126,20 @@ def push_folder(
     check_complete(folder)
     secret = token or get_token()  # also a token the client would find by itself must not be published
     check_base_is_public(folder)
-    check_nothing_local(folder, secret)
-    additions = _checked_additions(folder)
-    api = HfApi(token=token, library_name="hf_frmerge", library_version=__version__)
-    with _clear_errors(repo_id, secret):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision not in (None, "main") and not create_pr:
-            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+    with ExitStack() as lock:
+        if os.access(folder, os.W_OK):
+            lock.enter_context(sole_writer(folder))
+        check_nothing_local(folder, secret)
+        additions = _checked_additions(folder)
+        api = HfApi(token=token, library_name="hf_frmerge", library_version=__version__)
+        with _clear_errors(repo_id, secret):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision not in (None, "main") and not create_pr:
+                api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+        held = lock.pop_all()
 
     def upload() -> CommitInfo:
-        with _clear_errors(repo_id, secret):
+        with held, _clear_errors(repo_id, secret):
             commit = _commit(api, additions, repo_id, revision, commit_message, create_pr)
         if collection is not None:
             _add_to_collection(api, collection, repo_id, secret)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hf_frmerge.kernels.elementwise import KEEPS, Elementwise
-from hf_frmerge.methods.spectral import Spectral, SpectralOptions
+from hf_frmerge.methods.spectral.decision import Spectral
+from hf_frmerge.methods.spectral.inputs import SpectralOptions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

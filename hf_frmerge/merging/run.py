@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from hf_frmerge.checkpoints.tensors.reader import unchanged
 from hf_frmerge.checkpoints.tensors.writer import remove_staging
 from hf_frmerge.errors import MergeError
 from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.arguments.checks import check_prompts
 from hf_frmerge.merging.engine.engine import Engine
 from hf_frmerge.merging.engine.journal import Journal, NoJournal, fingerprint, modification_marks
 from hf_frmerge.merging.engine.outcomes import StepObserver
@@ -24,8 +26,9 @@ from hf_frmerge.merging.outputs.blas_threads import one_blas_thread
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections, read_corrections
-from hf_frmerge.merging.record.summary import MergeOutcome, make_report
+from hf_frmerge.merging.record.summary import make_report
 from hf_frmerge.merging.record.write_manifest import write_coefficients, write_manifest
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,16 +41,33 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.outputs.memory_output import MemoryOutput
     from hf_frmerge.merging.planning.corrections import CalibrationRecord
     from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.record.manifest import Manifest
     from hf_frmerge.merging.record.summary import MergeReport
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MergeOutcome:
+    """
+    A merge that ended.
+
+    Attributes:
+        complete: whether its output is: an observer may have stopped it before.
+        report: totals.
+        manifest: the record of a complete merge, in the main process.
+    """
+
+    complete: bool
+    report: MergeReport
+    manifest: Manifest | None
 
 
 def run_merge(
     plan: MergePlan,
     observer: StepObserver,
     processes: Processes,
-    on_complete: Callable[[], None] | None = None,
+    on_complete: Callable[[Manifest], None] | None = None,
     calibrate: Callable[[Path], CalibrationRecord] | None = None,
 ) -> MergeOutcome:
     """
@@ -61,13 +81,14 @@ def run_merge(
         plan: Plan of the merge.
         observer: Notified of every tensor.
         processes: Processes that share the merge.
-        on_complete: Called by the main process after a complete merge, while it still holds the lock.
+        on_complete: Called by the main process with the record of a complete merge, while it still holds the lock.
         calibrate: Called by the main process with the staging folder, before anything is merged: writes corrections
             there, unless it finds none that help, and returns how they were found.
 
     Raises:
         MergeError: Whatever stopped the merge.
     """
+    check_prompts(METHODS[plan.args.method], has_prompts=calibrate is not None or plan.corrections is not None)
     with processes.sharing_errors():
         # Until all processes have planned: the files created below would look to the others like another merge.
         processes.wait()
@@ -75,10 +96,10 @@ def run_merge(
             return _run(plan, observer, processes, None, calibrate)
         with sole_writer(plan.args.output_dir) as lock:
             # Checked again, under the lock: another merge may have begun and ended since this one was planned.
-            check_output_dir(plan.args, [model.source.path for model in plan.models])
+            check_output_dir(plan.args, plan.input_paths)
             outcome = _run(plan, observer, processes, lock, calibrate)
-            if outcome.complete and on_complete is not None:
-                on_complete()
+            if outcome.manifest is not None and on_complete is not None:
+                on_complete(outcome.manifest)
             return outcome
 
 
@@ -95,7 +116,7 @@ def merge_into_memory(plan: MergePlan, output: MemoryOutput, rule: Rule | None =
         MergeError: Whatever stopped the merge.
     """
     kernels = load_kernels(plan.args.device)
-    inputs = [model.weights for model in plan.models]
+    inputs = plan.opened
     with unchanged(inputs), one_blas_thread(plan):
         Engine(plan, kernels, output, NoJournal(), StepObserver(), rule=rule).run(plan.steps)
     for checkpoint in inputs:
@@ -118,7 +139,7 @@ def _run(
         # With block="model" the tensors of all processes share one decision.
         together = plan.layout is not None and plan.args.block == "model" and processes.size > 1
         engine = Engine(plan, kernels, output, journal, observer, processes.gather if together else None)
-        inputs = [model.weights for model in plan.models]
+        inputs = plan.opened
         inputs += [plan.corrections.checkpoint] if plan.corrections is not None else []
         with unchanged(inputs):
             outcomes, complete = engine.run(processes.share(plan))
@@ -132,11 +153,12 @@ def _run(
                 checkpoint.check_unchanged()
     report = make_report(plan, outcomes, kernels.name, time.perf_counter() - started, output.notes)
     processes.wait()  # until all have synced their part of the shards, which the main process now renames
+    manifest = None
     if complete and lock is not None:
         lock.check()
-        _finish(plan, output, outcomes, report, processes.size)
+        manifest = _finish(plan, output, outcomes, report, processes.size)
     processes.wait()  # no process returns before the output has its final names
-    return MergeOutcome(complete, report)
+    return MergeOutcome(complete, report, manifest)
 
 
 def _output(plan: MergePlan) -> Output:
@@ -180,7 +202,7 @@ def _prepare(
 
 def _finish(
     plan: MergePlan, output: Output, outcomes: Sequence[StepOutcome], report: MergeReport, n_processes: int
-) -> None:
+) -> Manifest:
     """Rename staged files and write the record; the config comes last, as no loader takes a folder without it."""
     folder = Path(plan.args.output_dir)
     small = output.publish()
@@ -191,6 +213,7 @@ def _finish(
         small[CORRECTIONS_FILE] = folder / CORRECTIONS_FILE
     config = output.write_config()
     small[config.name] = config
-    write_manifest(folder, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
+    manifest = write_manifest(folder, plan, outcomes, report=report, n_processes=n_processes, small_files=small)
     rename(config, folder / config.name)
     remove_staging(output.staging)
+    return manifest

@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from hf_frmerge.methods.span import SpanMethod
     from hf_frmerge.methods.sparse.rules import SparseOptions
 
-Kind = Literal["span", "sparse", "spectral", "given"]
+Kind = Literal["span", "sparse", "spectral", "calibrated", "given"]
 """
 How the engine runs a method: what the first pass over the inputs measures, and what is decided from that.
 
-    kind      first pass measures            decision                      second pass writes
-    span      Gram matrices of differences   coefficients, block x expert  a sum of the experts
-    sparse    what the method wants to know  what is kept of each delta    deltas merged element by element
-    spectral  nothing                        the method and its numbers    deltas merged matrix by matrix
-    given     nothing                        coefficients from a file      a sum of the experts
+    kind        first pass measures            decision                      second pass writes
+    span        Gram matrices of differences   coefficients, block x expert  a sum of the experts
+    sparse      what the method wants to know  what is kept of each delta    deltas merged element by element
+    spectral    nothing                        the method and its numbers    deltas merged matrix by matrix
+    calibrated  as linear                      as linear                     the same, and what prompts say to add
+    given       nothing                        coefficients from a file      a sum of the experts
 """
 
 
@@ -57,11 +58,15 @@ class Method:
         extension: if `n_experts` is set, the method to use for other numbers.
         needs_deltas: whether it is defined on differences to a base model.
         subtracts: whether an expert may have a negative weight, which subtracts what it learned.
-        is_isotropic: whether all directions of a merged matrix are equally strong, so that none can be told apart.
+        is_isotropic: whether all directions of a merged matrix, or an adapter's in it, are equally strong, so that
+            none can be told apart.
+        is_equivariant: whether deltas in other orthonormal coordinates give the merged delta in these, so that
+            low-rank ones can be merged as small matrices.
         is_continual: whether it adds the last expert to the first, which may be a merge; its scale is measured.
         is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
         is_spherical: whether its direction can differ from that of the plain mean.
         is_iterative: whether it stops at a tolerance, so that steps and residual must be reported.
+        fits_adapter: whether what a calibrated method adds to a mean of adapters is of so low a rank as they are.
         is_compared: whether a comparison of methods tries it unless it is told which to try.
         blocks: the block sizes it supports; by default all.
         paper: where it was published.
@@ -80,25 +85,34 @@ class Method:
     needs_deltas: bool = False
     subtracts: bool = False
     is_isotropic: bool = False
+    is_equivariant: bool = False
     is_continual: bool = False
     is_directional: bool = False
     is_spherical: bool = False
     is_iterative: bool = False
+    fits_adapter: bool = False
     is_compared: bool = False
     blocks: tuple[str, ...] = ("tensor", "row", "head", "layer", "model")
     paper: Paper | None = None
     tags: tuple[str, ...] = ()
 
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether it asks what the experts do on prompts, which must be passed."""
+        return self.kind == "calibrated"
+
     def solver(self) -> SpanMethod:
         """
         Return the function of a span method: the one in `methods/span.py` that has its name.
+
+        A calibrated method has that of `linear`: what the prompts say is added to the plain average.
 
         The import is inside because `--help` and the arguments read the table of methods, and importing numpy would
         cost them a tenth of a second.
         """
         from hf_frmerge.methods import span
 
-        function: SpanMethod = vars(span)[self.name]
+        function: SpanMethod = vars(span)["linear" if self.needs_prompts else self.name]
         return function
 
     def rule(self) -> Callable[[SparseOptions], Any]:

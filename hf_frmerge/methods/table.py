@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_frmerge.methods.entries.calibrated import CALIBRATED
 from hf_frmerge.methods.entries.span import SPAN
 from hf_frmerge.methods.entries.sparse import SPARSE
 from hf_frmerge.methods.entries.spectral import SPECTRAL
@@ -19,4 +20,4 @@ GIVEN = (
     ),
 )
 
-METHODS: dict[str, Method] = {method.name: method for method in (*SPAN, *SPARSE, *SPECTRAL, *GIVEN)}
+METHODS: dict[str, Method] = {method.name: method for method in (*SPAN, *SPARSE, *SPECTRAL, *CALIBRATED, *GIVEN)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.merging.record.manifest import Manifest
-    from hf_frmerge.methods.spectral import Spectral
+    from hf_frmerge.methods.spectral.decision import Spectral
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,11 @@ def diff_merges(a: str, b: str, *, token: str | None = None) -> MergeDiff:
 
 def _resolved(manifest: Manifest) -> dict[str, Any]:
     """Return what the arguments came to, and what a merge was fitted to."""
-    fitted = {}
+    fitted: dict[str, Any] = {}
     if manifest.calibration is not None:
         fitted = {"fitted to prompts": manifest.calibration.digest, "form of the fit": manifest.calibration.form}
+        if manifest.calibration.refinement is not None:
+            fitted["steps of the refinement"] = manifest.calibration.refinement.best_step
     return {"method": manifest.method, "space": manifest.space, "output_kind": manifest.output_kind, **fitted}
 
 
@@ -143,8 +145,8 @@ def _keys(manifest: Manifest) -> list[str]:
     keys = []
     for model in manifest.models:
         # One model may be merged twice, with two weights; a dict by id would lose the first.
-        seen[model.id] += 1
-        keys.append(model.id if seen[model.id] == 1 else f"{model.id} ({seen[model.id]})")
+        seen[model.name] += 1
+        keys.append(model.name if seen[model.name] == 1 else f"{model.name} ({seen[model.name]})")
     return keys
 
 
@@ -156,7 +158,9 @@ def _sources(a: Manifest, b: Manifest) -> list[Change]:
         for key, model in zip(_keys(manifest), manifest.models):
             role = "base model" if model is manifest.base_model else "expert"
             entries[key] = {"role": role, "weight": model.weight, "commit": model.commit}
-            entries[key] |= {name: file.sha256 for name, file in model.files.items()}
+            entries[key] |= {name: file.sha256 for part in model.parts for name, file in part.files.items()}
+            if model.adapter is not None:
+                entries[key]["commit"] = f"{model.commit}+{model.adapter.commit}"
         facts.append(entries)
     changes = []
     for key in dict.fromkeys([*facts[0], *facts[1]]):

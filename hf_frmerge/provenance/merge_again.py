@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
 from hf_frmerge.merging.engine.processes import Processes
@@ -54,6 +54,7 @@ def reproduce(
     experts: Mapping[str, Sequence[str]] | None = None,
     device: str | None = None,
     token: str | None = None,
+    allow_pickle: bool = False,
     observer: StepObserver | None = None,
 ) -> Reproduction:
     """
@@ -68,6 +69,7 @@ def reproduce(
             models that are not where they were.
         device: Device to compute on; by default the recorded one.
         token: Access token for the Hub.
+        allow_pickle: Whether the weights of the models may be pickles, whatever was allowed for the merge.
         observer: Called for every tensor.
 
     Raises:
@@ -76,7 +78,7 @@ def reproduce(
     folder = record_folder(model, token)
     manifest = read_manifest(folder)
     models = find_models(folder, manifest, by_name(manifest, experts or {}), option="--expert NAME=PATH")
-    changes = {"device": device} if device else {}
+    changes: dict[str, Any] = {"allow_pickle": allow_pickle, **({"device": device} if device else {})}
     with TemporaryDirectory(prefix="frmerge-reproduce-") as temporary:
         made = output_dir or str(Path(temporary) / "merged")
         # A token of this session, as records never contain one.

@@ -44,6 +44,8 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
             f"know: {', '.join(unknown)}. Install that version."
         )
     # Repeating a merge must not push, overwrite or resume, whatever the original did.
+    # Pickles are opened because the user asks for it, not because the record of another does.
+    recorded.pop("allow_pickle", None)
     # How much of this machine a merge takes is not for the record of another to say.
     recorded.pop("num_workers", None)
     recorded |= {"overwrite": False, "resume_from_checkpoint": False, "push_to_hub": False, "space": manifest.space}

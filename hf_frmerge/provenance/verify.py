@@ -30,7 +30,7 @@ from hf_frmerge.merging.record.find_models import find_models
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.record.write_manifest import record_checksums
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.methods.spectral import RULES, TOLERANCE, Spectral
+from hf_frmerge.methods.spectral.decision import RULES, TOLERANCE, Spectral
 from hf_frmerge.provenance.plan_again import plan_again
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def verify(
     experts: Sequence[str] | None = None,
     base_model: str | None = None,
     sha256: bool = False,
+    allow_pickle: bool = False,
 ) -> VerifyReport:
     """
     Check a merged model against its record and its experts.
@@ -86,7 +87,7 @@ def verify(
     Small files are compared by SHA-256, weight files by header and tensors. Every merged tensor is recomputed from the
     experts and the recorded decision, and compared bit for bit. The decision itself is not made again. What went
     through LAPACK, which differs in its last digits from machine to machine, is compared with the digest of what was
-    written, and with what is computed here to `methods.spectral.TOLERANCE` of the merged delta.
+    written, and with what is computed here to `methods.spectral.decision.TOLERANCE` of the merged delta.
 
     Args:
         output_dir: Folder or Hub id of the merged model.
@@ -94,6 +95,7 @@ def verify(
         base_model: Current place of the base model; by default the recorded one.
         sha256: Whether to compare weight files by SHA-256 too and, if no problem was found, to add missing checksums
             to the manifest.
+        allow_pickle: Whether the weights of the experts may be pickles, whatever was allowed for the merge.
 
     Raises:
         CheckpointError: If the folder is not a merge, or the experts cannot be found.
@@ -108,11 +110,11 @@ def verify(
     except CheckpointError as error:  # without tensors or coefficients only the files could be checked
         report.problems.append(str(error))
         return report
-    with closing(merged), closing(_plan(folder, manifest, experts, base_model)) as plan:
+    with closing(merged), closing(_plan(folder, manifest, experts, base_model, allow_pickle)) as plan:
         if plan.layout is None:
             _check_adapter(merged, plan, report)
         else:
-            with unchanged([merged, *(model.weights for model in plan.models)]):
+            with unchanged([merged, *plan.opened]):
                 _check_model(merged, coefficients, manifest, plan, report)
     if (
         sha256 and report.ok and folder == Path(output_dir)
@@ -188,7 +190,9 @@ def _check_files(folder: Path, manifest: Manifest, report: VerifyReport, sha256:
             report.problems.append(f"File {name} was changed after the merge.")
 
 
-def _plan(folder: Path, manifest: Manifest, experts: Sequence[str] | None, base_model: str | None) -> MergePlan:
+def _plan(
+    folder: Path, manifest: Manifest, experts: Sequence[str] | None, base_model: str | None, allow_pickle: bool
+) -> MergePlan:
     """Rebuild the plan of the merge from its manifest."""
     n_experts = len(manifest.experts)
     if experts is not None and len(experts) != n_experts:
@@ -197,7 +201,7 @@ def _plan(folder: Path, manifest: Manifest, experts: Sequence[str] | None, base_
         )
     chosen = [*(experts if experts is not None else [None] * n_experts), base_model]
     models = find_models(folder, manifest, chosen, option="--experts and --base-model")
-    return plan_again(manifest, models, str(folder))
+    return plan_again(manifest, models, str(folder), allow_pickle=allow_pickle)
 
 
 def _check_tensor(

@@ -95,7 +95,7 @@ def read_facts(folder: Path | str) -> MergeFacts:
         )
         for name, tensor in manifest.tensors.items()
     ]
-    experts = list(models_of_merge([expert.id for expert in manifest.experts])[0])
+    experts = list(models_of_merge([expert.name for expert in manifest.experts])[0])
     return MergeFacts(folder.resolve().name, manifest, experts, tensors, load_record(folder))
 
 

@@ -16,7 +16,7 @@ from hf_frmerge.report.representation_figures import layers_figure
 from hf_frmerge.report.style import WIDE, styled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from matplotlib.figure import Figure
 
@@ -39,15 +39,25 @@ def draw_figures(facts: MergeFacts, width: float = WIDE) -> dict[str, Figure]:
     Raises:
         MergeError: If matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise MergeError("Figures are drawn by matplotlib, which is not installed: pip install 'hf_frmerge[report]'")
+    check_can_draw()
     figures = {name: draw(facts, width) for name, draw in FIGURES.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def check_can_draw() -> None:
+    """Raise `MergeError` if matplotlib is not installed."""
+    if not can_draw():
+        raise MergeError("Figures are drawn by matplotlib, which is not installed: pip install 'hf_frmerge[report]'")
+
+
 def figure_drawer() -> Callable[[Path, Path], dict[str, Path]] | None:
     """Return `save_figures`; `None` if matplotlib is not installed, and a model card then has no figures."""
-    return save_figures if find_spec("matplotlib") is not None else None
+    return save_figures if can_draw() else None
 
 
 @styled
@@ -69,8 +79,12 @@ def save_figures(folder: Path | str, into: Path | str) -> dict[str, Path]:
         CheckpointError: If `folder` holds no finished merge.
         MergeError: If matplotlib is not installed.
     """
-    figures = draw_figures(read_facts(folder))
-    into = Path(into)
+    return save_pngs(draw_figures(read_facts(folder)), Path(into))
+
+
+@styled
+def save_pngs(figures: Mapping[str, Figure], into: Path) -> dict[str, Path]:
+    """Save figures as PNG files in a folder, which is created if it does not exist; return them by name."""
     make_folder(into)
     files = {}
     for name, figure in figures.items():

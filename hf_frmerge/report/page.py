@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
-
-from markupsafe import Markup, escape
 
 from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Generation, WorstToken
@@ -19,18 +13,14 @@ from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
 from hf_frmerge.merging.record.manifest import REPORT_FILE
 from hf_frmerge.report.facts import MergeFacts, read_facts
 from hf_frmerge.report.figures import draw_figures
-from hf_frmerge.report.style import NARROW, PALETTE, WIDE
-from hf_frmerge.report.svg import inline_svg
+from hf_frmerge.report.html import inline_figures, render
 from hf_frmerge.report.tables import block_table, distance_table, layer_table, objective_table, score_tables
 from hf_frmerge.report.verdicts import verdicts
-from hf_frmerge.visible import visible
 from hf_frmerge.wording import parts
 from hf_frmerge.wording.geometry import NOTHING_MERGED, unmeasured
 from hf_frmerge.wording.methods import method_of
-from hf_frmerge.wording.numbers import number, percent
 
 _MAX_TOKENS = 200
-_LONG = 16  # names with more characters may be broken in a cell
 _CONTEXT = 160  # characters shown before a token
 
 
@@ -65,37 +55,35 @@ def render_page(facts: MergeFacts) -> str:
     Raises:
         MergeError: If matplotlib is not installed.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "percent": percent, "visible": visible, "breakable": _breakable}
     record = facts.record or EvaluationRecord()  # an empty record makes all tables empty, and the template simpler
-    script = _template("page.js")
-    return environment.from_string(_template("page.html.jinja")).render(
+    tables = {
+        "distance_table": distance_table(record),
+        "layer_table": layer_table(record),
+        "block_table": block_table(facts),
+    }
+    of_scores = score_tables(record)
+    return render(
+        "page.html.jinja",
+        title=f"{facts.name}: what the merge did",
+        name=facts.name,
+        lead=f"What a merge of {len(facts.experts)} models did, to the weights and to what they compute.",
         facts=facts,
         method=method_of(facts.manifest.method),
         record=facts.record,
         verdicts=verdicts(facts),
-        figures=_figures(facts),
+        figures=inline_figures(lambda width: draw_figures(facts, width)),
+        figure_parts=parts.FIGURES,
         parts=parts,
-        score_tables=score_tables(record),
-        distance_table=distance_table(record),
+        score_tables=of_scores,
         objective_table=objective_table(record),
-        layer_table=layer_table(record),
-        block_table=block_table(facts),
+        **tables,
+        tables=[*of_scores, *filter(None, tables.values())],
         unmeasured=unmeasured(facts.manifest.method) if facts.merged_tensors else NOTHING_MERGED,
         has_coefficients=COEFFICIENTS_FILE in facts.manifest.files,
         worst_tokens=_worst_tokens(record),
         n_worst_tokens=len(record.worst_tokens),
         generations=list(_generations(record)),
         evaluate_command=_evaluate_command(facts),
-        merged=MERGED,
-        style=_colours() + _template("page.css"),
-        script=script,
-        # The page's content security policy allows only the script with this hash, so nothing from data can run.
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
@@ -106,29 +94,6 @@ class Prompt:
     domain: str
     text: str
     answers: list[Generation]
-
-
-def _breakable(text: str) -> Markup:
-    """Escape a name, and allow line breaks after `.`, `_` and `/` if it is long."""
-    return Markup(re.sub(r"([._/])(?=\w)", r"\1<wbr>", str(escape(text)))) if len(text) > _LONG else escape(text)
-
-
-def _template(name: str) -> str:
-    return files("hf_frmerge.report").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
-
-
-def _figures(facts: MergeFacts) -> dict[str, tuple[str, str]]:
-    """Draw every figure twice, for a wide page and for a phone: scaled down, the text would be too small to read."""
-    wide, narrow = draw_figures(facts, WIDE), draw_figures(facts, NARROW)
-    return {
-        name: (inline_svg(figure, name), inline_svg(narrow[name], f"{name}-narrow")) for name, figure in wide.items()
-    }
-
-
-def _colours() -> str:
-    """Return the palette as CSS variables, with the dark colours for readers whose system is in dark mode."""
-    light, dark = ("".join(f"--{role}:{both[paper]};" for role, both in PALETTE.items()) for paper in (0, 1))
-    return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
 
 
 def _worst_tokens(record: EvaluationRecord) -> list[WorstToken]:
@@ -152,7 +117,7 @@ def _generations(record: EvaluationRecord) -> Iterator[Prompt]:
 
 def _evaluate_command(facts: MergeFacts) -> str:
     """Return a command that evaluates this merge. Local models appear by name, without a path."""
-    experts = [part for expert in facts.manifest.experts for part in ("--experts", expert.id)]
+    experts = [part for expert in facts.manifest.experts for part in ("--experts", expert.name)]
     base = facts.manifest.base_model
     parts = ["frmerge", "evaluate", facts.name, *experts, *(["--base-model", base.id] if base else [])]
     return shlex.join([*parts, "--data", "heldout.txt"])

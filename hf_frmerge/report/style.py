@@ -42,6 +42,7 @@ _SETTINGS: Any = {  # Any, because matplotlib's stubs accept only literal names 
     "font.family": "DejaVu Sans",  # comes with matplotlib, so figures are the same everywhere
     "font.size": SIZE,
     "text.color": INK,
+    "text.parse_math": False,  # a name may contain dollar signs
     "text.usetex": False,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_frmerge.report.facts import MergeFacts
-from hf_frmerge.wording.calibration import FITTED, calibration_verdict
+from hf_frmerge.wording.calibration import calibration_verdict, fitted_how
 from hf_frmerge.wording.evaluation import N_NAMED, evaluation_verdicts
 from hf_frmerge.wording.geometry import geometry_verdicts
 from hf_frmerge.wording.methods import BLOCKS, POINTS, method_of
@@ -26,8 +26,8 @@ def _what_was_merged(facts: MergeFacts) -> Verdict:
     kind = {"full": "fine-tuned models", "adapter": "LoRA adapters"}[kinds.pop()] if len(kinds) == 1 else "models"
     block, points = BLOCKS[manifest.arguments["block"]], POINTS[manifest.space]
     copied = len(facts.tensors) - len(facts.merged_tensors)
-    calibration = manifest.calibration
-    fitted = f", {FITTED}" if calibration is not None and calibration.is_fitted else ""
+    how = fitted_how(manifest.calibration)
+    fitted = f", {how}" if how is not None else ""
     counts = f"{counted(len(facts.merged_tensors), 'tensor')} merged" + (f", {copied:,} copied" if copied else "")
     return Verdict(
         "fact",

@@ -5,27 +5,33 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hf_frmerge.checkpoints.folders import open_folder
-from hf_frmerge.errors import ArgumentError
+from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.geometry.gram import delta_gram
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+from hf_frmerge.merging.arguments.result_options import is_about_the_result
 from hf_frmerge.merging.engine.engine import worker_count
 from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.planning.blocks import pieces_of
-from hf_frmerge.merging.record.find_models import record_folder
+from hf_frmerge.merging.record.find_models import find_models, record_folder
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE, read_manifest
-from hf_frmerge.methods.spectral import without_disturbance
+from hf_frmerge.methods.spectral.continual import without_disturbance
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
+
+# Said of the experts of one merge, so that the next, of others, cannot take them over.
+_OF_ITS_EXPERTS = ("coefficients", "take", "weight_rules")
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,45 @@ def read_before(model: str, token: str | None = None) -> Before:
         return Before(n_experts, 1.0, manifest.method)
     before, new = manifest.weights
     return Before(n_experts, _growth(before / new, manifest.arguments["scale"]), manifest.method)
+
+
+def next_merge(
+    merged: str, changes: dict[str, Any], base_model: str | None = None, token: str | None = None
+) -> tuple[MergingArguments, str | None]:
+    """
+    Return the arguments and the base model of the merge that adds an expert to a merged model: those of its record.
+
+    Args:
+        merged: Folder or Hub id of a merge.
+        changes: Arguments that are not taken from the record, such as `output_dir`.
+        base_model: Where the base is now; by default where the record has it.
+        token: Access token for the Hub.
+
+    Raises:
+        CheckpointError: If there is no record, or its base model is not known on this machine.
+        ArgumentError: If the record has options that are about its own experts.
+    """
+    folder = record_folder(merged, token)
+    manifest = read_manifest(folder)
+    recorded = {name: value for name, value in manifest.arguments.items() if is_about_the_result(name)}
+    for name in _OF_ITS_EXPERTS:
+        if recorded.get(name):
+            raise ArgumentError(
+                f"{merged!r} was merged with {name}, which is about its own experts and cannot be kept for others. "
+                f"Merge the two with the options you want: frmerge merge {merged} EXPERT --weights continual."
+            )
+    # Both are found anew by every merge that goes on with another.
+    recorded.pop("merged_before", None)
+    if METHODS[manifest.method].is_continual:
+        del recorded["scale"]
+    # Only the base is looked for: the experts are in the merge, wherever they are now.
+    chosen = [*[merged] * len(manifest.experts), base_model]
+    base_model = find_models(folder, manifest, chosen, option="--base-model").base_model or base_model
+    if base_model is not None and Path(base_model).is_absolute() and not Path(base_model).exists():
+        raise CheckpointError(
+            f"The base model of {merged!r} is no longer in {base_model}. Say where it is with --base-model."
+        )
+    return MergingArguments(**{**recorded, **changes}), base_model
 
 
 def continual_weights(before: Before, n_experts: int) -> list[float]:

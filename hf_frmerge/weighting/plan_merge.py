@@ -10,12 +10,12 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.named_weights import CONTINUAL, NAN, parse_name
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.methods.table import METHODS
-from hf_frmerge.weighting.checkpoint_soup import soup_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+    from hf_frmerge.merging.arguments.named_weights import NamedWeights
     from hf_frmerge.merging.planning.plan import MergePlan
 
 
@@ -43,7 +43,7 @@ def plan_merge(
     if named is None:
         return build_plan(experts, args, weights, base_model, download=download, check=check)  # type: ignore[arg-type]
     measured = named.name == NAN
-    numbers = None if measured else soup_weights(named, experts)
+    numbers = None if measured else _weights_of_run(named, experts)
     plan = build_plan(experts, args, numbers, base_model, download=download, check=check)
     if measured and not download:
         plan.notes.append(f"Weights by {weights!r} are measured when the merge begins; here they are equal.")
@@ -90,6 +90,12 @@ def _plan_next(
     is_merge = f"is a merge of {before.n_experts} experts" if before.method is not None else "is no merge"
     plan.notes.append(f"{experts[0]!r} {is_merge}; the weights are {_listed(plan)}.")
     return plan
+
+
+def _weights_of_run(named: NamedWeights, experts: Sequence[str]) -> list[float]:
+    from hf_frmerge.weighting.checkpoint_soup import soup_weights  # most merges have no weights by name
+
+    return soup_weights(named, experts)
 
 
 def _listed(plan: MergePlan) -> str:

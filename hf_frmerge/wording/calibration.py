@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_frmerge.wording.numbers import number, percent
+from hf_frmerge.wording.methods import method_of
+from hf_frmerge.wording.numbers import counted, number, percent
 from hf_frmerge.wording.verdicts import Verdict, graded
 
 if TYPE_CHECKING:
@@ -16,14 +17,21 @@ WITHOUT_DATA = (
 )
 """Hint at the end of a merge without calibration."""
 
-FITTED = "then fitted, layer by layer, to what they compute on a few prompts"
-"""Completes "the experts were combined by ..."."""
-
 _SOURCES = {"self": "which the experts wrote themselves", "file": "from files", "dataset": "from datasets"}
 _FORMS = {
     "low_rank": "factors of rank {rank} for every linear layer",
     "dense": "a number for every weight of the linear layers",
 }
+
+
+def fitted_how(record: CalibrationRecord | None) -> str | None:
+    """Return what completes "the experts were combined by ..., "; `None` if nothing was added to the merge."""
+    if record is None or not record.is_fitted:
+        return None
+    if record.refinement is not None and record.is_refined and record.refinement.began_from == "start":
+        return "then trained to predict what they predict on a few prompts"
+    fitted = "then fitted, layer by layer, to what they compute on a few prompts"
+    return f"{fitted}, and refined all layers together" if record.is_refined else fitted
 
 
 def calibration_verdict(record: CalibrationRecord) -> Verdict:
@@ -33,23 +41,49 @@ def calibration_verdict(record: CalibrationRecord) -> Verdict:
     outputs, distance = ("predictions", "squared Fisher–Rao distance")
     if not record.is_judged_by_predictions:
         outputs, distance = ("hidden states", "squared angle")
-    before, after = record.mean_distance("start"), record.mean_distance(record.form)
+    before, after = record.mean_distance("start"), record.mean_distance(record.written)
+    if record.method is not None:
+        gain = (before - after) / before if before else 0.0
+        return Verdict(
+            graded(gain, 0.25, 0.0),
+            "Compared with a plain average",
+            f"The experts were combined by {method_of(record.method).title}, judging by what they do on {prompts}. On "
+            f"{others} the {distance} of the merge's {outputs} to theirs is {number(after)} rad², where a plain "
+            f"average of their weights has {number(before)} rad².",
+        )
     if not record.is_fitted:
-        best = min(record.mean_distance(form) for form in record.distances if form != "start")
+        best = min(record.mean_distance(form) for form in record.distances if form not in ("start", "refined"))
+        neither = f" {_refinement(record)} came no closer either." if record.refinement is not None else ""
         return Verdict(
             "watch",
             "Fitted to the experts, without gain",
             f"The merge was fitted to {prompts}, but on {others} its {outputs} came no closer to the experts': their "
-            f"{distance} is {number(before)} rad² without the fit and {number(best)} rad² with it. So what was "
-            "written is the merge without it. More prompts, or prompts that are closer to what the experts were "
-            "trained on, may help.",
+            f"{distance} is {number(before)} rad² without the fit and {number(best)} rad² with it.{neither} So "
+            "what was written is the merge without it. More prompts, or prompts that are closer to what the experts "
+            "were trained on, may help.",
         )
     gain = (before - after) / before
     return Verdict(
         graded(gain, 0.5, 0.1),
         "Fitted to the experts",
         f"The merge was fitted to what its experts compute on {prompts}. On {others} the {distance} of its {outputs} "
-        f"to the experts' is {number(after)} rad², where the merge without data has {number(before)} rad²: the fit "
-        f"takes {percent(gain)} of it away. The correction is "
-        f"{_FORMS[record.form].format(rank=record.options['rank'])}.",
+        f"to the experts' is {number(after)} rad², where the merge without data has {number(before)} rad²"
+        f"{_parts(record, gain)} The correction is {_FORMS[record.form].format(rank=record.options['rank'])}.",
     )
+
+
+def _parts(record: CalibrationRecord, gain: float) -> str:
+    """Say what of the gain is the fit's, and what the refinement's."""
+    if record.refinement is None:
+        return f": the fit takes {percent(gain)} of it away."
+    if not record.is_refined:
+        return f": the fit takes {percent(gain)} of it away. {_refinement(record)} came no closer, and was left out."
+    if record.refinement.began_from == "start":
+        return f": the refinement takes {percent(gain)} of it away, where the fit of single layers gained nothing."
+    fit = record.mean_distance(record.refinement.began_from)
+    return f", and the fit alone {number(fit)} rad²: fit and refinement take {percent(gain)} of it away."
+
+
+def _refinement(record: CalibrationRecord) -> str:
+    assert record.refinement is not None
+    return f"A refinement of all layers together, of {counted(record.refinement.steps, 'step')},"

@@ -74,6 +74,9 @@ NOTHING_MERGED = "Nothing was merged: all tensors were copied."
 SAME_MODEL = "so expect the same model from both"
 """What follows if two methods differ by less than rounding does."""
 
+MAY_DIFFER = "only an evaluation of both can tell which is better"
+"""What follows if they differ by more."""
+
 
 def unmeasured(method: str) -> str:
     """Explain why there are no angles and lengths of merged tensors."""
@@ -99,6 +102,8 @@ def geometry_verdicts(total: Geometry) -> list[Verdict]:
     if method_of(total.method).is_spherical and total.gap_max is not None and total.dtype in DTYPES:
         is_one = is_below_rounding(total.gap_max, total.space, total.dtype)
         title = "The method makes no difference here" if is_one else "The method makes a difference"
+        if total.space == "deltas":
+            title = "How far the methods are apart"
         it_is = "It is" if total.afterwards is None else "Before that, it was"
         verdicts.append(Verdict("fact", title, gap_sentence(total.gap_max, total.space, total.dtype, it_is)))
     return verdicts + _convergence(total)
@@ -121,14 +126,21 @@ def gap_sentence(gap: float, space: str, dtype: str, it_is: str = "It is") -> st
     if is_below_rounding(gap, space, dtype):
         rounding = f"less than what rounding to {DTYPES[dtype]} turns a tensor by, {angle(ROUNDING_ANGLE[dtype])}"
         return f"{text}. That is {rounding}, {SAME_MODEL}."
-    return f"{text}. Only an evaluation of both can tell which is better."
+    if space == "deltas":
+        # `inspection_verdict` says which it is: the weights' norms, which it needs, are not measured in a merge.
+        return (
+            f"{text}. It turns the weights by as much less as the deltas are shorter than they are: frmerge inspect "
+            f"says whether that is more than rounding. If it is not, the two are one model; if it is, {MAY_DIFFER}."
+        )
+    return f"{text}. {MAY_DIFFER.capitalize()}."
 
 
 def _afterwards(manifest: Manifest) -> str | None:
     """Name what was done to the mean after it was measured."""
     step, fit = manifest.arguments.get("post_step"), manifest.calibration
     steps = [f"{step} corrected it"] if step is not None else []
-    steps += ["it was fitted to its experts"] if fit is not None and fit.is_fitted else []
+    if fit is not None and fit.is_corrected:
+        steps.append("it was fitted to its experts" if fit.is_fitted else "what the prompts say was added")
     return " and ".join(steps) or None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_frmerge.merging.record.summary import ROUNDING_ANGLE
-from hf_frmerge.wording.geometry import SAME_MODEL
+from hf_frmerge.wording.geometry import MAY_DIFFER, SAME_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ def _of_space(name: str, views: Sequence[SpaceView], weights: Sequence[SpaceView
     )
     rounding = ROUNDING_ANGLE["BF16"]
     below = f"less than rounding to bf16 costs ({rounding:.2g}), {SAME_MODEL}."
-    above = f"more than rounding to bf16 costs ({rounding:.2g}), so compare both on your data."
+    above = f"more than rounding to bf16 costs ({rounding:.2g}): {MAY_DIFFER}."
     return (
         f"In {name} space experts are up to {angle:.2g} rad apart and a plain mean keeps at least {kept:.1%} of "
         f"their norm. The Karcher mean is at most {gap:.1g} rad from the norm-rescaled mean, {shift:.1g} of the "

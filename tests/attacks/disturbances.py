@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,11 @@ from attacks import children
 from attacks.site import Site, empty
 
 _WRITES = ("pwrite", "write")
-CALLS = {
-    "pwrite": 17,
-    "write": 12,
-    "fsync": 22,
-    "replace": 14,
-    "unlink": 29,
-    "mkdir": 5,
-    "rmdir": 2,
-    "open": 98,
-    "close": 24,
-    "posix_fallocate": 3,
-    "listdir": 8,
-    "stat": 150,
-}
-"""Calls of a merge to the system, and about how many there are in one."""
+CALLS = (
+    *("pwrite", "write", "fsync", "replace", "unlink", "mkdir", "rmdir", "open", "close"),
+    *("posix_fallocate", "listdir", "stat"),
+)
+"""Calls of a merge to the system that can go wrong."""
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE)
 
@@ -53,15 +45,17 @@ class Fault:
     number: int
     how: int | str
 
-    def install(self) -> None:
-        """Make the call of this process fail."""
-        seen = Counter[str]()
+    def install(self, happened: mmap.mmap) -> None:
+        """Make the call of this process fail, and set the first byte of `happened` when it does."""
+        seen = 0
 
-        def around(real: Callable[..., Any], *, cuts: int | None = None) -> Callable[..., Any]:
+        def around(real: Callable[..., Any], cuts: int | None) -> Callable[..., Any]:
             def call(*args: Any, **options: Any) -> Any:
-                seen[self.call] += 1
-                if seen[self.call] != self.number + 1:
+                nonlocal seen
+                seen += 1
+                if seen != self.number + 1:
                     return real(*args, **options)
+                happened[0] = 1
                 if isinstance(self.how, int):
                     raise OSError(self.how, os.strerror(self.how))
                 if self.how == "killed after":
@@ -76,13 +70,18 @@ class Fault:
 
             return call
 
-        if self.call == "write":
-            os.fdopen = _Unbuffered(os.fdopen, lambda real: around(real, cuts=0))  # type: ignore[assignment]
-        elif self.call == "open":
-            os.open = around(os.open)  # type: ignore[assignment]
-            io.open = around(io.open)  # type: ignore[assignment]
-        else:
-            setattr(os, self.call, around(getattr(os, self.call), cuts=1 if self.call == "pwrite" else None))
+        _surround(self.call, around)
+
+
+def _surround(name: str, around: Callable[[Callable[..., Any], int | None], Callable[..., Any]]) -> None:
+    """Put a function around a call of this process; it is told which argument holds what is written, if one does."""
+    if name == "write":
+        os.fdopen = _Unbuffered(os.fdopen, lambda real: around(real, 0))  # type: ignore[assignment]
+    elif name == "open":
+        os.open = around(os.open, None)  # type: ignore[assignment]
+        io.open = around(io.open, None)  # type: ignore[assignment]
+    else:
+        setattr(os, name, around(getattr(os, name), 1 if name == "pwrite" else None))
 
 
 class _Unbuffered:
@@ -105,11 +104,38 @@ class _Unbuffered:
         return Written()
 
 
-def random_fault(rng: random.Random) -> Fault:
-    """Choose a fault; one with a high number may never happen."""
-    call = rng.choice(list(CALLS))
+@cache
+def calls_of(site: Site, name: str) -> dict[str, int]:
+    """Count the calls to the system of an undisturbed merge, so that the faults chosen are of calls that it makes."""
+    counts = mmap.mmap(-1, 8 * len(CALLS))  # shared with the child
+
+    def count() -> None:
+        def around(place: int) -> Callable[[Callable[..., Any], int | None], Callable[..., Any]]:
+            def counted(real: Callable[..., Any], _: int | None) -> Callable[..., Any]:
+                def call(*args: Any, **options: Any) -> Any:
+                    seen = int.from_bytes(counts[8 * place : 8 * place + 8], "little")
+                    counts[8 * place : 8 * place + 8] = (seen + 1).to_bytes(8, "little")
+                    return real(*args, **options)
+
+                return call
+
+            return counted
+
+        for place, call in enumerate(CALLS):
+            _surround(call, around(place))
+
+    ended = children.run([*site.merges[name], "--output-dir", empty(site.root / "out")], site.log, count)
+    assert ended.code == 0, ended
+    numbers = [int.from_bytes(counts[8 * i : 8 * i + 8], "little") for i in range(len(CALLS))]
+    return {call: number for call, number in zip(CALLS, numbers) if number}
+
+
+def random_fault(site: Site, name: str, rng: random.Random) -> Fault:
+    """Choose a fault of a call that the merge makes."""
+    calls = calls_of(site, name)
+    call = rng.choice(list(calls))
     ways: list[int | str] = [*ERRORS, "kill", "killed after", *(["short"] if call in _WRITES else [])]
-    return Fault(call, rng.randrange(CALLS[call]), rng.choice(ways))
+    return Fault(call, rng.randrange(calls[call]), rng.choice(ways))
 
 
 @dataclass
@@ -134,11 +160,15 @@ class Tally:
         self.failures += [f"{what}: {trouble}" for trouble in troubles]
 
 
-def attack_with_fault(site: Site, name: str, fault: Fault, tally: Tally) -> None:
+def attack_with_fault(site: Site, name: str, rng: random.Random, tally: Tally) -> None:
     """Merge with a fault; look at what is left; resume."""
+    fault, happened = random_fault(site, name, rng), mmap.mmap(-1, 1)
     out = empty(site.root / "out")
-    ended = children.run([*site.merges[name], "--output-dir", out], site.log, fault.install)
-    tally.seen["ended well" if ended.code == 0 else "killed" if ended.code < 0 else "refused"] += 1
+    ended = children.run([*site.merges[name], "--output-dir", out], site.log, lambda: fault.install(happened))
+    if not happened[0]:
+        tally.seen["never happened"] += 1
+    else:
+        tally.seen["ended well" if ended.code == 0 else "killed" if ended.code < 0 else "refused"] += 1
     tally.add((name, fault), _troubles(site, name, out, ended) + _resume(site, name, out, ended))
 
 

@@ -233,6 +233,20 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bits(
     assert not (out / "config.json").exists()
     with pytest.raises(ResumeError, match=r"started differently \(prompts\)"):
         merger(models, out, calibration={str(models / "lora0"): prompts(0, seed=7)}).merge(resume_from_checkpoint=True)
+    for name, damage in (
+        ("calibration-key.json", b'{"prompts"'),
+        ("calibration-key.json", b"[]"),
+        ("calibration-key.json", b"\xff"),
+        ("calibrated-0000.safetensors", b"\xff" * 50),
+        ("calibration.json", b'{"prompts": [1], "prompts": [2]}'),
+        ("calibration.json", b'{"prompts": "many"}'),
+    ):
+        path = out / ".frmerge" / name
+        intact = path.read_bytes() if path.exists() else None
+        path.write_bytes(damage)
+        with pytest.raises(ResumeError, match=rf"{name} .*(damaged|is not what).*Pass --overwrite to start anew"):
+            merger(models, out).merge(resume_from_checkpoint=True)
+        path.unlink() if intact is None else path.write_bytes(intact)
     merger(models, out).merge(resume_from_checkpoint=True)
     assert fitted == [0, 1, 1]
     merger(models, whole).merge()

@@ -18,6 +18,7 @@ from transformers import (
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.calibration.prompts import read_prompts, split_prompts
+from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.verify import verify
 from hf_frmerge.wording.calibration import calibration_verdict
@@ -142,3 +143,36 @@ def test_a_fitted_classifier_is_closer_to_its_experts(models: tuple[Any, Path], 
     assert after < 0.8 * before
     report = verify(str(tmp_path / "out"))
     assert report.ok, report.problems
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean++", "fisher"])
+def test_methods_with_prompts_merge_classifiers(models: tuple[Any, Path], tmp_path: Path, method: str) -> None:
+    """Padded prompts of many lengths; each is nearer to the experts than the plain average is."""
+    model_class, folder = models
+    experts = [str(folder / f"full{number}") for number in range(3)]
+    prompts = {expert: samples(number, seed=0)[0] for number, expert in enumerate(experts)}
+    for name, options in (("average", {"method": "linear"}), ("out", {"method": method})):
+        args = MergingArguments(output_dir=str(tmp_path / name), disable_tqdm=True, **options)
+        FisherRaoMerger(experts, args, calibration_dataset=prompts if name == "out" else None).merge()
+    before, after = (distance_to_experts(model_class, tmp_path / name, folder) for name in ("average", "out"))
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.options["method"] == method and after < before
+    assert record.mean_distance("dense") / record.mean_distance("start") == pytest.approx(after / before, abs=0.25)
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_fisher_information_needs_predictions(models: tuple[Any, Path], tmp_path: Path) -> None:
+    model_class, folder = models
+    bare = {"BertForSequenceClassification": "bert", "GPT2ForSequenceClassification": "transformer"}
+    experts = [str(tmp_path / f"full{number}") for number in range(2)]
+    for number, expert in enumerate(experts):
+        model = model_class.from_pretrained(folder / f"full{number}")
+        getattr(model, bare[model_class.__name__]).save_pretrained(expert)
+    out = tmp_path / "out"
+    with pytest.raises(ArgumentError, match=r"'.*full0' cannot be estimated.*gives no probabilities.*such as regmean"):
+        args = MergingArguments(output_dir=str(out), method="fisher", disable_tqdm=True)
+        FisherRaoMerger(experts, args, calibration_dataset=samples(0, seed=0)[0]).merge()
+    assert not (out / "config.json").exists()
+    args = MergingArguments(output_dir=str(out), method="regmean", disable_tqdm=True, overwrite=True)
+    FisherRaoMerger(experts, args, calibration_dataset=samples(0, seed=0)[0]).merge()
+    assert verify(str(out)).ok

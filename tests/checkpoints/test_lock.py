@@ -16,7 +16,7 @@ from hf_frmerge.checkpoints import lock as lock_module
 from hf_frmerge.checkpoints.lock import LOCK_FILE, refuse_while_merging, sole_writer
 from hf_frmerge.errors import MergeError
 
-TAKEN = r"Another merge is writing to '.*out'\. Wait until it has ended, or stop it, or choose another folder"
+TAKEN = r"Another merge or push is at work in '.*out'\. Wait until it has ended, or stop it, or choose another folder"
 
 HOLD = """
 import sys

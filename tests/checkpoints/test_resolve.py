@@ -21,7 +21,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from hf_frmerge.checkpoints.hub.find import download_size
-from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all
+from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all, split_pair
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.errors import CheckpointError, HubError
 
@@ -106,12 +106,13 @@ def test_file_in_place_of_its_folder(model):
     [
         ([], "is empty"),
         (["config.json", "notes.md"], r"holds no weights: expected .*, found config.json, notes.md"),
-        (["pytorch_model.bin"], r"(?s)pickle weights only \(pytorch_model.bin\).*from_pretrained"),
+        (["pytorch_model.bin"], r"pickle weights only \(pytorch_model.bin\).*--allow-pickle"),
         (["consolidated.00.pth"], "pickle weights only"),
         (["consolidated.safetensors"], r"holds neither .*, but consolidated.safetensors"),
         (["training_args.bin"], "holds no weights"),
         (["model.safetensors"], "has weights but no config.json"),
-        (["adapter_config.json", "adapter_model.bin"], "is an adapter without adapter_model.safetensors"),
+        (["adapter_config.json", "adapter_model.bin"], r"pickle weights only \(adapter_model.bin\).*--allow-pickle"),
+        (["adapter_config.json"], "is an adapter without adapter_model.safetensors"),
     ],
 )
 def test_folders_that_cannot_be_read(tmp_path, names, message):
@@ -119,25 +120,6 @@ def test_folders_that_cannot_be_read(tmp_path, names, message):
         (tmp_path / name).write_text("{}")
     with pytest.raises(CheckpointError, match=message):
         resolve(str(tmp_path))
-
-
-def test_conversion_hint_works(tmp_path, model):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    wanted = AutoModelForCausalLM.from_pretrained(model)
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    torch.save(wanted.state_dict(), pickled / "pytorch_model.bin")
-    (pickled / "config.json").write_bytes((model / "config.json").read_bytes())
-    with pytest.raises(CheckpointError) as caught:
-        resolve(str(pickled))
-    program = str(caught.value).split("Convert it once:\n")[1].replace("    ", "")
-    program = program.replace("THIS CHECKPOINT", str(pickled)).replace('"converted"', f'"{tmp_path / "converted"}"')
-    exec(program)
-    converted = open_checkpoint(resolve(str(tmp_path / "converted")))
-    original = open_checkpoint(resolve(str(model)))
-    assert all((converted.read(name) == original.read(name)).all() for name in original.tensors)
 
 
 def test_a_folder_too_high_names_the_models_below(tmp_path, model):
@@ -171,12 +153,20 @@ def test_a_folder_too_high_names_the_models_below(tmp_path, model):
         assert ("and 1 more" in str(caught.value)) == (name == "run")
 
 
-def test_base_plus_adapter_is_told_how_to_write(tmp_path):
-    with pytest.raises(
-        CheckpointError,
-        match=r"of 'e1' with others of it, pass 'org/lora' as the expert and 'e1' as base_model \(--base-model\)",
-    ):
+def test_base_plus_adapter_is_told_how_to_become_one_model():
+    command = "frmerge merge org/lora --base-model e1 --output-dir folded"
+    with pytest.raises(CheckpointError, match=f"one expert, but nothing else does. Fold .*`{command}`"):
         resolve("e1+org/lora")
+
+
+def test_folders_with_a_plus_in_their_name_go_before_pairs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c++", "c++-lora", "a+b"):
+        (tmp_path / name).mkdir()
+    assert split_pair("a+b") is None
+    assert split_pair("c+++c++-lora") == ("c++", "c++-lora")
+    assert split_pair("org/c++org/lora") == ("org/c", "+org/lora")
+    assert split_pair("memory://a+b") is None and split_pair("a+") is None and split_pair("+b") is None
 
 
 def test_gguf_weights_are_refused_and_the_advice_works(tmp_path, monkeypatch):
@@ -284,30 +274,6 @@ def test_revision(hub, model):
         assert (source.repo_id, source.revision, source.commit) == ("alice/revised", revision, commit)
     with pytest.raises(HubError, match="alice/revised has no revision 'nope'"):
         resolve("alice/revised@nope")
-
-
-def test_the_advice_for_a_pickled_adapter_keeps_its_weights(model, tmp_path):
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
-    from transformers import LlamaForCausalLM
-
-    base = LlamaForCausalLM.from_pretrained(model)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    wanted = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    torch.save(wanted, tmp_path / "adapter/adapter_model.bin")
-    (tmp_path / "adapter/adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"adapter without adapter_model\.safetensors") as caught:
-        resolve(str(tmp_path / "adapter"))
-    program = str(caught.value).split("on its base:\n")[1].replace("    ", "")
-    for placeholder, path in (("ITS BASE MODEL", model), ("THIS ADAPTER", "adapter"), ("converted", "converted")):
-        program = program.replace(f'"{placeholder}"', f'"{tmp_path / path}"')
-    exec(program)
-    assert resolve(str(tmp_path / "converted")).kind == "adapter"
-    actual = load_file(tmp_path / "converted/adapter_model.safetensors")
-    assert actual.keys() == wanted.keys()
-    assert all(torch.equal(actual[name], wanted[name]) for name in wanted)
 
 
 def test_pickles_are_never_downloaded(hub, model):
@@ -528,7 +494,7 @@ def test_local_folders_need_no_hub_client(model):
     program = (
         "import sys; from hf_frmerge.checkpoints.tensors.reader import open_checkpoint; "
         "from hf_frmerge.checkpoints.resolve import resolve; "
-        "from hf_frmerge.checkpoints.tensors.alignment import align; "
+        "from hf_frmerge.checkpoints.alignment.align import align; "
         "from hf_frmerge.checkpoints.beside import donor; from hf_frmerge.checkpoints.tensors import writer; "
         "c = open_checkpoint(resolve(sys.argv[1])); align([c, c]); c.read('model.norm.weight'); "
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'fsspec', 'safetensors'}; "

@@ -12,8 +12,8 @@ import pytest
 from click.testing import Result
 from comparison_family import Family, save_family
 
-from hf_frmerge.comparison.record import RECORD_FILE
 from hf_frmerge.comparison.texts import split_texts
+from hf_frmerge.evaluation.comparison_record import COMPARISON_FILE
 from hf_frmerge.evaluation.models.merged import tokenizer_of
 
 Run = Callable[..., Result]
@@ -43,7 +43,7 @@ def test_the_command_at_the_end_makes_the_merge_of_the_first_row(
     last = compared.stdout.strip().splitlines()[-1]
     program, *arguments = shlex.split(last)
     assert program == "frmerge" and frmerge(*arguments).exit_code == 0
-    best = json.loads((tmp_path / "comparison" / RECORD_FILE).read_text())["methods"][0]
+    best = json.loads((tmp_path / "comparison" / COMPARISON_FILE).read_text())["methods"][0]
     data = []
     for name, file in family.files.items():
         text = Path(file).read_text()
@@ -75,10 +75,22 @@ def test_the_table_says_what_it_is_of(compared: Result) -> None:
     assert "of the experts' gains on average" in text
 
 
+def test_a_page_is_written_and_can_be_written_again(compared: Result, frmerge: Run, tmp_path: Path) -> None:
+    page = tmp_path / "comparison" / "comparison.html"
+    assert f"open in a browser: {Path('comparison') / 'comparison.html'}" in " ".join(compared.stdout.split())
+    before = page.read_bytes()
+    page.unlink()
+    result = frmerge("report", "comparison", "--figures", "figures")
+    assert result.exit_code == 0 and page.read_bytes() == before
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} == {
+        "ranking", "experts", "trade_off", "scales", "cost",
+    }  # fmt: skip
+
+
 def test_json_is_the_record(family: Family, frmerge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = frmerge(*command(family), "--json")
-    assert json.loads(result.stdout) == json.loads((tmp_path / "comparison" / RECORD_FILE).read_text())
+    assert json.loads(result.stdout) == json.loads((tmp_path / "comparison" / COMPARISON_FILE).read_text())
 
 
 @pytest.mark.parametrize(
@@ -88,8 +100,16 @@ def test_json_is_the_record(family: Family, frmerge: Run, tmp_path: Path, monkey
         (["--weights", "a,b"], "--weights takes numbers with commas"),
         (["--method", "tiez"], "Did you mean 'ties'"),
         (["--data", "none.txt"], "'none.txt' is not a file"),
+        (["--weights", "nam"], "Did you mean 'nan'"),
+        (["--calibration", "none.txt"], "'none.txt' is not a file"),
     ],
 )
 def test_mistakes_end_with_a_sentence(family: Family, frmerge: Run, wrong: list[str], message: str) -> None:
     result = frmerge(*command(family), *wrong)
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+
+
+def test_prompts_may_not_be_what_merges_are_measured_on(family: Family, frmerge: Run) -> None:
+    file = family.files["red"]
+    result = frmerge(*command(family), "--calibration", f"{family.experts[0]}={file}")
+    assert result.exit_code == 2 and "cannot be compared on it" in result.stderr

@@ -23,7 +23,7 @@ Frmerge = Callable[..., Result]
 SCRIPT = Path(sys.executable).parent / "frmerge"
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["plan"], ["inspect"], ["evaluate"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["merge"], ["plan"], ["inspect"], ["evaluate"], ["search"], ["demo"]])
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     """Under half a second follows from what is imported; a clock would measure the machine."""
     program = (
@@ -35,6 +35,46 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == "imported: []\n"
     assert "Usage: " in done.stdout
+
+
+# What a merge of two full models, with no other option, has no use for.
+NOT_FOR_A_PLAIN_MERGE = [
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "filelock",
+    "multiprocessing",
+    "numpy.ma",
+    "rich.table",
+    "hf_frmerge.calibration",
+    "hf_frmerge.checkpoints.adapters.adapter",
+    "hf_frmerge.checkpoints.quantised",
+    "hf_frmerge.checkpoints.vocabularies.union",
+    "hf_frmerge.comparison",
+    "hf_frmerge.evaluation",
+    "hf_frmerge.extraction",
+    "hf_frmerge.merging.inspection",
+    "hf_frmerge.merging.operands.factor_inputs",
+    "hf_frmerge.merging.operands.row_mapped",
+    "hf_frmerge.methods.sparse",
+    "hf_frmerge.provenance",
+    "hf_frmerge.report",
+    "hf_frmerge.weighting.checkpoint_soup",
+    "hf_frmerge.weighting.continual",
+    "hf_frmerge.weighting.norm_aware",
+]
+
+
+def test_a_plain_merge_imports_nothing_of_other_merges(tmp_path: Path) -> None:
+    """Imports are most of what a small merge takes."""
+    experts = write_family(tmp_path, 2)[1]
+    program = (
+        "import sys\nfrom hf_frmerge.cli.main import main\n"
+        f"main({['merge', *experts, '--output-dir', str(tmp_path / 'out')]!r}, standalone_mode=False)\n"
+        f"print('imported:', sorted({set(NOT_FOR_A_PLAIN_MERGE)!r} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
 
 
 def test_the_installed_command_runs() -> None:

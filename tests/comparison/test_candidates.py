@@ -11,6 +11,7 @@ from hf_frmerge.comparison.candidates import (
     cells_of,
     default_candidates,
     parse_candidate,
+    with_seeds,
 )
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.methods.table import METHODS
@@ -52,12 +53,25 @@ def test_a_method_is_read_with_its_options() -> None:
     }  # fmt: skip
 
 
+def test_methods_that_draw_are_repeated_with_the_seeds_that_follow() -> None:
+    cell = Cell(parse_candidate("dare_ties,density=0.3"), 1.4, None)
+    first, *others = with_seeds(cell, 3, 42)
+    assert first is cell
+    assert [arguments_of(other) for other in others] == [{**arguments_of(cell), "seed": seed} for seed in ("43", "44")]
+    own = with_seeds(Cell(parse_candidate("della,seed=7"), None, None), 2, 42)
+    assert [arguments_of(one)["seed"] for one in own] == ["7", "8"]
+    assert with_seeds(Cell(parse_candidate("ties"), 1.0, None), 3, 42) == [Cell(Candidate("ties"), 1.0, None)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("karchr", "no method 'karchr'.*Did you mean 'karcher'"),
         ("given", "no method 'given'"),
-        ("ties,gamma=0.1", "an option of ties .density, space, block., but got 'gamma=0.1'"),
+        (
+            "ties,gamma=0.1",
+            "an option of ties .density, space, block, post_step, svc_floor, layer_scales., but got 'gamma=0.1'",
+        ),
         ("ties,scale=2", "same scales"),
         ("ties,density", "but got 'density'"),
     ],

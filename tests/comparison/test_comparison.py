@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from transformers import BertModel
 
 from hf_frmerge.comparison.cell_file import CELLS_FILE
 from hf_frmerge.comparison.comparison import MergeComparison
-from hf_frmerge.comparison.record import RECORD_FILE, TABLE_FILE, ComparisonRecord
+from hf_frmerge.comparison.record import TABLE_FILE
 from hf_frmerge.comparison.texts import split_texts
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
+from hf_frmerge.evaluation.comparison_record import COMPARISON_FILE, ComparisonRecord, load_comparison
 from hf_frmerge.evaluation.models.merged import tokenizer_of
 from hf_frmerge.evaluation.record import MERGED
 from hf_frmerge.evaluation.suite.merge_evaluation import evaluate_merge, models_to_measure
@@ -96,10 +98,12 @@ def test_the_scale_is_the_best_on_the_validation_texts(
     assert row.scale == max(scores, key=scores.get)
     assert row.validation == pytest.approx(scores[row.scale], abs=1e-6)
     assert row.is_edge == (row.scale in (SCALES[0], SCALES[-1]))
+    assert {one.scale: one.score for one in row.tried} == pytest.approx(scores, abs=1e-6)
 
 
 def test_files_hold_every_number(record: ComparisonRecord, folder: Path) -> None:
-    assert json.loads((folder / RECORD_FILE).read_text()) == json.loads(json.dumps(record.to_dict()))
+    assert json.loads((folder / COMPARISON_FILE).read_text()) == json.loads(json.dumps(record.to_dict()))
+    assert load_comparison(folder) == record
     rows = pyarrow.parquet.read_table(folder / TABLE_FILE).to_pylist()
     cells = {(row["method"], row["scale"], row["split"]) for row in rows}
     assert len(cells) == len(METHODS) * (len(SCALES) + 1)
@@ -203,11 +207,88 @@ def test_weights_are_tried_with_every_method(family: Family, cache: Path, tmp_pa
     assert record.command[record.command.index("--weights") + 1] == "1.0,0.0"
 
 
+def test_named_weights_are_measured_once(family: Family, cache: Path, tmp_path: Path) -> None:
+    from hf_frmerge.weighting.plan_merge import plan_merge
+
+    record = comparison(family, tmp_path / "c", cache, methods=["linear", "nre"], scales=(1.0,), weights=["nan"]).run()
+    with closing(plan_merge(family.experts, MergingArguments(), "nan", family.base)) as plan:
+        assert [row.weights for row in record.methods] == [tuple(plan.weights)] * 2
+    assert len(set(record.best.weights)) == 2  # they are not equal
+    assert any("Weights by 'nan': " in note for note in record.notes)
+
+
+def test_a_post_step_is_part_of_all_merges_or_of_one(family: Family, cache: Path, tmp_path: Path) -> None:
+    args = MergingArguments(output_dir=str(tmp_path / "c"), post_step="svc")
+    record = comparison(family, tmp_path / "c", cache, methods=["karcher"], scales=(1.0,), args=args).run()
+    merge_by_hand(family, tmp_path / "merged", method="karcher", scale=1.0, post_step="svc")
+    expected = evaluated(family, tmp_path / "merged", cache, "test")
+    kept = {one.expert: one.share for one in expected.recovery if one.model == MERGED}
+    assert record.best.by_place == pytest.approx(kept, abs=1e-6)
+    assert record.command[record.command.index("--post-step") + 1] == "svc"
+    both = comparison(family, tmp_path / "d", cache, methods=["karcher,post_step=svc", "karcher"], scales=(1.0,)).run()
+    by_label = {row.label: row.by_place for row in both.methods}
+    assert by_label["karcher post_step=svc"] == record.best.by_place != by_label["karcher"]
+
+
+def test_methods_that_draw_are_repeated(family: Family, cache: Path, tmp_path: Path) -> None:
+    methods = ["linear", "dare_linear,density=0.5"]
+    ran: list[str] = []
+    run = {"methods": methods, "scales": (1.0,), "on_progress": ran.append}
+    record = comparison(family, tmp_path / "c", cache, n_seeds=3, **run).run()
+    assert len([name for name in ran if name.endswith("(test)")]) == 1 + 3
+    rows = {row.method: row for row in record.methods}
+    assert rows["linear"].seed_scores == ()
+    for number, seed in enumerate((42, 43, 44)):
+        folder = tmp_path / str(seed)
+        merge_by_hand(family, folder, method="dare_linear", density=0.5, scale=1.0, seed=seed)
+        kept = [one.share for one in evaluated(family, folder, cache, "test").recovery if one.model == MERGED]
+        assert rows["dare_linear"].seed_scores[number] == pytest.approx(sum(kept) / len(kept), abs=1e-6)
+    assert rows["dare_linear"].score == pytest.approx(sum(rows["dare_linear"].seed_scores) / 3)
+    assert len(set(rows["dare_linear"].seed_scores)) == 3
+    ran.clear()
+    comparison(family, tmp_path / "c", cache, n_seeds=4, **run).run()
+    assert len(ran) == 1  # the fourth seed
+
+
+def test_a_comparison_of_fewer_experts_takes_what_was_measured_of_them(
+    family: Family, cache: Path, tmp_path: Path
+) -> None:
+    experts = [*family.experts, family.adapters[0]]
+    ran: list[str] = []
+    settings = {"methods": ["linear"], "scales": (1.0,), "on_progress": ran.append}
+    comparison(family, tmp_path / "3", tmp_path / "cache", experts=experts, **settings).run()
+    assert {"base", "red", "blue", "red-lora"} < set(ran)
+    ran.clear()
+    record = comparison(family, tmp_path / "2", tmp_path / "cache", experts=experts[:2], **settings).run()
+    assert ran == ["linear × 1 (validation)", "linear × 1 (test)"] and list(record.best.by_place) == ["red", "blue"]
+
+
+def test_a_merge_whose_activations_overflow_is_no_obstacle(family: Family, cache: Path, tmp_path: Path) -> None:
+    record = comparison(family, tmp_path, cache, methods=["linear"], scales=(1.0, 1e30)).run()
+    assert record.best.scale == 1.0 and [one.scale for one in record.best.tried] == [1.0, 1e30]
+
+
+def test_a_merge_whose_predictions_are_no_numbers_is_left_out(cache: Path, tmp_path: Path) -> None:
+    save_classifier_family(tmp_path, WORDS, 0.5)  # attention over infinite scores is NaN
+    rows = [{"text": " ".join(WORDS[n : n + 3]), "label": "yes"} for n in range(8)]
+    record = MergeComparison(
+        [str(tmp_path / name) for name in ("math", "code")],
+        {"math": rows},
+        str(tmp_path / "base"),
+        methods=["linear"],
+        scales=(1.0, 1e25),
+        args=MergingArguments(output_dir=str(tmp_path / "comparison")),
+        cache_dir=str(cache),
+    ).run()
+    assert record.best.scale == 1.0 and [one.scale for one in record.best.tried] == [1.0]
+
+
 def test_classifiers_are_compared_by_their_labels(cache: Path, tmp_path: Path) -> None:
     save_classifier_family(tmp_path, WORDS, 0.5)
     labels = ["no", "maybe", "yes"]
     rows = [{"text": " ".join([*WORDS[n : n + 3], WORDS[n % 7]]), "label": labels[n % 3]} for n in range(36)]
     experts = [str(tmp_path / name) for name in ("math", "code")]
+    ran: list[str] = []
     record = MergeComparison(
         experts,
         {"math": rows, "code": rows[::-1]},
@@ -216,7 +297,9 @@ def test_classifiers_are_compared_by_their_labels(cache: Path, tmp_path: Path) -
         scales=(0.5, 1.0),
         args=MergingArguments(output_dir=str(tmp_path / "comparison")),
         cache_dir=str(cache),
+        on_progress=ran.append,
     ).run()
+    assert [ran.count(name) for name in ("base", "math", "code")] == [2, 2, 2]  # once on either part of the texts
     assert record.texts["test"]["math"] == {"texts": 27, "predictions": 27}
     assert record.best.distance is not None and len(record.methods) == 2
 
@@ -236,8 +319,8 @@ def test_a_method_that_fails_leaves_the_others(family: Family, cache: Path, tmp_
     record = comparison(
         family, tmp_path / "out", cache, experts=[family.experts[0], str(mirrored)], methods=["karcher", "linear"]
     ).run()
-    assert [row.method for row in record.methods] == ["linear", "karcher"]
-    assert "balance out" in record.methods[1].failure
+    assert [row.method for row in record.methods] == ["linear"]
+    assert "balance out" in record.failed["karcher"]
     with pytest.raises(MergeError, match=r"No method gave a merge\. karcher: The experts balance out"):
         comparison(
             family, tmp_path / "none", cache, experts=[family.experts[0], str(mirrored)], methods=["karcher"]

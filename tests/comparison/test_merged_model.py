@@ -24,7 +24,7 @@ from hf_frmerge.merging.engine.tensor_work import TensorWork
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral
 from hf_frmerge.methods.table import METHODS
 
 CELLS = [

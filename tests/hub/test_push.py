@@ -22,8 +22,9 @@ from tiny_models import save_llama_family
 from transformers import AutoModelForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.demo.texts import expert_dirs
-from hf_frmerge.errors import ArgumentError, HubError
+from hf_frmerge.errors import ArgumentError, HubError, MergeError
 from hf_frmerge.hub.push import full_repo_id, push_folder
 from hf_frmerge.merging.callbacks.callback import MergeCallback
 from hf_frmerge.provenance.verify import verify
@@ -49,6 +50,26 @@ def test_push_arrives_whole_in_one_commit(hub: HubServer, output_dir: Path, tmp_
     for path in output_dir.iterdir():
         if not path.name.startswith("."):
             assert (copy / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_no_merge_writes_to_the_folder_until_all_is_sent(
+    hub: HubServer, output_dir: Path, monkeypatch: pytest.MonkeyPatch, blocking: bool
+):
+    send, refused = HfApi.create_commit, []
+
+    def create_commit(*args, **kwargs):
+        with pytest.raises(MergeError, match="Another merge or push is at work"):
+            refuse_while_merging(output_dir)
+        refused.append(True)
+        return send(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    pushed = push(output_dir, blocking=blocking)
+    if isinstance(pushed, Future):
+        pushed.result()
+    assert refused and len(commits(hub)) == 2
+    refuse_while_merging(output_dir)
 
 
 def test_card_read_back_from_the_hub_says_what_was_written(hub: HubServer, output_dir: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,11 +218,16 @@ def test_a_square_weight_of_an_unknown_class_is_refused(base: Any, tmp_path: Pat
 
 
 def test_a_class_is_not_asked_where_the_tensors_tell(base: Any, tmp_path: Path) -> None:
-    adapter = make_adapter(base("llama"), tmp_path / "a", target_modules=["q_proj", "down_proj"])  # q_proj is square
+    folder = tmp_path / "base"
+    shutil.copytree(base("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    # Two matrices of one shape outside of the layers: the class is asked about these unless the config tells.
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    adapter = make_adapter(folder, tmp_path / "a", target_modules=["q_proj", "down_proj"])  # q_proj is square
     code = (
         "import sys\nfrom hf_frmerge import FisherRaoMerger, MergingArguments\n"
         f"args = MergingArguments(output_dir={str(tmp_path / 'out')!r}, adapter_output='merged', disable_tqdm=True)\n"
-        f"FisherRaoMerger([{str(adapter)!r}] * 2, args, base_model={str(base('llama'))!r}).merge()\n"
+        f"FisherRaoMerger([{str(adapter)!r}] * 2, args, base_model={str(folder)!r}).merge()\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -320,9 +326,10 @@ def test_ranks_that_differ_are_noted_and_the_advice_gives_one(base: Any, tmp_pat
     notes = json.loads((tmp_path / "exact/merge_manifest.json").read_text())["notes"]
     (note,) = (note for note in notes if "runtimes that read only r and lora_alpha" in note)
     assert "ranks from 4 to 8" in note
-    rank = int(re.findall(r"--adapter-rank (\d+)", note)[0])
+    assert "--adapter-rank-pattern uniform" in note
+    rank = int(re.findall(r"all of them rank (\d+)", note)[0])
 
-    merge(experts, tmp_path / "uniform", adapter_rank=rank)
+    merge(experts, tmp_path / "uniform", adapter_rank_pattern="uniform")
     assert "lora_alpha" not in str(json.loads((tmp_path / "uniform/merge_manifest.json").read_text())["notes"])
     config = json.loads((tmp_path / "uniform/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (rank, rank, {}, {})

@@ -131,7 +131,7 @@ def test_wide_experts_are_worth_a_comparison(tmp_path: Path) -> None:
     assert gap > 2.0**-9  # half a unit in the last place of bf16
     weights, deltas = inspection_verdict(actual).split(" In delta space ")
     for part in (weights, deltas):
-        assert "more than rounding to bf16 costs (0.0015), so compare both on your data" in part
+        assert "more than rounding to bf16 costs (0.0015): only an evaluation of both can tell" in part
     assert f"keeps at least {kept:.1%} of their norm" in weights
     assert f"at most {gap:.1g} rad from the norm-rescaled mean" in weights
 

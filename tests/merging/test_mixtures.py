@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from hf_frmerge.checkpoints.alignment.align import align
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.alignment import align
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.engine import StepObserver

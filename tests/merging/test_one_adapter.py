@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -140,19 +138,3 @@ def test_nothing_is_made_of_one_model_alone(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="slerp joins exactly 2 experts, got 1"):
         other = MergingArguments(str(tmp_path / "other"), method="slerp")
         FisherRaoMerger([adapter], other, base_model=base).merge()
-
-
-def test_a_base_with_its_adapter_is_told_how_to_become_one_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, adapter = save_pair(tmp_path, torch.float32, CONFIGS["lora"])
-    monkeypatch.chdir(tmp_path)
-    refused = click_runner().invoke(main, ["merge", f"{base}+{adapter}", base, "--output-dir", "out"])
-    assert refused.exit_code != 0
-    command = re.search(r"`frmerge (.*?)`", " ".join(refused.output.split()) or " ".join(refused.stderr.split()))
-    assert command is not None
-    assert click_runner().invoke(main, shlex.split(command[1])).exit_code == 0
-    FisherRaoMerger(["folded", base], MergingArguments("out", method="linear")).merge()
-    wanted, origin = folded_by_peft(base, adapter), load_file(f"{base}/model.safetensors")
-    for name, tensor in load_file("out/model.safetensors").items():
-        torch.testing.assert_close(tensor, ((wanted[name] + origin[name].double()) / 2).float(), rtol=1e-6, atol=1e-7)

@@ -30,7 +30,7 @@ from hf_frmerge.merging import run
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.callbacks.callback import MergeCallback
 
-TAKEN = "Another merge is writing to"
+TAKEN = "Another merge or push is at work in"
 
 
 def write_adapter(folder: Path, seed: int) -> str:
@@ -230,11 +230,11 @@ def test_the_card_is_written_before_another_may_begin(
 ) -> None:
     out, describe = tmp_path / "out", FisherRaoMerger._describe
 
-    def refused_meanwhile(self: FisherRaoMerger) -> None:
+    def refused_meanwhile(self: FisherRaoMerger, **kwargs: Any) -> None:
         monkeypatch.setattr(FisherRaoMerger, "_describe", describe)
         with pytest.raises(MergeError, match=TAKEN):
             merge(full, out, overwrite=True)
-        describe(self)
+        describe(self, **kwargs)
 
     monkeypatch.setattr(FisherRaoMerger, "_describe", refused_meanwhile)
     merge(full, out)

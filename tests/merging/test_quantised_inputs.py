@@ -260,7 +260,7 @@ def test_a_section_over_plain_weights_is_passed_over(tmp_path: Path) -> None:
     ("quantise", "section", "sentence"),
     [
         (awq, AWQ_SECTION | {"version": "gemv"}, "in a way that compressed-tensors does not convert.*gemv"),
-        (awq, {"quant_method": "gptq", "bits": 4}, r"quantised \(gptq\)"),
+        (awq, {"quant_method": "gptq", "bits": 4}, r"quantised \(GPTQ\), but codes .* do not fit together"),
         (by_the_library("W4A16"), {}, r"quantised \(compressed-tensors, by its tensors"),
         (fp8_blocks((64, 64)), {}, "could not be dequantised from .*not those of blocks of 128 by 128"),
     ],

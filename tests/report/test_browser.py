@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
+from comparison_records import make_comparison
 from evaluation_records import make_record
 
+from hf_frmerge.evaluation.comparison_record import save_comparison
+from hf_frmerge.report.comparison_page import write_comparison_page
 from hf_frmerge.report.page import write_page
 from hf_frmerge.report.style import PALETTE
 
@@ -33,10 +36,20 @@ def column(browser: Browser, table: str, index: int) -> list[str]:
     return list(browser.evaluate(cells))
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    save_comparison(folder, make_comparison())
+    return write_comparison_page(folder)
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [375, 1280])
-def test_it_fits_asks_for_nothing_and_has_no_errors(browser: Browser, page: Path, width: int, dark: bool) -> None:
-    browser.open(page, width, dark=dark)
+@pytest.mark.parametrize("of", ["page", "comparison"])
+def test_it_fits_asks_for_nothing_and_has_no_errors(
+    browser: Browser, request: pytest.FixtureRequest, of: str, width: int, dark: bool
+) -> None:
+    browser.open(request.getfixturevalue(of), width, dark=dark)
     assert browser.evaluate("innerWidth") == width
     assert browser.evaluate("document.documentElement.scrollWidth") == width
     # Nothing sticks out but what scrolls in a box of its own, or is clipped by a figure.

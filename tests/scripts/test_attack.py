@@ -10,9 +10,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "attack.py"
 
 
 def test_it_prints_a_line_for_every_kind_of_attack() -> None:
-    numbers = ["--files", "3", "--faults", "2", "--kills", "1", "--pairs", "1"]
+    numbers = ["--doors", "14", "--files", "3", "--faults", "2", "--kills", "1", "--pairs", "1"]
     done = subprocess.run([sys.executable, SCRIPT, *numbers], capture_output=True, text=True, check=False)
     lines = [line.split("  ") for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line[0] for line in lines[1:]] == ["damaged files", "faults", "kills", "pairs of merges"]
-    assert [int(next(part for part in line[1:] if part.strip())) for line in lines[1:]] == [3, 2, 1, 1]
+    assert [line[0] for line in lines[1:]] == ["hostile bytes", "damaged files", "faults", "kills", "pairs of merges"]
+    assert [int(next(part for part in line[1:] if part.strip())) for line in lines[1:]] == [14, 3, 2, 1, 1]

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.methods.spectral import without_disturbance
+from hf_frmerge.methods.spectral.continual import without_disturbance
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
 from hf_frmerge.weighting.continual import read_before

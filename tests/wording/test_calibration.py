@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hf_frmerge.merging.planning.corrections import CalibrationRecord
-from hf_frmerge.wording.calibration import calibration_verdict
+from hf_frmerge.merging.planning.corrections import CalibrationRecord, RefinementRecord
+from hf_frmerge.wording.calibration import calibration_verdict, fitted_how
 
 RECORD = CalibrationRecord(
     prompts=(56, 56, 0),
@@ -50,5 +50,46 @@ def test_a_fit_without_gain_says_what_was_written() -> None:
     )
 
 
+REFINED = replace(
+    RECORD,
+    distances={**RECORD.distances, "refined": (0.05, 0.1, None)},
+    refinement=RefinementRecord(steps=30, loss="kl", learning_rate=3e-4, began_from="low_rank", best_step=20),
+)
+
+
+def test_a_refinement_is_told_from_the_fit() -> None:
+    assert calibration_verdict(REFINED).text.endswith(
+        "On 16 others the squared Fisher–Rao distance of its predictions to the experts' is 0.0750 rad², where the "
+        "merge without data has 0.400 rad², and the fit alone 0.100 rad²: fit and refinement take 81% of it away. The "
+        "correction is factors of rank 32 for every linear layer."
+    )
+    assert fitted_how(REFINED) == (
+        "then fitted, layer by layer, to what they compute on a few prompts, and refined all layers together"
+    )
+
+
+def test_a_refinement_without_gain_is_said() -> None:
+    record = replace(REFINED, refinement=replace(REFINED.refinement, best_step=0))
+    assert (
+        "is 0.100 rad², where the merge without data has 0.400 rad²: the fit takes 75% of it away. A refinement of "
+        "all layers together, of 30 steps, came no closer, and was left out." in calibration_verdict(record).text
+    )
+    assert fitted_how(record) == "then fitted, layer by layer, to what they compute on a few prompts"
+    record = replace(record, form="start", distances={**record.distances, "low_rank": (0.5, 0.5, None)})
+    assert "of 30 steps, came no closer either. So what was written" in calibration_verdict(record).text
+    assert fitted_how(record) is None
+
+
+def test_a_refinement_of_a_fit_without_gain_stands_alone() -> None:
+    record = replace(REFINED, form="dense", refinement=replace(REFINED.refinement, began_from="start"))
+    assert (
+        "0.400 rad²: the refinement takes 81% of it away, where the fit of single layers gained nothing. The "
+        "correction is a number for every weight" in calibration_verdict(record).text
+    )
+    assert fitted_how(record) == "then trained to predict what they predict on a few prompts"
+
+
 def test_a_record_is_read_back_as_it_was() -> None:
+    assert CalibrationRecord.from_dict({**REFINED.to_dict(), "of a later version": 1}) == REFINED
+    assert "refinement" not in RECORD.to_dict()
     assert CalibrationRecord.from_dict({**RECORD.to_dict(), "of a later version": 1}) == RECORD

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from hf_frmerge.checkpoints.adapters.patterns import check_pattern
@@ -12,15 +13,29 @@ from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
 from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped_pattern
-from hf_frmerge.errors import CheckpointError
+from hf_frmerge.errors import CheckpointError, some
 from hf_frmerge.kernels.interface import OVERFLOWS_AT
 
 CONFIG_NAME = "adapter_config.json"
 
-# PEFT methods whose update is a delta of the weight: PEFT itself can convert it to LoRA factors.
-_CONVERTIBLE = frozenset(
-    {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS"}
-    | {"PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
+# Kinds of adapters that PEFT itself folds into their base, layer by layer, with the right result: the tests try each.
+FOLDED_BY_PEFT = frozenset(
+    {"ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING"}
+    | {"LOHA", "LOKR", "MISS", "OFT", "PEANUT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING"}
+    | {"TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
+)
+
+# Fields of a LoRA that change more of the layers than factors can; PEFT folds these, too.
+_BESIDE_FACTORS = ("bias", "lora_bias", "target_parameters", "trainable_token_indices")
+
+FOLD_BY_HAND = (
+    "If PEFT can fold it into its base as a whole, do that once:\n"
+    "    from peft import PeftModel\n"
+    "    from transformers import AutoModelForCausalLM  # or the class you use\n"
+    '    base = AutoModelForCausalLM.from_pretrained("ITS BASE MODEL")\n'
+    '    model = PeftModel.from_pretrained(base, "THIS ADAPTER").merge_and_unload()\n'
+    '    model.save_pretrained("folded")\n'
+    "and pass 'folded', a full model."
 )
 
 # PEFT methods that do not change the weights, but add inputs or layers of their own.
@@ -94,6 +109,16 @@ class AdapterConfig:
         return default
 
 
+def kind_folded_by_peft(folder: LocalFolder | RemoteFolder, spec: str) -> str | None:
+    """Return what to call an adapter that is no plain LoRA and that PEFT folds layer by layer; None of others."""
+    raw = read_json(folder, CONFIG_NAME, spec)
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        return kind if isinstance(kind, str) and kind in FOLDED_BY_PEFT else None
+    beside = [field for field in _BESIDE_FACTORS if raw.get(field) not in (None, False, [], {}, "none")]
+    return f"LORA with {some(beside)}" if beside else None
+
+
 def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> AdapterConfig:
     """
     Read and check the configuration of a LoRA adapter.
@@ -133,7 +158,7 @@ def read_adapter_config(folder: LocalFolder | RemoteFolder, spec: str) -> Adapte
 
 def _check_names(raw: dict[str, Any], spec: str) -> None:
     for key in ("peft_type", "task_type", "bias", "base_model_name_or_path", "revision"):
-        if not isinstance(raw.get(key) or "", str):
+        if not isinstance(raw.get(key), (str, NoneType)):
             raise CheckpointError(_expected(spec, key, raw[key], "a name"))
 
 
@@ -168,15 +193,10 @@ def _expected(spec: str, key: str, value: Any, expected: str) -> str:
 def _refuse_unsupported(raw: dict[str, Any], spec: str) -> None:
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
-        if peft_type in _CONVERTIBLE:
-            hint = "Load it with PEFT and rewrite it with `peft.save_as_lora(path, model, rank)`, then merge that."
-        elif peft_type in _WITHOUT_WEIGHTS:
+        if peft_type in _WITHOUT_WEIGHTS:
             hint = "It changes no weights of its base, so there is nothing to merge."
         else:
-            hint = (
-                "If PEFT can fold it into its base (`merge_and_unload`), do so, save the model, and merge the full "
-                "checkpoints."
-            )
+            hint = FOLD_BY_HAND
         raise CheckpointError(f"Adapter {spec!r}: peft_type is {peft_type!r}, expected 'LORA'. {hint}")
     bias = raw.get("bias", "none")
     if bias != "none":

@@ -58,6 +58,11 @@ class LowRankDelta:
         return self.magnitude is not None
 
     @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors that it is made of."""
+        return tuple(part for part in (self.down, self.up, self.magnitude) if part is not None)
+
+    @property
     def files(self) -> set[tuple[Checkpoint, str]]:
         """The files its factors are read from."""
         return {(self.checkpoint, self.down.file), (self.checkpoint, self.up.file)}

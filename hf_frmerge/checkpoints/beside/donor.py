@@ -95,14 +95,9 @@ def write_config(
 
     Returns:
         `Path`: The file.
-
-    Raises:
-        CheckpointError: If the donor has no `config.json`.
     """
     folder = open_folder(source.path)
     config = read_json(folder, CONFIG_FILE, source.spec)
-    if not config:
-        raise CheckpointError(f"{source.spec!r} has no {CONFIG_FILE}, so what is made from it could not be loaded.")
     content: bytes | str = read_file(folder, CONFIG_FILE, source.spec)
     kept = config.keys() - (changes or {}).keys()  # its own entries may be null
     config = {key: value for key, value in {**config, **(changes or {})}.items() if value is not None or key in kept}

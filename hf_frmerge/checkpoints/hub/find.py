@@ -6,7 +6,7 @@ import glob
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from hf_frmerge.checkpoints.hub.folder import HubFolder, hub_folder
 from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import MODULES_FILE, parse_modules
-from hf_frmerge.checkpoints.source import HUB_SCHEME, WEIGHTS, Source, is_on_hub, kind_of
+from hf_frmerge.checkpoints.source import HUB_SCHEME, PICKLES, SAFETENSORS, Source, WeightFiles, is_on_hub, source_of
 from hf_frmerge.errors import CheckpointError, HubError
 
 if TYPE_CHECKING:
@@ -24,18 +24,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Files that transformers reads beside the weights. Never a pickle, and from folders only further chat templates:
+# Files that transformers reads beside the weights. No pickle, and from folders only further chat templates:
 # `onnx/`, `original/` and the like hold the weights a second time.
 _SMALL_FILES = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.codes", "*.py", "README.md", "LICENSE*",
 )  # fmt: skip
 _SMALL_FOLDER = "additional_chat_templates/"
 _NOT_READ = ("trainer_state.json", "*.bin.index.json")
-_SINGLE, _INDEX = WEIGHTS
-_ADAPTER = "adapter_model.safetensors"
 
 
-def find(spec: str, repo_id: str, revision: str | None, token: str | bool | None, extra: Sequence[str] = ()) -> Source:
+def find(
+    spec: str,
+    repo_id: str,
+    revision: str | None,
+    token: str | bool | None,
+    extra: Sequence[str] = (),
+    *,
+    allow_pickle: bool = False,
+) -> Source:
     """
     Pin a Hub id to a commit, with one request.
 
@@ -44,7 +50,7 @@ def find(spec: str, repo_id: str, revision: str | None, token: str | bool | None
 
     Raises:
         HubError: If there is no such repository or revision, or the Hub cannot be asked and the cache has none.
-        CheckpointError: If the repository holds no safetensors weights.
+        CheckpointError: If the repository holds no weights that may be read.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
@@ -53,7 +59,7 @@ def find(spec: str, repo_id: str, revision: str | None, token: str | bool | None
         try:
             info = HfApi(token=token).model_info(repo_id, revision=revision)
         except (HTTPError, OfflineModeIsEnabled) as error:
-            cached = _find_in_cache(spec, repo_id, revision) if is_unreachable(error) else None
+            cached = _find_in_cache(spec, repo_id, revision, allow_pickle) if is_unreachable(error) else None
             if cached is None:
                 raise
             logger.warning("The Hub could not be asked; %s is taken from the cache, at %s.", repo_id, cached.commit)
@@ -61,11 +67,12 @@ def find(spec: str, repo_id: str, revision: str | None, token: str | bool | None
     if info.id != repo_id:
         logger.warning("%s is now called %s on the Hub.", repo_id, info.id)
     commit = str(info.sha)
-    snapshot = _complete_snapshot(info.id, commit, extra)
+    where = info.id, revision, commit
+    snapshot = _complete_snapshot(info.id, commit, extra, allow_pickle)
     if snapshot is not None:
-        return Source(spec, kind_of(LocalFolder(str(snapshot)), spec), str(snapshot), info.id, revision, commit)
+        return source_of(LocalFolder(str(snapshot)), spec, str(snapshot), *where, allow_pickle=allow_pickle)
     path = f"{HUB_SCHEME}{info.id}@{commit}"
-    return Source(spec, kind_of(hub_folder(path, token, anew=True), spec), path, info.id, revision, commit)
+    return source_of(hub_folder(path, token, anew=True), spec, path, *where, allow_pickle=allow_pickle)
 
 
 def download_size(sources: Iterable[Source]) -> int:
@@ -74,8 +81,9 @@ def download_size(sources: Iterable[Source]) -> int:
     for source in {source.path: source for source in sources if is_on_hub(source)}.values():
         folder = hub_folder(source.path)
         blobs = _repo_cache(str(source.repo_id)) / "blobs"
+        needed = _needed(folder, source.weight_files)
         # The cache names blobs by SHA-256 (large files) or git id (small ones), both of which the Hub lists.
-        missing = [n for n in _needed(folder) if not (blobs / (folder.known_sha256(n) or folder.identity(n))).exists()]
+        missing = [n for n in needed if not (blobs / (folder.known_sha256(n) or folder.identity(n))).exists()]
         size += sum(map(folder.size, missing))
     return size
 
@@ -133,7 +141,7 @@ def _download(source: Source, token: str | bool | None, extra: Sequence[str]) ->
     from huggingface_hub import snapshot_download
 
     repo_id, commit = str(source.repo_id), str(source.commit)
-    names = _needed(hub_folder(source.path, token), extra)
+    names = _needed(hub_folder(source.path, token), source.weight_files, extra)
     # Names are escaped, because `allow_patterns` would take a bracket in a file name for a pattern.
     with reading_from_hub(repo_id, source.revision):
         path = snapshot_download(
@@ -145,7 +153,10 @@ def _download(source: Source, token: str | bool | None, extra: Sequence[str]) ->
 
 
 def _needed(
-    folder: LocalFolder | HubFolder, extra: Sequence[str] = (), names: Sequence[str] | None = None
+    folder: LocalFolder | HubFolder,
+    files: WeightFiles,
+    extra: Sequence[str] = (),
+    names: Sequence[str] | None = None,
 ) -> list[str]:
     """List the files a merge reads: one set of weights, and the small files beside it."""
     names = folder.all_names() if isinstance(folder, HubFolder) else list(names or ())
@@ -156,12 +167,12 @@ def _needed(
         and _matches(name, _SMALL_FILES)
         and not _matches(name, _NOT_READ)
     ]
-    if _SINGLE in names:  # transformers, too, prefers the single file when a folder holds both
-        weights = [_SINGLE]
-    elif _INDEX in names:
-        weights = sorted(set(_weight_map(folder).values()))
+    if files.single in names:  # transformers, too, prefers the single file when a folder holds both
+        weights = [files.single]
+    elif files.index in names:
+        weights = [files.index, *sorted(set(_weight_map(folder, files.index).values()))]
     else:
-        weights = [_ADAPTER]
+        weights = [files.adapter]
     module_folders = _module_folders(folder, names)
     modules = [name for name in names if name.rpartition("/")[0] in module_folders]
     wanted = {*small, *weights, *modules, *(name for name in names if _matches(name, extra))}
@@ -180,9 +191,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _weight_map(folder: LocalFolder | HubFolder) -> dict[str, str]:
+def _weight_map(folder: LocalFolder | HubFolder, index: str) -> dict[str, str]:
     try:
-        weight_map = parse_json(folder.read(_INDEX))["weight_map"]
+        weight_map = parse_json(folder.read(index))["weight_map"]
     except (ValueError, KeyError, TypeError):  # the reader of the checkpoint raises a message for it
         return {}
     return {name: file for name, file in weight_map.items() if isinstance(file, str)}
@@ -199,7 +210,7 @@ def _repo_cache(repo_id: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
-def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str]) -> Path | None:
+def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str], allow_pickle: bool) -> Path | None:
     """Return the folder of a commit in the cache, if the cache knows its file list and has all needed files."""
     try:
         from huggingface_hub import get_cached_repo_tree
@@ -213,12 +224,14 @@ def _complete_snapshot(repo_id: str, commit: str, extra: Sequence[str]) -> Path 
         names = [entry.path for entry in get_cached_repo_tree(repo_id, revision=commit)]
     except CachedRepoTreeNotFoundError:
         return None
-    if any(name in names and not folder.is_file(name) for name in (_INDEX, MODULES_FILE)):
+    is_pickled = allow_pickle and not any(name in names for name in astuple(SAFETENSORS))
+    files = PICKLES if is_pickled else SAFETENSORS
+    if any(name in names and not folder.is_file(name) for name in (files.index, MODULES_FILE)):
         return None  # these name other files that are needed
-    return snapshot if all(folder.is_file(name) for name in _needed(folder, extra, names)) else None
+    return snapshot if all(folder.is_file(name) for name in _needed(folder, files, extra, names)) else None
 
 
-def _find_in_cache(spec: str, repo_id: str, revision: str | None) -> Source | None:
+def _find_in_cache(spec: str, repo_id: str, revision: str | None, allow_pickle: bool) -> Source | None:
     """
     Return what the cache has of a revision, if it is enough for a merge.
 
@@ -232,7 +245,7 @@ def _find_in_cache(spec: str, repo_id: str, revision: str | None) -> Source | No
         return None
     folder = LocalFolder(str(snapshot))
     try:
-        return Source(spec, kind_of(folder, spec), str(snapshot), repo_id, revision, commit)
+        return source_of(folder, spec, str(snapshot), repo_id, revision, commit, allow_pickle=allow_pickle)
     except CheckpointError:
         if folder.is_file("config.json") or folder.is_file("adapter_config.json"):
             return None  # an interrupted download

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.names.empty_model import build_empty
 from hf_frmerge.checkpoints.quantised.recent import Recent
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.quantised import PLAIN, is_code, made_by, section_of, way_out
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from hf_frmerge.checkpoints.quantised.formats import Format
+    from hf_frmerge.checkpoints.quantised.form import Format
     from hf_frmerge.checkpoints.tensors.header import TensorSource
 
 EXTRA = "pip install 'hf_frmerge[quantised]'"
@@ -59,9 +60,10 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
     """
     Put what a quantised checkpoint's codes stand for in the place of its codes; contents are read when they are asked.
 
-    The formats are those that the compressed-tensors package converts: its own, fp8 with scales of blocks, AutoAWQ's
-    and ModelOpt's NVFP4. They are told by the tensors; the section in `config.json` gives what these do not show. A
-    section over plain weights is passed over. What is quantised otherwise is left as it is, for `refuse_quantised`.
+    The formats are those that the compressed-tensors package converts (its own, fp8 with scales of blocks, AutoAWQ's
+    and ModelOpt's NVFP4), GPTQ, and the MXFP4 of gpt-oss. They are told by the tensors; the section in `config.json`
+    gives what these do not show. A section over plain weights is passed over. What is quantised otherwise is left as
+    it is, for `refuse_quantised`.
 
     Args:
         checkpoint (`Checkpoint`): Full model; it is changed in place.
@@ -70,7 +72,7 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
         `list[str]`: A note, if there was anything to be done.
 
     Raises:
-        CheckpointError: If the package is needed and missing, or does not convert what is there.
+        CheckpointError: If a package is needed and missing, or what is there cannot be converted.
     """
     spec, section = checkpoint.source.spec, section_of(checkpoint.config())
     infos = checkpoint.tensors.values()
@@ -86,9 +88,14 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
     form = _format_of(checkpoint, section)
     if form is None:
         return []
-    groups = form.find(checkpoint)
+    try:
+        groups = form.find(checkpoint)
+    except ValueError as error:
+        raise CheckpointError(f"{spec!r} is quantised ({form.title}), but {error}. {way_out(form.title)}") from error
     if not groups:
         return []
+    if form.title == "GPTQ":
+        _refuse_transposed(checkpoint, groups)
     recent = Recent()
     made: dict[str, TensorInfo] = {}
     used: set[str] = set()
@@ -118,33 +125,68 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
 
 def _format_of(checkpoint: Checkpoint, section: Mapping[str, Any]) -> Format | None:
     """Return the format that tensors and section show; None if it is none of those that can be converted."""
-    names, method = checkpoint.tensors, str(section.get("quant_method", ""))
-    endings = {name.rpartition(".")[2] for name in names}
-    if any(ending.endswith("_scale_inv") for ending in endings):
-        kind = "fp8"
-    elif method in ("compressed-tensors", "awq", "modelopt") and endings & {
-        "weight_packed",
-        "qweight",
-        "weight_scale",
-    }:
-        kind = method
-    else:
+    spec, config = checkpoint.source.spec, checkpoint.config()
+    kind = _kind_of({name.rpartition(".")[2] for name in checkpoint.tensors}, str(section.get("quant_method", "")))
+    if kind is None:
         return None
+    dtype = DTYPE_CODES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    if kind in ("gptq", "mxfp4"):
+        from hf_frmerge.checkpoints.quantised.arithmetic import gptq, mxfp4
+
+        try:
+            return gptq(section, dtype) if kind == "gptq" else mxfp4(dtype)
+        except ValueError as error:
+            raise CheckpointError(f"{spec!r} is quantised ({kind}), but {error}. {way_out(kind)}") from error
+    return _format_of_package(spec, kind, section, dtype)
+
+
+def _kind_of(endings: set[str], method: str) -> str | None:
+    """Return the name of a format, from the last parts of the names of tensors and the method in the section."""
+    if any(ending.endswith("_scale_inv") for ending in endings):
+        return "fp8"
+    if method == "mxfp4":
+        return method if any(ending.endswith("_blocks") for ending in endings) else None
+    needed = {
+        "gptq": {"qweight"},
+        "compressed-tensors": {"weight_packed", "weight_scale"},
+        "awq": {"qweight"},
+        "modelopt": {"weight_scale"},
+    }
+    return method if endings & needed.get(method, set()) else None
+
+
+def _format_of_package(spec: str, kind: str, section: Mapping[str, Any], dtype: str) -> Format:
+    """Return a format that the compressed-tensors package converts."""
     try:
         import compressed_tensors.entrypoints.convert  # noqa: F401
 
         from hf_frmerge.checkpoints.quantised.formats import open_format
     except ImportError as error:
         raise CheckpointError(
-            f"{checkpoint.source.spec!r} is quantised ({kind}). It can be dequantised while it is read with a package "
-            f"that is not installed: {EXTRA}. {way_out(kind)}"
+            f"{spec!r} is quantised ({kind}). It can be dequantised while it is read with a package that is not "
+            f"installed: {EXTRA}. {way_out(kind)}"
         ) from error
-    config = checkpoint.config()
-    dtype = DTYPE_CODES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
     try:
         return open_format(kind, section, dtype)
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint.source.spec!r} is quantised ({kind}) in a way that compressed-tensors does not convert "
+            f"{spec!r} is quantised ({kind}) in a way that compressed-tensors does not convert "
             f"({type(error).__name__}: {error}). {way_out(kind)}"
         ) from error
+
+
+def _refuse_transposed(checkpoint: Checkpoint, groups: Mapping[str, object]) -> None:
+    """Raise if a weight belongs to a layer that has it transposed (GPT-2): which way codes lie is not written down."""
+    try:
+        model = build_empty(checkpoint.config(), checkpoint.source.spec)
+    except CheckpointError:
+        return  # no class of transformers, and these layers are a thing of transformers
+    from transformers.pytorch_utils import Conv1D
+
+    layers = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)]
+    transposed = [name for name in layers if name in groups]
+    if transposed:
+        raise CheckpointError(
+            f"{checkpoint.source.spec!r} is quantised (GPTQ), and its class has {some(transposed)} transposed: "
+            f"whether the codes are, too, is not written down. {way_out('gptq')}"
+        )

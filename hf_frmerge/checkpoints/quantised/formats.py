@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from compressed_tensors.entrypoints.convert import (
     AutoAWQConverter,
@@ -18,69 +16,9 @@ from compressed_tensors.entrypoints.convert import (
     ModelOptNvfp4Converter,
 )
 from compressed_tensors.utils.match import match_name
-from numpy.typing import NDArray
 
+from hf_frmerge.checkpoints.quantised.form import TORCH_DTYPES, Format, Group, Tensors, tensor_of
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, Checkpoint, TensorInfo
-from hf_frmerge.errors import CheckpointError
-
-Tensors = dict[str, torch.Tensor]
-Group = tuple[tuple[int, ...], tuple[TensorInfo, ...]]
-"""Shape of a dequantised weight, and the stored tensors it is made of; the first gives it its place."""
-
-_TORCH = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Format:
-    """
-    One way to store weights as codes.
-
-    Attributes:
-        title: what it is called in messages.
-        dtype: dtype code of the weights it is dequantised to.
-        find: returns by name of a weight its shape and the tensors it is made of.
-        process: returns the weights that stored tensors stand for, by name.
-    """
-
-    title: str
-    dtype: str
-    find: Callable[[Checkpoint], dict[str, Group]]
-    process: Callable[[Tensors], Tensors]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element of the weights."""
-        return DTYPE_BITS[self.dtype] // 8
-
-    def convert(self, info: TensorInfo, stored: Mapping[str, tuple[TensorInfo, NDArray[np.uint8]]]) -> NDArray[Any]:
-        """
-        Return the bytes of one weight.
-
-        Args:
-            info: Name and shape of the weight.
-            stored: Name -> description and bytes of every tensor that it is made of.
-
-        Raises:
-            CheckpointError: If the package fails, or gives another tensor than was expected.
-        """
-        tensors = {name: _tensor(part, data) for name, (part, data) in stored.items()}
-        try:
-            weight = self.process(tensors)[info.name]
-        except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{info.name!r} could not be dequantised from {', '.join(stored)} ({type(error).__name__}: {error})."
-            ) from error
-        if tuple(weight.shape) != info.shape or weight.dtype != _TORCH[self.dtype]:
-            raise CheckpointError(
-                f"{info.name!r} was expected to be {self.dtype} {list(info.shape)}, but compressed-tensors makes it "
-                f"{weight.dtype} {list(weight.shape)}."
-            )
-        flat: NDArray[np.uint8] = weight.contiguous().reshape(-1).view(torch.uint8).numpy()
-        return flat
 
 
 def open_format(kind: str, section: Mapping[str, Any], dtype: str) -> Format:
@@ -114,7 +52,7 @@ def _fp8(section: Mapping[str, Any], dtype: str) -> Format:
             size, scale = tuple(weight.shape), scale.reshape(1, 1)
         else:
             size = tuple(blocks or _block_size(weight.shape, scale.shape))
-        converter = FP8BlockDequantizer(weight_block_size=size, dtype=_TORCH[dtype])
+        converter = FP8BlockDequantizer(weight_block_size=size, dtype=TORCH_DTYPES[dtype])
         return converter.process({"module.weight": weight, "module.weight_scale_inv": scale})["module.weight"]
 
     def process(tensors: Tensors) -> Tensors:
@@ -147,7 +85,7 @@ def _compressed(title: str, section: Mapping[str, Any], dtype: str) -> Format:
     # The class reads a file; the section may come from anywhere.
     with TemporaryDirectory(prefix="frmerge-") as folder:
         Path(folder, "config.json").write_text(json.dumps({"quantization_config": section}), encoding="utf-8")
-        converter = CompressedTensorsDequantizer(folder, dtype=_TORCH[dtype])
+        converter = CompressedTensorsDequantizer(folder, dtype=TORCH_DTYPES[dtype])
 
     def find(checkpoint: Checkpoint) -> dict[str, Group]:
         tensors, groups = checkpoint.tensors, dict[str, Group]()
@@ -168,7 +106,7 @@ def _shape(
     """Return the shape of a weight: as it is stored beside its codes, else that of the codes, several to a byte."""
     stated = checkpoint.tensors.get(f"{module}.weight_shape")
     if stated is not None:
-        return tuple(_tensor(stated, checkpoint.read_info(stated).copy()).tolist())
+        return tuple(tensor_of(stated, checkpoint.read_info(stated).copy()).tolist())
     if info.name.endswith(".weight"):
         return info.shape
     schemes = converter.quant_config.config_groups.values()
@@ -201,9 +139,3 @@ def _nvfp4_groups(checkpoint: Checkpoint) -> dict[str, Group]:
 def _dumped(config: Any) -> dict[str, Any]:
     dumped: dict[str, Any] = json.loads(config.model_dump_json())
     return dumped
-
-
-def _tensor(info: TensorInfo, data: NDArray[np.uint8]) -> torch.Tensor:
-    if info.dtype not in _TORCH:
-        raise CheckpointError(f"{info.name!r} is {info.dtype}, which no format that can be dequantised has.")
-    return torch.from_numpy(data).view(_TORCH[info.dtype]).reshape(info.shape)

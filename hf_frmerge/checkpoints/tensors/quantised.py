@@ -61,6 +61,13 @@ def is_code(info: TensorInfo) -> bool:
     return not info.is_float and info.dtype != "BOOL" and sum(length > 1 for length in info.shape) > 1
 
 
+def is_quantised(checkpoint: Checkpoint) -> bool:
+    """Whether tensors look like codes, or the config says that they are."""
+    infos = checkpoint.tensors.values()
+    # Not every code looks like one: bitsandbytes packs a matrix into one column.
+    return bool(section_of(checkpoint.config())) or any(map(is_code, infos)) or made_by(infos) is not None
+
+
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """
     Raise if a checkpoint is quantised: its numbers are codes, and a mean of codes is meaningless.

@@ -1,4 +1,4 @@
-"""Read safetensors checkpoints by byte ranges: headers are read and checked first, contents only on demand."""
+"""Read checkpoints by byte ranges: headers are read and checked first, contents only on demand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.page_cache import Mapping
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
-from hf_frmerge.checkpoints.resolve import Source
+from hf_frmerge.checkpoints.source import SAFETENSORS, Source
 from hf_frmerge.checkpoints.tensors.header import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, read_header
-from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE, check_index, weight_map
+from hf_frmerge.checkpoints.tensors.pickles import read_pickle
+from hf_frmerge.checkpoints.tensors.shard_index import check_index, weight_map
 from hf_frmerge.checkpoints.tensors.small_files import CONFIG_FILES, read_config, reason
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped
 from hf_frmerge.errors import CheckpointError, some
@@ -35,8 +36,8 @@ __all__ = [
     "unchanged",
 ]
 
-SINGLE_FILE = "model.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
+SINGLE_FILE = SAFETENSORS.single
+ADAPTER_FILE = SAFETENSORS.adapter
 
 
 class Checkpoint:
@@ -264,32 +265,32 @@ def open_checkpoint(source: Source) -> Checkpoint:
         `Checkpoint`: Tensors in file order; their contents are not read yet.
 
     Raises:
-        CheckpointError: If a file is missing, truncated or not safetensors, or the index disagrees with the shards.
+        CheckpointError: If a file is missing, damaged or not what its name says, or the index disagrees with shards.
     """
-    folder = open_folder(source.path)
+    folder, files = open_folder(source.path), source.weight_files
     spec = source.spec
     try:
         if source.kind == "adapter":
-            return _checked(_open_files(source, folder, [ADAPTER_FILE]))
-        if folder.exists(SINGLE_FILE):
+            return _checked(_open_files(source, folder, [files.adapter]))
+        if folder.exists(files.single):
             # transformers also prefers the single file when a folder holds both.
-            return _checked(_open_files(source, folder, [SINGLE_FILE]))
-        if not folder.exists(INDEX_FILE):
+            return _checked(_open_files(source, folder, [files.single]))
+        if not folder.exists(files.index):
             raise CheckpointError(
-                f"{spec!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Pass a folder that `save_pretrained` wrote."
+                f"{spec!r} holds neither {files.single} nor {files.index}. Pass a folder that `save_pretrained` wrote."
             )
-        placed = weight_map(folder, spec)
+        placed = weight_map(folder, spec, files.index)
         shards = sorted(set(placed.values()))
         for shard in shards:
             if not folder.exists(shard):
                 raise CheckpointError(
-                    f"{spec!r}: {INDEX_FILE} names the shard {shard!r}, which is not in the folder "
+                    f"{spec!r}: {files.index} names the shard {shard!r}, which is not in the folder "
                     f"({len(shards)} shards named). Copy or download the missing shard."
                 )
         checkpoint = _open_files(source, folder, shards)
     except OSError as error:
         raise CheckpointError(f"{spec!r} could not be opened: {reason(error)}.") from error
-    check_index(checkpoint.tensors, placed, spec)
+    check_index(checkpoint.tensors, placed, spec, files.index)
     return _checked(checkpoint)
 
 
@@ -313,10 +314,11 @@ def _open_files(source: Source, folder: LocalFolder | RemoteFolder, files: list[
     # Identities are taken before the headers are read: a file that changes in between is noticed.
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
-    beside = [name for name in (INDEX_FILE, CONFIG_FILES[source.kind]) if folder.exists(name)]
+    beside = [name for name in (source.weight_files.index, CONFIG_FILES[source.kind]) if folder.exists(name)]
     identities = {name: folder.identity(name) for name in (*files, *beside)}
+    read_tensors = read_pickle if source.is_pickled else read_header
     for file in files:
-        infos, sizes[file] = read_header(folder, file, source.spec)
+        infos, sizes[file] = read_tensors(folder, file, source.spec)
         for info in infos:
             if info.name in tensors:
                 raise CheckpointError(

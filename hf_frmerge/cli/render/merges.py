@@ -6,11 +6,8 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from hf_frmerge.cli.render.terminal import console, human_bytes, human_count, human_seconds, print_verdicts
 from hf_frmerge.merging.planning.account import ModelAccount
-from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
 from hf_frmerge.wording.account import account_sentence
 from hf_frmerge.wording.calibration import WITHOUT_DATA, calibration_verdict
 from hf_frmerge.wording.geometry import Geometry, geometry_verdicts
@@ -64,6 +61,11 @@ def _manner(facts: Mapping[str, Any], n_experts: int) -> str:
 
 def print_plan(plan: Mapping[str, Any], output_dir: str) -> None:
     """Print `MergePlan.describe()` with `licences` and `accounts`: models, tensors, sizes, and notes."""
+    # Imported on use, as in `print_inspection`: after a merge, which has a summary without tables, it would be waste.
+    from rich.table import Table
+
+    from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
+
     out = console()
     table = Table("model", "weight", "kind", "tensors", "size", "licence", "where")
     for column in table.columns[1:5]:
@@ -102,6 +104,8 @@ def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
         inspection (`Mapping[str, Any]`): `Inspection.to_dict()`, the `verdict` on it, and `accounts`.
         top (`int` or `None`): Number of tensors to show; `None` shows all.
     """
+    from rich.table import Table
+
     out = console()
     spaces = [space for space in ("weights", "deltas") if inspection["total"].get(space)]
     tensors = sorted(inspection["tensors"], key=lambda row: -row[spaces[-1]]["max_angle"])

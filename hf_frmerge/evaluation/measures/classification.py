@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_frmerge.checkpoints.tensors.class_order import class_names, row_order
+from hf_frmerge.checkpoints.alignment.class_order import class_names, row_order
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.measures.function_distance import PAIR_COLUMNS

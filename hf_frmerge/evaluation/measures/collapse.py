@@ -14,6 +14,7 @@ be compared with each other, but have no meaning by themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,11 +123,14 @@ class ActivationStatistics:
 
 def effective_rank(covariance: torch.Tensor) -> float:
     """
-    Compute `exp(-sum p ln p)`, `p` the eigenvalues over their sum (Roy and Vetterli 2007); 0 for a zero matrix.
+    Compute `exp(-sum p ln p)`, `p` the eigenvalues over their sum (Roy and Vetterli 2007); 0 for a zero matrix, NaN
+    for one that is not finite, as of a model that overflows.
 
     Args:
         covariance (`torch.Tensor`): Symmetric positive semidefinite, `(d, d)`, float64.
     """
+    if not covariance.isfinite().all():
+        return math.nan
     # Rounding makes zero eigenvalues slightly negative; xlogy below takes 0 ln 0 as 0.
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
     total = eigenvalues.sum()

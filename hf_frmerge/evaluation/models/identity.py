@@ -16,7 +16,14 @@ from hf_frmerge.checkpoints.resolve import Source
 
 _READ_BYTES = 8 << 20
 # Files of a model folder that its outputs depend on. The tokenizer is covered by the digest of the tokens.
-_PATTERNS = ("*.safetensors", "config.json", "generation_config.json", "adapter_config.json")
+_PATTERNS = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
 
 
 def model_identity(source: Source) -> str:

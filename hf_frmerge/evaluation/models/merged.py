@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def whole_model(output_dir: str, base_model: str | None = None, token: str | None = None) -> str:
+def whole_model(
+    output_dir: str, base_model: str | None = None, token: str | None = None, allow_pickle: bool = False
+) -> str:
     """
     Return the folder of the whole model: the output of a merge, or the base if the output is an adapter.
 
@@ -27,6 +29,8 @@ def whole_model(output_dir: str, base_model: str | None = None, token: str | Non
             Folder or Hub id of the base; by default the one in the adapter's configuration.
         token (`str`, *optional*):
             Token for the Hub.
+        allow_pickle (`bool`, *optional*, defaults to `False`):
+            Whether the weights of the base may be pickles.
 
     Raises:
         CheckpointError: If the base is not named or cannot be found.
@@ -38,7 +42,7 @@ def whole_model(output_dir: str, base_model: str | None = None, token: str | Non
     base = base_model or read_json(LocalFolder(output_dir), config.name, output_dir).get("base_model_name_or_path")
     if not isinstance(base, str):
         raise CheckpointError(f"{config} names no base model. Say which it is (--base-model, base_model).")
-    return resolve(base, token=token).path
+    return resolve(base, token=token, allow_pickle=allow_pickle).path
 
 
 def tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
@@ -63,18 +67,19 @@ def load_merged(
     *,
     dtype: str | torch.dtype = "auto",
     device_map: str | dict[str, Any] | None = None,
+    allow_pickle: bool = False,
 ) -> Any:
     """
     Load the merged model as the class in its configuration.
 
     Args:
-        output_dir, base_model, token:
+        output_dir, base_model, token, allow_pickle:
             As for `whole_model`.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Dtype to load in; `"auto"` is the one the model is stored in.
         device_map (`str` or `dict`, *optional*):
             As in `from_pretrained`, for a model larger than one device.
     """
-    folder = whole_model(output_dir, base_model, token)
-    base = resolve(folder, token=token) if folder != output_dir else None
+    folder = whole_model(output_dir, base_model, token, allow_pickle)
+    base = resolve(folder, token=token, allow_pickle=allow_pickle) if folder != output_dir else None
     return ModelLoader(base, dtype, device_map).load(resolve(output_dir))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,6 @@ from hf_frmerge.evaluation.measures.token_tables import TokenTable
 from hf_frmerge.evaluation.record import (
     MERGED,
     EvaluationRecord,
-    Generation,
-    LayerActivations,
     Recovered,
     Role,
     Score,
@@ -55,12 +54,12 @@ def build_record(
     for name in inputs.roles:
         measured = store.measured(name)
         # The cache is keyed by content: another evaluation may have stored the model under another name.
-        record.layers += [LayerActivations(**{**row, "model": name}) for row in measured["layers"]]
-        record.generations += [Generation(**{**row, "model": name}) for row in measured["generations"]]
-        if measured["causal"]:
+        record.layers += [replace(row, model=name) for row in measured.layers]
+        record.generations += [replace(row, model=name) for row in measured.generations]
+        if measured.causal:
             causal.append(name)
     # The last model stands for all: they read the same tokens, and their layers are equally wide.
-    n_tokens, n_features = measured["n_tokens"], measured["n_features"]
+    n_tokens, n_features = measured.n_tokens, measured.n_features
     if n_tokens <= n_features:
         logger.warning(
             "Effective ranks come from %d tokens in %d dimensions, fewer than it takes to fill them: compare them "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +28,14 @@ from hf_frmerge.evaluation.measures.collapse import ActivationStatistics
 from hf_frmerge.evaluation.measures.function_distance import objective, summarise
 from hf_frmerge.evaluation.measures.prediction_loop import LoopOptions
 from hf_frmerge.evaluation.models.loading import ModelLoader
-from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Score
+from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, LayerActivations, Score
 from hf_frmerge.evaluation.suite.build_record import recovery_rows
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.text.token_blocks import Rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hf_frmerge.evaluation.measures.token_tables import TokenTable
 
 
@@ -49,7 +53,7 @@ def evaluate_classifiers(
     Args:
         models, domains, options, run:
             As for `evaluate_suite`; rows need a label (see `ClassificationCollator`). Only the options `batch_size`,
-            `dtype` and `device_map` are used. Results are not cached.
+            `dtype` and `device_map` are used. Results are not cached on disk.
 
     Raises:
         ArgumentError: If a model does not choose one label per row, or a row does not fit it.
@@ -60,50 +64,87 @@ def evaluate_classifiers(
     record.weights = _weights(record.experts, models.weights)
     # All models are resolved before the first is loaded, so that a wrong name fails at once.
     loader, specs = _find_models(models, options)
+    known = run.classifiers if run.classifiers is not None else {}
     predictions: dict[str, dict[str, EvalPrediction]] = {}
     classes: list[str] | None = None
     for name, spec in specs.items():
-        if run.on_model is not None:
-            run.on_model(name)
-        model: Any = loader.load(spec) if isinstance(spec, Source) else spec
-        classes = classes or classes_of(model)  # the first model's: columns of all, and numbers of the labels
-        activations = ActivationStatistics()
-        predictions[name] = {
-            domain: predict_classes(
-                model,
-                rows,
-                models.processing_class,
-                batch_size=options.batch_size,
-                num_workers=run.num_workers,
-                accelerator=run.accelerator,
-                loop=LoopOptions(activations=activations, on_prediction_step=run.on_prediction_step),
-                classes=classes,
-            )
-            for domain, rows in domains.items()
-        }
-        activations.reduce(run.accelerator)
-        record.layers += activations.results(name)
-        for domain, prediction in predictions[name].items():
+        if isinstance(spec, Source) and name in known:
+            measured = known[name]
+        else:
+            if run.on_model is not None:
+                run.on_model(name)
+            model: Any = loader.load(spec) if isinstance(spec, Source) else spec
+            measured = _measure(name, model, classes, domains, models.processing_class, options, run)
+            if isinstance(spec, Source):
+                known[name] = measured
+                loader.release(model)
+            del model  # before the next is loaded, so that only one is in memory
+        classes = classes or measured.classes  # the first model's: columns of all, and numbers of the labels
+        predictions[name] = measured.predictions
+        record.layers += measured.layers
+        for domain, prediction in measured.predictions.items():
             metrics = classification_metrics(prediction)
             record.scores.append(Score(name, domain, metrics, n_samples=len(prediction.label_ids)))
             if run.on_log_probs is not None:
                 run.on_log_probs(name, domain, label_log_probabilities(prediction))
-        if isinstance(spec, Source):
-            loader.release(model)
-        del model  # before the next is loaded, so that only one is in memory
     record.recovery = recovery_rows(record)
     for domain in domains:
         _compare(record, domain, {name: class_log_probabilities(p[domain]) for name, p in predictions.items()})
     return record
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """
+    What one classifier does.
+
+    Attributes:
+        predictions: domain -> its predictions.
+        layers: its activations.
+        classes: names of its labels; `None` if they are only numbers.
+    """
+
+    predictions: dict[str, EvalPrediction]
+    layers: list[LayerActivations]
+    classes: list[str] | None
+
+
+def _measure(
+    name: str,
+    model: Any,
+    classes: list[str] | None,
+    domains: Mapping[str, Rows],
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: SuiteOptions,
+    run: RunSettings,
+) -> _Measured:
+    """Run a classifier over all datasets; the columns of its predictions are `classes`, or else its own."""
+    own = classes_of(model)
+    activations = ActivationStatistics()
+    predictions = {
+        domain: predict_classes(
+            model,
+            rows,
+            tokenizer,
+            batch_size=options.batch_size,
+            num_workers=run.num_workers,
+            accelerator=run.accelerator,
+            loop=LoopOptions(activations=activations, on_prediction_step=run.on_prediction_step),
+            classes=classes or own,
+        )
+        for domain, rows in domains.items()
+    }
+    activations.reduce(run.accelerator)
+    return _Measured(predictions, activations.results(name), own)
+
+
 def _find_models(models: ModelSet, options: SuiteOptions) -> tuple[ModelLoader, dict[str, Source | torch.nn.Module]]:
     """Resolve every model that is not in memory, and the base of adapters."""
+    find = partial(resolve, token=models.token, allow_pickle=models.allow_pickle)
     specs = {
-        name: spec if isinstance(spec, torch.nn.Module) else resolve(str(spec), token=models.token)
-        for name, spec in models.specs.items()
+        name: spec if isinstance(spec, torch.nn.Module) else find(str(spec)) for name, spec in models.specs.items()
     }
-    base = resolve(str(models.base_model), token=models.token) if models.base_model is not None else None
+    base = find(str(models.base_model)) if models.base_model is not None else None
     return ModelLoader(base, options.dtype, options.device_map), specs
 
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint, some
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import moved_tokens, read_tokenizer
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.evaluation.record import Role
+from hf_frmerge.evaluation.text.pair_blocks import Decoder, decoder_of, pair_blocks
 from hf_frmerge.evaluation.text.token_blocks import Rows, TokenBlocks, cut, separate_rows, token_stream
 
 if TYPE_CHECKING:
@@ -83,13 +85,16 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
         if isinstance(spec, torch.nn.Module):
             live[name] = spec
         else:
-            sources[name] = resolve(str(spec), token=models.token)
+            sources[name] = resolve(str(spec), token=models.token, allow_pickle=models.allow_pickle)
     base = _find_base(models, sources)
     for source in dict.fromkeys([*([base] if base else []), *sources.values()]):
         _refuse_wrapped(source)
-    configs = [_config(live.get(name), sources.get(name), base) for name in in_order]
-    for name, config in zip(in_order, configs):
-        _refuse_without_measures(name, config)
+    wholes = [_config(live.get(name), sources.get(name), base) for name in in_order]
+    for name, whole in zip(in_order, wholes):
+        _refuse_without_measures(name, whole)
+        if name in sources:
+            _refuse_unloadable(sources[name], whole)
+    configs = [whole.get_text_config() for whole in wholes]
     vocab_size = _common_vocabulary(dict(zip(in_order, configs)))
     _refuse_other_tokens(sources)
     # Models with relative positions, and some that extrapolate without limit, lack this entry. The shortest limit
@@ -97,12 +102,18 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
     limits = [getattr(config, "max_position_embeddings", None) for config in configs]
     limit = min((limit for limit in limits if limit), default=None)
     tokenizer = models.processing_class or find_tokenizer([base, *sources.values()])
-    texts = {
-        domain: cut(token_stream(tokenizer, rows), block_size, vocab_size, limit)
-        if packing
-        else separate_rows(tokenizer, rows, vocab_size, limit)
-        for domain, rows in domains.items()
-    }
+    decoder = _decoder(dict(zip(in_order, wholes)), live, sources, base)
+
+    def blocks_of(rows: Rows) -> TokenBlocks:
+        if decoder is not None:
+            return pair_blocks(
+                tokenizer, rows, decoder, block_size=block_size, vocab_size=vocab_size, max_positions=limit
+            )
+        if packing:
+            return cut(token_stream(tokenizer, rows), block_size, vocab_size, limit)
+        return separate_rows(tokenizer, rows, vocab_size, limit)
+
+    texts = {domain: blocks_of(rows) for domain, rows in domains.items()}
     return Inputs(in_order, live, sources, base, tokenizer, texts, vocab_size)
 
 
@@ -110,7 +121,7 @@ def _find_base(models: ModelSet, sources: Mapping[str, Source]) -> Source | None
     """Return the base of adapters: `base_model` if set, else the model whose role is base."""
     base = next((source for name, source in sources.items() if models.roles[name] == "base"), None)
     if models.base_model is not None:
-        base = resolve(str(models.base_model), token=models.token)
+        base = resolve(str(models.base_model), token=models.token, allow_pickle=models.allow_pickle)
     for other in sources.values():
         if other.kind == "adapter" and base is None:
             raise ArgumentError(f"{other.spec!r} is an adapter: pass the model it was trained from as base_model.")
@@ -131,24 +142,86 @@ def _refuse_wrapped(source: Source) -> None:
 def _config(model: Any, source: Source | None, base: Source | None) -> Any:
     """Return the configuration of a model, for an adapter that of its base."""
     if source is None:
-        return model.config.get_text_config()
+        return model.config
+    return transformers.AutoConfig.from_pretrained(_whole(source, base).path)
+
+
+def _whole(source: Source, base: Source | None) -> Source:
+    """Return the source of the whole model: of an adapter its base."""
     whole = base if source.kind == "adapter" else source
     assert whole is not None  # `_find_base` raises for an adapter without a base
-    return transformers.AutoConfig.from_pretrained(whole.path).get_text_config()
+    return whole
+
+
+def _decoder(
+    configs: Mapping[str, Any], live: Mapping[str, Any], sources: Mapping[str, Source], base: Source | None
+) -> Decoder | None:
+    """
+    Return what the decoder of encoder-decoders begins with; None if the models are none.
+
+    Raises:
+        ArgumentError: If only some are encoder-decoders, or they do not begin alike.
+    """
+    decoders: dict[str, Decoder | None] = {}
+    for name, config in configs.items():
+        if not getattr(config, "is_encoder_decoder", False):
+            decoders[name] = None
+        elif name in live:
+            decoders[name] = decoder_of(config, getattr(live[name], "generation_config", None))
+        else:
+            folder = _whole(sources[name], base).path
+            settings = Path(folder) / "generation_config.json"
+            generation = transformers.GenerationConfig.from_pretrained(folder) if settings.is_file() else None
+            decoders[name] = decoder_of(config, generation)
+    first = next(iter(decoders.values()))
+    for name, decoder in decoders.items():
+        if decoder != first:
+            raise ArgumentError(
+                f"The models do not read alike: {name!r} has {decoder} and {next(iter(decoders))!r} {first}. Outputs "
+                "can only be compared if decoders begin with one token (`decoder_start_token_id` in config.json)."
+            )
+    return first
 
 
 def _refuse_without_measures(name: str, config: Any) -> None:
-    """Raise for a model that does not read one text and nothing else, before it is loaded."""
-    if getattr(config, "is_encoder_decoder", False):
-        kind = "an encoder-decoder: it is measured on pairs of texts, and the data is one text"
-    elif getattr(config, "vocab_size", None) is None:
-        kind = "no model of text (its config has no vocab_size)"
-    else:
+    """Raise for a model that does not read text and nothing else, before it is loaded."""
+    kind = _unmeasured(config)
+    if kind:
+        raise ArgumentError(
+            f"{name!r} ({config.model_type}) is {kind}. Causal language models, encoders, encoder-decoders and "
+            "classifiers of text can be evaluated. Measure this one with the script it was trained with; the merge "
+            "itself is not affected."
+        )
+
+
+def _refuse_unloadable(source: Source, config: Any) -> None:
+    """Raise for a quantised model that transformers cannot load here, before anything is loaded."""
+    section = getattr(config, "quantization_config", None)
+    if section is None:
         return
-    raise ArgumentError(
-        f"{name!r} ({config.model_type}) is {kind}. Causal language models, encoders and classifiers of text can be "
-        "evaluated. Measure this one with the script it was trained with; the merge itself is not affected."
-    )
+    try:
+        AutoHfQuantizer.from_config(section, pre_quantized=True).validate_environment(device_map=None)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ArgumentError(
+            f"{source.spec!r} is quantised, and transformers cannot load it here: {str(error).partition(chr(10))[0]} "
+            "Where a merge can read it, write out what its codes stand for, and measure that: `frmerge merge MODEL "
+            "MODEL --method linear --output-dir PLAIN`."
+        ) from error
+
+
+def _unmeasured(config: Any) -> str | None:
+    """Say what a model is that cannot be measured."""
+    if getattr(config.get_text_config(), "vocab_size", None) is None:
+        return "no model of text (its config has no vocab_size)"
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None or not model_class.can_generate():
+        return f"an encoder-decoder without a head that predicts tokens ({name or 'no class in its config'})"
+    if model_class.main_input_name != "input_ids":
+        return "an encoder-decoder that reads something else than text"
+    return None
 
 
 def _common_vocabulary(configs: Mapping[str, Any]) -> int:

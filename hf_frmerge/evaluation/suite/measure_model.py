@@ -54,11 +54,12 @@ def measure_model(
     Run a model over all texts once; write predictions and divergences to tables, and accumulate activations.
 
     Args:
-        model (`torch.nn.Module`): Causal language model of transformers, or any model with hidden states.
+        model (`torch.nn.Module`): Causal language model or encoder-decoder of transformers, or any model with hidden
+            states.
         texts (`Sequence[TokenBlocks]`): Texts to read.
         output (`Path`, *optional*): Folder for the tables of predictions, one a text; by default they are not stored.
         output_format (`OutputFormat`): Storage of the predictions of this model and of those it is compared with.
-        comparisons (`Sequence[Comparison]`): Models to compare with; empty unless both predict the next token.
+        comparisons (`Sequence[Comparison]`): Models to compare with; empty unless both predict tokens.
         batch_size (`int`): Blocks a forward pass.
         accelerator (`accelerate.Accelerator`): Every process must call this; each writes its rows of the same files.
         on_prediction_step (`Callable[[DataLoader], None]`, *optional*): Called after every batch.
@@ -128,8 +129,10 @@ class _Recorder:
         ]
 
     def __call__(self, batch: Mapping[str, torch.Tensor], output: Any) -> None:
-        # Activations count every token, also the context-only first of a block.
-        self._statistics.update(output.hidden_states, batch["attention_mask"])
+        # Activations count every token, also the context-only first of a block. Those of an encoder-decoder are the
+        # decoder's, on which all that the encoder does has its effect.
+        side = "decoder_" if self._blocks.sources else ""
+        self._statistics.update(getattr(output, f"{side}hidden_states"), batch[f"{side}attention_mask"])
         if self._output is None and not self._comparisons:
             return
         for index, logits, targets in rows_of(dict(batch), output.logits):

@@ -55,6 +55,7 @@ def models_to_measure(
     merged: str | torch.nn.Module | None,
     processing_class: PreTrainedTokenizerBase | None = None,
     token: str | None = None,
+    allow_pickle: bool = False,
 ) -> ModelSet:
     """
     Name the models of a merge, with their roles and weights.
@@ -64,13 +65,14 @@ def models_to_measure(
         merged (`str` or `torch.nn.Module`, *optional*): Merged model, its folder or its Hub id.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer.
         token (`str`, *optional*): Token for the Hub.
+        allow_pickle (`bool`, *optional*, defaults to `False`): Whether weights may be pickles.
     """
     specs, roles = models_of_merge(models.experts, models.base_model, merged)
     names = [name for name, role in roles.items() if role == "expert"]
     # What was subtracted should not be kept; if nothing else went in, all count alike.
     kept = [max(weight, 0.0) for weight in models.weights or ()]
     weights = dict(zip(names, kept)) if any(kept) and names else None
-    return ModelSet(specs, roles, weights, models.base_model, processing_class, token)
+    return ModelSet(specs, roles, weights, models.base_model, processing_class, token, allow_pickle)
 
 
 def evaluate_merge(
@@ -100,7 +102,11 @@ def evaluate_merge(
         ArgumentError: If a dataset does not fit the models.
     """
     options, run = options or SuiteOptions(), run or RunSettings()
-    sources = {n: resolve(spec, token=models.token) for n, spec in models.specs.items() if isinstance(spec, str)}
+    sources = {
+        name: resolve(spec, token=models.token, allow_pickle=models.allow_pickle)
+        for name, spec in models.specs.items()
+        if isinstance(spec, str)
+    }
     models = _with_base_and_tokenizer(models, sources)
     architecture = _architecture(models, sources)
     if is_classifier(architecture):
@@ -152,11 +158,12 @@ def measure_merge(
         a row or block read by a model; models found in the cache do not count.
     """
     if merged is not None and processing_class is None:
-        processing_class = tokenizer_of(whole_model(args.output_dir, models.base_model, args.hub_token))
+        folder = whole_model(args.output_dir, models.base_model, args.hub_token, args.allow_pickle)
+        processing_class = tokenizer_of(folder)
     if isinstance(merged, torch.nn.Module) and args.eval_dtype != "auto":
         # A model in memory is measured in the dtype that one on disk would be loaded in.
         merged.to(getattr(torch, args.eval_dtype))
-    model_set = models_to_measure(models, merged, processing_class, args.hub_token)
+    model_set = models_to_measure(models, merged, processing_class, args.hub_token, args.allow_pickle)
     if merged is not None and not args.evaluate_experts:
         model_set = replace(model_set, specs={MERGED: merged}, roles={MERGED: "merged"}, weights=None)
     started, names, n_steps = time.time(), list[str](), 0
@@ -192,7 +199,7 @@ def _with_base_and_tokenizer(models: ModelSet, sources: Mapping[str, Source]) ->
     base, tokenizer = models.base_model, models.processing_class
     if base is None:
         adapters = [source for source in sources.values() if source.kind == "adapter"]
-        base = next((whole_model(adapter.path, token=models.token) for adapter in adapters), None)
+        base = next((whole_model(adapter.path, None, models.token, models.allow_pickle) for adapter in adapters), None)
     models = replace(models, base_model=base)
     if tokenizer is None:
         folders = [_whole_folder(models, sources[name]) for name in (_main_model(models), *sources) if name in sources]
@@ -216,7 +223,8 @@ def _main_model(models: ModelSet) -> str:
 
 def _whole_folder(models: ModelSet, source: Source) -> str:
     """Return the folder of a checkpoint, for an adapter that of its base."""
-    return whole_model(source.path, None if models.base_model is None else str(models.base_model), models.token)
+    base_model = None if models.base_model is None else str(models.base_model)
+    return whole_model(source.path, base_model, models.token, models.allow_pickle)
 
 
 def _predict_classes(

@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from hf_frmerge.checkpoints.disk import write_file
+from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.evaluation.measures.function_distance import PAIR_COLUMNS
 from hf_frmerge.evaluation.measures.token_tables import Columns, OutputCache, OutputFormat, TokenTable
 from hf_frmerge.evaluation.models.identity import file_marks, key_of, model_identity, tokens_identity
+from hf_frmerge.evaluation.record import Generation, LayerActivations
 from hf_frmerge.evaluation.suite.inputs import Inputs
 from hf_frmerge.evaluation.suite.measure_model import table_file
 
@@ -27,6 +30,28 @@ FORMAT = 2
 
 _MEASURED = "measured.json"
 _LIVE = "live-"  # prefix for models in memory, whose results cannot be looked up later
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of a model beside its predictions; `n_tokens` and `n_features` are of its layers."""
+
+    causal: bool
+    n_tokens: int
+    n_features: int
+    layers: list[LayerActivations]
+    generations: list[Generation]
+
+    @classmethod
+    def read(cls, path: Path) -> Measured:
+        """Read it from a file. Raises `ValueError` if the file is not as it was written."""
+        values = parse_json(path.read_bytes())
+        try:
+            layers = [LayerActivations(**row) for row in values["layers"]]
+            generations = [Generation(**row) for row in values["generations"]]
+            return cls(values["causal"], values["n_tokens"], values["n_features"], layers, generations)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 class ResultStore:
@@ -94,9 +119,9 @@ class ResultStore:
                 self._cache.begin(key)
         self._accelerator.wait_for_everyone()
 
-    def write_measured(self, key: str, measured: dict[str, Any]) -> None:
+    def write_measured(self, key: str, measured: Measured) -> None:
         """Write the results that are not tables; call it on one process."""
-        write_file(self.unfinished(key) / _MEASURED, json.dumps(measured))
+        write_file(self.unfinished(key) / _MEASURED, json.dumps(asdict(measured)))
 
     def publish(self, keys: Sequence[str]) -> None:
         """
@@ -116,9 +141,20 @@ class ResultStore:
                 self._cache.publish(key)
         self._accelerator.wait_for_everyone()
 
-    def measured(self, model: str) -> dict[str, Any]:
-        """Read what `write_measured` wrote."""
-        return json.loads((self.path(self.key(model)) / _MEASURED).read_text(encoding="utf-8"))
+    def measured(self, model: str) -> Measured:
+        """
+        Read what `write_measured` wrote.
+
+        Raises:
+            CheckpointError: If the file was damaged since `missing` looked at it.
+        """
+        path = self.path(self.key(model)) / _MEASURED
+        try:
+            return Measured.read(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}, which an evaluation keeps, cannot be read: {error}. Evaluate again: it is measured anew."
+            ) from error
 
     def _changed(self) -> str | None:
         """Return the model and name of a file that changed, or `None`; call it on the main process."""
@@ -163,7 +199,12 @@ class ResultStore:
         return TokenTable(table_file(self.path(key), number), self._texts[number].n_predictions, columns)
 
     def _is_complete(self, key: str, columns: Columns) -> bool:
-        """Check the tables under a key; remove the key if one is damaged."""
+        """Check what is kept under a key; remove the key if any of it is damaged."""
+        try:
+            if self._cache.has(key) and key in self._keys.values():  # a comparison of two models has tables only
+                Measured.read(self.path(key) / _MEASURED)
+        except (OSError, ValueError):
+            self._cache.discard_all_of(key)
         for number in range(len(self._texts)):
             table = self._table(key, number, columns)
             try:
@@ -182,7 +223,10 @@ def _keys(inputs: Inputs, options: Sequence[str | int]) -> dict[str, str]:
         "versions": [torch.__version__, transformers.__version__],
         "options": list(options),
         "texts": [
-            [tokens_identity(numbers) for numbers in (text.tokens, text.labels, torch.tensor(text.bounds))]
+            [
+                tokens_identity(numbers)
+                for numbers in (text.tokens, text.labels, torch.tensor(text.bounds), *text.sources)
+            ]
             for text in inputs.texts.values()
         ],
     }

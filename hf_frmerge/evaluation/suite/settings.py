@@ -32,6 +32,7 @@ class ModelSet:
         base_model: base of adapters; by default the model whose role is `"base"`.
         processing_class: tokenizer; by default that of the base, else of the first checkpoint with one.
         token: token for the Hub.
+        allow_pickle: whether weights may be pickles, which transformers and PEFT load with `weights_only=True`.
     """
 
     specs: Mapping[str, str | Path | torch.nn.Module]
@@ -40,6 +41,7 @@ class ModelSet:
     base_model: str | Path | None = None
     processing_class: PreTrainedTokenizerBase | None = None
     token: str | None = None
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class RunSettings:
         on_prediction_step: called after every batch.
         on_log_probs: called with the name of a model, that of a text, and the log-probability of every prediction of
             it, float64: of its tokens in order, or of the labels of its rows.
+        classifiers: results of classifiers by name, used and added to except for models in memory, whose results are
+            never kept; for a caller that evaluates many merges of the same experts on the same texts.
     """
 
     accelerator: Accelerator = field(default_factory=Accelerator)
@@ -93,3 +97,4 @@ class RunSettings:
     on_model: Callable[[str], object] | None = None
     on_prediction_step: Callable[[DataLoader], None] | None = None
     on_log_probs: Callable[[str, str, NDArray[np.float64]], object] | None = None
+    classifiers: dict[str, Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from hf_frmerge.evaluation.record import EvaluationRecord, Generation
 from hf_frmerge.evaluation.suite.build_record import build_record, expert_weights
 from hf_frmerge.evaluation.suite.inputs import Inputs, find_inputs
 from hf_frmerge.evaluation.suite.measure_model import Comparison, measure_model
-from hf_frmerge.evaluation.suite.result_store import ResultStore
+from hf_frmerge.evaluation.suite.result_store import Measured, ResultStore
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.text.generation import continue_greedily, repetition
 from hf_frmerge.evaluation.text.token_blocks import Rows
@@ -113,7 +113,8 @@ class _Suite:
     def _measure(self, name: str, model: torch.nn.Module, others: Sequence[str], missing: Sequence[str]) -> None:
         """Run a model, and write the results under the missing keys."""
         store, key = self.store, self.store.key(name)
-        causal, is_new = predicts_next_token(model), key in missing
+        has_pairs = any(text.sources for text in self.inputs.texts.values())
+        causal, is_new = predicts_next_token(model) or has_pairs, key in missing
         store.begin(missing)
         statistics = measure_model(
             model,
@@ -132,20 +133,19 @@ class _Suite:
         if is_new:
             generations = self._generate(name, model) if causal else []
             if self.run.accelerator.is_main_process:
-                measured = {
-                    "causal": causal,
-                    "n_tokens": statistics.n_tokens,
-                    "n_features": statistics.n_features,
-                    "layers": [asdict(row) for row in statistics.results(name)],
-                    "generations": [asdict(row) for row in generations],
-                }
+                layers = statistics.results(name)
+                measured = Measured(causal, statistics.n_tokens, statistics.n_features, layers, generations)
                 store.write_measured(key, measured)
         store.publish(missing)
 
     def _generate(self, name: str, model: torch.nn.Module) -> list[Generation]:
-        """Continue `n_prompts` prompts of every text, which begin at equal distances, the first at its start."""
+        """
+        Continue `n_prompts` prompts of every text, which begin at equal distances, the first at its start.
+
+        Encoder-decoders are not asked to: what they write belongs to their task, and is no continuation.
+        """
         n_prompts, texts = self.options.n_prompts, self.inputs.texts
-        if n_prompts == 0:
+        if n_prompts == 0 or any(text.sources for text in texts.values()):
             return []
         # Prompts of one length form a batch without padding, which could change what a model generates.
         shortest = min(min(len(blocks.tokens), blocks.block_size // 2) for blocks in texts.values())

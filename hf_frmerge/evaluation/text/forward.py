@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.models.predictions import predictions
+from hf_frmerge.evaluation.text.pair_blocks import decoder_of, pair_blocks
 from hf_frmerge.evaluation.text.token_blocks import (
     IGNORED_LABEL,
     Rows,
@@ -153,12 +154,13 @@ def forward_blocks(
     was_training = model.training
     model.eval()
     extra = {"output_hidden_states": True} if output_hidden_states else {}
-    if predicts_next_token(model):
+    if predicts_next_token(model) or blocks.sources:
         extra["use_cache"] = False  # the key-value cache is only of use in generation, and takes memory
     with torch.inference_mode():
         for batch in loader:
             inputs = send_to_device(batch, accelerator.device)
-            on_batch(inputs, model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **extra))
+            read = {name: values for name, values in inputs.items() if name not in ("index", "labels")}
+            on_batch(inputs, model(**read, **extra))
             if on_prediction_step is not None:
                 on_prediction_step(loader)
     model.train(was_training)
@@ -199,15 +201,21 @@ def blocks_for(
         max_length (`int`, *optional*):
             Cut every row to this many tokens; used with `packing` only.
         packing (`bool`, *optional*, defaults to `True`):
-            Join the rows into one stream; else each row is a block.
+            Join the rows into one stream; else each row is a block. An encoder-decoder reads pairs in any case.
 
     Raises:
-        ArgumentError: If the rows cannot be used; see `cut` and `separate_rows`.
+        ArgumentError: If the rows cannot be used; see `cut`, `separate_rows` and `pair_blocks`.
     """
     # From the embedding: after a resize, or with padding to a multiple of 64, it is larger than the tokenizer.
     vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    config: Any = model.config
     # Models with relative positions, and some that extrapolate without limit, lack this entry.
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if getattr(config, "is_encoder_decoder", False):
+        decoder = decoder_of(config, getattr(model, "generation_config", None))
+        return pair_blocks(
+            processing_class, rows, decoder, block_size=block_size, vocab_size=vocab_size, max_positions=limit
+        )
     if not packing:
         return separate_rows(processing_class, rows, vocab_size, limit)
     return cut(token_stream(processing_class, rows, max_length), block_size, vocab_size, limit)

@@ -27,6 +27,16 @@ NO_TOKENIZER = (
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """Number of a block, its tokens and labels, both `(T,)` int64, and for an encoder its source, `(S,)` int64."""
+
+    index: int
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    source: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class TokenBlocks:
     """
     Tokens of a text in blocks, each of which a model reads independently.
@@ -40,6 +50,8 @@ class TokenBlocks:
         bounds: range `[start, stop)` of every block in `tokens`; each block has at least one prediction.
         block_size: tokens of the longest block.
         n_samples: rows of the dataset; 0 if they were joined into one stream.
+        sources: for an encoder-decoder, what the encoder reads for every block, `(S,)` int64; the tokens are then the
+            decoder's.
     """
 
     tokens: torch.Tensor
@@ -47,6 +59,7 @@ class TokenBlocks:
     bounds: Sequence[tuple[int, int]]
     block_size: int
     n_samples: int = 0
+    sources: Sequence[torch.Tensor] = ()
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -83,10 +96,11 @@ class TokenBlocks:
         """Return the number of blocks."""
         return len(self.bounds)
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Return a block as `(index, tokens, labels)`, both `(T,)` int64."""
+    def __getitem__(self, index: int) -> Block:
+        """Return a block."""
         start, stop = self.bounds[index]
-        return index, self.tokens[start:stop], self.labels[start:stop]
+        source = self.sources[index] if self.sources else None
+        return Block(index, self.tokens[start:stop], self.labels[start:stop], source)
 
 
 def token_stream(
@@ -135,7 +149,7 @@ def cut(tokens: torch.Tensor, block_size: int, vocab_size: int, max_positions: i
     """
     if block_size < 2:
         raise ArgumentError(f"`block_size` must be at least 2 (one token predicts the next), got {block_size}.")
-    _check_vocabulary(tokens, vocab_size)
+    check_vocabulary(tokens, vocab_size)
     size = min(block_size, max_positions or block_size)
     # The last token of a block is the context-only first token of the next.
     bounds = [(start, min(start + size, len(tokens))) for start in range(0, len(tokens) - 1, size - 1)]
@@ -176,7 +190,7 @@ def separate_rows(
             "and a label other than -100 after the first. Check that the file or the dataset split is not empty."
         )
     tokens, labels = (torch.cat(column) for column in zip(*parts))
-    _check_vocabulary(tokens, vocab_size)
+    check_vocabulary(tokens, vocab_size)
     return TokenBlocks(tokens, labels, bounds, max(stop - start for start, stop in bounds), n_samples)
 
 
@@ -207,22 +221,31 @@ def labelled_row(
     return tokens, labels
 
 
-def collate(items: list[tuple[int, torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(items: list[Block]) -> dict[str, torch.Tensor]:
     """
     Stack blocks into a batch, padded on the right, where causal attention never looks.
 
     Returns:
-        `index` `(B,)`; `input_ids`, `labels` and `attention_mask`, `(B, T)` each; int64.
+        `index` `(B,)`; `input_ids`, `labels` and `attention_mask`, `(B, T)` each; int64. With sources, these are
+        `input_ids` and `attention_mask`, and the tokens `decoder_input_ids` and `decoder_attention_mask`.
     """
-    blocks, labels = [block for _, block, _ in items], [label for _, _, label in items]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "index": torch.tensor([index for index, _, _ in items]),
-        # Any valid id will do: mask and labels exclude the padding.
-        "input_ids": pad(blocks, batch_first=True, padding_value=0),
-        "labels": pad(labels, batch_first=True, padding_value=IGNORED_LABEL),
-        "attention_mask": pad([torch.ones_like(block) for block in blocks], batch_first=True),
+    batch = {
+        "index": torch.tensor([item.index for item in items]),
+        "labels": _stacked([item.labels for item in items], IGNORED_LABEL),
     }
+    read = [("", [item.tokens for item in items])]
+    sources = [item.source for item in items if item.source is not None]
+    if sources:
+        read = [("", sources), ("decoder_", read[0][1])]
+    for prefix, blocks in read:
+        # Any valid id will do for the padding: mask and labels exclude it.
+        batch[f"{prefix}input_ids"] = _stacked(blocks, 0)
+        batch[f"{prefix}attention_mask"] = _stacked([torch.ones_like(block) for block in blocks], 0)
+    return batch
+
+
+def _stacked(rows: list[torch.Tensor], padding: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
 def row_tokens(
@@ -256,7 +279,8 @@ def text_of(row: str | Mapping[str, Any], number: int) -> str:
     return text
 
 
-def _check_vocabulary(tokens: torch.Tensor, vocab_size: int) -> None:
+def check_vocabulary(tokens: torch.Tensor, vocab_size: int) -> None:
+    """Raise `ArgumentError` if a token is not in the vocabulary."""
     # Here, because an index out of range is a device-side assert on a GPU, after which no call succeeds any more.
     for token in (int(tokens.min()), int(tokens.max())):
         if not 0 <= token < vocab_size:

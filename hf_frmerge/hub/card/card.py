@@ -18,19 +18,17 @@ from hf_frmerge.hub.card.commands import (
     usage_python,
     verify_command,
 )
-from hf_frmerge.hub.card.data import CardSource, MergeCard
+from hf_frmerge.hub.card.data import TEMPLATE_FILE, CardSource, MergeCard
 from hf_frmerge.hub.card.licences import LicenceDecision, SourceMetadata, combine
 from hf_frmerge.hub.card.markdown import Markdown, as_markdown, cell, code, fence, hub_link
 from hf_frmerge.hub.card.private_paths import hide_local_paths
 from hf_frmerge.wording import parts
-from hf_frmerge.wording.calibration import FITTED, calibration_verdict
+from hf_frmerge.wording.calibration import calibration_verdict, fitted_how
 from hf_frmerge.wording.geometry import geometry_verdicts
 from hf_frmerge.wording.methods import BLOCKS, NORMS, SPACES, bibtex, method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from huggingface_hub import EvalResult, ModelCardData
 
     from hf_frmerge.evaluation.record import EvaluationRecord
     from hf_frmerge.hub.card.evaluation_section import EvaluationSection
@@ -63,11 +61,16 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         `str`: Content of `README.md`: YAML front matter and Markdown.
     """
     import jinja2
+    import yaml
 
     card = _without_local_paths(card)
     decision, method = licence_of(card), method_of(card.method)
     papers = (method.paper, card.tool_paper)
+    # What is compiled is most of a card's time: the part on an evaluation only if there is one, and no constants are
+    # looked for to fold.
     environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(TEMPLATE_FILE).parent),
+        optimized=False,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -89,7 +92,7 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         evaluation=_evaluation_section(card),
         figures={name: Markdown(f"![{parts.FIGURES[name].title}]({path})") for name, path in card.figures.items()},
         geometry=_verdicts(card),
-        fitted=f", and {FITTED}" if card.calibration is not None and card.calibration.is_fitted else "",
+        fitted=f", and {how}" if (how := fitted_how(card.calibration)) is not None else "",
         decision=decision,
         command=reproduce_command(card),
         python=reproduce_python(card),
@@ -102,7 +105,8 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
         user_end=Markdown(USER_END),
         user_section=Markdown(user_section.strip("\n")),
     )
-    return f"---\n{card_metadata(card).to_yaml()}\n---\n\n{body.strip()}\n"
+    front = yaml.dump(front_matter(card), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{body.strip()}\n"
 
 
 def _verdicts(card: MergeCard) -> list[Verdict]:
@@ -160,7 +164,7 @@ def read_user_section(text: str) -> str | None:
 
 def licence_of(card: MergeCard) -> LicenceDecision:
     """Decide the licence of the merged model: the one the user chose, else by the rule of `licences.combine`."""
-    decision = combine([(source.name, source.metadata) for source in card.sources])
+    decision = combine([(source.name, source.metadata) for source in card.parts])
     if card.licence is not None:
         reason = f"The person who made this merge chose `{card.licence}` for it."
         return replace(
@@ -168,60 +172,57 @@ def licence_of(card: MergeCard) -> LicenceDecision:
         )
     if decision.licence_link and not re.match(r"https?://", decision.licence_link):
         # A link such as "LICENSE" is relative to the source's card and would be broken in ours.
-        origin = next((source for source in card.sources if source.repo_id is not None), None)
+        origin = next((source for source in card.parts if source.repo_id is not None), None)
         link = f"https://huggingface.co/{origin.repo_id}/blob/{origin.commit or 'main'}/" if origin else None
         decision = replace(decision, licence_link=link and link + decision.licence_link)
     return decision
 
 
-def card_metadata(card: MergeCard) -> ModelCardData:
+def front_matter(card: MergeCard) -> dict[str, Any]:
     """
-    Build the front matter of the card in the Hub's vocabulary.
+    Build the front matter of the card in the Hub's vocabulary, as its client orders it.
+
+    It is no `ModelCardData`, whose import takes as long as all that a small merge computes.
 
     Args:
         card (`MergeCard`):
             Facts of the merge.
 
     Returns:
-        `ModelCardData`: `base_model` holds Hub ids only. A full model is a `merge` of its experts, and of the base if
+        `dict[str, Any]`: `base_model` holds Hub ids only. A full model is a `merge` of its experts, and of the base if
         deltas were merged. A merged adapter stays an `adapter` of its base: with its experts as `base_model`, the
         Hub would show it as a merge of adapters.
     """
-    from huggingface_hub import ModelCardData
-
     decision = licence_of(card)
-    parents = card.sources if card.output_kind == "full" else [s for s in card.sources if s.role == "base"]
+    parents = card.parts if card.output_kind == "full" else [s for s in card.sources if s.role == "base"]
     base_model = _unique([source.repo_id for source in parents])
     relation = "merge" if card.output_kind == "full" else "adapter"
-    languages = [language for source in card.sources for language in source.metadata.language]
-    datasets = [dataset for source in card.sources for dataset in source.metadata.datasets if _is_id(dataset)]
+    languages = [language for source in card.parts for language in source.metadata.language]
+    datasets = [dataset for source in card.parts for dataset in source.metadata.datasets if _is_id(dataset)]
     of_method = method_of(card.method).tags if card.is_by_method else ()
     tags = [*card.tag_names, *of_method, *card.task.tags, *card.tags]
-    tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.sources)]
-    results = _eval_results(card)
-    optional: dict[str, Any] = {"base_model_relation": relation} if base_model else {}
-    return ModelCardData(
-        # The client requires a name for evaluation results; without results the Hub shows the repository's.
-        model_name=card.model_name if results else None,
-        base_model=base_model or None,
-        library_name="peft" if card.output_kind == "adapter" else card.task.library_name,
-        pipeline_tag=card.task.pipeline_tag,
-        license=decision.licence,
-        license_name=decision.licence_name,
-        license_link=decision.licence_link,
-        language=_unique(languages) or None,
-        datasets=_unique(datasets) or None,
-        tags=_unique(tags),
-        eval_results=results or None,
-        **optional,
-    )
+    tags += [tag for tag in _INHERITED_TAGS if any(tag in source.metadata.tags for source in card.parts)]
+    values = {
+        "base_model": base_model,
+        "datasets": _unique(datasets),
+        "language": _unique(languages),
+        "library_name": "peft" if card.output_kind == "adapter" else card.task.library_name,
+        "license": decision.licence,
+        "license_name": decision.licence_name,
+        "license_link": decision.licence_link,
+        "pipeline_tag": card.task.pipeline_tag,
+        "tags": _unique(tags),
+        "base_model_relation": relation if base_model else None,
+        "model-index": _model_index(card),
+    }
+    return {name: value for name, value in values.items() if value}
 
 
 def _without_local_paths(card: MergeCard) -> MergeCard:
     """Return a copy of `card` in which local paths are shortened to their last part in all free text."""
 
     def hide(text: str) -> str:
-        return hide_local_paths(text, card.sources)
+        return hide_local_paths(text, card.parts)
 
     return replace(
         card,
@@ -241,7 +242,8 @@ def _public_source(source: CardSource) -> CardSource:
     link = metadata.licence_link
     return replace(
         source,
-        spec=source.name,
+        spec=source.parts[0].name,
+        adapter=_public_source(source.adapter) if source.adapter is not None else None,
         metadata=replace(metadata, licence_link=hide_local_paths(link) if link else None),
     )
 
@@ -263,12 +265,12 @@ def _evaluation_section(card: MergeCard) -> EvaluationSection | None:
     return evaluation_section(card.evaluation)
 
 
-def _eval_results(card: MergeCard) -> list[EvalResult]:
+def _model_index(card: MergeCard) -> list[dict[str, Any]]:
     if card.evaluation is None:
         return []
-    from hf_frmerge.hub.card.model_index import eval_results
+    from hf_frmerge.hub.card.model_index import model_index
 
-    return eval_results(card.evaluation, card.task.pipeline_tag)
+    return model_index(card.evaluation, card.model_name, card.task.pipeline_tag)
 
 
 def _without_names(evaluation: EvaluationRecord | None, hide: Callable[[str], str]) -> EvaluationRecord | None:

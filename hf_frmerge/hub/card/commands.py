@@ -18,7 +18,7 @@ from hf_frmerge.merging.planning.corrections import CalibrationRecord
 def result_arguments(card: MergeCard) -> dict[str, object]:
     """Return the non-default arguments that affect the result, with local paths shortened; a token is never one."""
     return {
-        name: _hide_paths(value, card.sources)
+        name: _hide_paths(value, card.parts)
         for name, value in card.non_default_arguments.items()
         if is_about_the_result(name)
     }
@@ -27,7 +27,7 @@ def result_arguments(card: MergeCard) -> dict[str, object]:
 def reproduce_command(card: MergeCard) -> str:
     """Return a shell command that repeats the merge, one option a line."""
     if card.command is not None:
-        return hide_local_paths(card.command, card.sources)
+        return hide_local_paths(card.command, card.parts)
     parts = [*(shlex.quote(source.pinned) for source in card.experts)]
     weights = _weights(card)
     if weights:
@@ -50,7 +50,7 @@ def reproduce_command(card: MergeCard) -> str:
 def again_command(card: MergeCard) -> str:
     """Return a `frmerge reproduce` command; it takes local sources from the current folder, under their own names."""
     parts = [f"frmerge reproduce {shlex.quote(str(card.hub_model_id))}"]
-    parts += [f"--expert {shlex.quote(f'{s.name}={s.pinned}')}" for s in card.sources if s.repo_id is None]
+    parts += [f"--expert {shlex.quote(f'{s.name}={s.pinned}')}" for s in card.sources if s.is_local]
     return " \\\n    ".join(parts)
 
 
@@ -63,7 +63,7 @@ def install_command(card: MergeCard) -> str:
 def verify_command(card: MergeCard, folder: str) -> str:
     """Return a `frmerge verify` command; with a local expert it lists all experts, as a reader has to supply them."""
     parts = [f"frmerge verify {shlex.quote(card.hub_model_id or folder)}"]
-    if any(source.repo_id is None for source in card.experts):
+    if any(source.is_local for source in card.experts):
         parts += [f"--experts {shlex.quote(source.pinned)}" for source in card.experts]
     if card.base is not None and card.base.repo_id is None:
         parts.append(f"--base-model {shlex.quote(card.base.pinned)}")
@@ -73,7 +73,7 @@ def verify_command(card: MergeCard, folder: str) -> str:
 def reproduce_python(card: MergeCard) -> str:
     """Return Python code that repeats the merge."""
     if card.python is not None:
-        return hide_local_paths(card.python, card.sources)
+        return hide_local_paths(card.python, card.parts)
     experts = "".join(f"        {_literal(source.pinned)},\n" for source in card.experts)
     arguments = {"output_dir": "merged", **result_arguments(card)}
     argument_lines = "".join(f"        {name}={_literal(value)},\n" for name, value in arguments.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -43,6 +43,8 @@ class CardSource:
             Whole checkpoint or LoRA adapter.
         metadata (`SourceMetadata`):
             Front matter of its own card (`read_source_metadata`).
+        adapter (`CardSource` or `None`):
+            Adapter that a full model was read with; all else is about the model.
     """
 
     spec: str
@@ -52,10 +54,23 @@ class CardSource:
     role: Literal["expert", "base"] = "expert"
     kind: Literal["full", "adapter"] = "full"
     metadata: SourceMetadata = field(default_factory=SourceMetadata)
+    adapter: CardSource | None = None
+
+    @property
+    def parts(self) -> tuple[CardSource, ...]:
+        """The model and the adapter on it, each by itself."""
+        return (self,) if self.adapter is None else (replace(self, adapter=None), self.adapter)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a reader has to say where it is."""
+        return any(part.repo_id is None for part in self.parts)
 
     @property
     def name(self) -> str:
-        """Public name: the Hub id, or the last part of the local path."""
+        """Public name: the Hub id, or the last part of the local path; of a model with an adapter, both."""
+        if self.adapter is not None:
+            return "+".join(part.name for part in self.parts)
         if self.repo_id is not None:
             return self.repo_id
         last = re.split(r"[\\/]", self.spec.rstrip("\\/"))[-1]
@@ -65,6 +80,8 @@ class CardSource:
     @property
     def pinned(self) -> str:
         """Name for use in a command: Hub id with commit, or `./` and the last part of the local path."""
+        if self.adapter is not None:
+            return "+".join(part.pinned for part in self.parts)
         if self.repo_id is None:
             return f"./{self.name}"
         return f"{self.repo_id}@{self.commit}" if self.commit else self.repo_id
@@ -161,6 +178,11 @@ class MergeCard:
     def experts(self) -> list[CardSource]:
         """Sources with the role "expert", in the order of the merge."""
         return [source for source in self.sources if source.role == "expert"]
+
+    @property
+    def parts(self) -> list[CardSource]:
+        """All models and adapters, those on a model each by itself."""
+        return [part for source in self.sources for part in source.parts]
 
     @property
     def is_by_method(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -25,6 +25,7 @@ from hf_frmerge.merging.record.manifest import (
     REPORT_FILE,
     Manifest,
     local_sources,
+    parts_of_path,
     read_manifest,
 )
 from hf_frmerge.wording.account import losses_sentence
@@ -33,12 +34,17 @@ from hf_frmerge.wording.parts import FIGURES
 
 if TYPE_CHECKING:
     from hf_frmerge.evaluation.record import EvaluationRecord
+    from hf_frmerge.merging.record.manifest_entries import RecordedFolder
 
 FIGURES_FOLDER = "figures"
 
 
 def describe_merge(
-    output_dir: Path | str, *, draw: Callable[[Path, Path], Mapping[str, Path]] | None = None, **card_fields: Any
+    output_dir: Path | str,
+    manifest: Manifest | None = None,
+    *,
+    draw: Callable[[Path, Path], Mapping[str, Path]] | None = None,
+    **card_fields: Any,
 ) -> Path:
     """
     Write the model card of the merge in a folder, with its figures.
@@ -46,6 +52,8 @@ def describe_merge(
     Args:
         output_dir (`Path` or `str`):
             Folder a merge wrote.
+        manifest (`Manifest`, *optional*):
+            Its record, if it is at hand; by default it is read.
         draw (`Callable`, *optional*):
             Function that saves the figures of one folder into another and returns their files by name, such as
             `report.figures.save_figures`. The default is a card without figures.
@@ -64,16 +72,18 @@ def describe_merge(
     for name in FIGURES.keys() - figures.keys():  # left over from an earlier card, and would be pushed
         remove_file(figures_folder / f"{name}.png")
     relative_paths = {name: file.relative_to(folder).as_posix() for name, file in figures.items()}
-    return write_card(card_of_folder(folder, figures=relative_paths, **card_fields), folder)
+    return write_card(card_of_folder(folder, manifest, figures=relative_paths, **card_fields), folder)
 
 
-def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
+def card_of_folder(output_dir: Path | str, manifest: Manifest | None = None, **card_fields: Any) -> MergeCard:
     """
     Collect the contents of a model card from the manifest and the evaluation record of a folder.
 
     Args:
         output_dir (`Path` or `str`):
             Folder a merge wrote.
+        manifest (`Manifest`, *optional*):
+            Its record, if it is at hand; by default it is read.
         card_fields:
             Fields of `MergeCard` to override, such as `hub_model_id`, `model_name` or `licence`.
 
@@ -84,7 +94,7 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
         CheckpointError: If the folder holds no finished merge.
     """
     folder = Path(output_dir)
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     arguments = manifest.arguments
     hub_model_id = card_fields.get("hub_model_id")
     name = hub_model_id.rpartition("/")[2] if hub_model_id else folder.resolve().name
@@ -114,23 +124,27 @@ def card_of_folder(output_dir: Path | str, **card_fields: Any) -> MergeCard:
 def _sources(folder: Path, manifest: Manifest) -> list[CardSource]:
     """Collect the sources with the metadata of their cards, as far as these can be read."""
     paths, _ = local_sources(folder, manifest)
-    sources = [
-        CardSource(
-            spec=model.id,
-            repo_id=model.id if model.on_hub else None,
-            commit=model.commit,
-            weight=model.weight if manifest.is_weighted else None,
-            role="base" if model is manifest.base_model else "expert",
-            kind=model.kind,
-            metadata=read_source_metadata(path) if _is_readable(path) else SourceMetadata(),
+    sources = []
+    for model, path in zip(manifest.models, paths):
+        source, *on_it = [_source(part, place) for part, place in zip(model.parts, parts_of_path(path))]
+        sources.append(
+            replace(
+                source,
+                weight=model.weight if manifest.is_weighted else None,
+                role="base" if model is manifest.base_model else "expert",
+                adapter=on_it[0] if on_it else None,
+            )
         )
-        for model, path in zip(manifest.models, paths)
-    ]
     trained_on = _base_of_adapter(folder)
     # A merge of adapters needs no base to run, but its card should name the one they were trained on.
     if trained_on is not None and manifest.base_model is None:
         sources.append(CardSource(spec=trained_on, repo_id=trained_on, role="base"))
     return sources
+
+
+def _source(model: RecordedFolder, path: str | None) -> CardSource:
+    metadata = read_source_metadata(path) if _is_readable(path) else SourceMetadata()
+    return CardSource(model.id, model.id if model.on_hub else None, model.commit, kind=model.kind, metadata=metadata)
 
 
 def _evaluation(folder: Path) -> EvaluationRecord | None:

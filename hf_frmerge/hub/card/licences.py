@@ -169,9 +169,10 @@ def combine(sources: Sequence[tuple[str, SourceMetadata]], *, allowed: Collectio
 def licences_of_plan(plan: MergePlan) -> LicenceDecision:
     """Decide the licence for the models of a plan, from their cards and `allow_license`."""
     # Cards are read from local folders and the Hub only, not from behind other URLs.
-    readable = [m for m in plan.models if "://" not in m.source.path or m.source.path.startswith("hub://")]
+    parts = [part for model in plan.models for part in model.source.parts]
+    readable = [part for part in parts if "://" not in part.path or part.path.startswith("hub://")]
     allowed = [licence.strip() for licence in (plan.args.allow_license or "").split(",")]
-    return combine([(model.spec, read_source_metadata(model.source.path)) for model in readable], allowed=allowed)
+    return combine([(part.spec, read_source_metadata(part.path)) for part in readable], allowed=allowed)
 
 
 def _identity(metadata: SourceMetadata) -> tuple[str | None, str | None, str | None]:

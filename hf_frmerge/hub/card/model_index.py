@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hf_frmerge.evaluation.headlines import headlines
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
 from hf_frmerge.wording.metrics import is_error, metric_of
 
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
 _ALL = "all texts of the evaluation"
 
 
-def eval_results(record: EvaluationRecord, pipeline_tag: str | None) -> list[EvalResult]:
+def model_index(record: EvaluationRecord, model_name: str, pipeline_tag: str | None) -> list[dict[str, Any]]:
     """
     Return the headline scores of the merged model and its recovery of each expert; values not finite are left out.
 
     Args:
         record (`EvaluationRecord`):
             Record of the evaluation.
+        model_name (`str`):
+            Name that the Hub shows beside them.
         pipeline_tag (`str`, *optional*):
             Task of the model; `other` by default.
+
+    Returns:
+        `list[dict[str, Any]]`: Value of `model-index` in the front matter; empty if there is no score.
     """
     from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
 
     results = [(headline.domain or _ALL, headline.name, headline.value) for headline in headlines(record)]
     results = [row for row in results if not (row[1].startswith("recovery") or is_error(row[1]))]
@@ -37,7 +40,7 @@ def eval_results(record: EvaluationRecord, pipeline_tag: str | None) -> list[Eva
         if row.model == MERGED and row.share is not None
     }
     results += [(domain, name, share) for (domain, name), share in shares.items()]
-    return [
+    scores = [
         EvalResult(
             task_type=pipeline_tag or "other",
             dataset_type=re.sub(r"[^a-z0-9]+", "-", domain.lower()).strip("-") or "unnamed",
@@ -49,3 +52,4 @@ def eval_results(record: EvaluationRecord, pipeline_tag: str | None) -> list[Eva
         for domain, name, value in results
         if math.isfinite(value)
     ]
+    return eval_results_to_model_index(model_name, scores) if scores else []

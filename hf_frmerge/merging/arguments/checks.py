@@ -26,6 +26,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "agreement": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "min_change": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "descent_steps": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "off_diagonal": (lambda v: 0 <= v < 1, "at least 0 and below 1 (at 1 few prompts leave a layer undecided)"),
     "merged_before": (lambda v: v >= 1, "at least 1"),
     "svc_floor": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "seed": (lambda v: v >= 0, "at least 0"),
@@ -37,6 +38,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_calibration_length": (lambda v: v >= 2, "at least 2 (one token predicts the next)"),
     "calibration_batch_size": (lambda v: v >= 1, "at least 1"),
     "calibration_rank": (lambda v: v >= 1, "at least 1"),
+    "refine_steps": (lambda v: v >= 0, "at least 0 (0 does not refine)"),
+    "refine_learning_rate": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "adapter_rank": (lambda v: v >= 1, "at least 1"),
     "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
     "logging_steps": (lambda v: v >= 1, "at least 1"),
@@ -75,7 +78,12 @@ def check_table(method: Method, coefficients: str | None) -> None:
 
 
 def check_post_step(method: Method, post_step: str | None) -> None:
-    """Check that a post-step has directions to tell apart."""
+    """Check that a post-step has directions to tell apart, and that nothing is added behind it."""
+    if post_step is not None and method.needs_prompts:
+        raise ArgumentError(
+            f"`post_step={post_step!r}` changes what a method makes of the experts' weights, but method="
+            f"{method.name!r} decides by their outputs. Leave it out, or choose another method."
+        )
     if post_step is not None and method.is_isotropic:
         raise ArgumentError(
             f"`post_step={post_step!r}` corrects the directions of a merged matrix, but those of "
@@ -109,7 +117,31 @@ def check_method(method: Method, block: str, density: float | None, epsilon: flo
         )
 
 
-def check_adapter_options(output: str, rank: int | None, energy: float | None) -> None:
+def check_prompts(method: Method, *, has_prompts: bool) -> None:
+    """Check that a method that asks what the experts do on prompts gets some."""
+    if method.needs_prompts and not has_prompts:
+        raise ArgumentError(
+            f"`method={method.name!r}` asks what the experts do on prompts, and there are none. Pass some: "
+            "calibration_dataset, or --calibration EXPERT=FILE for each expert, --calibration FILE for all, or "
+            "--calibration self, on which language models write them."
+        )
+
+
+def check_refinement(method: Method, *, has_prompts: bool) -> None:
+    """Check that there is a fit to refine."""
+    if not has_prompts:
+        raise ArgumentError(
+            "refine_steps (--refine) refines a merge that is fitted to prompts, and there are none. Pass "
+            "calibration_dataset (--calibration), or leave it out."
+        )
+    if method.needs_prompts:
+        raise ArgumentError(
+            f"refine_steps (--refine) refines a merge that is fitted to its experts, and `method={method.name!r}` "
+            "computes a merge of its own from the prompts. Leave out one of them."
+        )
+
+
+def check_adapter_options(output: str, rank: int | None, energy: float | None, pattern: str) -> None:
     """Check that the rank of a merged adapter is chosen once, and only if an adapter may be written."""
     if rank is not None and energy is not None:
         raise ArgumentError(
@@ -120,4 +152,9 @@ def check_adapter_options(output: str, rank: int | None, energy: float | None) -
         raise ArgumentError(
             "`adapter_rank` and `adapter_energy` shape a merged adapter, but `adapter_output='merged'` adds it to "
             "the base model: leave them out, or choose `adapter_output='adapter'`."
+        )
+    if output == "merged" and pattern != "auto":
+        raise ArgumentError(
+            "`adapter_rank_pattern` shapes a merged adapter, but `adapter_output='merged'` adds it to the base model: "
+            "leave it out, or choose `adapter_output='adapter'`."
         )

@@ -29,6 +29,7 @@ NORMS = ("mean", "median", "max")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 POST_STEPS = ("svc",)
 ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
+RANK_PATTERNS = ("auto", "uniform")
 LOG_LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -124,6 +125,13 @@ class MergingArguments:
         metadata=described(
             "Steps of gradient descent that the closed form stands for; more move further from the sum "
             f"({methods_with('descent_steps')})."
+        ),
+    )
+    off_diagonal: float = field(
+        default=0.9,
+        metadata=described(
+            "Factor of what two inputs of a layer have in common; less trusts the prompts less "
+            f"({methods_with('off_diagonal')})."
         ),
     )
     merged_before: int = field(
@@ -230,6 +238,27 @@ class MergingArguments:
         ),
     )
     calibration_rank: int = field(default=32, metadata=described("Rank of the factors, for each linear layer."))
+    refine_steps: int = field(
+        default=0,
+        metadata=described(
+            "Steps of a distillation of all layers together, after the fit, to each expert on its own prompts; kept "
+            "if it is closer to the experts on prompts held out. 0: none."
+        ),
+    )
+    refine_loss: str = field(
+        default="kl",
+        metadata=described(
+            "What the refinement lowers: the Kullback–Leibler divergence of the merge's predictions from the "
+            "experts', or their squared Fisher–Rao distance.",
+            ("kl", "fisher_rao"),
+        ),
+    )
+    refine_learning_rate: float | None = field(
+        default=None,
+        metadata=described(
+            "Highest step size of the refinement. Default: 3e-5 for a number for every weight, 3e-4 for factors."
+        ),
+    )
 
     # 4. Reading and writing
     dtype: str = field(
@@ -238,10 +267,25 @@ class MergingArguments:
             "Dtype of the merged tensors. auto: that of the base model, without one that of the first expert.", DTYPES
         ),
     )
+    on_overflow: str = field(
+        default="raise",
+        metadata=described(
+            "What to do with merged values that are beyond what the dtype of a full model holds: refuse the merge, or "
+            "write the largest number of the dtype.",
+            ("raise", "saturate"),
+        ),
+    )
     max_shard_size: str = field(default="50GB", metadata=described("Largest size of one output file, such as 5GB."))
     overwrite: bool = field(default=False, metadata=described("Write into an output folder that is not empty."))
     resume_from_checkpoint: bool = field(
         default=False, metadata=described("Continue a merge that was interrupted in the same output folder.")
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata=described(
+            "Take weights that are pickles (pytorch_model.bin, adapter_model.bin) where a model has no others. They "
+            "are read as torch.load(weights_only=True) finds them: code that a pickle names is not run."
+        ),
     )
     allow_license: str | None = field(
         default=None,
@@ -282,6 +326,14 @@ class MergingArguments:
         default=None,
         metadata=described(
             "Compress the merged adapter to the lowest rank that keeps this share of the squared norm, in (0, 1]."
+        ),
+    )
+    adapter_rank_pattern: str = field(
+        default="auto",
+        metadata=described(
+            "Whether modules of the merged adapter have the ranks they need, or all the largest of these, filled up "
+            "with zeros, for runtimes that read one rank and one alpha.",
+            RANK_PATTERNS,
         ),
     )
 
@@ -438,4 +490,4 @@ class MergingArguments:
         check_method(method, self.block, self.density, self.epsilon)
         if self.bf16_full_eval and self.fp16_full_eval:
             raise ArgumentError("`bf16_full_eval` and `fp16_full_eval` exclude each other: choose one.")
-        check_adapter_options(self.adapter_output, self.adapter_rank, self.adapter_energy)
+        check_adapter_options(self.adapter_output, self.adapter_rank, self.adapter_energy, self.adapter_rank_pattern)

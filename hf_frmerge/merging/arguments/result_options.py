@@ -22,6 +22,7 @@ RESULT_OPTIONS = (
     "min_change",
     "seed",
     "descent_steps",
+    "off_diagonal",
     "merged_before",
     "layer_scales",
     "post_step",
@@ -41,11 +42,16 @@ RESULT_OPTIONS = (
     "calibration_batch_size",
     "calibration_form",
     "calibration_rank",
+    "refine_steps",
+    "refine_loss",
+    "refine_learning_rate",
     "dtype",
+    "on_overflow",
     "max_shard_size",
     "adapter_output",
     "adapter_rank",
     "adapter_energy",
+    "adapter_rank_pattern",
 )
 
 # Without these the model might not be made, though they change no bit of it.

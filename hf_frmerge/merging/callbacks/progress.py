@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sized
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.merging.callbacks.callback import MergeCallback, MergeControl, readable_logs
@@ -16,12 +18,19 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.callbacks.state import MergeState
 
 
+@cache
 def _bar() -> type[tqdm[Any]]:
     """Return the bar for a notebook or a terminal. `tqdm.auto` does the same, but imports asyncio as well."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in notebooks tqdm warns that this module is experimental
         from tqdm.autonotebook import tqdm
-    return tqdm
+
+    class ThreadBar(tqdm):  # type: ignore[type-arg]
+        """Bar of one process. The lock of tqdm's own is between processes, too, and imports multiprocessing."""
+
+        _lock = threading.RLock()
+
+    return ThreadBar
 
 
 class ProgressCallback(MergeCallback):

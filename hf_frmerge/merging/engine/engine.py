@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decided
+    from hf_frmerge.merging.engine.gather import Gather
     from hf_frmerge.merging.engine.journal import Journal, NoJournal
     from hf_frmerge.merging.engine.output import TensorOutput
-    from hf_frmerge.merging.engine.rules import Gather, Rule
+    from hf_frmerge.merging.engine.rules import Rule
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
@@ -232,7 +233,8 @@ class Engine:
                 name = tensor.step.name
                 inputs = None if name in self._decided_inputs(tensor) else tensor.inputs_digest()
                 tensor.details = self._output.details(name)
-                self._journal.record_written(name, tensor.output_digest(), inputs, tensor.details)
+                tensor.n_saturated = tensor.inputs.n_saturated
+                self._journal.record_written(name, tensor.output_digest(), inputs, tensor.details, tensor.n_saturated)
                 # Release the whole tensor: faulting in one piece also maps pages around it, some of them of pieces
                 # that were released before.
                 tensor.inputs.release(Piece(0, tensor.step.numel, 0, tensor.step.n_blocks))
@@ -253,13 +255,20 @@ class Engine:
             tensor.done = written.get("output") == tensor.output_digest()
             details = written.get("details")
             tensor.details = FactorDetails(**details) if details is not None else None
+            tensor.n_saturated = written.get("saturated", 0)
         job = self._copy_piece if batch.tensors[0].step.action == "copy" else self._merge_piece
         self._start(batch, job, self._wrote)
 
     def _outcome(self, tensor: TensorWork) -> StepOutcome:
         action: Literal["merge", "copy", "skip"] = "skip" if tensor.skipped else tensor.step.action
         return StepOutcome(
-            tensor.step, action, tensor.decision, tensor.inputs_digest(), tensor.output_digest(), tensor.details
+            tensor.step,
+            action,
+            tensor.decision,
+            tensor.inputs_digest(),
+            tensor.output_digest(),
+            tensor.details,
+            tensor.n_saturated,
         )
 
     # Jobs. Everything below runs on the workers.

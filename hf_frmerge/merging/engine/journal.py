@@ -43,13 +43,14 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
         parts["calibration"] = plan.corrections.digest if plan.corrections is not None else None
     models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]
     for role, model in [*models, *([("base model", plan.base)] if plan.base else [])]:
-        parts[role] = {"spec": model.spec, "files": model.weights.files}
+        files = {name: size for opened in model.opened for name, size in opened.files.items()}
+        parts[role] = {"spec": model.spec, "files": files}
     return parts
 
 
 def modification_marks(plan: MergePlan) -> dict[str, Any]:
     """Return by model a cheap mark of every weight file, which changes when the file is rewritten."""
-    return {model.spec: model.weights.fingerprint() for model in plan.models}
+    return {model.spec: [mark for opened in model.opened for mark in opened.fingerprint()] for model in plan.models}
 
 
 class Journal:
@@ -103,7 +104,12 @@ class Journal:
         self._append({"kind": "decided", "groups": groups})
 
     def record_written(
-        self, tensor: str, output: str, inputs: dict[str, str] | None, details: FactorDetails | None
+        self,
+        tensor: str,
+        output: str,
+        inputs: dict[str, str] | None,
+        details: FactorDetails | None,
+        n_saturated: int,
     ) -> None:
         """
         Record a tensor that is completely in its file.
@@ -113,8 +119,11 @@ class Journal:
             output: Digest of what was written.
             inputs: Digests of what it was made from, where no decision holds them: of a copy, say.
             details: How its factors were written, of a module of an adapter.
+            n_saturated: How many values became the largest number of its dtype.
         """
-        record = {"kind": "written", "tensor": tensor, "output": output, "inputs": inputs}
+        record: dict[str, Any] = {"kind": "written", "tensor": tensor, "output": output, "inputs": inputs}
+        if n_saturated:
+            record["saturated"] = n_saturated
         self._append({**record, "details": vars(details) if details is not None else None})
 
     def close(self) -> None:
@@ -174,7 +183,12 @@ class NoJournal:
         """Do nothing."""
 
     def record_written(
-        self, tensor: str, output: str, inputs: dict[str, str] | None, details: FactorDetails | None
+        self,
+        tensor: str,
+        output: str,
+        inputs: dict[str, str] | None,
+        details: FactorDetails | None,
+        n_saturated: int,
     ) -> None:
         """Do nothing."""
 

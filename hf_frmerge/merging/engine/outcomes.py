@@ -38,6 +38,7 @@ class StepOutcome:
         inputs: digest of every stored input by role (`"-1"` is the base, `"0"`, `"1"`, ... the experts).
         output: digest of the written bytes.
         details: of a module of a merged adapter: how its factors were written.
+        n_saturated: values that were beyond the output's dtype and became its largest number.
     """
 
     step: TensorStep
@@ -46,6 +47,7 @@ class StepOutcome:
     inputs: dict[str, str]
     output: str
     details: FactorDetails | None = None
+    n_saturated: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -46,6 +46,7 @@ class TensorWork:
         precise: whether its Gram pass multiplies in float64.
         decision: what the method decided, once that is known.
         details: of a module of an adapter: how its factors were written, once they are.
+        n_saturated: how many of its values were beyond its dtype, once it is written.
         done: whether it is in its file and recorded.
     """
 
@@ -56,6 +57,7 @@ class TensorWork:
     precise: bool = False
     decision: Decision | None = None
     details: FactorDetails | None = None
+    n_saturated: int = 0
     done: bool = False
     input_digests: list[dict[int, str]] = field(init=False)
     output_digests: list[str] = field(init=False)

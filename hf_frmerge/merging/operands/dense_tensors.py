@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.checkpoints.adapters.factors import DoraWeight, LowRankDelta
+    from hf_frmerge.checkpoints.adapters.folded import Folded
     from hf_frmerge.checkpoints.page_cache import Mapping as FileMapping
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
 
@@ -103,6 +104,29 @@ class DoraTensor:
     @cached_property
     def _weight(self) -> DoraWeight:
         return self.delta.dora_weight()
+
+
+@dataclass(frozen=True)
+class FoldedTensor:
+    """Weight of a full model that is read with an adapter: float32, not rounded to the dtype of the model."""
+
+    checkpoint: Checkpoint
+    recipe: Folded
+
+    def read(self, start: int, stop: int) -> Operand:
+        """Return elements `[start, stop)`."""
+        values = np.ascontiguousarray(self.recipe.read_wide(self.checkpoint, start, stop))
+        return Operand(values.view(np.uint8), self.recipe.wide_dtype)
+
+    def mapped(self, start: int, stop: int) -> MappedRange | None:
+        """Return `None`: what is read is copied, and released."""
+        return None
+
+    @property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files it is read from."""
+        stored = {(self.checkpoint, part.file) for part in self.recipe.info.stored}
+        return stored | {(self.recipe.adapter, file) for file in self.recipe.adapter.files}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class FactorInputs:
     correction: ProductTensor | None = None
     has_base = False
     factored = True
+    n_saturated = 0  # a factor beyond its dtype is always refused
 
     @property
     def n_experts(self) -> int:

@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hf_frmerge.checkpoints.adapters.folded import Folded
 from hf_frmerge.merging.operands.dense_tensors import (
     DenseTensor,
     DoraTensor,
+    FoldedTensor,
     ProductTensor,
     StoredTensor,
     ZeroTensor,
 )
 from hf_frmerge.merging.operands.low_rank_deltas import LowRankDeltas
-from hf_frmerge.merging.operands.row_mapped import RowFill, RowMappedTensor, StoredRows
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.operands.factor_inputs import FactorInputs
+    from hf_frmerge.merging.operands.row_mapped import RowFill, StoredRows
     from hf_frmerge.merging.planning.corrections import Corrections
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
@@ -48,7 +50,8 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
         # A head that only the adapters have is copied from the first of them.
         is_stored = step.name in donor.checkpoint.tensors
         only = _stored(donor.checkpoint, step, plan) if is_stored else _first_dense(plan, step)
-        return TensorInputs(step.name, 1, 1, None, {0: only}, LowRankDeltas({}, 1), {0: labels[step.donor]})
+        operands = step.name, 1, 1, None, {0: only}, LowRankDeltas({}, 1), {0: labels[step.donor]}
+        return TensorInputs(*operands, saturates=plan.args.on_overflow == "saturate")
     # In weight space full experts do not need the base. Adapters do: their weights are base plus delta.
     base: DenseTensor | None = None
     if plan.base is not None and (plan.space == "deltas" or any(expert.adapter for expert in plan.experts)):
@@ -66,8 +69,21 @@ def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
     factored = base is not None and not dense and step.n_blocks == 1
     correction = _correction(plan.corrections, step) if plan.corrections is not None else None
     row_len = step.shape[-1] if len(step.shape) > 1 and step.shape[-1] > 1 else max(step.numel, 1)
-    operands = step.name, step.cols, len(plan.experts), base, dense, LowRankDeltas(low_rank, step.cols), labels
-    return TensorInputs(*operands, plan.space, factored, row_len, correction, plan.post_step(step))
+    return TensorInputs(
+        step.name,
+        step.cols,
+        len(plan.experts),
+        base,
+        dense,
+        LowRankDeltas(low_rank, step.cols),
+        labels,
+        plan.space,
+        factored,
+        row_len,
+        correction,
+        plan.post_step(step),
+        saturates=plan.args.on_overflow == "saturate",
+    )
 
 
 def _correction(corrections: Corrections, step: TensorStep) -> StoredTensor | ProductTensor | None:
@@ -88,10 +104,13 @@ def _labels(plan: MergePlan) -> dict[int, str]:
 
 def _stored(checkpoint: Checkpoint, step: TensorStep, plan: MergePlan) -> DenseTensor:
     """Return a model's tensor, its rows in the order of the output."""
-    tensor = StoredTensor(checkpoint, checkpoint.tensors[step.name])
+    tensor = _whole(checkpoint, step.name)
     rows = _stored_rows(checkpoint, step)
     if rows is None:
         return tensor
+    # Imported on use, here and below: most merges have all rows in their order.
+    from hf_frmerge.merging.operands.row_mapped import RowMappedTensor
+
     if (rows.rows >= 0).all():
         return RowMappedTensor(rows)
     is_wide = any(m.checkpoint and m.checkpoint.tensors[step.name].dtype == "F64" for m in plan.models)
@@ -102,11 +121,22 @@ def _stored_rows(checkpoint: Checkpoint, step: TensorStep) -> StoredRows | None:
     rows = checkpoint.row_maps.get(step.name)
     if rows is None:
         return None
-    return StoredRows(StoredTensor(checkpoint, checkpoint.tensors[step.name]), rows, step.numel // len(rows))
+    from hf_frmerge.merging.operands.row_mapped import StoredRows
+
+    return StoredRows(_whole(checkpoint, step.name), rows, step.numel // len(rows))
+
+
+def _whole(checkpoint: Checkpoint, name: str) -> StoredTensor | FoldedTensor:
+    """Return a model's tensor as it is stored, or as an adapter changes it."""
+    info = checkpoint.tensors[name]
+    # Single experts of a stack that another model stores whole are the exception: these are read in its own dtype.
+    return FoldedTensor(checkpoint, info.recipe) if isinstance(info.recipe, Folded) else StoredTensor(checkpoint, info)
 
 
 def _row_fill(plan: MergePlan, step: TensorStep) -> RowFill:
     """Return the rows of tokens that some models lack."""
+    from hf_frmerge.merging.operands.row_mapped import RowFill
+
     weights = step.weights or plan.weights
     experts = [
         (weight, rows)

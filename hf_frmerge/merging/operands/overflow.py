@@ -9,6 +9,7 @@ import numpy as np
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES, dtypes_that_hold, widen
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import NonFiniteError
+from hf_frmerge.kernels.interface import Combined, Operand
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hf_frmerge.kernels.interface import Kernels, Operand
+    from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.methods.span import SpanOptions
 
 _NAME_OF = {code: name for name, code in DTYPE_CODES.items()}
+
+_LARGEST = {"BF16": float(0xFF << 120), "F16": 65504.0, "F32": float(np.finfo(np.float32).max)}
+"""Largest number of the dtypes that are narrower than float64."""
 
 _LEAST_SQUARES = 2.0**-900
 """Smallest reliable sum of squares: below it, squares may have lost some or all digits to underflow in float64."""
@@ -61,6 +65,39 @@ def result_overflows(
         f"Tensor {tensor!r} would hold values {reach}, which are not finite in {_NAME_OF[out_dtype]}: it is {terms}. "
         f"{'; or '.join(advice).capitalize()}."
     )
+
+
+def saturate(
+    kernels: Kernels,
+    operands: Sequence[Operand],
+    coefficients_BK: NDArray[np.float64],
+    out: NDArray[np.uint8],
+    out_dtype: str,
+    block_len: int,
+) -> tuple[Combined, int] | None:
+    """
+    Write a combination again, with the largest number of the dtype where it was not finite.
+
+    It is computed in float64, which gives the same bits on every backend, and rounded once as `Kernels.combine` does.
+
+    Args:
+        operands: Operands, all of them finite.
+        coefficients_BK: One row for every block, one column for every operand.
+        out: The combination as it was rounded, with infinities.
+
+    Returns:
+        `tuple[Combined, int]`: As `Kernels.combine`, and how many values it is; `None` if a sum leaves float64.
+    """
+    n_blocks = len(coefficients_BK)
+    wide = np.empty(n_blocks * block_len)
+    as_bytes = wide.view(np.uint8)
+    kernels.combine(operands, coefficients_BK, as_bytes, "F64", n_blocks, block_len)
+    if out_dtype not in _LARGEST or not np.isfinite(wide).all():
+        return None
+    n_beyond = kernels.count_nonfinite(Operand(out, out_dtype))
+    np.clip(wide, -_LARGEST[out_dtype], _LARGEST[out_dtype], out=wide)
+    ones = np.ones((n_blocks, 1))
+    return kernels.combine([Operand(as_bytes, "F64")], ones, out, out_dtype, n_blocks, block_len), n_beyond
 
 
 def check_squares(

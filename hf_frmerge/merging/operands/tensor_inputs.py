@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,10 +25,13 @@ from hf_frmerge.merging.operands.overflow import (
     check_squares,
     delta_overflows,
     result_overflows,
+    saturate,
     squares_leave_float64,
 )
 from hf_frmerge.merging.planning.blocks import Piece
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral
+from hf_frmerge.methods.spectral.inputs import Experts
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,6 +71,8 @@ class TensorInputs:
             low-rank and the tensor is one block.
         post_step: what is done to the merged tensor, a whole matrix, before the correction.
         row_len: elements that are ranked among each other: a row of a matrix, or a whole vector.
+        saturates: whether values beyond the output's dtype become its largest number, instead of an error.
+        saturated: how many did, by the first element of a piece; filled in as pieces are merged.
     """
 
     name: str
@@ -82,6 +87,13 @@ class TensorInputs:
     row_len: int = 1
     correction: DenseTensor | None = None
     post_step: SingularValueCalibration | None = None
+    saturates: bool = False
+    saturated: dict[int, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def n_saturated(self) -> int:
+        """How many values were beyond the output's dtype and became its largest number."""
+        return sum(self.saturated.values())
 
     @property
     def has_base(self) -> bool:
@@ -231,8 +243,16 @@ class TensorInputs:
             NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
             MergeError: If the singular values of the deltas cannot be computed.
         """
-        base, deltas, label = self.matrices(kernels, piece)
-        merged = self._by_lapack(lambda: decision.merge(deltas))
+        may_be_cores = METHODS[decision.rule].is_equivariant and not self.dense
+        factors = self.low_rank.small_factors(self.n_experts) if may_be_cores else None
+        if factors is not None:
+            assert self.base is not None
+            base, label = self.base.read(piece.start, piece.stop), self.labels[-1]
+            merged = self._by_lapack(lambda: decision.merge_factors(factors))
+        else:
+            base, deltas, label = self.matrices(kernels, piece)
+            origin = widen(base.data, base.dtype).astype(np.float32, copy=False).reshape(deltas.shape[1:])
+            merged = self._by_lapack(lambda: decision.merge(Experts(deltas, origin)))
         return self._add_delta(kernels, base, label, merged, decision.scale, piece, out, out_dtype)
 
     def _with_post_step(
@@ -343,6 +363,10 @@ class TensorInputs:
         combined = kernels.combine(operands, table, out, out_dtype, piece.n_blocks, piece.block_len)
         if not combined.is_finite:
             self.check_finite(kernels, operands, labels)  # an input may be the cause; its message is the better one
+            within = saturate(kernels, operands, table, out, out_dtype, piece.block_len) if self.saturates else None
+            if within is not None:
+                combined, self.saturated[piece.start] = within
+                return combined.digest
             raise result_overflows(kernels, self.name, operands, labels, table, out_dtype)
         return combined.digest
 

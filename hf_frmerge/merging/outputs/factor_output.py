@@ -46,6 +46,7 @@ class FactorOutput:
     def __init__(self, plan: MergePlan) -> None:
         self._plan = plan
         self._modules: dict[str, AdapterModule] = {}
+        self._needed: dict[str, int] = {}
         self._details: dict[str, FactorDetails] = {}
         self._writer = AdapterWriter(plan.args.output_dir, plan.steps[0].dtype)
         self.staging = self._writer.staging
@@ -67,10 +68,13 @@ class FactorOutput:
         wanted = None if args.adapter_rank is None else min(args.adapter_rank, most)  # a higher rank only adds zeros
         # On threads, as an energy bound takes singular values. The engine's own wait for the layout.
         with ThreadPoolExecutor(worker_count(self._plan)) as pool:
-            ranks = pool.map(lambda one: one.rank_to_write(wanted, args.adapter_energy), sums)
-            modules = [_module(one.inputs.row, rank) for one, rank in zip(sums, ranks)]
+            needed = list(pool.map(lambda one: one.rank_to_write(wanted, args.adapter_energy), sums))
+        ranks = [max(needed)] * len(needed) if args.adapter_rank_pattern == "uniform" else needed
+        # A module is compressed to the rank it needs; what it is written with beyond that is zeros.
+        self._needed = {tensor.step.name: rank for tensor, rank in zip(tensors, needed)}
+        modules = [_module(one.inputs.row, rank) for one, rank in zip(sums, ranks)]
         self._modules = {tensor.step.name: module for tensor, module in zip(tensors, modules)}
-        self.notes = _rank_notes([module.rank for module in modules], most)
+        self.notes = _rank_notes(ranks)
         adapters = [expert.adapter for expert in self._plan.experts if expert.adapter]
         base_model, revision = common_base(adapters, base.source if base else None)
         source = next((a.config.raw for a in adapters if a.config.base_model), adapters[0].config.raw)
@@ -80,8 +84,9 @@ class FactorOutput:
     def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Compute the factors of a merged module and write them; return the digest of the written bytes."""
         module, terms = self._modules[tensor.step.name], _sum_of(tensor)
-        if module.rank < terms.rank:
-            pair, error = recompress(concatenate(*terms.read()), module.rank)
+        needed = self._needed[tensor.step.name]
+        if needed < terms.rank:
+            pair, error = recompress(concatenate(*terms.read()), needed)
         else:
             pair, error = _exact(*terms.read()), 0.0
         if terms.inputs.correction is None:
@@ -94,7 +99,7 @@ class FactorOutput:
         norm = float(np.sqrt(np.maximum(squared, 0.0)))
         self._details[tensor.step.name] = FactorDetails(module.rank, norm, error)
         missing = module.rank - pair.A.shape[0]
-        if missing:  # `adapter_rank` is above the rank of the module
+        if missing:  # `adapter_rank`, or the largest rank, is above the rank of the module
             pair = Factors(np.pad(pair.B, ((0, 0), (0, missing))), np.pad(pair.A, ((0, missing), (0, 0))))
         return _joint_digest(self._writer.write(module, pair.B, pair.A))
 
@@ -186,15 +191,16 @@ def _sum_of(tensor: TensorWork) -> _Sum:
     return _Sum(tensor.inputs, tensor.decision.coefficients[0])
 
 
-def _rank_notes(ranks: Sequence[int], most: int) -> list[str]:
+def _rank_notes(ranks: Sequence[int]) -> list[str]:
     """Note it if ranks differ: PEFT reads the rank of every module, but other runtimes only that of the adapter."""
     if len(set(ranks)) == 1:
         return []
     return [
         f"The modules of the merged adapter have ranks from {min(ranks)} to {max(ranks)}, listed in rank_pattern and "
         "alpha_pattern of its adapter_config.json. PEFT reads these; runtimes that read only r and lora_alpha scale "
-        f"some modules wrongly. adapter_rank={most} (--adapter-rank {most}) gives all modules one rank and loses "
-        "nothing; a lower one makes a smaller file, and what it loses is reported."
+        "some modules wrongly. adapter_rank_pattern='uniform' (--adapter-rank-pattern uniform) gives all of them rank "
+        f"{max(ranks)}, filled up with zeros, and loses nothing; adapter_rank=R (--adapter-rank R) makes a smaller "
+        "file, and what it loses is reported."
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.adapters.folded import folded_within
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import CheckpointError
 
@@ -107,13 +108,29 @@ def _targets(model: Expert) -> dict[str, str]:
     if model.checkpoint is not None:
         aliases, logical = model.checkpoint.aliases, model.checkpoint.tensors
         targets = {part.name: name for name, info in logical.items() if name not in aliases for part in info.stored}
-        return targets | dict.fromkeys(model.checkpoint.unused, OF_CODES)
+        return targets | dict.fromkeys(model.checkpoint.unused, OF_CODES) | _targets_of_folded(model)
     adapter = model.adapter
     assert adapter is not None
     targets = dict.fromkeys(adapter.checkpoint.tensors, "")
     for target, delta in adapter.deltas.items():
-        parts = (delta.down, delta.up, delta.magnitude)
-        targets |= {part.name: target for part in parts if part is not None}
+        targets |= {part.name: target for part in delta.stored}
     targets |= {info.name: target for target, info in adapter.dense.items()} | dict(adapter.set_apart)
     # PEFT's copies of the base's own weights, those of tied layers, which `base_layers` leaves out, among them.
     return targets | {name: REPEATED for name in adapter.checkpoint.tensors if name.endswith(".base_layer.weight")}
+
+
+def _targets_of_folded(model: Expert) -> dict[str, str]:
+    """Return the tensor of the output that every tensor of an adapter belongs to that a full model is read with."""
+    if model.folded is None or model.checkpoint is None:
+        return {}
+    # Alignment may have renamed the model's tensors since, or made stacks of them.
+    names = {
+        recipe.info.name: name
+        for name, info in model.checkpoint.tensors.items()
+        for recipe in folded_within(info)
+        if name not in model.checkpoint.aliases
+    }
+    return {
+        part: REPEATED if part.endswith(".base_layer.weight") else names.get(target, target)
+        for part, target in model.folded.targets.items()
+    }

@@ -8,24 +8,22 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
-from hf_frmerge.checkpoints.names.model_names import read_names
-from hf_frmerge.checkpoints.quantised.dequantise import dequantise
 from hf_frmerge.checkpoints.resolve import fetch_all, resolve_all
 from hf_frmerge.checkpoints.source import is_on_hub
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
-from hf_frmerge.checkpoints.tensors.reader import open_checkpoint, some
+from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.tensor_rules import TensorRules, with_numbers
 from hf_frmerge.merging.arguments.values import validate_weights
 from hf_frmerge.merging.planning.account import account
 from hf_frmerge.merging.planning.coefficient_table import cut_as_given, read_coefficients
-from hf_frmerge.merging.planning.model_class import read_structure
+from hf_frmerge.merging.planning.open_models import match_adapters, open_models
 from hf_frmerge.merging.planning.output_form import choose_space, makes_adapter
 from hf_frmerge.merging.planning.plan import Expert, MergePlan
 from hf_frmerge.merging.planning.steps.adapter import adapter_steps
 from hf_frmerge.merging.planning.steps.full_model import full_model_steps
-from hf_frmerge.merging.planning.steps.set_apart import check_rules_match, without_ruled
+from hf_frmerge.merging.planning.steps.set_apart import check_rules_match
 from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
     choose_tokens,
     full_models,
@@ -37,7 +35,7 @@ from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from hf_frmerge.checkpoints.resolve import Source
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
@@ -76,13 +74,14 @@ def build_plan(
         raise ArgumentError("A merge needs at least two experts, got 0. Name two or more models.")
     alphas = validate_weights(weights, len(experts), args.method)
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
-    sources = resolve_all([*experts, *([base_model] if base_model else [])], token=args.hub_token, download=False)
+    look_up = functools.partial(resolve_all, token=args.hub_token, download=False, allow_pickle=args.allow_pickle)
+    sources = look_up(experts, pairs=True) + look_up([base_model] if base_model else [])
     plan = _plan(sources, args, alphas, base_model is not None)
     plan.notes += _weights_note(weights, alphas, args.scale)
     try:
         if check is not None:
             check(plan)
-        missing = [source for source in sources if download and is_downloaded(source, args)]
+        missing = [part for source in sources for part in source.parts if download and is_downloaded(part, args)]
         fetched = dict(zip(missing, fetch_all(missing, token=args.hub_token)))
     except BaseException:
         plan.close()
@@ -92,7 +91,7 @@ def build_plan(
     plan.close()
     # Keep these notes: they are about all files of the repositories, and the download left some of these out.
     notes = plan.notes
-    plan = _plan([fetched.get(source, source) for source in sources], args, alphas, base_model is not None)
+    plan = _plan([_fetched(source, fetched) for source in sources], args, alphas, base_model is not None)
     plan.notes = notes
     return plan
 
@@ -110,6 +109,11 @@ def _weights_note(given: Sequence[float] | None, weights: Sequence[float], scale
     ]
 
 
+def _fetched(source: Source, fetched: Mapping[Source, Source]) -> Source:
+    model, *adapter = [fetched.get(part, part) for part in source.parts]
+    return replace(model, adapter=adapter[0]) if adapter else model
+
+
 def is_downloaded(source: Source, args: MergingArguments) -> bool:
     """Whether a source is downloaded before the merge. Adapters always are: they are small and read whole."""
     return is_on_hub(source) and (source.kind == "adapter" or not args.stream_from_hub)
@@ -117,11 +121,11 @@ def is_downloaded(source: Source, args: MergingArguments) -> bool:
 
 def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float], with_base: bool) -> MergePlan:
     rules = TensorRules.parse(args.leave_out, args.take)
-    experts = [_open(source, rules) for source in sources]
-    notes_of_codes = [note for each in experts if each.checkpoint for note in dequantise(each.checkpoint)]
+    experts, notes_of_inputs = open_models(sources, rules, with_base)
     check_rules_match(rules, experts)
     base = experts.pop() if with_base else None
     _refuse_number(experts, base, args)
+    _refuse_measured_pairs(experts, args)
     args = with_model_numbers(args, [expert.source for expert in experts], base.source if base else None)
     table = read_coefficients(args.coefficients) if args.coefficients is not None else None
     to_adapter = makes_adapter(args, experts)
@@ -130,12 +134,12 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
         # Checked before adapters are matched: the message is clearer than that their weights are not in the base.
         refuse_quantised(base.checkpoint)
     choice = choose_tokens(args, experts, base)
-    experts = _match_adapters(experts, base, to_adapter, rules)
+    experts = match_adapters(experts, base, to_adapter, rules)
     if to_adapter:
         planned = adapter_steps(args, experts, base, weights, rules)
     else:
         planned = full_model_steps(args, experts, base, weights, rules, choice)
-    notes = planned.notes + notes_of_codes + _method_notes(planned.steps, args)
+    notes = planned.notes + notes_of_inputs + _method_notes(planned.steps, args)
     steps = cut_as_given(planned.steps, table, len(experts)) if table is not None else planned.steps
     layout = None
     if not to_adapter:
@@ -146,7 +150,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
         vocabulary = record_vocabulary(choice, rows, full_models(experts, base), args)
         notes += vocabulary_notes(vocabulary, choice)
     beside = look_beside(
-        [expert.source for expert in experts],
+        [part for expert in experts for part in expert.source.parts],
         base.source if base else None,
         makes_adapter=to_adapter,
         choice=choice,
@@ -166,7 +170,8 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
     _refuse_large_matrices(plan)
     account(plan)  # refuses what would be lost
     for model in plan.models:
-        model.weights.watch([file.name for file in (*beside.files, *beside.read) if file.source == model.source])
+        for source, checkpoint in model.recorded:
+            checkpoint.watch([file.name for file in (*beside.files, *beside.read) if file.source == source])
     return plan
 
 
@@ -174,7 +179,8 @@ def _refuse_number(experts: list[Expert], base: Expert | None, args: MergingArgu
     """Raise if there is one expert and nothing to do with it, or if the method joins another number of experts."""
     method, only = METHODS[args.method], experts[0]
     # One adapter can be folded into its base, or written anew.
-    if len(experts) == 1 and not (only.adapter and (base is not None or args.adapter_output == "adapter")):
+    is_adapter = only.source.kind == "adapter" and (base is not None or args.adapter_output == "adapter")
+    if len(experts) == 1 and not (is_adapter or only.source.adapter is not None):
         expected = f"A merge needs at least two experts, got 1: {only.spec!r}"
         if only.checkpoint:
             raise ArgumentError(
@@ -191,6 +197,17 @@ def _refuse_number(experts: list[Expert], base: Expert | None, args: MergingArgu
         )
 
 
+def _refuse_measured_pairs(experts: list[Expert], args: MergingArguments) -> None:
+    """Raise if a model with an adapter on it is to be run: what loads models takes one folder each."""
+    pairs = [expert.spec for expert in experts if expert.source.adapter is not None]
+    if pairs and args.evaluate_experts and (args.do_eval or args.eval_on_start):
+        raise ArgumentError(
+            f"`evaluate_experts` runs the experts, and {some(pairs)} is two: a model and an adapter. Set "
+            "evaluate_experts=False, or fold the adapter in first (`frmerge merge ADAPTER --base-model BASE "
+            "--output-dir folded`), and pass 'folded'."
+        )
+
+
 def _method_notes(steps: list[TensorStep], args: MergingArguments) -> list[str]:
     """Note options that change nothing, and tensors for which the method does something else than it usually does."""
     method = METHODS[args.method]
@@ -204,34 +221,6 @@ def _method_notes(steps: list[TensorStep], args: MergingArguments) -> list[str]:
     if numbers and method.is_directional:
         notes.append(f"A single number has no direction: of {some(numbers)} the plain weighted mean is taken.")
     return notes
-
-
-def _open(source: Source, rules: TensorRules) -> Expert:
-    if source.kind == "adapter":
-        from hf_frmerge.checkpoints.adapters.adapter import open_adapter
-
-        return Expert(source, adapter=without_ruled(open_adapter(source), rules))
-    return Expert(source, checkpoint=open_checkpoint(source))
-
-
-def _match_adapters(experts: list[Expert], base: Expert | None, to_adapter: bool, rules: TensorRules) -> list[Expert]:
-    """Match the modules of adapters with the tensors of the base."""
-    if base is None or base.checkpoint is None:
-        return experts
-    checkpoint = base.checkpoint
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    # Once for all adapters, and only if one asks.
-    structure = functools.cache(lambda: read_structure(checkpoint))
-    names = functools.cache(lambda: read_names(checkpoint.config(), checkpoint.source.spec))
-
-    def match(expert: Expert) -> Expert:
-        if expert.adapter is None:
-            return expert
-        adapter = expert.adapter.match(shapes, structure, names, into_adapter=to_adapter)
-        adapter.check_base_layers(checkpoint)
-        return Expert(expert.source, adapter=without_ruled(adapter, rules))  # by the base's names, too
-
-    return [match(expert) for expert in experts]
 
 
 def _refuse_large_matrices(plan: MergePlan) -> None:

@@ -32,6 +32,26 @@ def mean_known(distances: Sequence[float | None]) -> float:
 
 
 @dataclass(frozen=True)
+class RefinementRecord:
+    """
+    How a fitted merge was refined: all layers together, by gradient.
+
+    Attributes:
+        steps: number of steps.
+        loss: `"kl"` or `"fisher_rao"` between the predictions, or `"angle"` between the hidden states.
+        learning_rate: highest step size.
+        began_from: form of the fit that it began from; `"start"` if the fit gained nothing.
+        best_step: number of steps that led to what was written; 0 if no judged point was better than the fit.
+    """
+
+    steps: int
+    loss: str
+    learning_rate: float
+    began_from: Form
+    best_step: int
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """
     How corrections were found, and what they gain.
@@ -43,10 +63,12 @@ class CalibrationRecord:
         source: where the prompts came from: `"file"`, `"dataset"`, or `"self"` if the experts wrote them.
         digest: XXH3-128 of their token ids.
         options: settings of the fit, by name.
-        form: form that was chosen.
+        form: form that was chosen: of what is written.
         distances: form -> squared Fisher–Rao distance of the merge's predictions to every expert's, in rad², mean over
-            the tokens of its held-out prompts; of a model without a head, the squared angle of hidden states.
+            the tokens of its held-out prompts; of a model without a head, the squared angle of hidden states. After a
+            refinement its best point is `"refined"`.
         seconds: CPU time of the fit.
+        refinement: how it was refined; `None` if it was not.
     """
 
     prompts: tuple[int, ...]
@@ -58,15 +80,21 @@ class CalibrationRecord:
     form: Form
     distances: dict[str, tuple[float | None, ...]]
     seconds: float
+    refinement: RefinementRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        return values if self.refinement is not None else {k: v for k, v in values.items() if k != "refinement"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CalibrationRecord:
         """Read a record from the values of `to_dict`."""
-        fields_of = {field.name: values[field.name] for field in fields(cls)}
+        fields_of = {field.name: values[field.name] for field in fields(cls) if field.name != "refinement"}
+        refinement = values.get("refinement")
+        if refinement is not None:
+            of_refinement = {field.name: refinement[field.name] for field in fields(RefinementRecord)}
+            fields_of["refinement"] = RefinementRecord(**of_refinement)
         for name in ("prompts", "held_out"):
             fields_of[name] = tuple(fields_of[name])
         fields_of["distances"] = {form: tuple(row) for form, row in values["distances"].items()}
@@ -78,9 +106,30 @@ class CalibrationRecord:
         return self.options.get("judged_by", "predictions") == "predictions"
 
     @property
-    def is_fitted(self) -> bool:
+    def is_corrected(self) -> bool:
         """Whether anything is added to the merge without data."""
         return self.form != "start"
+
+    @property
+    def method(self) -> str | None:
+        """The method that the corrections belong to; `None` if a merge by any method was fitted to its experts."""
+        method: str | None = self.options.get("method")
+        return method
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the merge was fitted to its experts, beyond what its method gives, and is the better for it."""
+        return self.is_corrected and self.method is None
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether what is written is the outcome of a refinement."""
+        return self.refinement is not None and self.refinement.best_step > 0
+
+    @property
+    def written(self) -> str:
+        """What is written, as `distances` names it."""
+        return "refined" if self.is_refined else self.form
 
     def mean_distance(self, form: str) -> float:
         """Return the mean over the experts that have held-out prompts."""

@@ -45,7 +45,7 @@ def check_space(plan: MergePlan) -> None:
 
 def download_bytes(plan: MergePlan) -> int:
     """Return the bytes that the merge will download: none if it streams, or if the cache has all files."""
-    sources = [model.source for model in plan.models if is_downloaded(model.source, plan.args)]
+    sources = [part for model in plan.models for part in model.source.parts if is_downloaded(part, plan.args)]
     if not sources:
         return 0
     from hf_frmerge.checkpoints.hub.find import download_size

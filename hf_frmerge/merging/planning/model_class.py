@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.checkpoints.model_structure import ModelStructure, may_be_tied
+from hf_frmerge.checkpoints.model_structure import ModelStructure, may_be_tied, stated_ties
 from hf_frmerge.checkpoints.names.empty_model import build_empty
 from hf_frmerge.errors import CheckpointError
 
@@ -33,7 +33,7 @@ def read_structure(base: Checkpoint) -> ModelStructure:
 def _is_untied(base: Checkpoint) -> bool:
     """Whether config or tensors show that input embedding and output layer are separate."""
     config = base.config()
-    stated = [value["tie_word_embeddings"] for value in _levels(config) if "tie_word_embeddings" in value]
+    stated = stated_ties(config)
     if stated:
         return not any(stated)
     rows = next((value["vocab_size"] for value in _levels(config) if "vocab_size" in value), None)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def makes_adapter(args: MergingArguments, experts: Sequence[Expert]) -> bool:
     """Whether the output is an adapter; that takes adapters only, merged in delta space."""
-    full = [expert.spec for expert in experts if expert.checkpoint]
+    full = [expert for expert in experts if expert.checkpoint]
     if args.adapter_output == "adapter":
         if not _is_sum(args):
             raise ArgumentError(
@@ -25,7 +25,9 @@ def makes_adapter(args: MergingArguments, experts: Sequence[Expert]) -> bool:
                 "no adapter can express it. Use adapter_output='merged'."
             )
         if full:
-            raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0]!r} is a full checkpoint.")
+            is_adapter = full[0].source.kind == "adapter"
+            what = "more than low-rank factors. Use adapter_output='merged'" if is_adapter else "a full checkpoint"
+            raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0].spec!r} is {what}.")
         if args.take:
             raise ArgumentError(
                 "`take` copies tensors of full models, which no adapter can hold. Give the expert all of the weight "
@@ -64,8 +66,9 @@ def choose_space(
         )
     of_deltas = [name for name in ("post_step", "layer_scales") if args.to_dict()[name] is not None]
     needs_deltas = METHODS[args.method].needs_deltas or bool(of_deltas)
+    of_base = any(expert.source.kind == "adapter" for expert in experts)
     table_space = table.space if table is not None else None
-    space = args.space or table_space or ("deltas" if adapters or needs_deltas else "weights")
+    space = args.space or table_space or ("deltas" if of_base or needs_deltas else "weights")
     if needs_deltas and space != "deltas":
         name = f"{args.method} is" if not of_deltas else f"What {of_deltas[0]} changes is"
         raise ArgumentError(f'{name} made of deltas: it needs space="deltas" and a base_model.')
@@ -84,4 +87,5 @@ def choose_space(
 
 
 def _is_sum(args: MergingArguments) -> bool:
-    return METHODS[args.method].kind in ("span", "given") and args.post_step is None
+    method = METHODS[args.method]
+    return (method.kind in ("span", "given") or method.fits_adapter) and args.post_step is None

@@ -12,8 +12,8 @@ from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.methods.post_steps import SingularValueCalibration
 from hf_frmerge.methods.span import SpanOptions
-from hf_frmerge.methods.sparse.rules import SparseOptions
-from hf_frmerge.methods.spectral import SpectralOptions, memory_bytes
+from hf_frmerge.methods.spectral.decision import memory_bytes
+from hf_frmerge.methods.spectral.inputs import SpectralOptions
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.visible import without_secrets
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hf_frmerge.checkpoints.adapters.adapter import Adapter
+    from hf_frmerge.checkpoints.adapters.folded import FoldedAdapter
     from hf_frmerge.checkpoints.beside.look_beside import CarriedFile
     from hf_frmerge.checkpoints.resolve import Source
     from hf_frmerge.checkpoints.tensors.layout import ShardLayout
@@ -30,15 +31,25 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.corrections import CalibrationRecord, Corrections
     from hf_frmerge.merging.planning.tensor_step import TensorStep
     from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
+    from hf_frmerge.methods.sparse.rules import SparseOptions
 
 
 @dataclass(frozen=True)
 class Expert:
-    """Opened model of a merge (an expert or the base): a full checkpoint, or a low-rank adapter of the base."""
+    """
+    Opened model of a merge (an expert or the base): a full checkpoint, or a low-rank adapter of the base.
+
+    Attributes:
+        source: where it is.
+        checkpoint: full model. That of an adapter which has no low-rank factors is its base, read with the adapter.
+        adapter: low-rank adapter of the base.
+        folded: adapter that the full model is read with.
+    """
 
     source: Source
     checkpoint: Checkpoint | None = None
     adapter: Adapter | None = None
+    folded: FoldedAdapter | None = None
 
     @property
     def spec(self) -> str:
@@ -57,6 +68,21 @@ class Expert:
             return self.checkpoint
         assert self.adapter is not None
         return self.adapter.checkpoint
+
+    @property
+    def recorded(self) -> list[tuple[Source, Checkpoint]]:
+        """Its folder and that of an adapter on it, with the weights that lie there; a base is recorded by itself."""
+        if self.folded is None or self.checkpoint is None:
+            return [(self.source, self.weights)]
+        if self.source.adapter is None:
+            return [(self.source, self.folded.checkpoint)]
+        model, adapter = self.source.parts
+        return [(model, self.checkpoint), (adapter, self.folded.checkpoint)]
+
+    @property
+    def opened(self) -> list[Checkpoint]:
+        """All that is open: its weights, and the adapter they are read with."""
+        return [self.weights, *([self.folded.checkpoint] if self.folded is not None else [])]
 
 
 @dataclass
@@ -114,6 +140,16 @@ class MergePlan:
         return [*self.experts, *([self.base] if self.base else [])]
 
     @property
+    def input_paths(self) -> list[str]:
+        """Folders of the models, and of the adapters on them."""
+        return [part.path for model in self.models for part in model.source.parts]
+
+    @property
+    def opened(self) -> list[Checkpoint]:
+        """All checkpoints that are read."""
+        return [checkpoint for model in self.models for checkpoint in model.opened]
+
+    @property
     def span_options(self) -> SpanOptions:
         """Options of the method."""
         args = self.args
@@ -128,6 +164,8 @@ class MergePlan:
 
     def sparse_options(self, weights: tuple[float, ...]) -> SparseOptions:
         """Options of a sparse method, for a group with these weights."""
+        from hf_frmerge.methods.sparse.rules import SparseOptions  # on use: other methods have no use for the rules
+
         args = self.args
         return SparseOptions(
             weights,
@@ -194,12 +232,29 @@ class MergePlan:
 
     def matrix_memory(self, step: TensorStep) -> int:
         """Upper limit of the bytes that merging a tensor as a matrix takes; 0 if it is not."""
-        return memory_bytes(step.shape[0], step.cols, len(self.experts)) if step.is_matrix else 0
+        if not step.is_matrix:
+            return 0
+        rank = self._core_rank(step)
+        return memory_bytes(self.args.method, step.shape[0], step.cols, len(self.experts), core_rank=rank)
+
+    def _core_rank(self, step: TensorStep) -> int | None:
+        """Return the sum of the ranks of the experts' deltas, if these are merged as cores."""
+        if not METHODS[self.args.method].is_equivariant or self.args.post_step is not None:
+            return None
+        rank = 0
+        for expert in self.experts:
+            if expert.adapter is None or step.name in expert.adapter.dense:
+                return None
+            delta = expert.adapter.deltas.get(step.name)
+            if delta is not None and delta.is_dora:
+                return None
+            rank += delta.rank if delta is not None else 0
+        return rank if 0 < rank < min(step.shape[0], step.cols) else None
 
     def close(self) -> None:
         """Close all files."""
-        for model in self.models:
-            model.weights.close()
+        for checkpoint in self.opened:
+            checkpoint.close()
         if self.corrections is not None:
             self.corrections.checkpoint.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS
@@ -36,17 +37,17 @@ class TensorStep:
     is_matrix: bool = False
     scale: float = 1.0
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def cols(self) -> int:
         """Elements of a row."""
         return self.numel // self.shape[0] if self.shape and self.numel else 1
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes in the output."""
         return self.numel * DTYPE_BITS[self.dtype] // 8

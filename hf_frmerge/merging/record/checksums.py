@@ -18,14 +18,14 @@ from hf_frmerge.checkpoints.beside.donor import CONFIG_FILE
 from hf_frmerge.checkpoints.disk import disk_errors
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE
 from hf_frmerge.merging.record.manifest_entries import RecordedFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from hf_frmerge.checkpoints.beside.look_beside import CarriedFile
-    from hf_frmerge.merging.planning.plan import Expert
+    from hf_frmerge.checkpoints.source import Source
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint
 
 SMALL_FILE = 16 * 2**20
 """Bytes up to which a weight file is hashed during the merge: some hundredths of a second."""
@@ -52,18 +52,19 @@ def file_entry(path: Path) -> RecordedFile:
     return RecordedFile(path.stat().st_size, sha256_of(path))
 
 
-def input_files(model: Expert, carried: Sequence[CarriedFile]) -> dict[str, RecordedFile]:
+def input_files(source: Source, weights: Checkpoint, carried: Sequence[CarriedFile]) -> dict[str, RecordedFile]:
     """
     List the files of a model that a merge reads, with their sizes and, where it costs little, their SHA-256.
 
     Args:
-        model: Expert or base.
+        source: Where the model is.
+        weights: Its weights.
         carried: Files that the merged model takes over, from this model and others.
     """
-    folder = open_folder(model.source.path)
-    names = [*model.weights.files]
-    names += [name for name in (INDEX_FILE, CONFIG_FILE, "adapter_config.json") if folder.exists(name)]
-    names += [file.name for file in carried if file.source == model.source]
+    folder = open_folder(source.path)
+    names = [*weights.files]
+    names += [name for name in (source.weight_files.index, CONFIG_FILE, "adapter_config.json") if folder.exists(name)]
+    names += [file.name for file in carried if file.source == source]
     return {name: _input_entry(folder, name) for name in dict.fromkeys(names)}
 
 

@@ -64,7 +64,7 @@ def find_models(
         CheckpointError: If a local model is not known on this machine.
     """
     places = _places(folder, manifest, chosen)
-    missing = [model.id for model, place in zip(manifest.models, places) if place is None]
+    missing = [model.name for model, place in zip(manifest.models, places) if place is None]
     if missing:
         raise CheckpointError(
             f"The merge used local models that are not known on this machine: {', '.join(missing)}. Say where they "
@@ -92,7 +92,7 @@ def find_models_to_compare(
     if not (Path(folder) / MANIFEST_FILE).is_file():
         return MergeModels(list(experts), None, base_model)
     manifest = read_manifest(folder)
-    names = [expert.id for expert in manifest.experts]
+    names = [expert.name for expert in manifest.experts]
     places = _places(folder, manifest, [*[None] * len(names), base_model])
     recorded, base_model = places[: len(names)], base_model or next(iter(places[len(names) :]), None)
     if experts:
@@ -118,7 +118,7 @@ def by_name(manifest: Manifest, chosen: Mapping[str, Sequence[str]]) -> list[str
     Raises:
         ArgumentError: If `chosen` names a model that is not in the record.
     """
-    names = [model.id for model in manifest.models]
+    names = [model.name for model in manifest.models]
     unknown = [name for name in chosen if name not in names]
     if unknown:
         expected = ", ".join(dict.fromkeys(names))

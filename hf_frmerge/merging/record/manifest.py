@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
+from hf_frmerge.checkpoints.resolve import split_pair
 from hf_frmerge.checkpoints.tensors.small_files import read_file
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
@@ -165,6 +166,11 @@ def local_sources(output_dir: Path, manifest: Manifest) -> tuple[list[str | None
             "models are with --experts and --base-model."
         ) from error
     return list(sources.models), list(sources.marks)
+
+
+def parts_of_path(path: str | None) -> tuple[str | None, str | None]:
+    """Return where a recorded model is, and where the adapter on it is if it has one."""
+    return (split_pair(path) if path is not None else None) or (path, None)
 
 
 def read_manifest(output_dir: Path | str) -> Manifest:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.kernels.elementwise import Band, Elementwise
 from hf_frmerge.merging.decisions import Geometry, Solution, elementwise_of, geometry_of, spectral_of
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,16 +43,15 @@ class RecordedFile:
 
 
 @dataclass(frozen=True)
-class RecordedModel:
+class RecordedFolder:
     """
-    An expert or the base model.
+    A full model or an adapter that was read.
 
     Attributes:
         id: Hub id, or the name of a local folder; never a path.
         revision: what was asked for.
         commit: what it stood for on the Hub.
         files: what was read of it, by name.
-        weight: of an expert; `None` of the base model.
     """
 
     id: str
@@ -61,32 +60,70 @@ class RecordedModel:
     commit: str | None
     kind: Literal["full", "adapter"]
     files: dict[str, RecordedFile]
-    weight: float | None = None
-
-    @property
-    def pinned(self) -> str | None:
-        """Hub id at the recorded commit; `None` of a local model."""
-        return f"{self.id}@{self.commit}" if self.on_hub else None
 
     @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> RecordedModel:
+    def from_dict(cls, entry: dict[str, Any]) -> RecordedFolder:
         """Read it from JSON values."""
-        return cls(
+        return RecordedFolder(
             entry["id"],
             entry["on_hub"],
             entry["revision"],
             entry["commit"],
             entry["kind"],
             files_of(entry["files"]),
-            entry.get("weight"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        values = {**vars(self), "files": {name: file.to_dict() for name, file in self.files.items()}}
-        if self.weight is None:
-            del values["weight"]
-        return values
+        return {**vars(self), "files": {name: file.to_dict() for name, file in self.files.items()}}
+
+
+@dataclass(frozen=True)
+class RecordedModel(RecordedFolder):
+    """
+    An expert or the base model.
+
+    Attributes:
+        weight: of an expert; `None` of the base model.
+        adapter: of a full model that was read with an adapter on it (`base+adapter`): this adapter. All else is then
+            about the model.
+    """
+
+    weight: float | None = None
+    adapter: RecordedFolder | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it: its id, with that of an adapter on it."""
+        return "+".join(part.id for part in self.parts)
+
+    @property
+    def pinned(self) -> str | None:
+        """Hub id at the recorded commit, with that of an adapter on it; `None` if one of them is local."""
+        pinned = [f"{part.id}@{part.commit}" for part in self.parts if part.on_hub]
+        return "+".join(pinned) if len(pinned) == len(self.parts) else None
+
+    @property
+    def parts(self) -> tuple[RecordedFolder, ...]:
+        """The model and the adapter on it."""
+        return (self,) if self.adapter is None else (self, self.adapter)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> RecordedModel:
+        """Read it from JSON values."""
+        adapter = entry.get("adapter")
+        return cls(
+            **vars(RecordedFolder.from_dict(entry)),
+            weight=entry.get("weight"),
+            adapter=RecordedFolder.from_dict(adapter) if adapter is not None else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        values = super().to_dict()
+        if self.adapter is not None:
+            values["adapter"] = self.adapter.to_dict()
+        return {key: value for key, value in values.items() if value is not None or key not in ("weight", "adapter")}
 
 
 @dataclass(frozen=True)
@@ -104,6 +141,7 @@ class RecordedTensor:
         decision: what the method decided. `None` of copies, and of coefficients, which have a file of their own.
         rank, norm, truncation_error: of a module of an adapter, as `FactorDetails` has them. Version 2 has no norm.
         geometry: what was measured of the experts, if anything was.
+        n_saturated: values that were beyond the dtype and became its largest number (`on_overflow`).
     """
 
     action: Literal["merge", "copy", "skip"]
@@ -118,6 +156,7 @@ class RecordedTensor:
     norm: float | None = None
     truncation_error: float | None = None
     geometry: Geometry | None = None
+    n_saturated: int = 0
 
     def decision_with(self, coefficients: NDArray[np.float64] | None) -> Decision | None:
         """
@@ -147,6 +186,7 @@ class RecordedTensor:
             norm=entry.get("norm"),
             truncation_error=entry.get("truncation_error"),
             geometry=geometry_of(geometry) if geometry is not None else None,
+            n_saturated=entry.get("n_saturated", 0),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,6 +198,8 @@ class RecordedTensor:
             "inputs_xxh3_128": self.inputs,
             "output_xxh3_128": self.output,
         }
+        if self.n_saturated:
+            values["n_saturated"] = self.n_saturated
         if self.action != "merge":
             return {**values, "donor": self.donor}
         decided = {} if self.decision is None else self.decision.to_journal()

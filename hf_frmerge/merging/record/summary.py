@@ -149,14 +149,6 @@ class MergeReport:
         return values
 
 
-@dataclass(frozen=True)
-class MergeOutcome:
-    """A merge that ended; whether its output is complete: an observer may have stopped it before."""
-
-    complete: bool
-    report: MergeReport
-
-
 def make_report(
     plan: MergePlan, outcomes: Sequence[StepOutcome], kernels: str, seconds: float, notes: Sequence[str]
 ) -> MergeReport:
@@ -177,7 +169,13 @@ def make_report(
         seconds=seconds,
         bytes_per_second=read / seconds,
         kernels=kernels,
-        notes=(*plan.notes, *zero_notes(plan, outcomes), *base_notes(plan, outcomes), *notes),
+        notes=(
+            *plan.notes,
+            *saturation_notes(outcomes),
+            *zero_notes(plan, outcomes),
+            *base_notes(plan, outcomes),
+            *notes,
+        ),
         factors=_factor_totals(outcomes),
         accounts=account(plan, {outcome.step.name for outcome in outcomes if outcome.action == "skip"}),
     )
@@ -202,6 +200,18 @@ def geometry_totals(outcomes: Sequence[StepOutcome]) -> GeometryTotals | None:
         n_not_converged=sum(len(g.unconverged) for g in geometry),
         n_ambiguous=sum(g.n_ambiguous for g in geometry),
     )
+
+
+def saturation_notes(outcomes: Sequence[StepOutcome]) -> list[str]:
+    """Say how many merged values were beyond the dtype, of which tensors."""
+    tensors = [outcome.step.name for outcome in outcomes if outcome.n_saturated]
+    if not tensors:
+        return []
+    n_values = sum(outcome.n_saturated for outcome in outcomes)
+    return [
+        f"{n_values:,} merged values were beyond what the dtype holds and became its largest number "
+        f"(on_overflow=saturate), in {len(tensors)} of {len(outcomes)} tensors ({some(tensors)})."
+    ]
 
 
 def zero_notes(plan: MergePlan, outcomes: Sequence[StepOutcome]) -> list[str]:

@@ -24,15 +24,23 @@ from hf_frmerge.merging.record.manifest import (
     MANIFEST_FILE,
     Manifest,
     local_sources,
+    parts_of_path,
     read_manifest,
     read_values,
 )
-from hf_frmerge.merging.record.manifest_entries import Machine, RecordedFile, RecordedModel, RecordedTensor
-from hf_frmerge.methods.spectral import Spectral
+from hf_frmerge.merging.record.manifest_entries import (
+    Machine,
+    RecordedFile,
+    RecordedFolder,
+    RecordedModel,
+    RecordedTensor,
+)
+from hf_frmerge.methods.spectral.decision import Spectral
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from hf_frmerge.checkpoints.source import Source
     from hf_frmerge.checkpoints.tensors.layout import Shard
     from hf_frmerge.merging.engine.outcomes import StepOutcome
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
@@ -67,15 +75,15 @@ def write_manifest(
     report: MergeReport,
     n_processes: int,
     small_files: dict[str, Path],
-) -> None:
+) -> Manifest:
     """
-    Write `merge_manifest.json`.
+    Write `merge_manifest.json`; return what `read_manifest` would read there.
 
     Args:
         report: Totals of the merge.
         small_files: Name of every file but the shards of a full model -> where it lies now.
     """
-    arguments = plan.args.to_dict()
+    arguments = json.loads(json.dumps(plan.args.to_dict()))  # as they are read: with lists in the place of tuples
     arguments.pop("output_dir")
     if plan.coefficients is not None:
         arguments["coefficients"] = COEFFICIENTS_FILE  # the table that was given is in the record itself
@@ -104,9 +112,14 @@ def write_manifest(
         vocabulary=_vocabulary(plan),
     )
     write_file(output_dir / MANIFEST_FILE, _as_text(manifest.to_dict()))
-    paths = [m.source.path if "://" in m.source.path else str(Path(m.source.path).resolve()) for m in plan.models]
-    marks = [modification_marks(path, model.files) for path, model in zip(paths, manifest.models)]
-    write_file(output_dir / LOCAL_SOURCES_FILE, json.dumps({"models": paths, "marks": marks}) + "\n")
+    paths = [[_path(part) for part in model.source.parts] for model in plan.models]
+    marks = [
+        dict(mark for part, path in zip(model.parts, own) for mark in modification_marks(path, part.files).items())
+        for own, model in zip(paths, manifest.models)
+    ]
+    known = {"models": list(map("+".join, paths)), "marks": marks}
+    write_file(output_dir / LOCAL_SOURCES_FILE, json.dumps(known) + "\n")
+    return manifest
 
 
 def record_checksums(output_dir: Path, known: Mapping[str, str] | None = None) -> list[str]:
@@ -128,7 +141,12 @@ def record_checksums(output_dir: Path, known: Mapping[str, str] | None = None) -
     missing = []
     paths, marks = local_sources(output_dir, manifest)
     models = [*values["experts"], *([values["base_model"]] if values["base_model"] else [])]
-    for model, path, unchanged in zip(models, paths, marks):
+    parts = [
+        (part, place, unchanged)
+        for model, path, unchanged in zip(models, paths, marks)
+        for part, place in zip([model, *([model["adapter"]] if "adapter" in model else [])], parts_of_path(path))
+    ]
+    for model, path, unchanged in parts:
         for name, entry in model["files"].items():
             if entry["sha256"] is None and path is not None and is_unchanged(path, name, unchanged):
                 entry["sha256"] = sha256_of(Path(path) / name)
@@ -180,29 +198,39 @@ def _vocabulary(plan: MergePlan) -> VocabularyRecord | None:
 
 def _id(model: Expert) -> str:
     """Name a model: local folders are known by their name only, as the manifest is pushed."""
-    return model.source.repo_id or Path(model.source.path).name
+    return "+".join(map(_id_of, model.source.parts))
+
+
+def _id_of(source: Source) -> str:
+    return source.repo_id or Path(source.path).name
+
+
+def _path(source: Source) -> str:
+    return source.path if "://" in source.path else str(Path(source.path).resolve())
 
 
 def _model(expert: Expert, plan: MergePlan, weight: float | None) -> RecordedModel:
     """Identity of a model."""
-    source = expert.source
-    return RecordedModel(
-        id=_id(expert),
-        on_hub=source.repo_id is not None,
-        revision=source.revision,
-        commit=source.commit,
-        kind=source.kind,
-        files=input_files(expert, (*plan.carried, *plan.read_beside)),
-        weight=weight,
-    )
+    model, *on_it = [
+        RecordedFolder(
+            id=_id_of(source),
+            on_hub=source.repo_id is not None,
+            revision=source.revision,
+            commit=source.commit,
+            kind=source.kind,
+            files=input_files(source, weights, (*plan.carried, *plan.read_beside)),
+        )
+        for source, weights in expert.recorded
+    ]
+    return RecordedModel(**vars(model), weight=weight, adapter=on_it[0] if on_it else None)
 
 
 def _without_paths(note: str, models: Sequence[Expert]) -> str:
     """Call local models by the names of their folders."""
-    local = [model.source for model in models if model.source.repo_id is None]
-    for source in sorted(local, key=lambda source: len(source.spec), reverse=True):
-        if "/" in source.spec or "\\" in source.spec:  # a bare name hides nothing, and may be an ordinary word
-            note = note.replace(source.spec, Path(source.path).name)
+    local = [model for model in models if any(part.repo_id is None for part in model.source.parts)]
+    for model in sorted(local, key=lambda model: len(model.spec), reverse=True):
+        if "/" in model.spec or "\\" in model.spec:  # a bare name hides nothing, and may be an ordinary word
+            note = note.replace(model.spec, _id(model))
     return note
 
 
@@ -222,4 +250,5 @@ def _tensor(outcome: StepOutcome) -> RecordedTensor:
         norm=details.norm if details else None,
         truncation_error=details.truncation_error if details else None,
         geometry=outcome.geometry,
+        n_saturated=outcome.n_saturated,
     )

@@ -25,6 +25,24 @@ KNOTS = Paper(
     2024,
     "2410.19735",
 )
+DC_MERGE = Paper(
+    "DC-Merge: Improving Model Merging with Directional Consistency",
+    "Han-Chen Zhang, Zi-Hao Zhou, Mao-Lin Luo, Shimin Di, Min-Ling Zhang, Tong Wei",
+    2026,
+    "2603.06242",
+)
+ACE = Paper(
+    "ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation",
+    "Bo Xu, Haotian Wu, Hehai Lin, Weiquan Huang, Beier Zhu, Yao Shu, Chengwei Qin",
+    2026,
+    "2603.02945",
+)
+ORTHO_MERGE = Paper(
+    "Orthogonal Model Merging",
+    "Sihan Yang, Kexuan Shi, Weiyang Liu",
+    2026,
+    "2602.05943",
+)
 OPCM = Paper(
     "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging",
     "Anke Tang, Enneng Yang, Li Shen, Yong Luo, Han Hu, Lefei Zhang, Bo Du, Dacheng Tao",
@@ -42,6 +60,7 @@ SPECTRAL = (
         "Experts disturb each other where they change the same directions; at right angles they cannot.",
         options=("scale",),
         needs_deltas=True,
+        is_equivariant=True,
         is_compared=True,
         blocks=("tensor",),
         paper=TSV,
@@ -57,6 +76,7 @@ SPECTRAL = (
         "that depend on the others.",
         options=("scale",),
         needs_deltas=True,
+        is_equivariant=True,
         is_isotropic=True,
         is_compared=True,
         blocks=("tensor",),
@@ -73,6 +93,7 @@ SPECTRAL = (
         options=("density", "scale"),
         density=0.8,
         needs_deltas=True,
+        is_equivariant=True,
         is_isotropic=True,
         blocks=("tensor",),
         paper=ISO,
@@ -89,6 +110,7 @@ SPECTRAL = (
         options=("density", "descent_steps", "scale"),
         density=0.85,
         needs_deltas=True,
+        is_equivariant=True,
         blocks=("tensor",),
         tags=("swudi",),
     ),
@@ -102,6 +124,7 @@ SPECTRAL = (
         "rest.",
         options=("scale",),
         needs_deltas=True,
+        is_equivariant=True,
         blocks=("tensor",),
         tags=("resmerge",),
     ),
@@ -122,6 +145,53 @@ SPECTRAL = (
         tags=("knots", "ties"),
     ),
     Method(
+        "dc_merge",
+        "spectral",
+        "DC-Merge",
+        "what each expert changed in a matrix of the base model is taken apart into directions. Those of all experts "
+        "are turned until they stand at right angles to each other; every change is written in them, its smallest "
+        "parts are dropped, the experts vote on each part, up or down, and what would tie a direction of one expert "
+        "to one of another is dropped. Of adapters, all directions are made equally strong first.",
+        "The merge keeps the directions of every expert, the weak ones of an adapter as well as the strong.",
+        options=("density", "scale"),
+        density=0.001,
+        needs_deltas=True,
+        is_isotropic=True,
+        is_equivariant=True,
+        blocks=("tensor",),
+        paper=DC_MERGE,
+        tags=("dc-merge", "ties"),
+    ),
+    Method(
+        "ace",
+        "spectral",
+        "ACE-Merging",
+        "what each expert changed in a matrix of the base model tells which inputs it was trained on. The merged "
+        "matrix is the one that, on these inputs, comes closest to answering as that expert would; its strongest "
+        "directions are evened out if the experts changed by very different amounts.",
+        "It asks of the merge what methods with data ask, and needs none.",
+        options=("density", "scale"),
+        density=0.3,
+        needs_deltas=True,
+        blocks=("tensor",),
+        paper=ACE,
+        tags=("ace-merging",),
+    ),
+    Method(
+        "ortho_merge",
+        "spectral",
+        "OrthoMerge",
+        "each expert's matrix is taken as that of the base model, turned, and a rest. The turns are merged as turns, "
+        "as far as they go on average; of the rests, a fifth of their sum is added.",
+        "A turn changes no length and no angle of what the base model has learned, and an average of turns, unlike an "
+        "average of matrices, is one.",
+        options=("scale",),
+        needs_deltas=True,
+        blocks=("tensor",),
+        paper=ORTHO_MERGE,
+        tags=("orthomerge",),
+    ),
+    Method(
         "opcm",
         "spectral",
         "continual merging (OPCM)",
@@ -135,6 +205,7 @@ SPECTRAL = (
         extension="task_arithmetic",
         density=0.5,
         needs_deltas=True,
+        is_equivariant=True,
         is_continual=True,
         blocks=("tensor",),
         paper=OPCM,

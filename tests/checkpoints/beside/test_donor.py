@@ -112,7 +112,7 @@ def test_dtype_under_its_old_name_and_in_nested_configs(tmp_path):
 
 
 def test_donor_without_config(tmp_path):
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json could not be read: No such file"):
         write_config(source(tmp_path), tmp_path)
 
 

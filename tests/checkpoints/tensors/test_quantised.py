@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from hf_frmerge.checkpoints.tensors.alignment import align
+from hf_frmerge.checkpoints.alignment.align import align
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.errors import CheckpointError
 

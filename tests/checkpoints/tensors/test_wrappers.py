@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from hf_frmerge.checkpoints.adapters.adapter import open_adapter
+from hf_frmerge.checkpoints.alignment.align import align
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.alignment import align
 from hf_frmerge.checkpoints.tensors.wrappers import unwrapped, unwrapped_pattern
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.evaluation.suite.inputs import find_inputs

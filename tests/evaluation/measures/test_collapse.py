@@ -80,6 +80,7 @@ def test_small_variance_beside_a_large_mean(shift: float) -> None:
 def test_effective_rank_of_known_spectra() -> None:
     assert effective_rank(torch.eye(7, dtype=torch.float64)) == pytest.approx(7)
     assert effective_rank(torch.zeros(3, 3, dtype=torch.float64)) == 0
+    assert math.isnan(effective_rank(torch.full((3, 3), torch.inf, dtype=torch.float64)))
     rank_one = torch.outer(*2 * [torch.arange(5, dtype=torch.float64)])
     assert effective_rank(rank_one) == pytest.approx(1, abs=1e-9)
     two = torch.diag(torch.tensor([0.75, 0.25, 0.0], dtype=torch.float64))

@@ -20,7 +20,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
-    T5ForConditionalGeneration,
+    T5Model,
     ViTConfig,
     ViTModel,
 )
@@ -28,6 +28,7 @@ from two_processes import run_on_two_processes
 
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
+from hf_frmerge.evaluation.suite.result_store import Measured
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.geometry.simplex import barycentre, fisher_rao_distance
@@ -266,6 +267,30 @@ def test_changed_text_weights_or_options_miss_the_cache(folder: Path, tmp_path: 
     assert ran == ["base", MERGED]
 
 
+def test_damaged_results_of_one_model_are_measured_again(folder: Path, tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def again() -> EvaluationRecord:
+        ran.clear()
+        models = {"base": folder / "base", MERGED: folder / "math"}
+        return run(folder, tmp_path / "cache", specs=models, weights=None, on_model=ran.append)
+
+    whole = again()
+    victim = next((tmp_path / "cache").glob("*/measured.json"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert again() == whole
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b'{"layers": 1}', b"[]", b'{"a": 1, "a": 2}', b"\xff", b'{"layers": [{"x": 1}]}', b"[" * 9999]
+)
+def test_what_is_no_result_is_told_from_one(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "measured.json").write_bytes(damage)
+    with pytest.raises(ValueError):  # the sentence is of those who read it
+        Measured.read(tmp_path / "measured.json")
+
+
 def test_a_model_that_changes_while_it_is_measured_is_not_kept(
     folder: Path, record: EvaluationRecord, tmp_path: Path
 ) -> None:
@@ -349,11 +374,12 @@ def test_refuses_what_it_cannot_measure(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="different sizes"):
         run(folder, tmp_path, specs=specs(folder) | {"code": tmp_path / "larger"}, on_model=ran.append)
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
-    T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1)).save_pretrained(
-        tmp_path / "t5"
-    )
+    T5Model(T5Config(vocab_size=50, d_model=8, d_kv=8, d_ff=8, num_layers=1)).save_pretrained(tmp_path / "t5")
     ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
-    for kind, sentence in (("t5", "'code' .t5. is an encoder-decoder"), ("vit", "'code' .vit. is no model of text")):
+    for kind, sentence in (
+        ("t5", "'code' .t5. is an encoder-decoder without a head"),
+        ("vit", "'code' .vit. is no model of text"),
+    ):
         with pytest.raises(ArgumentError, match=sentence):
             run(folder, tmp_path, specs=specs(folder) | {"code": tmp_path / kind}, on_model=ran.append)
     assert ran == []

@@ -18,7 +18,7 @@ from hf_frmerge.hub.card.commands import result_arguments
 from hf_frmerge.hub.card.data import CardSource, CardStatistics, MergeCard
 from hf_frmerge.hub.card.licences import SourceMetadata
 from hf_frmerge.merging.record.summary import ROUNDING_ANGLE
-from hf_frmerge.wording.geometry import Geometry
+from hf_frmerge.wording.geometry import Geometry, gap_sentence
 from hf_frmerge.wording.metrics import METRICS
 
 MODEL_CARDS = Path(__file__).parents[3] / "model_cards"
@@ -213,6 +213,14 @@ def test_the_gap_to_the_simple_method_is_weighed_against_rounding():
     assert "expect the same model from both" in sentence(1e-4, "BF16")
     assert "Only an evaluation of both can tell" in sentence(1e-4, "F32")
     assert "Only an evaluation of both can tell" in sentence(0.1, "BF16")
+
+
+def test_an_angle_between_deltas_is_left_to_the_inspection():
+    """Which knows the weights' norms, and may say of the same experts that both methods give one model."""
+    for gap in (1e-9, 0.1):
+        text = gap_sentence(gap, "deltas", "BF16")
+        assert "expect the same model" not in text and "Only an evaluation" not in text
+        assert "frmerge inspect says whether that is more than rounding" in text
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("BF16", 8), ("F16", 11), ("F32", 24)])

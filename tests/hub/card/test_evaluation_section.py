@@ -17,7 +17,7 @@ from hf_frmerge.evaluation.record import EvaluationRecord, Score, WorstToken
 from hf_frmerge.hub.card.evaluation_section import evaluation_section
 from hf_frmerge.hub.card.markdown import MarkdownTable, bold, escape
 from hf_frmerge.hub.card.metric_tables import metric_tables
-from hf_frmerge.hub.card.model_index import eval_results
+from hf_frmerge.hub.card.model_index import model_index
 
 
 def cells(table: MarkdownTable | None) -> list[list[str]]:
@@ -48,8 +48,9 @@ def test_standard_errors_stand_beside_what_they_are_of() -> None:
     accuracy, mood = metric_tables(scores)
     assert (accuracy.metric.title, cells(accuracy.table)[1][1]) == ("Accuracy", "0.750 ± 0.022")
     assert (mood.metric.title, cells(mood.table)[1][1]) == ("Mood", "2.000")
-    (result, other) = eval_results(EvaluationRecord(scores=scores), None)
-    assert (result.metric_type, result.metric_value, other.metric_type) == ("accuracy", 0.75, "mood")
+    (index,) = model_index(EvaluationRecord(scores=scores), "m", None)
+    first, second = (score for result in index["results"] for score in result["metrics"])
+    assert (first["type"], first["value"], second["type"]) == ("accuracy", 0.75, "mood")
 
 
 def test_every_part_shows_the_record() -> None:

@@ -22,7 +22,8 @@ from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning import blocks
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.methods.spectral import RULES, SpectralOptions, memory_bytes
+from hf_frmerge.methods.spectral.decision import RULES, memory_bytes
+from hf_frmerge.methods.spectral.inputs import Experts, SpectralOptions
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
@@ -60,7 +61,8 @@ def test_matrices_of_layers_are_merged_and_the_rest_is_averaged(
         deltas = np.stack([model[name].double().numpy() for model in models]) - start
         if "layers" in name and len(shape) == 2:
             options = SpectralOptions(METHODS[method].density or 1.0)
-            expected = start + 0.7 * RULES[method](deltas.astype(np.float32), np.array(WEIGHTS), options)
+            given = Experts(deltas.astype(np.float32), start.astype(np.float32))
+            expected = start + 0.7 * RULES[method](given, np.array(WEIGHTS), options)
         else:
             expected = start + np.tensordot(np.array(WEIGHTS), deltas, axes=1)
         actual = merged[name].double().numpy()
@@ -118,7 +120,7 @@ def test_the_bits_do_not_depend_on_threads_or_a_resume(tmp_path: Path) -> None:
 
 def test_a_matrix_beyond_the_budget_is_refused_by_name_and_the_advice_works(tmp_path: Path) -> None:
     base, experts = write_family(tmp_path)
-    needed = memory_bytes(40, 24, 3)
+    needed = memory_bytes("iso_c", 40, 24, 3)
     args = MergingArguments(method="iso_c", memory_budget=str(needed - 1))
     sentence = rf"merges '{MATRIX}', \[40, 24\], as one matrix, which takes 1 MiB for 3 experts.*memory_budget=1MiB"
     with pytest.raises(ArgumentError, match=sentence):
@@ -132,18 +134,49 @@ def test_the_declared_memory_is_enough(tmp_path: Path) -> None:
     code = """
 import resource, sys
 import numpy as np
-from hf_frmerge.methods.spectral import RULES, SpectralOptions, memory_bytes
-name, rows, cols = sys.argv[1], 700, 900
+from hf_frmerge.methods.spectral.decision import RULES, memory_bytes
+from hf_frmerge.methods.spectral.inputs import Experts, SpectralOptions
+name, rows, cols = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 rng = np.random.default_rng(0)
-RULES[name](rng.standard_normal((3, 20, 30), np.float32), np.full(3, 1 / 3), SpectralOptions(0.8))
+def merge(rows, cols):
+    base, *deltas = rng.standard_normal((4, rows, cols), np.float32)
+    deltas = np.stack([deltas[0], deltas[1], 1e-3 * deltas[2]])
+    RULES[name](Experts(deltas, base), np.full(3, 1 / 3), SpectralOptions(0.8))
+merge(20, 30)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-deltas = rng.standard_normal((3, rows, cols), np.float32)
-RULES[name](deltas, np.full(3, 1 / 3), SpectralOptions(0.8))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / memory_bytes(rows, cols, 3))
+merge(rows, cols)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / memory_bytes(name, rows, cols, 3))
 """
     for method in SPECTRAL:
+        for shape in (("700", "900"), ("300", "1200"), ("1500", "300")):
+            command = [sys.executable, "-c", code, method, *shape]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            assert float(done.stdout) <= 1.0, (method, shape, done.stdout)
+
+
+def test_the_memory_declared_for_cores_is_enough_and_less() -> None:
+    code = """
+import resource, sys
+import numpy as np
+from hf_frmerge.geometry.lowrank import Factors
+from hf_frmerge.methods.spectral.decision import Spectral, memory_bytes
+from hf_frmerge.methods.spectral.inputs import SpectralOptions
+name, rows, cols, rank = sys.argv[1], 1500, 1800, 40
+decision = Spectral(name, (1 / 3,) * 3, 1.0, SpectralOptions(0.8))
+rng = np.random.default_rng(0)
+def merge(rows, cols, rank):
+    shapes = (rows, rank), (rank, cols)
+    decision.merge_factors([Factors(*(rng.standard_normal(shape, np.float32) for shape in shapes)) for _ in range(3)])
+merge(20, 30, 4)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge(rows, cols, rank)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(memory_bytes(name, rows, cols, 3, 3 * rank), memory_bytes(name, rows, cols, 3))
+"""
+    for method in [name for name in SPECTRAL if METHODS[name].is_equivariant]:
         done = subprocess.run([sys.executable, "-c", code, method], capture_output=True, text=True, check=True)
-        assert float(done.stdout) <= 1.0, (method, done.stdout)
+        taken, declared, as_matrices = map(int, done.stdout.split())
+        assert taken <= declared < as_matrices / 3, (method, done.stdout)
 
 
 def test_the_policy_for_other_tensors_is_told(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning import blocks
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.run import run_merge
+from hf_frmerge.methods.spectral.decision import RULES, memory_bytes
+from hf_frmerge.methods.spectral.inputs import Experts, SpectralOptions
+from hf_frmerge.methods.table import METHODS
 from hf_frmerge.provenance.verify import verify
 
 LLAMA = LlamaConfig(
@@ -214,3 +217,83 @@ def test_nonfinite_values_of_the_base_are_found_where_only_factors_are_merged(
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFiniteError, match=rf"found 2 NaN or infinite values in tensor '{name}' of base model"):
         run(experts, tmp_path / "out", tmp_path / "base", space=space)
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the matrices that spectral methods are given."""
+    seen: list[tuple[int, ...]] = []
+
+    def watched(rule: Any) -> Any:
+        return lambda experts, *rest: (seen.append(experts.deltas.shape[1:]), rule(experts, *rest))[1]
+
+    for name, rule in dict(RULES).items():
+        monkeypatch.setitem(RULES, name, watched(rule))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("architecture", "ranks", "are_cores"),
+    [("llama", (2, 3, 1), True), ("gpt2", (2, 3, 1), True), ("llama", (8, 8, 2), False)],
+)
+@pytest.mark.parametrize("method", [m.name for m in METHODS.values() if m.kind == "spectral" and m.n_experts is None])
+def test_spectral_methods_merge_adapters_by_their_cores(
+    base: Any,
+    tmp_path: Path,
+    shapes: list[tuple[int, ...]],
+    method: str,
+    architecture: str,
+    ranks: tuple[int, ...],
+    are_cores: bool,
+) -> None:
+    # The last adapter lacks a module.
+    targets = [TARGETS[architecture], TARGETS[architecture], TARGETS[architecture][:-1]]
+    folder, weights = base(architecture), [0.5, 0.3, 0.2]
+    adapters = [
+        make_adapter(folder, tmp_path / str(i), i, r=rank, target_modules=names)
+        for i, (rank, names) in enumerate(zip(ranks, targets))
+    ]
+    merged = run(adapters, tmp_path / "out", folder, weights, method=method)
+    assert verify(str(tmp_path / "out")).problems == []
+    small = [shape for shape in shapes if max(shape) <= 6]
+    assert bool(small) == (are_cores and METHODS[method].is_equivariant)
+    origin = load_file(folder / "model.safetensors")
+    models = [effective(folder, adapter) for adapter in adapters]
+    options = SpectralOptions(METHODS[method].density or 1.0)
+    for name, start in origin.items():
+        if not any(target in name and name.endswith(".weight") for target in TARGETS[architecture]):
+            continue
+        deltas = np.stack([(model[name] - start.double()).numpy() for model in models])
+        given = Experts(deltas.astype(np.float32), start.numpy())
+        expected = start.double().numpy() + RULES[method](given, np.array(weights), options)
+        error = np.linalg.norm(merged[name].double().numpy() - expected)
+        assert error <= 1e-4 * np.linalg.norm(expected - start.double().numpy()), name
+
+
+def test_an_adapter_beside_a_full_model_is_merged_as_a_matrix(
+    base: Any, tmp_path: Path, shapes: list[tuple[int, ...]]
+) -> None:
+    folder = base("llama")
+    adapter = make_adapter(folder, tmp_path / "a", 1, r=2, target_modules=["q_proj"])
+    full = tmp_path / "full"
+    shutil.copytree(folder, full)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in tensors.items()}, full / "model.safetensors", {"format": "pt"})
+    run([adapter, str(full)], tmp_path / "out", folder, method="iso_c")
+    assert shapes and all(min(shape) >= 8 for shape in shapes)
+
+
+def test_the_plan_says_what_cores_take(base: Any, tmp_path: Path) -> None:
+    folder = base("llama")
+    adapters = [make_adapter(folder, tmp_path / f"{i}", i, r=1 + i, target_modules=["down_proj"]) for i in range(2)]
+    dora = make_adapter(folder, tmp_path / "dora", 2, r=1, use_dora=True, target_modules=["down_proj"])
+
+    def memory(*experts: str, **options: Any) -> int:
+        args = MergingArguments(output_dir=str(tmp_path / "out"), adapter_output="merged", **options)
+        plan = build_plan(experts, args, None, str(folder))
+        return plan.matrix_memory(next(step for step in plan.steps if "down_proj" in step.name))
+
+    assert memory(*adapters, method="iso_c") == memory_bytes("iso_c", 16, 24, 2, core_rank=3)
+    whole = memory_bytes("knots", 16, 24, 2)
+    assert memory(*adapters, method="knots") == memory(*adapters, method="tsv_m", post_step="svc") == whole
+    assert memory(adapters[0], dora, method="iso_c") == memory(adapters[0], str(folder), method="iso_c") == whole

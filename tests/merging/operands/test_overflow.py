@@ -13,9 +13,11 @@ import torch
 from merge_reference import naive_karcher, random_model, write_family, write_model
 from safetensors.torch import load_file, save_file
 
+from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.errors import CheckpointError, NonFiniteError
 from hf_frmerge.kernels.interface import Operand
 from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.kernels.torch_backend import TorchKernels
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
@@ -62,6 +64,91 @@ def test_what_float16_cannot_hold_is_refused_and_bfloat16_holds_it(tmp_path: Pat
     assert str(error.value).endswith("Write the model with dtype='bfloat16'.")
     merged = merge(experts, tmp_path / "out", dtype="bfloat16", overwrite=True, **options)
     assert float(merged[NORM][3]) == pytest.approx(75_000, rel=2**-8)
+
+
+LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120, "float32": (2 - 2.0**-23) * 2.0**127}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("float16", [[70_000.0, -1e9, 65_519.0], [80_000.0, -1e9, 65_519.0]]),
+        ("bfloat16", [[1e100, -3.4e38, 3.4e38], [1e100, -3.4e38, 3.4e38]]),
+        ("float32", [[1e100, -1e39, 3.4e38], [1e100, -1e39, 3.4e38]]),
+    ],
+)
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
+def test_saturation_is_numpy_s_clip_of_the_float64_sum(
+    tmp_path: Path, dtype: str, values: list[list[float]], method: str
+) -> None:
+    """Where values are equal, the methods give these; 65519 still rounds to 65504, and is not counted."""
+    base = write_model(tmp_path / "base", {n: torch.zeros_like(t) for n, t in random_model(9, torch.float64).items()})
+    tensors = random_model(1, torch.float64)
+    for name, row in zip(("a", "b"), values):
+        tensors[NORM][:3] = torch.tensor(row, dtype=torch.float64)
+        write_model(tmp_path / name, tensors)
+    args: dict[str, Any] = {"method": method, "dtype": dtype, "scale": 0.5 if method == "task_arithmetic" else 1.0}
+    if method == "ties":
+        args["density"] = 1.0
+    experts = [str(tmp_path / name) for name in "ab"]
+    with pytest.raises(NonFiniteError):
+        merge(experts, tmp_path / "out", base, space="deltas", **args)
+    merged = merge(experts, tmp_path / "out", base, space="deltas", overwrite=True, on_overflow="saturate", **args)
+    mean = torch.tensor(np.mean(values, axis=0)) if method != "ties" else torch.tensor(values[0], dtype=torch.float64)
+    expected = torch.from_numpy(np.clip(mean.numpy(), -LARGEST[dtype], LARGEST[dtype])).to(getattr(torch, dtype))
+    assert torch.equal(merged[NORM][:3], expected)
+    record = json.loads((tmp_path / "out" / "merge_manifest.json").read_text())
+    n_beyond = int(mean.to(getattr(torch, dtype)).isinf().sum())
+    assert record["tensors"][NORM]["n_saturated"] == n_beyond > 0
+    assert not any("n_saturated" in entry for name, entry in record["tensors"].items() if name != NORM)
+    assert any(f"{n_beyond} merged values were beyond" in note and NORM in note for note in record["notes"])
+    assert record["arguments"]["on_overflow"] == "saturate"
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_saturation_has_the_same_bits_on_every_backend(device: str, dtype: str) -> None:
+    kernels = TorchKernels("cpu") if device == "torch" else load_kernels("cpu")
+    rng = np.random.default_rng(0)
+    largest = LARGEST[{"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[dtype]]
+    values = rng.standard_normal((2, 6 * 501)) * largest
+    table = rng.standard_normal((6, 2))
+    operands = [Operand(row.view(np.uint8), "F64") for row in values]
+    out = np.empty(6 * 501 * (4 if dtype == "F32" else 2), np.uint8)
+    kernels.combine(operands, table, out, dtype, 6, 501)
+    within = overflow.saturate(kernels, operands, table, out, dtype, 501)
+    assert within is not None
+    first, second = table.repeat(501, axis=0).T * values  # a rounding after each product, and one after the sum
+    significand, exponent = np.frexp(first + second)
+    digits = {"F16": 2048, "BF16": 256, "F32": 2**24}[dtype]
+    rounded = np.ldexp(np.rint(significand * digits) / digits, exponent)  # half to even
+    expected = np.clip(rounded, -largest, largest)
+    np.testing.assert_array_equal(widen(out, dtype).astype(np.float64), expected)
+    assert within[0].is_finite and within[1] == int((np.abs(rounded) > largest).sum()) > 100
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(10.0, "F16"), (10.0, "F64")])
+def test_a_sum_beyond_float64_is_not_saturated(factor: float, dtype: str) -> None:
+    """Of such a sum nobody knows how large it is, nor whether it is a number."""
+    operand = Operand(np.full(4, 1e308).view(np.uint8), "F64")
+    out = np.zeros(32, np.uint8)
+    for table in ([[factor]], [[factor, -factor]]):
+        operands = [operand] * len(table[0])
+        assert overflow.saturate(load_kernels(), operands, np.array(table), out, dtype, 4) is None
+
+
+def test_a_resumed_merge_knows_what_was_saturated_before(tmp_path: Path) -> None:
+    class Stop(StepObserver):
+        def end(self, outcome: Any) -> bool:
+            return outcome.step.name != NORM
+
+    experts = with_values(tmp_path, torch.float32, [70_000.0, 80_000.0])
+    options: dict[str, Any] = {"dtype": "float16", "on_overflow": "saturate", "num_workers": 1}
+    plan = build_plan(experts, MergingArguments(output_dir=str(tmp_path / "out"), **options))
+    assert not run_merge(plan, Stop(), Processes()).complete
+    merge(experts, tmp_path / "out", resume_from_checkpoint=True, **options)
+    record = json.loads((tmp_path / "out" / "merge_manifest.json").read_text())
+    assert record["tensors"][NORM]["n_saturated"] == 1
 
 
 class Skip(StepObserver):
@@ -233,6 +320,19 @@ def test_a_delta_that_float32_cannot_hold_is_refused(
     save_file(factors, Path(bad) / "adapter_model.safetensors")
     with pytest.raises(NonFiniteError, match=f"q_proj.*{bad}|{bad}.*q_proj"):
         merge([good, bad], tmp_path / "out", base, adapter_output="merged", block=block, overwrite=True)
+
+
+@pytest.mark.parametrize("values", [{"B": 1e38}, {"A": 1e30, "B": 1e30}])
+def test_cores_that_float32_cannot_hold_are_refused(tmp_path: Path, values: dict[str, float]) -> None:
+    base, _ = write_family(tmp_path, 2)
+    good, bad = (write_adapter(tmp_path / f"{i}", i, lora_alpha=4) for i in range(2))
+    merge([good, bad], tmp_path / "out", base, method="iso_c")
+    factors = load_file(Path(bad) / "adapter_model.safetensors")
+    for side, value in values.items():
+        factors[f"base_model.model.{PROJECTION.removesuffix('weight')}lora_{side}.weight"][0] = value
+    save_file(factors, Path(bad) / "adapter_model.safetensors")
+    with pytest.raises(NonFiniteError, match=f"q_proj.*{bad}|{bad}.*q_proj"):
+        merge([good, bad], tmp_path / "out", base, method="iso_c", overwrite=True)
 
 
 @pytest.mark.parametrize("block", ["tensor", "layer"])

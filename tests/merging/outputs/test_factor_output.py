@@ -220,6 +220,41 @@ def test_recompression_loses_the_discarded_singular_values(bases: dict[str, Path
     assert report.truncation_error == pytest.approx(math.sqrt(lost / total), rel=1e-5)
 
 
+UNEVEN = [LINEAR | {"rank_pattern": {"q_proj": 2}}, LINEAR | {"use_rslora": True, "r": 6}]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"adapter_energy": 0.7}, {"adapter_rank": 3}], ids=["exact", "energy", "rank"]
+)
+def test_a_uniform_rank_changes_no_delta(bases: dict[str, Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **config) for i, config in enumerate(UNEVEN)]
+    merge_adapters(folders, [0.4, 0.6], tmp_path / "auto", **options)
+    report = merge_adapters(folders, [0.4, 0.6], tmp_path / "even", adapter_rank_pattern="uniform", **options)
+    config = json.loads((tmp_path / "even" / "adapter_config.json").read_text())
+    before = json.loads((tmp_path / "auto" / "adapter_config.json").read_text())
+    most = max([before["r"], *before["rank_pattern"].values()])
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (most, most, {}, {})
+    tensors = load_file(tmp_path / "even" / "adapter_model.safetensors")
+    assert {value.shape[0 if "lora_A" in name else 1] for name, value in tensors.items()} == {most}
+    auto, even = (peft_deltas(bases["llama"], tmp_path / name) for name in ("auto", "even"))
+    for name, delta in even.items():
+        assert relative_error(delta, auto[name]) < 1e-12
+        # A runtime that reads one rank and one alpha sees the same.
+        down, up = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        assert relative_error((config["lora_alpha"] / config["r"] * up @ down).numpy(), delta) < 1e-12
+    assert not [note for note in report.notes if "rank_pattern" in note]
+
+
+def test_ranks_that_differ_are_told_with_advice_that_works(bases: dict[str, Path], tmp_path: Path) -> None:
+    folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **config) for i, config in enumerate(UNEVEN)]
+    (note,) = [
+        note for note in merge_adapters(folders, [0.4, 0.6], tmp_path / "auto").notes if "have ranks from" in note
+    ]
+    assert "adapter_rank_pattern='uniform' (--adapter-rank-pattern uniform) gives all of them rank 10" in note
+    even = merge_adapters(folders, [0.4, 0.6], tmp_path / "even", adapter_rank_pattern="uniform")
+    assert {module.rank for module in even.modules} == {10}
+
+
 def test_an_energy_bound_chooses_the_smallest_rank_per_module(bases: dict[str, Path], tmp_path: Path) -> None:
     folders = [make_adapter(bases["llama"], tmp_path / f"{i}", i, **LINEAR) for i in range(3)]
     merge_adapters(folders, [0.2, 0.3, 0.5], tmp_path / "exact")
@@ -426,7 +461,9 @@ def test_the_result_does_not_depend_on_threads(bases: dict[str, Path], tmp_path:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"adapter_rank": 3}, {"adapter_energy": 0.7}], ids=["exact", "rank", "energy"]
+    "options",
+    [{}, {"adapter_rank": 3}, {"adapter_energy": 0.7}, {"adapter_energy": 0.7, "adapter_rank_pattern": "uniform"}],
+    ids=["exact", "rank", "energy", "uniform"],
 )
 def test_a_failed_merge_resumes_to_the_same_bits(
     bases: dict[str, Path], tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

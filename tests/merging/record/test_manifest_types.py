@@ -38,7 +38,8 @@ def merge(
     experts: list[str], out: Path, base: str | None = None, callbacks: Any = None, **options: Any
 ) -> dict[str, Any]:
     args = MergingArguments(output_dir=str(out), disable_tqdm=True, **options)
-    FisherRaoMerger(experts, args, None, base, callbacks=callbacks).merge()
+    merger = FisherRaoMerger(experts, args, None, base, callbacks=callbacks).merge()
+    assert merger.manifest == read_manifest(out)  # what card and terminal are told
     return json.loads((out / "merge_manifest.json").read_text())
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.adapters.base import base_notes
-from hf_frmerge.checkpoints.model_structure import may_be_tied
-from hf_frmerge.checkpoints.tensors.alignment import AlignedTensor, Alignment, align
+from hf_frmerge.checkpoints.adapters.folded import folded_within
+from hf_frmerge.checkpoints.alignment.align import AlignedTensor, Alignment, align
+from hf_frmerge.checkpoints.model_structure import may_be_tied, untying
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.quantised import SECTIONS
 from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, some
@@ -18,7 +19,12 @@ from hf_frmerge.merging.planning.steps.planned_steps import PlannedSteps
 from hf_frmerge.merging.planning.steps.set_apart import config_for_taken, left_out_note, reasons_of, taken_tensors
 from hf_frmerge.merging.planning.steps.tensor_weights import check_groups, scales_by_tensor, weights_by_tensor
 from hf_frmerge.merging.planning.tensor_step import TensorStep
-from hf_frmerge.merging.planning.vocabulary.choose_tokens import full_models, refuse_taken_rows, token_table
+from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
+    full_models,
+    refuse_changed_rows,
+    refuse_taken_rows,
+    token_table,
+)
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -61,11 +67,19 @@ def full_model_steps(
     models = dict(enumerate(experts)) | ({-1: base} if base else {})
     taken = taken_tensors(rules, models)
     refuse_taken_rows(taken, aligned.token_rows)
+    refuse_changed_rows(experts, aligned.token_rows)
     reasons = reasons_of(rules, list(models.values()), {tensor.name for tensor in taken})
     donor = base or next(expert for expert in experts if expert.checkpoint)
+    if not donor.weights.config():
+        raise CheckpointError(
+            f"{donor.spec!r} has an empty config.json ({{}}), so what is made from it could not be loaded. Put the "
+            "one of its model class there."
+        )
     lacking = [name for name in donor.weights.tensors if name in reasons]
     notes += [left_out_note(lacking)] if lacking else []
     config_changes: dict[str, Any] = head.config | config_for_taken(donor, taken, models)
+    if aligned.unties:
+        config_changes |= untying(donor.weights.config())
     if donor.weights.quantisation:
         config_changes |= dict.fromkeys(SECTIONS)
     tensors = [*_tensors_of_experts(aligned, experts, head), *taken]
@@ -90,10 +104,12 @@ def _tensors_of_experts(aligned: Alignment, experts: Sequence[Expert], head: New
         if tensor.name not in head.left_out
     ]
     tensors += [AlignedTensor(name, info.dtype, info.shape, "merge", -1) for name, info in head.tensors.items()]
-    if full:
+    if any(expert.source.kind == "full" for expert in experts):
         return tensors
     # With adapters only, a tensor that none of them changes is copied from the base.
     changed = {name for e in experts if e.adapter for name in (*e.adapter.deltas, *e.adapter.dense)}
+    folded = (expert.checkpoint.tensors.items() for expert in experts if expert.checkpoint)
+    changed |= {name for tensors_of_one in folded for name, info in tensors_of_one if folded_within(info)}
     return [tensor if tensor.name in changed else replace(tensor, action="copy") for tensor in tensors]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_frmerge.checkpoints.tensors.token_rows import TokenRows
+    from hf_frmerge.checkpoints.alignment.token_rows import TokenRows
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 

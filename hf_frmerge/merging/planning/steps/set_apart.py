@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.alignment.align import AlignedTensor
+from hf_frmerge.checkpoints.alignment.class_order import n_classes
 from hf_frmerge.checkpoints.model_structure import may_be_tied
 from hf_frmerge.checkpoints.names.empty_model import build_empty
 from hf_frmerge.checkpoints.names.model_names import names_of
-from hf_frmerge.checkpoints.tensors.alignment import AlignedTensor
-from hf_frmerge.checkpoints.tensors.class_order import n_classes
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError, CheckpointError
 
@@ -32,13 +32,7 @@ def without_ruled(adapter: Adapter, rules: TensorRules) -> Adapter:
     dropped = {name for name in (*adapter.deltas, *adapter.dense) if rules.decides(name)}
     if not dropped:
         return adapter
-    stored = {
-        part.name: name
-        for name, delta in adapter.deltas.items()
-        if name in dropped
-        for part in (delta.down, delta.up, delta.magnitude)
-        if part is not None
-    }
+    stored = {part.name: name for name, delta in adapter.deltas.items() if name in dropped for part in delta.stored}
     stored |= {info.name: name for name, info in adapter.dense.items() if name in dropped}
     return replace(
         adapter,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_128
 
+from hf_frmerge.checkpoints.alignment.token_rows import TokenRows, TokenTable
 from hf_frmerge.checkpoints.beside.disagreements import VOCABULARIES
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.checkpoints.tensors.small_files import read_file
-from hf_frmerge.checkpoints.tensors.token_rows import TokenRows, TokenTable
 from hf_frmerge.checkpoints.vocabularies.choice import TokenChoice
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import (
     TokenizerFile,
@@ -21,13 +21,12 @@ from hf_frmerge.checkpoints.vocabularies.tokenizer_file import (
     check_same_spelling,
     read_tokenizer,
 )
-from hf_frmerge.checkpoints.vocabularies.union import union_ids, union_json
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.planning.vocabulary.record import ModelTokens, VocabularyRecord
 
 if TYPE_CHECKING:
+    from hf_frmerge.checkpoints.alignment.align import AlignedTensor
     from hf_frmerge.checkpoints.resolve import Source
-    from hf_frmerge.checkpoints.tensors.alignment import AlignedTensor
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.merging.planning.plan import Expert
 
@@ -36,8 +35,8 @@ BASE, UNION = "base", "union"
 FILLED = "they get the weighted mean of the rows of the experts that have them, else the row of the base"
 
 _ADAPTER = (
-    "Rows are matched by token between full models, and {adapter!r} is an adapter. Add it to its base first, with the "
-    "tokens it was trained with:\n"
+    "Rows are matched by token between full models, and {adapter!r} is an adapter that changes them, or that has "
+    "other tokens than its base. Add it to its base first, with the tokens it was trained with:\n"
     "    from peft import PeftModel\n"
     "    from transformers import AutoModelForCausalLM, AutoTokenizer  # or the class you use\n"
     '    tokenizer = AutoTokenizer.from_pretrained("{adapter}")  # or that of its base\n'
@@ -84,25 +83,28 @@ def choose_tokens(args: MergingArguments, experts: Sequence[Expert], base: Exper
         `TokenChoice`, *optional*: None if neither was asked for.
 
     Raises:
-        CheckpointError: If an expert is an adapter or has no tokenizer, or tokenizers cannot be compared or joined.
+        CheckpointError: If an adapter has other tokens than its base, a model has no tokenizer, or tokenizers cannot
+            be compared or joined.
     """
     source = args.tokenizer_source
     settings = _model(args.settings_from, experts, base) if args.settings_from is not None else None
     full = full_models(experts, base)
     if source is None:
-        donor = full[0].source if full else None
+        donor = _full_source(full[0]) if full else None
         return _same_tokens(donor, settings) if settings is not None else None
-    adapter = next((expert.spec for expert in experts if expert.adapter is not None), None)
-    if adapter is not None:
-        raise CheckpointError(_ADAPTER.format(adapter=adapter))
-    tokenizers = {model.source: _tokenizer(model.source) for model in full}
+    tokenizers = {_full_source(model): _tokenizer_of(model, base) for model in full}
+    for expert in experts:
+        if expert.adapter is not None:
+            _refuse_other_tokens(expert, base)
     first, *others = tokenizers.values()
-    holder = first if source in (BASE, UNION) else tokenizers[_model(source, experts, base)]
+    holder = first if source in (BASE, UNION) else tokenizers.get(_model(source, experts, base), first)
     for tokenizer in tokenizers.values():
         check_ids(tokenizer)
         check_same_spelling(holder, tokenizer)
     output, joined = dict(holder.ids), None
     if source == UNION:
+        from hf_frmerge.checkpoints.vocabularies.union import union_ids, union_json  # on use: few merges join tokens
+
         output = union_ids(first, others)
         joined = union_json(first, others, output) if len(output) > len(first.ids) else None
     return TokenChoice(holder.source, settings or holder.source, tokenizers, output, joined, is_aligned=True)
@@ -117,7 +119,7 @@ def token_table(choice: TokenChoice | None, models: Sequence[Expert], args: Merg
     """Return the ids by which the rows of full models are matched, the base first; None if they are not."""
     if choice is None or not choice.is_aligned:
         return None
-    sources = [model.source for model in models]
+    sources = [_full_source(model) for model in models]
     ids = tuple(choice.tokenizers[source].ids for source in sources)
     return TokenTable(choice.output, ids, sources.index(choice.holder), args.pad_to_multiple_of or 1)
 
@@ -139,7 +141,7 @@ def record_vocabulary(
     """Return what was made of the vocabularies of full models, the base first if there is one."""
     tokens = []
     for model, n_stored, n_filled in zip(models, rows.stored, rows.filled):
-        own = choice.tokenizers[model.source].ids
+        own = choice.tokenizers[_full_source(model)].ids
         dropped = [token for token in own if token not in choice.output]
         tokens.append(ModelTokens(model.spec, len(own), n_stored, n_filled, len(dropped), tuple(dropped[:3])))
     source, n_tokens = str(args.tokenizer_source), len(choice.output)
@@ -245,8 +247,37 @@ def _number(option: str, name: str, experts: Sequence[Source], base: Source | No
 def _model(number: str, experts: Sequence[Expert], base: Expert | None) -> Source:
     if number == BASE:
         assert base is not None
-        return base.source
-    return experts[int(number) - 1].source
+        return _full_source(base)
+    return _full_source(experts[int(number) - 1])
+
+
+def _full_source(model: Expert) -> Source:
+    """Return the folder that has the tokenizer: of a model with an adapter on it, that of the model."""
+    return model.source.parts[0]
+
+
+def refuse_changed_rows(experts: Sequence[Expert], rows: TokenRows | None) -> None:
+    """Raise if an adapter changes rows that are matched by token: its own are those of the base."""
+    matched = set(rows.tensors) if rows is not None else set()
+    for expert in experts:
+        adapter = expert.adapter
+        if adapter is not None and not matched.isdisjoint([*adapter.deltas, *adapter.dense]):
+            raise CheckpointError(_ADAPTER.format(adapter=expert.spec))
+
+
+def _tokenizer_of(model: Expert, base: Expert | None) -> TokenizerFile:
+    """Return the tokenizer beside a model; an adapter that has none has that of its base."""
+    own = read_tokenizer(_full_source(model))
+    if own is None and model.source.kind == "adapter" and base is not None:
+        return _tokenizer(base.source)
+    return own if own is not None else _tokenizer(_full_source(model))
+
+
+def _refuse_other_tokens(adapter: Expert, base: Expert | None) -> None:
+    """Raise if an adapter was trained with other tokens than its base has."""
+    own = read_tokenizer(adapter.source)
+    if base is None or (own is not None and own.ids != _tokenizer(base.source).ids):
+        raise CheckpointError(_ADAPTER.format(adapter=adapter.spec))
 
 
 def _tokenizer(source: Source) -> TokenizerFile:

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from token_families import bpe, renumbered, save_expert, vocabulary_of
+from token_families import VOCABULARY_TENSORS, bpe, renumbered, save_expert, vocabulary_of
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -105,6 +105,44 @@ def test_tokenizers_that_spell_differently_are_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"write their tokens differently \(normaliser: \[\] and \['Lowercase'\]"
     ):
         plan_of([tmp_path / "a", tmp_path / "b"], tokenizer_source="union")
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_an_adapter_with_the_tokens_of_its_base_is_merged(has_tokenizer: bool, tmp_path: Path) -> None:
+    base = save_expert(tmp_path / "base")
+    full = save_expert(tmp_path / "full", added=["<one>", "<two>"], seed=1)
+    tuned: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / "adapter")
+    if has_tokenizer:
+        AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "adapter")
+    wanted = {name: tensor.double() for name, tensor in full.state_dict().items()}
+    origin = load_file(tmp_path / "base" / "model.safetensors")
+    adapted = {**tuned.double().merge_and_unload().state_dict()}
+    merge(
+        [tmp_path / "full", tmp_path / "adapter"], tmp_path / "out", tmp_path / "base",
+        tokenizer_source="union", method="linear",
+    )  # fmt: skip
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    n_tokens = len(origin["lm_head.weight"])
+    for name, tensor in merged.items():
+        both = adapted[name].double()
+        if name in VOCABULARY_TENSORS:  # no other model has the rows of the added tokens
+            both = torch.cat([both, wanted[name][n_tokens:]])
+        torch.testing.assert_close(tensor.double(), (wanted[name] + both) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_an_adapter_that_changes_rows_of_tokens_is_refused(tmp_path: Path) -> None:
+    base = save_expert(tmp_path / "base")
+    save_expert(tmp_path / "full", added=["<one>"], seed=1)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["embed_tokens"])).save_pretrained(tmp_path / "adapter")
+    models = [tmp_path / "full", tmp_path / "adapter"]
+    with pytest.raises(CheckpointError, match="is an adapter that changes them"):
+        plan_of(models, tmp_path / "base", tokenizer_source="union")
+    save_expert(tmp_path / "full", seed=1)  # with equal tokens no rows are matched
+    plan_of(models, tmp_path / "base", tokenizer_source="union").close()
 
 
 def test_an_adapter_is_refused_and_the_advice_works(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from hf_frmerge.checkpoints.tensors.alignment import align
-from hf_frmerge.checkpoints.tensors.class_order import class_names, row_order
+from hf_frmerge.checkpoints.alignment.align import align
+from hf_frmerge.checkpoints.alignment.class_order import class_names, row_order
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.engine import StepObserver

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertModel
 
-from hf_frmerge.checkpoints.tensors.alignment import Alignment, align
+from hf_frmerge.checkpoints.alignment.align import Alignment, align
 from hf_frmerge.errors import CheckpointError
 
 

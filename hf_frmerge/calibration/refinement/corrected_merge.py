@@ -1,0 +1,131 @@
+"""
+A merge without data plus corrections, run whole, so that gradients reach the corrections.
+
+Corrections are named as in the record's file, by parameters instead of tensors: `NAME` for a whole one, `NAME.up` and
+`NAME.down` for factors `(rows, k)` and `(k, columns)`.
+"""
+
+# Shape suffixes: B = prompts, T = tokens, H = hidden size.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hf_frmerge.calibration.block_fit import SweepState
+from hf_frmerge.calibration.blockwise_model import Call, Weights
+from hf_frmerge.calibration.sweep import FittedBlock
+from hf_frmerge.merging.planning.corrections import Form
+
+
+class CorrectedMerge:
+    """
+    A merge without data plus corrections.
+
+    Args:
+        state: Modules, and the reader of the weights.
+        start: Parameter -> its values in the merge without data, float32.
+        corrections: What is added to them.
+    """
+
+    def __init__(self, state: SweepState, start: Weights, corrections: Weights) -> None:
+        self._state, self._model = state, state.model
+        self._start, self._corrections = start, corrections
+
+    def outer(self) -> dict[str, Tensor]:
+        """Return the weights outside the blocks."""
+        return self._state.computed({name: self._weight(name) for name in self._model.outer_parameters()})
+
+    def hidden(self, outer: Weights, inputs: Mapping[str, Tensor]) -> Tensor:
+        """
+        Return the hidden states `(B, T, H)` after the last block, float32.
+
+        Blocks are run again for their gradients, so that the activations of one only are in memory.
+        """
+        hidden_BTH, calls = self._model.begin(outer, {}, inputs)
+        for name, call in zip(self._model.blocks, calls):
+            # Nothing is drawn at random, so there is no state to preserve.
+            hidden_BTH = checkpoint(
+                self._run_block, name, hidden_BTH, call, use_reentrant=False, preserve_rng_state=False
+            )
+        return hidden_BTH
+
+    def _run_block(self, name: str, hidden_BTH: Tensor, call: Call) -> Tensor:
+        weights = {key: self._weight(f"{name}.{key}") for key in self._model.block_parameters(name)}
+        return self._model.run_block(name, self._state.computed(weights), hidden_BTH, call)
+
+    def _weight(self, name: str) -> Tensor:
+        values = self._start[name]
+        if name in self._corrections:
+            return values + self._corrections[name].float()
+        if f"{name}.up" in self._corrections:
+            up, down = (self._corrections[f"{name}.{factor}"].float() for factor in ("up", "down"))
+            return values + up @ down
+        return values
+
+
+def parameter_of(name: str) -> str:
+    """Return the parameter that a correction, or one of its factors, is of."""
+    return name.removesuffix(".up").removesuffix(".down")
+
+
+def read_start(state: SweepState) -> dict[str, Tensor]:
+    """Return the merge without data, by parameters: all of it, float32."""
+    return {name: state.reader.start(name).to(state.model.device) for name in state.reader.tensors}
+
+
+def corrections_to_refine(
+    state: SweepState,
+    start: Weights,
+    blocks: Sequence[FittedBlock],
+    form: Form,
+    *,
+    from_fit: bool = True,
+    factors_only: bool = False,
+) -> dict[str, Tensor]:
+    """
+    Return the corrections that a refinement begins with, float32.
+
+    In the dense form these are of everything that is merged, embeddings and norms too. In the low-rank form they are
+    the factors of the linear layers, and whole ones of merged vectors.
+
+    Args:
+        state: Modules, and what is merged.
+        start: The merge without data.
+        blocks: What the fit found for every block.
+        form: `"dense"` or `"low_rank"`.
+        from_fit: Begin at the fit; otherwise at the merge without data: then one of the fit's two factors is set to
+            zero, but not the other, as no gradient would reach either.
+        factors_only: Leave out whole corrections, which an adapter cannot hold.
+    """
+    fitted = {
+        f"{name}.{key}": values
+        for name, block in zip(state.model.blocks, blocks)
+        for key, values in block.corrections.items()
+        if from_fit
+    }
+    whole = {
+        name: fitted[name].to(values) if name in fitted else torch.zeros_like(values)
+        for name, values in start.items()
+        if state.reader.is_merged(name) and (form == "dense" or (values.ndim == 1 and not factors_only))
+    }
+    if form == "dense":
+        return whole
+    factors: dict[str, Tensor] = {}
+    for name, block in zip(state.model.blocks, blocks):
+        for key, pair in block.factors.items():
+            up, down = _balanced(*(factor.to(state.model.device, torch.float32) for factor in pair))
+            factors |= {f"{name}.{key}.up": up if from_fit else torch.zeros_like(up), f"{name}.{key}.down": down}
+    return whole | factors
+
+
+def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same product whose terms have equal norms: all numbers take steps of one size."""
+    norms = [factor.norm(dim=dim).clamp_min(torch.finfo(torch.float32).tiny) for factor, dim in ((up, 0), (down, 1))]
+    scale = (norms[1] / norms[0]).sqrt()
+    is_term = (up != 0).any(dim=0)  # a fit of a layer that needs none has terms of zeros
+    scale = torch.where(is_term, scale, torch.ones_like(scale))
+    return up * scale, down / scale[:, None]

@@ -1,0 +1,39 @@
+"""What a refinement lowers: how far the outputs of a merge are from an expert's, so that gradients can be taken."""
+
+# Shape suffixes: R = rows (tokens, or the prompts of a classifier), V = outcomes or hidden size.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_frmerge.calibration.blockwise_model import Outputs
+
+# The square root of a squared chord has no derivative at 0, the squared angle has: 1.
+_LEAST_SQUARED_CHORD = 1e-12
+
+
+def row_losses(merged: Outputs, expert: Outputs, loss: str) -> Tensor:
+    """
+    Return the loss of every row, `(R,)`, float32.
+
+    Args:
+        merged: Outputs of the merge, `(R, V)`.
+        expert: The expert's for the same rows.
+        loss: Of predictions, `"kl"`: `KL(expert || merged)` in nats, or `"fisher_rao"`: the squared Fisher-Rao
+            distance in rad². Of hidden states it is the squared angle between them, whichever is asked for.
+    """
+    if not merged.is_logits:
+        pair = [torch.nn.functional.normalize(outputs.values, dim=-1) for outputs in (merged, expert)]
+        return _squared_angle(pair[0], pair[1])
+    log_q_RV, log_p_RV = (torch.log_softmax(outputs.values, dim=-1) for outputs in (merged, expert))
+    if loss == "kl":
+        return (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(dim=-1)
+    # Distances of distributions are twice the angles between the square roots of their probabilities.
+    return 4 * _squared_angle((log_q_RV / 2).exp(), (log_p_RV / 2).exp())
+
+
+def _squared_angle(a_RV: Tensor, b_RV: Tensor) -> Tensor:
+    """Return the squared angle between unit vectors; from the chord, as arccos of a number near 1 loses digits."""
+    squared_chord = (a_RV - b_RV).square().sum(dim=-1).clamp(min=_LEAST_SQUARED_CHORD)
+    return (2 * torch.arcsin((squared_chord.sqrt() / 2).clamp(max=1 - 1e-6))).square()

@@ -1,0 +1,244 @@
+"""
+Refine a fitted merge: a short distillation of all its layers together, to each expert on its own prompts.
+
+The loss is the mean over the experts, by their weights, of the mean loss over the predictions of an expert's prompts;
+every step takes some prompts of each. Adam, with a few steps of warm-up and a linear decay to zero. Of the points that
+are judged on held-out prompts, the best is what comes out.
+"""
+
+# Shape suffixes: B = prompts, T = tokens, H = hidden size.
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_frmerge.calibration.blockwise_model import Weights
+from hf_frmerge.calibration.held_out import Candidate, distances, outputs_of
+from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, parameter_of
+from hf_frmerge.calibration.refinement.losses import row_losses
+from hf_frmerge.calibration.refinement.progress_file import Best, Progress, read_progress, write_progress
+from hf_frmerge.calibration.sweep import Sweep
+from hf_frmerge.merging.planning.corrections import mean_known
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP = 5
+_BETAS = (0.9, 0.99)
+_JUDGED_EVERY = 10
+
+
+@dataclass(frozen=True)
+class RefineOptions:
+    """
+    Settings of a refinement.
+
+    Attributes:
+        steps: number of steps.
+        loss: `"kl"` or `"fisher_rao"`, see `row_losses`.
+        learning_rate: highest step size of Adam.
+        batch_size: prompts a step, of all experts together, if they are of the greatest length; of shorter ones as
+            many more as have no more tokens. At least one of every expert.
+        seed: chooses the order of the prompts.
+    """
+
+    steps: int
+    loss: str
+    learning_rate: float
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """
+    Prompts of one expert that run together.
+
+    Attributes:
+        expert: index of the expert.
+        inputs: as the model takes them.
+        target_BTH: the expert's hidden states after the last block.
+        factor: of the sum of their losses: all chunks of all experts, each `1 / (chunks of its expert)` times, add up
+            to the loss.
+    """
+
+    expert: int
+    inputs: Mapping[str, Tensor]
+    target_BTH: Tensor
+    factor: float
+
+
+class Refinement:
+    """
+    A refinement of a merge.
+
+    Args:
+        sweep: After its last block: it has the experts' hidden states of all prompts.
+        start: The merge without data, by parameters, float32.
+        corrections: What is added to it, to begin with; see `CorrectedMerge`. They are what is trained.
+        options: Settings.
+
+    Attributes:
+        values: the corrections as trained so far.
+    """
+
+    def __init__(self, sweep: Sweep, start: Weights, corrections: Weights, options: RefineOptions) -> None:
+        self.values = {name: tensor.clone().requires_grad_() for name, tensor in corrections.items()}
+        for tensor in self.values.values():  # of what no prompt reaches too, so that the optimiser has a state for all
+            tensor.grad = torch.zeros_like(tensor)
+        self._sweep, self._start, self._options = sweep, start, options
+        self._merge = CorrectedMerge(sweep.state, start, self.values)
+        self._heads = self._experts_outer()
+        self._chunks = self._cut()
+
+    def run(self, file: Path, *, silent: bool | None = None) -> Best | None:
+        """
+        Take all steps, from where an earlier run left off; return the best point that was judged.
+
+        Args:
+            file: Where the state is kept while it runs.
+            silent: Show no progress bar; `None` shows it on a terminal.
+
+        Returns:
+            `None` if nothing finite came of it before a point was judged; this is said.
+        """
+        options = self._options
+        optimizer = torch.optim.Adam(list(self.values.values()), options.learning_rate, _BETAS)
+        done = read_progress(file, self._sweep.state.model.device)
+        best = self._go_on(done, optimizer) if done is not None else None
+        first = done.step if done is not None else 0
+        steps = tqdm(
+            range(first, options.steps), "Refining", options.steps, initial=first, unit="step", disable=silent
+        )
+        for step in steps:
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * rate_at(step, options.steps)
+            optimizer.zero_grad(set_to_none=False)
+            steps.set_postfix(loss=f"{self.take_gradients(step):.4g}")
+            optimizer.step()
+            if (step + 1) % _JUDGED_EVERY and step + 1 < options.steps:
+                continue
+            point = self._judge(step + 1)
+            if not math.isfinite(mean_known(point.distances)):
+                logger.warning(
+                    "The refinement ends at step %d, where the merge gives values that are not finite: what was best "
+                    "so far is kept. A smaller refine_learning_rate (%g now) may help.",
+                    step + 1, options.learning_rate,
+                )  # fmt: skip
+                break
+            if best is None or mean_known(point.distances) < mean_known(best.distances):
+                best = point
+            write_progress(file, self._progress(step + 1, optimizer, best))
+        return best
+
+    def take_gradients(self, step: int) -> float:
+        """Add the gradients of a step's loss to the corrections; return the loss."""
+        total = 0.0
+        for expert, chunks in self._chunks.items():
+            turn, place = divmod(step, len(chunks))
+            order = np.random.default_rng([self._options.seed, expert, turn]).permutation(len(chunks))
+            total += self._backward(chunks[order[place]])
+        return total
+
+    def _backward(self, chunk: Chunk) -> float:
+        model, outer = self._sweep.state.model, self._merge.outer()
+        hidden_BTH = self._merge.hidden(outer, chunk.inputs)
+        leaf_BTH = hidden_BTH.detach().requires_grad_()
+        total = 0.0
+        # Prompt by prompt: the logits of all, and their gradients, would be the largest thing in memory.
+        for row in range(len(leaf_BTH)):
+            one = {name: values[row : row + 1] for name, values in chunk.inputs.items()}
+            with torch.no_grad():
+                target = outputs_of(model, self._heads[chunk.expert], chunk.target_BTH[row : row + 1], one)
+            merged = outputs_of(model, outer, leaf_BTH[row : row + 1], one)
+            loss = chunk.factor * row_losses(merged, target, self._options.loss).sum()
+            loss.backward(retain_graph=True)  # what leads from the corrections to `outer` serves the next prompt too
+            total += float(loss.detach())
+        assert leaf_BTH.grad is not None
+        if hidden_BTH.requires_grad:
+            hidden_BTH.backward(leaf_BTH.grad)
+        return total
+
+    def _judge(self, step: int) -> Best:
+        """Measure the corrections as they would be stored."""
+        state = self._sweep.state
+        stored = {
+            name: tensor.detach().to(state.reader.torch_dtype(parameter_of(name)), copy=True)
+            for name, tensor in self.values.items()
+        }
+        with torch.no_grad():
+            merge = CorrectedMerge(state, self._start, stored)
+            outer = merge.outer()
+            hidden = {
+                b: merge.hidden(outer, batch.inputs) for b, batch in enumerate(state.batches) if batch.is_held_out
+            }
+            found = distances(self._sweep, {"refined": Candidate(outer, hidden)})["refined"]
+        return Best(stored, found, step)
+
+    def _progress(self, step: int, optimizer: torch.optim.Optimizer, best: Best) -> Progress:
+        states = {name: optimizer.state[tensor] for name, tensor in self.values.items()}
+        first, second = ({n: state[key] for n, state in states.items()} for key in ("exp_avg", "exp_avg_sq"))
+        return Progress(step, self.values, first, second, best)
+
+    def _go_on(self, done: Progress, optimizer: torch.optim.Optimizer) -> Best:
+        with torch.no_grad():
+            for name, tensor in self.values.items():
+                tensor.copy_(done.values[name])
+                optimizer.state[tensor] = {
+                    "step": torch.tensor(float(done.step)),
+                    "exp_avg": done.first[name],
+                    "exp_avg_sq": done.second[name],
+                }
+        return done.best
+
+    def _experts_outer(self) -> list[dict[str, Tensor]]:
+        """Return the experts' weights outside the blocks: one and the same for all where these are not merged."""
+        state = self._sweep.state
+        if not any(map(state.reader.is_merged, state.model.outer_parameters())):
+            return [self._sweep.outer(None)] * state.n_experts
+        return [self._sweep.outer(expert) for expert in range(state.n_experts)]
+
+    def _cut(self) -> dict[int, list[Chunk]]:
+        """Cut the batches to fit into parts that share a step; expert -> its parts."""
+        state = self._sweep.state
+        fitted = [(b, batch) for b, batch in enumerate(state.batches) if not batch.is_held_out]
+        experts = sorted({batch.expert for _, batch in fitted})
+        longest = max(batch.inputs["input_ids"].shape[1] for _, batch in fitted)
+        n_tokens = max(1, self._options.batch_size // len(experts)) * longest
+        share = sum(state.shares[expert] for expert in experts)
+        by_expert: dict[int, list[Chunk]] = {}
+        for expert in experts:
+            own = [(b, batch) for b, batch in fitted if batch.expert == expert]
+            parts = [
+                ({name: values[rows] for name, values in batch.inputs.items()}, state.expert[b][rows])
+                for b, batch in own
+                for rows in _slices(batch.inputs["input_ids"], n_tokens)
+            ]
+            predictions = sum(self._n_predictions(inputs) for inputs, _ in parts)
+            factor = state.shares[expert] / share * len(parts) / predictions
+            by_expert[expert] = [Chunk(expert, inputs, target, factor) for inputs, target in parts]
+        return by_expert
+
+    def _n_predictions(self, inputs: Mapping[str, Tensor]) -> int:
+        if not self._sweep.predicts_tokens:
+            return len(inputs["input_ids"])
+        return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step, from 0: it rises for some steps, and falls linearly to zero."""
+    return min((step + 1) / _WARM_UP, (steps - step) / max(1, steps - _WARM_UP), 1.0)
+
+
+def _slices(ids_BT: Tensor, n_tokens: int) -> list[slice]:
+    """Cut the rows of a batch into runs of about as many tokens."""
+    size = max(1, n_tokens // ids_BT.shape[1])
+    return [slice(start, start + size) for start in range(0, len(ids_BT), size)]

@@ -1,0 +1,97 @@
+"""Fit a merge of a comparison to its experts on prompts, as `frmerge merge --calibration` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xxhash import xxh3_128, xxh3_128_hexdigest
+
+from hf_frmerge.calibration.calibrate import prepare
+from hf_frmerge.checkpoints.disk import remove_folder
+from hf_frmerge.errors import MergeError
+from hf_frmerge.evaluation.text.datasets import read_texts
+from hf_frmerge.merging.arguments.calibration import SELF
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
+
+if TYPE_CHECKING:
+    from hf_frmerge.comparison.candidates import Cell
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+    from hf_frmerge.merging.planning.plan import MergePlan
+
+FIT_OPTIONS = (
+    "num_calibration_samples",
+    "max_calibration_length",
+    "calibration_batch_size",
+    "calibration_form",
+    "calibration_rank",
+)
+"""Arguments of a merge that matter only if it is fitted."""
+
+
+class WithoutGainError(MergeError):
+    """A fit brought the merge no closer to its experts, so that it would be the merge without a fit."""
+
+
+class Fitter:
+    """
+    Fits planned merges to their experts.
+
+    What a fit found is kept in the folder of the comparison until the comparison is finished: an interrupted fit goes
+    on, and the merge that is made again for the test texts is not fitted again.
+
+    Args:
+        calibration: Prompts, as for `FisherRaoMerger`: files, datasets, lists of texts, or `"self"`.
+        args: Arguments of the comparison.
+        folder: Folder of the comparison.
+
+    Attributes:
+        digest: of the prompts, and of how merges are fitted to them.
+
+    Raises:
+        ArgumentError: If a file cannot be read.
+    """
+
+    def __init__(self, calibration: Any, args: MergingArguments, folder: Path) -> None:
+        self._calibration, self._folder = calibration, folder / ".fits"
+        options = args.to_dict()
+        state = xxh3_128(json.dumps({name: options[name] for name in FIT_OPTIONS}).encode())
+        by_expert = calibration.items() if isinstance(calibration, Mapping) else [("", calibration)]
+        for expert, data in by_expert:
+            is_file = isinstance(data, (str, Path)) and data != SELF
+            for row in (expert, *(read_texts(str(data)) if is_file else [data] if data == SELF else data)):
+                state.update(f"{len(str(row))} {row}".encode())
+        self.digest = state.hexdigest()
+
+    def check(self, plan: MergePlan) -> None:
+        """
+        Check that a merge can be fitted, before anything is run.
+
+        Raises:
+            ArgumentError: As `frmerge merge --calibration` does.
+        """
+        prepare(plan, self._calibration)
+
+    def fit(self, plan: MergePlan, cell: Cell) -> int:
+        """
+        Fit a planned merge, and add the corrections that were found to the plan; return the number of prompts.
+
+        Raises:
+            WithoutGainError: If none bring it closer to the experts.
+            MergeError: Whatever stopped the fit.
+        """
+        folder = self._folder / xxh3_128_hexdigest(cell.key.encode())
+        plan.calibration = prepare(plan, self._calibration)(folder)
+        if not (folder / CORRECTIONS_FILE).exists():
+            raise WithoutGainError(
+                "Fitted to its experts, it came no closer to them on prompts held out from the fit: it would be the "
+                "merge without a fit. More prompts, closer to what the experts were trained on, may help."
+            )
+        plan.corrections = read_corrections(str(folder))
+        return sum(plan.calibration.prompts)
+
+    def close(self) -> None:
+        """Remove what fits found."""
+        remove_folder(self._folder)

@@ -1,0 +1,88 @@
+"""The decision of a spectral method, which a merge records, and what it takes to carry it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_frmerge.geometry.core_space import core_space
+from hf_frmerge.geometry.lowrank import Factors
+from hf_frmerge.methods.spectral.continual import opcm
+from hf_frmerge.methods.spectral.covariances import ace, swudi
+from hf_frmerge.methods.spectral.directions import iso_c, iso_cts, tsv_m
+from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralMethod, SpectralOptions
+from hf_frmerge.methods.spectral.residuals import res_merge
+from hf_frmerge.methods.spectral.rotations import ortho_merge
+from hf_frmerge.methods.spectral.votes import dc_merge, knots
+
+RULES: dict[str, SpectralMethod] = {
+    method.__name__: method
+    for method in (tsv_m, iso_c, iso_cts, swudi, res_merge, knots, dc_merge, ace, ortho_merge, opcm)
+}
+
+TOLERANCE = 1e-3
+"""Share of the merged delta's norm by which two machines may differ; see `provenance.verify`."""
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """
+    Decision of a spectral method: the method and its numbers, as nothing is measured.
+
+    Attributes:
+        rule: name of the method, of a function of `RULES`.
+        weights: weights of the experts.
+        scale: factor of the merged delta.
+        options: numbers of the method.
+    """
+
+    rule: str
+    weights: tuple[float, ...]
+    scale: float
+    options: SpectralOptions
+
+    def to_journal(self) -> dict[str, Any]:
+        """Return JSON values, from which every number can be read back exactly."""
+        return {**vars(self), "options": vars(self.options)}
+
+    def merge(self, experts: Experts) -> Matrix:
+        """Return the merged delta before it is scaled. Raises `np.linalg.LinAlgError` if LAPACK gives up."""
+        return RULES[self.rule](experts, np.array(self.weights), self.options)
+
+    def merge_factors(self, factors: Sequence[Factors]) -> Matrix:
+        """
+        Do what `merge` does with low-rank deltas, through their cores (Core Space, arXiv 2509.17786).
+
+        For methods whose result turns with the deltas (`Method.is_equivariant`) it is the same, to rounding: cores are
+        the deltas in other coordinates. With R the sum of the ranks, singular vectors are those of `R x R` matrices.
+
+        Raises:
+            np.linalg.LinAlgError: If LAPACK gives up.
+        """
+        space = core_space(factors)
+        shape = len(space.U_B), len(space.V_A)
+        core = self.merge(Experts(space.cores.astype(np.float32), shape=shape))
+        left, right, _ = space.factors(core.astype(np.float64))
+        merged: Matrix = left.astype(np.float32) @ right.astype(np.float32)
+        return merged
+
+
+def memory_bytes(method: str, rows: int, cols: int, n_experts: int, core_rank: int | None = None) -> int:
+    """
+    Return an upper limit of what merging one matrix takes: deltas, singular vectors of all, products of columns.
+
+    Args:
+        method: Name of the method.
+        rows, cols: Shape of the matrix.
+        n_experts: Number of experts.
+        core_rank: Sum of the ranks of their deltas, if these are merged as cores.
+    """
+    if core_rank is not None:  # cores, factors and their singular vectors in float64, the merged delta
+        factors = 8 * 8 * (rows + cols) * core_rank
+        return 2 * memory_bytes(method, core_rank, core_rank, n_experts) + factors + 8 * rows * cols
+    needed = 4 * (rows * cols * (4 * n_experts + 8) + 8 * min(rows, cols) ** 2 + 6 * cols**2)
+    # Rotations of the columns, their singular vectors and the workspace of these, in float64.
+    return needed + (8 * 12 * cols**2 if method == ortho_merge.__name__ else 0)

@@ -1,0 +1,141 @@
+"""
+Make a control for a benchmark of fitted merges: a distillation to the same experts on the same prompts, without a fit.
+
+    python scripts/distil_control.py all --base BASE --output-dir OUT --calibration EXPERT=FILE ... --steps 100
+    python scripts/distil_control.py lora --base BASE --output-dir OUT --calibration EXPERT=FILE ... --steps 100
+
+`all` trains all weights that the experts changed, from their linear merge; `lora` a new LoRA of the base, with factors
+drawn as PEFT draws them. Loss, prompts, optimiser and choice of the best point by held-out distance are those of the
+package's refinement (`--refine`), from another start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_frmerge import MergingArguments
+from hf_frmerge.calibration.block_fit import SweepOptions
+from hf_frmerge.calibration.calibrate import HELD_OUT, batches_of, open_model
+from hf_frmerge.calibration.layers import is_linear
+from hf_frmerge.calibration.prompts import read_prompts, split_prompts
+from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
+from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions
+from hf_frmerge.calibration.sweep import FittedBlock, Sweep
+from hf_frmerge.calibration.weights import WeightReader
+from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.planning.build_plan import build_plan
+
+LEARNING_RATES = {"all": 3e-5, "lora": 1e-3}
+
+
+def main() -> None:
+    args = parse_args()
+    sweep = run_experts(args)
+    start = read_start(sweep.state)
+    blocks = [FittedBlock({}, {}) for _ in sweep.state.model.blocks]
+    if args.kind == "all":
+        corrections = corrections_to_refine(sweep.state, start, blocks, "dense")
+    else:
+        corrections = fresh_lora(sweep, start, args.rank, args.seed)
+    rate = args.learning_rate or LEARNING_RATES[args.kind]
+    options = RefineOptions(args.steps, args.loss, rate, args.batch_size, args.seed)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    progress = args.output_dir / "progress.safetensors"
+    progress.unlink(missing_ok=True)
+    best = Refinement(sweep, start, corrections, options).run(progress)
+    if best is None:
+        raise SystemExit("The loss is not finite: choose a smaller --learning-rate.")
+    progress.unlink()
+    print(f"best at step {best.step}: distances {best.distances}")
+    save(args, {name: added(start, best.corrections, name) for name in start})
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
+    parser.add_argument("kind", choices=LEARNING_RATES, help="all weights, or a fresh LoRA")
+    parser.add_argument("--base", required=True, help="folder of the base model")
+    parser.add_argument("--calibration", nargs="+", required=True, metavar="EXPERT=FILE", help="experts and prompts")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts an expert")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--loss", choices=("kl", "fisher_rao"), default="kl")
+    parser.add_argument("--learning-rate", type=float, help=f"default: {LEARNING_RATES}")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts a step")
+    parser.add_argument("--rank", type=int, default=16, help="of the fresh LoRA")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    return parser.parse_args()
+
+
+def run_experts(args: argparse.Namespace) -> Sweep:
+    """Run experts and start over the prompts that a fit would have, and fit nothing."""
+    calibration = dict(item.split("=", 1) for item in args.calibration)
+    experts = list(calibration)
+    scale = 1.0 if args.kind == "all" else 0.0  # the base alone
+    merging = MergingArguments(
+        output_dir=str(args.output_dir), method="linear", space="deltas", scale=scale, adapter_output="merged",
+        num_calibration_samples=args.prompts, calibration_batch_size=args.batch_size, seed=args.seed,
+    )  # fmt: skip
+    plan = build_plan(experts, merging, None, args.base)
+    model = open_model(plan)
+    prompts = read_prompts(
+        calibration,
+        AutoTokenizer.from_pretrained(args.base),
+        experts=experts,
+        n_samples=args.prompts,
+        max_length=merging.max_calibration_length,
+        seed=args.seed,
+        vocab_size=model.model.config.get_text_config().vocab_size,
+    )
+    fitted, held_out = split_prompts(prompts, HELD_OUT, args.seed)
+    reader = WeightReader(plan, load_kernels("cpu"), model.model)
+    sweep = Sweep(
+        model, reader, batches_of(plan, model, fitted, held_out), plan.weights, SweepOptions(), is_full=False
+    )
+    sweep.begin()
+    for index in range(len(model.blocks)):
+        sweep.fit_block(index, FittedBlock({}, {}))
+    return sweep
+
+
+def fresh_lora(sweep: Sweep, start: dict[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:
+    """Return new factors of every linear layer of the blocks: uniform in ±1/sqrt(inputs) behind it, zero before."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for block in sweep.state.model.blocks:
+        for name, module in sweep.state.model.block(block).named_modules():
+            parameter = f"{block}.{name}.weight"
+            if is_linear(module) and sweep.state.reader.is_merged(parameter):
+                rows, columns = start[parameter].shape
+                down = torch.rand(rank, columns, generator=generator) * 2 - 1
+                factors[f"{parameter}.up"] = torch.zeros(rows, rank)
+                factors[f"{parameter}.down"] = down / math.sqrt(columns)
+    return factors
+
+
+def added(start: dict[str, Tensor], corrections: dict[str, Tensor], name: str) -> Tensor:
+    """Return a parameter with what was learned."""
+    if f"{name}.up" in corrections:
+        return start[name] + corrections[f"{name}.up"].float() @ corrections[f"{name}.down"].float()
+    return start[name] + corrections[name].float() if name in corrections else start[name]
+
+
+def save(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:
+    """Save the model as merges are saved, in the dtype of the base."""
+    model = AutoModelForCausalLM.from_pretrained(args.base, dtype="auto")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    model.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Refinements against transformers' whole models: loss and gradient of a step, and what comes out of all steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from jsonschema import Draft202012Validator
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.func import functional_call
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.calibration.block_fit import SweepOptions
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs
+from hf_frmerge.calibration.held_out import distances, forms_of
+from hf_frmerge.calibration.prompts import read_prompts, split_prompts
+from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
+from hf_frmerge.calibration.refinement.losses import row_losses
+from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions, rate_at
+from hf_frmerge.calibration.streams import in_batches
+from hf_frmerge.calibration.sweep import FittedBlock, Sweep
+from hf_frmerge.calibration.weights import WeightReader
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.record.manifest import SCHEMA_FILE, read_manifest
+from hf_frmerge.provenance.merge_again import reproduce
+from hf_frmerge.provenance.verify import verify
+
+VOCABULARY, N_EXPERTS = 40, 2
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_attention_heads=2, initializer_range=0.2)),
+    "tied": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, num_attention_heads=2, initializer_range=0.2, tie_word_embeddings=True),
+    ),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.2),
+    ),
+    "classifier": (
+        BertForSequenceClassification,
+        BertConfig(**SIZES, num_attention_heads=2, num_labels=3, initializer_range=0.2),
+    ),
+    "headless": (transformers.BertModel, BertConfig(**SIZES, num_attention_heads=2, initializer_range=0.2)),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of every kind a base, and experts that differ from it at random; LoRA experts of the first."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind, (model_class, config) in MODELS.items():
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(folder / kind / "base")
+        for number in range(N_EXPERTS):
+            torch.manual_seed(number + 1)
+            model = model_class.from_pretrained(folder / kind / "base")
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            model.save_pretrained(folder / kind / f"full{number}")
+    for number in range(N_EXPERTS):
+        torch.manual_seed(number + 1)
+        config = LoraConfig(r=2, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)
+        lora = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "llama" / "base"), config)
+        lora.save_pretrained(folder / "llama" / f"lora{number}")
+    return folder
+
+
+def prompts(expert: int, count: int = 16) -> list[list[int]]:
+    """Random tokens, of many lengths."""
+    rng = np.random.default_rng(expert)
+    return [rng.integers(0, VOCABULARY, 4 + number % 9).tolist() for number in range(count)]
+
+
+def padded(texts: list[list[int]]) -> dict[str, Tensor]:
+    ids, mask = torch.zeros(2, len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def swept(models: Path, kind: str) -> Sweep:
+    """A sweep over a linear merge that fits nothing, in float32, with some prompts held out."""
+    experts = [str(models / kind / f"full{number}") for number in range(N_EXPERTS)]
+    args = MergingArguments(output_dir=str(models / "unused"), method="linear")
+    plan = build_plan(experts, args, [0.25, 0.75], str(models / kind / "base"))
+    model = BlockwiseModel(*MODELS[kind], torch.device("cpu"), torch.float32)
+    reader = WeightReader(plan, load_kernels("cpu"), model.model)
+    batches = [
+        batch
+        for is_held_out, rows in ((False, slice(0, 12)), (True, slice(12, 16)))
+        for expert in range(N_EXPERTS)
+        for batch in in_batches(
+            [np.array(ids) for ids in prompts(expert)[rows]],
+            expert,
+            4,
+            0,
+            is_held_out=is_held_out,
+            device=model.device,
+        )
+    ]
+    sweep = Sweep(model, reader, batches, plan.weights, SweepOptions(), is_full=False)
+    sweep.begin()
+    for index in range(len(model.blocks)):
+        sweep.fit_block(index, FittedBlock({}, {}))
+    return sweep
+
+
+def some_corrections(sweep: Sweep, form: str) -> dict[str, Tensor]:
+    """Random numbers in the place of what a fit would find."""
+    torch.manual_seed(7)
+    blocks = []
+    for name in sweep.state.model.blocks:
+        parameters = dict(sweep.state.model.block(name).named_parameters())
+        shapes = {key: parameter.shape for key, parameter in parameters.items()}
+        factors = {
+            key: (0.1 * torch.randn(shape[0], 3), torch.randn(3, shape[1]))
+            for key, shape in shapes.items()
+            if len(shape) == 2
+        }
+        blocks.append(FittedBlock({key: 0.1 * torch.randn(shape) for key, shape in shapes.items()}, factors))
+    start = read_start(sweep.state)
+    return corrections_to_refine(sweep.state, start, blocks, form)
+
+
+def plain_losses(kind: str, merged: Any, expert: Any, inputs: dict[str, Tensor], loss: str) -> Tensor:
+    """The loss of every prediction, by textbook formulas on what transformers gives."""
+    mask = inputs["attention_mask"].bool()
+    if kind == "headless":
+        one, other = (output.last_hidden_state[mask] for output in (merged, expert))
+        return torch.arccos(torch.cosine_similarity(one, other, dim=-1)).square()
+    logits = [output.logits if kind == "classifier" else output.logits[mask] for output in (merged, expert)]
+    q, p = (torch.softmax(values, dim=-1) for values in logits)
+    if loss == "kl":
+        return (p * (p / q).log()).sum(-1)
+    return (2 * torch.arccos((p * q).sqrt().sum(-1))).square()
+
+
+@pytest.mark.parametrize("loss", ["kl", "fisher_rao"])
+@pytest.mark.parametrize("form", ["dense", "low_rank"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_gradient_are_those_of_the_whole_models(models: Path, kind: str, form: str, loss: str) -> None:
+    sweep = swept(models, kind)
+    corrections = some_corrections(sweep, form)
+    options = RefineOptions(1, loss, 1e-3, batch_size=1000, seed=0)
+    refinement = Refinement(sweep, read_start(sweep.state), corrections, options)
+    n_steps = 3  # as many as there are batches: one of each takes part in a step
+    value = sum(refinement.take_gradients(step) for step in range(n_steps)) / n_steps
+
+    model_class = MODELS[kind][0]
+    weights = {name: values.double() for name, values in read_start(sweep.state).items()}
+    leaves = {name: values.double().requires_grad_() for name, values in corrections.items()}
+    for name, leaf in leaves.items():
+        parameter, _, factor = name.rpartition(".")
+        if factor == "up":
+            weights[parameter] = weights[parameter] + leaf @ leaves[f"{parameter}.down"]
+        elif factor != "down":
+            weights[name] = weights[name] + leaf
+    model = model_class.from_pretrained(models / kind / "base", dtype=torch.float64).eval()
+    expected = torch.zeros((), dtype=torch.float64)
+    for number, share in enumerate((0.25, 0.75)):
+        expert = model_class.from_pretrained(models / kind / f"full{number}", dtype=torch.float64).eval()
+        inputs = padded(prompts(number)[:12])
+        with torch.no_grad():
+            target = expert(**inputs)
+        merged = functional_call(model, weights, (), inputs)
+        expected = expected + share * plain_losses(kind, merged, target, inputs, loss).mean()
+    expected.backward()
+    assert value == pytest.approx(float(expected.detach()), rel=1e-4)
+    for name, leaf in leaves.items():
+        reference = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # the pooler gives no hidden states
+        gradient = refinement.values[name].grad
+        assert gradient is not None
+        scale = float(reference.abs().max())
+        torch.testing.assert_close(gradient.double() / n_steps, reference, rtol=1e-3, atol=1e-3 * scale + 1e-8)
+
+
+def test_what_begins_at_the_start_is_the_start(models: Path, tmp_path: Path) -> None:
+    """With a vanishing step size the first point that is judged is where it began, and gradients reach all factors."""
+    sweep = swept(models, "llama")
+    start = read_start(sweep.state)
+    blocks = []
+    for name in sweep.state.model.blocks:
+        fitted = {key: torch.randn(values.shape) for key, values in sweep.state.model.block(name).named_parameters()}
+        factors = {k: (torch.randn(len(v), 2), torch.randn(2, v.shape[1])) for k, v in fitted.items() if v.ndim == 2}
+        blocks.append(FittedBlock(fitted, factors))
+    expected = distances(sweep, forms_of(sweep))["start"]
+    for form in ("dense", "low_rank"):
+        corrections = corrections_to_refine(sweep.state, start, blocks, form, from_fit=False)
+        options = RefineOptions(1, "kl", 1e-12, batch_size=4, seed=0)
+        refinement = Refinement(sweep, start, corrections, options)
+        best = refinement.run(tmp_path / form, silent=True)
+        assert best is not None and best.distances == pytest.approx(expected, rel=1e-5)
+        ups = [values.grad for name, values in refinement.values.items() if not name.endswith(".down")]
+        assert ups and all(bool(gradient.any()) for gradient in ups if gradient is not None)
+    only = corrections_to_refine(sweep.state, start, blocks, "low_rank", factors_only=True)
+    assert all(name.endswith((".up", ".down")) for name in only)
+    for name, (up, down) in ((f"{sweep.state.model.blocks[0]}.{k}", pair) for k, pair in blocks[0].factors.items()):
+        torch.testing.assert_close(only[f"{name}.up"] @ only[f"{name}.down"], up @ down, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(only[f"{name}.up"].norm(dim=0), only[f"{name}.down"].norm(dim=1))
+
+
+def test_losses_of_equal_outputs_are_flat() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(4, 9)
+    for is_logits in (True, False):
+        for loss in ("kl", "fisher_rao"):
+            merged = values.clone().requires_grad_()
+            losses = row_losses(Outputs(merged, is_logits), Outputs(values, is_logits), loss)
+            losses.sum().backward()
+            assert float(losses.detach().abs().max()) < 1e-5
+            assert merged.grad is not None and float(merged.grad.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 40])
+def test_the_learning_rate_is_that_of_transformers_one_step_earlier_in_the_warm_up(steps: int) -> None:
+    """Which spends its first step on a rate of zero."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 5, max(steps, 6))
+    (rate,) = schedule.lr_lambdas
+    for step in range(steps):
+        late = min(1.0, (steps - step) / max(1, steps - 5))
+        expected = min(rate(min(step + 1, 5)) if step < 5 else rate(step), late)
+        assert rate_at(step, steps) == pytest.approx(expected)
+    assert rate_at(steps - 1, steps) > 0
+
+
+def merger(models: Path, out: Path, kind: str = "llama", expert: str = "full", **options: Any) -> FisherRaoMerger:
+    experts = [str(models / kind / f"{expert}{number}") for number in range(N_EXPERTS)]
+    calibration = options.pop("calibration", {name: prompts(number, 96) for number, name in enumerate(experts)})
+    defaults = {"method": "linear", "disable_tqdm": True, "calibration_rank": 4, "max_calibration_length": 12}
+    args = MergingArguments(output_dir=str(out), **{**defaults, **options})
+    return FisherRaoMerger(experts, args, base_model=str(models / kind / "base"), calibration_dataset=calibration)
+
+
+def load_whole(models: Path, out: Path, kind: str) -> Any:
+    """The merged model by transformers, or PEFT, alone."""
+    model_class = AutoModel if kind == "headless" else MODELS[kind][0]
+    if not (out / "adapter_config.json").exists():
+        return model_class.from_pretrained(out).eval()
+    return PeftModel.from_pretrained(model_class.from_pretrained(models / kind / "base"), out).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expert", "form", "options"),
+    [
+        ("llama", "full", "dense", {"refine_loss": "fisher_rao"}),
+        ("llama", "lora", "low_rank", {"adapter_output": "auto", "refine_learning_rate": 1e-3}),
+        ("tied", "full", "low_rank", {"refine_learning_rate": 3e-3}),
+        ("headless", "full", "dense", {"refine_learning_rate": 1e-3}),
+    ],
+)
+def test_a_refined_merge_is_closer_and_its_record_checks(
+    models: Path, tmp_path: Path, kind: str, expert: str, form: str, options: dict[str, Any]
+) -> None:
+    wanted = {} if options.get("adapter_output") == "auto" else {"calibration_form": form}
+    merging = merger(models, tmp_path / "out", kind, expert, refine_steps=12, **wanted, **options)
+    merging.merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.refinement is not None and record.form == form
+    assert record.is_refined and record.refinement.began_from in (form, "start")
+    assert record.refinement.loss == ("angle" if kind == "headless" else options.get("refine_loss", "kl"))
+    assert record.mean_distance("refined") < min(record.mean_distance(form), record.mean_distance("start"))
+
+    schema = json.loads(files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text(encoding="utf-8"))
+    Draft202012Validator(schema).validate(json.loads((tmp_path / "out/merge_manifest.json").read_text()))
+    report = verify(str(tmp_path / "out"))
+    assert report.ok, report.problems
+    assert not reproduce(str(tmp_path / "out")).differences
+
+    # The distances that are recorded are those of the model that is written.
+    args = merging.args
+    data = dict(merging.calibration_dataset)
+    read = read_prompts(
+        data, None, experts=list(data), n_samples=64, max_length=12, seed=args.seed, vocab_size=VOCABULARY,
+        packing=kind != "headless",
+    )  # fmt: skip
+    _, held_out = split_prompts(read, 1 / 8, args.seed)
+    merged = load_whole(models, tmp_path / "out", kind)
+    for own, distance in zip(held_out, record.distances["refined"], strict=True):
+        inputs = padded([ids.tolist() for ids in own.token_ids])
+        teacher = load_whole(models, models / kind / f"{expert}{own.expert}", kind)
+        with torch.no_grad():
+            found = plain_losses(kind, merged(**inputs), teacher(**inputs), inputs, "fisher_rao")
+        assert distance == pytest.approx(float(found.mean()), rel=0.1)  # matrices in bfloat16
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(1.0, 3), (1e30, 3), (1e30, 1)])
+def test_what_is_worse_than_the_fit_is_left_out(
+    models: Path, tmp_path: Path, rate: float, steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    # From the base alone, so that the fit has something to gain.
+    options: dict[str, Any] = {"calibration_form": "dense", "adapter_output": "merged", "scale": 0.0}
+    merger(models, tmp_path / "fit", "llama", "lora", **options).merge()
+    options |= {"refine_steps": steps, "refine_learning_rate": rate}
+    merger(models, tmp_path / "out", "llama", "lora", **options).merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.refinement is not None and record.refinement.best_step == 0
+    assert not record.is_refined and record.form == "dense"
+    for file in ("model.safetensors", "merge_corrections.safetensors"):
+        assert (tmp_path / "fit" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    if rate == 1e30:
+        assert "refined" not in record.distances and "values that are not finite" in caplog.text
+    else:
+        assert record.mean_distance("refined") >= record.mean_distance("dense")
+    assert verify(str(tmp_path / "out")).ok
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("form", ["dense", "low_rank"])
+def test_an_interrupted_refinement_goes_on_to_the_same_bits(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    out, whole, take = tmp_path / "out", tmp_path / "whole", Refinement.take_gradients
+    options = {"calibration_form": form, "refine_steps": 14, "refine_learning_rate": 1e-3}
+    taken: list[int] = []
+
+    def take_gradients(self: Refinement, step: int) -> float:
+        taken.append(step)
+        if taken == list(range(13)):
+            raise Killed
+        return take(self, step)
+
+    monkeypatch.setattr(Refinement, "take_gradients", take_gradients)
+    with pytest.raises(Killed):
+        merger(models, out, **options).merge()
+    assert not (out / "config.json").exists()
+    taken.clear()
+    merger(models, out, **options).merge(resume_from_checkpoint=True)
+    assert taken == [10, 11, 12, 13]  # the state was kept after ten steps
+    merger(models, whole, **options).merge()
+    record = read_manifest(out).calibration
+    assert record is not None and record.is_refined
+    for name in ("model.safetensors", "merge_corrections.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_refinement_needs_prompts_and_is_named_on_the_card(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="calibration_dataset"):
+        merger(models, tmp_path / "out", calibration=None, refine_steps=2).merge()
+    with pytest.raises(ArgumentError, match="at least 0"):
+        merger(models, tmp_path / "out", refine_steps=-1)
+    assert not (tmp_path / "out").exists()
+    merger(models, tmp_path / "out", calibration=None).merge()  # left out, as it says
+    merger(models, tmp_path / "refined", refine_steps=2, calibration_form="dense", refine_learning_rate=1e-3).merge()
+    card = (tmp_path / "refined/README.md").read_text()
+    assert "--refine-steps 2" in card and "refine_steps=2" in card
+    assert re.search(r"and refined all layers together|then trained to predict", card)

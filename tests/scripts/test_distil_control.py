@@ -1,0 +1,97 @@
+"""Controls of the benchmark on tiny models: what they write is nearer to the experts than what they began with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_llama_family
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+WORDS = ["alpha", "beta", "gamma", "delta", "house", "room", "door", "other"]
+DOMAINS = {"math": WORDS[:6], "code": WORDS[2:]}
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import bench_function_space
+    import distil_control
+
+    for module in ("bench_function_space", "distil_control"):
+        monkeypatch.delitem(sys.modules, module)
+    return bench_function_space, distil_control
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two experts of it in a suite, and texts of both for the prompts."""
+    folder = tmp_path_factory.mktemp("suite")
+    save_llama_family(folder, WORDS, 0.1)
+    (folder / "experts").mkdir()
+    for name, words in DOMAINS.items():
+        (folder / name).rename(folder / "experts" / name)
+        generator = torch.Generator().manual_seed(len(words))
+        texts = [
+            " ".join(words[int(i)] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(40)
+        ]
+        (folder / f"{name}.calibration.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return folder
+
+
+def divergence(folder: Path, merged: Any) -> float:
+    """Mean of KL(expert || merged) over the experts' texts, in float64."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    total = 0.0
+    for name in DOMAINS:
+        expert = AutoModelForCausalLM.from_pretrained(folder / "experts" / name, dtype=torch.float64).eval()
+        lines = (folder / f"{name}.calibration.jsonl").read_text().splitlines()
+        ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"] for line in lines])
+        with torch.no_grad():
+            p, q = (torch.log_softmax(model(ids).logits, dim=-1) for model in (expert, merged))
+        total += float((p.exp() * (p - q)).sum(-1).mean())
+    return total / len(DOMAINS)
+
+
+@pytest.mark.parametrize("kind", ["all", "lora"])
+def test_a_control_comes_nearer_to_the_experts(
+    folder: Path,
+    tmp_path: Path,
+    scripts: tuple[ModuleType, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    # As the benchmark calls it, for the first of its rows of this kind.
+    bench, control = scripts
+    common = ["--suite", str(folder / "experts"), "--texts", str(folder), "--base", str(folder / "base")]
+    monkeypatch.setattr(
+        sys, "argv", ["bench", *common, "--methods", "--prompts", "16", "--self", "--refine", "7", "--distil", "20"]
+    )
+    args = bench.parse_args()
+    rows = bench.merges(args, ["math", "code"])
+    assert [row.name for row in rows] == [
+        "16 prompts, seed 42", "16 prompts, seed 42, refined",
+        "all weights distilled, 16 prompts, seed 42", "fresh LoRA distilled, 16 prompts, seed 42",
+    ]  # fmt: skip
+    assert "--refine=7" in rows[1].options and not rows[1].is_control
+    (row,) = (row for row in rows if row.is_control and row.options[0] == kind)
+    options = [*row.options, "--learning-rate", "3e-3", "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["control", *options])
+    control.main()
+
+    load = AutoModelForCausalLM.from_pretrained
+    start = load(folder / "base", dtype=torch.float64).eval()
+    if kind == "all":
+        experts = [load(folder / "experts" / name, dtype=torch.float64).state_dict() for name in DOMAINS]
+        start.load_state_dict({name: (values + experts[1][name]) / 2 for name, values in experts[0].items()})
+    out = load(tmp_path / "out", dtype=torch.float64).eval()
+    assert divergence(folder, out) < 0.9 * divergence(folder, start)
+    changed = {name for name, values in out.state_dict().items() if not torch.equal(values, start.state_dict()[name])}
+    assert ("model.embed_tokens.weight" in changed) == (kind == "all")
+    assert "model.layers.0.mlp.up_proj.weight" in changed
