@@ -93,22 +93,18 @@ def parse_candidate(text: str) -> Candidate:
     return Candidate(name, tuple(options))
 
 
-def default_candidates(n_experts: int, *, has_base: bool, are_full: bool) -> list[Candidate]:
+def default_candidates(n_experts: int, *, has_base: bool) -> list[Candidate]:
     """
     Return the methods that are compared if none are named: those that can run on these experts.
 
     Args:
         n_experts: Number of experts.
         has_base: Whether there is a base model, without which there are no deltas.
-        are_full: Whether all experts are full models: the singular values of adapters are few, and take long to find.
     """
     return [
         Candidate(method.name)
         for method in METHODS.values()
-        if method.is_compared
-        and method.n_experts in (None, n_experts)
-        and (has_base or not method.needs_deltas)
-        and (are_full or method.kind != "spectral")
+        if method.is_compared and method.n_experts in (None, n_experts) and (has_base or not method.needs_deltas)
     ]
 
 

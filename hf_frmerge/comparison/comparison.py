@@ -174,8 +174,9 @@ class MergeComparison:
         fitter = None
         if self.calibration_dataset is not None:
             fitter = Fitter(self.calibration_dataset, self.args, folder)
-        candidates = self._candidates(self._find_base(), fitter)
-        with sole_writer(folder), _scratch(folder) as scratch:
+        self._find_base()
+        candidates = self._candidates(fitter)
+        with sole_writer(folder), _scratch(folder) as scratch, _each_warning_once():
             with closing(self._plan(candidates[0][0])) as plan:
                 for note in plan.notes:
                     logger.warning("%s", note)
@@ -186,9 +187,9 @@ class MergeComparison:
             if fitter is not None:
                 fitter.close()
 
-    def _find_base(self) -> bool:
+    def _find_base(self) -> None:
         """
-        Take the base that the first adapter names if none was given; return whether all experts are full models.
+        Take the base that the first adapter names if none was given.
 
         Adapters are merged into full models: what most methods make of them is no adapter.
         """
@@ -205,13 +206,12 @@ class MergeComparison:
                 "scaled, and losses are compared. Give the model that the experts were fine-tuned from (base_model, "
                 "--base-model) for the rest."
             )
-        return not adapters
 
-    def _candidates(self, are_full: bool, fitter: Fitter | None) -> list[list[Cell]]:
+    def _candidates(self, fitter: Fitter | None) -> list[list[Cell]]:
         """Return the cells of every method, after planning one of each: what cannot be merged fails now."""
         has_base = self.base_model is not None
         weights = [self._numbers(one) for one in self.weights]
-        chosen = self.methods or default_candidates(len(self.experts), has_base=has_base, are_full=are_full)
+        chosen = self.methods or default_candidates(len(self.experts), has_base=has_base)
         cells = []
         for candidate in chosen:
             own = cells_of(candidate, self.scales, weights, has_base=has_base)
@@ -366,6 +366,24 @@ def _scratch(folder: Path) -> Iterator[Path]:
         yield scratch
     finally:
         remove_folder(scratch)
+
+
+@contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """Let evaluations say once what is true of all merges on the same texts."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message, before = record.getMessage(), len(said)
+        said.add(message)
+        return len(said) > before
+
+    evaluation = logging.getLogger("hf_frmerge.evaluation.suite.build_record")
+    evaluation.addFilter(is_new)
+    try:
+        yield
+    finally:
+        evaluation.removeFilter(is_new)
 
 
 def _checked_scales(scales: Sequence[float]) -> tuple[float, ...]:

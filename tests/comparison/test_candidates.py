@@ -22,16 +22,15 @@ def names(**facts) -> list[str]:
 
 
 def test_default_methods_are_those_that_can_run() -> None:
-    full = names(has_base=True, are_full=True)
+    full = names(has_base=True)
     assert {"linear", "task_arithmetic", "karcher", "nre", "ties", "dare_ties", "tsv_m", "iso_c"} <= set(full)
     assert 9 <= len(full) <= 12 and "nuslerp" not in full
-    assert "nuslerp" in names(n_experts=2, has_base=True, are_full=True)
-    assert not {"tsv_m", "iso_c"} & set(names(has_base=True, are_full=False))
-    assert all(not METHODS[name].needs_deltas for name in names(has_base=False, are_full=True))
+    assert "nuslerp" in names(n_experts=2, has_base=True)
+    assert all(not METHODS[name].needs_deltas for name in names(has_base=False))
 
 
 def test_every_method_gets_the_same_scales() -> None:
-    for candidate in default_candidates(3, has_base=True, are_full=True):
+    for candidate in default_candidates(3, has_base=True):
         cells = cells_of(candidate, [0.5, 2.0], [None, (0.7, 0.2, 0.1)], has_base=True)
         assert [(cell.scale, cell.weights) for cell in cells] == [
             (0.5, None), (2.0, None), (0.5, (0.7, 0.2, 0.1)), (2.0, (0.7, 0.2, 0.1)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from contextlib import closing
@@ -16,7 +17,7 @@ from tiny_models import save_classifier_family
 from transformers import BertModel
 
 from hf_frmerge.comparison.cell_file import CELLS_FILE
-from hf_frmerge.comparison.comparison import MergeComparison
+from hf_frmerge.comparison.comparison import MergeComparison, _each_warning_once
 from hf_frmerge.comparison.record import TABLE_FILE
 from hf_frmerge.comparison.texts import split_texts
 from hf_frmerge.errors import ArgumentError, MergeError, ResumeError
@@ -129,7 +130,7 @@ def test_finished_cells_are_not_run_again(family: Family, record: ComparisonReco
 
 KILLED = """
 import json, os, sys
-from hf_frmerge.comparison.comparison import MergeComparison
+from hf_frmerge.comparison.comparison import MergeComparison, _each_warning_once
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 experts, texts, base, folder, cache, methods, scales = json.loads(sys.argv[1])
@@ -185,6 +186,15 @@ def test_adapters_are_compared_as_full_models(family: Family, cache: Path, tmp_p
     assert list(record.best.by_place) == list(texts) and record.best.score > 0.1
     assert record.command[record.command.index("--adapter-output") + 1] == "merged"
     assert record.command[record.command.index("--base-model") + 1] == family.base
+
+
+def test_what_is_true_of_all_merges_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    evaluation = logging.getLogger("hf_frmerge.evaluation.suite.build_record")
+    with _each_warning_once():
+        for n_tokens in (5, 5, 6):
+            evaluation.warning("of %d tokens", n_tokens)
+    evaluation.warning("of %d tokens", 5)
+    assert [one.getMessage() for one in caplog.records] == [f"of {n} tokens" for n in (5, 6, 5)]
 
 
 def test_without_a_base_losses_are_compared(family: Family, cache: Path, tmp_path: Path) -> None:
