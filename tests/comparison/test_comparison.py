@@ -130,7 +130,7 @@ def test_finished_cells_are_not_run_again(family: Family, record: ComparisonReco
 
 KILLED = """
 import json, os, sys
-from hf_frmerge.comparison.comparison import MergeComparison, _each_warning_once
+from hf_frmerge.comparison.comparison import MergeComparison
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 experts, texts, base, folder, cache, methods, scales = json.loads(sys.argv[1])
