@@ -11,11 +11,12 @@ import click
 
 from hf_frmerge.cli.command import FrmergeCommand, results_only, yield_idle_cores
 from hf_frmerge.cli.evaluating import (
-    MEASURING,
     batch_size_option,
     block_size_option,
+    cache_dir_option,
     eval_dtype_option,
     evaluation_bar,
+    models_and_data,
     named_files,
     numbers,
     option,
@@ -26,7 +27,7 @@ from hf_frmerge.merging.arguments.calibration import SELF, parse_calibration
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
 
-_DATA, _TRIED = "Models and data", "What is tried"
+_TRIED = "What is tried"
 _SHARED = {
     "What all merges share": (
         "post_step",
@@ -48,29 +49,7 @@ _SHARED = {
     on_interrupt="What is finished is kept: run the same command again to go on.",
 )
 @click.argument("experts", nargs=-1, required=True, metavar="EXPERT EXPERT ...")
-@option(
-    _DATA,
-    "--data",
-    multiple=True,
-    required=True,
-    metavar="[NAME=]FILE",
-    help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text (and label, for "
-    "classifiers). Give it once per domain; a domain named like an expert is that expert's own.",
-)
-@option(
-    _DATA,
-    "--base-model",
-    metavar="MODEL",
-    help="Model the experts were fine-tuned from. Default: the one adapters name. Without it losses are compared.",
-)
-@option(
-    _DATA,
-    "--max-tokens",
-    type=click.IntRange(min=0),
-    default=2048,
-    show_default=True,
-    help="Tokens of every text that are used, a quarter of them to choose scales, the others to report; 0 for all.",
-)
+@models_and_data("scales")
 @option(
     _TRIED,
     "--method",
@@ -106,12 +85,7 @@ _SHARED = {
 @batch_size_option
 @block_size_option
 @eval_dtype_option
-@option(
-    MEASURING,
-    "--cache-dir",
-    metavar="DIR",
-    help="Where results of unchanged experts are kept. [default: the user's cache]",
-)
+@cache_dir_option
 @option(
     "Output",
     "--output-dir",

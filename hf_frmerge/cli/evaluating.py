@@ -48,6 +48,56 @@ eval_dtype_option = option(
 )
 
 
+DATA = "Models and data"
+"""Heading of the options about what is measured."""
+
+
+def models_and_data(chosen: str) -> Any:
+    """Declare the options of commands that try merges on a part of the texts, where they choose what `chosen` says."""
+    options = (
+        option(
+            DATA,
+            "--data",
+            multiple=True,
+            required=True,
+            metavar="[NAME=]FILE",
+            help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text (and label, for "
+            "classifiers). Give it once per domain; a domain named like an expert is that expert's own.",
+        ),
+        option(
+            DATA,
+            "--base-model",
+            metavar="MODEL",
+            help="Model the experts were fine-tuned from. Default: the one adapters name. Without it losses are "
+            "compared.",
+        ),
+        option(
+            DATA,
+            "--max-tokens",
+            type=click.IntRange(min=0),
+            default=2048,
+            show_default=True,
+            help=f"Tokens of every text that are used, a quarter of them to choose {chosen}, the others to report; 0 "
+            "for all.",
+        ),
+    )
+
+    def declare(command: Any) -> Any:
+        for each in reversed(options):
+            command = each(command)
+        return command
+
+    return declare
+
+
+cache_dir_option = option(
+    MEASURING,
+    "--cache-dir",
+    metavar="DIR",
+    help="Where results of unchanged experts are kept. [default: the user's cache]",
+)
+
+
 @contextmanager
 def evaluation_bar() -> Iterator[tuple[Any, Any]]:
     """Show one progress bar for all models; its total grows with every data loader, as only those are known."""

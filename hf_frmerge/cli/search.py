@@ -9,11 +9,12 @@ import click
 
 from hf_frmerge.cli.command import FrmergeCommand, results_only, yield_idle_cores
 from hf_frmerge.cli.evaluating import (
-    MEASURING,
     batch_size_option,
     block_size_option,
+    cache_dir_option,
     eval_dtype_option,
     evaluation_bar,
+    models_and_data,
     named_files,
     numbers,
     option,
@@ -21,7 +22,7 @@ from hf_frmerge.cli.evaluating import (
 from hf_frmerge.cli.options import options_from
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
-_DATA, _SEARCH = "Models and data", "What is searched"
+_SEARCH = "What is searched"
 _SHARED = {
     "What all merges share": ("allow_license", "strict"),
     "Running": ("memory_budget", "num_workers", "device"),
@@ -34,29 +35,7 @@ _SHARED = {
     on_interrupt="What is measured is kept: run the same command again to go on.",
 )
 @click.argument("experts", nargs=-1, required=True, metavar="EXPERT EXPERT ...")
-@option(
-    _DATA,
-    "--data",
-    multiple=True,
-    required=True,
-    metavar="[NAME=]FILE",
-    help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text (and label, for "
-    "classifiers). Give it once per domain; a domain named like an expert is that expert's own.",
-)
-@option(
-    _DATA,
-    "--base-model",
-    metavar="MODEL",
-    help="Model the experts were fine-tuned from. Default: the one adapters name. Without it losses are compared.",
-)
-@option(
-    _DATA,
-    "--max-tokens",
-    type=click.IntRange(min=0),
-    default=2048,
-    show_default=True,
-    help="Tokens of every text that are used, a quarter of them to choose weights, the others to report; 0 for all.",
-)
+@models_and_data("weights")
 @option(
     _SEARCH,
     "--by",
@@ -95,12 +74,7 @@ _SHARED = {
 @batch_size_option
 @block_size_option
 @eval_dtype_option
-@option(
-    MEASURING,
-    "--cache-dir",
-    metavar="DIR",
-    help="Where results of unchanged experts are kept. [default: the user's cache]",
-)
+@cache_dir_option
 @option(
     "Output",
     "--output-dir",
