@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.block_files import BlockFiles, read_kept
-from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.equations import check_experts, check_form, equations_of, settings_of
+from hf_frmerge.calibration.fits.block_fit import SweepOptions
+from hf_frmerge.calibration.fits.equations import check_experts, check_form, equations_of, settings_of
+from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
 from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
 from hf_frmerge.calibration.layers import is_linear, n_in
-from hf_frmerge.calibration.least_squares import FitOptions
 from hf_frmerge.calibration.prompts import (
     Prompts,
     leading_tokens,
@@ -40,7 +40,7 @@ from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
-from hf_frmerge.merging.planning.corrections import CalibrationRecord
+from hf_frmerge.merging.planning.corrections import CalibrationRecord, Form, RefinementRecord
 from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.methods.table import METHODS
 
@@ -144,8 +144,7 @@ def calibrate(
             "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
             "expert help already, 64 are better."
         )
-    is_of_method = METHODS[plan.args.method].needs_prompts
-    if not is_of_method:
+    if not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
@@ -172,21 +171,7 @@ def calibrate(
         if known is None:
             files.write(index, sweep.tensors(index), fitted_block)
     by_form = distances(sweep, forms_of(sweep))
-    wanted = plan.args.calibration_form if plan is whole else "low_rank"
-    form = form_of_method(wanted) if is_of_method else choose_form(by_form, wanted)
-    transposed = transposed_tensors(whole) if plan is not whole else None
-    refinement = None
-    if plan.args.refine_steps:
-        blocks = [files.read(index, sweep.tensors(index)) for index in range(len(model.blocks))]
-        found = [block for block in blocks if block is not None]
-        form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
-    if refinement is None or not refinement.best_step:
-        if transposed is None or form == "start":
-            files.join(len(model.blocks), form)
-        else:
-            files.join_for_adapter(len(model.blocks), transposed)
-    files.remove(len(model.blocks))
-    remove_file(staging / PROGRESS_FILE)
+    form, refinement = _write_best(plan, whole, sweep, files, by_form, staging)
     record = CalibrationRecord(
         prompts=_counts(plan, fitted),
         held_out=_counts(plan, held_out),
@@ -205,6 +190,34 @@ def calibrate(
     )
     write_file(done, json.dumps(record.to_dict()))
     return record
+
+
+def _write_best(
+    plan: MergePlan,
+    whole: MergePlan,
+    sweep: Sweep,
+    files: BlockFiles,
+    by_form: dict[str, tuple[float | None, ...]],
+    staging: Path,
+) -> tuple[Form, RefinementRecord | None]:
+    """Write the form that is best, or its refinement, and add the distances of that; remove what is unfinished."""
+    wanted = plan.args.calibration_form if plan is whole else "low_rank"
+    is_of_method = METHODS[plan.args.method].needs_prompts
+    form = form_of_method(wanted) if is_of_method else choose_form(by_form, wanted)
+    transposed = transposed_tensors(whole) if plan is not whole else None
+    n_blocks, refinement = len(sweep.state.model.blocks), None
+    if plan.args.refine_steps:
+        blocks = [files.read(index, sweep.tensors(index)) for index in range(n_blocks)]
+        found = [block for block in blocks if block is not None]
+        form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
+    if refinement is None or not refinement.best_step:
+        if transposed is None or form == "start":
+            files.join(n_blocks, form)
+        else:
+            files.join_for_adapter(n_blocks, transposed)
+    files.remove(n_blocks)
+    remove_file(staging / PROGRESS_FILE)
+    return form, refinement
 
 
 def _read_record(path: Path) -> CalibrationRecord:

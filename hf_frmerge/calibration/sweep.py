@@ -16,8 +16,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from hf_frmerge.calibration.block_fit import BlockFit, SweepOptions, SweepState
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions, SweepState
 from hf_frmerge.calibration.layers import find_layers
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader

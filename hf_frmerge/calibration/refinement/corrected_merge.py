@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_frmerge.calibration.block_fit import SweepState
 from hf_frmerge.calibration.blockwise_model import Call, Weights
+from hf_frmerge.calibration.fits.block_fit import SweepState
 from hf_frmerge.calibration.sweep import FittedBlock
 from hf_frmerge.merging.planning.corrections import Form
 

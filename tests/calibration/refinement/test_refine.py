@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.calibration.block_fit import SweepOptions
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs
+from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.held_out import distances, forms_of
 from hf_frmerge.calibration.prompts import read_prompts, split_prompts
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start

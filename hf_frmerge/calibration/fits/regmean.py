@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.block_fit import SweepState, as_factors
 from hf_frmerge.calibration.blockwise_model import Taps
+from hf_frmerge.calibration.fits.block_fit import SweepState, as_factors
+from hf_frmerge.calibration.fits.least_squares import FitOptions, System, fit_linear
 from hf_frmerge.calibration.layers import BlockLayers, matrix_of, put_matrix
-from hf_frmerge.calibration.least_squares import FitOptions, System, fit_linear
 from hf_frmerge.errors import NonFiniteError
 
 

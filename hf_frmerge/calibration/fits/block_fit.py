@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps
-from hf_frmerge.calibration.layers import BlockLayers, LinearGroup, matrix_of, put_matrix
-from hf_frmerge.calibration.least_squares import (
+from hf_frmerge.calibration.fits.least_squares import (
     Fit,
     FitOptions,
     Moments,
@@ -23,6 +22,7 @@ from hf_frmerge.calibration.least_squares import (
     fit_norm,
     low_rank,
 )
+from hf_frmerge.calibration.layers import BlockLayers, LinearGroup, matrix_of, put_matrix
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import NonFiniteError

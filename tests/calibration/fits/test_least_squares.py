@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.blockwise_model import Outputs
-from hf_frmerge.calibration.held_out import choose_form, squared_distance
-from hf_frmerge.calibration.least_squares import (
+from hf_frmerge.calibration.fits.least_squares import (
     FitOptions,
     Moments,
     System,
@@ -19,6 +18,7 @@ from hf_frmerge.calibration.least_squares import (
     fit_norm,
     low_rank,
 )
+from hf_frmerge.calibration.held_out import choose_form, squared_distance
 from hf_frmerge.errors import NonFiniteError
 
 N_IN, N_OUT, TOKENS = 7, 5, (40, 25, 60)

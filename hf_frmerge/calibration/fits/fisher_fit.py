@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_frmerge.fisher.average import fisher_average
 
 if TYPE_CHECKING:
-    from hf_frmerge.calibration.block_fit import SweepState
+    from hf_frmerge.calibration.fits.block_fit import SweepState
     from hf_frmerge.calibration.layers import BlockLayers
     from hf_frmerge.fisher.files import FisherFile
 

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.calibration.block_fit import BlockFit, SweepOptions
-from hf_frmerge.calibration.fisher_fit import FisherFit
-from hf_frmerge.calibration.regmean import RegMeanFit, RegMeanOptions
+from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions
+from hf_frmerge.calibration.fits.fisher_fit import FisherFit
+from hf_frmerge.calibration.fits.regmean import RegMeanFit, RegMeanOptions
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.fisher.average import FLOOR
