@@ -29,7 +29,7 @@ from hf_frmerge.methods.table import METHODS
 
 CELLS = [
     Cell(candidate, scale, weights)
-    for candidate in default_candidates(2, has_base=True, are_full=True)
+    for candidate in default_candidates(2, has_base=True)
     for scale, weights in ((1.0, None), (1.4, None), (0.5, (0.7, 0.3)))
 ]
 CELLS += [
