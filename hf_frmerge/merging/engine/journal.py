@@ -160,16 +160,28 @@ class Journal:
                         path,
                     )
                 return b"".join(lines[:number])
-            if number == 0:
-                _check_header(line, header, path)
-                _warn_of_rewritten(line["marks"], marks)
-            elif line["kind"] == "decided":
-                self.decided |= {
-                    group: Decided(from_journal(entry), entry["inputs"]) for group, entry in line["groups"].items()
-                }
-            else:
-                self.written[line["tensor"]] = line
+            try:
+                self._take(line, header, marks, path, is_first=number == 0)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # signed, but by something else
+                raise ResumeError(
+                    f"Line {number + 1} of {path} is not what a merge writes ({type(error).__name__}: {error}). Pass "
+                    "--overwrite to start anew."
+                ) from error
         return b"".join(lines)
+
+    def _take(
+        self, line: dict[str, Any], header: dict[str, Any], marks: dict[str, Any], path: Path, *, is_first: bool
+    ) -> None:
+        """Take over what an intact line records."""
+        if is_first:
+            _check_header(line, header, path)
+            _warn_of_rewritten(line["marks"], marks)
+        elif line["kind"] == "decided":
+            self.decided |= {
+                group: Decided(from_journal(entry), entry["inputs"]) for group, entry in line["groups"].items()
+            }
+        else:
+            self.written[line["tensor"]] = line
 
 
 class NoJournal:
@@ -206,7 +218,10 @@ def _record(line: bytes) -> dict[str, Any] | None:
     text = line[1:-_AFTER_RECORD]
     if line != _signed(text):
         return None
-    record: dict[str, Any] = json.loads(text)
+    try:
+        record: dict[str, Any] = json.loads(text)
+    except ValueError:  # signed, but by something else
+        return None
     return record
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from merge_reference import SHAPES, write_family, write_model
+from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.checkpoints.tensors.writer import STAGING, CheckpointWriter
 from hf_frmerge.errors import ArgumentError, CheckpointError, MergeError, ResumeError
@@ -192,6 +193,23 @@ def test_an_altered_line_of_the_journal_is_not_believed(
     assert output(out) == output(tmp_path / "whole")
     told = [r.message for r in caplog.records if "is damaged" in r.message]
     assert len(told) == (number != -1)  # a kill damages the last, which nobody need be told
+
+
+@pytest.mark.parametrize("text", [b'{"kind": "mer "x"]}', b'{"kind": "decided"}', b"[1]", b'{"kind": "written"}'])
+def test_a_signed_line_of_something_else_is_answered(experts: list[str], tmp_path: Path, text: bytes) -> None:
+    """The digest tells damage, and not who wrote a line."""
+    out = tmp_path / "out"
+    interrupted(experts, out)
+    journal = next((out / STAGING).glob("journal-*.jsonl"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    signed = b'[%b, "%b"]\n' % (text, xxh3_128_hexdigest(text).encode())
+    journal.write_bytes(b"".join([*lines[:2], signed, *lines[2:]]))
+    if b"mer " in text:  # no JSON, so it counts as damaged
+        merge(experts, out, resume_from_checkpoint=True)
+        return
+    with pytest.raises(ResumeError, match=r"Line 3 of .* is not what a merge writes .*Pass --overwrite"):
+        merge(experts, out, resume_from_checkpoint=True)
+    merge(experts, out, overwrite=True)
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
