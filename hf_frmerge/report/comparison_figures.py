@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_frmerge.report.figures import check_can_draw
+from hf_frmerge.report.figures import draw_all
 from hf_frmerge.report.style import (
     GRID,
     INK,
@@ -46,9 +46,7 @@ def draw_comparison(record: ComparisonRecord, width: float = WIDE) -> dict[str, 
     Raises:
         MergeError: If matplotlib is not installed.
     """
-    check_can_draw()
-    figures = {name: draw(record, width) for name, draw in FIGURES.items()}
-    return {name: figure for name, figure in figures.items() if figure is not None}
+    return draw_all(FIGURES, record, width)
 
 
 @styled

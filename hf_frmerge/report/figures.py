@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.errors import MergeError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from matplotlib.figure import Figure
+
+Data = TypeVar("Data")
 
 FIGURES = {
     "recovery": recovery_figure,
@@ -39,9 +41,16 @@ def draw_figures(facts: MergeFacts, width: float = WIDE) -> dict[str, Figure]:
     Raises:
         MergeError: If matplotlib is not installed.
     """
+    return draw_all(FIGURES, facts, width)
+
+
+def draw_all(
+    figures: Mapping[str, Callable[[Data, float], Figure | None]], data: Data, width: float
+) -> dict[str, Figure]:
+    """Draw those of the figures that there is data for; errors are those of `draw_figures`."""
     check_can_draw()
-    figures = {name: draw(facts, width) for name, draw in FIGURES.items()}
-    return {name: figure for name, figure in figures.items() if figure is not None}
+    drawn = {name: draw(data, width) for name, draw in figures.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def can_draw() -> bool:

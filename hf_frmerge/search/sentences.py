@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hf_frmerge.search.record import Chosen, SearchRecord
-from hf_frmerge.wording.numbers import decimals, listed, percent
+from hf_frmerge.wording.comparison import share_kept
+from hf_frmerge.wording.numbers import decimals, listed
 
 TRUSTED_FIT = 0.8
 """R² on merges left out below which a surrogate is said to be a guess."""
@@ -36,11 +37,7 @@ def sentences(record: SearchRecord) -> list[str]:
 def _does(row: Chosen, record: SearchRecord) -> str:
     if record.unit == "loss":
         return f"a loss of {decimals(-row.score, 3)} nats on average, ± {decimals(row.error, 3)}"
-    worst = min(row.by_place, key=lambda name: row.by_place[name])
-    return (
-        f"keeps {percent(row.score, 1)} (± {decimals(100 * row.error, 1)}) of the experts' gains on average, and "
-        f"{percent(row.by_place[worst], 1)} of {worst}, the least"
-    )
+    return share_kept(row.score, row.error, row.by_place)
 
 
 def _capital(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from hf_frmerge.evaluation.comparison_record import ComparisonRecord, MethodResult
 from hf_frmerge.wording.numbers import decimals, listed, percent
 from hf_frmerge.wording.parts import Part
@@ -99,13 +101,17 @@ def comparison_verdicts(record: ComparisonRecord) -> list[Verdict]:
 
 def _does(record: ComparisonRecord) -> str:
     best = record.best
-    error = difference(record, best.error)
     if record.unit == "loss":
-        return f"loses {score(record, best.score)} nats on average, ± {error}"
-    worst = min(best.by_place, key=lambda name: best.by_place[name])
+        return f"loses {score(record, best.score)} nats on average, ± {difference(record, best.error)}"
+    return share_kept(best.score, best.error, best.by_place)
+
+
+def share_kept(share: float, error: float, by_expert: Mapping[str, float]) -> str:
+    """Say how much of the experts' gains a merge keeps on average, and of which one least."""
+    worst = min(by_expert, key=lambda name: by_expert[name])
     return (
-        f"keeps {percent(best.score, 1)} (± {error}) of the experts' gains on average, and "
-        f"{percent(best.by_place[worst], 1)} of {worst}, the least"
+        f"keeps {percent(share, 1)} (± {decimals(100 * error, 1)}) of the experts' gains on average, and "
+        f"{percent(by_expert[worst], 1)} of {worst}, the least"
     )
 
 
