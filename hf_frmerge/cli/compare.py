@@ -82,6 +82,13 @@ _SHARED = {
     help="How often methods that draw at random are repeated; their score is the mean, and the spread is told.",
 )
 @option(_TRIED, "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of all that is drawn.")
+@option(
+    _TRIED,
+    "--also",
+    multiple=True,
+    metavar="MODEL",
+    help="Merge that is there already, whatever made it, to compare as it is: folder or Hub id; once per model.",
+)
 @batch_size_option
 @block_size_option
 @eval_dtype_option
@@ -105,6 +112,7 @@ def compare(
     scales: str | None,
     weights: tuple[str, ...],
     calibration: tuple[str, ...],
+    also: tuple[str, ...],
     n_seeds: int,
     max_tokens: int,
     batch_size: int,
@@ -153,6 +161,7 @@ def compare(
                 weights=chosen_weights,
                 args=args,
                 calibration_dataset=prompts,
+                also=also,
                 n_seeds=n_seeds,
                 max_tokens=max_tokens,
                 eval_dtype=dtype,

@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.comparison.candidates import with_seeds
 from hf_frmerge.comparison.cell_file import CellFile, CellResult
@@ -135,6 +135,8 @@ class Bench:
         return result
 
     def _run(self, cell: Cell, split: Split) -> CellResult:
+        if cell.model is not None:
+            return self._measure(cell.model, split, CellResult(None))
         with closing(self._plan_of(cell)) as plan:
             memory = worker_count(plan) * plan.piece_memory
             started = time.perf_counter()
@@ -145,14 +147,17 @@ class Bench:
             except (AmbiguousMeanError, NonFiniteError, WithoutGainError) as error:
                 return CellResult(None, memory=memory, failure=str(error))
             seconds = time.perf_counter() - started
-        model = self._merged.model()
+        return self._measure(self._merged.model(), split, CellResult(None, seconds, memory, n_prompts=n_prompts))
+
+    def _measure(self, model: Any, split: Split, merge: CellResult) -> CellResult:
+        """Measure a merge, in memory or in a folder, and add what was found to what is known of it."""
         if split == "validation":
             measured = self.evaluator.validate(model)
         else:
             measured = self.evaluator.test(model, self.places["test"])
         if not all(math.isfinite(losses.mean) for losses in measured.losses.values()):
-            return CellResult(None, memory=memory, failure="What the merged model predicts is not a finite number.")
-        return CellResult(measured, seconds, memory, n_prompts=n_prompts)
+            return replace(merge, failure="What the merged model predicts is not a finite number.")
+        return replace(merge, measured=measured)
 
     def _find_places(
         self, experts: Mapping[Split, Mapping[str, Losses]]

@@ -47,16 +47,21 @@ class Cell:
         scale: factor of the merged delta; `None` in weight space, where there is none.
         weights: of the experts; `None` if they are all alike.
         fit: digest of the prompts it is fitted to its experts on, and of how; `None` without a fit.
+        model: folder or Hub id of a merge that is there already, which is compared as it is; its candidate is its name
+            and the digest of its content. `None` for a merge that is made here.
     """
 
     candidate: Candidate
     scale: float | None
     weights: tuple[float, ...] | None
     fit: str | None = None
+    model: str | None = None
 
     @property
     def label(self) -> str:
         """Name in tables, whatever the scale and the weights."""
+        if self.model is not None:
+            return f"{self.candidate.method} (as it is)"
         return self.candidate.label + (", fitted" if self.fit is not None else "")
 
     @property
@@ -127,7 +132,7 @@ def with_seeds(cell: Cell, n_seeds: int, seed: int) -> list[Cell]:
         seed: Of a merge that has none among its options.
     """
     candidate = cell.candidate
-    if "seed" not in METHODS[candidate.method].options:
+    if cell.model is not None or "seed" not in METHODS[candidate.method].options:
         return [cell]
     options = dict(candidate.options)
     first = int(options.pop("seed", seed))

@@ -34,6 +34,7 @@ from hf_frmerge.comparison.command import merge_command
 from hf_frmerge.comparison.evaluator import Evaluator
 from hf_frmerge.comparison.fitter import FIT_OPTIONS, Fitter
 from hf_frmerge.comparison.merged_model import MergedModel
+from hf_frmerge.comparison.ready import ready_cells
 from hf_frmerge.comparison.record import method_result, save_table
 from hf_frmerge.comparison.texts import SPLITS, digest_of, split_texts
 from hf_frmerge.comparison.yardstick import standings
@@ -89,6 +90,8 @@ class MergeComparison:
         calibration_dataset (*optional*):
             Prompts without labels, as for `FisherRaoMerger`: a merge by `args.method` that is fitted to what its
             experts compute on them is compared with the others.
+        also (`Sequence[str]`, *optional*):
+            Merges that are there already, whatever made them: local folders or Hub ids. They are compared as they are.
         n_seeds (`int`, *optional*, defaults to `1`):
             How often methods that draw at random are repeated on the test texts; their score is the mean.
         max_tokens (`int`, *optional*, defaults to `2048`):
@@ -125,6 +128,7 @@ class MergeComparison:
         weights: Sequence[Sequence[float] | str] | None = None,
         args: MergingArguments | None = None,
         calibration_dataset: Any = None,
+        also: Sequence[str] = (),
         n_seeds: int = 1,
         max_tokens: int = 2048,
         eval_dtype: str = "auto",
@@ -138,7 +142,7 @@ class MergeComparison:
         self.experts, self.eval_dataset = list(experts), dict(eval_dataset)
         self.methods = list(dict.fromkeys(map(parse_candidate, methods))) if methods else None
         self.weights = list(weights) if weights else [None]
-        self.calibration_dataset, self.n_seeds = calibration_dataset, n_seeds
+        self.calibration_dataset, self.also, self.n_seeds = calibration_dataset, list(also), n_seeds
         self.args = args if args is not None else MergingArguments(output_dir="comparison")
         self.base_model, self.max_tokens, self.eval_dtype = base_model, max_tokens, eval_dtype
         self.cache_dir, self.on_prediction_step = cache_dir, on_prediction_step
@@ -181,9 +185,17 @@ class MergeComparison:
                 for note in plan.notes:
                     logger.warning("%s", note)
                 merged = MergedModel(plan, self.eval_dtype, scratch)
+                token, allow_pickle = self.args.hub_token, self.args.allow_pickle
+                ready = ready_cells(self.also, merged.architecture, token=token, allow_pickle=allow_pickle)
                 evaluator = self._evaluator(plan, merged)
                 cells = CellFile(folder, self._subject(plan, evaluator), overwrite=self.args.overwrite)
-            yield Bench(self._plan, merged, evaluator, cells, fitter, self.on_progress), candidates
+            yield (
+                Bench(self._plan, merged, evaluator, cells, fitter, self.on_progress),
+                [
+                    *([cell] for cell in ready),  # first: what is wrong with them should not come after all others
+                    *candidates,
+                ],
+            )
             if fitter is not None:
                 fitter.close()
 
@@ -315,8 +327,9 @@ class MergeComparison:
         places = bench.places["test"]
         failed = {trial.label: trial.failure for trial in trials if trial.failure is not None}
         merged = {trial.label: trial for trial in trials if trial.failure is None}
-        if not merged:
-            raise MergeError(f"No method gave a merge. {trials[0].label}: {trials[0].failure}")
+        if not any(trial.cell.model is None for trial in merged.values()):
+            failure = next(trial for trial in trials if trial.cell.model is None)
+            raise MergeError(f"No method gave a merge. {failure.label}: {failure.failure}")
         losses = {
             label: [result.measured.losses for result in trial.tests if result.measured is not None]
             for label, trial in merged.items()
@@ -327,7 +340,7 @@ class MergeComparison:
             key=lambda row: row.score,
             reverse=True,
         )
-        best = merged[results[0].label].cell
+        made = [merged[row.label].cell for row in results if row.model is None]
         if bench.without_gain:
             self.notes.append(
                 f"Not counted: {', '.join(bench.without_gain)}, no better than the base on the texts here."
@@ -345,7 +358,7 @@ class MergeComparison:
             },
             methods=results,
             command=merge_command(
-                best, self.experts, self.base_model, self.args, "merged", calibration=self.calibration_dataset
+                made[0], self.experts, self.base_model, self.args, "merged", calibration=self.calibration_dataset
             ),
             failed=failed,
             notes=self.notes,

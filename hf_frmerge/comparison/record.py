@@ -25,6 +25,7 @@ def method_result(trial: Trial, standing: Standing) -> MethodResult:
         label=trial.label,
         method=cell.candidate.method,
         options=dict(cell.candidate.options),
+        model=cell.model,
         scale=cell.scale,
         weights=cell.weights,
         is_edge=trial.is_edge,
@@ -41,8 +42,8 @@ def method_result(trial: Trial, standing: Standing) -> MethodResult:
         distance=first.measured.distance,
         effective_rank=first.measured.effective_rank,
         activation_variance=first.measured.activation_variance,
-        seconds=trial.seconds,
-        memory=first.memory if first.n_prompts == 0 else None,
+        seconds=trial.seconds if cell.model is None else None,
+        memory=first.memory if first.n_prompts == 0 and cell.model is None else None,
         seed_scores=standing.repeats if len(standing.repeats) > 1 else (),
         n_prompts=first.n_prompts,
     )

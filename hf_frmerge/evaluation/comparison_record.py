@@ -57,6 +57,8 @@ class MethodResult:
         memory: most bytes the merge may hold at a time, beside the model; `None` after a fit, which is not counted.
         seed_scores: score with every seed, where a random method was repeated; `score` is their mean.
         n_prompts: number of prompts it was fitted to; 0 without a fit.
+        model: folder or Hub id of a merge that was there already and was compared as it is; `method` is its name then,
+            and `seconds` and `memory` are not known.
     """
 
     label: str
@@ -78,10 +80,11 @@ class MethodResult:
     distance: float | None
     effective_rank: float | None
     activation_variance: float | None
-    seconds: float
+    seconds: float | None
     memory: int | None
     seed_scores: tuple[float, ...] = ()
     n_prompts: int = 0
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class ComparisonRecord:
         texts: split -> domain -> number of texts and of predictions.
         settings: scales, seeds, and how it was evaluated.
         methods: best first.
-        command: command that makes the best merge, as arguments.
+        command: command that makes the best of the merges that are not there already, as arguments.
         failed: method that gave no merge -> why.
         notes: what the user should know.
     """

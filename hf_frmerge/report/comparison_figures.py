@@ -175,8 +175,8 @@ def scales_figure(record: ComparisonRecord, width: float = WIDE) -> Figure | Non
 
 @styled
 def cost_figure(record: ComparisonRecord, width: float = WIDE) -> Figure:
-    """Draw time and memory of every method as bars."""
-    rows = record.methods
+    """Draw time and memory of every merge that was made here as bars."""
+    rows = [row for row in record.methods if row.model is None]
     figure, times, memories = _two_axes(rows, width)
     _draw_bars(times, rows, [row.seconds for row in rows], "seconds a merge")
     megabytes = [None if row.memory is None else row.memory / 1e6 for row in rows]

@@ -15,6 +15,7 @@ from hf_frmerge.report.html import inline_figures, render
 from hf_frmerge.report.tables import Cell, Column, Table
 from hf_frmerge.wording.comparison import (
     FIGURES,
+    command_heading,
     comparison_verdicts,
     difference,
     figure_part,
@@ -76,6 +77,7 @@ def render_comparison(record: ComparisonRecord) -> str:
         figure_parts={name: figure_part(record, name) for name in FIGURES},
         method_table=table,
         tables=[table],
+        command_heading=command_heading(record),
         command=shlex.join(record.command),
     )
 

@@ -68,6 +68,14 @@ def named(row: MethodResult) -> str:
     return row.label + ("" if row.scale is None else f" × {row.scale:g}")
 
 
+def command_heading(record: ComparisonRecord) -> str:
+    """Say what the command of a comparison makes."""
+    if record.best.model is None:
+        return "The command that makes the best merge"
+    first = next(row for row in record.methods if row.model is None)
+    return f"The best is there already: {record.best.model}. The command that makes {named(first)}, the next"
+
+
 def score(record: ComparisonRecord, value: float) -> str:
     """Format a score: a share as "82.4%", minus a loss as the loss."""
     return percent(value, 1) if record.unit == "share" else decimals(-value, 3)

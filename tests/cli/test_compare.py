@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,22 @@ def test_json_is_the_record(family: Family, frmerge: Run, tmp_path: Path, monkey
 def test_mistakes_end_with_a_sentence(family: Family, frmerge: Run, wrong: list[str], message: str) -> None:
     result = frmerge(*command(family), *wrong)
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+
+
+def test_a_merge_that_is_there_already_has_a_row(
+    family: Family, frmerge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(family.experts[0], tmp_path / "theirs")
+    tried = ["--method", "linear", "--scales", "0.1"]  # by which next to nothing is kept
+    data = [word for name, file in family.files.items() for word in ("--data", f"{name}={file}")]
+    result = frmerge("compare", *family.experts, "--base-model", family.base, *data, *tried, "--also", "theirs")
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    assert "theirs (as it is) is best here" in text
+    heading = "The best is there already: theirs. The command that makes linear × 0.1, the next:"
+    assert heading in text and heading in (tmp_path / "comparison" / "comparison.html").read_text()
+    assert frmerge(*shlex.split(result.stdout.strip().splitlines()[-1])[1:]).exit_code == 0
 
 
 def test_prompts_may_not_be_what_merges_are_measured_on(family: Family, frmerge: Run) -> None:

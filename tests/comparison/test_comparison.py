@@ -188,6 +188,42 @@ def test_adapters_are_compared_as_full_models(family: Family, cache: Path, tmp_p
     assert record.command[record.command.index("--base-model") + 1] == family.base
 
 
+def test_merges_that_are_there_already_are_compared_as_they_are(family: Family, cache: Path, tmp_path: Path) -> None:
+    merge_by_hand(family, tmp_path / "merge" / "karcher", method="karcher", scale=1.0)  # a method's name for a folder
+    experts = [Path(expert) for expert in family.experts]
+    also = [str(tmp_path / "merge" / "karcher"), *map(str, experts), family.adapters[1]]
+    run = {"methods": ["karcher", "iso_c"], "scales": (1.0,), "also": also}
+    record = comparison(family, tmp_path / "c", cache, **run).run()
+    rows = {row.label: row for row in record.methods}
+    made, ready = rows["karcher"], rows["karcher (as it is)"]
+    assert ready.by_place == pytest.approx(made.by_place, abs=1e-6)  # which is the same merge
+    assert (ready.model, ready.scale, ready.seconds, ready.memory) == (also[0], None, None, None)
+    # An expert keeps all that it learned, whichever way it is stored.
+    assert rows["red (as it is)"].by_place["red"] == pytest.approx(1.0, abs=1e-6)
+    expected = evaluated(family, Path(family.adapters[1]), cache, "test").recovery
+    kept = {one.expert: one.share for one in expected if one.model == MERGED}
+    assert rows["blue-lora (as it is)"].by_place == pytest.approx(kept, abs=1e-6)
+    made_here = [row for row in record.methods if row.model is None]
+    assert record.command[record.command.index("--method") + 1] == made_here[0].method
+    assert load_comparison(tmp_path / "c") == record
+    ran: list[str] = []
+    assert comparison(family, tmp_path / "c", cache, on_progress=ran.append, **run).run() == record and not ran
+    merge_by_hand(family, tmp_path / "merge" / "karcher", method="karcher", scale=0.5, overwrite=True)
+    again = comparison(family, tmp_path / "c", cache, on_progress=ran.append, **run).run()
+    assert ran == [f"karcher (as it is) ({split})" for split in ("validation", "test")]  # its content is another
+    assert {row.label: row.score for row in again.methods}["karcher (as it is)"] != ready.score
+
+
+def test_a_merge_of_other_models_is_refused(family: Family, cache: Path, tmp_path: Path) -> None:
+    save_classifier_family(tmp_path, WORDS, 0.5)
+    ran: list[str] = []
+    run = {"methods": ["linear"], "scales": (1.0,), "on_progress": ran.append}
+    with pytest.raises(ArgumentError, match=r"math is BertFor\w+, and the experts are LlamaForCausalLM: .*--also"):
+        comparison(family, tmp_path / "c", cache, also=[str(tmp_path / "math")], **run).run()
+    assert ran == []  # before anything is measured
+    comparison(family, tmp_path / "c", cache, **run).run()
+
+
 def test_what_is_true_of_all_merges_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     evaluation = logging.getLogger("hf_frmerge.evaluation.suite.build_record")
     with _each_warning_once():

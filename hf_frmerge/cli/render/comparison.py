@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_frmerge.cli.render.terminal import console, human_bytes, human_seconds, print_verdicts
-from hf_frmerge.wording.comparison import TIED, comparison_verdicts, difference, score, score_heading
+from hf_frmerge.wording.comparison import TIED, command_heading, comparison_verdicts, difference, score, score_heading
 from hf_frmerge.wording.numbers import NONE, decimals, percent
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def print_comparison(record: ComparisonRecord, output_dir: str, page: Path | Non
         out.print("For a page with figures: pip install 'hf_frmerge[report]', then frmerge report", style="dim")
     else:
         out.print(f"All of it on one page, to open in a browser: {page}", style="bold")
-    out.print("The command that makes the best merge:", style="bold")
+    out.print(f"{command_heading(record)}:", style="bold", highlight=False)
     # Not wrapped by rich: it is to be copied.
     out.print(shlex.join(record.command), soft_wrap=True)
 
@@ -60,10 +60,11 @@ def _cells(record: ComparisonRecord, row: MethodResult, *, has_weights: bool) ->
     weights = [",".join(f"{w:.3g}" for w in row.weights) if row.weights is not None else NONE] if has_weights else []
     scores = [score(record, value) for value in row.by_place.values()]
     worst = [score(record, min(row.by_place.values()))] if record.unit == "share" else []
+    seconds = NONE if row.seconds is None else human_seconds(row.seconds)
     memory = NONE if row.memory is None else human_bytes(row.memory)
     return [
         name, scale, *weights, score(record, row.score), difference(record, row.error), *worst, *scores,
-        decimals(row.distance, 2), percent(row.effective_rank), human_seconds(row.seconds), memory,
+        decimals(row.distance, 2), percent(row.effective_rank), seconds, memory,
     ]  # fmt: skip
 
 
