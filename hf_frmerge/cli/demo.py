@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -24,42 +23,26 @@ def demo(output_dir: str) -> None:
         from tqdm import tqdm
         from transformers.utils.logging import disable_progress_bar
 
-        from hf_frmerge.demo.run import BASE, PROMPT, conclusions, run_demo
-        from hf_frmerge.evaluation.record import Score
-        from hf_frmerge.evaluation.suite.build_record import recovered
-        from hf_frmerge.merging.record.manifest import REPORT_FILE
+        from hf_frmerge.demo.run import PROMPT, conclusions, run_demo
 
         disable_progress_bar()  # models are loaded ten times; converting the base model switches the bars on again
-        bars: list[
-            tqdm[Any]
-        ] = []  # opened at the first score, so that it does not mix with the bars of the conversion
-
-        def on_score(score: Score, total: int) -> None:
-            if not bars:
-                bars.append(tqdm(total=total, desc="Evaluating", unit="text"))
-            bars[0].set_postfix_str(
-                f"{score.model} on {score.domain}: {score.metrics['perplexity']:.2f}", refresh=False
-            )
-            bars[0].update()
-
-        try:
-            result = run_demo(output_dir, tell=tqdm.write, on_score=on_score)
-        finally:
-            for bar in bars:
-                bar.close()
-    from hf_frmerge.cli.render.evaluation import print_findings, print_functions
-    from hf_frmerge.cli.render.scores import print_recovery, print_scores
+        result = run_demo(output_dir, tell=tqdm.write, on_step=lambda name: tqdm.write(f"  {name}"))
+    from hf_frmerge.cli.render.comparison import print_comparison
+    from hf_frmerge.cli.render.evaluation import print_findings, print_functions, print_scores
     from hf_frmerge.cli.render.terminal import console, human_seconds
-    from hf_frmerge.wording.metrics import METRICS
+    from hf_frmerge.evaluation.comparison_record import COMPARISON_PAGE
+    from hf_frmerge.merging.record.manifest import REPORT_FILE
 
     out = console()
     out.print(result.verdict)
-    print_scores(result.scores, result.merged, title=f"{METRICS['perplexity'].heading}, on held-out text")
-    print_recovery(recovered(result.scores, result.merged, result.experts, BASE))
+    print_scores(result.record)
     print_functions(result.record)
     print_findings(result.record)
-    out.print("\nWhat the numbers say (perplexities are geometric means over the texts):", style="bold")
-    for sentence in conclusions(result.scores, result.angles):
+    out.print()
+    page = Path(result.comparison_dir) / COMPARISON_PAGE
+    print_comparison(result.comparison, result.comparison_dir, page if page.exists() else None)
+    out.print("\nWhat the numbers say of the methods:", style="bold")
+    for sentence in conclusions(result.comparison):
         out.print(f"- {sentence}")
     out.print("\nThe merge that was fitted, reloaded, goes on after", repr(PROMPT))
     out.print(f"  {PROMPT}{result.continuation}", style="italic")

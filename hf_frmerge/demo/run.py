@@ -1,16 +1,12 @@
-"""The demo: merge three small real experts by three methods in two spaces, fit one merge, evaluate all."""
+"""The demo: fit a merge of three small real experts, measure it, and compare it with merges without data."""
 
 from __future__ import annotations
 
-import gc
-import math
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +18,21 @@ from hf_frmerge.merging.callbacks.progress import ProgressCallback
 from hf_frmerge.merging.inspection import inspect_experts
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE
+from hf_frmerge.wording.comparison import named, score
 from hf_frmerge.wording.inspection import inspection_verdict
 
 if TYPE_CHECKING:
-    from hf_frmerge.evaluation.record import EvaluationRecord, Score
+    from hf_frmerge.evaluation.comparison_record import ComparisonRecord, MethodResult
+    from hf_frmerge.evaluation.record import EvaluationRecord
 
 BASE = "base"
-METHODS = ("linear", "nre", "karcher")
-SPACES = ("deltas", "weights")
-FINAL = "fitted to own prompts"  # the merge that stays in the output folder
 N_PROMPTS = 16  # that every expert writes, and the merge is fitted to; more gain little and take longer
-# Enough text to resolve differences of 1 % between methods, but quick to evaluate on two slow cores.
+# Without data: what is compared on any experts is about ten, of which these are one of a kind each.
+METHODS = ("karcher", "nre", "linear", "ties", "tsv_m", "karcher,space=weights")
+SCALES = (0.7, 1.0, 1.4)
+# Enough text to resolve differences of a few percent between methods, but quick to evaluate on two slow cores.
 EXCERPT_CHARS = 7_000
 PROMPT = "It was a bright morning, and"
-# Differences in perplexity below this share count as none: a few thousand tokens do not resolve them.
-NOISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -45,49 +41,39 @@ class DemoResult:
     Results of the demo.
 
     Attributes:
-        scores: perplexities of base, experts and merges on every held-out text.
+        comparison: the merge that is kept, beside merges without data.
+        comparison_dir: folder of the comparison, with its page where there is matplotlib.
         record: full evaluation of the merge that is kept.
-        experts: names of the experts; each is also the name of the expert's own text.
-        merged: names of the merges.
-        angles: largest angle between two experts in any tensor, in radians, by space.
         verdict: verdict of `frmerge inspect` on the experts.
         continuation: continuation of `PROMPT` by the reloaded merge.
         seconds: run time of the whole demo.
     """
 
-    scores: list[Score]
+    comparison: ComparisonRecord
+    comparison_dir: str
     record: EvaluationRecord
-    experts: list[str]
-    merged: list[str]
-    angles: dict[str, float]
     verdict: str
     continuation: str
     seconds: float
 
 
-def merge_name(method: str, space: str) -> str:
-    """Return the name under which a merge is listed in tables, such as `karcher of deltas`."""
-    return f"{method} of {space}"
-
-
-def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[Score, int], None]) -> DemoResult:
+def run_demo(output_dir: str, tell: Callable[[str], None], on_step: Callable[[str], None]) -> DemoResult:
     """
-    Merge the demo's experts, evaluate all models, and write the merge that is fitted to the experts, with its card.
+    Fit a merge to the demo's experts, write and measure it, and compare it with what methods without data give.
 
     Args:
         output_dir (`str`):
-            Folder for the merged model. The output of an earlier demo is replaced.
+            Folder for the merged model; the comparison has that name with `-comparison`. The output of an earlier
+            demo is replaced.
         tell (`Callable[[str], None]`):
             Called with a progress message before every stage.
-        on_score (`Callable[[Score, int], None]`):
-            Called after every measurement, with the total number of measurements.
+        on_step (`Callable[[str], None]`):
+            Called with the name of every model or merge before it is measured for the comparison.
 
     Raises:
         MergeError: If the base model's weights are not installed, or the output folder has other files.
     """
     import torch
-
-    from hf_frmerge.evaluation.record import MERGED
 
     started = time.perf_counter()
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -97,64 +83,40 @@ def run_demo(output_dir: str, tell: Callable[[str], None], on_score: Callable[[S
     texts = {name: [_excerpt(text)] for name, text in load_texts().items()}
     tell(f"Experts: LoRA adapters for {', '.join(experts)}. Measuring the angles between them.")
     verdict = _verdict(list(experts.values()), base)
-
     tell(f"Merging them into {output_dir}: every expert writes {N_PROMPTS} prompts, to which the merge is fitted.")
-    _merge(list(experts.values()), base, _final_arguments(output_dir), calibration_dataset="self")
-
-    scores: list[Score] = []
-    merged, angles = [], dict.fromkeys(SPACES, 0.0)
+    _merge(list(experts.values()), base, output_dir)
     dtype = _faster_dtype()
-    n_scores = (2 + len(experts) + len(SPACES) * len(METHODS)) * len(texts)
-
-    def add(score: Score) -> None:
-        scores.append(score)
-        on_score(score, n_scores)
-
     tell("Held-out text: what that merge did to the function and to the activations, beside base and experts.")
     record = _measure(output_dir, base, experts, texts, dtype, tell)
-    for score in record.scores:
-        add(replace(score, model=FINAL) if score.model == MERGED else score)
-    tell("Perplexity of every other merge on the same text.")
-    with tempfile.TemporaryDirectory(prefix=".frmerge-demo-", dir=Path(output_dir).absolute().parent) as scratch:
-        for report in _merges(experts, base, Path(scratch)):
-            merged.append(merge_name(report["method"], report["space"]))
-            angles[report["space"]] = max(angles[report["space"]], report["max_angle"]["max"])
-            for score in _evaluate(merged[-1], report["output_dir"], texts, dtype):
-                add(score)
-    merged.append(FINAL)
+    tell(f"Comparing it with what {len(METHODS)} methods without data make of the experts, at {len(SCALES)} scales.")
+    comparison_dir = f"{output_dir.rstrip('/')}-comparison"
+    comparison = _compare(experts, base, texts, output_dir, comparison_dir, dtype, on_step)
     tell(f"Reloading {output_dir} with AutoModelForCausalLM.from_pretrained.")
     continuation = generate(output_dir, PROMPT)
-    seconds = time.perf_counter() - started
-    return DemoResult(scores, record, list(experts), merged, angles, verdict, continuation, seconds)
+    return DemoResult(comparison, comparison_dir, record, verdict, continuation, time.perf_counter() - started)
 
 
-def conclusions(scores: Sequence[Score], angles: Mapping[str, float]) -> list[str]:
-    """
-    Put the results into sentences, including those in which the Karcher mean is not the best.
+def conclusions(record: ComparisonRecord) -> list[str]:
+    """Say what a comparison of `METHODS` shows about means on the sphere, also where the Karcher mean is not best."""
+    rows = {row.label: row for row in record.methods}
+    karcher, nre, linear, in_weights = (rows[label] for label in ("karcher", "nre", "linear", "karcher space=weights"))
+    spread = max(row.score for row in (karcher, nre, linear)) - min(row.score for row in (karcher, nre, linear))
+    told = "no more than the text can tell" if spread < linear.error else "more than the standard error of the text"
 
-    Args:
-        scores (`Sequence[Score]`): Scores of all models of the demo.
-        angles (`Mapping[str, float]`): Largest angle between two experts in radians, by space.
-    """
-    perplexity = _mean_perplexity(scores)
-    merged = {
-        space: {merge_name(method, space): perplexity[merge_name(method, space)] for method in METHODS}
-        for space in SPACES
-    }
-    linear, nre, karcher = merged["deltas"].values()
-    spread = max(merged["weights"].values()) / min(merged["weights"].values()) - 1
-    best = min((name for names in merged.values() for name in names), key=perplexity.__getitem__)
-    coincide = ": at such angles all means are one" if spread < NOISE else ""
+    def kept(row: MethodResult) -> str:
+        return f"{named(row)} {score(record, row.score)}"
+
+    at_one = ", ".join(_at_scale_1(record, row) for row in (karcher, nre, linear))
     return [
-        f"Fitted to {N_PROMPTS} prompts an expert, which the experts wrote themselves, a merge scores "
-        f"{perplexity[FINAL]:.2f}. The best without data is {best}, {perplexity[best]:.2f}: "
-        f"{_difference(perplexity[FINAL], perplexity[best], 'the fit')}. The base scores {perplexity[BASE]:.2f}.",
-        f"Deltas lie up to {angles['deltas']:.2g} rad apart. There the Karcher mean scores {karcher:.2f} and the "
-        f"norm-rescaled average (nre) {nre:.2f}: {_difference(karcher, nre, 'Karcher')}.",
-        f"Keeping the norm of the deltas (nre, {nre:.2f}) against averaging it away (linear, {linear:.2f}): "
-        f"{_difference(nre, linear, 'keeping it')}.",
-        f"Weights lie up to {angles['weights']:.2g} rad apart. There all methods agree to {spread:.2%}{coincide}.",
+        f"Without data, each at the scale that suits it: {kept(karcher)}, {kept(nre)} (norm-rescaled average), "
+        f"{kept(linear)} (plain average). They differ by {100 * spread:.1f} points, {told}.",
+        f"At scale 1, where they differ in length, on the texts the scale was chosen on: {at_one}.",
+        f"The Karcher mean of the weights themselves, where all means are nearly one: {kept(in_weights)}.",
     ]
+
+
+def _at_scale_1(record: ComparisonRecord, row: MethodResult) -> str:
+    return next(f"{row.label} {score(record, one.score)}" for one in row.tried if one.scale == 1.0)
 
 
 def generate(model_dir: str, prompt: str, max_new_tokens: int = 32) -> str:
@@ -182,67 +144,18 @@ def _verdict(experts: list[str], base: str) -> str:
         return inspection_verdict(inspect_experts(plan))
 
 
-def _final_arguments(output_dir: str) -> MergingArguments:
-    is_earlier_demo = (Path(output_dir) / MANIFEST_FILE).exists()
-    return MergingArguments(
+def _merge(experts: list[str], base: str, output_dir: str) -> None:
+    """Merge without progress output: the demo shows its own."""
+    args = MergingArguments(
         output_dir=output_dir,
         adapter_output="merged",
         num_calibration_samples=N_PROMPTS,
-        overwrite=is_earlier_demo,
+        overwrite=(Path(output_dir) / MANIFEST_FILE).exists(),  # of an earlier demo
+        logging_steps=10**9,
     )
-
-
-def _merges(experts: Mapping[str, str], base: str, scratch: Path) -> Iterator[dict[str, Any]]:
-    """
-    Merge by every method in both spaces, and yield the report of each merge. Its output is deleted before the next.
-
-    Deltas are merged from the adapters, weights from full checkpoints made of the same adapters.
-    """
-    temporary = str(scratch / "merged")
-    for space in SPACES:
-        dense = [_densify(adapter, base, scratch / name) for name, adapter in experts.items() if space == "weights"]
-        for method in METHODS:
-            args = MergingArguments(output_dir=temporary, method=method, space=space, adapter_output="merged")
-            yield _merge(dense or list(experts.values()), None if dense else base, args)
-            shutil.rmtree(temporary)
-
-
-def _merge(experts: list[str], base: str | None, args: MergingArguments, **data: Any) -> dict[str, Any]:
-    """Merge without progress output, and return the report."""
-    args.logging_steps = 10**9  # the demo shows its own progress bar
-    merger = FisherRaoMerger(experts, args=args, base_model=base, **data)
+    merger = FisherRaoMerger(experts, args=args, base_model=base, calibration_dataset="self")
     merger.remove_callback(ProgressCallback)
-    return merger.merge().report
-
-
-def _densify(adapter: str, base: str, folder: Path) -> str:
-    """Merge an adapter into its base with PEFT and save the full checkpoint, as if all weights had been fine-tuned."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # In float32, so that each weight is rounded once.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    full = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    full.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return str(folder)
-
-
-def _evaluate(name: str, folder: str, texts: Mapping[str, list[str]], dtype: str) -> Iterator[Score]:
-    """Load a model and yield its scores on every text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from hf_frmerge.evaluation.record import Score
-    from hf_frmerge.evaluation.text.forward import evaluate_causal_lm
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    for domain, rows in texts.items():
-        metrics = evaluate_causal_lm(model, tokenizer, rows, batch_size=4)
-        yield Score(name, domain, metrics.by_name(), metrics.n_tokens)
-    del model
-    gc.collect()  # models have reference cycles, so `del` alone does not free their memory for the next one
+    merger.merge()
 
 
 def _faster_dtype() -> str:
@@ -293,17 +206,33 @@ def _measure(
     return record
 
 
-def _mean_perplexity(scores: Sequence[Score]) -> dict[str, float]:
-    """Return the perplexity of each model, geometric mean over the texts."""
-    losses: dict[str, list[float]] = {}
-    for score in scores:
-        losses.setdefault(score.model, []).append(score.metrics["loss"])
-    return {model: math.exp(math.fsum(values) / len(values)) for model, values in losses.items()}
+def _compare(
+    experts: Mapping[str, str],
+    base: str,
+    texts: Mapping[str, list[str]],
+    merged: str,
+    folder: str,
+    dtype: str,
+    on_step: Callable[[str], None],
+) -> ComparisonRecord:
+    """Compare the merge in the folder `merged` with `METHODS`; write the comparison and its page."""
+    from hf_frmerge.comparison.comparison import MergeComparison
+    from hf_frmerge.report.comparison_page import write_comparison_page
+    from hf_frmerge.report.figures import can_draw
 
-
-def _difference(ours: float, theirs: float, name: str) -> str:
-    """Describe how a perplexity, that of `name`, compares with another."""
-    change = ours / theirs - 1
-    if abs(change) < NOISE:
-        return f"no difference worth the name ({change:+.2%})"
-    return f"{name} is {'better' if change < 0 else 'worse'} by {abs(change):.1%}"
+    comparison = MergeComparison(
+        list(experts.values()),
+        texts,
+        base,
+        methods=METHODS,
+        scales=SCALES,
+        args=MergingArguments(output_dir=folder, overwrite=True, per_device_eval_batch_size=4),
+        also=[merged],
+        max_tokens=0,
+        eval_dtype=dtype,
+        on_progress=on_step,
+    )
+    record = comparison.run()
+    if can_draw():
+        write_comparison_page(folder)
+    return record

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import Result
+from comparison_records import make_comparison, make_method
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge.demo import run
-from hf_frmerge.demo.run import BASE, FINAL, METHODS, SPACES, conclusions, merge_name
-from hf_frmerge.evaluation.record import Score, load_record
+from hf_frmerge.demo.run import METHODS, SCALES, conclusions
+from hf_frmerge.evaluation.comparison_record import ComparisonRecord, Tried, load_comparison
+from hf_frmerge.evaluation.record import load_record
 
 
 @pytest.fixture
@@ -26,26 +28,30 @@ def tiny_demo(models, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     tokenizer.save_pretrained(base)
     monkeypatch.setattr(run, "base_model_dir", lambda: base)
     monkeypatch.setattr(run, "expert_dirs", lambda: {"one": Path(models.adapter), "two": Path(models.adapter_2)})
-    text = Path(models.text).read_text()
+    text = (Path(models.text).read_text() + "\n") * 8  # a comparison takes a few passages
     monkeypatch.setattr(run, "load_texts", lambda: {"one": text, "two": text.upper()})
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # for the tests beside this one
 
 
-def test_the_demo_merges_measures_writes_and_reloads(
+def test_the_demo_merges_measures_compares_and_reloads(
     frmerge: Callable[..., Result], tiny_demo: None, tmp_path: Path
 ) -> None:
     output = tmp_path / "demo"
     done = frmerge("demo", "--output-dir", output)
     assert done.exit_code == 0, done.stderr
-    for model in (BASE, "one", "two", *(merge_name(method, space) for method in METHODS for space in SPACES)):
-        assert f"│ {model} " in done.stdout
     assert "What the numbers say" in done.stdout and run.PROMPT in done.stdout
-    assert "Evaluating: 100%" in done.stderr and "20/20" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"], "what lay between is gone"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "demo-comparison"]
+
+    compared = load_comparison(tmp_path / "demo-comparison")
+    methods = {method.replace(",", " ") for method in METHODS}
+    assert {row.label for row in compared.methods} == {*methods, "demo (as it is)"}
+    assert {one.scale for row in compared.methods for one in row.tried} == {*SCALES, None}
+    assert all(f"{run.BASE} " in done.stdout and f"{label} " in done.stdout for label in methods)
+    assert (tmp_path / "demo-comparison" / "comparison.html").stat().st_size > 20_000
 
     assert frmerge("verify", output).exit_code == 0
     card = (output / "README.md").read_text()
-    assert "**this model**" in card and merge_name("nre", "weights") not in card
+    assert "**this model**" in card and "tsv_m" not in card
     assert "Fisher–Rao distances in radians" in done.stdout and "effective rank" in done.stdout
     record = load_record(output)
     assert record is not None and list(record.models.values()) == ["base", "expert", "expert", "merged"]
@@ -68,23 +74,22 @@ def test_the_demo_does_not_touch_a_folder_that_is_not_its_own(
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
 
 
-def sentences(**perplexity: float) -> str:
-    """Conclusions when all merges score 20 but those named here, as in `karcher_deltas=19`, and the fitted one 19."""
-    values = {merge_name(method, space): 20.0 for method in METHODS for space in SPACES} | {BASE: 30.0, FINAL: 19.0}
-    values |= {merge_name(*name.split("_")): value for name, value in perplexity.items()}
-    scores = [Score(name, "text", {"loss": math.log(value)}) for name, value in values.items()]
-    return " ".join(conclusions(scores, {"deltas": 1.5, "weights": 0.08}))
+def compared(**scores: float) -> ComparisonRecord:
+    """A comparison of the demo's methods, which keep 0.7 but for those named here; one standard error is 0.03."""
+    names = {"karcher": "karcher", "nre": "nre", "linear": "linear", "weights": "karcher space=weights"}
+    rows = [
+        make_method(label, scores.get(name, 0.7), best=0.9, tried=[Tried(1.0, None, 0.5), Tried(1.4, None, 0.6)])
+        for name, label in names.items()
+    ]
+    rows[3] = replace(rows[3], scale=None)
+    return make_comparison(methods=rows)
 
 
 def test_conclusions_follow_from_the_numbers() -> None:
-    same = sentences()
-    assert same.count("no difference worth the name") == 2
-    assert "agree to 0.00%: at such angles all means are one" in same
-    assert "Karcher is better by 10.0%" in sentences(karcher_deltas=18)
-    assert "Karcher is worse by 10.0%" in sentences(karcher_deltas=22)
-    assert "keeping it is worse by 5.0%" in sentences(linear_deltas=20 / 1.05)
-    wide = sentences(nre_weights=19)
-    assert "agree to 5.26%." in wide and "all means" not in wide
-    assert "which the experts wrote themselves, a merge scores 19.00." in same
-    assert "the fit is better by 5.0%. The base scores 30.00." in same
-    assert "The best without data is nre of weights, 19.00: no difference worth the name" in wide
+    same = " ".join(conclusions(compared(karcher=0.71, nre=0.72)))
+    assert "karcher × 1 71.0%, nre × 1 72.0% (norm-rescaled average), linear × 1 70.0% (plain average)" in same
+    assert "They differ by 2.0 points, no more than the text can tell." in same
+    assert "At scale 1" in same and "karcher 50.0%, nre 50.0%, linear 50.0%" in same
+    apart = " ".join(conclusions(compared(karcher=0.6, weights=0.65)))
+    assert "They differ by 10.0 points, more than the standard error of the text." in apart
+    assert "karcher space=weights 65.0%." in apart

@@ -27,7 +27,7 @@ _WEAK = 0.9  # ratios to the experts' mean below this are printed in yellow
 def print_evaluation(record: EvaluationRecord) -> None:
     """Print all parts of a record."""
     out = console()
-    _print_scores(out, record)
+    print_scores(record)
     _print_recovery(out, record)
     print_functions(record)
     _print_worst_tokens(out, record.worst_tokens)
@@ -35,6 +35,25 @@ def print_evaluation(record: EvaluationRecord) -> None:
     print_findings(record)
     for command in record.commands:
         out.print(f"Also run: {command}", style="dim")
+
+
+def print_scores(record: EvaluationRecord) -> None:
+    """Print what the models score on every text, a table a metric."""
+    out = console()
+    counts = {s.domain: s.n_tokens or s.n_samples for s in record.scores}
+    unit = "tokens" if any(s.n_tokens for s in record.scores) else "samples"
+    for scores in score_tables(record.scores):
+        has_mean = scores.metric.name == "perplexity" and len(scores.domains) > 1
+        table = _table("model", *scores.domains, *(["mean"] if has_mean else []))
+        for model in scores.models:
+            cells = [scores.written(model, domain) for domain in scores.domains]
+            if has_mean:
+                mean = _geometric_mean([scores.values.get((model, domain)) for domain in scores.domains])
+                cells.append(scores.metric.written(mean))
+            table.add_row(model, *cells, style="bold" if model == MERGED else None)
+        _print(out, f"{scores.metric.heading}, {sum(counts.values()):,} {unit}", table)
+        if has_mean:
+            out.print("mean: geometric mean over the texts", style="dim")
 
 
 def print_findings(record: EvaluationRecord) -> None:
@@ -50,23 +69,6 @@ def print_functions(record: EvaluationRecord) -> None:
     _print_distances(out, record)
     _print_objectives(out, record)
     _print_collapse(out, record.collapse())
-
-
-def _print_scores(out: Console, record: EvaluationRecord) -> None:
-    counts = {s.domain: s.n_tokens or s.n_samples for s in record.scores}
-    unit = "tokens" if any(s.n_tokens for s in record.scores) else "samples"
-    for scores in score_tables(record.scores):
-        has_mean = scores.metric.name == "perplexity" and len(scores.domains) > 1
-        table = _table("model", *scores.domains, *(["mean"] if has_mean else []))
-        for model in scores.models:
-            cells = [scores.written(model, domain) for domain in scores.domains]
-            if has_mean:
-                mean = _geometric_mean([scores.values.get((model, domain)) for domain in scores.domains])
-                cells.append(scores.metric.written(mean))
-            table.add_row(model, *cells, style="bold" if model == MERGED else None)
-        _print(out, f"{scores.metric.heading}, {sum(counts.values()):,} {unit}", table)
-        if has_mean:
-            out.print("mean: geometric mean over the texts", style="dim")
 
 
 def _print_recovery(out: Console, record: EvaluationRecord) -> None:
