@@ -4,11 +4,12 @@ Try the axes of the paper (arXiv 2603.04972) on real experts: how many there are
     python scripts/train_experts.py --suite full lora --output-dir /tmp/experts
     python scripts/reproduce_paper.py --experts /tmp/experts --family lora --numbers 2 4 8 --workdir /tmp/paper
     python scripts/reproduce_paper.py --experts /tmp/experts --family full --numbers 2 5 --workdir /tmp/paper
-    python scripts/reproduce_paper.py --workdir /tmp/paper --report
+    python scripts/reproduce_paper.py --workdir /tmp/paper --report --figure docs/figures/paper_axes.png
 
 Every run is a `MergeComparison`: all methods get the same scales, chosen on a quarter of the texts and reported on
 the others. A seed decides which experts are merged (the first N of a shuffled list), and which passages are drawn. The
-same command goes on where an interrupted one was. `--report` prints the tables of docs/results.md from what is there.
+same command goes on where an interrupted one was. `--report` prints the tables of docs/results.md from what is there,
+and `--figure` draws them.
 
 The experts of the demo are among the adapters, with the excerpts that it ships; all texts were kept out of training.
 """
@@ -27,10 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+
+from hf_frmerge.report.style import MUTED, PALETTE, WIDE, layer_ticks, new_figure, styled, tidy
 
 DEMO_DATA = Path(__file__).resolve().parents[1] / "hf_frmerge" / "demo" / "data"
 METHODS = ("karcher", "nre", "linear", "ties", "della", "sce", "karcher,space=weights")
 SCALES = (0.7, 1.0, 1.4, 2.0)
+DRAWN = ("karcher", "nre", "linear", "ties")
 N_RESAMPLES = 2000
 
 Record = dict[str, Any]
@@ -39,7 +44,10 @@ Record = dict[str, Any]
 def main() -> None:
     args = parse_args()
     if args.report:
-        print_report(read_runs(args.workdir))
+        runs = read_runs(args.workdir)
+        print_report(runs)
+        if args.figure is not None:
+            draw_axes(runs).savefig(args.figure, dpi=150)
         return
     experts = find_experts(args.experts, args.family)
     for number in args.numbers:
@@ -56,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1536, help="of every text, a quarter of them to choose scales")
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--report", action="store_true", help="print the tables of the runs that are there")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="with --report: draw them, too")
     return parser.parse_args()
 
 
@@ -201,6 +210,33 @@ def print_differences(runs: Sequence[Run]) -> None:
         low, high = np.quantile(resampled, (0.025, 0.975))
         n_leads = int((leads > 0).sum())
         print(f"| {first} | {second} | {leads.mean():+.1f} | {low:+.1f} to {high:+.1f} | {n_leads} of {len(leads)} |")
+
+
+@styled
+def draw_axes(runs: Sequence[Run]) -> Figure:
+    """Draw what is kept against the number of experts, and the lead of Karcher against how unlike the experts are."""
+    figure = new_figure(WIDE, 3.1)
+    kept, lead = figure.subplots(1, 2)
+    for family, line in (("full", "-"), ("lora", "--")):
+        own = [one for one in runs if one.family == family]
+        for place, label in enumerate(DRAWN):
+            colour = PALETTE[f"expert-{place + 1}"][0]
+            points = {n: [100 * one.methods[label]["score"] for one in group] for n, group in by_number(own).items()}
+            means = [float(np.mean(values)) for values in points.values()]
+            kept.plot(list(points), means, line, marker="o", markersize=3, color=colour, label=f"{label}, {family}")
+        for place, label in enumerate(DRAWN[1:], start=1):
+            ratios = [one.spread["norm_ratio"] for one in own]
+            leads = [100 * (one.methods[DRAWN[0]]["score"] - one.methods[label]["score"]) for one in own]
+            marker = "o" if family == "full" else "^"
+            colour = PALETTE[f"expert-{place + 1}"][0]
+            lead.plot(ratios, leads, marker, markersize=5, color=colour, alpha=0.8, label=f"over {label}, {family}")
+    layer_ticks(kept)
+    tidy(kept, "number of experts", "share of the gains kept, %", grid="both")
+    tidy(lead, "largest norm of a delta over the smallest", "lead of karcher, points", grid="both")
+    lead.axhline(0.0, color=MUTED, linewidth=0.9)
+    for axes in (kept, lead):
+        axes.legend(frameon=False, fontsize=6.5, ncols=2, labelcolor=MUTED, handlelength=3)
+    return figure
 
 
 def by_number(runs: Iterable[Run]) -> dict[int, list[Run]]:
