@@ -22,6 +22,7 @@ from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, Form
 
 _KEY_FILE = "calibration-key.json"
 _OTHER = {"up": "down", "down": "up"}
+_COEFFICIENTS = ".coefficients"
 
 
 class BlockFiles:
@@ -71,20 +72,26 @@ class BlockFiles:
                     for name, t in names.items()
                     if f"{t}.up" in tensors
                 }
+                coefficients = {
+                    name: stored.get_tensor(f"{t}{_COEFFICIENTS}")
+                    for name, t in names.items()
+                    if f"{t}{_COEFFICIENTS}" in tensors
+                }
         except SafetensorError as error:
             raise _damaged(path, error) from error
-        return FittedBlock(corrections, factors)
+        return FittedBlock(corrections, factors, coefficients)
 
     def write(self, index: int, names: Mapping[str, str], block: FittedBlock) -> None:
         """Keep what was found for a block."""
         tensors = {names[name]: values for name, values in block.corrections.items()}
         for name, (up, down) in block.factors.items():
             tensors |= {f"{names[name]}.up": up, f"{names[name]}.down": down}
+        tensors |= {f"{names[name]}{_COEFFICIENTS}": values for name, values in block.coefficients.items()}
         write_file(self._path(index), save({name: values.cpu().contiguous() for name, values in tensors.items()}))
 
     def join(self, n_blocks: int, form: Form) -> None:
-        """Join the corrections of all blocks, in one form, into one file (none for the start)."""
-        if form != "start":
+        """Join the corrections of all blocks, in one form, into one file (none for the start and the table)."""
+        if form not in ("start", "table"):
             opened = [open_tensors_file(str(self._folder), self._path(index).name) for index in range(n_blocks)]
             _join(
                 [(block, name) for block in opened for name in _of_form(block, form)], self._folder / CORRECTIONS_FILE
@@ -150,9 +157,10 @@ def _damaged(path: Path, error: Exception) -> ResumeError:
 
 def _of_form(block: Checkpoint, form: Form) -> list[str]:
     """Return the tensors of a block's file that belong to a form: of a layer with factors one kind or the other."""
+    corrections = [name for name in block.tensors if not name.endswith(_COEFFICIENTS)]
     if form == "dense":
-        return [name for name in block.tensors if not name.endswith((".up", ".down"))]
-    return [name for name in block.tensors if f"{name}.up" not in block.tensors]
+        return [name for name in corrections if not name.endswith((".up", ".down"))]
+    return [name for name in corrections if f"{name}.up" not in block.tensors]
 
 
 def _join(parts: list[tuple[Checkpoint, str]], path: Path) -> None:

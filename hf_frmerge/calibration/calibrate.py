@@ -1,4 +1,4 @@
-"""Fit a planned merge to its experts on prompts, and write the corrections for the engine to add."""
+"""Fit a planned merge to its experts on prompts, and write coefficients or corrections for the engine to use."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.block_files import BlockFiles, read_kept
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
-from hf_frmerge.calibration.fits.equations import check_experts, check_form, equations_of, settings_of
+from hf_frmerge.calibration.fits.equations import check_experts, check_form, equations_of, settings_of, why_no_table
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
 from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
@@ -31,7 +33,7 @@ from hf_frmerge.calibration.prompts import (
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
-from hf_frmerge.calibration.sweep import Sweep
+from hf_frmerge.calibration.sweep import FittedBlock, Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.disk import remove_file, write_file
 from hf_frmerge.checkpoints.tensors.reader import some
@@ -40,6 +42,7 @@ from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
+from hf_frmerge.merging.planning.coefficient_table import write_coefficients
 from hf_frmerge.merging.planning.corrections import CalibrationRecord, Form, RefinementRecord
 from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.methods.table import METHODS
@@ -114,11 +117,11 @@ def calibrate(
     plan: MergePlan, whole: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], staging: Path
 ) -> CalibrationRecord:
     """
-    Fit a merge to its experts, refine it if that is asked for, and write the corrections that are best.
+    Fit a merge to its experts, refine it if that is asked for, and write what is best: coefficients or corrections.
 
     Best is what is closest to the experts on prompts held out from the fit.
 
-    Nothing is written if no form of the corrections is closer to the experts than the merge without data; but what a
+    Nothing is written if no form of the fit is closer to the experts than the merge without data; but what a
     method gives that was asked for by name is written as it is. An interrupted call goes on where it was when it is
     made again with the same arguments and folder.
 
@@ -130,7 +133,7 @@ def calibrate(
         staging: Folder of unfinished files.
 
     Returns:
-        How the corrections were found and what they gain.
+        How the merge was fitted and what that gains.
 
     Raises:
         ArgumentError: If the model cannot be run block by block, or there are too few prompts to judge by.
@@ -163,7 +166,17 @@ def calibrate(
         return _read_record(done)
     batches = batches_of(plan, model, fitted, held_out)
     fit_of = equations_of(plan, model, fitted, is_silent=_is_silent(plan))
-    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full, fit_of=fit_of)
+    offers_table = plan.args.calibration_form in ("auto", "table") and why_no_table(plan) is None
+    sweep = Sweep(
+        model,
+        reader,
+        batches,
+        plan.weights,
+        options,
+        is_full=is_full,
+        offers_table=offers_table,
+        fit_of=fit_of,
+    )
     sweep.begin()
     for index in tqdm(range(len(model.blocks)), "Calibrating", unit="block", disable=_is_silent(plan)):
         known = files.read(index, sweep.tensors(index))
@@ -206,9 +219,12 @@ def _write_best(
     form = form_of_method(wanted) if is_of_method else choose_form(by_form, wanted)
     transposed = transposed_tensors(whole) if plan is not whole else None
     n_blocks, refinement = len(sweep.state.model.blocks), None
-    if plan.args.refine_steps:
+    if plan.args.refine_steps or form == "table":
         blocks = [files.read(index, sweep.tensors(index)) for index in range(n_blocks)]
         found = [block for block in blocks if block is not None]
+    if form == "table":
+        write_coefficients(staging, _coefficients(sweep, found), whole.space)
+    if plan.args.refine_steps:
         form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
     if refinement is None or not refinement.best_step:
         if transposed is None or form == "start":
@@ -218,6 +234,17 @@ def _write_best(
     files.remove(n_blocks)
     remove_file(staging / PROGRESS_FILE)
     return form, refinement
+
+
+def _coefficients(sweep: Sweep, blocks: Sequence[FittedBlock]) -> dict[str, NDArray[np.float64]]:
+    """Return the coefficients of all tensors in the table form."""
+    reader = sweep.state.reader
+    found = {
+        f"{name}.{key}": change_RN
+        for name, block in zip(sweep.state.model.blocks, blocks)
+        for key, change_RN in block.coefficients.items()
+    }
+    return {reader.tensors[name]: reader.coefficients(name, change_RN) for name, change_RN in found.items()}
 
 
 def _read_record(path: Path) -> CalibrationRecord:

@@ -11,13 +11,14 @@ it got wrong. Only one block of each model is in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions, SweepState
+from hf_frmerge.calibration.fits.coefficient_rows import combined
 from hf_frmerge.calibration.layers import find_layers
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
@@ -32,10 +33,12 @@ class FittedBlock:
     Attributes:
         corrections: parameter of the block -> what is added to the data-free merge.
         factors: weight of a linear layer -> the same in low rank, as factors `(rows, k)` and `(k, columns)`.
+        coefficients: parameter -> what the table form adds to the experts' coefficients, `(rows, N)` or `(1, N)`.
     """
 
     corrections: dict[str, Tensor]
     factors: dict[str, tuple[Tensor, Tensor]]
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LayerFit(Protocol):
@@ -45,10 +48,12 @@ class LayerFit(Protocol):
     Attributes:
         weights: weights as fitted so far, float32; those that are not fitted are the start's own tensors.
         factors: weight of a linear layer -> its correction as factors `(rows, k)` and `(k, columns)`.
+        coefficients: parameter -> what the table form adds to the experts' coefficients; empty if there is none.
     """
 
     weights: dict[str, Tensor]
     factors: dict[str, tuple[Tensor, Tensor]]
+    coefficients: dict[str, Tensor]
 
     def run_experts(self) -> None:
         """Run the experts' blocks on all their prompts, and keep what the fit needs."""
@@ -64,12 +69,12 @@ class Sweep:
     One pass over the blocks.
 
     Args:
-        model, reader, batches, shares, options, is_full: See `SweepState`.
+        model, reader, batches, shares, options, is_full, offers_table: See `SweepState`.
         fit_of: Makes the fit of a block, from the arguments of `BlockFit`.
 
     Attributes:
         state: what is carried through the blocks.
-        start, low_rank: hidden states of the data-free merge and of the low-rank form; held-out batches only.
+        start, table, low_rank: hidden states of the data-free merge and of two forms; held-out batches only.
         gives_logits: whether the model predicts something, or gives hidden states; known once the sweep has begun.
         predicts_tokens: likewise, whether it gives an output for every token, or one for a prompt, as a classifier.
     """
@@ -83,12 +88,14 @@ class Sweep:
         options: SweepOptions,
         *,
         is_full: bool,
+        offers_table: bool = False,
         fit_of: Callable[..., LayerFit] = BlockFit,
     ) -> None:
-        self.state = SweepState(model, reader, batches, list(shares), options, is_full)
+        self.state = SweepState(model, reader, batches, list(shares), options, is_full, offers_table)
         self._fit_of = fit_of
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
+        self.table: dict[int, Tensor] = {}
         self.low_rank: dict[int, Tensor] = {}
         self.gives_logits = self.predicts_tokens = True
 
@@ -115,7 +122,7 @@ class Sweep:
                     of_experts[index], _ = state.model.begin(outer, block, batch.inputs)
         state.expert = [of_experts[index] for index in range(len(state.batches))]
         self.start = {index: state.merged[index] for index in self._held_out}
-        self.low_rank = dict(self.start)
+        self.table, self.low_rank = dict(self.start), dict(self.start)
 
     def outer(self, expert: int | None) -> dict[str, Tensor]:
         """Return the weights outside the blocks, of an expert or of the data-free merge."""
@@ -155,7 +162,19 @@ class Sweep:
         self._carry(index, range(len(state.batches)), state.merged, fitted)
         self._carry(index, self._held_out, self.start, start)
         self._carry(index, self._held_out, self.low_rank, low_rank)
+        if state.offers_table:
+            self._carry(index, self._held_out, self.table, self._table(name, known, start, experts))
         return known
+
+    def _table(
+        self, name: str, known: FittedBlock, start: dict[str, Tensor], experts: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return the weights of a block in the table form."""
+        weights = dict(start)
+        for key, coefficients_RN in known.coefficients.items():
+            origin = self.state.origin(f"{name}.{key}", start[key])
+            weights[key] = combined(start[key], [expert[key] - origin for expert in experts], coefficients_RN)
+        return weights
 
     def _carry(
         self, index: int, held: Iterable[int], hidden: list[Tensor] | dict[int, Tensor], weights: dict[str, Tensor]
@@ -178,7 +197,7 @@ class Sweep:
             key: (fit.weights[key] - start[key]).to(dtypes[key]) for key in start if fit.weights[key] is not start[key]
         }
         factors = {key: (up.to(dtypes[key]), down.to(dtypes[key])) for key, (up, down) in fit.factors.items()}
-        return FittedBlock(corrections, factors)
+        return FittedBlock(corrections, factors, fit.coefficients)
 
     def _read(self, expert: int | None, name: str) -> Tensor:
         reader = self.state.reader

@@ -19,6 +19,7 @@ WITHOUT_DATA = (
 
 _SOURCES = {"self": "which the experts wrote themselves", "file": "from files", "dataset": "from datasets"}
 _FORMS = {
+    "table": "coefficients of the experts for every row",
     "low_rank": "factors of rank {rank} for every linear layer",
     "dense": "a number for every weight of the linear layers",
 }
@@ -68,8 +69,20 @@ def calibration_verdict(record: CalibrationRecord) -> Verdict:
         "Fitted to the experts",
         f"The merge was fitted to what its experts compute on {prompts}. On {others} the {distance} of its {outputs} "
         f"to the experts' is {number(after)} rad², where the merge without data has {number(before)} rad²"
-        f"{_parts(record, gain)} The correction is {_FORMS[record.form].format(rank=record.options['rank'])}.",
+        f"{_parts(record, gain)} {_forms(record)}",
     )
+
+
+def _forms(record: CalibrationRecord) -> str:
+    """Say in which form the fit is written, and what each form keeps of the gain."""
+    names = {form: name.format(rank=record.options["rank"]) for form, name in _FORMS.items()}
+    written = f"It is written as {names[record.form]}"
+    if record.is_refined:  # another step than those that the forms are of
+        return f"{written}."
+    start = record.mean_distance("start")
+    gains = {form: start - record.mean_distance(form) for form in names if form in record.distances}
+    kept = [f"{names[form]} {percent(max(gain / max(gains.values()), 0.0))}" for form, gain in gains.items()]
+    return f"{written}. What each form keeps of the best one's gain: {', '.join(kept)}."
 
 
 def _parts(record: CalibrationRecord, gain: float) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click_runner import click_runner
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -140,6 +140,109 @@ def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
     assert report.ok, report.problems
     reproduction = reproduce(str(tmp_path / "out"))
     assert not reproduction.differences
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("lora", {}), ("full", {"space": "deltas"}), ("full", {"block": "row", "method": "karcher"})]
+)
+def test_a_fit_in_the_form_of_coefficients_is_a_merge_of_rows_like_any_other(
+    models: Path, tmp_path: Path, kind: str, options: dict[str, str]
+) -> None:
+    merger(models, tmp_path / "start", kind, calibration=None, **options).merge()
+    merger(models, tmp_path / "out", kind, calibration_form="table", **options).merge()
+    manifest = read_manifest(tmp_path / "out")
+    record = manifest.calibration
+    assert record is not None and record.form == "table"
+    before, after = (distance_to_experts(models, tmp_path / name, kind) for name in ("start", "out"))
+    assert after < before
+    assert record.mean_distance("table") / record.mean_distance("start") == pytest.approx(after / before, abs=0.2)
+
+    # The weights are the sum of the experts by the coefficients of the record, in float64.
+    assert not (tmp_path / "out/merge_corrections.safetensors").exists()
+    table = load_file(tmp_path / "out/merge_coefficients.safetensors")
+    base = load_file(models / "base/model.safetensors")
+    experts = [dense_weights(models, kind, number) for number in range(3)]
+    merged = load_file(tmp_path / "out/model.safetensors")
+    fitted = {name for name, tensor in manifest.tensors.items() if tensor.is_fitted}
+    assert {name for name in fitted if "norm" not in name} == {name for name in merged if "proj" in name}
+    for name in fitted:
+        rows = table[name]
+        assert rows.shape == (1 if "norm" in name else len(merged[name]), 3)
+        origin = base[name].double() if manifest.space == "deltas" else torch.zeros(()).double()
+        columns = rows.T.reshape(3, -1, *[1] * (merged[name].ndim - 1))
+        expected = origin + sum(c * (expert[name] - origin) for c, expert in zip(columns, experts))
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-5, atol=1e-6)
+        geometry = manifest.tensors[name].geometry
+        assert geometry is not None
+        points = [(expert[name] - origin).norm() for expert in experts]
+        length = (expected - origin).norm() / (sum(points) / 3)
+        if name.endswith("proj.weight"):  # mean of the norms of rows, which is that of the tensor if rows are alike
+            assert geometry.norm_ratio == pytest.approx(float(length), rel=0.1)
+
+    report = verify(str(tmp_path / "out"))
+    assert report.ok, report.problems
+    assert not reproduce(str(tmp_path / "out")).differences
+    changes = {c.what: c.b for c in diff_merges(str(tmp_path / "start"), str(tmp_path / "out")).arguments}
+    assert changes["form of the fit"] == "table"
+
+
+def dense_weights(models: Path, kind: str, number: int) -> dict[str, torch.Tensor]:
+    """Weights of an expert in float64, as transformers and PEFT give them."""
+    path = models / f"{kind}{number}"
+    if kind == "full":
+        return {name: values.double() for name, values in load_file(path / "model.safetensors").items()}
+    base = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float64)
+    return PeftModel.from_pretrained(base, path).merge_and_unload().state_dict()
+
+
+def test_an_interrupted_table_goes_on_to_the_same_bits(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole, fit = tmp_path / "out", tmp_path / "whole", Sweep.fit_block
+
+    def fit_block(self: Sweep, index: int, known: Any) -> Any:
+        if index == 1:
+            raise Killed
+        return fit(self, index, known)
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    for place, name, action in ((Sweep, "fit_block", fit_block), (ShardOutput, "sync", die)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, action)
+            with pytest.raises(Killed):
+                merger(models, out, calibration_form="table").merge(resume_from_checkpoint=out.exists())
+        assert not (out / "config.json").exists()
+    merger(models, out, calibration_form="table").merge(resume_from_checkpoint=True)
+    merger(models, whole, calibration_form="table").merge()
+    for name in ("model.safetensors", "merge_coefficients.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert verify(str(out)).ok
+
+
+def test_a_table_that_cannot_be_is_refused_with_what_helps(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for options, advice in (
+        ({"adapter_output": "adapter"}, "adapter_output='merged'"),
+        ({"method": "ties"}, "method='karcher'"),
+        ({"method": "regmean"}, "method='karcher'"),
+        ({"method": "karcher", "post_step": "svc"}, "leave out post_step"),
+        ({"refine_steps": 5}, "leave out refine_steps"),
+    ):
+        with pytest.raises(ArgumentError, match=rf"form='table' .*Use calibration_form='auto', or {advice}"):
+            merger(models, out, calibration_form="table", **options).merge()
+    assert not out.exists()
+
+
+def test_a_record_whose_fitted_coefficients_are_gone_is_refused(models: Path, tmp_path: Path) -> None:
+    merger(models, tmp_path / "out", calibration_form="table").merge()
+    file = tmp_path / "out/merge_coefficients.safetensors"
+    table = load_file(file)
+    name = next(name for name in table if "proj" in name)
+    save_file({n: rows for n, rows in table.items() if n != name}, file, metadata={"space": "deltas"})
+    with pytest.raises(CheckpointError, match=rf"no coefficients of '{re.escape(name)}', which was fitted"):
+        reproduce(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("options", [{}, {"adapter_rank": 8}])

@@ -28,9 +28,19 @@ def test_a_gain_is_stated_on_held_out_prompts() -> None:
     assert verdict.text == (
         "The merge was fitted to what its experts compute on 112 prompts, which the experts wrote themselves. On 16 "
         "others the squared Fisher–Rao distance of its predictions to the experts' is 0.100 rad², where the merge "
-        "without data has 0.400 rad²: the fit takes 75% of it away. The correction is factors of rank 32 for every "
-        "linear layer."
+        "without data has 0.400 rad²: the fit takes 75% of it away. It is written as factors of rank 32 for every "
+        "linear layer. What each form keeps of the best one's gain: factors of rank 32 for every linear layer 100%, a "
+        "number for every weight of the linear layers 100%."
     )
+
+
+def test_what_a_table_of_coefficients_keeps_is_stated() -> None:
+    known = {**RECORD.distances, "table": (0.2, 0.24, None), "dense": (0.0, 0.0, None)}
+    text = calibration_verdict(replace(RECORD, form="table", distances=known)).text
+    assert "It is written as coefficients of the experts for every row. What each form keeps" in text
+    assert "for every row 45%, factors of rank 32 for every linear layer 75%, a number for every weight" in text
+    harmful = {**known, "table": (0.5, 0.5, None)}
+    assert "for every row 0%" in calibration_verdict(replace(RECORD, distances=harmful)).text
 
 
 @pytest.mark.parametrize(("after", "level"), [(0.19, "good"), (0.3, "watch"), (0.39, "bad")])
@@ -60,8 +70,8 @@ REFINED = replace(
 def test_a_refinement_is_told_from_the_fit() -> None:
     assert calibration_verdict(REFINED).text.endswith(
         "On 16 others the squared Fisher–Rao distance of its predictions to the experts' is 0.0750 rad², where the "
-        "merge without data has 0.400 rad², and the fit alone 0.100 rad²: fit and refinement take 81% of it away. The "
-        "correction is factors of rank 32 for every linear layer."
+        "merge without data has 0.400 rad², and the fit alone 0.100 rad²: fit and refinement take 81% of it away. It "
+        "is written as factors of rank 32 for every linear layer."
     )
     assert fitted_how(REFINED) == (
         "then fitted, layer by layer, to what they compute on a few prompts, and refined all layers together"
@@ -83,8 +93,8 @@ def test_a_refinement_without_gain_is_said() -> None:
 def test_a_refinement_of_a_fit_without_gain_stands_alone() -> None:
     record = replace(REFINED, form="dense", refinement=replace(REFINED.refinement, began_from="start"))
     assert (
-        "0.400 rad²: the refinement takes 81% of it away, where the fit of single layers gained nothing. The "
-        "correction is a number for every weight" in calibration_verdict(record).text
+        "0.400 rad²: the refinement takes 81% of it away, where the fit of single layers gained nothing. It "
+        "is written as a number for every weight" in calibration_verdict(record).text
     )
     assert fitted_how(record) == "then trained to predict what they predict on a few prompts"
 

@@ -9,20 +9,21 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps
+from hf_frmerge.calibration.fits.coefficient_rows import coefficients_of
 from hf_frmerge.calibration.fits.least_squares import (
     Fit,
     FitOptions,
     Moments,
+    NormFit,
     System,
     UpdatePrior,
     fit_linear,
     fit_norm,
     low_rank,
 )
-from hf_frmerge.calibration.layers import BlockLayers, LinearGroup, matrix_of, put_matrix
+from hf_frmerge.calibration.layers import BlockLayers, LinearGroup, is_flipped, matrix_of, put_matrix
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import NonFiniteError
@@ -63,6 +64,7 @@ class SweepState:
         shares: weights of the experts, summing to 1.
         options: settings.
         is_full: whether the experts are full fine-tunes, whose updates serve as a prior.
+        offers_table: whether coefficients of the experts are looked for, too.
         expert, merged: hidden states `(B, T, H)` of every batch, float32, after the blocks run so far.
     """
 
@@ -72,6 +74,7 @@ class SweepState:
     shares: list[float]
     options: SweepOptions
     is_full: bool
+    offers_table: bool = False
     expert: list[Tensor] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
 
@@ -88,6 +91,13 @@ class SweepState:
             for name, value in weights.items()
         }
 
+    def origin(self, parameter: str, start: Tensor) -> Tensor:
+        """Return what experts' updates are differences to: the base in delta space, else the merge without data."""
+        if self.reader.space != "deltas":
+            return start
+        base = self.reader.base(parameter)
+        return torch.zeros_like(start) if base is None else base.to(start.device)
+
 
 class BlockFit:
     """
@@ -103,6 +113,8 @@ class BlockFit:
     Attributes:
         weights: weights as fitted so far, float32.
         factors: weight of a linear layer -> its correction as factors `(rows, k)` and `(k, columns)`.
+        coefficients: parameter -> what is added to the experts' coefficients in the table form, `(rows, N)` or
+            `(1, N)`, float64.
     """
 
     def __init__(
@@ -117,6 +129,7 @@ class BlockFit:
         self._start, self._experts = start, experts
         self.weights = dict(start)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.coefficients: dict[str, Tensor] = {}
         self._model = sweep.model
         self._module = self._model.block(self._name)
         options = sweep.options
@@ -182,18 +195,32 @@ class BlockFit:
             self._keep(name, self._fit_layer(name, systems.pop(name), biased), biased)
 
     def _keep(self, name: str, fit: Fit, biased: bool) -> None:
-        """Keep a fitted layer, whole and as factors."""
+        """Keep a fitted layer, whole, as factors and as coefficients."""
         put_matrix(self._module, self.weights, name, fit.weight_OI.float(), with_bias=biased)
         start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
         n_in = start_OI.shape[1] - biased
         # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
         metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
-        correction_OI, rank = (fit.weight_OI - start_OI)[:, :n_in], min(self._sweep.options.rank, n_in)
-        self.factors[f"{name}.weight"] = as_factors(self._module, name, correction_OI, metric, rank)
+        correction_OI, rank = fit.weight_OI - start_OI, min(self._sweep.options.rank, n_in)
+        self.factors[f"{name}.weight"] = as_factors(self._module, name, correction_OI[:, :n_in], metric, rank)
+        if self._sweep.offers_table:
+            # The bias of a row has the coefficients of the row. Rows of a flipped weight are inputs, not outputs.
+            keys = [f"{name}.weight", *([f"{name}.bias"] if biased else [])]
+            origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in keys}
+            origin_OI = matrix_of(self._module, origins, name, with_bias=biased)
+            found = coefficients_of(
+                correction_OI,
+                [matrix_of(self._module, e, name, with_bias=biased) - origin_OI for e in self._experts],
+                fit.metric_II @ fit.metric_II.T,
+                by_row=not is_flipped(self._module, name),
+            )
+            self.coefficients |= dict.fromkeys(keys, found)
 
     def _fit_norm(self, norm: str) -> None:
         """Fit gain and shift of a norm, if the experts have other ones than the merge."""
         gain, shift = self._start[f"{norm}.weight"], self._start.get(f"{norm}.bias")
+        if not self._is_merged(f"{norm}.weight"):
+            return
         changes = [(e[f"{norm}.weight"] - gain).square().sum() / gain.square().sum() for e in self._experts]
         if max(float(change) for change in changes) < _SAME:
             return
@@ -222,9 +249,22 @@ class BlockFit:
             (gain, shift),
             offset.double(),
         )
-        self.weights[f"{norm}.weight"] = fitted[0].float()
-        if fitted[1] is not None:
-            self.weights[f"{norm}.bias"] = fitted[1].float()
+        self.weights[f"{norm}.weight"] = fitted.gain_H.float()
+        if fitted.shift_H is not None:
+            self.weights[f"{norm}.bias"] = fitted.shift_H.float()
+        if self._sweep.offers_table:
+            self._keep_norm_coefficients(norm, fitted)
+
+    def _keep_norm_coefficients(self, norm: str, fit: NormFit) -> None:
+        """Keep coefficients for a whole norm: in a channel alone, gain and shift are fewer numbers than experts."""
+        fitted = {f"{norm}.weight": fit.gain_H} | ({} if fit.shift_H is None else {f"{norm}.bias": fit.shift_H})
+        origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in fitted}
+        updates = [[expert[key] - origins[key] for key in fitted] for expert in self._experts]
+        correction_HC = torch.stack([values - self._start[key] for key, values in fitted.items()], dim=1)
+        found = coefficients_of(
+            correction_HC, [torch.stack(own, dim=1).double() for own in updates], fit.system_HCC, by_row=False
+        )
+        self.coefficients |= dict.fromkeys(fitted, found)
 
     # Parts
 
@@ -311,8 +351,7 @@ def as_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return the correction of a linear layer as `low_rank` gives it, in the order in which the weight is stored."""
     up, down = low_rank(correction_OI, metric_II, rank)
-    is_flipped = isinstance(module.get_submodule(name), Conv1D)
-    return (down.T.contiguous(), up.T.contiguous()) if is_flipped else (up, down)
+    return (down.T.contiguous(), up.T.contiguous()) if is_flipped(module, name) else (up, down)
 
 
 def _with_one(values_TI: Tensor) -> Tensor:

@@ -30,6 +30,24 @@ def check_form(plan: MergePlan) -> None:
             "method='fisher' averages element by element, and what that gives has no low rank. Leave out "
             "calibration_form='low_rank'."
         )
+    why = why_no_table(plan)
+    if plan.args.calibration_form == "table" and why is not None:
+        raise ArgumentError(f"calibration_form='table' writes coefficients of the experts, but {why}.")
+
+
+def why_no_table(plan: MergePlan) -> str | None:
+    """Say why what is found for a merge cannot be written as coefficients of the experts; `None` if it can."""
+    args, method = plan.args, METHODS[plan.args.method]
+    elsewise = "Use calibration_form='auto'"
+    if plan.layout is None:
+        return f"those of single rows are for full models. {elsewise}, or adapter_output='merged'"
+    if method.needs_prompts or method.kind != "span":
+        return f"method={method.name!r} gives no sum of them to begin with. {elsewise}, or method='karcher'"
+    if args.post_step is not None:
+        return f"post_step={args.post_step!r} changes their sum afterwards. {elsewise}, or leave out post_step"
+    if args.refine_steps:
+        return f"a refinement changes more than these. {elsewise}, or leave out refine_steps"
+    return None
 
 
 def check_experts(plan: MergePlan, prompts: Sequence[Prompts]) -> None:

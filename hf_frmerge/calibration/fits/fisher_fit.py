@@ -28,7 +28,7 @@ class FisherFit:
 
     Attributes:
         weights: averaged weights, float32.
-        factors: none: what is averaged element by element has no low rank.
+        factors, coefficients: none: what is averaged element by element has no low rank, and no coefficients.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class FisherFit:
         self._experts, self._files = experts, files
         self.weights = dict(start)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.coefficients: dict[str, Tensor] = {}
 
     def run_experts(self) -> None:
         """Run the experts' blocks on the prompts that judge the merge."""

@@ -235,13 +235,29 @@ def low_rank(correction_OI: Tensor, metric_II: Tensor, rank: int) -> tuple[Tenso
     return right_KO.T.contiguous(), down_IK.T.contiguous()
 
 
+@dataclass(frozen=True)
+class NormFit:
+    """
+    Solved norm, float64.
+
+    Attributes:
+        gain_H: fitted gain.
+        shift_H: fitted shift; `None` for an RMS norm.
+        system_HCC: system of every channel: of its gain, or of gain and shift.
+    """
+
+    gain_H: Tensor
+    shift_H: Tensor | None
+    system_HCC: Tensor
+
+
 def fit_norm(
     normalised: list[Tensor],
     targets: list[Tensor],
     shares: list[float],
     start: tuple[Tensor, Tensor | None],
     offset: Tensor,
-) -> tuple[Tensor, Tensor | None]:
+) -> NormFit:
     """
     Fit gain and shift of a norm, channel by channel.
 
@@ -254,6 +270,9 @@ def fit_norm(
         shares: Weights of the experts.
         start: Gain and shift to start from; no shift for an RMS norm.
         offset: What the norm adds to its gain by itself, `(H,)`: 1 in some models, else 0.
+
+    Returns:
+        Float64.
     """
     gain_H, shift_H = (None if value is None else value.double() for value in start)
     assert gain_H is not None
@@ -274,7 +293,12 @@ def fit_norm(
         n += share
     ridge = 0.1 * n
     if shift_H is None:
-        return gain_H + xt_H / (xx_H + ridge), None
+        return NormFit(gain_H + xt_H / (xx_H + ridge), None, (xx_H + ridge)[:, None, None])
     a, c, b = xx_H + ridge, n + ridge, x_H
     determinant = a * c - b * b
-    return gain_H + (c * xt_H - b * t_H) / determinant, shift_H + (a * t_H - b * xt_H) / determinant
+    rows = torch.stack([a, b], dim=1), torch.stack([b, torch.full_like(a, c)], dim=1)
+    return NormFit(
+        gain_H + (c * xt_H - b * t_H) / determinant,
+        shift_H + (a * t_H - b * xt_H) / determinant,
+        torch.stack(rows, dim=1),
+    )

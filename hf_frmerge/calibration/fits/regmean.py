@@ -53,6 +53,7 @@ class RegMeanFit:
 
     Attributes:
         weights, factors: as those of `BlockFit`.
+        coefficients: none: the method is written whole, or in low rank.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RegMeanFit:
         self._start, self._experts, self._options = start, experts, options
         self.weights = dict(start)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.coefficients: dict[str, Tensor] = {}
         # First layer of a group, at which its inputs are taken -> those of its layers that are merged.
         merged = {g.names[0]: [n for n in g.names if sweep.reader.is_merged(self._tensor(n))] for g in layers.groups}
         self._groups = {first: names for first, names in merged.items() if names}

@@ -232,9 +232,9 @@ class MergingArguments:
     calibration_form: str = field(
         default="auto",
         metadata=described(
-            "What is added to the merge: factors of low rank, a number for every weight, or the smaller of the two "
-            "that has nearly all of the gain on prompts held out from the fit.",
-            ("auto", "low_rank", "dense"),
+            "What is fitted: coefficients of the experts for every row, factors of low rank to add, a number to add "
+            "to every weight, or the first of these that has nearly all of the gain on prompts held out from the fit.",
+            ("auto", "table", "low_rank", "dense"),
         ),
     )
     calibration_rank: int = field(default=32, metadata=described("Rank of the factors, for each linear layer."))

@@ -40,7 +40,8 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
     if plan.vocabulary is not None:
         parts["rows of tokens"] = row_maps_digest(plan.models)
     if plan.calibration is not None:
-        parts["calibration"] = plan.corrections.digest if plan.corrections is not None else None
+        found = plan.corrections or plan.fitted
+        parts["calibration"] = found.digest if found is not None else None
     models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]
     for role, model in [*models, *([("base model", plan.base)] if plan.base else [])]:
         files = {name: size for opened in model.opened for name, size in opened.files.items()}

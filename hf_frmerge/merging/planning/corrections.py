@@ -1,4 +1,4 @@
-"""Corrections of a merge: what calibration found should be added to the tensors that a method gives."""
+"""What calibration found for a merge: coefficients, or corrections to add to the tensors that a method gives."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_tensors_file
 from hf_frmerge.errors import CheckpointError
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, cut_as_fitted, read_coefficients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
+    from hf_frmerge.merging.planning.plan import MergePlan
+
 CORRECTIONS_FILE = "merge_corrections.safetensors"
 
 _PART = 1 << 24  # bytes read at a time
 
-Form = Literal["start", "low_rank", "dense"]
-"""Form of the corrections: none at all, factors of low rank, or one number for every weight."""
+Form = Literal["start", "table", "low_rank", "dense"]
+"""
+Form of what was found: nothing, coefficients of the experts for every row, or corrections: factors of low rank, or one
+number for every weight.
+"""
 
 
 def mean_known(distances: Sequence[float | None]) -> float:
@@ -54,7 +61,7 @@ class RefinementRecord:
 @dataclass(frozen=True)
 class CalibrationRecord:
     """
-    How corrections were found, and what they gain.
+    How a merge was fitted on prompts, and what that gains.
 
     Attributes:
         prompts: number of prompts of every expert that took part in the fit.
@@ -107,7 +114,7 @@ class CalibrationRecord:
 
     @property
     def is_corrected(self) -> bool:
-        """Whether anything is added to the merge without data."""
+        """Whether the merge is another one than that without data."""
         return self.form != "start"
 
     @property
@@ -148,6 +155,30 @@ class Corrections:
 
     checkpoint: Checkpoint
     digest: str
+
+
+def take_fit(plan: MergePlan, folder: Path) -> None:
+    """
+    Add to a plan what a fit wrote into a folder: coefficients, corrections, or nothing.
+
+    Raises:
+        MergeError: If a file is damaged.
+    """
+    if (folder / CORRECTIONS_FILE).exists():
+        plan.corrections = read_corrections(str(folder))
+    if (folder / COEFFICIENTS_FILE).exists():
+        take_coefficients(plan, read_coefficients(folder))
+
+
+def take_coefficients(plan: MergePlan, table: CoefficientTable) -> None:
+    """
+    Add to a plan the coefficients that a fit found for some of its tensors.
+
+    Raises:
+        ArgumentError: If they do not fit a tensor or the experts.
+    """
+    plan.fitted = table
+    plan.steps = cut_as_fitted(plan.steps, table, len(plan.experts))
 
 
 def read_corrections(folder: str) -> Corrections:

@@ -98,7 +98,8 @@ class MergePlan:
         carried: files beside weights and config that the output takes from the models.
         coefficients: table that takes the place of a method.
         calibration: how the merge was fitted to its experts on prompts, if it was.
-        corrections: what that adds to the method's tensors; `None` if it found nothing better.
+        corrections: what that adds to the method's tensors; `None` if it found nothing better, or coefficients.
+        fitted: coefficients that it found, in the place of the method's for some tensors.
         config_changes: entries of the output's `config.json` that differ from those of the donor.
         left_out: tensor that the output does not have -> reason.
         vocabulary: what was made of the vocabularies; `None` if all models have the same.
@@ -120,6 +121,7 @@ class MergePlan:
     left_out: Mapping[str, str] = field(default_factory=dict)
     calibration: CalibrationRecord | None = None
     corrections: Corrections | None = None
+    fitted: CoefficientTable | None = None
     vocabulary: VocabularyRecord | None = None
     generated: Mapping[str, str] = field(default_factory=dict)
     read_beside: tuple[CarriedFile, ...] = ()

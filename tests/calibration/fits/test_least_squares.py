@@ -177,10 +177,12 @@ def test_a_norm_is_fitted_channel_by_channel(has_shift: bool) -> None:
         rows.append(math.sqrt(0.1) * torch.eye(size).double())  # a tenth of the tokens, whose shares sum to 1
         ys.append(torch.zeros(size).double())
         change = torch.linalg.lstsq(torch.cat(rows), torch.cat(ys)[:, None]).solution[:, 0]
-        torch.testing.assert_close(fitted[0][c], gain[c].double() + change[0])
+        torch.testing.assert_close(fitted.gain_H[c], gain[c].double() + change[0])
         if shift is not None:
-            assert fitted[1] is not None
-            torch.testing.assert_close(fitted[1][c], shift[c].double() + change[1])
+            assert fitted.shift_H is not None
+            torch.testing.assert_close(fitted.shift_H[c], shift[c].double() + change[1])
+        equations = torch.cat(rows)
+        torch.testing.assert_close(fitted.system_HCC[c], equations.T @ equations)
 
 
 def test_the_distance_is_that_of_fisher_and_rao() -> None:
@@ -211,4 +213,18 @@ def test_the_distance_is_that_of_fisher_and_rao() -> None:
 )
 def test_the_smallest_form_that_has_nearly_all_of_the_gain(means: tuple[float, ...], wanted: str, form: str) -> None:
     distances = {name: (mean, None, mean) for name, mean in zip(("start", "low_rank", "dense"), means)}
+    assert choose_form(distances, wanted) == form
+
+
+@pytest.mark.parametrize(
+    ("means", "wanted", "form"),
+    [
+        ((1.0, 0.205, 0.2, 0.2), "auto", "table"),
+        ((1.0, 0.3, 0.2, 0.2), "auto", "low_rank"),
+        ((1.0, 0.9, 0.2, 0.2), "table", "table"),
+        ((1.0, 1.1, 0.2, 0.2), "table", "start"),
+    ],
+)
+def test_a_table_comes_first_where_it_is_offered(means: tuple[float, ...], wanted: str, form: str) -> None:
+    distances = {name: (mean, None, mean) for name, mean in zip(("start", "table", "low_rank", "dense"), means)}
     assert choose_form(distances, wanted) == form
