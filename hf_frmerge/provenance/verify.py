@@ -13,7 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
-from hf_frmerge.checkpoints.tensors.floats import widen
+from hf_frmerge.checkpoints.tensors.floats import SIGNIFICANT_BITS, widen
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint, unchanged
 from hf_frmerge.errors import CheckpointError, NonFiniteError
 from hf_frmerge.kernels.elementwise import Elementwise
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.tensor_step import TensorStep
     from hf_frmerge.merging.record.manifest import Manifest
     from hf_frmerge.merging.record.manifest_entries import RecordedTensor
-
-_SIGNIFICANT_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 
 
 @dataclass
@@ -269,7 +267,7 @@ def _is_near(
     operand = inputs.base.read(piece.start, piece.stop)
     origin = widen(operand.data, operand.dtype).astype(np.float64)
     here, there = (widen(data, dtype).astype(np.float64) for data in (expected, actual))
-    rounding = 2.0 ** -_SIGNIFICANT_BITS[dtype] * np.linalg.norm(here)
+    rounding = 2.0 ** -SIGNIFICANT_BITS[dtype] * np.linalg.norm(here)
     return bool(np.linalg.norm(here - there) <= TOLERANCE * np.linalg.norm(here - origin) + rounding)
 
 
