@@ -46,14 +46,13 @@ class WeightReader:
 
     Attributes:
         tensors: parameter -> its tensor.
-        space: whether the points that are merged are weights or deltas.
 
     Raises:
         ArgumentError: If a parameter has no tensor, or several tensors are decided together.
     """
 
     def __init__(self, plan: MergePlan, kernels: Kernels, model: PreTrainedModel) -> None:
-        self._plan, self._kernels, self.space = plan, kernels, plan.space
+        self._plan, self._kernels = plan, kernels
         self._rule = rule_for(plan)
         steps = {step.name: step for step in plan.steps}
         table = names_of(model)
@@ -140,9 +139,8 @@ class WeightReader:
         Return the coefficients of a merged tensor, `(blocks, N)`, with what a fit adds to them.
 
         Args:
-            parameter: Of a merge whose method gives coefficients.
-            change_RN: Coefficients of differences to the base, or in weight space to the merge without data, for
-                equal runs of the tensor's rows.
+            parameter: Of a merge of deltas whose method gives coefficients.
+            change_RN: What is added to those of equal runs of the tensor's rows.
         """
         step = self._steps[parameter]
         work = TensorWork(step, open_tensors(self._plan, step), pieces_of(step))
@@ -151,7 +149,7 @@ class WeightReader:
         assert isinstance(decision, Solution)
         n_rows = max(len(decision.coefficients), len(change))
         start, change = (np.repeat(each, n_rows // len(each), axis=0) for each in (decision.coefficients, change))
-        return start + change if self.space == "deltas" else start * (1 - change.sum(1, keepdims=True)) + change
+        return start + change
 
     def _decide(self, work: TensorWork) -> Decision:
         rounds = [work] if self._rule.rounds else []

@@ -143,7 +143,8 @@ def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("lora", {}), ("full", {"space": "deltas"}), ("full", {"block": "row", "method": "karcher"})]
+    ("kind", "options"),
+    [("lora", {}), ("full", {"space": "deltas"}), ("full", {"space": "deltas", "block": "row", "method": "karcher"})],
 )
 def test_a_fit_in_the_form_of_coefficients_is_a_merge_of_rows_like_any_other(
     models: Path, tmp_path: Path, kind: str, options: dict[str, str]
@@ -168,7 +169,7 @@ def test_a_fit_in_the_form_of_coefficients_is_a_merge_of_rows_like_any_other(
     for name in fitted:
         rows = table[name]
         assert rows.shape == (1 if "norm" in name else len(merged[name]), 3)
-        origin = base[name].double() if manifest.space == "deltas" else torch.zeros(()).double()
+        origin = base[name].double()
         columns = rows.T.reshape(3, -1, *[1] * (merged[name].ndim - 1))
         expected = origin + sum(c * (expert[name] - origin) for c, expert in zip(columns, experts))
         torch.testing.assert_close(merged[name].double(), expected, rtol=1e-5, atol=1e-6)
@@ -229,6 +230,7 @@ def test_a_table_that_cannot_be_is_refused_with_what_helps(models: Path, tmp_pat
         ({"method": "regmean"}, "method='karcher'"),
         ({"method": "karcher", "post_step": "svc"}, "leave out post_step"),
         ({"refine_steps": 5}, "leave out refine_steps"),
+        ({"space": "weights"}, "space='deltas' and a base_model"),
     ):
         with pytest.raises(ArgumentError, match=rf"form='table' .*Use calibration_form='auto', or {advice}"):
             merger(models, out, calibration_form="table", **options).merge()

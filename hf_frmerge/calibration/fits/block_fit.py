@@ -92,9 +92,7 @@ class SweepState:
         }
 
     def origin(self, parameter: str, start: Tensor) -> Tensor:
-        """Return what experts' updates are differences to: the base in delta space, else the merge without data."""
-        if self.reader.space != "deltas":
-            return start
+        """Return what experts' updates are differences to: the base, or zeros if only experts have the tensor."""
         base = self.reader.base(parameter)
         return torch.zeros_like(start) if base is None else base.to(start.device)
 
@@ -214,7 +212,7 @@ class BlockFit:
                 fit.metric_II @ fit.metric_II.T,
                 by_row=not is_flipped(self._module, name),
             )
-            self.coefficients |= dict.fromkeys(keys, found)
+            self.coefficients |= {key: found.clone() for key in keys}  # files hold no tensor twice
 
     def _fit_norm(self, norm: str) -> None:
         """Fit gain and shift of a norm, if the experts have other ones than the merge."""
@@ -264,7 +262,7 @@ class BlockFit:
         found = coefficients_of(
             correction_HC, [torch.stack(own, dim=1).double() for own in updates], fit.system_HCC, by_row=False
         )
-        self.coefficients |= dict.fromkeys(fitted, found)
+        self.coefficients |= {key: found.clone() for key in fitted}
 
     # Parts
 

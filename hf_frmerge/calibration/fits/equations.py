@@ -43,6 +43,8 @@ def why_no_table(plan: MergePlan) -> str | None:
         return f"those of single rows are for full models. {elsewise}, or adapter_output='merged'"
     if method.needs_prompts or method.kind != "span":
         return f"method={method.name!r} gives no sum of them to begin with. {elsewise}, or method='karcher'"
+    if plan.space != "deltas":
+        return f"those of whole weights cannot scale what was learned. {elsewise}, or space='deltas' and a base_model"
     if args.post_step is not None:
         return f"post_step={args.post_step!r} changes their sum afterwards. {elsewise}, or leave out post_step"
     if args.refine_steps:
