@@ -14,7 +14,6 @@ from hf_frmerge.checkpoints.disk import remove_folder
 from hf_frmerge.errors import MergeError
 from hf_frmerge.evaluation.text.datasets import read_texts
 from hf_frmerge.merging.arguments.calibration import SELF
-from hf_frmerge.merging.planning.corrections import take_fit
 
 if TYPE_CHECKING:
     from hf_frmerge.comparison.candidates import Cell
@@ -89,7 +88,7 @@ class Fitter:
                 "Fitted to its experts, it came no closer to them on prompts held out from the fit: it would be the "
                 "merge without a fit. More prompts, closer to what the experts were trained on, may help."
             )
-        take_fit(plan, folder)
+        plan.take_fit(folder)
         return sum(plan.calibration.prompts)
 
     def close(self) -> None:

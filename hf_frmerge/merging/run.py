@@ -25,7 +25,7 @@ from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
 from hf_frmerge.merging.outputs.blas_threads import one_blas_thread
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, write_coefficients
-from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections, take_fit
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections
 from hf_frmerge.merging.record.summary import make_report
 from hf_frmerge.merging.record.write_manifest import write_manifest
 from hf_frmerge.methods.table import METHODS
@@ -183,7 +183,7 @@ def _prepare(
     processes.wait()  # the folder is cleared before any process looks for journals in it
     if calibrate is not None:
         (plan.calibration,) = processes.gather([calibrate(output.staging)] if processes.is_main else [])
-        take_fit(plan, output.staging)
+        plan.take_fit(output.staging)
     header, marks = fingerprint(plan, kernels.name), modification_marks(plan)
     journal = Journal(output.staging, processes.rank, header, marks, resume=resume)
     processes.wait()  # all have read all journals before `start` rewrites any

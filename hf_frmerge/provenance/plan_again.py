@@ -10,7 +10,7 @@ from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import RETIRED, MergingArguments
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
-from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections, take_coefficients
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +70,7 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
     fitted = [name for name, tensor in manifest.tensors.items() if tensor.is_fitted]
     if fitted:
         table = read_coefficients(folder)
-        take_coefficients(plan, replace(table, rows={name: _row(table, name) for name in fitted}))
+        plan.take_coefficients(replace(table, rows={name: _row(table, name) for name in fitted}))
     return plan
 
 

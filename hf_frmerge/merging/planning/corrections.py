@@ -12,14 +12,10 @@ from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_tensors_file
 from hf_frmerge.errors import CheckpointError
-from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, cut_as_fitted, read_coefficients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
-
-    from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
-    from hf_frmerge.merging.planning.plan import MergePlan
 
 CORRECTIONS_FILE = "merge_corrections.safetensors"
 
@@ -155,30 +151,6 @@ class Corrections:
 
     checkpoint: Checkpoint
     digest: str
-
-
-def take_fit(plan: MergePlan, folder: Path) -> None:
-    """
-    Add to a plan what a fit wrote into a folder: coefficients, corrections, or nothing.
-
-    Raises:
-        MergeError: If a file is damaged.
-    """
-    if (folder / CORRECTIONS_FILE).exists():
-        plan.corrections = read_corrections(str(folder))
-    if (folder / COEFFICIENTS_FILE).exists():
-        take_coefficients(plan, read_coefficients(folder))
-
-
-def take_coefficients(plan: MergePlan, table: CoefficientTable) -> None:
-    """
-    Add to a plan the coefficients that a fit found for some of its tensors.
-
-    Raises:
-        ArgumentError: If they do not fit a tensor or the experts.
-    """
-    plan.fitted = table
-    plan.steps = cut_as_fitted(plan.steps, table, len(plan.experts))
 
 
 def read_corrections(folder: str) -> Corrections:

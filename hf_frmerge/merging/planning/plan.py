@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, cut_as_fitted, read_coefficients
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
 from hf_frmerge.methods.post_steps import SingularValueCalibration
 from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.spectral.decision import memory_bytes
@@ -252,6 +254,28 @@ class MergePlan:
                 return None
             rank += delta.rank if delta is not None else 0
         return rank if 0 < rank < min(step.shape[0], step.cols) else None
+
+    def take_fit(self, folder: Path) -> None:
+        """
+        Take what a fit wrote into a folder: coefficients, corrections, or nothing.
+
+        Raises:
+            MergeError: If a file is damaged.
+        """
+        if (folder / CORRECTIONS_FILE).exists():
+            self.corrections = read_corrections(str(folder))
+        if (folder / COEFFICIENTS_FILE).exists():
+            self.take_coefficients(read_coefficients(folder))
+
+    def take_coefficients(self, table: CoefficientTable) -> None:
+        """
+        Take the coefficients that a fit found for some of the tensors.
+
+        Raises:
+            ArgumentError: If they do not fit a tensor or the experts.
+        """
+        self.fitted = table
+        self.steps = cut_as_fitted(self.steps, table, len(self.experts))
 
     def close(self) -> None:
         """Close all files."""
