@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click_runner import click_runner
+from jsonschema import Draft202012Validator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,7 +34,7 @@ from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, CheckpointError, ResumeError
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
-from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.merging.record.manifest import SCHEMA_FILE, read_manifest
 from hf_frmerge.provenance.diff import diff_merges
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
@@ -185,6 +187,8 @@ def test_a_fit_in_the_form_of_coefficients_is_a_merge_of_rows_like_any_other(
     assert not reproduce(str(tmp_path / "out")).differences
     changes = {c.what: c.b for c in diff_merges(str(tmp_path / "start"), str(tmp_path / "out")).arguments}
     assert changes["form of the fit"] == "table"
+    schema = json.loads(files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text(encoding="utf-8"))
+    Draft202012Validator(schema).validate(json.loads((tmp_path / "out/merge_manifest.json").read_text()))
 
 
 def dense_weights(models: Path, kind: str, number: int) -> dict[str, torch.Tensor]:
