@@ -191,6 +191,16 @@ def test_a_fit_in_the_form_of_coefficients_is_a_merge_of_rows_like_any_other(
     Draft202012Validator(schema).validate(json.loads((tmp_path / "out/merge_manifest.json").read_text()))
 
 
+def test_lengths_are_said_to_be_of_what_was_measured(models: Path, tmp_path: Path) -> None:
+    """Coefficients of a fit are measured with the rest; what is added to a merge is not."""
+    for form, said in (
+        ("table", "This merge keeps"),
+        ("dense", "Before it was fitted to its experts, this merge kept"),
+    ):
+        merger(models, tmp_path / form, calibration_form=form).merge()
+        assert said in (tmp_path / form / "README.md").read_text()
+
+
 def dense_weights(models: Path, kind: str, number: int) -> dict[str, torch.Tensor]:
     """Weights of an expert in float64, as transformers and PEFT give them."""
     path = models / f"{kind}{number}"

@@ -114,6 +114,11 @@ class CalibrationRecord:
         return self.form != "start"
 
     @property
+    def has_corrections(self) -> bool:
+        """Whether something is added to a merge after its coefficients, and what these give, were measured."""
+        return self.form not in ("start", "table")
+
+    @property
     def method(self) -> str | None:
         """The method that the corrections belong to; `None` if a merge by any method was fitted to its experts."""
         method: str | None = self.options.get("method")
