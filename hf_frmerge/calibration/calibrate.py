@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,14 @@ from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
+from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.corrections import CalibrationRecord, Form, RefinementRecord
 from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
+    from hf_frmerge.merging.run import Calibrate
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +56,9 @@ HELD_OUT = 1 / 8
 _UPDATE_PRIOR = 5.0  # kappa for full fine-tunes; 3 to 10 gave the same
 
 
-def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> Callable[[Path], CalibrationRecord]:
+def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> Calibrate:
     """
-    Check that a merge can be calibrated, read the prompts, and return the function that does it, given a folder.
+    Check that a merge can be calibrated, read the prompts, and return the function that does it.
 
     Args:
         plan: Plan of the merge.
@@ -95,7 +97,9 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
     model, args = open_model(whole), plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
     if calibration == "self":
-        return lambda staging: calibrate(plan, whole, model, _self_written(plan, tokenizer), staging)
+        return lambda staging, processes: calibrate(
+            plan, whole, model, _self_written(plan, tokenizer, processes), staging, processes
+        )
     prompts = read_prompts(
         calibration,
         tokenizer,
@@ -107,12 +111,17 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         packing=predicts_next_token(model.model),
     )
     check_experts(plan, prompts)
-    return lambda staging: calibrate(plan, whole, model, prompts, staging)
+    return lambda staging, processes: calibrate(plan, whole, model, prompts, staging, processes)
 
 
 def calibrate(
-    plan: MergePlan, whole: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], staging: Path
-) -> CalibrationRecord:
+    plan: MergePlan,
+    whole: MergePlan,
+    model: BlockwiseModel,
+    prompts: Sequence[Prompts],
+    staging: Path,
+    processes: Processes,
+) -> CalibrationRecord | None:
     """
     Fit a merge to its experts, refine it if that is asked for, and write the corrections that are best.
 
@@ -122,21 +131,31 @@ def calibrate(
     method gives that was asked for by name is written as it is. An interrupted call goes on where it was when it is
     made again with the same arguments and folder.
 
+    Several processes share the prompts: each carries hidden states of its own, what is summed over tokens is added up,
+    and all solve the same equations. A refinement, which has all weights in memory, is left to the main process, and
+    so is the fit before it.
+
     Args:
         plan: Plan of the merge without data, which is the start.
         whole: The same merge into a whole model: another plan if the output is an adapter.
         model: Modules of its models.
         prompts: Prompts of the experts; one that has none counts by its weights alone.
-        staging: Folder of unfinished files.
+        staging: Folder of unfinished files; the main process writes them, and all read them.
+        processes: Processes that share the work.
 
     Returns:
-        How the corrections were found and what they gain.
+        How the corrections were found and what they gain; `None` in all processes but the main one.
 
     Raises:
-        ArgumentError: If the model cannot be run block by block, or there are too few prompts to judge by.
+        ArgumentError: If the model cannot be run block by block, or there are too few prompts to judge by, or fewer
+            batches than processes.
         NonFiniteError: If activations are not finite.
         ResumeError: If the folder holds a calibration with other arguments.
     """
+    if plan.args.refine_steps:
+        if not processes.is_main:
+            return None
+        processes = Processes(alone=True)
     started = time.process_time()
     fitted, held_out = split_prompts(prompts, HELD_OUT, plan.args.seed)
     if not held_out:
@@ -144,7 +163,7 @@ def calibrate(
             "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
             "expert help already, 64 are better."
         )
-    if not METHODS[plan.args.method].needs_prompts:
+    if processes.is_main and not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
@@ -157,20 +176,26 @@ def calibrate(
         "fit": settings,
         "dtype": str(model.dtype),
     }
-    files = BlockFiles(staging, key)
+    with processes.main_first():
+        files = BlockFiles(staging, key)
     done = staging / _RECORD_FILE
     if done.exists():  # the merge died after the fit
         return _read_record(done)
-    batches = batches_of(plan, model, fitted, held_out)
-    fit_of = equations_of(plan, model, fitted, is_silent=_is_silent(plan))
-    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full, fit_of=fit_of)
+    batches = _own_batches(batches_of(plan, model, fitted, held_out), processes)
+    is_silent = _is_silent(plan) if processes.is_main else True
+    with processes.main_first():  # what it estimates is kept for the others
+        fit_of = equations_of(plan, model, fitted, is_silent=is_silent)
+    sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full, fit_of=fit_of, processes=processes)
     sweep.begin()
-    for index in tqdm(range(len(model.blocks)), "Calibrating", unit="block", disable=_is_silent(plan)):
+    for index in tqdm(range(len(model.blocks)), "Calibrating", unit="block", disable=is_silent):
         known = files.read(index, sweep.tensors(index))
         fitted_block = sweep.fit_block(index, known)
-        if known is None:
+        if known is None and processes.is_main:
             files.write(index, sweep.tensors(index), fitted_block)
     by_form = distances(sweep, forms_of(sweep))
+    seconds_of_others = processes.gather([] if processes.is_main else [time.process_time() - started])
+    if not processes.is_main:
+        return None
     form, refinement = _write_best(plan, whole, sweep, files, by_form, staging)
     record = CalibrationRecord(
         prompts=_counts(plan, fitted),
@@ -185,7 +210,7 @@ def calibrate(
         },
         form=form,
         distances=by_form,
-        seconds=round(time.process_time() - started, 1),
+        seconds=round(time.process_time() - started + sum(seconds_of_others), 1),
         refinement=refinement,
     )
     write_file(done, json.dumps(record.to_dict()))
@@ -276,6 +301,16 @@ def batches_of(
     ]
 
 
+def _own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:
+    """Return the batches of this process: of every expert about as many as each of the others has."""
+    if len(batches) < processes.size:
+        raise ArgumentError(
+            f"The prompts make {len(batches)} batches, which {processes.size} processes cannot share. Start "
+            f"{len(batches)} processes or fewer, or lower calibration_batch_size."
+        )
+    return batches[processes.rank :: processes.size]
+
+
 def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> None:
     widest = max((n_in(module) for module in model.block(model.blocks[0]).modules() if is_linear(module)), default=0)
     n_tokens = sum(len(ids) for one in prompts for ids in one.token_ids)
@@ -301,14 +336,16 @@ def _is_silent(plan: MergePlan) -> bool | None:
     return True if plan.args.disable_tqdm else None
 
 
-def _self_written(plan: MergePlan, tokenizer: Any) -> tuple[Prompts, ...]:
+def _self_written(plan: MergePlan, tokenizer: Any, processes: Processes) -> tuple[Prompts, ...]:
     args = plan.args
     if tokenizer is None:
         raise ArgumentError(
             "None of the models has a tokenizer beside it, which says how a text begins, so the experts cannot write "
             "prompts of their own. Put one beside the base, or pass prompts as token ids (a column input_ids)."
         )
-    return self_written_prompts(
+    if not processes.is_main:
+        return processes.gather([])[0]
+    prompts = self_written_prompts(
         [expert.source for expert in plan.experts],
         plan.base.source if plan.base is not None else None,
         prefix=document_prefix(tokenizer),
@@ -318,3 +355,5 @@ def _self_written(plan: MergePlan, tokenizer: Any) -> tuple[Prompts, ...]:
         seed=args.seed,
         device=args.device,
     )
+    (prompts,) = processes.gather([prompts])  # written on another machine, they might be others
+    return prompts

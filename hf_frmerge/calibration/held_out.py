@@ -85,7 +85,10 @@ def distances(sweep: Sweep, candidates: Mapping[str, Candidate]) -> dict[str, tu
                 for key, candidate in candidates.items():
                     outputs = outputs_of(state.model, candidate.outer, candidate.hidden[index][row : row + 1], one)
                     totals[key][expert] += float(squared_distance(outputs, target).sum())
-    return {key: tuple(t / n if n else None for t, n in zip(total, counts)) for key, total in totals.items()}
+    parts = state.processes.gather([(totals, counts)])
+    summed = {key: [sum(own) for own in zip(*(part[key] for part, _ in parts))] for key in candidates}
+    counts = [sum(own) for own in zip(*(part for _, part in parts))]
+    return {key: tuple(t / n if n else None for t, n in zip(total, counts)) for key, total in summed.items()}
 
 
 def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Form:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
@@ -22,6 +23,7 @@ from hf_frmerge.calibration.layers import find_layers
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import NonFiniteError
+from hf_frmerge.merging.engine.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Sweep:
     Args:
         model, reader, batches, shares, options, is_full: See `SweepState`.
         fit_of: Makes the fit of a block, from the arguments of `BlockFit`.
+        processes: Processes that share the prompts, each with `batches` of its own; by default this one has all.
 
     Attributes:
         state: what is carried through the blocks.
@@ -84,8 +87,10 @@ class Sweep:
         *,
         is_full: bool,
         fit_of: Callable[..., LayerFit] = BlockFit,
+        processes: Processes | None = None,
     ) -> None:
-        self.state = SweepState(model, reader, batches, list(shares), options, is_full)
+        processes = processes or Processes(alone=True)
+        self.state = SweepState(model, reader, batches, list(shares), options, is_full, processes)
         self._fit_of = fit_of
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
@@ -101,6 +106,7 @@ class Sweep:
                 long work, and not after it.
         """
         state, first = self.state, self.state.model.blocks[0]
+        state.n_tokens = self._count_tokens()
         outer, block = self.outer(None), state.computed(self._block_weights(None, first))
         for batch in state.batches:
             hidden_BTH, batch.calls = state.model.begin(outer, block, batch.inputs)
@@ -116,6 +122,16 @@ class Sweep:
         state.expert = [of_experts[index] for index in range(len(state.batches))]
         self.start = {index: state.merged[index] for index in self._held_out}
         self.low_rank = dict(self.start)
+
+    def _count_tokens(self) -> list[int]:
+        """Return the tokens of every expert that take part in the fit, in all processes."""
+        state = self.state
+        counts = torch.zeros(state.n_experts, dtype=torch.int64)
+        for batch in state.batches:
+            if not batch.is_held_out:
+                counts[batch.expert] += batch.n_tokens
+        state.processes.add_up([counts])
+        return counts.tolist()
 
     def outer(self, expert: int | None) -> dict[str, Tensor]:
         """Return the weights outside the blocks, of an expert or of the data-free merge."""
@@ -142,6 +158,8 @@ class Sweep:
         experts = [self._block_weights(expert, name) for expert in range(state.n_experts)]
         call = state.batches[0].calls[index]
         layers = find_layers(state.model, name, state.computed(start), state.merged[0], call)
+        if state.processes.size > 1:  # which tokens an expert of a mixture sees depends on the prompts
+            (layers,) = state.processes.gather([layers] if state.processes.is_main else [])
         fit = self._fit_of(state, index, layers, start, experts)
         fit.run_experts()
         if known is None:

@@ -14,6 +14,7 @@ from hf_frmerge.checkpoints.disk import remove_folder
 from hf_frmerge.errors import MergeError
 from hf_frmerge.evaluation.text.datasets import read_texts
 from hf_frmerge.merging.arguments.calibration import SELF
+from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Fitter:
             MergeError: Whatever stopped the fit.
         """
         folder = self._folder / xxh3_128_hexdigest(cell.key.encode())
-        plan.calibration = prepare(plan, self._calibration)(folder)
+        plan.calibration = prepare(plan, self._calibration)(folder, Processes(alone=True))
+        assert plan.calibration is not None  # it is the main process that has it
         if not (folder / CORRECTIONS_FILE).exists():
             raise WithoutGainError(
                 "Fitted to its experts, it came no closer to them on prompts held out from the fit: it would be the "

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.record.manifest import Manifest
     from hf_frmerge.merging.record.summary import MergeReport
 
+    # Fits a merge, given the folder of unfinished files and the processes that share the work. The main process writes
+    # corrections there, unless it finds none that help, and returns how they were found.
+    Calibrate = Callable[[Path, Processes], CalibrationRecord | None]
+
 logger = logging.getLogger(__name__)
 
 
@@ -68,7 +72,7 @@ def run_merge(
     observer: StepObserver,
     processes: Processes,
     on_complete: Callable[[Manifest], None] | None = None,
-    calibrate: Callable[[Path], CalibrationRecord] | None = None,
+    calibrate: Calibrate | None = None,
 ) -> MergeOutcome:
     """
     Run a plan and write its output folder, holding the lock of the folder.
@@ -82,8 +86,7 @@ def run_merge(
         observer: Notified of every tensor.
         processes: Processes that share the merge.
         on_complete: Called by the main process with the record of a complete merge, while it still holds the lock.
-        calibrate: Called by the main process with the staging folder, before anything is merged: writes corrections
-            there, unless it finds none that help, and returns how they were found.
+        calibrate: Called by all processes before anything is merged.
 
     Raises:
         MergeError: Whatever stopped the merge.
@@ -128,7 +131,7 @@ def _run(
     observer: StepObserver,
     processes: Processes,
     lock: FolderLock | None,
-    calibrate: Callable[[Path], CalibrationRecord] | None,
+    calibrate: Calibrate | None,
 ) -> MergeOutcome:
     kernels = load_kernels(plan.args.device)
     output = _output(plan)
@@ -174,7 +177,7 @@ def _prepare(
     output: Output,
     kernels: Kernels,
     processes: Processes,
-    calibrate: Callable[[Path], CalibrationRecord] | None,
+    calibrate: Calibrate | None,
 ) -> Journal:
     """Clear the folder, read the journal and lay out the files: the main process creates, the others only open."""
     resume = plan.args.resume_from_checkpoint
@@ -182,7 +185,8 @@ def _prepare(
         clear_output_dir(plan.args)
     processes.wait()  # the folder is cleared before any process looks for journals in it
     if calibrate is not None:
-        (plan.calibration,) = processes.gather([calibrate(output.staging)] if processes.is_main else [])
+        record = calibrate(output.staging, processes)
+        (plan.calibration,) = processes.gather([record] if processes.is_main else [])
         if (output.staging / CORRECTIONS_FILE).exists():
             plan.corrections = read_corrections(str(output.staging))
     header, marks = fingerprint(plan, kernels.name), modification_marks(plan)

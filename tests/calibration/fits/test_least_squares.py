@@ -17,6 +17,7 @@ from hf_frmerge.calibration.fits.least_squares import (
     fit_linear,
     fit_norm,
     low_rank,
+    norm_sums,
 )
 from hf_frmerge.calibration.held_out import choose_form, squared_distance
 from hf_frmerge.errors import NonFiniteError
@@ -163,7 +164,12 @@ def test_a_norm_is_fitted_channel_by_channel(has_shift: bool) -> None:
     xs = [torch.randn(n, 4) for n in TOKENS]
     targets = [x * 1.5 + 0.2 + 0.1 * torch.randn_like(x) for x in xs]
     gain, shift, offset = torch.rand(4), torch.rand(4) if has_shift else None, torch.ones(4).double()
-    fitted = fit_norm(xs, targets, SHARES, (gain, shift), offset)
+    # Tokens may come in any portions.
+    sums = [
+        sum(norm_sums(x[part], t[part], (gain, shift), offset) for part in (slice(0, 9), slice(9, None)))
+        for x, t in zip(xs, targets)
+    ]
+    fitted = fit_norm(sums, TOKENS, SHARES, (gain, shift))
     for c in range(4):
         rows, ys = [], []
         for x, t, share in zip(xs, targets, SHARES):
@@ -181,6 +187,14 @@ def test_a_norm_is_fitted_channel_by_channel(has_shift: bool) -> None:
         if shift is not None:
             assert fitted[1] is not None
             torch.testing.assert_close(fitted[1][c], shift[c].double() + change[1])
+
+
+def test_an_expert_without_tokens_has_no_say_in_a_norm() -> None:
+    gain, x, t = torch.rand(4), torch.randn(50, 4), torch.randn(50, 4)
+    own = norm_sums(x, t, (gain, None), torch.zeros(4))
+    alone, _ = fit_norm([own], [50], [0.7], (gain, None))
+    beside, _ = fit_norm([own, torch.zeros(4, 4)], [50, 0], [0.7, 0.3], (gain, None))
+    torch.testing.assert_close(beside, alone)
 
 
 def test_the_distance_is_that_of_fisher_and_rao() -> None:
