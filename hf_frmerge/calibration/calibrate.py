@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,7 @@ def calibrate(
         files = BlockFiles(staging, key)
     done = staging / _RECORD_FILE
     if done.exists():  # the merge died after the fit
-        return _read_record(done)
+        return _read_record(done) if processes.is_main else None
     batches = _own_batches(batches_of(plan, model, fitted, held_out), processes)
     is_silent = _is_silent(plan) if processes.is_main else True
     with processes.main_first():  # what it estimates is kept for the others
@@ -343,10 +344,9 @@ def _self_written(plan: MergePlan, tokenizer: Any, processes: Processes) -> tupl
             "None of the models has a tokenizer beside it, which says how a text begins, so the experts cannot write "
             "prompts of their own. Put one beside the base, or pass prompts as token ids (a column input_ids)."
         )
-    if not processes.is_main:
-        return processes.gather([])[0]
-    prompts = self_written_prompts(
-        [expert.source for expert in plan.experts],
+    own = range(len(plan.experts))[processes.rank :: processes.size]
+    written = self_written_prompts(
+        [plan.experts[number].source for number in own],
         plan.base.source if plan.base is not None else None,
         prefix=document_prefix(tokenizer),
         leading=leading_tokens(tokenizer),
@@ -355,5 +355,5 @@ def _self_written(plan: MergePlan, tokenizer: Any, processes: Processes) -> tupl
         seed=args.seed,
         device=args.device,
     )
-    (prompts,) = processes.gather([prompts])  # written on another machine, they might be others
-    return prompts
+    of_all = processes.gather([replace(prompts, expert=number) for number, prompts in zip(own, written)])
+    return tuple(sorted(of_all, key=lambda prompts: prompts.expert))
