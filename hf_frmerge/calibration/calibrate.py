@@ -67,6 +67,19 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         ArgumentError: If its models cannot be run block by block, an adapter is to be made that cannot hold the
             corrections, or the prompts cannot be used.
     """
+    whole, model = open_runnable(plan)
+    check_form(plan)
+    read = prompts_of(plan, whole, model, calibration, processing_class)
+    return lambda staging: calibrate(plan, whole, model, read(), staging)
+
+
+def open_runnable(plan: MergePlan) -> tuple[MergePlan, BlockwiseModel]:
+    """
+    Check that the models of a merge can be run, and return its plan into a whole model, and the models' modules.
+
+    Raises:
+        ArgumentError: If they cannot be run block by block.
+    """
     if plan.vocabulary is not None:
         raise ArgumentError(
             "A calibrated merge compares its models over one vocabulary, and these have different ones. Merge without "
@@ -90,12 +103,18 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
             f"A calibrated merge computes what its experts compute, but {some(subtracted)} has a negative weight, to "
             "be subtracted. Leave out the calibration, or give no negative weights."
         )
-    check_form(plan)
     whole = plan if plan.layout is not None else as_whole_model(plan)
-    model, args = open_model(whole), plan.args
+    return whole, open_model(whole)
+
+
+def prompts_of(
+    plan: MergePlan, whole: MergePlan, model: BlockwiseModel, calibration: Any, processing_class: Any
+) -> Callable[[], Sequence[Prompts]]:
+    """Read the prompts and return a function that gives them; of experts that write their own it does the work."""
+    args = plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
     if calibration == "self":
-        return lambda staging: calibrate(plan, whole, model, _self_written(plan, tokenizer), staging)
+        return lambda: _self_written(plan, tokenizer)
     prompts = read_prompts(
         calibration,
         tokenizer,
@@ -107,7 +126,7 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         packing=predicts_next_token(model.model),
     )
     check_experts(plan, prompts)
-    return lambda staging: calibrate(plan, whole, model, prompts, staging)
+    return lambda: prompts
 
 
 def calibrate(

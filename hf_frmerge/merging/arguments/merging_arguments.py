@@ -28,6 +28,7 @@ BLOCKS = ("tensor", "row", "head", "layer", "model")
 NORMS = ("mean", "median", "max")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 POST_STEPS = ("svc",)
+FISHER_LABELS = ("sampled", "exact", "empirical")
 ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
 RANK_PATTERNS = ("auto", "uniform")
 LOG_LEVELS = {
@@ -132,6 +133,15 @@ class MergingArguments:
         metadata=described(
             "Factor of what two inputs of a layer have in common; less trusts the prompts less "
             f"({methods_with('off_diagonal')})."
+        ),
+    )
+    fisher_labels: str = field(
+        default="sampled",
+        metadata=described(
+            "Of which labels Fisher information is about: drawn from each expert's own predictions; all that it may "
+            "predict, summed exactly (at most 256); or those of the text, which makes it the empirical one "
+            f"({methods_with('fisher_labels')}).",
+            FISHER_LABELS,
         ),
     )
     merged_before: int = field(
