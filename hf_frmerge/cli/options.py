@@ -61,6 +61,16 @@ CALIBRATION = {
         "refine_learning_rate",
     )
 }
+CURVATURE = {
+    "Curvature of the experts' predictions, on prompts": (
+        "calibration",
+        "num_calibration_samples",
+        "max_calibration_length",
+        "fisher_labels",
+        "seed",
+        "device",
+    )
+}
 OUTPUT = {
     "Output": ("output_dir", "dtype", "on_overflow", "max_shard_size", "overwrite", "resume_from_checkpoint"),
     "What is accepted": ("strict", "allow_license"),
