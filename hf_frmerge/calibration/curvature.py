@@ -129,7 +129,8 @@ def measure_curvature(plan: MergePlan, calibration: Any, processing_class: Any =
                     None if one is None else matrix_of(module, {f"{name}.weight": one}, name, with_bias=False)
                     for one in read
                 ]
-                of_layer = layer_curvature([one for one in experts if one is not None], base, factors, plan.weights)
+                shares = reader.weights(weight)
+                of_layer = layer_curvature([one for one in experts if one is not None], base, factors, shares)
                 cost, eta = cost + of_layer[0], eta + of_layer[1]
         blocks.append(BlockCurvature(block, tuple(traces), cost, eta))
     return Curvature(tuple(blocks), tuple(file.record.n_predictions for file in files), plan.args.fisher_labels)

@@ -94,7 +94,7 @@ def kronecker_factors(
             )
     for sums, n in ((taps.inputs, taps.n_tokens), (taps.outputs, n_predictions)):
         for total in sums.values():
-            total /= n  # in place: they are larger than the model
+            total.div_(n)  # in place: they are larger than the model
     inputs = {name: taps.inputs[taps.owner[name]] for name in taps.outputs}
     return KroneckerFactors(inputs, taps.outputs), n_predictions
 
