@@ -166,9 +166,11 @@ class SpectralRule:
         args = self._plan.args
         if step.is_matrix:
             return Spectral(args.method, step.weights, args.scale, self._plan.spectral_options)
-        everything = Band((0.0,) * len(step.weights))
-        scale = args.scale if METHODS[args.method].is_continual else 1.0 / len(step.weights)
-        return Elementwise(everything, "sum", step.weights, scale)
+        n_experts, is_sum = len(step.weights), METHODS[args.method].is_continual
+        if self._plan.layout is None:  # factors are summed side by side, with coefficients
+            return Solution((n_experts * args.scale if is_sum else 1.0) * np.array([step.weights]), None)
+        everything = Band((0.0,) * n_experts)
+        return Elementwise(everything, "sum", step.weights, args.scale if is_sum else 1.0 / n_experts)
 
 
 class GivenRule:

@@ -13,7 +13,7 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge.checkpoints.page_cache import MappedRange, prefetch, release
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, some
-from hf_frmerge.errors import MergeError, NonFiniteError
+from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels.elementwise import Elementwise, RankedDropout, Run
@@ -21,6 +21,7 @@ from hf_frmerge.kernels.interface import Operand, digest
 from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.operands.dense_tensors import DenseTensor
 from hf_frmerge.merging.operands.low_rank_deltas import LowRankDeltas
+from hf_frmerge.merging.operands.merge_by_lapack import by_lapack, merge_factors
 from hf_frmerge.merging.operands.overflow import (
     check_squares,
     delta_overflows,
@@ -29,12 +30,12 @@ from hf_frmerge.merging.operands.overflow import (
     squares_leave_float64,
 )
 from hf_frmerge.merging.planning.blocks import Piece
-from hf_frmerge.methods.spectral.decision import Spectral
+from hf_frmerge.methods.spectral.decision import Spectral, fits_float32
 from hf_frmerge.methods.spectral.inputs import Experts
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -243,16 +244,16 @@ class TensorInputs:
             NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
             MergeError: If the singular values of the deltas cannot be computed.
         """
-        may_be_cores = METHODS[decision.rule].is_equivariant and not self.dense
-        factors = self.low_rank.small_factors(self.n_experts) if may_be_cores else None
+        factors = self._factors_for(decision)
         if factors is not None:
             assert self.base is not None
             base, label = self.base.read(piece.start, piece.stop), self.labels[-1]
-            merged = self._by_lapack(lambda: decision.merge_factors(factors))
+            left, right, _ = merge_factors(self.name, decision, factors)
+            merged = left.astype(np.float32) @ right.astype(np.float32)
         else:
             base, deltas, label = self.matrices(kernels, piece)
             origin = widen(base.data, base.dtype).astype(np.float32, copy=False).reshape(deltas.shape[1:])
-            merged = self._by_lapack(lambda: decision.merge(Experts(deltas, origin)))
+            merged = by_lapack(self.name, lambda: decision.merge(Experts(deltas, origin)))
         return self._add_delta(kernels, base, label, merged, decision.scale, piece, out, out_dtype)
 
     def _with_post_step(
@@ -269,7 +270,7 @@ class TensorInputs:
         replace(self, correction=None, post_step=None).apply(decision, kernels, piece, plain, "F64")
         base, deltas, label = self.matrices(kernels, piece)
         merged = (plain.view(np.float64) - widen(base.data, base.dtype)).astype(np.float32).reshape(deltas.shape[1:])
-        corrected = self._by_lapack(lambda: post_step.apply(merged, deltas))
+        corrected = by_lapack(self.name, lambda: post_step.apply(merged, deltas))
         return self._add_delta(kernels, base, label, corrected, 1.0, piece, out, out_dtype)
 
     def matrices(self, kernels: Kernels, piece: Piece) -> tuple[Operand, NDArray[np.float32], str]:
@@ -283,14 +284,15 @@ class TensorInputs:
             self.check_finite(kernels, operands, labels)
         return operands[0], deltas, labels[0]
 
-    def _by_lapack(self, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-        try:
-            return compute()
-        except np.linalg.LinAlgError as error:
-            raise MergeError(
-                f"Tensor {self.name!r}: the singular values of the experts' deltas could not be computed ({error}). "
-                "Use another method."
-            ) from error
+    def _factors_for(self, decision: Spectral) -> list[Factors] | None:
+        """Return the factors of all experts if their deltas are merged as cores, `None` if as whole matrices."""
+        method = METHODS[decision.rule]
+        if method.cores is None or self.dense or not self.low_rank:
+            return None
+        factors = self.low_rank.all_factors(self.n_experts)
+        is_small = sum(pair.A.shape[0] for pair in factors) < min(len(factors[0].B), self.cols)
+        # Whoever forms the deltas finds out whose are too large.
+        return factors if method.needs_factors or (is_small and fits_float32(factors)) else None
 
     def _add_delta(
         self,

@@ -23,6 +23,7 @@ from hf_frmerge.merging.planning.output_form import choose_space, makes_adapter
 from hf_frmerge.merging.planning.plan import Expert, MergePlan
 from hf_frmerge.merging.planning.steps.adapter import adapter_steps
 from hf_frmerge.merging.planning.steps.full_model import full_model_steps
+from hf_frmerge.merging.planning.steps.matrices import refuse_without_factors
 from hf_frmerge.merging.planning.steps.set_apart import check_rules_match
 from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
     choose_tokens,
@@ -139,6 +140,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
         planned = adapter_steps(args, experts, base, weights, rules)
     else:
         planned = full_model_steps(args, experts, base, weights, rules, choice)
+    refuse_without_factors(args, experts, planned.steps)
     notes = planned.notes + notes_of_inputs + _method_notes(planned.steps, args)
     steps = cut_as_given(planned.steps, table, len(experts)) if table is not None else planned.steps
     layout = None

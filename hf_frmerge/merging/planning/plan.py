@@ -239,17 +239,17 @@ class MergePlan:
 
     def _core_rank(self, step: TensorStep) -> int | None:
         """Return the sum of the ranks of the experts' deltas, if these are merged as cores."""
-        if not METHODS[self.args.method].is_equivariant or self.args.post_step is not None:
+        method = METHODS[self.args.method]
+        if method.cores is None or self.args.post_step is not None:
             return None
         rank = 0
         for expert in self.experts:
-            if expert.adapter is None or step.name in expert.adapter.dense:
+            if expert.adapter is None or expert.adapter.is_whole(step.name):
                 return None
             delta = expert.adapter.deltas.get(step.name)
-            if delta is not None and delta.is_dora:
-                return None
             rank += delta.rank if delta is not None else 0
-        return rank if 0 < rank < min(step.shape[0], step.cols) else None
+        is_small = 0 < rank < min(step.shape[0], step.cols)
+        return rank if is_small or method.needs_factors or self.layout is None else None
 
     def close(self) -> None:
         """Close all files."""

@@ -9,7 +9,7 @@ from spectral_reference import NAIVE, base_of, experts, merge, orthogonal_low_ra
 from hf_frmerge.methods.spectral.decision import memory_bytes
 from hf_frmerge.methods.table import METHODS
 
-SPECTRAL = [method.name for method in METHODS.values() if method.kind == "spectral" and method.n_experts is None]
+SPECTRAL = [m.name for m in METHODS.values() if m.kind == "spectral" and m.n_experts is None and not m.needs_factors]
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20)])
