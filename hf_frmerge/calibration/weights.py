@@ -17,6 +17,7 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.engine.rules import rule_for
 from hf_frmerge.merging.engine.tensor_work import TensorWork
+from hf_frmerge.merging.operands.apply import apply
 from hf_frmerge.merging.operands.dense_tensors import StoredTensor
 from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.planning.blocks import Piece, pieces_of
@@ -131,7 +132,7 @@ class WeightReader:
         decision = self._rule.decide([work])[step.group].decision
         out = np.empty(step.numel * 4, np.uint8)
         for piece in work.pieces:
-            inputs.apply(decision, self._kernels, piece, out[piece.start * 4 : piece.stop * 4], "F32")
+            apply(inputs, decision, self._kernels, piece, out[piece.start * 4 : piece.stop * 4], "F32")
         inputs.release(Piece(0, step.numel, 0, step.n_blocks))
         return _tensor(out.view(np.float32), step)
 

@@ -19,6 +19,7 @@ from hf_frmerge.kernels.elementwise import Elementwise
 from hf_frmerge.kernels.interface import digest
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.engine import worker_count
+from hf_frmerge.merging.operands.apply import apply
 from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.operands.tensor_inputs import join_digests
 from hf_frmerge.merging.planning.blocks import pieces_of
@@ -210,7 +211,7 @@ def _check_tensor(
         expected = np.empty((piece.stop - piece.start) * size, np.uint8)
         try:
             if decision is not None:
-                inputs.apply(decision, kernels, piece, expected, step.dtype)
+                apply(inputs, decision, kernels, piece, expected, step.dtype)
             else:
                 expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
         except NonFiniteError as error:

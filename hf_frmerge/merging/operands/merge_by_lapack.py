@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from hf_frmerge.errors import MergeError, NonFiniteError
+from hf_frmerge.methods.spectral.decision import most_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from hf_frmerge.geometry.lowrank import Factors
     from hf_frmerge.methods.spectral.decision import Spectral
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def merge_factors(tensor: str, decision: Spectral, factors: Sequence[Factors]) -> Factors:
+def merge_factors(tensor: str, decision: Spectral, factors: Sequence[Factors], labels: Mapping[int, str]) -> Factors:
     """
     Merge the low-rank deltas of a tensor as cores; return the factors of the merged delta before it is scaled.
+
+    Args:
+        tensor: Its name, for messages.
+        decision: Of the method.
+        factors: Of the delta of every expert.
+        labels: Name of every expert, for messages.
 
     Raises:
         NonFiniteError: If a sum of the deltas may be beyond float32.
@@ -28,9 +35,10 @@ def merge_factors(tensor: str, decision: Spectral, factors: Sequence[Factors]) -
     try:
         return by_lapack(tensor, lambda: decision.merge_factors(factors))
     except OverflowError as error:
+        largest = labels[int(np.argmax(most_norms(factors)))]
         raise NonFiniteError(
-            f"Tensor {tensor!r}: the experts' deltas are so large that their sum may leave the range of float32, in "
-            "which they are merged. Lower the lora_alpha of the largest in its adapter_config.json, or leave it out."
+            f"Tensor {tensor!r}: the low-rank delta of {largest} is so large that a sum with it may leave the range "
+            "of float32, in which deltas are merged. Lower its lora_alpha in adapter_config.json, or leave it out."
         ) from error
 
 

@@ -121,7 +121,7 @@ class MergedCores:
 
     def _merge(self) -> Factors:
         """Merge the cores, scale the result, and add the correction."""
-        merged = merge_factors(self.tensor, self.decision, self.inputs.row.factors())
+        merged = merge_factors(self.tensor, self.decision, self.inputs.row.factors(), self.inputs.labels)
         parts, scales = [merged], [self.decision.scale]
         if self.inputs.correction is not None:
             parts.append(self.inputs.read_correction())

@@ -80,8 +80,15 @@ class Spectral:
 
 def fits_float32(factors: Sequence[Factors]) -> bool:
     """Whether no sum of low-rank deltas, each added up to N times, can leave the range of float32."""
-    norms = (abs(scale) * np.linalg.norm(B.astype(float)) * np.linalg.norm(A.astype(float)) for B, A, scale in factors)
-    return bool(len(factors) * sum(norms) < np.finfo(np.float32).max)
+    return bool(len(factors) * sum(most_norms(factors)) < np.finfo(np.float32).max)
+
+
+def most_norms(factors: Sequence[Factors]) -> list[float]:
+    """Return an upper limit for the norm of each low-rank delta."""
+    return [
+        float(abs(scale) * np.linalg.norm(B.astype(float)) * np.linalg.norm(A.astype(float)))
+        for B, A, scale in factors
+    ]
 
 
 def memory_bytes(method: str, rows: int, cols: int, n_experts: int, core_rank: int | None = None) -> int:

@@ -17,8 +17,9 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 from spectral_reference import Array, polar, rests_and_heads, tied
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from xxhash import xxh3_128_hexdigest
 
-from hf_frmerge.errors import ArgumentError, NonFiniteError
+from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
@@ -232,8 +233,6 @@ def problems_with(
     down, up = (f"base_model.model.{module}.lora_{side}.weight" for side in "AB")
     tensors[down], tensors[up] = (value.contiguous() for value in change(tensors[down], tensors[up]))
     save_file(tensors, file, metadata={"format": "pt"})
-    from xxhash import xxh3_128_hexdigest
-
     raw = b"".join(tensors[name].view(torch.uint8).numpy().tobytes() for name in (down, up))
     manifest = json.loads(text)
     manifest["tensors"][f"{module}.weight"]["output_xxh3_128"] = xxh3_128_hexdigest(raw)
@@ -343,15 +342,3 @@ def test_core_ties_is_for_adapters_and_the_advice_works(base: Path, adapters: li
     with pytest.raises(ArgumentError, match=whole):
         merge([adapters[0], dora], tmp_path / "out", base, method="core_ties", adapter_output="merged")
     merge([adapters[0], dora], tmp_path / "dora-knots", base, method="knots")
-
-
-def test_deltas_beyond_float32_are_refused_by_name(base: Path, tmp_path: Path) -> None:
-    adapters = [make_adapter(base, tmp_path / f"a{seed}", seed, **LORA) for seed in range(2)]
-    file = adapters[1] / "adapter_model.safetensors"
-    tensors = load_file(file)
-    huge = {name: value * 1e20 for name, value in tensors.items()}
-    save_file(huge, file, metadata={"format": "pt"})
-    with pytest.raises(
-        NonFiniteError, match=r"q_proj.weight': the experts' deltas are so large|down_proj.weight': the e"
-    ):
-        merge(adapters, tmp_path / "out", method="tsv_m")
