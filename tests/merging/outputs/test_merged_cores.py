@@ -191,7 +191,10 @@ def test_a_smaller_rank_is_the_best_of_its_size_and_the_loss_is_told(
         assert entry.truncation_error == pytest.approx(discarded, rel=1e-4, abs=1e-5)
         assert entry.norm == pytest.approx(np.linalg.norm(delta), rel=1e-5)
         lost, total = lost + entry.truncation_error**2 * entry.norm**2, total + entry.norm**2
-    assert manifest.report.factors.truncation_error == pytest.approx(np.sqrt(lost / total), rel=1e-6)
+    error = float(np.sqrt(lost / total))
+    assert manifest.report.factors.truncation_error == pytest.approx(error, rel=1e-6)
+    (note,) = [note for note in manifest.report.notes if "compressed" in note]
+    assert f": {error:.2%} of the norm of what was merged is lost." in note
     report = verify(str(tmp_path / "small"))
     assert report.problems == [] and report.checked_tensors == 8
 
