@@ -189,9 +189,9 @@ def _refuse_without_measures(name: str, config: Any) -> None:
     kind = _unmeasured(config)
     if kind:
         raise ArgumentError(
-            f"{name!r} ({config.model_type}) is {kind}. Causal language models, encoders, encoder-decoders and "
-            "classifiers of text can be evaluated. Measure this one with the script it was trained with; the merge "
-            "itself is not affected."
+            f"{name!r} ({config.model_type}) is {kind}. Causal language models, encoders, encoder-decoders, "
+            "classifiers of text and of images can be evaluated. Measure this one with the script it was trained "
+            "with; the merge itself is not affected."
         )
 
 
