@@ -201,7 +201,7 @@ def test_transposed_layers_are_turned_back(tmp_path: Path, quantise: Quantise) -
     GPT2LMHeadModel(GPT2).half().save_pretrained(tmp_path / "m")
     tensors, wanted = load_file(tmp_path / "m/model.safetensors"), dict[str, torch.Tensor]()
     for name in [name for name in tensors if ".c_" in name and name.endswith("weight")]:
-        codes, turned = quantise(tensors.pop(name).T.contiguous())  # transformers turns them before it has them quantised
+        codes, turned = quantise(tensors.pop(name).T.contiguous())  # as transformers does first
         wanted[name] = turned.T
         tensors |= {f"{name.removesuffix('weight')}{ending}": tensor for ending, tensor in codes.items()}
     save_file(tensors, tmp_path / "m/model.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from hf_frmerge.evaluation.models.merged import architecture_of, image_processor
 from hf_frmerge.evaluation.models.names import models_of_merge
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
 from hf_frmerge.evaluation.suite.classifier_suite import evaluate_classifiers
+from hf_frmerge.evaluation.suite.embedding_suite import embedding_scores, steps_of_models
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.evaluation.text.batches import batches_of
@@ -87,6 +88,8 @@ def evaluate_merge(
     """
     Evaluate classifiers of text or images with `evaluate_classifiers`, and other models with `evaluate_suite`.
 
+    Of models that make embeddings (sentence-transformers) these are compared, too, with `embedding_scores`.
+
     By default the base of adapters is the one in their configuration, and the tokenizer (or image processor) is that
     of the merged model, or else of the first model that has one.
 
@@ -116,7 +119,12 @@ def evaluate_merge(
     if classifies:
         record = evaluate_classifiers(models, domains, options, run)
     else:
+        domains = {name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in domains.items()}
         record = evaluate_suite(models, domains, options, run)
+        steps = steps_of_models(sources)
+        if steps is not None and not record.scores:
+            base = _resolved_base(models)
+            record.scores = embedding_scores(models, sources, base, domains, steps, options, run)
     if user_metrics is not None and user_metrics.compute is not None and MERGED in models.specs:
         model = user_metrics.model()
         predict_rows = _predict_classes if classifies else _predict_tokens
@@ -206,6 +214,12 @@ def _with_base(models: ModelSet, sources: Mapping[str, Source]) -> ModelSet:
     adapters = [source for source in sources.values() if source.kind == "adapter"]
     base = next((whole_model(adapter.path, None, models.token, models.allow_pickle) for adapter in adapters), None)
     return replace(models, base_model=base)
+
+
+def _resolved_base(models: ModelSet) -> Source | None:
+    """Return the base of adapters."""
+    base = models.base_model
+    return None if base is None else resolve(str(base), token=models.token, allow_pickle=models.allow_pickle)
 
 
 def _with_processing_class(models: ModelSet, sources: Mapping[str, Source], *, of_images: bool) -> ModelSet:
