@@ -12,15 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from hf_frmerge.calibration.kept_files import damaged, read_kept, tensors_digest, write_kept
 from hf_frmerge.calibration.sweep import FittedBlock
-from hf_frmerge.checkpoints.disk import disk_errors, make_folder, remove_file, write_file
-from hf_frmerge.checkpoints.json_text import parse_json
+from hf_frmerge.checkpoints.disk import make_folder, remove_file, write_file
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_tensors_file
 from hf_frmerge.errors import ResumeError
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, Form
 
 _KEY_FILE = "calibration-key.json"
+_DIGEST = "xxh3_128"
 _OTHER = {"up": "down", "down": "up"}
 
 
@@ -39,11 +40,11 @@ class BlockFiles:
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self._folder = folder
         make_folder(folder)
-        text, path = json.dumps(key, sort_keys=True), folder / _KEY_FILE
+        path, now = folder / _KEY_FILE, json.loads(json.dumps(key))  # as it would be read back: tuples become lists
         if not path.exists():
-            write_file(path, text)
+            write_kept(path, now)
             return
-        before, now = read_kept(path), json.loads(text)
+        before = read_kept(path)
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
             raise ResumeError(
@@ -65,6 +66,9 @@ class BlockFiles:
         try:
             with safe_open(path, "pt") as stored:
                 tensors = set(stored.keys())
+                digest = (stored.metadata() or {}).get(_DIGEST)
+                if digest != tensors_digest({name: stored.get_tensor(name) for name in tensors}):
+                    raise damaged(path, "its digest is of other content")
                 corrections = {name: stored.get_tensor(t) for name, t in names.items() if t in tensors}
                 factors = {
                     name: (stored.get_tensor(f"{t}.up"), stored.get_tensor(f"{t}.down"))
@@ -72,7 +76,7 @@ class BlockFiles:
                     if f"{t}.up" in tensors
                 }
         except SafetensorError as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         return FittedBlock(corrections, factors)
 
     def write(self, index: int, names: Mapping[str, str], block: FittedBlock) -> None:
@@ -80,7 +84,8 @@ class BlockFiles:
         tensors = {names[name]: values for name, values in block.corrections.items()}
         for name, (up, down) in block.factors.items():
             tensors |= {f"{names[name]}.up": up, f"{names[name]}.down": down}
-        write_file(self._path(index), save({name: values.cpu().contiguous() for name, values in tensors.items()}))
+        tensors = {name: values.cpu().contiguous() for name, values in tensors.items()}
+        write_file(self._path(index), save(tensors, {_DIGEST: tensors_digest(tensors)}))
 
     def join(self, n_blocks: int, form: Form) -> None:
         """Join the corrections of all blocks, in one form, into one file (none for the start)."""
@@ -124,28 +129,6 @@ def factors_for_adapter(corrections: Mapping[str, Tensor], transposed: Collectio
         elif factor in _OTHER:
             factors[name] = values
     return factors
-
-
-def read_kept(path: Path) -> dict[str, Any]:
-    """
-    Read a JSON object that an interrupted calibration left.
-
-    Raises:
-        ResumeError: If it is damaged.
-    """
-    with disk_errors(path, "read"):
-        content = path.read_bytes()
-    try:
-        values = parse_json(content)
-        if not isinstance(values, dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise _damaged(path, error) from error
-    return values
-
-
-def _damaged(path: Path, error: Exception) -> ResumeError:
-    return ResumeError(f"{path} of the interrupted calibration is damaged: {error}. Pass --overwrite to start anew.")
 
 
 def _of_form(block: Checkpoint, form: Form) -> list[str]:

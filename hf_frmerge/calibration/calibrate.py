@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +12,14 @@ import torch
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from hf_frmerge.calibration.block_files import BlockFiles, read_kept
+from hf_frmerge.calibration.block_files import BlockFiles
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.equations import check_experts, check_form, equations_of, settings_of
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
 from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
+from hf_frmerge.calibration.kept_files import damaged, read_kept, write_kept
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.prompts import (
     Prompts,
@@ -33,14 +33,20 @@ from hf_frmerge.calibration.self_written import document_prefix, self_written_pr
 from hf_frmerge.calibration.streams import Batch, in_batches
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
-from hf_frmerge.checkpoints.disk import remove_file, write_file
+from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
-from hf_frmerge.merging.planning.corrections import CalibrationRecord, Form, RefinementRecord
+from hf_frmerge.merging.planning.corrections import (
+    CORRECTIONS_FILE,
+    CalibrationRecord,
+    Form,
+    RefinementRecord,
+    read_corrections,
+)
 from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.methods.table import METHODS
 
@@ -188,7 +194,7 @@ def calibrate(
         seconds=round(time.process_time() - started, 1),
         refinement=refinement,
     )
-    write_file(done, json.dumps(record.to_dict()))
+    write_kept(done, {**record.to_dict(), "corrections": _corrections_digest(staging)})
     return record
 
 
@@ -223,6 +229,8 @@ def _write_best(
 def _read_record(path: Path) -> CalibrationRecord:
     """Read the record of a fit that an interrupted merge had ended. Raises `ResumeError` if it is damaged."""
     values = read_kept(path)
+    if values.pop("corrections", None) != _corrections_digest(path.parent):
+        raise damaged(path.with_name(CORRECTIONS_FILE), "its digest is of other content")
     try:
         record = CalibrationRecord.from_dict(values)
         check_types(record)
@@ -232,6 +240,10 @@ def _read_record(path: Path) -> CalibrationRecord:
             "anew."
         ) from error
     return record
+
+
+def _corrections_digest(staging: Path) -> str | None:
+    return read_corrections(str(staging)).digest if (staging / CORRECTIONS_FILE).exists() else None
 
 
 def open_model(plan: MergePlan) -> BlockwiseModel:

@@ -378,6 +378,12 @@ def test_a_merge_that_dies_after_the_fit_does_not_fit_again(
     assert not (out / "config.json").exists()
     with pytest.raises(ResumeError, match=r"started differently \(prompts\)"):
         merger(models, out, calibration={str(models / "lora0"): prompts(0, seed=7)}).merge(resume_from_checkpoint=True)
+    path = out / ".frmerge" / "merge_corrections.safetensors"
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    with pytest.raises(ResumeError, match=r"merge_corrections\.safetensors of .* is damaged.*--overwrite"):
+        merger(models, out).merge(resume_from_checkpoint=True)
+    path.write_bytes(intact)
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "fit_block", die)
         merger(models, out).merge(resume_from_checkpoint=True)
