@@ -23,7 +23,7 @@ _IMPORTED = (
 )
 _LIBRARIES = (
     *("encodings.unicode_escape", "encodings.utf_8_sig", "huggingface_hub", "jinja2", "matplotlib.figure"),
-    *("rich.console", "safetensors.numpy", "transformers.models.llama", "yaml"),
+    *("rich.console", "safetensors.numpy", "transformers.models.llama.modeling_llama", "yaml"),
 )
 
 CPU_LIMIT = 20

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from huggingface_hub import constants
 
 from attacks import children
 from attacks.disturbances import Tally
@@ -118,12 +121,17 @@ class FileAttack:
 
     def _run(self, command: tuple[str, ...]) -> children.Ended:
         empty(self.site.root / "out")
-        return children.run([part.replace("OUT", "out") for part in command], self.site.log, self._watch)
+        arguments = [part.replace("OUT", "out") for part in command]
+        return children.run(arguments, self.site.log, lambda: self._watch(command))
 
-    def _watch(self) -> None:
+    def _watch(self, command: tuple[str, ...]) -> None:
         """Report what this process opens outside of the folders it was given."""
         os.chdir(self.site.root)
-        allowed = [self.site.root / name for name in ("work", "out", "in", "log")]
+        root, temporary = self.site.root, Path(tempfile.gettempdir())
+        allowed = [root / name for name in ("work", "out", "in", "log")]
+        allowed.append(temporary / "frmerge-verify-")  # where `verify` merges adapters again
+        if command[-1] == "work/options.json":  # whoever writes this names the inputs, and where the output goes
+            allowed += [root, Path(constants.HF_HOME)]
         watch_opens(allowed, lambda path: os.write(2, f"opened outside: {path}\n".encode(errors="replace")))
 
     def _prepare(self) -> None:

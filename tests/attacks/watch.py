@@ -20,7 +20,7 @@ def watch_opens(allowed: Collection[Path], report: Callable[[str], object]) -> N
     What Python and its libraries read for themselves, lying where they are installed, is left out.
 
     Args:
-        allowed: Files and folders that may be opened, and all in them.
+        allowed: What the paths of files that may be opened begin with.
         report: Called with a path.
     """
     given = tuple(map(str, allowed))
