@@ -33,13 +33,19 @@ def check_form(plan: MergePlan) -> None:
 
 
 def check_experts(plan: MergePlan, prompts: Sequence[Prompts]) -> None:
-    """Raise `ArgumentError` if the method needs prompts of every expert, and one has none."""
+    """Raise `ArgumentError` if the method needs prompts of every expert, and one has none; or if they all weigh 0."""
     known = {own.expert for own in prompts}
     without = [expert.spec for place, expert in enumerate(plan.experts) if place not in known]
     if METHODS[plan.args.method].needs_prompts and without:
         raise ArgumentError(
             f"method={plan.args.method!r} needs prompts of every expert, and {some(without)} has none. Pass some for "
             "it too, or one file for all experts."
+        )
+    if not any(plan.weights[expert] for expert in known):
+        named = some([plan.experts[expert].spec for expert in sorted(known)])
+        raise ArgumentError(
+            f"There are prompts of {named} alone, of weight 0, so there is nothing to fit the merge to. Give weight "
+            "to an expert that has prompts, or pass prompts of one that has weight."
         )
 
 
