@@ -17,6 +17,7 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.tensor_rules import TensorRules, with_numbers
 from hf_frmerge.merging.arguments.values import validate_weights
 from hf_frmerge.merging.planning.account import account
+from hf_frmerge.merging.planning.choose_method import choose_method
 from hf_frmerge.merging.planning.coefficient_table import cut_as_given, read_coefficients
 from hf_frmerge.merging.planning.open_models import match_adapters, open_models
 from hf_frmerge.merging.planning.output_form import choose_space, makes_adapter
@@ -32,6 +33,7 @@ from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
     vocabulary_notes,
     with_model_numbers,
 )
+from hf_frmerge.methods.entries.auto import AUTO
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -76,8 +78,13 @@ def build_plan(
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
     look_up = functools.partial(resolve_all, token=args.hub_token, download=False, allow_pickle=args.allow_pickle)
     sources = look_up(experts, pairs=True) + look_up([base_model] if base_model else [])
+    why = []
+    if is_chosen := args.method == AUTO.name:
+        args, sentence = choose_method(args, sources[: len(experts)], has_base=base_model is not None)
+        why.append(sentence)
     plan = _plan(sources, args, alphas, base_model is not None)
-    plan.notes += _weights_note(weights, alphas, args.scale)
+    plan.notes += [*why, *_weights_note(weights, alphas, args.scale)]
+    plan.chooses_method = is_chosen
     try:
         if check is not None:
             check(plan)
@@ -92,7 +99,7 @@ def build_plan(
     # Keep these notes: they are about all files of the repositories, and the download left some of these out.
     notes = plan.notes
     plan = _plan([_fetched(source, fetched) for source in sources], args, alphas, base_model is not None)
-    plan.notes = notes
+    plan.notes, plan.chooses_method = notes, is_chosen
     return plan
 
 

@@ -104,6 +104,7 @@ class MergePlan:
         vocabulary: what was made of the vocabularies; `None` if all models have the same.
         generated: name -> text of a file of the output that no model has.
         read_beside: files that these and the rows of tokens were made from.
+        chooses_method: whether the method was left to choose: prompts may choose another than the one here.
     """
 
     args: MergingArguments
@@ -123,6 +124,7 @@ class MergePlan:
     vocabulary: VocabularyRecord | None = None
     generated: Mapping[str, str] = field(default_factory=dict)
     read_beside: tuple[CarriedFile, ...] = ()
+    chooses_method: bool = False
 
     @property
     def output_kind(self) -> Literal["full", "adapter"]:
