@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
+
 from hf_frmerge.methods.entries.auto import AUTO
 from hf_frmerge.methods.entries.calibrated import CALIBRATED
 from hf_frmerge.methods.entries.span import SPAN
@@ -23,5 +26,5 @@ GIVEN = (
 
 METHODS: dict[str, Method] = {method.name: method for method in (*SPAN, *SPARSE, *SPECTRAL, *CALIBRATED, *GIVEN)}
 
-CHOICES: dict[str, Method] = {**METHODS, AUTO.name: AUTO}
+CHOICES: Mapping[str, Method] = ChainMap({AUTO.name: AUTO}, METHODS)
 """What the option takes: the methods, and the choice among them, of which no plan knows any more."""
