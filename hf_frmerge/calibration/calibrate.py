@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.block_files import BlockFiles, read_kept
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.choose_start import start_distances
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.equations import check_experts, check_form, equations_of, settings_of
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
 from hf_frmerge.calibration.into_adapter import as_whole_model, correction_rank, transposed_tensors
 from hf_frmerge.calibration.layers import is_linear, n_in
+from hf_frmerge.calibration.neutral import measure_neutral
 from hf_frmerge.calibration.prompts import (
     Prompts,
     leading_tokens,
@@ -40,7 +43,8 @@ from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
-from hf_frmerge.merging.planning.corrections import CalibrationRecord, Form, RefinementRecord
+from hf_frmerge.merging.planning.choose_method import with_start
+from hf_frmerge.merging.planning.corrections import CalibrationRecord, Form, RefinementRecord, nearest_start
 from hf_frmerge.merging.record.check_types import check_types
 from hf_frmerge.methods.table import METHODS
 
@@ -95,7 +99,7 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
     model, args = open_model(whole), plan.args
     tokenizer = processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
     if calibration == "self":
-        return lambda staging: calibrate(plan, whole, model, _self_written(plan, tokenizer), staging)
+        return lambda staging: calibrate(plan, whole, model, _self_written(plan, tokenizer), staging, tokenizer)
     prompts = read_prompts(
         calibration,
         tokenizer,
@@ -107,11 +111,16 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         packing=predicts_next_token(model.model),
     )
     check_experts(plan, prompts)
-    return lambda staging: calibrate(plan, whole, model, prompts, staging)
+    return lambda staging: calibrate(plan, whole, model, prompts, staging, tokenizer)
 
 
 def calibrate(
-    plan: MergePlan, whole: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], staging: Path
+    plan: MergePlan,
+    whole: MergePlan,
+    model: BlockwiseModel,
+    prompts: Sequence[Prompts],
+    staging: Path,
+    tokenizer: Any = None,
 ) -> CalibrationRecord:
     """
     Fit a merge to its experts, refine it if that is asked for, and write the corrections that are best.
@@ -123,11 +132,13 @@ def calibrate(
     made again with the same arguments and folder.
 
     Args:
-        plan: Plan of the merge without data, which is the start.
+        plan: Plan of the merge without data, which is the start. If its method is to be chosen, it gets the one that
+            is nearest to the experts on the held-out prompts.
         whole: The same merge into a whole model: another plan if the output is an adapter.
         model: Modules of its models.
         prompts: Prompts of the experts; one that has none counts by its weights alone.
         staging: Folder of unfinished files.
+        tokenizer: Says how a text begins, for prompts of the base; without it these are left out.
 
     Returns:
         How the corrections were found and what they gain.
@@ -146,6 +157,10 @@ def calibrate(
         )
     if not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
+    starts = None
+    if plan.chooses_method:
+        starts = start_distances(whole, model, batches_of(plan, model, (), held_out))
+        plan.args, whole.args = (with_start(each.args, nearest_start(starts)) for each in (plan, whole))
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
     settings = settings_of(plan, options)
@@ -160,7 +175,7 @@ def calibrate(
     files = BlockFiles(staging, key)
     done = staging / _RECORD_FILE
     if done.exists():  # the merge died after the fit
-        return _read_record(done)
+        return replace(_read_record(done), starts=starts)
     batches = batches_of(plan, model, fitted, held_out)
     fit_of = equations_of(plan, model, fitted, is_silent=_is_silent(plan))
     sweep = Sweep(model, reader, batches, plan.weights, options, is_full=is_full, fit_of=fit_of)
@@ -172,6 +187,9 @@ def calibrate(
             files.write(index, sweep.tensors(index), fitted_block)
     by_form = distances(sweep, forms_of(sweep))
     form, refinement = _write_best(plan, whole, sweep, files, by_form, staging)
+    # Of what an adapter stores the other way round, the file for it cannot be added to the whole model.
+    is_readable = plan is whole or not transposed_tensors(whole)
+    neutral = measure_neutral(whole, model, tokenizer, staging) if is_readable else None
     record = CalibrationRecord(
         prompts=_counts(plan, fitted),
         held_out=_counts(plan, held_out),
@@ -187,6 +205,8 @@ def calibrate(
         distances=by_form,
         seconds=round(time.process_time() - started, 1),
         refinement=refinement,
+        starts=starts,
+        neutral=neutral,
     )
     write_file(done, json.dumps(record.to_dict()))
     return record

@@ -24,8 +24,9 @@ from hf_frmerge.merging.engine.shared_observer import SharedObserver
 from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
 from hf_frmerge.merging.outputs.blas_threads import one_blas_thread
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
+from hf_frmerge.merging.planning.choose_method import with_start
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
-from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections, read_corrections
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections, nearest_start, read_corrections
 from hf_frmerge.merging.record.summary import make_report
 from hf_frmerge.merging.record.write_manifest import write_coefficients, write_manifest
 from hf_frmerge.methods.table import METHODS
@@ -183,6 +184,8 @@ def _prepare(
     processes.wait()  # the folder is cleared before any process looks for journals in it
     if calibrate is not None:
         (plan.calibration,) = processes.gather([calibrate(output.staging)] if processes.is_main else [])
+        if plan.calibration.starts is not None:
+            plan.args = with_start(plan.args, nearest_start(plan.calibration.starts))  # known to one process so far
         if (output.staging / CORRECTIONS_FILE).exists():
             plan.corrections = read_corrections(str(output.staging))
     header, marks = fingerprint(plan, kernels.name), modification_marks(plan)

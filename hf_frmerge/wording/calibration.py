@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hf_frmerge.merging.planning.corrections import mean_known, nearest_start
 from hf_frmerge.wording.methods import method_of
 from hf_frmerge.wording.numbers import counted, number, percent
 from hf_frmerge.wording.verdicts import Verdict, graded
@@ -35,7 +37,33 @@ def fitted_how(record: CalibrationRecord | None) -> str | None:
 
 
 def calibration_verdict(record: CalibrationRecord) -> Verdict:
-    """State what a merge was fitted to, and how close it came to its experts on prompts held out from the fit."""
+    """
+    State what a merge was fitted to, and how close it came to its experts on prompts held out from the fit.
+
+    How its start was chosen, and how far it is from the base on text of no expert, is said behind it.
+    """
+    verdict = _fit(record)
+    return replace(verdict, text=" ".join([verdict.text, *_start(record), *_neutral(record)]))
+
+
+def _start(record: CalibrationRecord) -> list[str]:
+    if record.starts is None:
+        return []
+    of_starts = ", ".join(f"{label} {number(mean_known(row))}" for label, row in record.starts.items())
+    return [f"It started from {nearest_start(record.starts)}, the nearest without data ({of_starts} rad²)."]
+
+
+def _neutral(record: CalibrationRecord) -> list[str]:
+    if record.neutral is None:
+        return []
+    prompts, distance, nats = record.neutral.prompts, record.neutral.distance, record.neutral.nats
+    return [
+        f"On {prompts} prompts that the base wrote, which are no expert's, its predictions are {number(distance)} "
+        f"rad² ({number(nats)} nats a token) from the base's."
+    ]
+
+
+def _fit(record: CalibrationRecord) -> Verdict:
     prompts = f"{sum(record.prompts):,} prompts, {_SOURCES.get(record.source, 'of another origin')}"
     others = f"{sum(record.held_out):,} others"
     outputs, distance = ("predictions", "squared Fisher–Rao distance")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from hf_frmerge.merging.planning.corrections import CalibrationRecord, RefinementRecord
+from hf_frmerge.merging.planning.corrections import CalibrationRecord, NeutralRecord, RefinementRecord
 from hf_frmerge.wording.calibration import calibration_verdict, fitted_how
 
 RECORD = CalibrationRecord(
@@ -87,6 +88,21 @@ def test_a_refinement_of_a_fit_without_gain_stands_alone() -> None:
         "correction is a number for every weight" in calibration_verdict(record).text
     )
     assert fitted_how(record) == "then trained to predict what they predict on a few prompts"
+
+
+def test_the_start_and_text_of_no_expert_are_told_behind_the_fit() -> None:
+    neutral = NeutralRecord(prompts=8, tokens=1024, distance=0.0512, nats=0.0251)
+    starts = {"linear": (0.5, 0.7, None), "nre": (0.3, 0.5, None), "karcher": (0.4, 0.4, None)}
+    record = replace(RECORD, starts=starts, neutral=neutral)
+    verdict = calibration_verdict(record)
+    assert verdict.level == calibration_verdict(RECORD).level
+    assert verdict.text == (
+        f"{calibration_verdict(RECORD).text} It started from nre, the nearest without data (linear 0.600, nre 0.400, "
+        "karcher 0.400 rad²). On 8 prompts that the base wrote, which are no expert's, its predictions are 0.0512 "
+        "rad² (0.0251 nats a token) from the base's."
+    )
+    assert CalibrationRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert not {"starts", "neutral"} & RECORD.to_dict().keys()
 
 
 def test_a_record_is_read_back_as_it_was() -> None:

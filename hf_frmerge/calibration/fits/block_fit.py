@@ -82,11 +82,7 @@ class SweepState:
 
     def computed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return matrices in the dtype of the products: autocast would convert them for every batch."""
-        dtype = self.model.dtype
-        return {
-            name: value.to(dtype) if value.ndim > 1 and "embed" not in name else value
-            for name, value in weights.items()
-        }
+        return self.model.computed(weights)
 
 
 class BlockFit:
