@@ -67,8 +67,9 @@ def measure_neutral(
             seed=args.seed,
             device=args.device,
         )
-    except MergeError as error:  # what is only reported does not end a merge
-        logger.warning("What the merge does to text of no expert is not measured: %s", error)
+    except (MergeError, ImportError, OSError, RuntimeError, ValueError) as error:
+        # The last four are what transformers raises of a model that it cannot load whole. The merge does without.
+        logger.info("What the merge does to text of no expert is not measured, since the base writes none: %s", error)
         return None
     found = read_corrections(str(staging)) if (staging / CORRECTIONS_FILE).exists() else None
     try:

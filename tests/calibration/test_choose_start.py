@@ -198,3 +198,12 @@ def test_text_of_no_expert_is_compared_with_the_base(models: Path, tmp_path: Pat
     assert record.neutral.distance == pytest.approx(squared_distance(p, q), rel=0.05)
     assert record.neutral.nats == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=0.05)
     assert "On 8 prompts that the base wrote" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_base_that_writes_nothing_is_left_out(models: Path, tmp_path: Path) -> None:
+    mute = merger(models, tmp_path / "out", method="linear")
+    mute.processing_class = word_tokenizer(WORDS)  # no token begins a text
+    mute.merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.neutral is None and record.starts is None
+    assert "the base wrote" not in (tmp_path / "out" / "README.md").read_text()
