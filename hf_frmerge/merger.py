@@ -25,7 +25,7 @@ from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
-from hf_frmerge.methods.table import METHODS
+from hf_frmerge.methods.table import CHOICES
 from hf_frmerge.weighting.plan_merge import plan_merge
 
 # What evaluates is imported where it is used: its dataclasses take a fifth of the time that a merge spends on imports.
@@ -140,7 +140,7 @@ class FisherRaoMerger(CallbackHost):
         """
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
-        method, has_prompts = METHODS[self.args.method], self.calibration_dataset is not None
+        method, has_prompts = CHOICES[self.args.method], self.calibration_dataset is not None
         check_prompts(method, has_prompts=has_prompts)
         if self.args.refine_steps:
             check_refinement(method, has_prompts=has_prompts)

@@ -7,10 +7,14 @@ A Llama of one block and its fine-tunes are written below `--work-dir`, with ran
 A deeper model takes the same memory, but for the time. Prints what the fit allocated at most, without the mapped pages
 of its inputs, beside what it should on paper:
 
+* what the interpreter and its libraries take;
 * in float32 the block of the base, of every expert, of the merge and of what it becomes;
-* the hidden states of merge and expert of all prompts, and the inputs of the block's layers in bfloat16;
-* of the widest layer, with n inputs, two n x n systems of one expert and their sum in float32, and one in
-  float64 to solve.
+* the hidden states of merge and expert of all prompts, in float32;
+* the larger of two: of the prompts to fit what enters the layers of the block, in bfloat16, and the states before
+  each of the two layers that write to them, in float32; or what is left of this when the widest layer is fitted, with
+  the systems of that layer: of n inputs and m outputs 32 n (n + m) bytes, when the start of full fine-tunes
+  is solved for (float32 Gram matrices of inputs and updates, the latter in float64, and its Cholesky factor twice;
+  right-hand sides and weights in float32 and float64).
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 512
 HEAD = 64  # width of an attention head
 LENGTH = 128  # tokens of a prompt
+LIBRARIES = 0.35e9  # what a process that has imported torch and transformers takes
 UPDATE = 0.02  # norm of an expert's update over that of the weights
 
 
@@ -106,9 +111,10 @@ def on_paper(args: argparse.Namespace) -> float:
     hidden, inner, tokens = args.hidden, args.intermediate, args.experts * args.prompts * LENGTH
     block = hidden * hidden * 2.5 + 3 * hidden * inner  # keys and values have a quarter of the heads
     weights = 4 * block * (args.experts + 3)
-    streams = tokens * (2 * 4 * hidden + 2 * (3 * hidden + inner))
-    systems = inner * inner * (3 * 4 + 8)
-    return weights + streams + systems
+    fitted = tokens * 7 / 8
+    all_layers = fitted * (2 * (3 * hidden + inner) + 2 * 4 * hidden)
+    widest = fitted * (2 * inner + 4 * hidden) + 32 * inner * (inner + hidden)
+    return LIBRARIES + weights + tokens * 2 * 4 * hidden + max(all_layers, widest)
 
 
 if __name__ == "__main__":

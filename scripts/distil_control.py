@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge import MergingArguments
-from hf_frmerge.calibration.calibrate import HELD_OUT, batches_of, open_model
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
+from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, open_model
 from hf_frmerge.calibration.layers import is_linear
 from hf_frmerge.calibration.prompts import read_prompts, split_prompts
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start

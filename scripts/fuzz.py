@@ -40,7 +40,7 @@ def main() -> None:
 
     def read(data: bytes) -> None:
         tally = Tally()
-        attack.attack(names[data[0] % len(names)] if data else names[0], data[1:], tally)
+        attack.attack(attack.doors[names[data[0] % len(names)] if data else names[0]], data[1:], tally)
         if tally.failures:
             raise AssertionError(tally.failures[0])
 

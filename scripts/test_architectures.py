@@ -4,6 +4,7 @@ Merge one tiny model of every class in transformers' auto mappings, and compare 
     python scripts/test_architectures.py                          # all of them; half an hour on two cores
     python scripts/test_architectures.py --only LlamaForCausalLM ViTForImageClassification
     python scripts/test_architectures.py --adapters               # LoRA on every linear layer instead of whole copies
+    python scripts/test_architectures.py --log walk.log           # goes on where an earlier run stopped
 
 Of every class that can be built small from its config: a base and three copies with noise are saved by transformers,
 merged (`method="linear"`, `space="deltas"`), and loaded by transformers with no missing and no unexpected key. Every
@@ -58,6 +59,7 @@ MOST_PARAMETERS = 10_000_000
 
 # Key of a config -> the value in a tiny one, if that is smaller. The first pattern that fits the whole key counts.
 TINY: tuple[tuple[str, int], ...] = (
+    (r"num_feat_extract_layers", 100),  # as many as there are entries in the lists of its convolutions
     (r"vocab_size|.*_vocab_size", 120),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|n_routed_experts|num_experts_per_layer", 4),
     (r".*(per_tok|_top_?k|experts_per_token)", 2),
@@ -76,7 +78,13 @@ TINY: tuple[tuple[str, int], ...] = (
     (r"image_size|input_size|crop_size", 32),
     (r"num_queries|num_labels|num_.*tokens_per_.*", 10),
 )
-DROPPED = ("layer_types", "mlp_layer_types", "attention_types")  # lists with an entry for every layer
+# Lists with an entry for every layer, and what names layers.
+DROPPED = (
+    "layer_types", "mlp_layer_types", "attention_layers", "layers_block_type", "no_rope_layers", "moe_layers",
+    "intermediate_size", "num_attention_heads_per_layer", "kv_source_layers", "out_features", "out_indices",
+    "stage_names", "per_layer_config",
+)  # fmt: skip
+NEEDED = ("head_dim", "num_key_value_heads", "vocab_size")  # some classes cannot do without, though their configs do
 
 
 def tiny_dict(values: dict[str, Any]) -> dict[str, Any]:
@@ -85,10 +93,16 @@ def tiny_dict(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in ("transformers_version", "dtype", "id2label", "label2id", "architectures"):
             continue
+        if key in DROPPED and isinstance(value, (list, dict)):
+            continue
         if isinstance(value, dict):
             tiny[key] = tiny_dict(value)
-        elif isinstance(value, list) and key in DROPPED:
-            continue
+        elif key == "attention_types":
+            tiny[key] = [[["global", "local"], 1]]
+        elif isinstance(value, list) and key == "num_heads":
+            tiny[key] = [2] * len(value)
+        elif value is None and key in NEEDED:
+            tiny[key] = next(size for pattern, size in TINY if re.fullmatch(pattern, key))
         elif isinstance(value, list) and key == "depths":
             tiny[key] = [1] * len(value)
         elif isinstance(value, list) and key in ("hidden_sizes", "embed_dims", "encoder_hidden_sizes"):
@@ -155,13 +169,15 @@ def save_family(model: Any, folder: Path) -> list[dict[str, torch.Tensor]]:
         raise LeftOut(text.splitlines()[0][:110]) from error
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         raise LeftOut(f"transformers does not load what it saves: {sorted(info['missing_keys'])[:2]} missing")
+    # Computed from the config, and not saved: sines of positions.
+    computed = type(model)._keys_to_ignore_on_save or ()
     origin, copies = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}, []
     for copy in range(N_COPIES):
         generator = torch.Generator().manual_seed(copy + 1)
         loaded.load_state_dict(origin)
         with torch.no_grad():
-            for parameter in loaded.parameters():
-                if parameter.is_floating_point():
+            for name, parameter in loaded.named_parameters():
+                if parameter.is_floating_point() and name not in computed:
                     parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         loaded.save_pretrained(folder / f"e{copy}")
         copies.append({name: tensor.clone() for name, tensor in loaded.state_dict().items()})
@@ -264,11 +280,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="CLASS", help="Classes to try.")
     parser.add_argument("--adapters", action="store_true", help="Merge adapters instead of whole copies.")
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="Append results; classes that it has are passed over."
+    )
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     known = classes()
-    chosen = args.only or sorted(known)
+    tried = args.log.read_text().splitlines() if args.log is not None and args.log.exists() else []
+    passed_over = {line.split("\t")[1] for line in tried}
+    chosen = [name for name in args.only or sorted(known) if name not in passed_over]
     counts: dict[str, int] = {}
     started = time.monotonic()
     for name in chosen:
@@ -277,6 +298,9 @@ def main() -> int:
         if outcome != "right":
             sys.stdout.write(f"{outcome}: {name}: {why}\n")
             sys.stdout.flush()
+        if args.log is not None:
+            with args.log.open("a") as log:
+                log.write(f"{outcome}\t{name}\t{why}\n")
         gc.collect()
     parts = [
         f"{counts[outcome]} {outcome}" for outcome in ("right", "refused", "wrong", "left out") if outcome in counts

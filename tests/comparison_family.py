@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import word_tokenizer
@@ -83,3 +84,16 @@ def _train(model: Any, rows: list[str], tokenizer: Any, steps: int) -> None:
 def _save(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+# Fixtures; a conftest that imports them shares them with the tests beside it.
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return save_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")

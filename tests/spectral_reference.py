@@ -119,9 +119,10 @@ def rests_and_heads(deltas: Array, weights: Array) -> Array:
     return merged + 0.2 * shared * np.linalg.norm(merged) * head / np.linalg.norm(head)
 
 
-def tied(deltas: Array, weights: Array, density: float = 0.2) -> Array:
-    """TIES on the rights factors of a joint SVD, element by element."""
+def tied(deltas: Array, weights: Array, density: float = 0.2, rank: int | None = None) -> Array:
+    """TIES on the right factors of a joint SVD of that rank, by default in full, element by element."""
     left, values, right = np.linalg.svd(np.concatenate(list(deltas), axis=1), full_matrices=False)
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
     parts = np.split(right, len(deltas), axis=1)
     count = int(density * parts[0].size)
     kept = np.stack([np.where(np.abs(part) >= np.sort(np.abs(part), axis=None)[-count], part, 0.0) for part in parts])

@@ -12,16 +12,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from hf_frmerge.calibration.kept_files import damaged, read_kept, tensors_digest, write_kept
 from hf_frmerge.calibration.sweep import FittedBlock
-from hf_frmerge.checkpoints.disk import disk_errors, make_folder, remove_file, write_file
-from hf_frmerge.checkpoints.json_text import parse_json
+from hf_frmerge.checkpoints.disk import make_folder, remove_file, write_file
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_tensors_file
 from hf_frmerge.errors import ResumeError
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, Form
 
 _KEY_FILE = "calibration-key.json"
+_DIGEST = "xxh3_128"
 _OTHER = {"up": "down", "down": "up"}
+_COEFFICIENTS = ".coefficients"
 
 
 class BlockFiles:
@@ -39,11 +41,11 @@ class BlockFiles:
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self._folder = folder
         make_folder(folder)
-        text, path = json.dumps(key, sort_keys=True), folder / _KEY_FILE
+        path, now = folder / _KEY_FILE, json.loads(json.dumps(key))  # as it would be read back: tuples become lists
         if not path.exists():
-            write_file(path, text)
+            write_kept(path, now)
             return
-        before, now = read_kept(path), json.loads(text)
+        before = read_kept(path)
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
             raise ResumeError(
@@ -65,26 +67,36 @@ class BlockFiles:
         try:
             with safe_open(path, "pt") as stored:
                 tensors = set(stored.keys())
+                digest = (stored.metadata() or {}).get(_DIGEST)
+                if digest != tensors_digest({name: stored.get_tensor(name) for name in tensors}):
+                    raise damaged(path, "its digest is of other content")
                 corrections = {name: stored.get_tensor(t) for name, t in names.items() if t in tensors}
                 factors = {
                     name: (stored.get_tensor(f"{t}.up"), stored.get_tensor(f"{t}.down"))
                     for name, t in names.items()
                     if f"{t}.up" in tensors
                 }
+                coefficients = {
+                    name: stored.get_tensor(f"{t}{_COEFFICIENTS}")
+                    for name, t in names.items()
+                    if f"{t}{_COEFFICIENTS}" in tensors
+                }
         except SafetensorError as error:
-            raise _damaged(path, error) from error
-        return FittedBlock(corrections, factors)
+            raise damaged(path, error) from error
+        return FittedBlock(corrections, factors, coefficients)
 
     def write(self, index: int, names: Mapping[str, str], block: FittedBlock) -> None:
         """Keep what was found for a block."""
         tensors = {names[name]: values for name, values in block.corrections.items()}
         for name, (up, down) in block.factors.items():
             tensors |= {f"{names[name]}.up": up, f"{names[name]}.down": down}
-        write_file(self._path(index), save({name: values.cpu().contiguous() for name, values in tensors.items()}))
+        tensors |= {f"{names[name]}{_COEFFICIENTS}": values for name, values in block.coefficients.items()}
+        tensors = {name: values.cpu().contiguous() for name, values in tensors.items()}
+        write_file(self._path(index), save(tensors, {_DIGEST: tensors_digest(tensors)}))
 
     def join(self, n_blocks: int, form: Form) -> None:
-        """Join the corrections of all blocks, in one form, into one file (none for the start)."""
-        if form != "start":
+        """Join the corrections of all blocks, in one form, into one file (none for the start and the table)."""
+        if form not in ("start", "table"):
             opened = [open_tensors_file(str(self._folder), self._path(index).name) for index in range(n_blocks)]
             _join(
                 [(block, name) for block in opened for name in _of_form(block, form)], self._folder / CORRECTIONS_FILE
@@ -126,33 +138,12 @@ def factors_for_adapter(corrections: Mapping[str, Tensor], transposed: Collectio
     return factors
 
 
-def read_kept(path: Path) -> dict[str, Any]:
-    """
-    Read a JSON object that an interrupted calibration left.
-
-    Raises:
-        ResumeError: If it is damaged.
-    """
-    with disk_errors(path, "read"):
-        content = path.read_bytes()
-    try:
-        values = parse_json(content)
-        if not isinstance(values, dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise _damaged(path, error) from error
-    return values
-
-
-def _damaged(path: Path, error: Exception) -> ResumeError:
-    return ResumeError(f"{path} of the interrupted calibration is damaged: {error}. Pass --overwrite to start anew.")
-
-
 def _of_form(block: Checkpoint, form: Form) -> list[str]:
     """Return the tensors of a block's file that belong to a form: of a layer with factors one kind or the other."""
+    corrections = [name for name in block.tensors if not name.endswith(_COEFFICIENTS)]
     if form == "dense":
-        return [name for name in block.tensors if not name.endswith((".up", ".down"))]
-    return [name for name in block.tensors if f"{name}.up" not in block.tensors]
+        return [name for name in corrections if not name.endswith((".up", ".down"))]
+    return [name for name in corrections if f"{name}.up" not in block.tensors]
 
 
 def _join(parts: list[tuple[Checkpoint, str]], path: Path) -> None:

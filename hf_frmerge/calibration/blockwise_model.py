@@ -99,6 +99,13 @@ class BlockwiseModel:
         """Return the names of a block's parameters, relative to the block."""
         return [parameter for parameter, _ in self.block(name).named_parameters()]
 
+    def computed(self, weights: Weights) -> dict[str, Tensor]:
+        """Return matrices in the dtype of the products: autocast would convert them for every batch."""
+        return {
+            name: value.to(self.dtype) if value.ndim > 1 and "embed" not in name else value
+            for name, value in weights.items()
+        }
+
     def begin(self, outer: Weights, first_block: Weights, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
         """
         Embed a batch.

@@ -15,7 +15,7 @@ from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.geometry.simplex import chord_to_distance
 from hf_frmerge.merging.planning.corrections import Form, mean_known
 
-FORMS: tuple[Form, ...] = ("start", "low_rank", "dense")
+FORMS: tuple[Form, ...] = ("start", "table", "low_rank", "dense")
 
 ENOUGH = 0.99
 """Share of the best form's gain from which a smaller form is taken."""
@@ -58,7 +58,8 @@ def forms_of(sweep: Sweep) -> dict[str, Candidate]:
     """Return the merge without data and the forms of the fit, after the last block of a sweep."""
     outer = sweep.outer(None)
     fitted = {index: sweep.state.merged[index] for index in sweep.start}
-    return {form: Candidate(outer, hidden) for form, hidden in zip(FORMS, (sweep.start, sweep.low_rank, fitted))}
+    hidden = dict(zip(FORMS, (sweep.start, sweep.table, sweep.low_rank, fitted)))
+    return {form: Candidate(outer, hidden[form]) for form in FORMS if form != "table" or sweep.state.offers_table}
 
 
 def distances(sweep: Sweep, candidates: Mapping[str, Candidate]) -> dict[str, tuple[float | None, ...]]:
@@ -85,7 +86,10 @@ def distances(sweep: Sweep, candidates: Mapping[str, Candidate]) -> dict[str, tu
                 for key, candidate in candidates.items():
                     outputs = outputs_of(state.model, candidate.outer, candidate.hidden[index][row : row + 1], one)
                     totals[key][expert] += float(squared_distance(outputs, target).sum())
-    return {key: tuple(t / n if n else None for t, n in zip(total, counts)) for key, total in totals.items()}
+    parts = state.processes.gather([(totals, counts)])
+    summed = {key: [sum(own) for own in zip(*(part[key] for part, _ in parts))] for key in candidates}
+    counts = [sum(own) for own in zip(*(part for _, part in parts))]
+    return {key: tuple(t / n if n else None for t, n in zip(total, counts)) for key, total in summed.items()}
 
 
 def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Form:
@@ -94,8 +98,8 @@ def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Fo
 
     It is the start where that is not better, whatever is wanted.
     """
-    means = {form: mean_known(by_form[form]) for form in FORMS}
-    offered = [form for form in FORMS if wanted in ("auto", form)]
+    means = {form: mean_known(by_form[form]) for form in FORMS if form in by_form}
+    offered = [form for form in means if wanted in ("auto", form)]
     gain = means["start"] - min(means[form] for form in offered)
     if gain <= 0:
         return "start"

@@ -131,10 +131,15 @@ def _n_out(module: nn.Module) -> int:
     return int(module.get_parameter("weight").shape[1 if isinstance(module, Conv1D) else 0])
 
 
+def is_flipped(module: nn.Module, name: str) -> bool:
+    """Whether a linear layer stores its weight as `(in, out)`, as GPT-2 does."""
+    return isinstance(module.get_submodule(name), Conv1D)
+
+
 def matrix_of(module: nn.Module, weights: Weights, name: str, *, with_bias: bool) -> Tensor:
     """Return the weight of a linear layer as `(out, in)`; `with_bias` appends the bias as a last column."""
     matrix = weights[f"{name}.weight"]
-    matrix = matrix.T if isinstance(module.get_submodule(name), Conv1D) else matrix
+    matrix = matrix.T if is_flipped(module, name) else matrix
     return torch.cat([matrix, weights[f"{name}.bias"][:, None]], dim=1) if with_bias else matrix
 
 
@@ -142,4 +147,4 @@ def put_matrix(module: nn.Module, weights: dict[str, Tensor], name: str, matrix:
     """Store what `matrix_of` returns as the weights of a layer."""
     if with_bias:
         matrix, weights[f"{name}.bias"] = matrix[:, :-1], matrix[:, -1].contiguous()
-    weights[f"{name}.weight"] = (matrix.T if isinstance(module.get_submodule(name), Conv1D) else matrix).contiguous()
+    weights[f"{name}.weight"] = (matrix.T if is_flipped(module, name) else matrix).contiguous()

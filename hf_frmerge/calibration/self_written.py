@@ -25,8 +25,11 @@ from hf_frmerge.evaluation.suite.suite import default_cache_dir
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT = 3
 """Version of the cache, part of every key; raise it when the same inputs would give other prompts."""
+
+BATCH = 64
+"""Prompts that are written at once, and kept in one file."""
 
 _SEPARATOR = "<|endoftext|>"  # what GPT-2's descendants put between documents; many of them call another token bos
 
@@ -62,7 +65,10 @@ def self_written_prompts(
     cache_dir: Path | None = None,
 ) -> tuple[Prompts, ...]:
     """
-    Let every expert write its prompts. They are kept, under the content of the model and all options.
+    Let every expert write its prompts. They are kept, under the content of the model and all options but their number.
+
+    Whatever it is merged with, an expert writes the same prompts. They are written and kept by `BATCH`, so that 256 of
+    them take no more memory than 64, begin with those 64, and are not lost if it ends early.
 
     What the texts are written behind is no part of the prompts, unless the tokenizer puts it before every text: the
     first token is one that all others look at, and a merge that was fitted with another one there than users' texts
@@ -71,10 +77,11 @@ def self_written_prompts(
     Args:
         experts (`Sequence[Source]`): Resolved checkpoints, on this machine; loaded one at a time.
         base (`Source`, *optional*): Base of adapters.
-        prefix, n_samples: As for `write_prompts`.
+        prefix (`Sequence[int]`): As for `write_prompts`.
         leading: Tokens that the tokenizer puts before every text, which the prompts begin with.
+        n_samples (`int`): Prompts of every expert.
         max_length (`int`): Tokens of each prompt.
-        seed (`int`): Seed of all draws; every expert has its own, which depends on its position.
+        seed (`int`): Seed of all draws; every expert has its own, which depends on its content.
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype to compute in; `"auto"` is the one a model is stored in.
         device (`str`, *optional*, defaults to `"cpu"`): Device to compute on.
         cache_dir (`Path`, *optional*): By default `prompts` in the user's cache, beside that of evaluations.
@@ -88,39 +95,47 @@ def self_written_prompts(
     loader = ModelLoader(base, dtype, device)
     prompts = []
     for number, source in enumerate(experts):
-        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         models = [source, *([base] if base is not None and source.kind == "adapter" else [])]
+        identities = [model_identity(model) for model in models]
+        own_seed = int(key_of([seed, identities])[:16], 16)
         versions = [FORMAT, torch.__version__, transformers.__version__]
-        options = [list(prefix), list(leading), n_samples, max_length, own_seed, dtype, device]
-        file = folder / f"{key_of([versions, [model_identity(model) for model in models], options])}.npy"
-        try:
-            written = np.load(file)
-        except (OSError, ValueError):  # not there, or damaged
-            model = loader.load(source)
-            try:
-                length = max_length + len(prefix) - len(leading)
-                texts = np.stack(write_prompts(model, n_samples, length, prefix=prefix, seed=own_seed))
-                begin = np.tile(np.array(leading, np.int64), (n_samples, 1))
-                written = np.concatenate([begin, texts[:, len(prefix) :]], axis=1)
-            except MergeError as error:
-                raise type(error)(f"The expert {source.spec!r} gives no prompts. {error}") from error
+        key = [versions, identities, [list(prefix), list(leading), max_length, own_seed, dtype, device]]
+        written, model = [], None
+        for start in range(0, n_samples, BATCH):
+            numbers = range(start, min(start + BATCH, n_samples))
+            # How many are written at once may decide about last digits, and so about a token.
+            file = folder / f"{key_of([*key, start, len(numbers)])}.npy"
+            batch = _kept(file)
+            if batch is None:
+                model = model if model is not None else loader.load(source)
+                try:
+                    length = max_length + len(prefix) - len(leading)
+                    texts = write_prompts(model, numbers, length, prefix=prefix, seed=own_seed)
+                except MergeError as error:
+                    raise type(error)(f"The expert {source.spec!r} gives no prompts. {error}") from error
+                begin = np.tile(np.array(leading, np.int64), (len(numbers), 1))
+                batch = np.concatenate([begin, texts[:, len(prefix) :]], axis=1)
+                content = io.BytesIO()
+                np.save(content, batch)
+                write_file(file, content.getvalue())
+            written += list(batch)
+        if model is not None:
             loader.release(model)
-            content = io.BytesIO()
-            np.save(content, written)
-            write_file(file, content.getvalue())
         prompts.append(Prompts(number, tuple(written), "self", tuple(leading)))
     return tuple(prompts)
 
 
+def _kept(file: Path) -> NDArray[np.int64] | None:
+    try:
+        batch: NDArray[np.int64] = np.load(file)
+    except (OSError, ValueError):  # not there, or damaged
+        return None
+    return batch
+
+
 def write_prompts(
-    model: torch.nn.Module,
-    n_samples: int,
-    max_length: int,
-    *,
-    prefix: Sequence[int],
-    seed: int,
-    batch_size: int = 64,
-) -> list[NDArray[np.int64]]:
+    model: torch.nn.Module, numbers: Sequence[int], max_length: int, *, prefix: Sequence[int], seed: int
+) -> NDArray[np.int64]:
     """
     Let a language model write prompts: each token is drawn from its prediction, over the whole vocabulary.
 
@@ -128,14 +143,14 @@ def write_prompts(
 
     Args:
         model (`torch.nn.Module`): Causal language model of transformers.
-        n_samples (`int`): Number of prompts.
+        numbers (`Sequence[int]`):
+            Which prompts: each has random numbers of its own, which do not depend on what is written beside it.
         max_length (`int`): Tokens of each, with those of the prefix.
         prefix (`Sequence[int]`): Tokens that all prompts begin with; at least one, fewer than `max_length`.
-        seed (`int`): Seed of the draws. With the same batch size, one machine writes the same prompts again.
-        batch_size (`int`, *optional*, defaults to `64`): Prompts that are written at once.
+        seed (`int`): Seed of the draws. One machine writes the same batch of prompts again.
 
     Returns:
-        `list[np.ndarray]`: `n_samples` arrays `(max_length,)`, int64.
+        `np.ndarray`: `(len(numbers), max_length)`, int64.
 
     Raises:
         ArgumentError: If the model does not predict the next token, or not with a cache of keys and values, or the
@@ -153,21 +168,19 @@ def write_prompts(
             f"write. Raise max_calibration_length above {len(prefix)}."
         )
     model_any: Any = model
-    generator = torch.Generator(model_any.device).manual_seed(seed)
+    device, n_drawn = model_any.device, max_length - len(prefix)
+    uniform_BT = torch.from_numpy(np.stack([np.random.default_rng([seed, n]).random(n_drawn) for n in numbers]))
     was_training = model.training
     model.eval()
-    written: list[NDArray[np.int64]] = []
+    parts = [torch.tensor([list(prefix)] * len(numbers), device=device)]
+    cache: dict[str, Any] = {}
     with torch.inference_mode():
-        for start in range(0, n_samples, batch_size):
-            n_rows = min(batch_size, n_samples - start)
-            parts = [torch.tensor([list(prefix)] * n_rows, device=model_any.device)]
-            cache: dict[str, Any] = {}
-            for _ in range(max_length - len(prefix)):
-                output = model_any(input_ids=parts[-1], use_cache=True, **cache)
-                cache = _cache(output, model)
-                parts.append(_draw(output.logits[:, -1].float(), generator))
-            written += list(torch.cat(parts, dim=1).cpu().numpy())
+        for place in range(n_drawn):
+            output = model_any(input_ids=parts[-1], use_cache=True, **cache)
+            cache = _cache(output, model)
+            parts.append(_draw(output.logits[:, -1].float(), uniform_BT[:, place, None].to(device)))
     model.train(was_training)
+    written: NDArray[np.int64] = torch.cat(parts, dim=1).cpu().numpy()
     return written
 
 
@@ -182,9 +195,9 @@ def _cache(output: Any, model: torch.nn.Module) -> dict[str, Any]:
     return {"past_key_values": cache}
 
 
-def _draw(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _draw(logits_BV: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
     """
-    Draw one token per row, `(B, 1)`, by inverting the cumulative distribution at one uniform number.
+    Draw one token per row, `(B, 1)`, by inverting the cumulative distribution at one uniform number in `[0, 1)`.
 
     `torch.multinomial` draws a number for every token of the vocabulary, a fifth of the time of a small model.
     """
@@ -192,6 +205,5 @@ def _draw(logits_BV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     total_B1 = cumulative_BV[:, -1:]
     if not bool(total_B1.isfinite().all()):
         raise NonFiniteError("The model predicts values that are not finite, so it cannot write prompts of its own.")
-    uniform_B1 = torch.rand(total_B1.shape, dtype=torch.float64, device=total_B1.device, generator=generator)
     # The first token whose cumulative probability lies above; the last, should rounding put the number at the total.
     return torch.searchsorted(cumulative_BV, uniform_B1 * total_B1, right=True).clamp_max(logits_BV.shape[-1] - 1)

@@ -38,6 +38,12 @@ class Batch:
         mask = self.inputs.get("attention_mask")
         return None if mask is None else mask.bool()
 
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens, without padding."""
+        mask = self.mask_BT
+        return self.inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
     def prompt(self, row: int) -> dict[str, Tensor]:
         """Return the inputs of one prompt, as a batch of its own."""
         return {name: values[row : row + 1] for name, values in self.inputs.items()}

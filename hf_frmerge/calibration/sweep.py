@@ -11,17 +11,20 @@ it got wrong. Only one block of each model is in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions, SweepState
+from hf_frmerge.calibration.fits.coefficient_rows import combined
 from hf_frmerge.calibration.layers import find_layers
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import NonFiniteError
+from hf_frmerge.merging.engine.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,12 @@ class FittedBlock:
     Attributes:
         corrections: parameter of the block -> what is added to the data-free merge.
         factors: weight of a linear layer -> the same in low rank, as factors `(rows, k)` and `(k, columns)`.
+        coefficients: parameter -> what the table form adds to the experts' coefficients, `(rows, N)` or `(1, N)`.
     """
 
     corrections: dict[str, Tensor]
     factors: dict[str, tuple[Tensor, Tensor]]
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
 
 
 class LayerFit(Protocol):
@@ -45,10 +50,12 @@ class LayerFit(Protocol):
     Attributes:
         weights: weights as fitted so far, float32; those that are not fitted are the start's own tensors.
         factors: weight of a linear layer -> its correction as factors `(rows, k)` and `(k, columns)`.
+        coefficients: parameter -> what the table form adds to the experts' coefficients; empty if there is none.
     """
 
     weights: dict[str, Tensor]
     factors: dict[str, tuple[Tensor, Tensor]]
+    coefficients: dict[str, Tensor]
 
     def run_experts(self) -> None:
         """Run the experts' blocks on all their prompts, and keep what the fit needs."""
@@ -64,12 +71,13 @@ class Sweep:
     One pass over the blocks.
 
     Args:
-        model, reader, batches, shares, options, is_full: See `SweepState`.
+        model, reader, batches, shares, options, is_full, offers_table: See `SweepState`.
         fit_of: Makes the fit of a block, from the arguments of `BlockFit`.
+        processes: Processes that share the prompts, each with `batches` of its own; by default this one has all.
 
     Attributes:
         state: what is carried through the blocks.
-        start, low_rank: hidden states of the data-free merge and of the low-rank form; held-out batches only.
+        start, table, low_rank: hidden states of the data-free merge and of two forms; held-out batches only.
         gives_logits: whether the model predicts something, or gives hidden states; known once the sweep has begun.
         predicts_tokens: likewise, whether it gives an output for every token, or one for a prompt, as a classifier.
     """
@@ -83,12 +91,16 @@ class Sweep:
         options: SweepOptions,
         *,
         is_full: bool,
+        offers_table: bool = False,
         fit_of: Callable[..., LayerFit] = BlockFit,
+        processes: Processes | None = None,
     ) -> None:
-        self.state = SweepState(model, reader, batches, list(shares), options, is_full)
+        processes = processes or Processes(alone=True)
+        self.state = SweepState(model, reader, batches, list(shares), options, is_full, processes, offers_table)
         self._fit_of = fit_of
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
+        self.table: dict[int, Tensor] = {}
         self.low_rank: dict[int, Tensor] = {}
         self.gives_logits = self.predicts_tokens = True
 
@@ -101,6 +113,7 @@ class Sweep:
                 long work, and not after it.
         """
         state, first = self.state, self.state.model.blocks[0]
+        state.n_tokens = self._count_tokens()
         outer, block = self.outer(None), state.computed(self._block_weights(None, first))
         for batch in state.batches:
             hidden_BTH, batch.calls = state.model.begin(outer, block, batch.inputs)
@@ -115,7 +128,17 @@ class Sweep:
                     of_experts[index], _ = state.model.begin(outer, block, batch.inputs)
         state.expert = [of_experts[index] for index in range(len(state.batches))]
         self.start = {index: state.merged[index] for index in self._held_out}
-        self.low_rank = dict(self.start)
+        self.table, self.low_rank = dict(self.start), dict(self.start)
+
+    def _count_tokens(self) -> list[int]:
+        """Return the tokens of every expert that take part in the fit, in all processes."""
+        state = self.state
+        counts = torch.zeros(state.n_experts, dtype=torch.int64)
+        for batch in state.batches:
+            if not batch.is_held_out:
+                counts[batch.expert] += batch.n_tokens
+        state.processes.add_up([counts])
+        return counts.tolist()
 
     def outer(self, expert: int | None) -> dict[str, Tensor]:
         """Return the weights outside the blocks, of an expert or of the data-free merge."""
@@ -142,6 +165,8 @@ class Sweep:
         experts = [self._block_weights(expert, name) for expert in range(state.n_experts)]
         call = state.batches[0].calls[index]
         layers = find_layers(state.model, name, state.computed(start), state.merged[0], call)
+        if state.processes.size > 1:  # which tokens an expert of a mixture sees depends on the prompts
+            (layers,) = state.processes.gather([layers] if state.processes.is_main else [])
         fit = self._fit_of(state, index, layers, start, experts)
         fit.run_experts()
         if known is None:
@@ -155,7 +180,19 @@ class Sweep:
         self._carry(index, range(len(state.batches)), state.merged, fitted)
         self._carry(index, self._held_out, self.start, start)
         self._carry(index, self._held_out, self.low_rank, low_rank)
+        if state.offers_table:
+            self._carry(index, self._held_out, self.table, self._table(name, known, start, experts))
         return known
+
+    def _table(
+        self, name: str, known: FittedBlock, start: dict[str, Tensor], experts: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return the weights of a block in the table form."""
+        weights = dict(start)
+        for key, coefficients_RN in known.coefficients.items():
+            origin = self.state.origin(f"{name}.{key}", start[key])
+            weights[key] = combined(start[key], [expert[key] - origin for expert in experts], coefficients_RN)
+        return weights
 
     def _carry(
         self, index: int, held: Iterable[int], hidden: list[Tensor] | dict[int, Tensor], weights: dict[str, Tensor]
@@ -178,7 +215,7 @@ class Sweep:
             key: (fit.weights[key] - start[key]).to(dtypes[key]) for key in start if fit.weights[key] is not start[key]
         }
         factors = {key: (up.to(dtypes[key]), down.to(dtypes[key])) for key, (up, down) in fit.factors.items()}
-        return FittedBlock(corrections, factors)
+        return FittedBlock(corrections, factors, fit.coefficients)
 
     def _read(self, expert: int | None, name: str) -> Tensor:
         reader = self.state.reader

@@ -15,8 +15,10 @@ from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.product import product
+from hf_frmerge.merging.decisions import Solution
 from hf_frmerge.merging.engine.rules import rule_for
 from hf_frmerge.merging.engine.tensor_work import TensorWork
+from hf_frmerge.merging.operands.apply import apply
 from hf_frmerge.merging.operands.dense_tensors import StoredTensor
 from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.planning.blocks import Piece, pieces_of
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.decisions import Decision
     from hf_frmerge.merging.operands.dense_tensors import DenseTensor
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
@@ -41,6 +44,9 @@ class WeightReader:
         plan: Plan of the merge; the data-free merge it describes is the start.
         kernels: Kernels of that merge.
         model: The model in memory, for the names of its parameters; it needs no weights.
+
+    Attributes:
+        tensors: parameter -> its tensor.
 
     Raises:
         ArgumentError: If a parameter has no tensor, or several tensors are decided together.
@@ -121,19 +127,38 @@ class WeightReader:
         if step.action == "copy":
             return self.expert(0, parameter)
         step = replace(step, dtype="F32")
-        inputs = open_tensors(self._plan, step)
-        work = TensorWork(step, inputs, pieces_of(step))
+        work = TensorWork(step, inputs := open_tensors(self._plan, step), pieces_of(step))
+        decision = self._decide(work)
+        out = np.empty(step.numel * 4, np.uint8)
+        for piece in work.pieces:
+            apply(inputs, decision, self._kernels, piece, out[piece.start * 4 : piece.stop * 4], "F32")
+        inputs.release(Piece(0, step.numel, 0, step.n_blocks))
+        return _tensor(out.view(np.float32), step)
+
+    def coefficients(self, parameter: str, change_RN: Tensor) -> NDArray[np.float64]:
+        """
+        Return the coefficients of a merged tensor, `(blocks, N)`, with what a fit adds to them.
+
+        Args:
+            parameter: Of a merge of deltas whose method gives coefficients.
+            change_RN: What is added to those of equal runs of the tensor's rows.
+        """
+        step = self._steps[parameter]
+        work = TensorWork(step, open_tensors(self._plan, step), pieces_of(step))
+        decision, change = self._decide(work), change_RN.cpu().numpy()
+        work.inputs.release(Piece(0, step.numel, 0, step.n_blocks))
+        assert isinstance(decision, Solution)
+        n_rows = max(len(decision.coefficients), len(change))
+        start, change = (np.repeat(each, n_rows // len(each), axis=0) for each in (decision.coefficients, change))
+        return start + change
+
+    def _decide(self, work: TensorWork) -> Decision:
         rounds = [work] if self._rule.rounds else []
         while rounds:
             for index in range(len(work.pieces)):
                 self._rule.measure(self._kernels, work, index)
             rounds = self._rule.unfinished([work])
-        decision = self._rule.decide([work])[step.group].decision
-        out = np.empty(step.numel * 4, np.uint8)
-        for piece in work.pieces:
-            inputs.apply(decision, self._kernels, piece, out[piece.start * 4 : piece.stop * 4], "F32")
-        inputs.release(Piece(0, step.numel, 0, step.n_blocks))
-        return _tensor(out.view(np.float32), step)
+        return self._rule.decide([work])[work.step.group].decision
 
 
 def _read(tensor: DenseTensor, step: TensorStep) -> NDArray[np.float32]:

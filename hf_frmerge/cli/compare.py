@@ -9,13 +9,11 @@ from typing import Any
 
 import click
 
-from hf_frmerge.cli.command import FrmergeCommand, results_only, yield_idle_cores
+from hf_frmerge.cli.command import FrmergeCommand, results_only
 from hf_frmerge.cli.evaluating import (
-    batch_size_option,
-    block_size_option,
-    cache_dir_option,
-    eval_dtype_option,
-    evaluation_bar,
+    bench_arguments,
+    bench_bar,
+    measured_into,
     models_and_data,
     named_files,
     numbers,
@@ -24,7 +22,6 @@ from hf_frmerge.cli.evaluating import (
 from hf_frmerge.cli.options import CALIBRATION, options_from
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.calibration import SELF, parse_calibration
-from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
 
 _TRIED = "What is tried"
@@ -89,20 +86,11 @@ _SHARED = {
     metavar="MODEL",
     help="Merge that is there already, whatever made it, to compare as it is: folder or Hub id; once per model.",
 )
-@batch_size_option
-@block_size_option
-@eval_dtype_option
-@cache_dir_option
-@option(
-    "Output",
-    "--output-dir",
-    metavar="DIR",
-    default="comparison",
-    show_default=True,
-    help="Folder for the results. The same command goes on in it, and one with more methods adds to it.",
+@measured_into(
+    "comparison",
+    again="The same command goes on in it, and one with more methods adds to it.",
+    anew="another comparison",
 )
-@option("Output", "--overwrite", is_flag=True, help="Begin anew in a folder with another comparison.")
-@option("Output", "--json", "as_json", is_flag=True, help="Print the record of the comparison as JSON.")
 @options_from(CALIBRATION, _SHARED)
 def compare(
     experts: tuple[str, ...],
@@ -133,49 +121,47 @@ def compare(
     files = named_files(data)
     factors = numbers("--scales", scales) if scales is not None else None
     chosen_weights = [_weights(text) for text in weights] or None
-    args = MergingArguments(
-        per_device_eval_batch_size=batch_size,
-        eval_block_size=block_size,
-        **{name: value for name, value in options.items() if value is not None and value != ()},
-    )
+    args = bench_arguments(batch_size, block_size, options)
     prompts = parse_calibration(calibration, experts) if calibration else None
     _check_held_out(prompts, files)
-    yield_idle_cores()  # before the imports below, which import torch
-    with results_only():
-        from transformers.utils.logging import disable_progress_bar
-
+    with bench_bar() as (on_model, on_prediction_step):
         from hf_frmerge.comparison.candidates import SCALES
         from hf_frmerge.comparison.comparison import MergeComparison
         from hf_frmerge.evaluation.text.datasets import read_texts
-        from hf_frmerge.report.comparison_page import write_comparison_page
-        from hf_frmerge.report.figures import can_draw
 
-        disable_progress_bar()  # one bar per model loaded would break up the bar below
-        with evaluation_bar() as (on_model, on_prediction_step):
-            record = MergeComparison(
-                experts,
-                {name: read_texts(file) for name, file in files.items()},
-                base_model,
-                methods=methods,
-                scales=factors or SCALES,
-                weights=chosen_weights,
-                args=args,
-                calibration_dataset=prompts,
-                also=also,
-                n_seeds=n_seeds,
-                max_tokens=max_tokens,
-                eval_dtype=dtype,
-                cache_dir=cache_dir,
-                on_progress=on_model,
-                on_prediction_step=on_prediction_step,
-            ).run()
-        page = write_comparison_page(args.output_dir) if can_draw() else None
+        record = MergeComparison(
+            experts,
+            {name: read_texts(file) for name, file in files.items()},
+            base_model,
+            methods=methods,
+            scales=factors or SCALES,
+            weights=chosen_weights,
+            args=args,
+            calibration_dataset=prompts,
+            also=also,
+            n_seeds=n_seeds,
+            max_tokens=max_tokens,
+            eval_dtype=dtype,
+            cache_dir=cache_dir,
+            on_progress=on_model,
+            on_prediction_step=on_prediction_step,
+        ).run()
+    page = _write_page(args.output_dir)
     if as_json:
         click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
         return
     from hf_frmerge.cli.render.comparison import print_comparison
 
     print_comparison(record, args.output_dir, page)
+
+
+def _write_page(folder: str) -> Path | None:
+    """Write the page with figures, where they can be drawn."""
+    with results_only():
+        from hf_frmerge.report.comparison_page import write_comparison_page
+        from hf_frmerge.report.figures import can_draw
+
+        return write_comparison_page(folder) if can_draw() else None
 
 
 def _check_held_out(prompts: Mapping[str, str] | str | None, files: Mapping[str, str]) -> None:

@@ -54,7 +54,8 @@ _MODELS, _AFTER = "Models and data", "What is done with it"
     multiple=True,
     metavar="[NAME=]FILE",
     help="Text to predict: a text file, or .jsonl, .json, .csv, .parquet with a column text (and label, for a "
-    "classifier). Give it once per domain; a domain named like an expert is that expert's own.",
+    "classifier); for classifiers of images a folder with a folder of them for every label, or a column image. Give "
+    "it once per domain; a domain named like an expert is that expert's own.",
 )
 @option(
     _MODELS,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hf_frmerge.cli.command import SectionOption
+from hf_frmerge.cli.command import SectionOption, results_only, yield_idle_cores
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.visible import visible
 
 MEASURING = "How it is measured"
@@ -48,6 +49,9 @@ eval_dtype_option = option(
 )
 
 
+OUTPUT = "Output"
+"""Heading of the options about the results."""
+
 DATA = "Models and data"
 """Heading of the options about what is measured."""
 
@@ -82,6 +86,45 @@ def models_and_data(chosen: str) -> Any:
         ),
     )
 
+    return _declaring(options)
+
+
+def measured_into(folder: str, *, again: str, anew: str) -> Any:
+    """
+    Declare how merges are measured, and where the results of commands that try many go.
+
+    Args:
+        folder: Default of the output folder; also what the record is of.
+        again: Sentence on what another run in the same folder does.
+        anew: What else a folder may hold, that is overwritten.
+    """
+    options = (
+        batch_size_option,
+        block_size_option,
+        eval_dtype_option,
+        option(
+            MEASURING,
+            "--cache-dir",
+            metavar="DIR",
+            help="Where results of unchanged experts are kept. [default: the user's cache]",
+        ),
+        option(
+            OUTPUT,
+            "--output-dir",
+            metavar="DIR",
+            default=folder,
+            show_default=True,
+            help=f"Folder for the results. {again}",
+        ),
+        option(OUTPUT, "--overwrite", is_flag=True, help=f"Begin anew in a folder with {anew}."),
+        option(OUTPUT, "--json", "as_json", is_flag=True, help=f"Print the record of the {folder} as JSON."),
+    )
+    return _declaring(options)
+
+
+def _declaring(options: Sequence[Any]) -> Any:
+    """Return a decorator that declares options in their order."""
+
     def declare(command: Any) -> Any:
         for each in reversed(options):
             command = each(command)
@@ -90,12 +133,22 @@ def models_and_data(chosen: str) -> Any:
     return declare
 
 
-cache_dir_option = option(
-    MEASURING,
-    "--cache-dir",
-    metavar="DIR",
-    help="Where results of unchanged experts are kept. [default: the user's cache]",
-)
+def bench_arguments(batch_size: int, block_size: int, options: Mapping[str, Any]) -> MergingArguments:
+    """Return the arguments that all merges of a command share: its options, but those that were not given."""
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    return MergingArguments(per_device_eval_batch_size=batch_size, eval_block_size=block_size, **given)
+
+
+@contextmanager
+def bench_bar() -> Iterator[tuple[Any, Any]]:
+    """Do what `evaluation_bar` does for a command that measures many merges, on cores that nothing else needs."""
+    yield_idle_cores()  # before the imports, of torch, of those who use this
+    with results_only():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # one bar per model loaded would break up this one
+        with evaluation_bar() as callbacks:
+            yield callbacks
 
 
 @contextmanager

@@ -22,6 +22,12 @@ from hf_frmerge.errors import ArgumentError
     help="Choose for every module the lowest rank, up to --rank, that keeps this share of the squared norm.",
 )
 @click.option(
+    "--correction",
+    is_flag=True,
+    help="Take the factors that a fit added to MODEL (merge --calibration, --calibration-form low_rank). The base "
+    "model is then the same merge without calibration.",
+)
+@click.option(
     "--target-modules",
     multiple=True,
     metavar="NAME",
@@ -37,6 +43,7 @@ def extract_lora(
     output_dir: str,
     rank: int,
     energy: float | None,
+    correction: bool,
     target_modules: tuple[str, ...],
     allow_pickle: bool,
     overwrite: bool,
@@ -59,7 +66,9 @@ def extract_lora(
             if source.kind != "full":
                 raise ArgumentError(f"{source.spec!r} is an adapter already; a full checkpoint is needed.")
         with open_checkpoint(sources[0]) as merged, open_checkpoint(sources[1]) as base:
-            options = ExtractOptions(rank=rank, energy=energy, target_modules=list(target_modules) or None)
+            options = ExtractOptions(
+                rank=rank, energy=energy, correction=correction, target_modules=list(target_modules) or None
+            )
             extracted = extract(merged, base, output_dir, options, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps({**asdict(extracted), "output_dir": output_dir, "error": extracted.error}, indent=2))

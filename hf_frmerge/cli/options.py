@@ -39,6 +39,7 @@ MEAN = {
         "seed",
         "descent_steps",
         "off_diagonal",
+        "fisher_labels",
         "merged_before",
         "layer_scales",
         "post_step",
@@ -58,6 +59,16 @@ CALIBRATION = {
         "refine_steps",
         "refine_loss",
         "refine_learning_rate",
+    )
+}
+CURVATURE = {
+    "Curvature of the experts' predictions, on prompts": (
+        "calibration",
+        "num_calibration_samples",
+        "max_calibration_length",
+        "fisher_labels",
+        "seed",
+        "device",
     )
 }
 OUTPUT = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_frmerge.cli.command import FrmergeCommand, results_only
-from hf_frmerge.cli.options import EXPERTS, MEAN, OUTPUT, VOCABULARY, arguments_from, options_from
+from hf_frmerge.cli.options import CURVATURE, EXPERTS, MEAN, OUTPUT, VOCABULARY, arguments_from, options_from
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -80,14 +80,15 @@ def _licences(merge_plan: MergePlan) -> dict[str, Any]:
 @click.command("inspect", cls=FrmergeCommand)
 @click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
 @click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
-@options_from(EXPERTS, VOCABULARY)
+@options_from(EXPERTS, VOCABULARY, CURVATURE)
 @click.option("--all", "show_all", is_flag=True, help="Show every tensor, not only those with the largest angles.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that was measured as JSON.")
 def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_json: bool, **options: Any) -> None:
     """
     Measure angles and norms: can the choice of method matter here?
 
-    Reads all weights once and writes nothing. With a base model, the differences to it are measured too.
+    Reads all weights once and writes nothing. With a base model, the differences to it are measured too; with prompts
+    (--calibration), how different the curvatures of the experts' predictions are, and what that can be worth.
     """
     with results_only():
         from tqdm import tqdm
@@ -109,13 +110,25 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
 
                 inspection = inspect_experts(merge_plan, progress=advance)
             accounts = [asdict(each) for each in account(merge_plan)]
-    described = {**inspection.to_dict(), "verdict": inspection_verdict(inspection), "accounts": accounts}
+            curvature = _curvature(merge_plan, expert_arguments.calibration_dataset)
+    described = {**inspection.to_dict(), "verdict": inspection_verdict(inspection), "accounts": accounts, **curvature}
     if as_json:
         click.echo(json.dumps(described, indent=2))
         return
     from hf_frmerge.cli.render.merges import print_inspection
 
     print_inspection(described, top=None if show_all else 12)
+
+
+def _curvature(merge_plan: MergePlan, calibration: Any) -> dict[str, Any]:
+    """Return the curvature of the experts' predictions and its verdict; nothing without prompts."""
+    if calibration is None:
+        return {}
+    from hf_frmerge.calibration.curvature import measure_curvature
+    from hf_frmerge.wording.inspection import curvature_verdict
+
+    measured = measure_curvature(merge_plan, calibration)
+    return {"curvature": {**measured.to_dict(), "verdict": curvature_verdict(measured.cost, measured.eta)}}
 
 
 COMMANDS = {"plan": plan, "inspect": inspect}

@@ -7,20 +7,17 @@ from typing import Any
 
 import click
 
-from hf_frmerge.cli.command import FrmergeCommand, results_only, yield_idle_cores
+from hf_frmerge.cli.command import FrmergeCommand
 from hf_frmerge.cli.evaluating import (
-    batch_size_option,
-    block_size_option,
-    cache_dir_option,
-    eval_dtype_option,
-    evaluation_bar,
+    bench_arguments,
+    bench_bar,
+    measured_into,
     models_and_data,
     named_files,
     numbers,
     option,
 )
 from hf_frmerge.cli.options import options_from
-from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 _SEARCH = "What is searched"
 _SHARED = {
@@ -71,20 +68,11 @@ _SHARED = {
 @option(
     _SEARCH, "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Seed of all that is drawn."
 )
-@batch_size_option
-@block_size_option
-@eval_dtype_option
-@cache_dir_option
-@option(
-    "Output",
-    "--output-dir",
-    metavar="DIR",
-    default="search",
-    show_default=True,
-    help="Folder for the results. The same command goes on in it, and another search of the same models adds to it.",
+@measured_into(
+    "search",
+    again="The same command goes on in it, and another search of the same models adds to it.",
+    anew="measurements of something else",
 )
-@option("Output", "--overwrite", is_flag=True, help="Begin anew in a folder with measurements of something else.")
-@option("Output", "--json", "as_json", is_flag=True, help="Print the record of the search as JSON.")
 @options_from(_SHARED)
 def search(
     experts: tuple[str, ...],
@@ -111,35 +99,26 @@ def search(
     """
     files = named_files(data)
     factors = numbers("--scales", scales) if scales is not None else None
-    args = MergingArguments(
-        per_device_eval_batch_size=batch_size,
-        eval_block_size=block_size,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    yield_idle_cores()  # before the imports below, which import torch
-    with results_only():
-        from transformers.utils.logging import disable_progress_bar
-
+    args = bench_arguments(batch_size, block_size, options)
+    with bench_bar() as (on_model, on_prediction_step):
         from hf_frmerge.evaluation.text.datasets import read_texts
         from hf_frmerge.search.weight_search import WeightSearch
 
-        disable_progress_bar()  # one bar per model loaded would break up the bar below
-        with evaluation_bar() as (on_model, on_prediction_step):
-            record = WeightSearch(
-                experts,
-                {name: read_texts(file) for name, file in files.items()},
-                base_model,
-                by=by,
-                method=method,
-                scales=factors,
-                n_evaluations=n_evaluations,
-                args=args,
-                max_tokens=max_tokens,
-                eval_dtype=dtype,
-                cache_dir=cache_dir,
-                on_progress=on_model,
-                on_prediction_step=on_prediction_step,
-            ).run()
+        record = WeightSearch(
+            experts,
+            {name: read_texts(file) for name, file in files.items()},
+            base_model,
+            by=by,
+            method=method,
+            scales=factors,
+            n_evaluations=n_evaluations,
+            args=args,
+            max_tokens=max_tokens,
+            eval_dtype=dtype,
+            cache_dir=cache_dir,
+            on_progress=on_model,
+            on_prediction_step=on_prediction_step,
+        ).run()
     if as_json:
         click.echo(json.dumps(record.to_dict(), indent=2, ensure_ascii=False))
         return

@@ -203,7 +203,7 @@ class MergeComparison:
         """
         Take the base that the first adapter names if none was given.
 
-        Adapters are merged into full models: what most methods make of them is no adapter.
+        Adapters are merged into full models: what some methods make of them is no adapter.
         """
         sources = resolve_all(self.experts, token=self.args.hub_token, allow_pickle=self.args.allow_pickle)
         adapters = [source for source in sources if source.kind == "adapter"]

@@ -14,7 +14,7 @@ from hf_frmerge.checkpoints.disk import remove_folder
 from hf_frmerge.errors import MergeError
 from hf_frmerge.evaluation.text.datasets import read_texts
 from hf_frmerge.merging.arguments.calibration import SELF
-from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
+from hf_frmerge.merging.engine.processes import Processes
 
 if TYPE_CHECKING:
     from hf_frmerge.comparison.candidates import Cell
@@ -76,20 +76,21 @@ class Fitter:
 
     def fit(self, plan: MergePlan, cell: Cell) -> int:
         """
-        Fit a planned merge, and add the corrections that were found to the plan; return the number of prompts.
+        Fit a planned merge, and add what was found to the plan; return the number of prompts.
 
         Raises:
-            WithoutGainError: If none bring it closer to the experts.
+            WithoutGainError: If nothing brings it closer to the experts.
             MergeError: Whatever stopped the fit.
         """
         folder = self._folder / xxh3_128_hexdigest(cell.key.encode())
-        plan.calibration = prepare(plan, self._calibration)(folder)
-        if not (folder / CORRECTIONS_FILE).exists():
+        plan.calibration = prepare(plan, self._calibration)(folder, Processes(alone=True))
+        assert plan.calibration is not None  # it is the main process that has it
+        if not plan.calibration.is_corrected:
             raise WithoutGainError(
                 "Fitted to its experts, it came no closer to them on prompts held out from the fit: it would be the "
                 "merge without a fit. More prompts, closer to what the experts were trained on, may help."
             )
-        plan.corrections = read_corrections(str(folder))
+        plan.take_fit(folder)
         return sum(plan.calibration.prompts)
 
     def close(self) -> None:

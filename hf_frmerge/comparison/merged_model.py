@@ -105,7 +105,7 @@ class MergedModel:
 
     def _rule(self, plan: MergePlan, cell: Cell) -> Rule | None:
         kind = METHODS[plan.args.method].kind
-        if kind == "span":
+        if kind == "span" and plan.fitted is None:
             return SharedGrams(plan, self._grams.setdefault((plan.space, plan.args.block), {}))
         if kind == "spectral":
             return SharedMatrices(plan, self._matrices_of(cell))

@@ -29,7 +29,7 @@ BASE = "base"
 N_PROMPTS = 16  # that every expert writes, and the merge is fitted to; more gain little and take longer
 # Without data: what is compared on any experts is about ten, of which these are one of a kind each.
 METHODS = ("karcher", "nre", "linear", "ties", "tsv_m", "karcher,space=weights")
-SCALES = (0.5, 0.7, 1.0, 1.4)
+SCALES = (0.5, 0.7, 1.0)
 # Enough text to resolve differences of a few percent between methods, but quick to evaluate on two slow cores.
 EXCERPT_CHARS = 7_000
 PROMPT = "It was a bright morning, and"

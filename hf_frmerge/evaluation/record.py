@@ -24,6 +24,9 @@ FORMAT_VERSION = 2
 MERGED = "merged"
 """Name of the merged model in every record."""
 
+EMBEDDING_COSINE = "embedding_cosine_"
+"""What the name of an expert follows in the name of a metric: the mean cosine of embeddings to those of the expert."""
+
 Role = Literal["merged", "expert", "base"]
 
 
@@ -33,7 +36,8 @@ class Score:
     Metrics of one model on one domain.
 
     Attributes:
-        metrics: values by name: `loss` in nats a token, `perplexity`, `token_accuracy`, `accuracy`, or user metrics.
+        metrics: values by name: `loss` in nats a token, `perplexity`, `token_accuracy`, `accuracy`,
+            `embedding_cosine_<expert>`, or user metrics.
         n_tokens: tokens scored; 0 for classifiers and tasks of a harness.
         n_samples: rows of the dataset; 0 if they were joined into one stream.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.checkpoints.tensors.floats import widen
+from hf_frmerge.checkpoints.tensors.floats import SIGNIFICANT_BITS, widen
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint
 from hf_frmerge.errors import NonFiniteError
 
@@ -74,6 +74,16 @@ class DenseDelta:
             difference = values - left[rows] @ right
             total += float(np.einsum("rc,rc->", difference, difference, dtype=np.float64))
         return float(np.sqrt(total))
+
+    def rounding(self) -> float:
+        """Return the norm of the most that rounding both tensors to their dtypes may have changed."""
+        most = 0.0
+        for info, checkpoint in ((each.tensors[self.name], each) for each in (self.merged, self.base)):
+            starts = range(0, info.numel, _CHUNK_ELEMENTS)
+            parts = (self._read(checkpoint, at, min(at + _CHUNK_ELEMENTS, info.numel)) for at in starts)
+            squares = sum(float(np.einsum("i,i->", part, part, dtype=np.float64)) for part in parts)
+            most += 2.0 ** -SIGNIFICANT_BITS[info.dtype] * squares**0.5
+        return most
 
     def _read(self, checkpoint: Checkpoint, start: int, stop: int) -> NDArray[np.floating]:
         """Read elements `[start, stop)` of the tensor, 1-D, widened to float32 or float64."""

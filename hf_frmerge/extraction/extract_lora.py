@@ -4,6 +4,8 @@ Extract a LoRA adapter from the difference of two full checkpoints.
 The best rank-`r` approximation of a dense delta is its truncated SVD (Eckart and Young). A randomised range
 finder with power iterations computes it (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), which reads the
 delta in chunks of rows and needs no dense SVD. Every module's error is measured against its delta, not estimated.
+
+Of a merge that was fitted to its experts, the factors that the fit added can be taken instead, as they are recorded.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.quantised import refuse_quantised
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some, unchanged
 from hf_frmerge.errors import ArgumentError, CheckpointError, NonFiniteError
+from hf_frmerge.extraction.correction import read_correction
 from hf_frmerge.extraction.difference import DenseDelta
 from hf_frmerge.extraction.targets import ExtractTarget, find_modules, task_type
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
@@ -32,6 +35,7 @@ from hf_frmerge.merging.output_folder import check_output_dir, remove_model
 from hf_frmerge.merging.planning.account import ModelAccount
 
 _LEAST_NORM, _MOST_NORM = 2.0**-100, 2.0**100  # norms of a delta between which products fit into float32
+_SMALL = 1e-5  # share of a delta that may be missing beside what rounding the two models took
 _OVERSAMPLING = 10  # extra random directions; 5 to 10 suffice (Halko et al., section 4.2)
 
 
@@ -44,6 +48,8 @@ class ExtractOptions:
         rank: maximum rank of a module.
         energy: share of the delta's squared norm to keep; every module gets the lowest rank, up to `rank`, that does.
             By default all get `rank`.
+        correction: take the factors that a fit added to the model, which `base` then lacks; the numbers above and
+            below that choose factors have no part in it.
         target_modules: last names of the modules to adapt, as in PEFT (`"q_proj"`, also `"embed_tokens"`); by default
             all linear layers but the output layer.
         power_iterations: more iterations come closer to the exact SVD if singular values decay slowly; each reads the
@@ -58,6 +64,7 @@ class ExtractOptions:
 
     rank: int = 16
     energy: float | None = None
+    correction: bool = False
     target_modules: Sequence[str] | None = None
     power_iterations: int = 2
     dtype: str | None = None
@@ -72,6 +79,10 @@ class ExtractOptions:
         ):
             if not holds:
                 raise ArgumentError(f"`{name}` must be {wanted}, but got {getattr(self, name)}.")
+        if self.correction and self.energy is not None:
+            raise ArgumentError(
+                "`energy` chooses ranks, but those of a `correction` are as the fit made them. Give one."
+            )
 
 
 @dataclass(frozen=True)
@@ -149,7 +160,8 @@ def extract_lora(
 
     Raises:
         ArgumentError: If no module matches `target_modules`, or `output_dir` is an input or not empty.
-        CheckpointError: If a checkpoint is quantised, if they do not fit together or are equal in all chosen modules.
+        CheckpointError: If a checkpoint is quantised, if they do not fit together or are equal in all chosen modules,
+            or differ by other things than a correction that is to be extracted.
         NonFiniteError: If a tensor has NaN or infinity, or the norm of a difference is too far from 1 for float32.
         MergeError: If a merge is writing to `output_dir`, or the disk fails.
     """
@@ -170,16 +182,21 @@ def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: Ex
     for target in targets:
         _check_pair(merged, base, target.tensor)
     code = options.dtype or merged.tensors[targets[0].tensor].dtype
+    factors = read_correction(merged) if options.correction else {}
 
     def work(numbered: tuple[int, ExtractTarget]) -> _Factored | None:
         index, target = numbered
         delta = DenseDelta(merged, base, target.tensor)
+        if options.correction:
+            return _given(delta, target, factors[target.tensor], code) if target.tensor in factors else None
         # A generator per module: the result does not depend on the order in which threads run.
         return _factorise(delta, target, options, code, np.random.default_rng([options.seed, index]))
 
     with unchanged([merged, base]), ordered_pool(options.num_workers) as workers:
         factored = list(workers.map(work, enumerate(targets)))
-        others = _other_tensors(merged, base, {target.tensor for target in targets})
+        extracted = {result.report.target for result in factored if result is not None}
+        done = extracted if options.correction else {target.tensor for target in targets}
+        others = _other_tensors(merged, base, done)
         norms = list(workers.map(lambda name: DenseDelta(merged, base, name).norm(), others))
     changed = [result for result in factored if result is not None]
     if not changed:
@@ -197,7 +214,6 @@ def _extract(merged: Checkpoint, base: Checkpoint, output_dir: Path, options: Ex
         for result in changed:
             writer.write(result.output, result.up, result.down)
     left_out = {name: norm for name, norm in zip(others, norms) if norm > 0}
-    extracted = {result.report.target for result in changed}
     compared = {target.tensor for target in targets} | set(others)
     return ExtractedAdapter(
         output_dir,
@@ -262,12 +278,41 @@ def _factorise(
         keep = int(np.argmax(is_enough)) + 1 if is_enough.any() else keep
     # Each factor gets the root of the singular values, so that both have the same scale.
     root = np.sqrt(values[:keep])
-    left, right = (basis @ small[:keep].T) * root, (right[:, :keep] * root).T
+    return _factored(delta, target, (basis @ small[:keep].T) * root, (right[:, :keep] * root).T, norm, dtype)
+
+
+def _given(
+    delta: DenseDelta, target: ExtractTarget, factors: tuple[NDArray[np.floating], NDArray[np.floating]], dtype: str
+) -> _Factored | None:
+    """Take the factors of one delta, after a check that they are what the models differ by; `None` if it is zero."""
+    norm = delta.norm()
+    if norm == 0.0:
+        return None
+    result = _factored(delta, target, *factors, norm, dtype)
+    if result.report.error * norm > delta.rounding() + _SMALL * norm:
+        raise CheckpointError(
+            f"{delta.merged.source.spec!r} and {delta.base.source.spec!r} differ in {delta.name!r} by more than the "
+            "correction that the fit added. The base has to be the same merge without calibration: leave out "
+            "--calibration (calibration_dataset) and merge into another folder."
+        )
+    return result
+
+
+def _factored(
+    delta: DenseDelta,
+    target: ExtractTarget,
+    left: NDArray[np.floating],
+    right: NDArray[np.floating],
+    norm: float,
+    dtype: str,
+) -> _Factored:
+    """Return one delta as factors, rounded as they are written, with the error that is left."""
     up, down = (right.T, left.T) if target.transposed else (left, right)
     up, down = _rounded(up, dtype), _rounded(down, dtype)
     error = delta.distance(down.T, up.T) if target.transposed else delta.distance(up, down)
-    output = AdapterModule(target.module, target.kind, keep, up.shape[0], (down.shape[1],))
-    return _Factored(output, up, down, ExtractedModule(target.module, target.tensor, keep, norm, error / norm))
+    rank = down.shape[0]
+    output = AdapterModule(target.module, target.kind, rank, up.shape[0], (down.shape[1],))
+    return _Factored(output, up, down, ExtractedModule(target.module, target.tensor, rank, norm, error / norm))
 
 
 def _rounded(values: NDArray[np.floating], dtype: str) -> NDArray[np.floating]:

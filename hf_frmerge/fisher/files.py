@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_frmerge.checkpoints.disk import make_folder, write_file
@@ -21,6 +22,7 @@ from hf_frmerge.evaluation.models.identity import key_of, model_identity, tokens
 from hf_frmerge.evaluation.models.loading import ModelLoader
 from hf_frmerge.evaluation.suite.suite import default_cache_dir
 from hf_frmerge.fisher.diagonal import diagonal_fisher
+from hf_frmerge.fisher.kronecker import kronecker_factors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +30,14 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.source import Source
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files, part of every key; raise it when the same inputs would give another estimate."""
+
+ESTIMATORS = {
+    "sampled": "sampled labels",
+    "exact": "all labels (exact)",
+    "empirical": "labels of the text (empirical)",
+}
 
 
 @dataclass(frozen=True)
@@ -39,48 +47,79 @@ class FisherRecord:
 
     Attributes:
         model: identity of the model.
-        estimator: always `"sampled labels"`.
+        kind: `"diagonal"` or `"kfac"`.
+        estimator: one of `ESTIMATORS`.
         n_prompts, n_predictions: over which it is a mean.
         seed: of the labels.
-        norm: Euclidean norm of all values in the file.
+        norm: Euclidean norm of all that the file is about: of the diagonal, or of the Kronecker products.
+        owner: of Kronecker factors, layer -> the layer under whose name the factor of its inputs is stored.
     """
 
     model: list[str]
+    kind: str
     estimator: str
     n_prompts: int
     n_predictions: int
     seed: int
     norm: float
+    owner: dict[str, str]
 
 
 @dataclass(frozen=True)
-class FisherFile:
+class EstimateOptions:
+    """
+    How Fisher information is estimated.
+
+    Attributes:
+        labels: `"sampled"`, `"exact"` or `"empirical"`; see `scores`.
+        seed: of what is drawn.
+        device: where the model runs.
+        is_silent: whether no progress is shown; `None` shows it on a terminal.
+    """
+
+    labels: str
+    seed: int
+    device: str = "cpu"
+    is_silent: bool | None = None
+
+
+@dataclass(frozen=True)
+class DiagonalFile:
     """Diagonal Fisher information of a model, in a safetensors file."""
 
     path: Path
     record: FisherRecord
 
-    def read(self, parameter: str) -> torch.Tensor:
+    def read(self, parameter: str) -> Tensor:
         """
         Return the information of a parameter, float32, divided by the norm over all parameters.
 
         Experts have different scales of information: one that is unsure of everything would else count most.
         """
-        with safe_open(self.path, "pt") as stored:
-            information: torch.Tensor = stored.get_tensor(parameter)
-        return information.float() / self.record.norm if self.record.norm else information.float()
+        return _read(self.path, parameter).float() / (self.record.norm or 1.0)
 
 
-def estimate_fisher(
+@dataclass(frozen=True)
+class KroneckerFile:
+    """Kronecker factors of a model's Fisher information, in a safetensors file: their upper triangles."""
+
+    path: Path
+    record: FisherRecord
+
+    def read(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return A `(I, I)` and G `(O, O)` of a linear layer, float32; the information of its weight is G (x) A."""
+        names = (f"{self.record.owner[layer]}.inputs", f"{layer}.outputs")
+        of_inputs, of_outputs = (_symmetric(_read(self.path, name)) for name in names)
+        return of_inputs, of_outputs
+
+
+def estimate_diagonal(
     expert: Source,
     base: Source | None,
     prompts: Sequence[NDArray[np.int64]],
     parameters: Collection[str],
-    *,
-    seed: int,
-    device: str = "cpu",
-    is_silent: bool | None = None,
-) -> FisherFile:
+    options: EstimateOptions,
+) -> DiagonalFile:
     """
     Estimate the diagonal Fisher information of an expert on its prompts, or find it in the user's cache.
 
@@ -91,41 +130,123 @@ def estimate_fisher(
         base: Base of adapters.
         prompts: Token ids `(T,)` of every prompt.
         parameters: Names of the parameters it is needed for.
-        seed: Of the labels that are drawn.
-        device: Where the model runs.
-        is_silent: Whether no progress is shown; `None` shows it on a terminal.
+        options: How it is estimated.
 
     Raises:
         ArgumentError, NonFiniteError: As `diagonal_fisher` does, with the name of the expert.
         MergeError: If the cache cannot be written.
     """
+
+    def estimate(model: torch.nn.Module, shown: Iterable[NDArray[np.int64]]) -> _Estimate:
+        found, n_predictions = diagonal_fisher(model, shown, parameters, labels=options.labels, seed=options.seed)
+        stored = {name: values.to("cpu", torch.bfloat16).contiguous() for name, values in found.items()}
+        norm = math.sqrt(sum(float(values.double().square().sum()) for values in stored.values()))
+        return _Estimate(stored, norm, n_predictions, {})
+
+    return DiagonalFile(*_estimated("diagonal", expert, base, prompts, parameters, options, estimate))
+
+
+def estimate_kronecker(
+    expert: Source,
+    base: Source | None,
+    prompts: Sequence[NDArray[np.int64]],
+    layers: Collection[str],
+    options: EstimateOptions,
+) -> KroneckerFile:
+    """
+    Estimate the Kronecker factors of an expert's Fisher information, or find them in the user's cache.
+
+    They are stored in float32: rounded to less, a matrix with small eigenvalues has negative ones.
+
+    Args:
+        expert, base, prompts, options: As for `estimate_diagonal`.
+        layers: Names of the linear layers they are needed for.
+
+    Raises:
+        ArgumentError, NonFiniteError: As `kronecker_factors` does, with the name of the expert.
+        MergeError: If the cache cannot be written.
+    """
+
+    def estimate(model: torch.nn.Module, shown: Iterable[NDArray[np.int64]]) -> _Estimate:
+        found, n_predictions = kronecker_factors(model, shown, layers, labels=options.labels, seed=options.seed)
+        squares = [_square(found.inputs[name]) * _square(found.outputs[name]) for name in found.outputs]
+        first: dict[int, str] = {}
+        owner = {name: first.setdefault(id(values), name) for name, values in found.inputs.items()}
+        stored = {f"{name}.outputs": _triangle(found.outputs.pop(name)) for name in [*found.outputs]}
+        stored |= {f"{name}.inputs": _triangle(found.inputs.pop(name)) for name in first.values()}
+        return _Estimate(stored, math.sqrt(sum(squares)), n_predictions, owner)
+
+    return KroneckerFile(*_estimated("kfac", expert, base, prompts, layers, options, estimate))
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """Tensors to store, their norm, the number of predictions, and whose inputs' factor a layer has."""
+
+    tensors: dict[str, Tensor]
+    norm: float
+    n_predictions: int
+    owner: dict[str, str]
+
+
+def _estimated(
+    kind: str,
+    expert: Source,
+    base: Source | None,
+    prompts: Sequence[NDArray[np.int64]],
+    names: Collection[str],
+    options: EstimateOptions,
+    estimate: Callable[[torch.nn.Module, Iterable[NDArray[np.int64]]], _Estimate],
+) -> tuple[Path, FisherRecord]:
+    """Return the file with an estimate, made if it is not there, and its record."""
     folder = default_cache_dir().parent / "fisher"
     make_folder(folder)
     identity = [model_identity(one) for one in (expert, *([base] if base and expert.kind == "adapter" else []))]
     tokens = [tokens_identity(torch.from_numpy(ids)) for ids in prompts]
     versions = [FORMAT, torch.__version__, transformers.__version__]
-    path = folder / f"{key_of([versions, identity, tokens, sorted(parameters), seed, device])}.safetensors"
+    key = [versions, kind, options.labels, identity, tokens, sorted(names), options.seed, options.device]
+    path = folder / f"{key_of(key)}.safetensors"
     try:
-        return _open(path)
+        return path, _record(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there, or damaged
         pass
-    shown = tqdm(prompts, "Fisher information", unit="prompt", disable=is_silent)
+    shown = tqdm(prompts, "Fisher information", unit="prompt", disable=options.is_silent)
     try:
-        model = _whole_model(expert, base, device)
-        information, n_predictions = diagonal_fisher(model, shown, parameters, seed=seed)
+        found = estimate(_whole_model(expert, base, options.device), shown)
     except MergeError as error:
         raise type(error)(f"The Fisher information of {expert.spec!r} cannot be estimated. {error}") from error
-    del model
-    stored = {name: values.to("cpu", torch.bfloat16).contiguous() for name, values in information.items()}
-    norm = math.sqrt(sum(float(values.double().square().sum()) for values in stored.values()))
-    record = FisherRecord(identity, "sampled labels", len(prompts), n_predictions, seed, norm)
-    write_file(path, save(stored, {"fisher": json.dumps(asdict(record))}))
-    return _open(path)
+    n_prompts, label = len(prompts), ESTIMATORS[options.labels]
+    record = FisherRecord(identity, kind, label, n_prompts, found.n_predictions, options.seed, found.norm, found.owner)
+    write_file(path, save(found.tensors, {"fisher": json.dumps(asdict(record))}))
+    return path, record
 
 
-def _open(path: Path) -> FisherFile:
+def _record(path: Path) -> FisherRecord:
     with safe_open(path, "pt") as stored:
-        return FisherFile(path, FisherRecord(**json.loads(stored.metadata()["fisher"])))
+        return FisherRecord(**json.loads(stored.metadata()["fisher"]))
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as stored:
+        values: Tensor = stored.get_tensor(name)
+    return values
+
+
+def _square(values: Tensor) -> float:
+    return float(values.double().square().sum())
+
+
+def _triangle(matrix_nn: Tensor) -> Tensor:
+    """Return the upper triangle of a symmetric matrix, row by row."""
+    return matrix_nn.cpu()[torch.ones_like(matrix_nn, dtype=torch.bool, device="cpu").triu()]
+
+
+def _symmetric(triangle: Tensor) -> Tensor:
+    """Return the matrix whose upper triangle is given."""
+    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    upper_nn = triangle.new_zeros(size, size)
+    upper_nn[torch.ones(size, size, dtype=torch.bool).triu()] = triangle
+    return upper_nn + upper_nn.triu(1).T
 
 
 def _whole_model(expert: Source, base: Source | None, device: str) -> torch.nn.Module:

@@ -24,15 +24,15 @@ class CoreSpace:
     """
 
     U_B: Array  # (m, P): orthonormal basis of all columns, leading left singular vectors of [B_1 ... B_N]
-    V_A: Array  # (n, Q): orthonormal basis of all rows, leading right singular vectors of [A_1; ...; A_N]
-    cores: Array  # (N, P, Q): x_i = U_B @ cores[i] @ V_A.T
+    V_A: Array | None  # (n, Q): orthonormal basis of all rows, leading right singular vectors of [A_1; ...; A_N]
+    cores: Array  # (N, P, Q): x_i = U_B @ cores[i] @ V_A.T; (N, P, n) if there is no V_A, which stands for 1
 
     def factors(self, core: Array) -> Factors:
-        """Map a `(P, Q)` core back to the low-rank matrix it represents."""
-        return Factors(self.U_B @ core, self.V_A.T)
+        """Map a core back to the low-rank matrix it represents."""
+        return Factors(self.U_B, core) if self.V_A is None else Factors(self.U_B @ core, self.V_A.T)
 
 
-def core_space(factors: Sequence[Factors]) -> CoreSpace:
+def core_space(factors: Sequence[Factors], *, left_only: bool = False) -> CoreSpace:
     """
     Represent low-rank matrices in the smallest common space of their columns and rows (arXiv 2509.17786).
 
@@ -40,6 +40,7 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
 
     Args:
         factors (`Sequence[Factors]`): N pairs `B` `(m, r_i)` and `A` `(r_i, n)` with their scales.
+        left_only (`bool`): Whether the cores keep the rows as they are.
 
     Returns:
         `CoreSpace`: Bases and one core per matrix.
@@ -50,7 +51,7 @@ def core_space(factors: Sequence[Factors]) -> CoreSpace:
     B_mR, A_Rn, owner_NR = stack_factors(factors)
     # Bases of the stacked factors contain the columns and rows of every matrix, whatever the ranks: nothing is lost.
     U_B = np.linalg.svd(B_mR, full_matrices=False)[0]
-    V_A = np.linalg.svd(A_Rn, full_matrices=False)[2].T
+    V_A = None if left_only else np.linalg.svd(A_Rn, full_matrices=False)[2].T
     # Both products are shared by all matrices; owner_R picks the ranks of one of them, with its scale.
-    left_PR, right_RQ = U_B.T @ B_mR, A_Rn @ V_A
+    left_PR, right_RQ = U_B.T @ B_mR, A_Rn if V_A is None else A_Rn @ V_A
     return CoreSpace(U_B, V_A, np.stack([(left_PR * owner_R) @ right_RQ for owner_R in owner_NR]))

@@ -24,10 +24,10 @@ from hf_frmerge.merging.engine.shared_observer import SharedObserver
 from hf_frmerge.merging.output_folder import check_output_dir, clear_output_dir
 from hf_frmerge.merging.outputs.blas_threads import one_blas_thread
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
-from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE
-from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections, read_corrections
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, write_coefficients
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, keep_corrections
 from hf_frmerge.merging.record.summary import make_report
-from hf_frmerge.merging.record.write_manifest import write_coefficients, write_manifest
+from hf_frmerge.merging.record.write_manifest import write_manifest
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.record.manifest import Manifest
     from hf_frmerge.merging.record.summary import MergeReport
+
+    # Fits a merge, given the folder of unfinished files and the processes that share the work. The main process writes
+    # coefficients or corrections there, unless it finds none that help, and returns how they were found.
+    Calibrate = Callable[[Path, Processes], CalibrationRecord | None]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +72,7 @@ def run_merge(
     observer: StepObserver,
     processes: Processes,
     on_complete: Callable[[Manifest], None] | None = None,
-    calibrate: Callable[[Path], CalibrationRecord] | None = None,
+    calibrate: Calibrate | None = None,
 ) -> MergeOutcome:
     """
     Run a plan and write its output folder, holding the lock of the folder.
@@ -82,8 +86,7 @@ def run_merge(
         observer: Notified of every tensor.
         processes: Processes that share the merge.
         on_complete: Called by the main process with the record of a complete merge, while it still holds the lock.
-        calibrate: Called by the main process with the staging folder, before anything is merged: writes corrections
-            there, unless it finds none that help, and returns how they were found.
+        calibrate: Called by all processes before anything is merged.
 
     Raises:
         MergeError: Whatever stopped the merge.
@@ -128,7 +131,7 @@ def _run(
     observer: StepObserver,
     processes: Processes,
     lock: FolderLock | None,
-    calibrate: Callable[[Path], CalibrationRecord] | None,
+    calibrate: Calibrate | None,
 ) -> MergeOutcome:
     kernels = load_kernels(plan.args.device)
     output = _output(plan)
@@ -174,7 +177,7 @@ def _prepare(
     output: Output,
     kernels: Kernels,
     processes: Processes,
-    calibrate: Callable[[Path], CalibrationRecord] | None,
+    calibrate: Calibrate | None,
 ) -> Journal:
     """Clear the folder, read the journal and lay out the files: the main process creates, the others only open."""
     resume = plan.args.resume_from_checkpoint
@@ -182,9 +185,9 @@ def _prepare(
         clear_output_dir(plan.args)
     processes.wait()  # the folder is cleared before any process looks for journals in it
     if calibrate is not None:
-        (plan.calibration,) = processes.gather([calibrate(output.staging)] if processes.is_main else [])
-        if (output.staging / CORRECTIONS_FILE).exists():
-            plan.corrections = read_corrections(str(output.staging))
+        record = calibrate(output.staging, processes)
+        (plan.calibration,) = processes.gather([record] if processes.is_main else [])
+        plan.take_fit(output.staging)
     header, marks = fingerprint(plan, kernels.name), modification_marks(plan)
     journal = Journal(output.staging, processes.rank, header, marks, resume=resume)
     processes.wait()  # all have read all journals before `start` rewrites any
@@ -206,7 +209,9 @@ def _finish(
     """Rename staged files and write the record; the config comes last, as no loader takes a folder without it."""
     folder = Path(plan.args.output_dir)
     small = output.publish()
-    if write_coefficients(folder, outcomes, plan.space):
+    table = {outcome.step.name: outcome.solution.coefficients for outcome in outcomes if outcome.solution is not None}
+    if table:  # not all methods give a sum of the experts, and copied tensors are none
+        write_coefficients(folder, table, plan.space)
         small[COEFFICIENTS_FILE] = folder / COEFFICIENTS_FILE
     if plan.corrections is not None:
         keep_corrections(plan.corrections, folder / CORRECTIONS_FILE)

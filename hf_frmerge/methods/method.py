@@ -60,8 +60,9 @@ class Method:
         subtracts: whether an expert may have a negative weight, which subtracts what it learned.
         is_isotropic: whether all directions of a merged matrix, or an adapter's in it, are equally strong, so that
             none can be told apart.
-        is_equivariant: whether deltas in other orthonormal coordinates give the merged delta in these, so that
-            low-rank ones can be merged as small matrices.
+        cores: where deltas in other orthonormal coordinates give the merged delta in these, so that low-rank ones are
+            merged as small matrices, and can become an adapter: in the coordinates of both sides, or of the outputs.
+        needs_factors: whether it is defined by the factors of low-rank deltas, so that only adapters can be merged.
         is_continual: whether it adds the last expert to the first, which may be a merge; its scale is measured.
         is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
         is_spherical: whether its direction can differ from that of the plain mean.
@@ -85,7 +86,8 @@ class Method:
     needs_deltas: bool = False
     subtracts: bool = False
     is_isotropic: bool = False
-    is_equivariant: bool = False
+    cores: Literal["both", "left"] | None = None
+    needs_factors: bool = False
     is_continual: bool = False
     is_directional: bool = False
     is_spherical: bool = False

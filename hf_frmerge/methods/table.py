@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
+
+from hf_frmerge.methods.entries.auto import AUTO
 from hf_frmerge.methods.entries.calibrated import CALIBRATED
 from hf_frmerge.methods.entries.span import SPAN
 from hf_frmerge.methods.entries.sparse import SPARSE
@@ -21,3 +25,6 @@ GIVEN = (
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in (*SPAN, *SPARSE, *SPECTRAL, *CALIBRATED, *GIVEN)}
+
+CHOICES: Mapping[str, Method] = ChainMap({AUTO.name: AUTO}, METHODS)
+"""What the option takes: the methods, and the choice among them, of which no plan knows any more."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.arguments.merging_arguments import RETIRED, MergingArguments
 from hf_frmerge.merging.planning.build_plan import build_plan
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, read_coefficients
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.record.find_models import MergeModels
     from hf_frmerge.merging.record.manifest import Manifest
@@ -62,4 +67,17 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
     plan.calibration = manifest.calibration
     if CORRECTIONS_FILE in manifest.files:
         plan.corrections = read_corrections(folder)
+    fitted = [name for name, tensor in manifest.tensors.items() if tensor.is_fitted]
+    if fitted:
+        table = read_coefficients(folder)
+        plan.take_coefficients(replace(table, rows={name: _row(table, name) for name in fitted}))
     return plan
+
+
+def _row(table: CoefficientTable, name: str) -> NDArray[np.float64]:
+    if name not in table.rows:
+        raise CheckpointError(
+            f"{table.origin} has no coefficients of {name!r}, which was fitted on prompts. Restore "
+            f"{COEFFICIENTS_FILE}, or calibrate again."
+        )
+    return table.rows[name]

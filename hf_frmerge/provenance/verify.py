@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
-from hf_frmerge.checkpoints.tensors.floats import widen
+from hf_frmerge.checkpoints.tensors.floats import SIGNIFICANT_BITS, widen
 from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS, open_checkpoint, unchanged
 from hf_frmerge.errors import CheckpointError, NonFiniteError
 from hf_frmerge.kernels.elementwise import Elementwise
 from hf_frmerge.kernels.interface import digest
 from hf_frmerge.kernels.load import load_kernels
-from hf_frmerge.merging.engine.engine import StepObserver, worker_count
-from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.engine.engine import worker_count
+from hf_frmerge.merging.operands.apply import apply
 from hf_frmerge.merging.operands.open_inputs import open_tensors
 from hf_frmerge.merging.operands.tensor_inputs import join_digests
 from hf_frmerge.merging.planning.blocks import pieces_of
@@ -29,8 +28,8 @@ from hf_frmerge.merging.record.checksums import header_digest, sha256_of
 from hf_frmerge.merging.record.find_models import find_models
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.record.write_manifest import record_checksums
-from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.spectral.decision import RULES, TOLERANCE, Spectral
+from hf_frmerge.provenance.compare_adapter import compare_adapter
 from hf_frmerge.provenance.plan_again import plan_again
 
 if TYPE_CHECKING:
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.tensor_step import TensorStep
     from hf_frmerge.merging.record.manifest import Manifest
     from hf_frmerge.merging.record.manifest_entries import RecordedTensor
-
-_SIGNIFICANT_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 
 
 @dataclass
@@ -112,7 +109,8 @@ def verify(
         return report
     with closing(merged), closing(_plan(folder, manifest, experts, base_model, allow_pickle)) as plan:
         if plan.layout is None:
-            _check_adapter(merged, plan, report)
+            report.checked_tensors, problems = compare_adapter(merged, manifest, plan)
+            report.problems += problems
         else:
             with unchanged([merged, *plan.opened]):
                 _check_model(merged, coefficients, manifest, plan, report)
@@ -153,23 +151,6 @@ def _check_model(
     # The loop above goes through the experts' tensors only, so an added one would pass unnoticed.
     extra = sorted(set(merged.tensors) - {step.name for step in plan.steps})
     report.problems += [f"Tensor {name!r} is in the merged model, but its experts have none." for name in extra]
-
-
-def _check_adapter(merged: Checkpoint, plan: MergePlan, report: VerifyReport) -> None:
-    """Merge the adapters again and compare the factors bit for bit."""
-    with TemporaryDirectory(prefix="frmerge-verify-") as again:
-        try:
-            run_merge(replace(plan, args=replace(plan.args, output_dir=again)), StepObserver(), Processes())
-        except NonFiniteError as error:
-            report.problems.append(str(error))
-            return
-        with open_checkpoint(Source(again, "adapter", again)) as expected:
-            for name in sorted(merged.tensors.keys() | expected.tensors.keys()):
-                report.checked_tensors += 1
-                if name not in merged.tensors or name not in expected.tensors:
-                    report.problems.append(f"Tensor {name!r} is only in one of the merged adapter and its derivation.")
-                elif not np.array_equal(merged.read(name), expected.read(name)):
-                    report.problems.append(f"Tensor {name!r} differs from what its experts and options give.")
 
 
 def _check_files(folder: Path, manifest: Manifest, report: VerifyReport, sha256: bool) -> None:
@@ -230,7 +211,7 @@ def _check_tensor(
         expected = np.empty((piece.stop - piece.start) * size, np.uint8)
         try:
             if decision is not None:
-                inputs.apply(decision, kernels, piece, expected, step.dtype)
+                apply(inputs, decision, kernels, piece, expected, step.dtype)
             else:
                 expected, _ = inputs.copy(kernels, piece, expected, step.dtype)
         except NonFiniteError as error:
@@ -269,7 +250,7 @@ def _is_near(
     operand = inputs.base.read(piece.start, piece.stop)
     origin = widen(operand.data, operand.dtype).astype(np.float64)
     here, there = (widen(data, dtype).astype(np.float64) for data in (expected, actual))
-    rounding = 2.0 ** -_SIGNIFICANT_BITS[dtype] * np.linalg.norm(here)
+    rounding = 2.0 ** -SIGNIFICANT_BITS[dtype] * np.linalg.norm(here)
     return bool(np.linalg.norm(here - there) <= TOLERANCE * np.linalg.norm(here - origin) + rounding)
 
 

@@ -18,7 +18,7 @@ from hf_frmerge.merging.arguments.named_weights import SHAPES, is_name, parse_na
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.methods.table import METHODS
+from hf_frmerge.methods.table import CHOICES
 from hf_frmerge.weighting.plan_merge import plan_merge
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class MergeCheckpointsCallback(TrainerCallback):
                 f"`weights` of checkpoints that come and go are 'uniform', 'linear', '1-sqrt' or 'ema:DECAY'; got "
                 f"{weights!r}."
             )
-        if args is not None and METHODS[args.method].needs_deltas:
+        if args is not None and CHOICES[args.method].needs_deltas:
             raise ArgumentError(
                 f"method={args.method!r} is made of differences to a base model, which checkpoints of one run do not "
                 "have. Choose 'karcher', 'linear' or another method that takes the models as they are."

@@ -13,14 +13,16 @@ from threadpoolctl import threadpool_limits
 
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.errors import ArgumentError, CheckpointError
+from hf_frmerge.geometry.core_space import core_space
 from hf_frmerge.geometry.gram import delta_gram
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 from hf_frmerge.merging.engine.engine import worker_count
-from hf_frmerge.merging.operands.open_inputs import open_tensors
-from hf_frmerge.merging.planning.blocks import pieces_of
+from hf_frmerge.merging.operands.factor_inputs import FactorInputs
+from hf_frmerge.merging.operands.open_inputs import open_inputs
+from hf_frmerge.merging.planning.blocks import Piece, pieces_of
 from hf_frmerge.merging.record.find_models import find_models, record_folder
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE, read_manifest
 from hf_frmerge.methods.spectral.continual import without_disturbance
@@ -152,16 +154,20 @@ def _growth(ratio: float, scale: float) -> float:
 
 def _squares(plan: MergePlan, step: TensorStep, growth: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return the squared norms of a tensor's merged delta, new delta, and their sum before it is brought back."""
-    inputs, kernels = open_tensors(plan, step), load_kernels(plan.args.device)
-    total = np.zeros((3, 3))
-    for piece in pieces_of(step):
-        total += fold(inputs.gram(kernels, piece)[0].copy())
+    inputs, kernels = open_inputs(plan, step), load_kernels(plan.args.device)
+    pieces = [Piece(0, step.numel, 0, 1)] if plan.layout is None else pieces_of(step)
+    total = np.zeros((1, 2 + inputs.has_base, 2 + inputs.has_base))
+    for piece in pieces:
+        total[0] += fold(inputs.gram(kernels, piece)[0].copy())
         inputs.release(piece)
-    (merged, between), (_, new) = delta_gram(total[None])[0].tolist()
+    (merged, between), (_, new) = (delta_gram(total) if inputs.has_base else total)[0].tolist()
     summed = growth**2 * merged + 2 * growth * between + new
     if step.is_matrix:
-        [piece] = pieces_of(step)
-        _, (before_mn, new_mn), _ = inputs.matrices(kernels, piece)
+        [piece] = pieces
+        if isinstance(inputs, FactorInputs):  # cores have the norms of the deltas
+            before_mn, new_mn = core_space(inputs.row.factors()).cores.astype(np.float32)
+        else:
+            _, (before_mn, new_mn), _ = inputs.matrices(kernels, piece)
         kept_mn = without_disturbance(before_mn, new_mn, plan.spectral_options.density)
         summed = float(np.sum(np.square(growth * before_mn + kept_mn, dtype=np.float64)))
         inputs.release(piece)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.named_weights import CONTINUAL, NAN, parse_name
 from hf_frmerge.merging.planning.build_plan import build_plan
-from hf_frmerge.methods.table import METHODS
+from hf_frmerge.methods.table import CHOICES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def plan_merge(
         CheckpointError: As `build_plan`.
     """
     named = parse_name(weights) if isinstance(weights, str) else None
-    if METHODS[args.method].is_continual or (named is not None and named.name == CONTINUAL):
+    if CHOICES[args.method].is_continual or (named is not None and named.name == CONTINUAL):
         return _plan_next(experts, args, weights, base_model, download=download, check=check)
     if named is None:
         return build_plan(experts, args, weights, base_model, download=download, check=check)  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def _plan_next(
     """Plan a merge of a merge with new experts."""
     from hf_frmerge.weighting.continual import continual_weights, opcm_numbers, read_before
 
-    is_measured = METHODS[args.method].is_continual
+    is_measured = CHOICES[args.method].is_continual
     if is_measured and (args.scale != 1.0 or weights not in (None, CONTINUAL)):
         raise ArgumentError(
             f"method={args.method!r} finds weights and scale itself, from the record of the first expert. Leave both "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hf_frmerge.merging.planning.corrections import mean_known, nearest_start
 from hf_frmerge.wording.methods import method_of
 from hf_frmerge.wording.numbers import counted, number, percent
 from hf_frmerge.wording.verdicts import Verdict, graded
@@ -19,6 +21,7 @@ WITHOUT_DATA = (
 
 _SOURCES = {"self": "which the experts wrote themselves", "file": "from files", "dataset": "from datasets"}
 _FORMS = {
+    "table": "coefficients of the experts for every row",
     "low_rank": "factors of rank {rank} for every linear layer",
     "dense": "a number for every weight of the linear layers",
 }
@@ -35,7 +38,33 @@ def fitted_how(record: CalibrationRecord | None) -> str | None:
 
 
 def calibration_verdict(record: CalibrationRecord) -> Verdict:
-    """State what a merge was fitted to, and how close it came to its experts on prompts held out from the fit."""
+    """
+    State what a merge was fitted to, and how close it came to its experts on prompts held out from the fit.
+
+    How its start was chosen, and how far it is from the base on text of no expert, is said behind it.
+    """
+    verdict = _fit(record)
+    return replace(verdict, text=" ".join([verdict.text, *_start(record), *_neutral(record)]))
+
+
+def _start(record: CalibrationRecord) -> list[str]:
+    if record.starts is None:
+        return []
+    of_starts = ", ".join(f"{label} {number(mean_known(row))}" for label, row in record.starts.items())
+    return [f"It started from {nearest_start(record.starts)}, the nearest without data ({of_starts} rad²)."]
+
+
+def _neutral(record: CalibrationRecord) -> list[str]:
+    if record.neutral is None:
+        return []
+    prompts, distance, nats = record.neutral.prompts, record.neutral.distance, record.neutral.nats
+    return [
+        f"On {prompts} prompts that the base wrote, which are no expert's, its predictions are {number(distance)} "
+        f"rad² ({number(nats)} nats a token) from the base's."
+    ]
+
+
+def _fit(record: CalibrationRecord) -> Verdict:
     prompts = f"{sum(record.prompts):,} prompts, {_SOURCES.get(record.source, 'of another origin')}"
     others = f"{sum(record.held_out):,} others"
     outputs, distance = ("predictions", "squared Fisher–Rao distance")
@@ -68,8 +97,20 @@ def calibration_verdict(record: CalibrationRecord) -> Verdict:
         "Fitted to the experts",
         f"The merge was fitted to what its experts compute on {prompts}. On {others} the {distance} of its {outputs} "
         f"to the experts' is {number(after)} rad², where the merge without data has {number(before)} rad²"
-        f"{_parts(record, gain)} The correction is {_FORMS[record.form].format(rank=record.options['rank'])}.",
+        f"{_parts(record, gain)} {_forms(record)}",
     )
+
+
+def _forms(record: CalibrationRecord) -> str:
+    """Say in which form the fit is written, and what each form keeps of the gain."""
+    names = {form: name.format(rank=record.options["rank"]) for form, name in _FORMS.items()}
+    written = f"It is written as {names[record.form]}"
+    if record.is_refined:  # another step than those that the forms are of
+        return f"{written}."
+    start = record.mean_distance("start")
+    gains = {form: start - record.mean_distance(form) for form in names if form in record.distances}
+    kept = [f"{names[form]} {percent(max(gain / max(gains.values()), 0.0))}" for form, gain in gains.items()]
+    return f"{written}. What each form keeps of the best one's gain: {', '.join(kept)}."
 
 
 def _parts(record: CalibrationRecord, gain: float) -> str:

@@ -139,7 +139,7 @@ def _afterwards(manifest: Manifest) -> str | None:
     """Name what was done to the mean after it was measured."""
     step, fit = manifest.arguments.get("post_step"), manifest.calibration
     steps = [f"{step} corrected it"] if step is not None else []
-    if fit is not None and fit.is_corrected:
+    if fit is not None and fit.has_corrections:
         steps.append("it was fitted to its experts" if fit.is_fitted else "what the prompts say was added")
     return " and ".join(steps) or None
 

@@ -28,6 +28,26 @@ def inspection_verdict(inspection: Inspection) -> str:
     return " ".join(parts)
 
 
+def curvature_verdict(cost: float, eta: float) -> str:
+    """
+    Explain EpiMer's eta.
+
+    Args:
+        cost: What the plain mean costs, in nats a prediction, by the curvatures of the experts' predictions.
+        eta: Twice what of it the best point saves.
+    """
+    if not cost:
+        return (
+            "The experts' linear layers are the same wherever their predictions depend on them: any mean is as good."
+        )
+    return (
+        f"EpiMer's η = {eta:.3g}: by the curvatures of the experts' predictions a plain mean costs {cost:.3g} nats a "
+        f"prediction, and the best point for these curvatures {eta / 2:.3g} less, {eta / 2 / cost:.0%} of it. If that "
+        "is near 0 %, the experts depend on the same directions, and no geometry gains much on a plain mean; the "
+        "larger it is, the more can be gained by asking what they compute (--method mats, or merge --calibration)."
+    )
+
+
 def _of_space(name: str, views: Sequence[SpaceView], weights: Sequence[SpaceView]) -> str:
     angle = max(view.max_angle for view in views)
     kept = min(view.linear_norm_ratio for view in views)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_frmerge.evaluation.record import EMBEDDING_COSINE
 from hf_frmerge.evaluation.weakest import LOWER_IS_BETTER
 from hf_frmerge.wording.numbers import decimals, number
 
@@ -86,6 +87,14 @@ def metric_of(name: str) -> Metric:
     if name.startswith(_RECOVERY):
         title = f"Share kept of what {name.removeprefix(_RECOVERY)} gained over the base"
         return Metric(name, title, 3, "recovery")
+    if name.startswith(EMBEDDING_COSINE):
+        return Metric(
+            name,
+            f"Mean cosine of embeddings to those of {name.removeprefix(EMBEDDING_COSINE)}",
+            4,
+            "embedding_cosine",
+            "1 means that every text has the same embedding but for its length.",
+        )
     title = name.replace("_", " ").strip() or name
     return METRICS.get(name) or Metric(name, title.capitalize(), None, name)
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from attacks.disturbances import Tally, attack_with_another, attack_with_fault, attack_with_kill
-from attacks.doors import DoorAttack
+from attacks.doors import Door, DoorAttack
 from attacks.files import TARGETS, FileAttack
 from attacks.site import Site, build_site
 
@@ -21,6 +21,11 @@ def file_attack(site: Site) -> FileAttack:
     return FileAttack(site)
 
 
+@pytest.fixture(scope="module")
+def door_attack(site: Site) -> DoorAttack:
+    return DoorAttack(site)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_damaged_files_are_refused_in_a_sentence(file_attack: FileAttack, target: str) -> None:
     tally, rng = Tally(), random.Random(f"files {target}")
@@ -29,12 +34,18 @@ def test_damaged_files_are_refused_in_a_sentence(file_attack: FileAttack, target
     assert not tally.failures
 
 
-def test_hostile_bytes_at_the_doors_end_in_a_sentence(site: Site) -> None:
-    attack, tally, rng = DoorAttack(site), Tally(), random.Random("doors")
+def test_hostile_bytes_at_the_doors_end_in_a_sentence(door_attack: DoorAttack) -> None:
+    tally, rng, doors = Tally(), random.Random("doors"), list(door_attack.doors)
     for number in range(2000):
-        attack(list(attack.doors)[number % len(attack.doors)], rng, tally)
+        door_attack(doors[number % len(doors)], rng, tally)
     assert not tally.failures
     assert tally.seen["accepted"] > 100 and tally.seen["refused"] > 1000
+
+
+def test_a_reader_that_leaves_its_folder_is_seen(site: Site, door_attack: DoorAttack) -> None:
+    tally = Tally()
+    door_attack.attack(Door("x", b"", lambda folder: (folder / ".." / "secret").read_text()), b"", tally)
+    assert len(tally.failures) == 1 and f"{site.root / 'secret'}" in tally.failures[0]
 
 
 @pytest.mark.parametrize("merge", ["full", "sparse", "adapters"])

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from hf_frmerge.hub.card.card import compiled_template
+from hf_frmerge.hub.card.data import TEMPLATE_FILE
+
 _IMPORTED = (
     *("merger", "cli.diff", "cli.merge", "cli.output", "cli.preflight", "cli.render.diff", "cli.render.merges"),
     *("hub.card.describe", "merging.inspection", "merging.outputs.factor_output", "provenance.diff"),
     *("provenance.verify", "report.figures", "evaluation.record"),
+    *("checkpoints.adapters.match", "checkpoints.adapters.rows", "merging.engine.sparse_rule", "methods.sparse.rules"),
 )
-_LIBRARIES = ("huggingface_hub", "jinja2", "matplotlib.figure", "rich.console", "transformers.models.llama", "yaml")
+_LIBRARIES = (
+    *("encodings.unicode_escape", "encodings.utf_8_sig", "huggingface_hub", "jinja2", "matplotlib.figure"),
+    *("rich.console", "safetensors.numpy", "transformers.models.llama.modeling_llama", "yaml"),
+)
 
 CPU_LIMIT = 20
 """Seconds of CPU time after which a child counts as hanging: time on the clock depends on who else is at work."""
@@ -94,9 +101,10 @@ def start(command: Sequence[str | Path], log: Path, prepare: Callable[[], object
 
 
 def warm_up() -> None:
-    """Import what the commands import."""
+    """Import what the commands import, and compile the template of cards."""
     for name in (*(f"hf_frmerge.{name}" for name in _IMPORTED), *_LIBRARIES):
         import_module(name)
+    compiled_template(Path(TEMPLATE_FILE).read_text(encoding="utf-8"))
 
 
 def run(command: Sequence[str | Path], log: Path, prepare: Callable[[], object] = lambda: None) -> Ended:

@@ -16,6 +16,7 @@ from pathlib import Path
 from attacks.disturbances import Tally
 from attacks.mutations import damaged, flipped
 from attacks.site import Site
+from attacks.watch import watch_opens
 from hf_frmerge.checkpoints.adapters.config import read_adapter_config
 from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
@@ -112,19 +113,22 @@ class DoorAttack:
     def __init__(self, site: Site) -> None:
         self.doors = doors_of(site)
         self._folder = site.root / "doors"
+        self._reads = False
+        self._outside: list[str] = []
+        watch_opens([self._folder], lambda path: self._outside.append(path) if self._reads else None)
 
     def __call__(self, name: str, rng: random.Random, tally: Tally) -> None:
         """Damage an intact file and have it read."""
-        content = self.doors[name].intact
-        self.attack(name, flipped(content, rng) if name == "journal" else damaged(content, rng), tally)
-
-    def attack(self, name: str, content: bytes, tally: Tally) -> None:
-        """Have a file read."""
         door = self.doors[name]
+        self.attack(door, (flipped if name == "journal" else damaged)(door.intact, rng), tally)
+
+    def attack(self, door: Door, content: bytes, tally: Tally) -> None:
+        """Have a file read."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir()
         (self._folder / door.name).write_bytes(content)
         started, troubles = time.thread_time(), []
+        self._reads = True
         try:
             door.read(self._folder)
             tally.seen["accepted"] += 1
@@ -132,9 +136,14 @@ class DoorAttack:
             tally.seen["refused"] += 1
         except Exception as error:
             troubles.append(f"{type(error).__name__}: {error}; the file begins {content[:200]!r}")
+        finally:
+            self._reads = False
+        if self._outside:
+            troubles.append(f"opened {self._outside}; the file begins {content[:200]!r}")
+            self._outside.clear()
         if time.thread_time() - started > SLOW:
             troubles.append(f"{time.thread_time() - started:.1f} s of CPU time; the file begins {content[:200]!r}")
-        tally.add(name, troubles)
+        tally.add(door.name, troubles)
 
 
 def _parse(folder: Path) -> object:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import constants
 
 from attacks import children
 from attacks.disturbances import Tally
 from attacks.mutations import damaged
 from attacks.site import Site, empty, files_below
+from attacks.watch import watch_opens
 
 SLOW = 1.0
 """Seconds of CPU time, above those of an intact file, that no file may cost."""
@@ -119,29 +121,18 @@ class FileAttack:
 
     def _run(self, command: tuple[str, ...]) -> children.Ended:
         empty(self.site.root / "out")
-        return children.run([part.replace("OUT", "out") for part in command], self.site.log, self._watch)
+        arguments = [part.replace("OUT", "out") for part in command]
+        return children.run(arguments, self.site.log, lambda: self._watch(command))
 
-    def _watch(self) -> None:
-        """Report files that this process opens outside of the folders it was given, and those of Python itself."""
+    def _watch(self, command: tuple[str, ...]) -> None:
+        """Report what this process opens outside of the folders it was given."""
         os.chdir(self.site.root)
-        root = str(self.site.root)
-        inside = tuple(f"{root}/{name}" for name in ("work", "out", "in", "log"))
-
-        def look(event: str, arguments: tuple[Any, ...]) -> None:
-            if event != "open" or not isinstance(arguments[0], (str, bytes)):
-                return
-            path, mode, flags = os.path.abspath(os.fsdecode(arguments[0])), arguments[1], arguments[2]
-            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if path.startswith(inside) or path.startswith("/dev/"):
-                return
-            if (
-                (path.startswith(root) and path != root)
-                or (writes and "frmerge-" not in path)
-                or path == "/etc/passwd"
-            ):
-                os.write(2, f"opened outside: {path} {mode}\n".encode(errors="replace"))
-
-        sys.addaudithook(look)
+        root, temporary = self.site.root, Path(tempfile.gettempdir())
+        allowed = [root / name for name in ("work", "out", "in", "log")]
+        allowed.append(temporary / "frmerge-verify-")  # where `verify` merges adapters again
+        if command[-1] == "work/options.json":  # whoever writes this names the inputs, and where the output goes
+            allowed += [root, Path(constants.HF_HOME)]
+        watch_opens(allowed, lambda path: os.write(2, f"opened outside: {path}\n".encode(errors="replace")))
 
     def _prepare(self) -> None:
         """Copy inputs, merges and an interrupted merge to where they can be taken from again and again."""

@@ -88,3 +88,25 @@ def test_transformers_reports_what_it_has_no_names_for_either(tmp_path: Path) ->
     _, report = AutoModelForCausalLM.from_pretrained(experts[0], output_loading_info=True)
     names = ("input_layernorm", "post_attention_layernorm")
     assert set(report["missing_keys"]) == {f"model.layers.0.{name}.weight" for name in names}
+
+
+@pytest.mark.parametrize("options", [{}, {"refine_steps": 2}])
+def test_give_weight_to_an_expert_that_has_prompts(tmp_path: Path, options: dict[str, Any]) -> None:
+    experts = [str(write_llama(tmp_path / f"e{number}", number)) for number in range(2)]
+    args = MergingArguments(
+        output_dir=str(tmp_path / "out"),
+        method="linear",
+        disable_tqdm=True,
+        num_calibration_samples=16,
+        max_calibration_length=8,
+        **options,
+    )
+
+    def merge(weights: list[float]) -> None:
+        FisherRaoMerger(experts, args, weights, calibration_dataset={experts[1]: prompts()}).merge()
+
+    with pytest.raises(ArgumentError, match=r"There are prompts of .*e1 alone, of weight 0.* Give weight to an"):
+        merge([1.0, 0.0])
+    assert not (tmp_path / "out").exists()
+    merge([1.0, 0.1])
+    assert read_manifest(tmp_path / "out").calibration is not None

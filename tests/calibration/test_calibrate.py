@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from click_runner import click_runner
+from jsonschema import Draft202012Validator
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -32,7 +34,7 @@ from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError, CheckpointError, ResumeError
 from hf_frmerge.merging.outputs.shard_output import ShardOutput
-from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.merging.record.manifest import SCHEMA_FILE, read_manifest
 from hf_frmerge.provenance.diff import diff_merges
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
@@ -140,6 +142,123 @@ def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
     assert report.ok, report.problems
     reproduction = reproduce(str(tmp_path / "out"))
     assert not reproduction.differences
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("lora", {}), ("full", {"space": "deltas"}), ("full", {"space": "deltas", "block": "row", "method": "karcher"})],
+)
+def test_a_fit_in_the_form_of_coefficients_is_a_merge_of_rows_like_any_other(
+    models: Path, tmp_path: Path, kind: str, options: dict[str, str]
+) -> None:
+    merger(models, tmp_path / "start", kind, calibration=None, **options).merge()
+    merger(models, tmp_path / "out", kind, calibration_form="table", **options).merge()
+    manifest = read_manifest(tmp_path / "out")
+    record = manifest.calibration
+    assert record is not None and record.form == "table"
+    before, after = (distance_to_experts(models, tmp_path / name, kind) for name in ("start", "out"))
+    assert after < before
+    assert record.mean_distance("table") / record.mean_distance("start") == pytest.approx(after / before, abs=0.2)
+
+    # The weights are the sum of the experts by the coefficients of the record, in float64.
+    assert not (tmp_path / "out/merge_corrections.safetensors").exists()
+    table = load_file(tmp_path / "out/merge_coefficients.safetensors")
+    base = load_file(models / "base/model.safetensors")
+    experts = [dense_weights(models, kind, number) for number in range(3)]
+    merged = load_file(tmp_path / "out/model.safetensors")
+    fitted = {name for name, tensor in manifest.tensors.items() if tensor.is_fitted}
+    assert {name for name in fitted if "norm" not in name} == {name for name in merged if "proj" in name}
+    for name in fitted:
+        rows = table[name]
+        assert rows.shape == (1 if "norm" in name else len(merged[name]), 3)
+        origin = base[name].double()
+        columns = rows.T.reshape(3, -1, *[1] * (merged[name].ndim - 1))
+        expected = origin + sum(c * (expert[name] - origin) for c, expert in zip(columns, experts))
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-5, atol=1e-6)
+        geometry = manifest.tensors[name].geometry
+        assert geometry is not None
+        points = [(expert[name] - origin).norm() for expert in experts]
+        length = (expected - origin).norm() / (sum(points) / 3)
+        if name.endswith("proj.weight"):  # mean of the norms of rows, which is that of the tensor if rows are alike
+            assert geometry.norm_ratio == pytest.approx(float(length), rel=0.1)
+
+    report = verify(str(tmp_path / "out"))
+    assert report.ok, report.problems
+    assert not reproduce(str(tmp_path / "out")).differences
+    changes = {c.what: c.b for c in diff_merges(str(tmp_path / "start"), str(tmp_path / "out")).arguments}
+    assert changes["form of the fit"] == "table"
+    schema = json.loads(files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text(encoding="utf-8"))
+    Draft202012Validator(schema).validate(json.loads((tmp_path / "out/merge_manifest.json").read_text()))
+
+
+def test_lengths_are_said_to_be_of_what_was_measured(models: Path, tmp_path: Path) -> None:
+    """Coefficients of a fit are measured with the rest; what is added to a merge is not."""
+    for form, said in (
+        ("table", "This merge keeps"),
+        ("dense", "Before it was fitted to its experts, this merge kept"),
+    ):
+        merger(models, tmp_path / form, calibration_form=form).merge()
+        assert said in (tmp_path / form / "README.md").read_text()
+
+
+def dense_weights(models: Path, kind: str, number: int) -> dict[str, torch.Tensor]:
+    """Weights of an expert in float64, as transformers and PEFT give them."""
+    path = models / f"{kind}{number}"
+    if kind == "full":
+        return {name: values.double() for name, values in load_file(path / "model.safetensors").items()}
+    base = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float64)
+    return PeftModel.from_pretrained(base, path).merge_and_unload().state_dict()
+
+
+def test_an_interrupted_table_goes_on_to_the_same_bits(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole, fit = tmp_path / "out", tmp_path / "whole", Sweep.fit_block
+
+    def fit_block(self: Sweep, index: int, known: Any) -> Any:
+        if index == 1:
+            raise Killed
+        return fit(self, index, known)
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    for place, name, action in ((Sweep, "fit_block", fit_block), (ShardOutput, "sync", die)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, action)
+            with pytest.raises(Killed):
+                merger(models, out, calibration_form="table").merge(resume_from_checkpoint=out.exists())
+        assert not (out / "config.json").exists()
+    merger(models, out, calibration_form="table").merge(resume_from_checkpoint=True)
+    merger(models, whole, calibration_form="table").merge()
+    for name in ("model.safetensors", "merge_coefficients.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert verify(str(out)).ok
+
+
+def test_a_table_that_cannot_be_is_refused_with_what_helps(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for options, advice in (
+        ({"adapter_output": "adapter"}, "adapter_output='merged'"),
+        ({"method": "ties"}, "method='karcher'"),
+        ({"method": "regmean"}, "method='karcher'"),
+        ({"method": "karcher", "post_step": "svc"}, "leave out post_step"),
+        ({"refine_steps": 5}, "leave out refine_steps"),
+        ({"space": "weights"}, "space='deltas' and a base_model"),
+    ):
+        with pytest.raises(ArgumentError, match=rf"form='table' .*Use calibration_form='auto', or {advice}"):
+            merger(models, out, calibration_form="table", **options).merge()
+    assert not out.exists()
+
+
+def test_a_record_whose_fitted_coefficients_are_gone_is_refused(models: Path, tmp_path: Path) -> None:
+    merger(models, tmp_path / "out", calibration_form="table").merge()
+    file = tmp_path / "out/merge_coefficients.safetensors"
+    table = load_file(file)
+    name = next(name for name in table if "proj" in name)
+    save_file({n: rows for n, rows in table.items() if n != name}, file, metadata={"space": "deltas"})
+    with pytest.raises(CheckpointError, match=rf"no coefficients of '{re.escape(name)}', which was fitted"):
+        reproduce(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("options", [{}, {"adapter_rank": 8}])
@@ -378,6 +497,12 @@ def test_a_merge_that_dies_after_the_fit_does_not_fit_again(
     assert not (out / "config.json").exists()
     with pytest.raises(ResumeError, match=r"started differently \(prompts\)"):
         merger(models, out, calibration={str(models / "lora0"): prompts(0, seed=7)}).merge(resume_from_checkpoint=True)
+    path = out / ".frmerge" / "merge_corrections.safetensors"
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    with pytest.raises(ResumeError, match=r"merge_corrections\.safetensors of .* is damaged.*--overwrite"):
+        merger(models, out).merge(resume_from_checkpoint=True)
+    path.write_bytes(intact)
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "fit_block", die)
         merger(models, out).merge(resume_from_checkpoint=True)

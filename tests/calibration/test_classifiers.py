@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     BertConfig,
@@ -176,3 +177,36 @@ def test_fisher_information_needs_predictions(models: tuple[Any, Path], tmp_path
     args = MergingArguments(output_dir=str(out), method="regmean", disable_tqdm=True, overwrite=True)
     FisherRaoMerger(experts, args, calibration_dataset=samples(0, seed=0)[0]).merge()
     assert verify(str(out)).ok
+
+
+def test_biases_norms_and_flipped_weights_have_coefficients_too(models: tuple[Any, Path], tmp_path: Path) -> None:
+    """Derived again from the record's table: GPT-2 stores inputs as rows, so that a weight has one row for all."""
+    model_class, folder = models
+    experts = [str(folder / f"full{number}") for number in range(3)]
+    prompts = {expert: samples(number, seed=0)[0] for number, expert in enumerate(experts)}
+    out = tmp_path / "out"
+    args = MergingArguments(
+        output_dir=str(out), method="linear", space="deltas", calibration_form="table", disable_tqdm=True
+    )
+    FisherRaoMerger(experts, args, base_model=str(folder / "base"), calibration_dataset=prompts).merge()
+    manifest = read_manifest(out)
+    record = manifest.calibration
+    assert record is not None and record.form == "table"
+    assert record.mean_distance("table") < 0.95 * record.mean_distance("start")
+    assert not (out / "merge_corrections.safetensors").exists() and verify(str(out)).ok
+
+    table = load_file(out / "merge_coefficients.safetensors")
+    base, merged, *others = (load_file(Path(path) / "model.safetensors") for path in (folder / "base", out, *experts))
+    fitted = {name for name, tensor in manifest.tensors.items() if tensor.is_fitted}
+    is_bert = model_class is BertForSequenceClassification
+    in_blocks = {name for name in merged if ("encoder.layer." if is_bert else ".h.") in name and merged[name].ndim}
+    assert fitted == {name for name in in_blocks if not name.endswith((".attn.bias", "masked_bias"))}
+    for name in fitted:
+        norm = "LayerNorm" in name or ".ln_" in name
+        assert len(table[name]) == (1 if norm or not is_bert else len(merged[name]))
+        origin = base[name].double()
+        columns = table[name].T.reshape(3, -1, *[1] * (merged[name].ndim - 1))
+        expected = origin + sum(c * (expert[name] - origin) for c, expert in zip(columns, others))
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-5, atol=1e-6)
+    layer = "bert.encoder.layer.1.output.dense" if is_bert else "transformer.h.1.mlp.c_proj"
+    assert torch.equal(table[f"{layer}.weight"], table[f"{layer}.bias"])  # both began as the plain average

@@ -16,6 +16,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
+from hf_frmerge.calibration import self_written
 from hf_frmerge.calibration.self_written import (
     _draw,
     document_prefix,
@@ -24,6 +25,7 @@ from hf_frmerge.calibration.self_written import (
 )
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError, NonFiniteError
+from hf_frmerge.evaluation.models.identity import key_of, model_identity
 from tests.tiny_models import save_classifier_family, save_llama_family, word_tokenizer
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -44,24 +46,20 @@ def model(family: Path) -> Any:
 
 def test_tokens_are_drawn_from_the_predictions(model: Any) -> None:
     """The same uniform numbers, through the cumulative distribution in float64 of a forward pass without a cache."""
-    written = write_prompts(model, 5, 12, prefix=[3, 1], seed=7, batch_size=3)
-    generator = torch.Generator().manual_seed(7)
-    texts = []
-    for n_rows in (3, 2):
-        rows = [[3, 1] for _ in range(n_rows)]
-        for _ in range(10):
-            uniform = torch.rand(n_rows, 1, dtype=torch.float64, generator=generator)
-            for row, u in zip(rows, uniform):
-                with torch.no_grad():
-                    logits = model(torch.tensor([row]), use_cache=False).logits[0, -1].double()
-                below = np.cumsum(np.exp(logits.numpy()) / np.exp(logits.numpy()).sum())
-                row.append(int((below <= float(u)).sum()))
-        texts += rows
-    assert [ids.tolist() for ids in written] == texts
+    numbers = (0, 1, 2, 70, 3)
+    written = write_prompts(model, numbers, 12, prefix=[3, 1], seed=7)
+    for number, row in zip(numbers, written.tolist(), strict=True):
+        expected = [3, 1]
+        for u in np.random.default_rng([7, number]).random(10):
+            with torch.no_grad():
+                logits = model(torch.tensor([expected]), use_cache=False).logits[0, -1].double()
+            below = np.cumsum(np.exp(logits.numpy()) / np.exp(logits.numpy()).sum())
+            expected.append(int((below <= u).sum()))
+        assert row == expected
 
 
 def test_frequencies_are_the_model_s_probabilities(model: Any) -> None:
-    first = np.array([ids[1] for ids in write_prompts(model, 20_000, 2, prefix=[5], seed=0, batch_size=5_000)])
+    first = write_prompts(model, range(20_000), 2, prefix=[5], seed=0)[:, 1]
     with torch.no_grad():
         expected = model(torch.tensor([[5]])).logits[0, -1].double().softmax(-1).numpy()
     counts = np.bincount(first, minlength=len(expected))
@@ -70,50 +68,45 @@ def test_frequencies_are_the_model_s_probabilities(model: Any) -> None:
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.5, 3), (1.0, 3)])
-def test_a_token_of_probability_zero_is_never_drawn(
-    monkeypatch: pytest.MonkeyPatch, uniform: float, token: int
-) -> None:
+def test_a_token_of_probability_zero_is_never_drawn(uniform: float, token: int) -> None:
     """Not even by a number on the edge of an interval."""
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]])
-    assert _draw(logits, torch.Generator()).tolist() == [[token]]
+    assert _draw(logits, torch.full((1, 1), uniform, dtype=torch.float64)).tolist() == [[token]]
 
 
 def test_the_model_and_the_global_generator_are_left_as_they_were(model: Any) -> None:
     model.train()
     state = torch.get_rng_state()
-    first = write_prompts(model, 3, 6, prefix=[1], seed=1)
+    first = write_prompts(model, range(3), 6, prefix=[1], seed=1)
     assert torch.equal(torch.get_rng_state(), state) and model.training
     torch.rand(5)
-    again = write_prompts(model, 3, 6, prefix=[1], seed=1)
-    assert [ids.tolist() for ids in again] == [ids.tolist() for ids in first]
-    other = write_prompts(model, 3, 6, prefix=[1], seed=2)
-    assert [ids.tolist() for ids in other] != [ids.tolist() for ids in first]
+    assert np.array_equal(write_prompts(model, range(3), 6, prefix=[1], seed=1), first)
+    assert not np.array_equal(write_prompts(model, range(3), 6, prefix=[1], seed=2), first)
 
 
 def test_what_cannot_write_is_refused(model: Any, family: Path) -> None:
     classifier = AutoModelForSequenceClassification.from_pretrained(family / "classifiers" / "math")
     with pytest.raises(ArgumentError, match="BertForSequenceClassification does not write text"):
-        write_prompts(classifier, 1, 4, prefix=[1], seed=0)
+        write_prompts(classifier, [0], 4, prefix=[1], seed=0)
     with pytest.raises(ArgumentError, match="Raise max_calibration_length above 4"):
-        write_prompts(model, 1, 4, prefix=[1, 2, 3, 4], seed=0)
-    assert len(write_prompts(model, 1, 5, prefix=[1, 2, 3, 4], seed=0)[0]) == 5  # that advice
+        write_prompts(model, [0], 4, prefix=[1, 2, 3, 4], seed=0)
+    assert len(write_prompts(model, [0], 5, prefix=[1, 2, 3, 4], seed=0)[0]) == 5  # that advice
     with pytest.raises(ArgumentError, match="begin with 0 given ones"):
-        write_prompts(model, 1, 4, prefix=[], seed=0)
+        write_prompts(model, [0], 4, prefix=[], seed=0)
 
 
 def test_a_model_that_remembers_in_another_way_is_refused() -> None:
     """Its next call would not know of the tokens so far, and would write nonsense."""
     mamba = MambaForCausalLM(MambaConfig(vocab_size=41, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ArgumentError, match="MambaForCausalLM keeps no past_key_values"):
-        write_prompts(mamba, 1, 4, prefix=[1], seed=0)
+        write_prompts(mamba, [0], 4, prefix=[1], seed=0)
 
 
 def test_predictions_that_are_not_finite_are_refused(family: Path) -> None:
     broken = AutoModelForCausalLM.from_pretrained(family / "math", dtype=torch.float32)
     broken.model.norm.weight.data = torch.full_like(broken.model.norm.weight, float("inf"))
     with pytest.raises(NonFiniteError, match="not finite"):
-        write_prompts(broken, 1, 4, prefix=[1], seed=0)
+        write_prompts(broken, [0], 4, prefix=[1], seed=0)
 
 
 # ---- experts --------------------------------------------------------------------------------------------------------
@@ -129,26 +122,26 @@ def experts_write(experts: list[Path], base: Path | None, cache: Path, **options
     )
 
 
+def seed_of(*models: Path) -> int:
+    """Return the seed of the expert with this content."""
+    return int(key_of([0, [model_identity(resolve(str(model))) for model in models]])[:16], 16)
+
+
 def test_every_expert_writes_its_own_prompts(family: Path, tmp_path: Path) -> None:
-    prompts = experts_write([family / "math", family / "code", family / "code"], None, tmp_path)
-    assert [(p.expert, p.source, len(p.token_ids)) for p in prompts] == [
-        (0, "self", 4),
-        (1, "self", 4),
-        (2, "self", 4),
-    ]
-    assert len({p.digest for p in prompts}) == 3  # the same expert in another place draws other numbers
-    own_seed = int(np.random.SeedSequence([0, 1]).generate_state(1)[0])
+    prompts = experts_write([family / "math", family / "code"], None, tmp_path)
+    assert [(p.expert, p.source, len(p.token_ids)) for p in prompts] == [(0, "self", 4), (1, "self", 4)]
     code = AutoModelForCausalLM.from_pretrained(family / "code")
     # What the texts are written behind is no part of the prompts.
-    expected = [ids[1:].tolist() for ids in write_prompts(code, 4, 9, prefix=[1], seed=own_seed)]
-    assert [ids.tolist() for ids in prompts[1].token_ids] == expected
+    expected = write_prompts(code, range(4), 9, prefix=[1], seed=seed_of(family / "code"))[:, 1:]
+    assert [ids.tolist() for ids in prompts[1].token_ids] == expected.tolist()
+    assert prompts[0].digest != prompts[1].digest
 
 
 def test_prompts_begin_as_the_tokenizer_begins_texts(family: Path, tmp_path: Path) -> None:
     (prompts,) = experts_write([family / "code"], None, tmp_path, leading=[1])
-    own_seed = int(np.random.SeedSequence([0, 0]).generate_state(1)[0])
-    expected = write_prompts(AutoModelForCausalLM.from_pretrained(family / "code"), 4, 8, prefix=[1], seed=own_seed)
-    assert [ids.tolist() for ids in prompts.token_ids] == [ids.tolist() for ids in expected]
+    code = AutoModelForCausalLM.from_pretrained(family / "code")
+    expected = write_prompts(code, range(4), 8, prefix=[1], seed=seed_of(family / "code"))
+    assert [ids.tolist() for ids in prompts.token_ids] == expected.tolist()
     assert prompts.leading == (1,)
 
 
@@ -160,9 +153,8 @@ def test_an_adapter_writes_on_its_base(family: Path, tmp_path: Path) -> None:
     )
     adapted.save_pretrained(tmp_path / "adapter")
     (prompts,) = experts_write([tmp_path / "adapter"], family / "base", tmp_path / "cache")
-    own_seed = int(np.random.SeedSequence([0, 0]).generate_state(1)[0])
-    expected = write_prompts(adapted, 4, 9, prefix=[1], seed=own_seed)
-    assert [ids.tolist() for ids in prompts.token_ids] == [ids[1:].tolist() for ids in expected]
+    expected = write_prompts(adapted, range(4), 9, prefix=[1], seed=seed_of(tmp_path / "adapter", family / "base"))
+    assert [ids.tolist() for ids in prompts.token_ids] == expected[:, 1:].tolist()
 
 
 def test_prompts_are_kept_under_everything_they_depend_on(
@@ -186,6 +178,27 @@ def test_prompts_are_kept_under_everything_they_depend_on(
         file.write_bytes(file.read_bytes()[:100])
     assert experts_write([family / "math"], None, tmp_path)[0].digest == first[0].digest
     assert kept[0] in [file.read_bytes() for file in tmp_path.iterdir()]
+
+
+def test_an_expert_s_prompts_are_found_again_beside_others_and_when_more_are_wanted(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_written, "BATCH", 4)
+    calls: list[list[int]] = []
+    write = write_prompts
+
+    def counted(model: Any, numbers: Any, *args: Any, **options: Any) -> Any:
+        calls.append([*numbers])
+        return write(model, numbers, *args, **options)
+
+    monkeypatch.setattr(self_written, "write_prompts", counted)
+    (four,) = experts_write([family / "math"], None, tmp_path)
+    _, moved = experts_write([family / "code", family / "math"], None, tmp_path)
+    (ten,) = experts_write([family / "math"], None, tmp_path, n_samples=10)
+    assert calls == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]  # those of code are the second
+    assert moved.digest == four.digest
+    assert [ids.tolist() for ids in ten.token_ids[:4]] == [ids.tolist() for ids in four.token_ids]
+    assert len({tuple(ids) for ids in ten.token_ids}) == 10
 
 
 def test_errors_name_the_expert(family: Path, tmp_path: Path) -> None:

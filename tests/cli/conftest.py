@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import Result
 from click_runner import click_runner
+from comparison_family import family  # noqa: F401  # a fixture
 from peft import LoraConfig, get_peft_model
 from tiny_models import save_llama_family
 from transformers import LlamaForCausalLM

@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from comparison_family import Family, save_family
+from comparison_family import Family
 
 from hf_frmerge.comparison.texts import split_texts
 from hf_frmerge.evaluation.comparison_record import COMPARISON_FILE
 from hf_frmerge.evaluation.models.merged import tokenizer_of
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return save_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture

@@ -9,18 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from comparison_family import Family, save_family
+from comparison_family import Family
 
 from hf_frmerge.comparison.texts import split_texts
 from hf_frmerge.evaluation.models.merged import tokenizer_of
 from hf_frmerge.search.record import RECORD_FILE
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return save_family(tmp_path_factory.mktemp("family"))
 
 
 def command(family: Family, *options: str) -> list[str]:

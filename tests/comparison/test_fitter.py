@@ -30,22 +30,23 @@ def prompts_of(family: Family) -> dict[str, list[str]]:
     return {expert: text_of(seed, 80)[40:] for seed, expert in enumerate(family.experts, start=1)}
 
 
-def compared(family: Family, folder: Path, cache: Path, **changes) -> ComparisonRecord:
-    args = MergingArguments(output_dir=str(folder), **FIT)
+def compared(family: Family, folder: Path, cache: Path, form: str = "auto", **changes) -> ComparisonRecord:
+    args = MergingArguments(output_dir=str(folder), calibration_form=form, **FIT)
     settings = {"methods": ["linear"], "scales": (1.0,), "calibration_dataset": prompts_of(family)} | changes
     return MergeComparison(
         family.experts, family.texts, family.base, args=args, max_tokens=0, cache_dir=str(cache), **settings
     ).run()
 
 
-def test_its_row_is_what_a_calibrated_merge_does(family: Family, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["auto", "table"])
+def test_its_row_is_what_a_calibrated_merge_does(family: Family, cache: Path, tmp_path: Path, form: str) -> None:
     ran: list[str] = []
-    record = compared(family, tmp_path / "c", cache, on_progress=ran.append)
+    record = compared(family, tmp_path / "c", cache, form, on_progress=ran.append)
     (row,) = [row for row in record.methods if row.n_prompts]
     assert row.n_prompts == 2 * N_PROMPTS * 7 // 8  # the others are held out from the fit
     assert row.label == f"karcher, fitted to {row.n_prompts} prompts" and row.memory is None
     assert record.best is row
-    args = MergingArguments(output_dir=str(tmp_path / "merged"), space="deltas", **FIT)
+    args = MergingArguments(output_dir=str(tmp_path / "merged"), space="deltas", calibration_form=form, **FIT)
     FisherRaoMerger(family.experts, args, base_model=family.base, calibration_dataset=prompts_of(family)).merge()
     tokenizer = tokenizer_of(family.base)
     texts = {
@@ -59,7 +60,7 @@ def test_its_row_is_what_a_calibrated_merge_does(family: Family, cache: Path, tm
     assert not (tmp_path / "c" / ".fits").exists()
 
     ran.clear()
-    compared(family, tmp_path / "c", cache, on_progress=ran.append)
+    compared(family, tmp_path / "c", cache, form, on_progress=ran.append)
     assert ran == []
     other = {expert: rows[:8] for expert, rows in prompts_of(family).items()}
     compared(family, tmp_path / "c", cache, calibration_dataset=other, on_progress=ran.append)

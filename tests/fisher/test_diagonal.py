@@ -78,6 +78,36 @@ def test_of_a_language_model_it_is_the_sum_over_all_tokens() -> None:
         torch.testing.assert_close(found[name], total, rtol=0.25, atol=0.05 * float(total.max()))
 
 
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_summed_over_all_labels_it_is_the_closed_form_at_once(by_prompt: bool) -> None:
+    model = SoftmaxRegression(by_prompt=by_prompt)
+    prompts = [np.array(ids) for ids in ([0, 1, 2, 3], [4, 5, 0, 0], [2, 2, 5, 1])]
+    found, n_predictions = diagonal_fisher(model, prompts, ["head.weight", "head.bias"], labels="exact", seed=1)
+    assert n_predictions == (3 if by_prompt else 12)
+    weight, bias = closed_form(model, prompts)
+    torch.testing.assert_close(found["head.weight"].double(), weight, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found["head.bias"].double(), bias, rtol=1e-5, atol=1e-7)
+
+
+def test_the_empirical_one_is_about_the_tokens_of_the_text() -> None:
+    """Of softmax regression: the mean of x_j^2 (y_c - p_c)^2, y one at the next token; the last has none."""
+    model, n_draws = SoftmaxRegression(n_classes=6), 1500
+    prompts = [np.array(ids) for ids in ([0, 1, 2, 3], [4, 5, 0])]
+    names = ["head.weight", "head.bias"]
+    found, n_predictions = diagonal_fisher(model, prompts * n_draws, names, labels="empirical", seed=1)
+    assert n_predictions == n_draws * 5
+    x = torch.stack([model.features.weight[token] for ids in prompts for token in ids[:-1]]).double()
+    p = (x @ model.head.weight.double().T + model.head.bias.double()).softmax(-1)
+    y = torch.nn.functional.one_hot(torch.tensor([1, 2, 3, 5, 0]), 6)
+    squared = (y - p).square().detach()
+    weight = (squared[:, :, None] * x[:, None, :].square()).mean(0).detach()
+    torch.testing.assert_close(found["head.weight"].double(), weight, rtol=0.08, atol=0.02 * float(weight.max()))
+    torch.testing.assert_close(found["head.bias"].double(), squared.mean(0), rtol=0.08, atol=0.0)
+    # That of drawn labels is another one.
+    true = (p * (1 - p)).mean(0).detach()
+    assert float((true - squared.mean(0)).abs().max()) > 0.2 * float(true.max())
+
+
 def test_it_depends_on_the_seed_alone() -> None:
     model, prompts = SoftmaxRegression(), [np.array([0, 1, 2])]
     first, again, other = (diagonal_fisher(model, prompts, ["head.weight"], seed=seed)[0] for seed in (1, 1, 2))
@@ -91,6 +121,14 @@ def test_what_has_no_information_is_refused() -> None:
         diagonal_fisher(SoftmaxRegression(), prompts, ["neck.weight"], seed=0)
     with pytest.raises(ArgumentError, match="SoftmaxRegression gives no probabilities"):
         diagonal_fisher(SoftmaxRegression(1), prompts, ["head.weight"], seed=0)
+    with pytest.raises(
+        ArgumentError, match=r"'exact' runs backwards once for every label.* 300 labels: more than 256"
+    ):
+        diagonal_fisher(SoftmaxRegression(300), prompts, ["head.weight"], labels="exact", seed=0)
+    with pytest.raises(
+        ArgumentError, match=r"'empirical' takes the next tokens.*SoftmaxRegression predicts something"
+    ):
+        diagonal_fisher(SoftmaxRegression(by_prompt=True), prompts, ["head.weight"], labels="empirical", seed=0)
     broken = SoftmaxRegression()
     with torch.no_grad():
         broken.head.bias[0] = torch.nan

@@ -18,7 +18,7 @@ from click_runner import click_runner
 from jsonschema import Draft202012Validator
 from peft import LoHaConfig, LoraConfig, PeftModel, TinyLoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_frmerge.cli.main import main
 from hf_frmerge.merging.record.manifest import SCHEMA_FILE, read_manifest
@@ -28,6 +28,10 @@ from hf_frmerge.provenance.verify import verify
 LLAMA = LlamaConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=False,
+)  # fmt: skip
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "num_local_experts", "tie_word_embeddings",
 )  # fmt: skip
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 ADAPTERS = {
@@ -107,6 +111,37 @@ def test_adapters_of_two_kinds_are_merged_over_their_base(base: str, tmp_path: P
         load_file(f"{loha}/adapter_model.safetensors")
     )
     assert verify(out).ok
+    assert reproduce(out, str(tmp_path / "again")).identical
+
+
+def test_factors_of_stacks_are_merged_over_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
+    sizes = {**LLAMA.to_dict(), "num_local_experts": 4, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    base = str(tmp_path / "base")
+    MixtralForCausalLM(MixtralConfig(**{key: sizes[key] for key in SIZES})).save_pretrained(base)
+    stacks = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    adapters, wanted = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = get_peft_model(MixtralForCausalLM.from_pretrained(base), LoraConfig(r=2, lora_alpha=3, **stacks))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = 0.1 * torch.randn_like(parameter)
+        adapters.append(str(tmp_path / f"a{seed}"))
+        model.save_pretrained(adapters[-1])
+        double: Any = MixtralForCausalLM.from_pretrained(base, dtype=torch.float64)
+        wanted.append(PeftModel.from_pretrained(double, adapters[-1]).double().merge_and_unload().state_dict())
+    outputs = {"both": [0.5, 0.5], "one": [1.0, 0.0]}
+    for name, weights in outputs.items():
+        out = str(tmp_path / name)
+        merge(*adapters[: 2 if name == "both" else 1], "--base-model", base, "--output-dir", out)
+        # One by one, as the base stores them.
+        assert load_file(f"{out}/model.safetensors").keys() == load_file(f"{base}/model.safetensors").keys()
+        merged = MixtralForCausalLM.from_pretrained(out).state_dict()
+        for key, tensor in merged.items():
+            mean = sum(weight * each[key] for weight, each in zip(weights, wanted))
+            torch.testing.assert_close(tensor.double(), mean, rtol=2**-22, atol=1e-8)
+        assert verify(out).ok
     assert reproduce(out, str(tmp_path / "again")).identical
 
 

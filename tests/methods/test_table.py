@@ -24,7 +24,7 @@ from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods import span
 from hf_frmerge.methods.method import Method
 from hf_frmerge.methods.span import SpanOptions, SpanResult
-from hf_frmerge.methods.table import METHODS
+from hf_frmerge.methods.table import CHOICES, METHODS
 from hf_frmerge.provenance.verify import verify
 from hf_frmerge.report.page import write_page
 
@@ -60,11 +60,11 @@ def test_a_function_and_an_entry_are_a_method(tmp_path: Path) -> None:
 
 def test_choices_and_help_are_those_of_the_table() -> None:
     help_text = " ".join(merge_command.merge.get_help(click.Context(merge_command.merge, terminal_width=2000)).split())
-    assert f"[{'|'.join(METHODS)}]" in help_text
+    assert f"[{'|'.join(CHOICES)}]" in help_text
     assert "(dare_linear, dare_ties, della)" in help_text  # what obeys --seed
     # The help of --scale says so.
     assert all("scale" in method.options for method in METHODS.values() if method.kind != "given")
-    with pytest.raises(ArgumentError, match=re.escape(f"expected one of {', '.join(METHODS)}.")):
+    with pytest.raises(ArgumentError, match=re.escape(f"expected one of {', '.join(CHOICES)}.")):
         MergingArguments(method="none-of-them")
 
 

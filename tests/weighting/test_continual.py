@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from adapter_merges import make_adapter, peft_deltas
 from merge_reference import SHAPES, naive_karcher, random_model, write_family, write_model
 from safetensors.numpy import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.errors import ArgumentError
@@ -34,17 +37,17 @@ def naive_projection(merged: np.ndarray, new: np.ndarray, share: float) -> np.nd
     shares = np.cumsum(values) / values.sum()
     leading = next((i for i, part in enumerate(shares) if part > share), len(values))
     p = left.T @ new @ right.T
-    for i in range(min(p.shape)):
+    for i in range(np.linalg.matrix_rank(merged)):  # the others are directions of no value
         p[i, i] = 0.0
     p[:leading, :leading] = 0.0
     return left @ p @ right
 
 
-def naive_opcm(deltas: list[Model], share: float) -> Model:
-    """One delta after the other; the state is a dense delta, lambda, and the mean of the norms."""
+def naive_opcm(deltas: list[Model], share: float, *, whole: bool = False) -> Model:
+    """One delta after the other, as dense deltas with lambda and the mean of the norms; `whole`: all are matrices."""
     merged, growth, mean = deltas[0], 1.0, norm(deltas[0])
     for t, new in enumerate(deltas[1:], start=2):
-        kept = {n: naive_projection(merged[n], new[n], share) if n in MATRICES else new[n] for n in new}
+        kept = {n: naive_projection(merged[n], new[n], share) if whole or n in MATRICES else new[n] for n in new}
         added = {name: growth * merged[name] + kept[name] for name in new}
         mean = ((t - 1) * mean + norm(new)) / t
         growth = norm(added) / mean
@@ -87,6 +90,30 @@ def test_opcm_over_four_experts(tmp_path: Path, share: float) -> None:
         assert read_before(str(tmp_path / folder)).n_experts == count
         assert verify(str(tmp_path / folder)).ok
     assert reproduce(str(tmp_path / "four")).identical
+
+
+def test_opcm_of_adapters_is_an_adapter_that_goes_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(base)
+    experts = [
+        make_adapter(base, tmp_path / f"a{i}", i, r=1 + i, lora_alpha=3, target_modules=["q_proj", "down_proj"])
+        for i in range(3)
+    ]
+    merged = str(experts[0])
+    for number, expert in enumerate(experts[1:]):
+        out = tmp_path / f"m{number}"
+        FisherRaoMerger([merged, str(expert)], MergingArguments(str(out), method="opcm", density=0.5)).merge()
+        merged = str(out)
+    expected = naive_opcm([peft_deltas(base, expert) for expert in experts], 0.5, whole=True)
+    actual = peft_deltas(base, Path(merged))
+    for name, delta in expected.items():
+        assert np.linalg.norm(actual[name] - delta) < 1e-5 * np.linalg.norm(delta)
+    assert read_before(merged).n_experts == 3
+    assert verify(merged).problems == []
 
 
 def test_a_recursive_mean_counts_the_merge_as_often_as_it_has_experts(tmp_path: Path) -> None:

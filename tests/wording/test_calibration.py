@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from hf_frmerge.merging.planning.corrections import CalibrationRecord, RefinementRecord
+from hf_frmerge.merging.planning.corrections import CalibrationRecord, NeutralRecord, RefinementRecord
 from hf_frmerge.wording.calibration import calibration_verdict, fitted_how
 
 RECORD = CalibrationRecord(
@@ -28,9 +29,19 @@ def test_a_gain_is_stated_on_held_out_prompts() -> None:
     assert verdict.text == (
         "The merge was fitted to what its experts compute on 112 prompts, which the experts wrote themselves. On 16 "
         "others the squared Fisher–Rao distance of its predictions to the experts' is 0.100 rad², where the merge "
-        "without data has 0.400 rad²: the fit takes 75% of it away. The correction is factors of rank 32 for every "
-        "linear layer."
+        "without data has 0.400 rad²: the fit takes 75% of it away. It is written as factors of rank 32 for every "
+        "linear layer. What each form keeps of the best one's gain: factors of rank 32 for every linear layer 100%, a "
+        "number for every weight of the linear layers 100%."
     )
+
+
+def test_what_a_table_of_coefficients_keeps_is_stated() -> None:
+    known = {**RECORD.distances, "table": (0.2, 0.24, None), "dense": (0.0, 0.0, None)}
+    text = calibration_verdict(replace(RECORD, form="table", distances=known)).text
+    assert "It is written as coefficients of the experts for every row. What each form keeps" in text
+    assert "for every row 45%, factors of rank 32 for every linear layer 75%, a number for every weight" in text
+    harmful = {**known, "table": (0.5, 0.5, None)}
+    assert "for every row 0%" in calibration_verdict(replace(RECORD, distances=harmful)).text
 
 
 @pytest.mark.parametrize(("after", "level"), [(0.19, "good"), (0.3, "watch"), (0.39, "bad")])
@@ -60,8 +71,8 @@ REFINED = replace(
 def test_a_refinement_is_told_from_the_fit() -> None:
     assert calibration_verdict(REFINED).text.endswith(
         "On 16 others the squared Fisher–Rao distance of its predictions to the experts' is 0.0750 rad², where the "
-        "merge without data has 0.400 rad², and the fit alone 0.100 rad²: fit and refinement take 81% of it away. The "
-        "correction is factors of rank 32 for every linear layer."
+        "merge without data has 0.400 rad², and the fit alone 0.100 rad²: fit and refinement take 81% of it away. It "
+        "is written as factors of rank 32 for every linear layer."
     )
     assert fitted_how(REFINED) == (
         "then fitted, layer by layer, to what they compute on a few prompts, and refined all layers together"
@@ -83,10 +94,25 @@ def test_a_refinement_without_gain_is_said() -> None:
 def test_a_refinement_of_a_fit_without_gain_stands_alone() -> None:
     record = replace(REFINED, form="dense", refinement=replace(REFINED.refinement, began_from="start"))
     assert (
-        "0.400 rad²: the refinement takes 81% of it away, where the fit of single layers gained nothing. The "
-        "correction is a number for every weight" in calibration_verdict(record).text
+        "0.400 rad²: the refinement takes 81% of it away, where the fit of single layers gained nothing. It "
+        "is written as a number for every weight" in calibration_verdict(record).text
     )
     assert fitted_how(record) == "then trained to predict what they predict on a few prompts"
+
+
+def test_the_start_and_text_of_no_expert_are_told_behind_the_fit() -> None:
+    neutral = NeutralRecord(prompts=8, tokens=1024, distance=0.0512, nats=0.0251)
+    starts = {"linear": (0.5, 0.7, None), "nre": (0.3, 0.5, None), "karcher": (0.4, 0.4, None)}
+    record = replace(RECORD, starts=starts, neutral=neutral)
+    verdict = calibration_verdict(record)
+    assert verdict.level == calibration_verdict(RECORD).level
+    assert verdict.text == (
+        f"{calibration_verdict(RECORD).text} It started from nre, the nearest without data (linear 0.600, nre 0.400, "
+        "karcher 0.400 rad²). On 8 prompts that the base wrote, which are no expert's, its predictions are 0.0512 "
+        "rad² (0.0251 nats a token) from the base's."
+    )
+    assert CalibrationRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert not {"starts", "neutral"} & RECORD.to_dict().keys()
 
 
 def test_a_record_is_read_back_as_it_was() -> None:

@@ -9,23 +9,27 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps
+from hf_frmerge.calibration.fits.coefficient_rows import coefficients_of
 from hf_frmerge.calibration.fits.least_squares import (
     Fit,
     FitOptions,
     Moments,
+    NormFit,
     System,
     UpdatePrior,
     fit_linear,
     fit_norm,
     low_rank,
+    norm_sums,
 )
-from hf_frmerge.calibration.layers import BlockLayers, LinearGroup, matrix_of, put_matrix
+from hf_frmerge.calibration.layers import BlockLayers, LinearGroup, is_flipped, matrix_of, n_in, put_matrix
+from hf_frmerge.calibration.memory import give_back
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import NonFiniteError
+from hf_frmerge.merging.engine.processes import Processes
 
 _SAME = 1e-12
 """Squared relative change below which an expert's norm counts as the merge's: there is nothing to fit."""
@@ -63,7 +67,11 @@ class SweepState:
         shares: weights of the experts, summing to 1.
         options: settings.
         is_full: whether the experts are full fine-tunes, whose updates serve as a prior.
+        processes: processes that share the prompts: each has batches of its own, and what is summed over tokens is
+            added up over all of them.
+        offers_table: whether coefficients of the experts are looked for, too.
         expert, merged: hidden states `(B, T, H)` of every batch, float32, after the blocks run so far.
+        n_tokens: tokens of every expert that take part in the fit, in all processes.
     """
 
     model: BlockwiseModel
@@ -72,8 +80,11 @@ class SweepState:
     shares: list[float]
     options: SweepOptions
     is_full: bool
+    processes: Processes
+    offers_table: bool = False
     expert: list[Tensor] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
+    n_tokens: list[int] = field(default_factory=list)
 
     @property
     def n_experts(self) -> int:
@@ -82,11 +93,12 @@ class SweepState:
 
     def computed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return matrices in the dtype of the products: autocast would convert them for every batch."""
-        dtype = self.model.dtype
-        return {
-            name: value.to(dtype) if value.ndim > 1 and "embed" not in name else value
-            for name, value in weights.items()
-        }
+        return self.model.computed(weights)
+
+    def origin(self, parameter: str, start: Tensor) -> Tensor:
+        """Return what experts' updates are differences to: the base, or zeros if only experts have the tensor."""
+        base = self.reader.base(parameter)
+        return torch.zeros_like(start) if base is None else base.to(start.device)
 
 
 class BlockFit:
@@ -103,6 +115,8 @@ class BlockFit:
     Attributes:
         weights: weights as fitted so far, float32.
         factors: weight of a linear layer -> its correction as factors `(rows, k)` and `(k, columns)`.
+        coefficients: parameter -> what is added to the experts' coefficients in the table form, `(rows, N)` or
+            `(1, N)`, float64.
     """
 
     def __init__(
@@ -117,6 +131,7 @@ class BlockFit:
         self._start, self._experts = start, experts
         self.weights = dict(start)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.coefficients: dict[str, Tensor] = {}
         self._model = sweep.model
         self._module = self._model.block(self._name)
         options = sweep.options
@@ -124,7 +139,9 @@ class BlockFit:
         residual = options.post_norm_residual if layers.is_post_norm else options.fit.residual
         self._fit = replace(options.fit, update_prior=kappa, residual=residual)
         self._fitted = [b for b, batch in enumerate(sweep.batches) if not batch.is_held_out]
-        # Of the experts, by batch and layer: what enters a group, what a norm gives, the stream before a layer writes.
+        self._norms = [n for n in layers.norms if self._is_merged(f"{n}.weight") and self._is_changed(n)]
+        # Of the experts, by batch and layer: what enters a group, what a norm gives (both as the products are taken),
+        # the stream before a layer writes.
         self._inputs: dict[tuple[int, str], Tensor] = {}
         self._norm_outputs: dict[tuple[int, str], Tensor] = {}
         self._streams: dict[tuple[int, str], Tensor] = {}
@@ -132,8 +149,9 @@ class BlockFit:
 
     def run_experts(self) -> None:
         """Run the experts' blocks, and keep what enters their layers."""
-        sweep = self._sweep
-        names = [group.names[0] for group in self._layers.groups] + self._layers.norms
+        sweep, dtype, groups = self._sweep, self._model.dtype, self._layers.groups
+        sums = [group.norm_after for group in groups if group.norm_after]  # read what writing layers add up
+        names = [*dict.fromkeys([*(group.names[0] for group in groups), *sums, *self._norms])]
         for expert in range(sweep.n_experts):
             computed = sweep.computed(self._experts[expert])
             for b, batch in enumerate(sweep.batches):
@@ -141,17 +159,18 @@ class BlockFit:
                     continue
                 with Taps(self._module, [] if batch.is_held_out else names) as taps:
                     after_BTH = self._run(computed, b, sweep.expert[b])
-                for group in [] if batch.is_held_out else self._layers.groups:
+                for group in [] if batch.is_held_out else groups:
                     key = (b, group.names[0])
-                    self._inputs[key] = batch.tokens(taps.inputs[group.names[0]])
+                    self._inputs[key] = batch.tokens(taps.inputs[group.names[0]]).to(dtype)
                     if group.writes:
                         sum_TH = batch.tokens(self._sum_after(group, taps, after_BTH)).float()
                         self._streams[key] = sum_TH - batch.tokens(taps.outputs[group.names[0]]).float()
                         self._token_weights[key] = 1 / sum_TH.square().mean(1)
-                for norm in [] if batch.is_held_out else self._layers.norms:
-                    self._norm_outputs[b, norm] = batch.tokens(taps.outputs[norm])
+                for norm in [] if batch.is_held_out else self._norms:
+                    self._norm_outputs[b, norm] = batch.tokens(taps.outputs[norm]).to(dtype)
                 sweep.expert[b] = after_BTH
-        for group in self._layers.groups:
+            give_back()
+        for group in groups:
             if group.writes:
                 self._normalise(group.names[0])
 
@@ -160,8 +179,9 @@ class BlockFit:
         for step in self._layers.steps:
             if isinstance(step, LinearGroup):
                 self._fit_group(step)
-            else:
+            elif step in self._norms:
                 self._fit_norm(step)
+            give_back()  # what the step had of all tokens
 
     def _fit_group(self, group: LinearGroup) -> None:
         # What no expert changes is copied from the base, without corrections.
@@ -169,8 +189,81 @@ class BlockFit:
         if not merged:
             return
         is_biased = {name: self._is_merged(f"{name}.bias") for name in merged}
-        has_bias = any(is_biased.values())
-        systems: dict[str, System] = {}
+        systems = self._systems(group, is_biased)
+        for name, biased in is_biased.items():
+            self._keep(name, self._fit_layer(name, systems.pop(name), biased), biased)
+
+    def _keep(self, name: str, fit: Fit, biased: bool) -> None:
+        """Keep a fitted layer, whole, as factors and as coefficients."""
+        put_matrix(self._module, self.weights, name, fit.weight_OI.float(), with_bias=biased)
+        start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
+        n_in = start_OI.shape[1] - biased
+        # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
+        metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
+        correction_OI, rank = fit.weight_OI - start_OI, min(self._sweep.options.rank, n_in)
+        self.factors[f"{name}.weight"] = as_factors(self._module, name, correction_OI[:, :n_in], metric, rank)
+        if self._sweep.offers_table:
+            # The bias of a row has the coefficients of the row. Rows of a flipped weight are inputs, not outputs.
+            keys = [f"{name}.weight", *([f"{name}.bias"] if biased else [])]
+            origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in keys}
+            origin_OI = matrix_of(self._module, origins, name, with_bias=biased)
+            found = coefficients_of(
+                correction_OI,
+                [matrix_of(self._module, e, name, with_bias=biased) - origin_OI for e in self._experts],
+                fit.metric_II @ fit.metric_II.T,
+                by_row=not is_flipped(self._module, name),
+            )
+            self.coefficients |= {key: found.clone() for key in keys}  # files hold no tensor twice
+
+    def _fit_norm(self, norm: str) -> None:
+        """Fit gain and shift of a norm."""
+        gain, shift = self._start[f"{norm}.weight"], self._start.get(f"{norm}.bias")
+        module, sweep = self._module.get_submodule(norm), self._sweep
+        unit, zero = torch.ones_like(gain), torch.zeros_like(gain)
+        shifts = {} if shift is None else {"bias": zero}
+        sums = torch.zeros(sweep.n_experts, 4, len(gain), dtype=torch.float64, device=gain.device)
+        computed = sweep.computed(self.weights)
+        for b in self._fitted:
+            batch = sweep.batches[b]
+            entering = self._enter(computed, b, norm)
+            with torch.no_grad():
+                at_one = torch.func.functional_call(module, {"weight": unit, **shifts}, (entering,)).float()
+                at_zero = torch.func.functional_call(module, {"weight": zero, **shifts}, (entering,)).float()
+            x_BTH = at_one - at_zero
+            # Some norms scale by 1 + gain: what is left at a gain of zero, as a share of the normalised input.
+            offset_H = (at_zero * x_BTH).sum() / x_BTH.square().sum().clamp_min(1e-30) * unit
+            target_TH = self._norm_outputs.pop((b, norm))
+            sums[batch.expert] += norm_sums(batch.tokens(x_BTH), target_TH, (gain, shift), offset_H)
+        sweep.processes.add_up([sums])
+        fitted = fit_norm(list(sums), sweep.n_tokens, sweep.shares, (gain, shift))
+        self.weights[f"{norm}.weight"] = fitted.gain_H.float()
+        if fitted.shift_H is not None:
+            self.weights[f"{norm}.bias"] = fitted.shift_H.float()
+        if sweep.offers_table:
+            self._keep_norm_coefficients(norm, fitted)
+
+    def _keep_norm_coefficients(self, norm: str, fit: NormFit) -> None:
+        """Keep coefficients for a whole norm: in a channel alone, gain and shift are fewer numbers than experts."""
+        fitted = {f"{norm}.weight": fit.gain_H} | ({} if fit.shift_H is None else {f"{norm}.bias": fit.shift_H})
+        origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in fitted}
+        updates = [[expert[key] - origins[key] for key in fitted] for expert in self._experts]
+        correction_HC = torch.stack([values - self._start[key] for key, values in fitted.items()], dim=1)
+        found = coefficients_of(
+            correction_HC, [torch.stack(own, dim=1).double() for own in updates], fit.system_HCC, by_row=False
+        )
+        self.coefficients |= {key: found.clone() for key in fitted}
+
+    # Parts
+
+    def _is_changed(self, norm: str) -> bool:
+        """Whether the experts have another gain than the merge: else there is nothing to fit."""
+        gain = self._start[f"{norm}.weight"]
+        changes = [(e[f"{norm}.weight"] - gain).square().sum() / gain.square().sum() for e in self._experts]
+        return max(float(change) for change in changes) >= _SAME
+
+    def _systems(self, group: LinearGroup, is_biased: dict[str, bool]) -> dict[str, System]:
+        """Return the equations of a group's layers, from the prompts of all experts and processes."""
+        has_bias, systems = any(is_biased.values()), {}
         for expert, moments in enumerate(self._moments(group, has_bias)):
             for name, biased in is_biased.items():
                 expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=biased)
@@ -178,55 +271,9 @@ class BlockFit:
                     systems[name] = System.zeros(expert_OI.shape[1], len(expert_OI), self._model.device)
                 of_layer = moments if biased == has_bias else _without_bias(moments)
                 systems[name].add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
-        for name, biased in is_biased.items():
-            self._keep(name, self._fit_layer(name, systems.pop(name), biased), biased)
-
-    def _keep(self, name: str, fit: Fit, biased: bool) -> None:
-        """Keep a fitted layer, whole and as factors."""
-        put_matrix(self._module, self.weights, name, fit.weight_OI.float(), with_bias=biased)
-        start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
-        n_in = start_OI.shape[1] - biased
-        # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
-        metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
-        correction_OI, rank = (fit.weight_OI - start_OI)[:, :n_in], min(self._sweep.options.rank, n_in)
-        self.factors[f"{name}.weight"] = as_factors(self._module, name, correction_OI, metric, rank)
-
-    def _fit_norm(self, norm: str) -> None:
-        """Fit gain and shift of a norm, if the experts have other ones than the merge."""
-        gain, shift = self._start[f"{norm}.weight"], self._start.get(f"{norm}.bias")
-        changes = [(e[f"{norm}.weight"] - gain).square().sum() / gain.square().sum() for e in self._experts]
-        if max(float(change) for change in changes) < _SAME:
-            return
-        module = self._module.get_submodule(norm)
-        unit, zero = torch.ones_like(gain), torch.zeros_like(gain)
-        shifts = {} if shift is None else {"bias": zero}
-        normalised: list[list[Tensor]] = [[] for _ in self._experts]
-        targets: list[list[Tensor]] = [[] for _ in self._experts]
-        offset, computed = zero, self._sweep.computed(self.weights)
-        for b in self._fitted:
-            batch = self._sweep.batches[b]
-            entering = self._enter(computed, b, norm)
-            with torch.no_grad():
-                at_one = torch.func.functional_call(module, {"weight": unit, **shifts}, (entering,)).float()
-                at_zero = torch.func.functional_call(module, {"weight": zero, **shifts}, (entering,)).float()
-            x_BTH = at_one - at_zero
-            # Some norms scale by 1 + gain: what is left at a gain of zero, as a share of the normalised input.
-            offset = (at_zero * x_BTH).sum() / x_BTH.square().sum().clamp_min(1e-30) * unit
-            normalised[batch.expert].append(batch.tokens(x_BTH))
-            targets[batch.expert].append(self._norm_outputs[b, norm].float())
-        empty = torch.zeros(0, len(gain), device=gain.device)
-        fitted = fit_norm(
-            [torch.cat(xs) if xs else empty for xs in normalised],
-            [torch.cat(ts) if ts else empty for ts in targets],
-            self._sweep.shares,
-            (gain, shift),
-            offset.double(),
-        )
-        self.weights[f"{norm}.weight"] = fitted[0].float()
-        if fitted[1] is not None:
-            self.weights[f"{norm}.bias"] = fitted[1].float()
-
-    # Parts
+        # Not moment by moment: these are of every expert, and larger.
+        self._sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
+        return systems
 
     def _fit_layer(self, name: str, system: System, biased: bool) -> Fit:
         start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
@@ -250,11 +297,11 @@ class BlockFit:
     def _moments(self, group: LinearGroup, has_bias: bool) -> Iterator[Moments]:
         """Yield the moments of every expert's prompts, from the merge as fitted so far."""
         first, sweep = group.names[0], self._sweep
-        n_in = self._inputs[self._fitted[0], first].shape[1] + has_bias
+        width = n_in(self._module.get_submodule(first)) + has_bias
         n_out = sweep.merged[0].shape[-1] if group.writes else None
         computed = sweep.computed(self.weights)
         for expert in range(sweep.n_experts):
-            moments = Moments.zeros(n_in, n_out, self._model.device)
+            moments = Moments.zeros(width, n_out, self._model.device)
             for b in self._fitted:
                 batch = sweep.batches[b]
                 if batch.expert != expert:
@@ -269,6 +316,7 @@ class BlockFit:
                 if has_bias:
                     merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
                 moments.add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
+            moments.n_tokens = sweep.n_tokens[expert]
             yield moments
 
     def _enter(self, merged: dict[str, Tensor], b: int, name: str) -> Tensor:
@@ -295,12 +343,15 @@ class BlockFit:
 
     def _normalise(self, first: str) -> None:
         """Scale the weights of each expert's tokens to a mean of 1, and none to less than the floor."""
-        for expert in range(self._sweep.n_experts):
-            keys = [(b, first) for b in self._fitted if self._sweep.batches[b].expert == expert]
-            if keys:
-                mean = torch.cat([self._token_weights[key] for key in keys]).mean()
-                for key in keys:
-                    self._token_weights[key] = (self._token_weights[key] / mean).clamp(min=_LEAST_WEIGHT)
+        sweep = self._sweep
+        sums = torch.zeros(sweep.n_experts, dtype=torch.float64)
+        for b in self._fitted:
+            sums[sweep.batches[b].expert] += float(self._token_weights[b, first].sum(dtype=torch.float64))
+        sweep.processes.add_up([sums])
+        for b in self._fitted:
+            expert = sweep.batches[b].expert
+            mean = float(sums[expert]) / sweep.n_tokens[expert]
+            self._token_weights[b, first] = (self._token_weights[b, first] / mean).clamp(min=_LEAST_WEIGHT)
 
     def _is_merged(self, parameter: str) -> bool:
         return parameter in self._start and self._sweep.reader.is_merged(f"{self._name}.{parameter}")
@@ -311,8 +362,7 @@ def as_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return the correction of a linear layer as `low_rank` gives it, in the order in which the weight is stored."""
     up, down = low_rank(correction_OI, metric_II, rank)
-    is_flipped = isinstance(module.get_submodule(name), Conv1D)
-    return (down.T.contiguous(), up.T.contiguous()) if is_flipped else (up, down)
+    return (down.T.contiguous(), up.T.contiguous()) if is_flipped(module, name) else (up, down)
 
 
 def _with_one(values_TI: Tensor) -> Tensor:

@@ -9,37 +9,67 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions
 from hf_frmerge.calibration.fits.fisher_fit import FisherFit
+from hf_frmerge.calibration.fits.mats import MatsFit
 from hf_frmerge.calibration.fits.regmean import RegMeanFit, RegMeanOptions
+from hf_frmerge.calibration.layers import is_linear
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.fisher.average import FLOOR
-from hf_frmerge.fisher.files import estimate_fisher
+from hf_frmerge.fisher.files import EstimateOptions, estimate_diagonal, estimate_kronecker
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from hf_frmerge.calibration.blockwise_model import BlockwiseModel
     from hf_frmerge.calibration.prompts import Prompts
     from hf_frmerge.calibration.sweep import LayerFit
+    from hf_frmerge.checkpoints.source import Source
+    from hf_frmerge.fisher.files import KroneckerFile
     from hf_frmerge.merging.planning.plan import MergePlan
 
 
 def check_form(plan: MergePlan) -> None:
     """Raise `ArgumentError` if what the method gives cannot be written in the form that is asked for."""
-    if plan.args.method == "fisher" and plan.args.calibration_form == "low_rank":
+    method = METHODS[plan.args.method]
+    if method.needs_prompts and not method.fits_adapter and plan.args.calibration_form == "low_rank":
         raise ArgumentError(
-            "method='fisher' averages element by element, and what that gives has no low rank. Leave out "
-            "calibration_form='low_rank'."
+            f"What method={method.name!r} gives has no low rank. Leave out calibration_form='low_rank'."
         )
+    why = why_no_table(plan)
+    if plan.args.calibration_form == "table" and why is not None:
+        raise ArgumentError(f"calibration_form='table' writes coefficients of the experts, but {why}.")
+
+
+def why_no_table(plan: MergePlan) -> str | None:
+    """Say why what is found for a merge cannot be written as coefficients of the experts; `None` if it can."""
+    args, method = plan.args, METHODS[plan.args.method]
+    elsewise = "Use calibration_form='auto'"
+    if plan.layout is None:
+        return f"those of single rows are for full models. {elsewise}, or adapter_output='merged'"
+    if method.needs_prompts or method.kind != "span":
+        return f"method={method.name!r} gives no sum of them to begin with. {elsewise}, or method='karcher'"
+    if plan.space != "deltas":
+        return f"those of whole weights cannot scale what was learned. {elsewise}, or space='deltas' and a base_model"
+    if args.post_step is not None:
+        return f"post_step={args.post_step!r} changes their sum afterwards. {elsewise}, or leave out post_step"
+    if args.refine_steps:
+        return f"a refinement changes more than these. {elsewise}, or leave out refine_steps"
+    return None
 
 
 def check_experts(plan: MergePlan, prompts: Sequence[Prompts]) -> None:
-    """Raise `ArgumentError` if the method needs prompts of every expert, and one has none."""
+    """Raise `ArgumentError` if the method needs prompts of every expert, and one has none; or if they all weigh 0."""
     known = {own.expert for own in prompts}
     without = [expert.spec for place, expert in enumerate(plan.experts) if place not in known]
     if METHODS[plan.args.method].needs_prompts and without:
         raise ArgumentError(
             f"method={plan.args.method!r} needs prompts of every expert, and {some(without)} has none. Pass some for "
             "it too, or one file for all experts."
+        )
+    if not any(plan.weights[expert] for expert in known):
+        named = some([plan.experts[expert].spec for expert in sorted(known)])
+        raise ArgumentError(
+            f"There are prompts of {named} alone, of weight 0, so there is nothing to fit the merge to. Give weight "
+            "to an expert that has prompts, or pass prompts of one that has weight."
         )
 
 
@@ -48,8 +78,10 @@ def settings_of(plan: MergePlan, options: SweepOptions) -> dict[str, Any]:
     method = plan.args.method
     if not METHODS[method].needs_prompts:
         return asdict(options)
-    own = {"floor": FLOOR} if method == "fisher" else asdict(_regmean_options(plan))
-    return {"method": method, **own, "rank": options.rank}
+    if method in ("regmean", "regmean++"):
+        return {"method": method, **asdict(_regmean_options(plan)), "rank": options.rank}
+    own = {"floor": FLOOR} if method == "fisher" else {"max_iter": plan.args.max_iter}
+    return {"method": method, **own, "fisher_labels": plan.args.fisher_labels, "rank": options.rank}
 
 
 def equations_of(
@@ -69,23 +101,40 @@ def equations_of(
     """
     if not METHODS[plan.args.method].needs_prompts:
         return BlockFit
-    if plan.args.method != "fisher":
+    if plan.args.method in ("regmean", "regmean++"):
         return partial(RegMeanFit, options=_regmean_options(plan))
+    if plan.args.method == "mats":
+        return partial(MatsFit, files=kronecker_files(plan, model, prompts, is_silent), max_iter=plan.args.max_iter)
     parameters = [f"{block}.{name}" for block in model.blocks for name in model.block_parameters(block)]
-    base = plan.base.source if plan.base is not None else None
+    options, base = _estimate_options(plan, is_silent), _base_of(plan)
     files = [
-        estimate_fisher(
-            plan.experts[own.expert].source,
-            base,
-            own.token_ids,
-            parameters,
-            seed=plan.args.seed,
-            device=plan.args.device,
-            is_silent=is_silent,
-        )
-        for own in prompts
+        estimate_diagonal(plan.experts[own.expert].source, base, own.token_ids, parameters, options) for own in prompts
     ]
     return partial(FisherFit, files=files)
+
+
+def kronecker_files(
+    plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], is_silent: bool | None
+) -> list[KroneckerFile]:
+    """Estimate the Kronecker factors of the linear layers in the blocks; arguments as for `equations_of`."""
+    layers = [
+        f"{block}.{name}"
+        for block in model.blocks
+        for name, module in model.block(block).named_modules()
+        if is_linear(module)
+    ]
+    options, base = _estimate_options(plan, is_silent), _base_of(plan)
+    return [
+        estimate_kronecker(plan.experts[own.expert].source, base, own.token_ids, layers, options) for own in prompts
+    ]
+
+
+def _base_of(plan: MergePlan) -> Source | None:
+    return plan.base.source if plan.base is not None else None
+
+
+def _estimate_options(plan: MergePlan, is_silent: bool | None) -> EstimateOptions:
+    return EstimateOptions(plan.args.fisher_labels, plan.args.seed, plan.args.device, is_silent)
 
 
 def _regmean_options(plan: MergePlan) -> RegMeanOptions:

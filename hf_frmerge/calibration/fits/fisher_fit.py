@@ -13,7 +13,7 @@ from hf_frmerge.fisher.average import fisher_average
 if TYPE_CHECKING:
     from hf_frmerge.calibration.fits.block_fit import SweepState
     from hf_frmerge.calibration.layers import BlockLayers
-    from hf_frmerge.fisher.files import FisherFile
+    from hf_frmerge.fisher.files import DiagonalFile
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class FisherFit:
 
     Attributes:
         weights: averaged weights, float32.
-        factors: none: what is averaged element by element has no low rank.
+        factors, coefficients: none: what is averaged element by element has no low rank, and no coefficients.
     """
 
     def __init__(
@@ -38,22 +38,17 @@ class FisherFit:
         layers: BlockLayers,
         start: dict[str, Tensor],
         experts: list[dict[str, Tensor]],
-        files: Sequence[FisherFile],
+        files: Sequence[DiagonalFile],
     ) -> None:
         self._sweep, self._index, self._name = sweep, index, sweep.model.blocks[index]
         self._experts, self._files = experts, files
         self.weights = dict(start)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.coefficients: dict[str, Tensor] = {}
 
     def run_experts(self) -> None:
         """Run the experts' blocks on the prompts that judge the merge."""
-        sweep = self._sweep
-        for expert, weights in enumerate(self._experts):
-            computed = sweep.computed(weights)
-            for b, batch in enumerate(sweep.batches):
-                if batch.expert == expert and batch.is_held_out:
-                    call = batch.calls[self._index]
-                    sweep.expert[b] = sweep.model.run_block(self._name, computed, sweep.expert[b], call)
+        run_held_out(self._sweep, self._index, self._experts)
 
     def fit(self) -> None:
         """Average all weights of the block."""
@@ -73,3 +68,13 @@ class FisherFit:
         if at_floor:
             mean = 100 * sum(at_floor) / len(at_floor)
             logger.info("%s: on average %.1f %% of a tensor's Fisher information is at the floor.", self._name, mean)
+
+
+def run_held_out(sweep: SweepState, index: int, experts: Sequence[dict[str, Tensor]]) -> None:
+    """Run the experts' blocks on the prompts that judge the merge: the others have been run for their gradients."""
+    name = sweep.model.blocks[index]
+    for expert, weights in enumerate(experts):
+        computed = sweep.computed(weights)
+        for b, batch in enumerate(sweep.batches):
+            if batch.expert == expert and batch.is_held_out:
+                sweep.expert[b] = sweep.model.run_block(name, computed, sweep.expert[b], batch.calls[index])

@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_frmerge.calibration.blockwise_model import Taps
 from hf_frmerge.calibration.fits.block_fit import SweepState, as_factors
 from hf_frmerge.calibration.fits.least_squares import FitOptions, System, fit_linear
-from hf_frmerge.calibration.layers import BlockLayers, matrix_of, put_matrix
+from hf_frmerge.calibration.layers import BlockLayers, matrix_of, n_in, put_matrix
 from hf_frmerge.errors import NonFiniteError
 
 
@@ -53,6 +53,7 @@ class RegMeanFit:
 
     Attributes:
         weights, factors: as those of `BlockFit`.
+        coefficients: none: the method is written whole, or in low rank.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RegMeanFit:
         self._start, self._experts, self._options = start, experts, options
         self.weights = dict(start)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.coefficients: dict[str, Tensor] = {}
         # First layer of a group, at which its inputs are taken -> those of its layers that are merged.
         merged = {g.names[0]: [n for n in g.names if sweep.reader.is_merged(self._tensor(n))] for g in layers.groups}
         self._groups = {first: names for first, names in merged.items() if names}
@@ -83,8 +85,10 @@ class RegMeanFit:
         sweep = self._sweep
         for expert in range(sweep.n_experts):
             computed = sweep.computed(self._experts[expert])
-            grams: dict[str, Tensor] = {}
-            n_tokens = 0
+            grams = {
+                first: torch.zeros(width, width, device=sweep.model.device)
+                for first, width in ((first, n_in(self._module.get_submodule(first))) for first in self._groups)
+            }
             for b, batch in enumerate(sweep.batches):
                 if batch.expert != expert:
                     continue
@@ -94,14 +98,12 @@ class RegMeanFit:
                     after_BTH = sweep.model.run_block(self._name, computed, entering, batch.calls[self._index])
                 if not is_behind_merge:
                     sweep.expert[b] = after_BTH
-                if not batch.is_held_out:
-                    n_tokens += len(batch.tokens(after_BTH))
                 for first, inputs in taps.inputs.items():
                     inputs_TI = batch.tokens(inputs).float()
-                    gram_II = inputs_TI.T @ inputs_TI
-                    grams[first] = grams[first] + gram_II if first in grams else gram_II
+                    grams[first] += inputs_TI.T @ inputs_TI
+            sweep.processes.add_up(list(grams.values()))
             for first, gram_II in grams.items():
-                shrunk_II = shrunk(gram_II / n_tokens, self._options.off_diagonal)
+                shrunk_II = shrunk(gram_II / sweep.n_tokens[expert], self._options.off_diagonal)
                 for name in self._groups[first]:
                     self._add(name, expert, shrunk_II)
 

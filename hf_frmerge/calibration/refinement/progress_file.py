@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_frmerge.calibration.kept_files import damaged, tensors_digest
 from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.tensors.layout import ShardLayout
+from hf_frmerge.merging.engine.journal import read_signed_line, signed_line
 
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 _FACTS = "facts"  # name no tensor has, as theirs begin with what they are of
@@ -56,22 +58,31 @@ class Progress:
 
 def write_progress(path: Path, progress: Progress) -> None:
     """Write the file, in place of an earlier one."""
-    facts = {"step": progress.step, "best_step": progress.best.step, "distances": progress.best.distances}
     groups = {
         "values": progress.values, "first": progress.first, "second": progress.second,
         "best": progress.best.corrections,
     }  # fmt: skip
     tensors = {f"{group}.{name}": values for group, members in groups.items() for name, values in members.items()}
-    tensors[_FACTS] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    facts = {
+        "step": progress.step, "best_step": progress.best.step, "distances": progress.best.distances,
+        "digest": tensors_digest(tensors),
+    }  # fmt: skip
+    tensors[_FACTS] = torch.frombuffer(bytearray(signed_line(facts)), dtype=torch.uint8)
     write_tensors(path, tensors)
 
 
 def read_progress(path: Path, device: torch.device) -> Progress | None:
-    """Return what `write_progress` wrote; `None` if there is no such file."""
+    """Return what `write_progress` wrote; `None` if there is no such file. Raises `ResumeError` if it was altered."""
     if not path.exists():
         return None
-    tensors = load_file(path, device=str(device))
-    facts = json.loads(bytes(tensors.pop(_FACTS).tolist()))
+    try:
+        tensors = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+    line = tensors.pop(_FACTS, None)
+    facts = read_signed_line(bytes(line.tolist())) if line is not None else None
+    if facts is None or facts["digest"] != tensors_digest(tensors):
+        raise damaged(path, "its digest is of other content")
     groups: dict[str, dict[str, Tensor]] = {"values": {}, "first": {}, "second": {}, "best": {}}
     for name, values in tensors.items():
         group, _, member = name.partition(".")

@@ -65,6 +65,10 @@ class Adapter:
         """Whether any module is a DoRA module."""
         return any(delta.is_dora for delta in self.deltas.values())
 
+    def is_whole(self, target: str) -> bool:
+        """Whether it changes a tensor, and not by a low-rank delta."""
+        return target in self.dense or (target in self.deltas and self.deltas[target].is_dora)
+
     def match(
         self,
         shapes: Mapping[str, Sequence[int]],

@@ -23,6 +23,7 @@ from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME, FOLD_BY_HAND
 from hf_frmerge.checkpoints.adapters.folded import Folded, FoldedAdapter, put_in_place, read_wide
 from hf_frmerge.checkpoints.adapters.match import find_targets
 from hf_frmerge.checkpoints.adapters.patterns import check_pattern
+from hf_frmerge.checkpoints.alignment.renames import stack_experts
 from hf_frmerge.checkpoints.names.empty_model import build_empty
 from hf_frmerge.checkpoints.names.model_names import names_of
 from hf_frmerge.checkpoints.quantised.recent import Recent
@@ -163,6 +164,8 @@ def _layers_of(checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint) -
     whole = tuple(raw.get("modules_to_save") or ())
     _make_placeholders(empty, whole)
     own = dict(empty.named_parameters(remove_duplicate=False))
+    if table is not None and raw.get("target_parameters"):
+        stack_experts(model, table, {name: tuple(each.shape) for name, each in own.items()})
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # A copy, since the adapter may be anywhere; without what is about other models.

@@ -18,6 +18,7 @@ from xxhash import xxh3_128
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo
 from hf_frmerge.errors import CheckpointError, NonFiniteError
+from hf_frmerge.geometry.lowrank import Factors
 from hf_frmerge.geometry.sphere import norms
 from hf_frmerge.kernels.product import product
 
@@ -119,6 +120,14 @@ class LowRankDelta:
         """
         return self._lay_out(*self.read())
 
+    def oriented(self) -> Factors:
+        """
+        Read the factors in the layout of the base checkpoint, with the scale beside them.
+
+        Raises what `read` raises.
+        """
+        return Factors(*self._orient(*self.read()), self.scale)
+
     def read_magnitude(self) -> NDArray[np.floating]:
         """Read DoRA's norm of every output row, `(rows,)`."""
         if self.magnitude is None:
@@ -136,7 +145,7 @@ class LowRankDelta:
     def _lay_out(
         self, up: NDArray[np.floating], down: NDArray[np.floating]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        left, right = (down.T, up.T) if self.transposed else (up, down)
+        left, right = self._orient(up, down)
         scaled = left * np.float64(self.scale)  # in float64, so that a scale such as 1/3 is not rounded beforehand
         with np.errstate(over="ignore"):
             single = scaled.astype(np.float32, order="C"), np.ascontiguousarray(right, dtype=np.float32)
@@ -147,6 +156,11 @@ class LowRankDelta:
                 "adapter_config.json, or leave this adapter out."
             )
         return single
+
+    def _orient(
+        self, up: NDArray[np.floating], down: NDArray[np.floating]
+    ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        return (down.T, up.T) if self.transposed else (up, down)
 
     def _hash(self) -> xxh3_128:
         return xxh3_128(repr(self.scale).encode())

@@ -80,8 +80,7 @@ def _agree_on_stacks(names: ModelNames, reference: Checkpoint, other: Checkpoint
         info = reference.tensors.get(stacks_here.get(stack, ""))
         parts = {run.name: other.tensors[run.name] for run in runs}
         if stack not in ours and info is not None and len({part.dtype for part in parts.values()}) == 1:
-            rows = [Run(parts[run.name], run.first, run.n_rows) for run in runs]
-            made[info.name] = rows_of(info.name, info.shape, rows)
+            made[info.name] = _joined(info.name, info.shape, runs, parts)
             used |= parts.keys()
     if not made:
         return []
@@ -90,6 +89,26 @@ def _agree_on_stacks(names: ModelNames, reference: Checkpoint, other: Checkpoint
         f"{other.source.spec!r} stores experts {'one by one' if len(used) > len(made) else 'in stacks'} and "
         f"{reference.source.spec!r} does not: {len(used)} tensors are read as {len(made)}, as transformers loads them."
     ]
+
+
+def stack_experts(checkpoint: Checkpoint, names: ModelNames, shapes: Mapping[str, Sequence[int]]) -> None:
+    """
+    Let a checkpoint that stores experts one by one be read as the stacks that transformers makes of them.
+
+    Args:
+        checkpoint (`Checkpoint`): Full model; it is changed in place.
+        names (`ModelNames`): Names of its class.
+        shapes (`Mapping[str, Sequence[int]]`): Name in memory -> shape.
+    """
+    for stack, runs in names.stack({name: info.shape for name, info in checkpoint.tensors.items()}).items():
+        parts = {run.name: checkpoint.tensors[run.name] for run in runs}
+        if len({part.dtype for part in parts.values()}) == 1:
+            kept = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
+            checkpoint.tensors = {**kept, stack: _joined(stack, shapes[stack], runs, parts)}
+
+
+def _joined(name: str, shape: Sequence[int], runs: Sequence[StackRun], parts: Mapping[str, TensorInfo]) -> TensorInfo:
+    return rows_of(name, shape, [Run(parts[run.name], run.first, run.n_rows) for run in runs])
 
 
 def _taken_apart(

@@ -60,6 +60,11 @@ class Pipeline:
         """Read one of its files; a file it does not have counts as a config with nothing but defaults."""
         return read_file(self.folder, name, self.source.spec) if name in self.files else b"{}"
 
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return what one of its JSON files says, without versions and defaults, under the newest names."""
+        settings = _settings(self.read(name))
+        return settings if isinstance(settings, dict) else {}
+
 
 def read_pipeline(source: Source) -> Pipeline | None:
     """
@@ -142,11 +147,13 @@ def _settings(content: bytes) -> Any:
         parsed["pooling_mode"] = poolings[0] if len(poolings) == 1 else poolings
     if "word_embedding_dimension" in parsed:
         parsed["embedding_dimension"] = parsed.pop("word_embedding_dimension")
-    # A setting that is False, null or empty counts as missing, too.
+    # A setting that is False, null or empty counts as missing, too, unless it is True where it is missing.
     return {
         key: value
         for key, value in parsed.items()
-        if key not in _VERSIONS and value is not False and value not in (None, {}, _DEFAULTS.get(key))
+        if key not in _VERSIONS
+        and (value is not False or _DEFAULTS.get(key) is True)
+        and value not in (None, {}, _DEFAULTS.get(key))
     }
 
 

@@ -54,6 +54,22 @@ def build_empty(config: Mapping[str, Any], spec: str, **changes: Any) -> PreTrai
     return model
 
 
+def transposed_layers(config: Mapping[str, Any], spec: str) -> list[str]:
+    """
+    Return the names of the weights that the class of a checkpoint has transposed (`Conv1D` of GPT-2).
+
+    Args:
+        config, spec: As for `build_empty`. Without a class of transformers there are none: these layers are its own.
+    """
+    try:
+        model = build_empty(config, spec)
+    except CheckpointError:
+        return []
+    from transformers.pytorch_utils import Conv1D
+
+    return [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)]
+
+
 def _refuse_endless(settings: Mapping[str, Any], spec: str) -> None:
     """Raise if a config asks for so many modules that to build them would not end."""
     for key, value in settings.items():

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.checkpoints.names.empty_model import build_empty
+from hf_frmerge.checkpoints.names.empty_model import transposed_layers
 from hf_frmerge.checkpoints.quantised.recent import Recent
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
-from hf_frmerge.checkpoints.tensors.quantised import PLAIN, is_code, made_by, section_of, way_out
+from hf_frmerge.checkpoints.tensors.quantised import FOUR_BIT, PLAIN, is_code, made_by, section_of, way_out
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
 from hf_frmerge.errors import CheckpointError
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.tensors.header import TensorSource
 
 EXTRA = "pip install 'hf_frmerge[quantised]'"
+
+_ARITHMETIC = ("gptq", "mxfp4", "bitsandbytes", "mlx")
 
 _BYTES_AN_ELEMENT = 16
 """Codes, numbers in float32 and what is made of them, all at a time."""
@@ -126,28 +128,45 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
 def _format_of(checkpoint: Checkpoint, section: Mapping[str, Any]) -> Format | None:
     """Return the format that tensors and section show; None if it is none of those that can be converted."""
     spec, config = checkpoint.source.spec, checkpoint.config()
-    kind = _kind_of({name.rpartition(".")[2] for name in checkpoint.tensors}, str(section.get("quant_method", "")))
+    endings = {name.rpartition(".")[2] for name in checkpoint.tensors}
+    # MLX names no method, but the sizes of its groups.
+    method = str(section.get("quant_method", "mlx" if "group_size" in section else ""))
+    kind = _kind_of(endings, method)
     if kind is None:
         return None
     dtype = DTYPE_CODES.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
-    if kind in ("gptq", "mxfp4"):
-        from hf_frmerge.checkpoints.quantised.arithmetic import gptq, mxfp4
+    if kind not in _ARITHMETIC:
+        return _format_of_package(spec, kind, section, dtype)
+    try:
+        return _format_of_arithmetic(kind, section, config.get("model_type"), dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{spec!r} is quantised ({kind}), but {error}. {way_out(kind)}") from error
 
-        try:
-            return gptq(section, dtype) if kind == "gptq" else mxfp4(dtype)
-        except ValueError as error:
-            raise CheckpointError(f"{spec!r} is quantised ({kind}), but {error}. {way_out(kind)}") from error
-    return _format_of_package(spec, kind, section, dtype)
+
+def _format_of_arithmetic(kind: str, section: Mapping[str, Any], model_type: object, dtype: str) -> Format:
+    """Return a format that takes no package but torch; raises ValueError if it is not known in this form."""
+    from hf_frmerge.checkpoints.quantised.arithmetic import gptq, mxfp4
+    from hf_frmerge.checkpoints.quantised.bits_and_bytes import bits_and_bytes
+    from hf_frmerge.checkpoints.quantised.mlx import mlx
+
+    if kind == "gptq":
+        return gptq(section, dtype)
+    if kind == "mlx":
+        return mlx(section, model_type, dtype)
+    return mxfp4(dtype) if kind == "mxfp4" else bits_and_bytes(dtype)
 
 
 def _kind_of(endings: set[str], method: str) -> str | None:
     """Return the name of a format, from the last parts of the names of tensors and the method in the section."""
     if any(ending.endswith("_scale_inv") for ending in endings):
         return "fp8"
+    if endings & {"SCB", *FOUR_BIT}:
+        return "bitsandbytes"
     if method == "mxfp4":
         return method if any(ending.endswith("_blocks") for ending in endings) else None
     needed = {
         "gptq": {"qweight"},
+        "mlx": {"biases"},
         "compressed-tensors": {"weight_packed", "weight_scale"},
         "awq": {"qweight"},
         "modelopt": {"weight_scale"},
@@ -177,13 +196,7 @@ def _format_of_package(spec: str, kind: str, section: Mapping[str, Any], dtype: 
 
 def _refuse_transposed(checkpoint: Checkpoint, groups: Mapping[str, object]) -> None:
     """Raise if a weight belongs to a layer that has it transposed (GPT-2): which way codes lie is not written down."""
-    try:
-        model = build_empty(checkpoint.config(), checkpoint.source.spec)
-    except CheckpointError:
-        return  # no class of transformers, and these layers are a thing of transformers
-    from transformers.pytorch_utils import Conv1D
-
-    layers = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)]
+    layers = transposed_layers(checkpoint.config(), checkpoint.source.spec)
     transposed = [name for name in layers if name in groups]
     if transposed:
         raise CheckpointError(

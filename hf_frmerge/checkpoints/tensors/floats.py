@@ -9,6 +9,9 @@ from hf_frmerge.kernels.interface import OVERFLOWS_AT
 
 DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 
+SIGNIFICANT_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
+"""Bits of the significand: rounding changes a value by 2 to minus this many, as a share of it, at most."""
+
 _NUMPY_DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 

@@ -38,6 +38,9 @@ _SCALES = (
 SECTIONS = ("quantization_config", "quantization", "compression_config")
 """Entries of `config.json` that say how a model is quantised; a model of plain weights has none."""
 
+FOUR_BIT = ("bitsandbytes__nf4", "bitsandbytes__fp4")
+"""Last parts of the names of what says how four bits of bitsandbytes are to be read."""
+
 PLAIN = "plain numbers"
 """What a checkpoint holds of which only the config says that it is quantised."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.cli.render.terminal import console, human_bytes, human_count, human_seconds, print_verdicts
@@ -128,6 +128,31 @@ def print_inspection(inspection: Mapping[str, Any], top: int | None) -> None:
         out.print(f"{len(shown)} of {len(tensors)} tensors, those with the largest angles; --all shows every one.")
     out.print(account_sentence(_accounts(inspection), "measured", "that a merge copies"))
     out.print(inspection["verdict"], style="bold")
+    if "curvature" in inspection:
+        _print_curvature(inspection["curvature"], inspection["experts"])
+
+
+def _print_curvature(curvature: Mapping[str, Any], experts: Sequence[str]) -> None:
+    from rich.table import Table
+
+    out = console()
+    table = Table()
+    table.add_column("linear layers of", overflow="fold")
+    for place in range(1, len(experts) + 1):
+        table.add_column(f"trace\n{place}", justify="right")
+    for column in ("mean costs\n(nats)", "saved\nat best"):
+        table.add_column(column, justify="right")
+    for block in curvature["blocks"]:
+        share = block["eta"] / 2 / block["cost"] if block["cost"] else 0.0
+        traces = [f"{trace:.3g}" for trace in block["traces"]]
+        table.add_row(block["name"], *traces, f"{block['cost']:.3g}", f"{share:.0%}")
+    out.print(table)
+    out.print(
+        "trace: of the Fisher information of expert 1, 2, ..., how much a prediction depends on these weights; nats: "
+        "what a plain mean costs, a prediction; saved: by the best point for these curvatures",
+        style="dim",
+    )
+    out.print(curvature["verdict"], style="bold")
 
 
 def print_verification(report: VerifyReport, output_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""Measure sequence classifiers: accuracy, loss, and divergences between their predicted class distributions."""
+"""Measure classifiers of text and images: accuracy, loss, and divergences of their predictions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction
 
 from hf_frmerge.checkpoints.alignment.class_order import class_names, row_order
 from hf_frmerge.checkpoints.tensors.reader import some
@@ -27,10 +27,15 @@ def is_classifier(architecture: str) -> bool:
     return architecture.endswith("ForSequenceClassification")
 
 
+def is_image_classifier(architecture: str) -> bool:
+    """Return whether a model class, given by name, is a classifier of images."""
+    return architecture.endswith("ForImageClassification")
+
+
 def predict_classes(
     model: Any,
     rows: Rows,
-    processing_class: PreTrainedTokenizerBase | None,
+    processing_class: Any,
     *,
     batch_size: int = 8,
     num_workers: int = 0,
@@ -43,12 +48,13 @@ def predict_classes(
 
     Args:
         model (`PreTrainedModel`):
-            A sequence classifier with one label per row. It is moved to the accelerator's device unless it was
-            dispatched over several.
+            A classifier of text or images with one label per row. It is moved to the accelerator's device unless it
+            was dispatched over several.
         rows (`Dataset`, `IterableDataset` or any iterable of rows):
-            Rows with `text` or `input_ids`, and a column `label` or `labels`: numbers, or names in `label2id`.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer, needed for text and for padding.
+            Rows with `text` or `input_ids`, for a classifier of images `image` or `pixel_values`, and a column
+            `label` or `labels`: numbers, or names in `label2id`.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
+            Tokenizer, needed for text and for padding, or image processor.
         batch_size, num_workers, accelerator:
             As for `batches_of`.
         loop (`LoopOptions`, *optional*):
@@ -63,9 +69,10 @@ def predict_classes(
     accelerator = accelerator or Accelerator()
     _require_single_label(model.config)
     columns = _columns(model.config, classes)
-    if model.config.pad_token_id is None and processing_class is not None:
+    padding = getattr(processing_class, "pad_token_id", None)  # image processors have none
+    if padding is not None and model.config.pad_token_id is None:
         # A decoder classifies the last token before the padding, so it has to know the padding.
-        model.config.pad_token_id = processing_class.pad_token_id
+        model.config.pad_token_id = padding
     if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
     loader = batches_of(

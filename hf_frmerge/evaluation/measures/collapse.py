@@ -53,18 +53,20 @@ class ActivationStatistics:
     def __init__(self) -> None:
         self._layers: list[_Moments] = []
 
-    def update(self, hidden_states: Sequence[torch.Tensor], attention_mask: torch.Tensor) -> None:
+    def update(self, hidden_states: Sequence[torch.Tensor], attention_mask: torch.Tensor | None) -> None:
         """
         Add the activations of a batch.
 
         Args:
-            hidden_states (`Sequence[torch.Tensor]`): Activations of every layer, `(B, T, d)`, any floating dtype.
-            attention_mask (`torch.Tensor`): `(B, T)`, 0 for padding, on either side.
+            hidden_states (`Sequence[torch.Tensor]`): Activations of every layer, `(B, T, d)`, or `(B, d, H, W)` where
+                a layer is a map of places in an image; any floating dtype.
+            attention_mask (`torch.Tensor`, *optional*): `(B, T)`, 0 for padding, on either side; without it, nothing
+                is padding.
         """
-        mask = attention_mask.bool()
-        is_full = bool(mask.all())
+        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         for layer, states in enumerate(hidden_states):
-            tokens = states.flatten(0, 1) if is_full else states[mask.to(states.device)]
+            places = states.movedim(1, -1) if states.dim() == 4 else states
+            tokens = places.flatten(0, -2) if mask is None else places[mask.to(places.device)]
             # MPS has no float64.
             tokens = tokens.to("cpu" if tokens.device.type == "mps" else tokens.device, torch.float32)
             shift = tokens.mean(dim=0)

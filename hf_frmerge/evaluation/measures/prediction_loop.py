@@ -19,6 +19,8 @@ from hf_frmerge.evaluation.text.token_blocks import IGNORED_LABEL
 
 Preprocess = Callable[[Any, torch.Tensor], Any]
 
+_HIDDEN_STATES = ("hidden_states", "reshaped_hidden_states")  # outputs that hold them; Swin gives both
+
 
 @dataclass(frozen=True)
 class LoopOptions:
@@ -75,7 +77,7 @@ def predict(
     )
     # The model is run without labels: the loss is not needed, and would take as much memory as the logits.
     extra = {"output_hidden_states": True} if activations is not None else {}
-    left_out = {*ignore_keys, "loss", *(("hidden_states",) if activations is not None else ())}
+    left_out = {*ignore_keys, "loss", *(_HIDDEN_STATES if activations is not None else ())}
     n_rows = 0
     was_training = model.training
     model.eval()
@@ -91,8 +93,10 @@ def predict(
         batch_labels = accelerator.pad_across_processes(batch.pop("labels"), dim=1, pad_index=IGNORED_LABEL)
         with torch.inference_mode():
             outputs = model(**batch, **extra)
-        if activations is not None and n_mine:
-            activations.update([states[:n_mine] for states in outputs.hidden_states], batch["attention_mask"][:n_mine])
+        if activations is not None and n_mine and outputs.get("hidden_states"):
+            mask = batch.get("attention_mask")  # images have none
+            states = [layer[:n_mine] for layer in outputs.hidden_states]
+            activations.update(states, mask if mask is None else mask[:n_mine])
         kept = nested_detach(tuple(value for name, value in outputs.items() if name not in left_out))
         logits = accelerator.pad_across_processes(kept[0] if len(kept) == 1 else kept, dim=1, pad_index=IGNORED_LABEL)
         if options.preprocess_logits is not None:

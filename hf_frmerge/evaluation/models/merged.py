@@ -13,7 +13,7 @@ from hf_frmerge.evaluation.models.loading import ModelLoader
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 
 def whole_model(
@@ -52,6 +52,16 @@ def tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def image_processor_of(folder: str) -> BaseImageProcessor | None:
+    """Load the image processor in a folder; `None` if there is none."""
+    if not (Path(folder) / "preprocessor_config.json").is_file():
+        return None
+    from transformers import AutoImageProcessor
+
+    processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(folder)
+    return processor
 
 
 def architecture_of(folder: str) -> str:

@@ -1,4 +1,4 @@
-"""Evaluate sequence classifiers, which choose one label a row; the counterpart of `suite`."""
+"""Evaluate classifiers of text or images, which choose one label a row; the counterpart of `suite`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOpt
 from hf_frmerge.evaluation.text.token_blocks import Rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from hf_frmerge.evaluation.measures.token_tables import TokenTable
 
 
@@ -114,7 +112,7 @@ def _measure(
     model: Any,
     classes: list[str] | None,
     domains: Mapping[str, Rows],
-    tokenizer: PreTrainedTokenizerBase | None,
+    processing_class: Any,
     options: SuiteOptions,
     run: RunSettings,
 ) -> _Measured:
@@ -125,7 +123,7 @@ def _measure(
         domain: predict_classes(
             model,
             rows,
-            tokenizer,
+            processing_class,
             batch_size=options.batch_size,
             num_workers=run.num_workers,
             accelerator=run.accelerator,

@@ -12,6 +12,7 @@ import transformers
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
+from hf_frmerge.checkpoints.tensors.quantised import made_by
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint, some
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import moved_tokens, read_tokenizer
 from hf_frmerge.errors import ArgumentError, CheckpointError
@@ -188,25 +189,35 @@ def _refuse_without_measures(name: str, config: Any) -> None:
     kind = _unmeasured(config)
     if kind:
         raise ArgumentError(
-            f"{name!r} ({config.model_type}) is {kind}. Causal language models, encoders, encoder-decoders and "
-            "classifiers of text can be evaluated. Measure this one with the script it was trained with; the merge "
-            "itself is not affected."
+            f"{name!r} ({config.model_type}) is {kind}. Causal language models, encoders, encoder-decoders, "
+            "classifiers of text and of images can be evaluated. Measure this one with the script it was trained "
+            "with; the merge itself is not affected."
         )
 
 
 def _refuse_unloadable(source: Source, config: Any) -> None:
     """Raise for a quantised model that transformers cannot load here, before anything is loaded."""
-    section = getattr(config, "quantization_config", None)
-    if section is None:
-        return
-    try:
-        AutoHfQuantizer.from_config(section, pre_quantized=True).validate_environment(device_map=None)
-    except (ImportError, RuntimeError, ValueError) as error:
+    reason = _unloadable(source, getattr(config, "quantization_config", None))
+    if reason:
         raise ArgumentError(
-            f"{source.spec!r} is quantised, and transformers cannot load it here: {str(error).partition(chr(10))[0]} "
-            "Where a merge can read it, write out what its codes stand for, and measure that: `frmerge merge MODEL "
-            "MODEL --method linear --output-dir PLAIN`."
-        ) from error
+            f"{source.spec!r} is quantised, and transformers cannot load it here: {reason} Where a merge can read it, "
+            "write out what its codes stand for, and measure that: `frmerge merge MODEL MODEL --method linear "
+            "--output-dir PLAIN`."
+        )
+
+
+def _unloadable(source: Source, section: Any) -> str | None:
+    """Say why transformers does not read the codes of a model; None if it does, or there are none."""
+    if section is not None:
+        try:
+            AutoHfQuantizer.from_config(section, pre_quantized=True).validate_environment(device_map=None)
+        except (ImportError, RuntimeError, ValueError) as error:
+            return str(error).partition("\n")[0]
+        return None
+    with open_checkpoint(source) as checkpoint:
+        recognised = made_by(checkpoint.tensors.values())
+    # It would take codes for weights, or start from random ones.
+    return recognised and f"its tensors are those of {recognised[0]}, and its config names no method that it knows."
 
 
 def _unmeasured(config: Any) -> str | None:

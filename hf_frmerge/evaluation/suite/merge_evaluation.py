@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, EvalPrediction, PreTrainedTokenizerBase
 from transformers.trainer_utils import denumpify_detensorize, speed_metrics
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
-from hf_frmerge.evaluation.measures.classification import is_classifier, predict_classes
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.measures.classification import is_classifier, is_image_classifier, predict_classes
 from hf_frmerge.evaluation.measures.prediction_loop import LoopOptions, Preprocess, predict
-from hf_frmerge.evaluation.models.merged import architecture_of, tokenizer_of, whole_model
+from hf_frmerge.evaluation.models.merged import architecture_of, image_processor_of, tokenizer_of, whole_model
 from hf_frmerge.evaluation.models.names import models_of_merge
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord
 from hf_frmerge.evaluation.suite.classifier_suite import evaluate_classifiers
+from hf_frmerge.evaluation.suite.embedding_suite import embedding_scores, steps_of_models
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.evaluation.suite.suite import evaluate_suite
 from hf_frmerge.evaluation.text.batches import batches_of
@@ -53,7 +56,7 @@ class UserMetrics:
 def models_to_measure(
     models: MergeModels,
     merged: str | torch.nn.Module | None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: Any = None,
     token: str | None = None,
     allow_pickle: bool = False,
 ) -> ModelSet:
@@ -63,7 +66,7 @@ def models_to_measure(
     Args:
         models (`MergeModels`): Base, experts and weights.
         merged (`str` or `torch.nn.Module`, *optional*): Merged model, its folder or its Hub id.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*): Tokenizer or image processor.
         token (`str`, *optional*): Token for the Hub.
         allow_pickle (`bool`, *optional*, defaults to `False`): Whether weights may be pickles.
     """
@@ -83,10 +86,12 @@ def evaluate_merge(
     user_metrics: UserMetrics | None = None,
 ) -> EvaluationRecord:
     """
-    Evaluate sequence classifiers with `evaluate_classifiers`, and other models with `evaluate_suite`.
+    Evaluate classifiers of text or images with `evaluate_classifiers`, and other models with `evaluate_suite`.
 
-    By default the base of adapters is the one in their configuration, and the tokenizer is that of the merged model,
-    or else of the first model that has one.
+    Of models that make embeddings (sentence-transformers) these are compared, too, with `embedding_scores`.
+
+    By default the base of adapters is the one in their configuration, and the tokenizer (or image processor) is that
+    of the merged model, or else of the first model that has one.
 
     Args:
         models (`ModelSet`):
@@ -107,15 +112,22 @@ def evaluate_merge(
         for name, spec in models.specs.items()
         if isinstance(spec, str)
     }
-    models = _with_base_and_tokenizer(models, sources)
+    models = _with_base(models, sources)
     architecture = _architecture(models, sources)
-    if is_classifier(architecture):
+    classifies = is_classifier(architecture) or is_image_classifier(architecture)
+    models = _with_processing_class(models, sources, of_images=is_image_classifier(architecture))
+    if classifies:
         record = evaluate_classifiers(models, domains, options, run)
     else:
+        domains = {name: list(rows) if isinstance(rows, Iterator) else rows for name, rows in domains.items()}
         record = evaluate_suite(models, domains, options, run)
+        steps = steps_of_models(sources)
+        if steps is not None and not record.scores:
+            base = _resolved_base(models)
+            record.scores = embedding_scores(models, sources, base, domains, steps, options, run)
     if user_metrics is not None and user_metrics.compute is not None and MERGED in models.specs:
         model = user_metrics.model()
-        predict_rows = _predict_classes if is_classifier(architecture) else _predict_tokens
+        predict_rows = _predict_classes if classifies else _predict_tokens
         loop = LoopOptions(
             ignore_keys=user_metrics.ignore_keys,
             preprocess_logits=user_metrics.preprocess_logits,
@@ -132,7 +144,7 @@ def measure_merge(
     models: MergeModels,
     merged: str | torch.nn.Module | None,
     domains: Mapping[str, Rows],
-    processing_class: PreTrainedTokenizerBase | None,
+    processing_class: Any,
     user_metrics: UserMetrics,
     on_prediction_step: Callable[[DataLoader], object],
 ) -> tuple[EvaluationRecord, dict[str, float]]:
@@ -148,8 +160,8 @@ def measure_merge(
             Folder of the merged model, or the model; without it only base and experts are measured.
         domains, user_metrics:
             As for `evaluate_merge`.
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer; by default that of the merged model.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
+            Tokenizer or image processor; by default that of the merged model.
         on_prediction_step (`Callable[[DataLoader], object]`):
             Called after every batch.
 
@@ -159,7 +171,8 @@ def measure_merge(
     """
     if merged is not None and processing_class is None:
         folder = whole_model(args.output_dir, models.base_model, args.hub_token, args.allow_pickle)
-        processing_class = tokenizer_of(folder)
+        of_images = is_image_classifier(architecture_of(folder))
+        processing_class = image_processor_of(folder) if of_images else tokenizer_of(folder)
     if isinstance(merged, torch.nn.Module) and args.eval_dtype != "auto":
         # A model in memory is measured in the dtype that one on disk would be loaded in.
         merged.to(getattr(torch, args.eval_dtype))
@@ -194,18 +207,48 @@ def measure_merge(
     return record, {name.removeprefix("_"): value for name, value in speed.items()}
 
 
-def _with_base_and_tokenizer(models: ModelSet, sources: Mapping[str, Source]) -> ModelSet:
-    """Fill in the base from the adapters' configuration, and the tokenizer, unless the caller set them."""
-    base, tokenizer = models.base_model, models.processing_class
-    if base is None:
-        adapters = [source for source in sources.values() if source.kind == "adapter"]
-        base = next((whole_model(adapter.path, None, models.token, models.allow_pickle) for adapter in adapters), None)
-    models = replace(models, base_model=base)
-    if tokenizer is None:
-        folders = [_whole_folder(models, sources[name]) for name in (_main_model(models), *sources) if name in sources]
-        # The merged model first: its tokenizer is the one that it is used with.
-        tokenizer = next(filter(None, map(tokenizer_of, folders)), None)
-    return replace(models, processing_class=tokenizer)
+def _with_base(models: ModelSet, sources: Mapping[str, Source]) -> ModelSet:
+    """Fill in the base from the adapters' configuration, unless the caller set it."""
+    if models.base_model is not None:
+        return models
+    adapters = [source for source in sources.values() if source.kind == "adapter"]
+    base = next((whole_model(adapter.path, None, models.token, models.allow_pickle) for adapter in adapters), None)
+    return replace(models, base_model=base)
+
+
+def _resolved_base(models: ModelSet) -> Source | None:
+    """Return the base of adapters."""
+    base = models.base_model
+    return None if base is None else resolve(str(base), token=models.token, allow_pickle=models.allow_pickle)
+
+
+def _with_processing_class(models: ModelSet, sources: Mapping[str, Source], *, of_images: bool) -> ModelSet:
+    """Fill in the tokenizer or image processor, unless the caller set it."""
+    if models.processing_class is not None:
+        return models
+    # The merged model first: what it has is what it is used with.
+    names = [name for name in dict.fromkeys((_main_model(models), *sources)) if name in sources]
+    folders = {name: _whole_folder(models, sources[name]) for name in names}
+    if not of_images:
+        return replace(models, processing_class=next(filter(None, map(tokenizer_of, folders.values())), None))
+    found = {name: image_processor_of(folder) for name, folder in folders.items()}
+    processors = {name: processor for name, processor in found.items() if processor is not None}
+    _refuse_other_processors(processors)
+    return replace(models, processing_class=next(iter(processors.values()), None))
+
+
+def _refuse_other_processors(processors: Mapping[str, BaseImageProcessor]) -> None:
+    """Raise if models prepare images differently: they would be compared on different ones."""
+    settings = {name: processor.to_dict() for name, processor in processors.items()}
+    for name, other in settings.items():
+        first_name, first = next(iter(settings.items()))
+        differing = [key for key in sorted(first.keys() | other.keys()) if first.get(key) != other.get(key)]
+        if differing:
+            raise ArgumentError(
+                f"Outputs can only be compared on the same images, but {name!r} prepares them differently than "
+                f"{first_name!r}: {some(differing)} in preprocessor_config.json. Evaluate each by itself, or pass one "
+                "processor for all as `processing_class`."
+            )
 
 
 def _architecture(models: ModelSet, sources: Mapping[str, Source]) -> str:
@@ -230,7 +273,7 @@ def _whole_folder(models: ModelSet, source: Source) -> str:
 def _predict_classes(
     model: Any,
     rows: Rows,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processing_class: Any,
     options: SuiteOptions,
     run: RunSettings,
     loop: LoopOptions,
@@ -239,7 +282,7 @@ def _predict_classes(
     return predict_classes(
         model,
         rows,
-        tokenizer,
+        processing_class,
         batch_size=options.batch_size,
         num_workers=run.num_workers,
         accelerator=run.accelerator,

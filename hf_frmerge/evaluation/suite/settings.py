@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch.utils.data import DataLoader
-    from transformers import PreTrainedTokenizerBase
 
     from hf_frmerge.evaluation.record import Role
 
@@ -30,7 +29,8 @@ class ModelSet:
         roles: name -> `"base"`, `"expert"` or `"merged"`.
         weights: name -> weight of the expert in the objective, scaled to sum to 1; equal by default.
         base_model: base of adapters; by default the model whose role is `"base"`.
-        processing_class: tokenizer; by default that of the base, else of the first checkpoint with one.
+        processing_class: tokenizer, or image processor of classifiers of images; by default that of the base, else of
+            the first checkpoint with one.
         token: token for the Hub.
         allow_pickle: whether weights may be pickles, which transformers and PEFT load with `weights_only=True`.
     """
@@ -39,7 +39,7 @@ class ModelSet:
     roles: Mapping[str, Role]
     weights: Mapping[str, float] | None = None
     base_model: str | Path | None = None
-    processing_class: PreTrainedTokenizerBase | None = None
+    processing_class: Any = None
     token: str | None = None
     allow_pickle: bool = False
 

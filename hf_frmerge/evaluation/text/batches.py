@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.text.images import encode_images
 from hf_frmerge.evaluation.text.token_blocks import NO_TOKENIZER, TokenBlocks, text_of
 
 INDEX = "index"  # entry of a batch: positions of its rows in the dataset
@@ -70,11 +70,12 @@ def batches_of(
 
 class ClassificationCollator:
     """
-    Collator for sequence classifiers: encodes rows with `input_ids` (or `text`) and a label, and pads them.
+    Collator for classifiers: encodes rows with a label and `input_ids` (or `text`), which it pads, or images.
 
     Args:
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer, needed for text, which it truncates to the model's limit, and to pad rows of unequal lengths.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
+            Tokenizer, needed for text, which it truncates to the model's limit, and to pad rows of unequal lengths; or
+            image processor, see `encode_images`.
         model (`torch.nn.Module`):
             Classifier. Its `forward` signature decides which columns are kept; `config.label2id` maps label names.
         classes (`Sequence[str]`, *optional*):
@@ -83,13 +84,15 @@ class ClassificationCollator:
 
     def __init__(
         self,
-        processing_class: PreTrainedTokenizerBase | None,
+        processing_class: Any,
         model: torch.nn.Module,
         classes: Sequence[str] | None = None,
     ) -> None:
         self.processing_class = processing_class
         self.inputs = set(inspect.signature(model.forward).parameters) - set(_LABEL_COLUMNS)
         config: Any = model.config
+        self.reads_images = model.main_input_name == "pixel_values"
+        self.n_channels: int | None = getattr(config, "num_channels", None)
         self.n_labels: int = config.num_labels
         self.label_ids: dict[str, int] = (
             config.label2id if classes is None else {name: row for row, name in enumerate(classes)}
@@ -100,12 +103,16 @@ class ClassificationCollator:
         Encode and pad a list of `(index, row)`.
 
         Raises:
-            ArgumentError: If a row has no label the model knows, or a tokenizer or padding token is missing.
+            ArgumentError: If a row has no label the model knows or nothing that it reads, or a tokenizer, padding
+                token or image processor is missing.
         """
-        features = [self._features(index, row) for index, row in items]
         labels = [self._label(index, row) for index, row in items]
+        if self.reads_images:
+            encoded = encode_images(items, self.processing_class, self.n_channels)
+        else:
+            encoded = self._pad([self._features(index, row) for index, row in items])
         return {
-            **self._pad(features),
+            **encoded,
             "labels": torch.tensor(labels),
             INDEX: torch.tensor([index for index, _ in items]),
         }

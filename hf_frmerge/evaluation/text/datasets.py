@@ -1,10 +1,11 @@
-"""Read texts to evaluate or to calibrate on from files."""
+"""Read texts to evaluate or to calibrate on from files, and images from folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.text.images import read_image_folder
 from hf_frmerge.evaluation.text.token_blocks import Rows
 
 # File suffix -> builder name for `datasets.load_dataset`. Any other file is read as one text.
@@ -17,16 +18,18 @@ def read_texts(path: str | Path) -> Rows:
 
     Args:
         path (`str` or `Path`):
-            `.jsonl`, `.json`, `.csv` or `.parquet` with a column `text` or `input_ids`; any other file is read as one
-            UTF-8 text.
+            A folder with a folder of images for every label; `.jsonl`, `.json`, `.csv` or `.parquet` with a column
+            `text`, `input_ids` or `image`; any other file is read as one UTF-8 text.
 
     Returns:
-        `datasets.Dataset` for a table, a list of one string for a text.
+        `datasets.Dataset` for a table, a list of one string for a text, and of rows for images.
 
     Raises:
         ArgumentError: If the file does not exist, or is not what its name says: a table, or else UTF-8 text.
     """
     file = Path(path)
+    if file.is_dir():
+        return read_image_folder(file)
     if not file.is_file():
         raise ArgumentError(f"The data {str(file)!r} is not a file.")
     if file.suffix in _TABLES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ from hf_frmerge.wording.methods import BLOCKS, NORMS, SPACES, bibtex, method_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from jinja2 import Template
 
     from hf_frmerge.evaluation.record import EvaluationRecord
     from hf_frmerge.hub.card.evaluation_section import EvaluationSection
@@ -60,26 +63,12 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
     Returns:
         `str`: Content of `README.md`: YAML front matter and Markdown.
     """
-    import jinja2
     import yaml
 
     card = _without_local_paths(card)
     decision, method = licence_of(card), method_of(card.method)
     papers = (method.paper, card.tool_paper)
-    # What is compiled is most of a card's time: the part on an evaluation only if there is one, and no constants are
-    # looked for to fold.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(TEMPLATE_FILE).parent),
-        optimized=False,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # the output is Markdown: what is not Markdown already is escaped for that
-        finalize=as_markdown,
-    )
-    environment.filters |= {"cell": cell, "code": code, "fence": fence, "hub_link": hub_link, "as_it_is": Markdown}
-    template = environment.from_string(Path(card.template_file).read_text(encoding="utf-8"))
+    template = compiled_template(Path(card.template_file).read_text(encoding="utf-8"))
     body = template.render(
         card=card,
         statistics=card.statistics,
@@ -107,6 +96,25 @@ def render_card(card: MergeCard, *, user_section: str = "") -> str:
     )
     front = yaml.dump(front_matter(card), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n{body.strip()}\n"
+
+
+@cache
+def compiled_template(text: str) -> Template:
+    """Compile a template, which is most of a card's time; the part on an evaluation only where there is one."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(TEMPLATE_FILE).parent),
+        optimized=False,  # no constants are looked for to fold
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the output is Markdown: what is not Markdown already is escaped for that
+        finalize=as_markdown,
+    )
+    environment.filters |= {"cell": cell, "code": code, "fence": fence, "hub_link": hub_link, "as_it_is": Markdown}
+    return environment.from_string(text)
 
 
 def _verdicts(card: MergeCard) -> list[Verdict]:

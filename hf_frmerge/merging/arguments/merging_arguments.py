@@ -21,13 +21,15 @@ from hf_frmerge.merging.arguments.checks import (
 from hf_frmerge.merging.arguments.help_texts import default_densities, described, methods_with
 from hf_frmerge.merging.arguments.tensor_rules import check_rules
 from hf_frmerge.merging.arguments.values import coerce, parse_size
-from hf_frmerge.methods.table import METHODS
+from hf_frmerge.methods.entries.auto import AUTO
+from hf_frmerge.methods.table import CHOICES
 
 SPACES = ("weights", "deltas")
 BLOCKS = ("tensor", "row", "head", "layer", "model")
 NORMS = ("mean", "median", "max")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 POST_STEPS = ("svc",)
+FISHER_LABELS = ("sampled", "exact", "empirical")
 ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
 RANK_PATTERNS = ("auto", "uniform")
 LOG_LEVELS = {
@@ -60,7 +62,13 @@ class MergingArguments:
     )
 
     # 1. The mean
-    method: str = field(default="karcher", metadata=described("How the experts are combined.", METHODS.keys()))
+    method: str = field(
+        default="karcher",
+        metadata=described(
+            "How the experts are combined. auto: chosen by their kind, and with prompts by the distance to them.",
+            CHOICES.keys(),
+        ),
+    )
     space: str | None = field(
         default=None,
         metadata=described(
@@ -134,6 +142,15 @@ class MergingArguments:
             f"({methods_with('off_diagonal')})."
         ),
     )
+    fisher_labels: str = field(
+        default="sampled",
+        metadata=described(
+            "Of which labels Fisher information is about: drawn from each expert's own predictions; all that it may "
+            "predict, summed exactly (at most 256); or those of the text, which makes it the empirical one "
+            f"({methods_with('fisher_labels')}).",
+            FISHER_LABELS,
+        ),
+    )
     merged_before: int = field(
         default=1,
         metadata=described(
@@ -173,7 +190,10 @@ class MergingArguments:
     )
     max_iter: int = field(
         default=100,
-        metadata=described("Give up the iteration after this many steps; the report then says so."),
+        metadata=described(
+            "Give up the iteration after this many steps; the report then says so. Of mats fewer steps stay nearer to "
+            "the average, which is what keeps it from fitting chance."
+        ),
     )
     on_ambiguous: str = field(
         default="raise",
@@ -232,9 +252,9 @@ class MergingArguments:
     calibration_form: str = field(
         default="auto",
         metadata=described(
-            "What is added to the merge: factors of low rank, a number for every weight, or the smaller of the two "
-            "that has nearly all of the gain on prompts held out from the fit.",
-            ("auto", "low_rank", "dense"),
+            "What is fitted: coefficients of the experts for every row, factors of low rank to add, a number to add "
+            "to every weight, or the first of these that has nearly all of the gain on prompts held out from the fit.",
+            ("auto", "table", "low_rank", "dense"),
         ),
     )
     calibration_rank: int = field(default=32, metadata=described("Rank of the factors, for each linear layer."))
@@ -423,7 +443,7 @@ class MergingArguments:
             self.method = "given"
         self._validate()
         if self.density is None:
-            self.density = METHODS[self.method].density
+            self.density = CHOICES[self.method].density
         if self.disable_tqdm is None:
             self.disable_tqdm = self._default_disable_tqdm()
 
@@ -445,7 +465,7 @@ class MergingArguments:
     @property
     def merges_matrices(self) -> bool:
         """Whether matrices of layers are merged as a whole, by LAPACK."""
-        return METHODS[self.method].kind == "spectral" or self.post_step is not None
+        return CHOICES[self.method].kind == "spectral" or self.post_step is not None
 
     @property
     def device_map(self) -> str | dict[str, str | int] | None:
@@ -483,11 +503,13 @@ class MergingArguments:
         # Parse these once, so that a bad value fails now and not in the middle of a merge.
         _ = self.memory_budget_bytes, self.max_shard_bytes, self.device_map
         check_rules(self.leave_out, self.take)
-        method = METHODS[self.method]
+        method = CHOICES[self.method]
         check_table(method, self.coefficients)
         check_post_step(method, self.post_step)
         check_layer_scales(self.layer_scales, self.block, self.coefficients)
         check_method(method, self.block, self.density, self.epsilon)
+        if self.method == AUTO.name and self.beta != type(self).beta:
+            raise ArgumentError(f"`method='auto'` chooses beta, too, but got {self.beta:g}. Leave out one of the two.")
         if self.bf16_full_eval and self.fp16_full_eval:
             raise ArgumentError("`bf16_full_eval` and `fp16_full_eval` exclude each other: choose one.")
         check_adapter_options(self.adapter_output, self.adapter_rank, self.adapter_energy, self.adapter_rank_pattern)

@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.methods.table import METHODS
+from hf_frmerge.methods.table import CHOICES, METHODS
 
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
@@ -125,7 +125,7 @@ def validate_weights(weights: Iterable[float] | None, n_experts: int, method: st
     for position, weight in enumerate(numbers, start=1):
         if not math.isfinite(weight):
             raise ArgumentError(f"`weights` must be finite, but the weight of expert {position} is {weight}.")
-        if weight < 0 and method is not None and not METHODS[method].subtracts:
+        if weight < 0 and method is not None and not CHOICES[method].subtracts:
             subtracting = [other.name for other in METHODS.values() if other.subtracts]
             raise ArgumentError(
                 f"`weights` must not be negative with method={method!r}, but the weight of expert {position} is "

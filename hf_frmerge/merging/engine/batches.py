@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 # Upper limit of the bytes a batch reads, unless it is a single tensor. The Gram pass reads all of them before the
 # combine pass reads them again. Four times as much was 2 % faster, but would keep more pages mapped.
 BATCH_BYTES = 128 << 20
-BATCH_TENSORS = 16
+BATCH_TENSORS = 256
+# What is solved together is held in arrays over all its blocks and pairs of experts.
+BATCH_BLOCKS = 4096
 # A tensor with more blocks than this (more than heads give) is enough work for a call by itself.
 _MANY_BLOCKS = 256
 
@@ -34,9 +36,10 @@ def in_batches(steps: Sequence[TensorStep], n_models: int) -> list[list[TensorSt
             groups[step.group].append(step)
             continue
         nbytes += step.nbytes * n_models
-        fits = is_open and nbytes <= BATCH_BYTES and len(batches[-1]) < BATCH_TENSORS
+        size = len(batches[-1]) + 1 if is_open else 1
+        fits = nbytes <= BATCH_BYTES and size <= BATCH_TENSORS and size * step.n_blocks <= BATCH_BLOCKS
         alone = step.action == "copy" or sizes[step.group] > 1 or step.n_blocks > _MANY_BLOCKS
-        if not alone and fits and batches[-1][0].n_blocks == step.n_blocks:
+        if is_open and fits and not alone and batches[-1][0].n_blocks == step.n_blocks:
             batches[-1].append(step)
             continue
         batches.append([step])

@@ -211,8 +211,7 @@ class Engine:
 
     def _check_files(self, batch: BatchWork) -> None:
         """Raise if a file changed since it was opened: otherwise a mixture of two models could be recorded."""
-        files = {file for tensor in batch.tensors for file in tensor.inputs.files}
-        for checkpoint, file in files:
+        for checkpoint, file in batch.files:
             checkpoint.check_unchanged([file])
 
     def _decide(self, batch: BatchWork) -> None:

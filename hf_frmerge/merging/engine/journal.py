@@ -40,7 +40,8 @@ def fingerprint(plan: MergePlan, kernels: str) -> dict[str, Any]:
     if plan.vocabulary is not None:
         parts["rows of tokens"] = row_maps_digest(plan.models)
     if plan.calibration is not None:
-        parts["calibration"] = plan.corrections.digest if plan.corrections is not None else None
+        found = plan.corrections or plan.fitted
+        parts["calibration"] = found.digest if found is not None else None
     models = [(f"expert {index + 1}", expert) for index, expert in enumerate(plan.experts)]
     for role, model in [*models, *([("base model", plan.base)] if plan.base else [])]:
         files = {name: size for opened in model.opened for name, size in opened.files.items()}
@@ -93,7 +94,7 @@ class Journal:
         unfinished = self._path.with_name(f"{self._path.name}.partial")
         with disk_errors(self._path, "created"):
             self._file = os.fdopen(create_file(unfinished), "wb", buffering=0)
-        self._write(self._whole or _line(self._first))
+        self._write(self._whole or signed_line(self._first))
         self._whole = b""
         rename(unfinished, self._path)
 
@@ -132,7 +133,7 @@ class Journal:
             self._file.close()
 
     def _append(self, record: dict[str, Any]) -> None:
-        line = _line(record)
+        line = signed_line(record)
         with self._lock:
             self._write(line)
 
@@ -151,7 +152,7 @@ class Journal:
         with disk_errors(path, "read"):
             lines = path.read_bytes().splitlines(keepends=True)
         for number, raw in enumerate(lines):
-            line = _record(raw)
+            line = read_signed_line(raw)
             if line is None:
                 if raw is not lines[-1]:
                     logger.warning(
@@ -205,7 +206,8 @@ class NoJournal:
         """Do nothing."""
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def signed_line(record: dict[str, Any]) -> bytes:
+    """Return an entry and its XXH3-128 digest as a line of JSON."""
     return _signed(json.dumps(record).encode())
 
 
@@ -213,16 +215,15 @@ def _signed(text: bytes) -> bytes:
     return b'[%b, "%b"]\n' % (text, xxh3_128_hexdigest(text).encode())
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def read_signed_line(line: bytes) -> Any:
     """Return the entry of a line; None if the line is truncated or altered."""
     text = line[1:-_AFTER_RECORD]
     if line != _signed(text):
         return None
     try:
-        record: dict[str, Any] = json.loads(text)
-    except ValueError:  # signed, but by something else
+        return json.loads(text)
+    except (RecursionError, ValueError):  # signed, but by something else
         return None
-    return record
 
 
 # What was decided while ambiguous blocks raised had none of them, so it is the same with "linear".

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.errors import ArgumentError, MergeError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
 
 # How long a process may wait for a slower one. By default gloo gives up after half an hour.
 _PATIENCE = timedelta(days=7)
+
+_SLICE = 1 << 24
+"""Elements that are added up at once: every process has those of all in memory."""
 
 
 def _leave_group() -> None:
@@ -75,6 +80,15 @@ class Processes:
         """Wait for all processes."""
         self.gather([])
 
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process go through what is within before the others do."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
     def gather(self, items: list[Any]) -> list[Any]:
         """
         Return the items of all processes, in the order of the processes.
@@ -83,6 +97,39 @@ class Processes:
             MergeError: If another process failed, with its message.
         """
         return items if self.size == 1 else self._exchange(items)
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """
+        Replace tensors by their sums over all processes, added in the order of the processes.
+
+        So all processes have the same bits, and the same number of them makes them again.
+
+        Raises:
+            MergeError: If another process failed, with its message.
+        """
+        if self.size == 1:
+            return
+        self.wait()  # a process that failed takes part in this, and in nothing after it
+        for tensor in tensors:
+            flat = tensor.view(-1)
+            for start in range(0, len(flat), _SLICE):
+                part = flat[start : start + _SLICE]
+                part.copy_(self._sum(part))
+
+    def _sum(self, values: Tensor) -> Tensor:
+        import torch
+
+        own = values.cpu()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        try:
+            torch.distributed.all_gather(parts, own)
+        except RuntimeError as error:
+            self._others_listen = False
+            raise _died(error) from error
+        total, *others = parts
+        for other in others:
+            total += other
+        return total
 
     @contextmanager
     def sharing_errors(self) -> Iterator[None]:
@@ -106,7 +153,7 @@ class Processes:
         try:
             parts = gather_object([(items, failure)])
         except RuntimeError as error:
-            raise MergeError(f"Another process of this merge died: {error}. Start the job again to resume.") from error
+            raise _died(error) from error
         failures = [(rank, text) for rank, (_, text) in enumerate(parts) if text is not None]
         if failures and failure is None:
             raise MergeError(f"Process {failures[0][0]} of {self.size} failed: {failures[0][1]}")
@@ -134,6 +181,10 @@ class Processes:
             if owner == self.rank:
                 mine.append(step)
         return mine
+
+
+def _died(error: RuntimeError) -> MergeError:
+    return MergeError(f"Another process of this merge died: {error}. Start the job again to resume.")
 
 
 def check_same_commits(plan: MergePlan, processes: Processes) -> None:

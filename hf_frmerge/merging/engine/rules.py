@@ -11,7 +11,7 @@ import numpy as np
 from hf_frmerge.kernels.elementwise import Band, Elementwise
 from hf_frmerge.merging.decisions import Decided, Solution, scaled
 from hf_frmerge.merging.engine.gather import joined
-from hf_frmerge.merging.engine.solve import points_of, solve
+from hf_frmerge.merging.engine.solve import measure, points_of, solve
 from hf_frmerge.merging.engine.tensor_work import TensorGram, sum_grams
 from hf_frmerge.methods.spectral.decision import Spectral
 from hf_frmerge.methods.table import METHODS
@@ -75,13 +75,14 @@ def rule_for(plan: MergePlan, gather: Gather | None = None) -> Rule:
 
 
 class SpanRule:
-    """Measure Gram matrices of the differences, and solve for coefficients."""
+    """Measure Gram matrices of the differences, and solve for coefficients where no fit found them."""
 
     rounds = 1
 
     def __init__(self, plan: MergePlan, gather: Gather | None) -> None:
         self._plan = plan
         self._gather = gather
+        self._fitted = plan.fitted.rows if plan.fitted is not None else {}
         self._are_numbers: dict[str, bool] = {}  # group -> whether its blocks are single numbers
         for step in plan.steps:
             alone = step.group not in self._are_numbers
@@ -102,7 +103,27 @@ class SpanRule:
         return tiny
 
     def decide(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
-        """Solve all groups of a batch in one call, as `solve` explains."""
+        """Solve all groups of a batch in one call, as `solve` explains; what was fitted is measured alone."""
+        fitted = [tensor for tensor in tensors if tensor.step.name in self._fitted]
+        others = [tensor for tensor in tensors if tensor.step.name not in self._fitted]
+        return (self._measured(fitted) if fitted else {}) | (self._solved(others) if others else {})
+
+    def _measured(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
+        """Return the coefficients that a fit found; each tensor is a group of its own."""
+        steps = [tensor.step for tensor in tensors]
+        has_base = tensors[0].inputs.has_base
+        solutions = measure(
+            points_of(np.stack([tensor.gram() for tensor in tensors]), self._plan.space, has_base),
+            [step.weights for step in steps],
+            np.stack([self._fitted[step.name] for step in steps]),
+            tensors=[step.name for step in steps],
+        )
+        return {
+            tensor.step.group: Decided(solution, {tensor.step.name: tensor.inputs_digest()})
+            for tensor, solution in zip(tensors, solutions)
+        }
+
+    def _solved(self, tensors: Sequence[TensorWork]) -> dict[str, Decided]:
         groups: dict[str, dict[str, TensorGram]] = {}
         for tensor in tensors:
             gram = TensorGram(tensor.gram(), tensor.inputs_digest())
@@ -166,9 +187,11 @@ class SpectralRule:
         args = self._plan.args
         if step.is_matrix:
             return Spectral(args.method, step.weights, args.scale, self._plan.spectral_options)
-        everything = Band((0.0,) * len(step.weights))
-        scale = args.scale if METHODS[args.method].is_continual else 1.0 / len(step.weights)
-        return Elementwise(everything, "sum", step.weights, scale)
+        n_experts, is_sum = len(step.weights), METHODS[args.method].is_continual
+        if self._plan.layout is None:  # factors are summed side by side, with coefficients
+            return Solution((n_experts * args.scale if is_sum else 1.0) * np.array([step.weights]), None)
+        everything = Band((0.0,) * n_experts)
+        return Elementwise(everything, "sum", step.weights, args.scale if is_sum else 1.0 / n_experts)
 
 
 class GivenRule:

@@ -75,10 +75,7 @@ def solve(
         NonFiniteError: If the points or the coefficients leave the range of float64.
     """
     weights_T1N = np.asarray(weights_TN, dtype=np.float64)[:, None]
-    # Squares of very large float64 values overflow in the Gram matrix; the points are then not finite.
-    wild_T = ~np.isfinite(points_TBNK).all(axis=(1, 2, 3))
-    if wild_T.any():
-        raise squares_leave_float64(tensors[int(np.argmax(wild_T))], "its experts")
+    _check_finite(points_TBNK, tensors)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # checked for below
         plain_T = np.array(numbers if numbers is not None and METHODS[method].is_directional else [False])
         # Not solved where it is not wanted: on single numbers an iteration takes all the steps it may.
@@ -98,6 +95,43 @@ def solve(
         Solution(np.ascontiguousarray(coefficients_BN, dtype=np.float64), geometry)
         for coefficients_BN, geometry in zip(result.coefficients, _geometries(result, points_TBNK, weights_T1N))
     ]
+
+
+def measure(
+    points_TBNK: NDArray[np.float64],
+    weights_TN: ArrayLike,
+    coefficients_TBN: NDArray[np.float64],
+    *,
+    tensors: Sequence[str],
+) -> list[Solution]:
+    """
+    Measure merges whose coefficients are known, as `solve` measures those that it makes.
+
+    Args:
+        points_TBNK, weights_TN, tensors: As for `solve`.
+        coefficients_TBN: Coefficients of every block, float64.
+
+    Raises:
+        NonFiniteError: If the points leave the range of float64.
+    """
+    _check_finite(points_TBNK, tensors)
+    shape = coefficients_TBN.shape[:2]
+    result = SpanResult(
+        coefficients_TBN,
+        n_iter=np.zeros(shape, np.int64),
+        residual=np.zeros(shape),
+        converged=np.ones(shape, np.bool_),
+        ambiguous=np.zeros(shape, np.bool_),
+    )
+    weights_T1N = np.asarray(weights_TN, dtype=np.float64)[:, None]
+    return [*map(Solution, coefficients_TBN, _geometries(result, points_TBNK, weights_T1N))]
+
+
+def _check_finite(points_TBNK: NDArray[np.float64], tensors: Sequence[str]) -> None:
+    """Raise `NonFiniteError` if the points are not finite: squares of very large values overflow in a Gram matrix."""
+    wild_T = ~np.isfinite(points_TBNK).all(axis=(1, 2, 3))
+    if wild_T.any():
+        raise squares_leave_float64(tensors[int(np.argmax(wild_T))], "its experts")
 
 
 def _overflown(

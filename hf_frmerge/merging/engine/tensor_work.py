@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.merging.decisions import Decision
     from hf_frmerge.merging.engine.outcomes import FactorDetails
     from hf_frmerge.merging.operands.factor_inputs import FactorInputs
@@ -120,6 +122,11 @@ class BatchWork:
     is_large: bool = False
     then: Callable[[BatchWork], None] = field(init=False)
     remaining: int = field(init=False)
+
+    @cached_property
+    def files(self) -> set[tuple[Checkpoint, str]]:
+        """The files that its tensors are read from."""
+        return {file for tensor in self.tensors for file in tensor.inputs.files}
 
 
 def sum_grams(tensors: dict[str, TensorGram]) -> NDArray[np.float64]:

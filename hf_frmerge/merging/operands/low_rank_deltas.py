@@ -81,25 +81,11 @@ class LowRankDeltas(Mapping[int, "LowRankDelta"]):
             rights.append(right)
         return self._elements(product(np.concatenate(scaled, axis=1), np.concatenate(rights, axis=0)), piece)
 
-    def small_factors(self, n_experts: int) -> list[Factors] | None:
-        """
-        Return the factors of every expert's delta, or `None` if they are no smaller than the deltas as matrices.
-
-        Experts without a delta have factors of rank 0. It is `None` too if a sum of deltas may overflow in float32, on
-        which LAPACK can work forever; whoever forms the deltas finds out whose they are.
-        """
-        found = {index: Factors(*self.factors(index)[:2]) for index in sorted(self.by_expert)}
-        if not found:
-            return None
+    def all_factors(self, n_experts: int) -> list[Factors]:
+        """Return the factors of every expert's delta, unscaled; those of experts without one have rank 0."""
+        found = {index: self.by_expert[index].oriented() for index in sorted(self.by_expert)}
         rows = len(found[min(found)].B)
-        norms = [
-            np.linalg.norm(pair.B.astype(float)) * np.linalg.norm(pair.A.astype(float)) for pair in found.values()
-        ]
-        if sum(pair.B.shape[1] for pair in found.values()) >= min(rows, self.cols):
-            return None
-        if not n_experts * sum(norms) < np.finfo(np.float32).max:
-            return None
-        none = Factors(np.zeros((rows, 0), np.float32), np.zeros((0, self.cols), np.float32))
+        none = Factors(np.zeros((rows, 0)), np.zeros((0, self.cols)))
         return [found.get(index, none) for index in range(n_experts)]
 
     def _elements(self, rows: NDArray[np.float32], piece: Piece) -> Operand:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +13,9 @@ from xxhash import xxh3_128_hexdigest
 from hf_frmerge.checkpoints.page_cache import MappedRange, prefetch, release
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, some
-from hf_frmerge.errors import MergeError, NonFiniteError
+from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
 from hf_frmerge.geometry.portable import fold
-from hf_frmerge.kernels.elementwise import Elementwise, RankedDropout, Run
 from hf_frmerge.kernels.interface import Operand, digest
 from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.operands.dense_tensors import DenseTensor
@@ -29,18 +28,14 @@ from hf_frmerge.merging.operands.overflow import (
     squares_leave_float64,
 )
 from hf_frmerge.merging.planning.blocks import Piece
-from hf_frmerge.methods.spectral.decision import Spectral
-from hf_frmerge.methods.spectral.inputs import Experts
-from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from hf_frmerge.checkpoints.tensors.reader import Checkpoint
     from hf_frmerge.kernels.interface import Kernels
-    from hf_frmerge.merging.decisions import Decision
     from hf_frmerge.methods.post_steps import SingularValueCalibration
 
 
@@ -181,17 +176,7 @@ class TensorInputs:
             operands.append(self.low_rank.weighted_sum(piece, coefficients_BN))
             labels.append(some(self.labels[index] for index in sorted(self.low_rank)))
             columns.append(np.ones(piece.n_blocks))
-        return self._combine(kernels, operands, labels, np.stack(columns, axis=1), piece, out, out_dtype)
-
-    def apply(self, decision: Decision, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str) -> str:
-        """Apply a decision of any kind to a piece: write the merged elements into `out` and return their digest."""
-        if self.post_step is not None:
-            return self._with_post_step(self.post_step, decision, kernels, piece, out, out_dtype)
-        if isinstance(decision, Elementwise):
-            return self.merge_elements(kernels, piece, decision, out, out_dtype)
-        if isinstance(decision, Spectral):
-            return self.merge_matrix(kernels, piece, decision, out, out_dtype)
-        return self.combine(kernels, piece, decision.coefficients, out, out_dtype)
+        return self.write_sum(kernels, operands, labels, np.stack(columns, axis=1), piece, out, out_dtype)
 
     def delta_operands(self, start: int, stop: int) -> tuple[list[Operand], list[str]]:
         """Return elements `[start, stop)` of the base and of every expert, and their names for messages."""
@@ -206,72 +191,6 @@ class TensorInputs:
         order = range(-1, self.n_experts)
         return [by_owner[owner] for owner in order], [self.labels[owner] for owner in order]
 
-    def merge_elements(
-        self, kernels: Kernels, piece: Piece, decision: Elementwise, out: NDArray[np.uint8], out_dtype: str
-    ) -> str:
-        """
-        Write the elements of a piece, each merged by itself, into `out`, each rounded once; return their digest.
-
-        Raises:
-            NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
-        """
-        row = self.row_len if isinstance(decision.keep, RankedDropout) else 1
-        start, stop = piece.start // row * row, -(-piece.stop // row) * row
-        operands, labels = self.delta_operands(start, stop)
-        run, skip = Run(self.name, start, self.row_len), piece.start - start
-        is_last = self.correction is None
-        dtype = out_dtype if is_last else "F64"
-        target = out if is_last else np.empty((piece.stop - piece.start) * 8, np.uint8)
-        written, is_bounded = kernels.merge_elements(operands, decision, run, skip, target, dtype)
-        if not is_bounded:
-            self.check_finite(kernels, operands, labels)
-        if is_last and written.is_finite:
-            return written.digest
-        if is_last:  # computed once more, for the message
-            target = np.empty((piece.stop - piece.start) * 8, np.uint8)
-            kernels.merge_elements(operands, decision, run, skip, target, "F64")
-        merged, ones = Operand(target, "F64"), np.ones((piece.n_blocks, 1))
-        return self._combine(kernels, [merged], ["the base and what is kept"], ones, piece, out, out_dtype)
-
-    def merge_matrix(
-        self, kernels: Kernels, piece: Piece, decision: Spectral, out: NDArray[np.uint8], out_dtype: str
-    ) -> str:
-        """
-        Write the whole tensor, merged as a matrix, into `out`, each element rounded once; return its digest.
-
-        Raises:
-            NonFiniteError: If an input, or an element of the result in `out_dtype`, is not finite.
-            MergeError: If the singular values of the deltas cannot be computed.
-        """
-        may_be_cores = METHODS[decision.rule].is_equivariant and not self.dense
-        factors = self.low_rank.small_factors(self.n_experts) if may_be_cores else None
-        if factors is not None:
-            assert self.base is not None
-            base, label = self.base.read(piece.start, piece.stop), self.labels[-1]
-            merged = self._by_lapack(lambda: decision.merge_factors(factors))
-        else:
-            base, deltas, label = self.matrices(kernels, piece)
-            origin = widen(base.data, base.dtype).astype(np.float32, copy=False).reshape(deltas.shape[1:])
-            merged = self._by_lapack(lambda: decision.merge(Experts(deltas, origin)))
-        return self._add_delta(kernels, base, label, merged, decision.scale, piece, out, out_dtype)
-
-    def _with_post_step(
-        self,
-        post_step: SingularValueCalibration,
-        decision: Decision,
-        kernels: Kernels,
-        piece: Piece,
-        out: NDArray[np.uint8],
-        out_dtype: str,
-    ) -> str:
-        """Apply a decision to a whole matrix in float64, and the post-step to the delta that this gives."""
-        plain = np.empty(8 * (piece.stop - piece.start), np.uint8)
-        replace(self, correction=None, post_step=None).apply(decision, kernels, piece, plain, "F64")
-        base, deltas, label = self.matrices(kernels, piece)
-        merged = (plain.view(np.float64) - widen(base.data, base.dtype)).astype(np.float32).reshape(deltas.shape[1:])
-        corrected = self._by_lapack(lambda: post_step.apply(merged, deltas))
-        return self._add_delta(kernels, base, label, corrected, 1.0, piece, out, out_dtype)
-
     def matrices(self, kernels: Kernels, piece: Piece) -> tuple[Operand, NDArray[np.float32], str]:
         """Return the base, the deltas as float32 matrices, and the base's name."""
         operands, labels = self.delta_operands(piece.start, piece.stop)
@@ -282,30 +201,6 @@ class TensorInputs:
         if not np.isfinite(deltas).all():
             self.check_finite(kernels, operands, labels)
         return operands[0], deltas, labels[0]
-
-    def _by_lapack(self, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-        try:
-            return compute()
-        except np.linalg.LinAlgError as error:
-            raise MergeError(
-                f"Tensor {self.name!r}: the singular values of the experts' deltas could not be computed ({error}). "
-                "Use another method."
-            ) from error
-
-    def _add_delta(
-        self,
-        kernels: Kernels,
-        base: Operand,
-        label: str,
-        merged: NDArray[np.float32],
-        scale: float,
-        piece: Piece,
-        out: NDArray[np.uint8],
-        out_dtype: str,
-    ) -> str:
-        added = Operand(np.ascontiguousarray(merged, np.float32).reshape(-1).view(np.uint8), "F32", is_delta=True)
-        factors = np.tile([1.0, scale], (piece.n_blocks, 1))
-        return self._combine(kernels, [base, added], [label, "the merged delta"], factors, piece, out, out_dtype)
 
     def copy(
         self, kernels: Kernels, piece: Piece, out: NDArray[np.uint8], out_dtype: str
@@ -320,7 +215,7 @@ class TensorInputs:
             self.check_finite(kernels, [operand], [self.labels[0]])
         if operand.dtype == out_dtype:
             return operand.data, digest(operand.data)
-        return out, self._combine(
+        return out, self.write_sum(
             kernels, [operand], [self.labels[0]], np.ones((piece.n_blocks, 1)), piece, out, out_dtype
         )
 
@@ -343,7 +238,7 @@ class TensorInputs:
         }
         return stored | {index: self.low_rank.factors(index).digest for index in self.low_rank}
 
-    def _combine(
+    def write_sum(
         self,
         kernels: Kernels,
         operands: list[Operand],
@@ -353,6 +248,16 @@ class TensorInputs:
         out: NDArray[np.uint8],
         out_dtype: str,
     ) -> str:
+        """
+        Write a sum of operands, and of the correction, into `out`; return the digest of the result.
+
+        Args:
+            labels: Name of every operand, for messages.
+            coefficients_BK: Factors of the operands, a row for every block of the piece.
+
+        Raises:
+            NonFiniteError: If an element is not finite in `out_dtype`; the message names the cause.
+        """
         if self.correction is not None:
             operands, labels = (
                 [*operands, self.correction.read(piece.start, piece.stop)],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,11 @@ from hf_frmerge.checkpoints.adapters.writer import AdapterModule, AdapterWriter,
 from hf_frmerge.checkpoints.beside.look_beside import copy_files
 from hf_frmerge.checkpoints.disk import make_folder
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE
-from hf_frmerge.geometry.lowrank import Factors, concatenate, factor_gram, kept_rank, recompress
-from hf_frmerge.geometry.sphere import combine, dot
+from hf_frmerge.geometry.lowrank import Factors, factor_gram
 from hf_frmerge.kernels.product import product
-from hf_frmerge.merging.decisions import Solution
 from hf_frmerge.merging.engine.engine import worker_count
 from hf_frmerge.merging.engine.outcomes import FactorDetails
-from hf_frmerge.merging.operands.factor_inputs import FactorInputs
+from hf_frmerge.merging.outputs.merged_factors import SumOfFactors, merged_factors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,16 +60,16 @@ class FactorOutput:
     def lay_out(self, tensors: Sequence[TensorWork]) -> None:
         """Choose the rank of every module, and create the file or open that of an earlier run."""
         args, base = self._plan.args, self._plan.base
-        sums = [_sum_of(tensor) for tensor in tensors]
-        most = max(one.most_rank for one in sums)
+        deltas = [merged_factors(tensor) for tensor in tensors]
+        most = max(delta.most_rank for delta in deltas)
         wanted = None if args.adapter_rank is None else min(args.adapter_rank, most)  # a higher rank only adds zeros
         # On threads, as an energy bound takes singular values. The engine's own wait for the layout.
         with ThreadPoolExecutor(worker_count(self._plan)) as pool:
-            needed = list(pool.map(lambda one: one.rank_to_write(wanted, args.adapter_energy), sums))
+            needed = list(pool.map(lambda delta: delta.rank_to_write(wanted, args.adapter_energy), deltas))
         ranks = [max(needed)] * len(needed) if args.adapter_rank_pattern == "uniform" else needed
         # A module is compressed to the rank it needs; what it is written with beyond that is zeros.
         self._needed = {tensor.step.name: rank for tensor, rank in zip(tensors, needed)}
-        modules = [_module(one.inputs.row, rank) for one, rank in zip(sums, ranks)]
+        modules = [_module(delta.inputs.row, rank) for delta, rank in zip(deltas, ranks)]
         self._modules = {tensor.step.name: module for tensor, module in zip(tensors, modules)}
         self.notes = _rank_notes(ranks)
         adapters = [expert.adapter for expert in self._plan.experts if expert.adapter]
@@ -83,20 +80,13 @@ class FactorOutput:
 
     def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Compute the factors of a merged module and write them; return the digest of the written bytes."""
-        module, terms = self._modules[tensor.step.name], _sum_of(tensor)
-        needed = self._needed[tensor.step.name]
-        if needed < terms.rank:
-            pair, error = recompress(concatenate(*terms.read()), needed)
-        else:
-            pair, error = _exact(*terms.read()), 0.0
-        if terms.inputs.correction is None:
+        module, delta = self._modules[tensor.step.name], merged_factors(tensor)
+        pair, error = delta.compute(self._needed[tensor.step.name])
+        if isinstance(delta, SumOfFactors) and delta.inputs.correction is None:
             # After a resume the decision comes from the journal, and the Gram matrix was not computed in this run.
-            coefficients = terms.coefficients
-            gram = tensor.grams[0] if tensor.grams.any() else tensor.inputs.gram(kernels, piece)[0][0]
-            squared = dot(combine(coefficients, gram), coefficients)
+            norm = delta.norm(tensor.grams[0] if tensor.grams.any() else tensor.inputs.gram(kernels, piece)[0][0])
         else:
-            squared = factor_gram([pair], product)[0, 0]
-        norm = float(np.sqrt(np.maximum(squared, 0.0)))
+            norm = float(np.sqrt(factor_gram([pair], product)[0, 0] / (1.0 - error**2)))
         self._details[tensor.step.name] = FactorDetails(module.rank, norm, error)
         missing = module.rank - pair.A.shape[0]
         if missing:  # `adapter_rank`, or the largest rank, is above the rank of the module
@@ -140,57 +130,6 @@ def _joint_digest(parts: Sequence[NDArray[np.uint8]]) -> str:
     return xxh3_128_hexdigest(b"".join(part.data for part in parts))
 
 
-@dataclass(frozen=True)
-class _Sum:
-    """
-    What is summed to the delta of a module: the adapters that have a coefficient, and what calibration adds.
-
-    Attributes:
-        inputs: factors of all adapters, and the correction.
-        coefficients: of every adapter.
-    """
-
-    inputs: FactorInputs
-    coefficients: NDArray[np.float64]
-
-    @property
-    def used(self) -> list[bool]:
-        """Whose factors are written: of adapters with a coefficient; if there are none, of the first."""
-        row = self.inputs.row
-        used = [bool(c) and delta is not None for c, delta in zip(self.coefficients, row.deltas)]
-        return used if any(used) else [delta is row.first for delta in row.deltas]
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factors side by side."""
-        ranks = (delta.rank for delta, use in zip(self.inputs.row.deltas, self.used) if use and delta is not None)
-        return sum(ranks) + self.inputs.correction_rank
-
-    @property
-    def most_rank(self) -> int:
-        """Upper limit for the rank of the delta."""
-        return min(self.rank, self.inputs.row.n_out, self.inputs.row.n_in)
-
-    def read(self) -> tuple[list[Factors], NDArray[np.float64]]:
-        """Read the factors; return them with their coefficients."""
-        factors, coefficients = self.inputs.row.factors(self.used), self.coefficients
-        if self.inputs.correction is not None:
-            factors.append(self.inputs.read_correction())
-            coefficients = np.append(coefficients, 1.0)
-        return factors, coefficients
-
-    def rank_to_write(self, rank: int | None, energy: float | None) -> int:
-        """Return the rank to write. For an energy bound that takes half of a recompression, with one to follow."""
-        if energy is not None:
-            return kept_rank(concatenate(*self.read()), rank, energy)
-        return self.rank if rank is None else rank
-
-
-def _sum_of(tensor: TensorWork) -> _Sum:
-    assert isinstance(tensor.inputs, FactorInputs) and isinstance(tensor.decision, Solution)
-    return _Sum(tensor.inputs, tensor.decision.coefficients[0])
-
-
 def _rank_notes(ranks: Sequence[int]) -> list[str]:
     """Note it if ranks differ: PEFT reads the rank of every module, but other runtimes only that of the adapter."""
     if len(set(ranks)) == 1:
@@ -202,16 +141,6 @@ def _rank_notes(ranks: Sequence[int]) -> list[str]:
         f"{max(ranks)}, filled up with zeros, and loses nothing; adapter_rank=R (--adapter-rank R) makes a smaller "
         "file, and what it loses is reported."
     ]
-
-
-def _exact(factors: Sequence[Factors], coefficients: NDArray[np.float64]) -> Factors:
-    """Do what `concatenate` does, in float32 if the inputs are: half the memory traffic, and it is rounded next."""
-    used = [(pair, c) for pair, c in zip(factors, coefficients) if pair.A.shape[0]]
-    scales = [c * pair.scale for pair, c in used]
-    up = np.concatenate([pair.B for pair, _ in used], axis=1)
-    # The product is taken in float64, and rounded as it is stored.
-    np.multiply(up, np.repeat(scales, [pair.A.shape[0] for pair, _ in used]), out=up, casting="same_kind")
-    return Factors(up, np.concatenate([pair.A for pair, _ in used]))
 
 
 def _module(row: AdapterRow, rank: int) -> AdapterModule:

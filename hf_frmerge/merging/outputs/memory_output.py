@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_frmerge.kernels.interface import digest
+from hf_frmerge.merging.operands.apply import apply
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class MemoryOutput:
     def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Apply the decision to a piece; return the digest of the result."""
         assert tensor.decision is not None and isinstance(tensor.inputs, TensorInputs)
-        return tensor.inputs.apply(tensor.decision, kernels, piece, self._place(tensor, piece), tensor.step.dtype)
+        return apply(tensor.inputs, tensor.decision, kernels, piece, self._place(tensor, piece), tensor.step.dtype)
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Copy a piece of the only input; return its digest."""

@@ -15,6 +15,7 @@ from hf_frmerge.checkpoints.beside.look_beside import copy_files, write_files
 from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE
 from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space
 from hf_frmerge.kernels.interface import digest
+from hf_frmerge.merging.operands.apply import apply
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 from hf_frmerge.merging.outputs.blas_threads import one_blas_thread
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
@@ -54,7 +55,7 @@ class ShardOutput:
         """Apply the decision to a piece and write the result; return its digest."""
         assert tensor.decision is not None and isinstance(tensor.inputs, TensorInputs)
         out = self._buffer(tensor, piece)
-        written = tensor.inputs.apply(tensor.decision, kernels, piece, out, tensor.step.dtype)
+        written = apply(tensor.inputs, tensor.decision, kernels, piece, out, tensor.step.dtype)
         self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], out)
         return written
 

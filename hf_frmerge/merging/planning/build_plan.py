@@ -17,12 +17,14 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.tensor_rules import TensorRules, with_numbers
 from hf_frmerge.merging.arguments.values import validate_weights
 from hf_frmerge.merging.planning.account import account
+from hf_frmerge.merging.planning.choose_method import choose_method
 from hf_frmerge.merging.planning.coefficient_table import cut_as_given, read_coefficients
 from hf_frmerge.merging.planning.open_models import match_adapters, open_models
 from hf_frmerge.merging.planning.output_form import choose_space, makes_adapter
 from hf_frmerge.merging.planning.plan import Expert, MergePlan
 from hf_frmerge.merging.planning.steps.adapter import adapter_steps
 from hf_frmerge.merging.planning.steps.full_model import full_model_steps
+from hf_frmerge.merging.planning.steps.matrices import refuse_without_factors
 from hf_frmerge.merging.planning.steps.set_apart import check_rules_match
 from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
     choose_tokens,
@@ -32,6 +34,7 @@ from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
     vocabulary_notes,
     with_model_numbers,
 )
+from hf_frmerge.methods.entries.auto import AUTO
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -76,8 +79,13 @@ def build_plan(
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
     look_up = functools.partial(resolve_all, token=args.hub_token, download=False, allow_pickle=args.allow_pickle)
     sources = look_up(experts, pairs=True) + look_up([base_model] if base_model else [])
+    why = []
+    if is_chosen := args.method == AUTO.name:
+        args, sentence = choose_method(args, sources[: len(experts)], has_base=base_model is not None)
+        why.append(sentence)
     plan = _plan(sources, args, alphas, base_model is not None)
-    plan.notes += _weights_note(weights, alphas, args.scale)
+    plan.notes += [*why, *_weights_note(weights, alphas, args.scale)]
+    plan.chooses_method = is_chosen
     try:
         if check is not None:
             check(plan)
@@ -92,7 +100,7 @@ def build_plan(
     # Keep these notes: they are about all files of the repositories, and the download left some of these out.
     notes = plan.notes
     plan = _plan([_fetched(source, fetched) for source in sources], args, alphas, base_model is not None)
-    plan.notes = notes
+    plan.notes, plan.chooses_method = notes, is_chosen
     return plan
 
 
@@ -139,6 +147,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
         planned = adapter_steps(args, experts, base, weights, rules)
     else:
         planned = full_model_steps(args, experts, base, weights, rules, choice)
+    refuse_without_factors(args, experts, planned.steps)
     notes = planned.notes + notes_of_inputs + _method_notes(planned.steps, args)
     steps = cut_as_given(planned.steps, table, len(experts)) if table is not None else planned.steps
     layout = None

@@ -1,8 +1,8 @@
-"""Read a coefficient table that takes the place of a method, and check it against the tensors of a merge."""
+"""Read and write coefficient tables, and check one that takes the place of a method against the tensors of a merge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
+from hf_frmerge.checkpoints.disk import write_file
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.tensors.floats import widen
@@ -82,6 +83,18 @@ def read_coefficients(path: str | Path) -> CoefficientTable:
     return CoefficientTable(str(path), rows, _space(data), xxh3_128_hexdigest(data))
 
 
+def write_coefficients(folder: Path, rows: Mapping[str, NDArray[np.float64]], space: str) -> None:
+    """
+    Write a coefficient table: tensor -> float64 `(blocks, experts)`, on the points of a merge.
+
+    With it and the experts, the merged tensors can be derived again bit for bit.
+    """
+    from safetensors.numpy import save
+
+    # One entry: safetensors writes several in any order, and the file is compared bit for bit.
+    write_file(folder / COEFFICIENTS_FILE, save(dict(rows), metadata={"space": space}))
+
+
 def _space(data: bytes) -> str | None:
     """Return the space that the metadata of a table names, if any."""
     metadata = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
@@ -110,6 +123,13 @@ def cut_as_given(steps: Sequence[TensorStep], table: CoefficientTable, n_experts
             "pass the models that the table is for."
         )
     return [_cut(step, table, n_experts) if step.action == "merge" else step for step in steps]
+
+
+def cut_as_fitted(steps: Sequence[TensorStep], table: CoefficientTable, n_experts: int) -> list[TensorStep]:
+    """Cut the merged tensors that a fit found coefficients for as `cut_as_given` does; others stay as they are."""
+    return [
+        _cut(step, table, n_experts) if step.action == "merge" and step.name in table.rows else step for step in steps
+    ]
 
 
 def _cut(step: TensorStep, table: CoefficientTable, n_experts: int) -> TensorStep:

@@ -1,7 +1,8 @@
-"""Corrections of a merge: what calibration found should be added to the tensors that a method gives."""
+"""What calibration found for a merge: coefficients, or corrections to add to the tensors that a method gives."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,14 +22,25 @@ CORRECTIONS_FILE = "merge_corrections.safetensors"
 
 _PART = 1 << 24  # bytes read at a time
 
-Form = Literal["start", "low_rank", "dense"]
-"""Form of the corrections: none at all, factors of low rank, or one number for every weight."""
+_PARTS = ("refinement", "starts", "neutral")  # of the record of a calibration, which not all have
+
+Form = Literal["start", "table", "low_rank", "dense"]
+"""
+Form of what was found: nothing, coefficients of the experts for every row, or corrections: factors of low rank, or one
+number for every weight.
+"""
 
 
 def mean_known(distances: Sequence[float | None]) -> float:
     """Return the mean of the distances to experts that have held-out prompts."""
     known = [value for value in distances if value is not None]
     return sum(known) / len(known)
+
+
+def nearest_start(starts: Mapping[str, Sequence[float | None]]) -> str:
+    """Return the candidate of the smallest mean distance: the first of equals, and a finite one if there is any."""
+    means = {label: mean_known(row) for label, row in starts.items()}
+    return min(means, key=lambda label: (not math.isfinite(means[label]), means[label]))
 
 
 @dataclass(frozen=True)
@@ -52,9 +64,27 @@ class RefinementRecord:
 
 
 @dataclass(frozen=True)
+class NeutralRecord:
+    """
+    How far a fitted merge of language models is from its base, on prompts that the base wrote.
+
+    Attributes:
+        prompts, tokens: how many.
+        distance: mean squared Fisher–Rao distance of the merge's predictions to the base's, in rad².
+        nats: mean Kullback–Leibler divergence of the merge's predictions from the base's, in nats a token: how much
+            worse than the base the merge predicts what the base writes.
+    """
+
+    prompts: int
+    tokens: int
+    distance: float
+    nats: float
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """
-    How corrections were found, and what they gain.
+    How a merge was fitted on prompts, and what that gains.
 
     Attributes:
         prompts: number of prompts of every expert that took part in the fit.
@@ -69,6 +99,9 @@ class CalibrationRecord:
             refinement its best point is `"refined"`.
         seconds: CPU time of the fit.
         refinement: how it was refined; `None` if it was not.
+        starts: merge without data -> its distances, as in `distances`, if the start was chosen among several; `None`
+            if it was given. The fit started from the nearest.
+        neutral: what it does to text that belongs to no expert; `None` if that was not measured.
     """
 
     prompts: tuple[int, ...]
@@ -81,20 +114,23 @@ class CalibrationRecord:
     distances: dict[str, tuple[float | None, ...]]
     seconds: float
     refinement: RefinementRecord | None = None
+    starts: dict[str, tuple[float | None, ...]] | None = None
+    neutral: NeutralRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        values = asdict(self)
-        return values if self.refinement is not None else {k: v for k, v in values.items() if k != "refinement"}
+        """Return JSON values, without the parts that there are none of."""
+        return {name: value for name, value in asdict(self).items() if name not in _PARTS or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CalibrationRecord:
         """Read a record from the values of `to_dict`."""
-        fields_of = {field.name: values[field.name] for field in fields(cls) if field.name != "refinement"}
-        refinement = values.get("refinement")
-        if refinement is not None:
-            of_refinement = {field.name: refinement[field.name] for field in fields(RefinementRecord)}
-            fields_of["refinement"] = RefinementRecord(**of_refinement)
+        fields_of = {field.name: values[field.name] for field in fields(cls) if field.name not in _PARTS}
+        for name, part_class in (("refinement", RefinementRecord), ("neutral", NeutralRecord)):
+            part = values.get(name)
+            if part is not None:
+                fields_of[name] = part_class(**{field.name: part[field.name] for field in fields(part_class)})
+        if values.get("starts") is not None:
+            fields_of["starts"] = {label: tuple(row) for label, row in values["starts"].items()}
         for name in ("prompts", "held_out"):
             fields_of[name] = tuple(fields_of[name])
         fields_of["distances"] = {form: tuple(row) for form, row in values["distances"].items()}
@@ -107,8 +143,13 @@ class CalibrationRecord:
 
     @property
     def is_corrected(self) -> bool:
-        """Whether anything is added to the merge without data."""
+        """Whether the merge is another one than that without data."""
         return self.form != "start"
+
+    @property
+    def has_corrections(self) -> bool:
+        """Whether something is added to a merge after its coefficients, and what these give, were measured."""
+        return self.form not in ("start", "table")
 
     @property
     def method(self) -> str | None:

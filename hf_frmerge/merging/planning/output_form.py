@@ -19,10 +19,10 @@ def makes_adapter(args: MergingArguments, experts: Sequence[Expert]) -> bool:
     """Whether the output is an adapter; that takes adapters only, merged in delta space."""
     full = [expert for expert in experts if expert.checkpoint]
     if args.adapter_output == "adapter":
-        if not _is_sum(args):
+        if not _is_low_rank(args):
             raise ArgumentError(
-                f"{args.post_step or args.method} takes single deltas apart, so what it makes is no sum of them and "
-                "no adapter can express it. Use adapter_output='merged'."
+                f"{args.post_step or args.method} takes single deltas apart, so what it makes has no low rank and no "
+                "adapter can express it. Use adapter_output='merged'."
             )
         if full:
             is_adapter = full[0].source.kind == "adapter"
@@ -45,7 +45,7 @@ def makes_adapter(args: MergingArguments, experts: Sequence[Expert]) -> bool:
     # What else could be done with a single adapter but to fold it into its base?
     factored = args.space != "weights" and args.block in ("tensor", "layer", "model") and len(experts) > 1
     factored = factored and not kept_dense
-    return args.adapter_output == "auto" and not full and factored and not args.take and _is_sum(args)
+    return args.adapter_output == "auto" and not full and factored and not args.take and _is_low_rank(args)
 
 
 def choose_space(
@@ -86,6 +86,8 @@ def choose_space(
     return space
 
 
-def _is_sum(args: MergingArguments) -> bool:
+def _is_low_rank(args: MergingArguments) -> bool:
+    """Whether the rank of a merge of adapters is no more than the sum of theirs."""
     method = METHODS[args.method]
-    return (method.kind in ("span", "given") or method.fits_adapter) and args.post_step is None
+    is_sum = method.kind in ("span", "given") or method.fits_adapter
+    return (is_sum or method.cores is not None) and args.post_step is None

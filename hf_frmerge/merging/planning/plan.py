@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
+from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, cut_as_fitted, read_coefficients
+from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
 from hf_frmerge.methods.post_steps import SingularValueCalibration
 from hf_frmerge.methods.span import SpanOptions
 from hf_frmerge.methods.spectral.decision import memory_bytes
@@ -98,12 +100,14 @@ class MergePlan:
         carried: files beside weights and config that the output takes from the models.
         coefficients: table that takes the place of a method.
         calibration: how the merge was fitted to its experts on prompts, if it was.
-        corrections: what that adds to the method's tensors; `None` if it found nothing better.
+        corrections: what that adds to the method's tensors; `None` if it found nothing better, or coefficients.
+        fitted: coefficients that it found, in the place of the method's for some tensors.
         config_changes: entries of the output's `config.json` that differ from those of the donor.
         left_out: tensor that the output does not have -> reason.
         vocabulary: what was made of the vocabularies; `None` if all models have the same.
         generated: name -> text of a file of the output that no model has.
         read_beside: files that these and the rows of tokens were made from.
+        chooses_method: whether the method was left to choose: prompts may choose another than the one here.
     """
 
     args: MergingArguments
@@ -120,9 +124,11 @@ class MergePlan:
     left_out: Mapping[str, str] = field(default_factory=dict)
     calibration: CalibrationRecord | None = None
     corrections: Corrections | None = None
+    fitted: CoefficientTable | None = None
     vocabulary: VocabularyRecord | None = None
     generated: Mapping[str, str] = field(default_factory=dict)
     read_beside: tuple[CarriedFile, ...] = ()
+    chooses_method: bool = False
 
     @property
     def output_kind(self) -> Literal["full", "adapter"]:
@@ -239,17 +245,39 @@ class MergePlan:
 
     def _core_rank(self, step: TensorStep) -> int | None:
         """Return the sum of the ranks of the experts' deltas, if these are merged as cores."""
-        if not METHODS[self.args.method].is_equivariant or self.args.post_step is not None:
+        method = METHODS[self.args.method]
+        if method.cores is None or self.args.post_step is not None:
             return None
         rank = 0
         for expert in self.experts:
-            if expert.adapter is None or step.name in expert.adapter.dense:
+            if expert.adapter is None or expert.adapter.is_whole(step.name):
                 return None
             delta = expert.adapter.deltas.get(step.name)
-            if delta is not None and delta.is_dora:
-                return None
             rank += delta.rank if delta is not None else 0
-        return rank if 0 < rank < min(step.shape[0], step.cols) else None
+        is_small = 0 < rank < min(step.shape[0], step.cols)
+        return rank if is_small or method.needs_factors or self.layout is None else None
+
+    def take_fit(self, folder: Path) -> None:
+        """
+        Take what a fit wrote into a folder: coefficients, corrections, or nothing.
+
+        Raises:
+            MergeError: If a file is damaged.
+        """
+        if (folder / CORRECTIONS_FILE).exists():
+            self.corrections = read_corrections(str(folder))
+        if (folder / COEFFICIENTS_FILE).exists():
+            self.take_coefficients(read_coefficients(folder))
+
+    def take_coefficients(self, table: CoefficientTable) -> None:
+        """
+        Take the coefficients that a fit found for some of the tensors.
+
+        Raises:
+            ArgumentError: If they do not fit a tensor or the experts.
+        """
+        self.fitted = table
+        self.steps = cut_as_fitted(self.steps, table, len(self.experts))
 
     def close(self) -> None:
         """Close all files."""

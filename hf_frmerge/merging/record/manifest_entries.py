@@ -142,6 +142,7 @@ class RecordedTensor:
         rank, norm, truncation_error: of a module of an adapter, as `FactorDetails` has them. Version 2 has no norm.
         geometry: what was measured of the experts, if anything was.
         n_saturated: values that were beyond the dtype and became its largest number (`on_overflow`).
+        is_fitted: whether its coefficients were found on prompts, and not by the method.
     """
 
     action: Literal["merge", "copy", "skip"]
@@ -157,6 +158,7 @@ class RecordedTensor:
     truncation_error: float | None = None
     geometry: Geometry | None = None
     n_saturated: int = 0
+    is_fitted: bool = False
 
     def decision_with(self, coefficients: NDArray[np.float64] | None) -> Decision | None:
         """
@@ -187,6 +189,7 @@ class RecordedTensor:
             truncation_error=entry.get("truncation_error"),
             geometry=geometry_of(geometry) if geometry is not None else None,
             n_saturated=entry.get("n_saturated", 0),
+            is_fitted=entry.get("is_fitted", False),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,6 +209,8 @@ class RecordedTensor:
         kinds = {Elementwise: "elementwise", Spectral: "spectral", type(None): "coefficients"}
         decision = {"kind": kinds[type(self.decision)], **decided}
         values |= {"n_blocks": self.n_blocks, "decision": decision}
+        if self.is_fitted:
+            values["is_fitted"] = True
         if self.rank is not None:
             values |= {"rank": self.rank, "norm": self.norm, "truncation_error": self.truncation_error}
         return values if self.geometry is None else {**values, "geometry": vars(self.geometry)}

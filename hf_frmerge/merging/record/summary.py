@@ -172,6 +172,7 @@ def make_report(
         notes=(
             *plan.notes,
             *saturation_notes(outcomes),
+            *compression_notes(outcomes),
             *zero_notes(plan, outcomes),
             *base_notes(plan, outcomes),
             *notes,
@@ -211,6 +212,17 @@ def saturation_notes(outcomes: Sequence[StepOutcome]) -> list[str]:
     return [
         f"{n_values:,} merged values were beyond what the dtype holds and became its largest number "
         f"(on_overflow=saturate), in {len(tensors)} of {len(outcomes)} tensors ({some(tensors)})."
+    ]
+
+
+def compression_notes(outcomes: Sequence[StepOutcome]) -> list[str]:
+    """Say what a merged adapter lacks of the merge, if it was compressed."""
+    totals = _factor_totals(outcomes)
+    if totals is None or not totals.truncation_error:
+        return []
+    return [
+        f"The merged adapter was compressed to rank {totals.max_rank}: {totals.truncation_error:.2%} of the norm of "
+        "what was merged is lost."
     ]
 
 

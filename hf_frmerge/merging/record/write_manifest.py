@@ -1,4 +1,4 @@
-"""The record of a merge, written: coefficients, manifest, and checksums that follow later."""
+"""The record of a merge, written: manifest, and checksums that follow later."""
 
 from __future__ import annotations
 
@@ -43,28 +43,12 @@ if TYPE_CHECKING:
     from hf_frmerge.checkpoints.source import Source
     from hf_frmerge.checkpoints.tensors.layout import Shard
     from hf_frmerge.merging.engine.outcomes import StepOutcome
+    from hf_frmerge.merging.planning.coefficient_table import CoefficientTable
     from hf_frmerge.merging.planning.plan import Expert, MergePlan
     from hf_frmerge.merging.planning.vocabulary.record import VocabularyRecord
     from hf_frmerge.merging.record.summary import MergeReport
 
 _PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
-
-
-def write_coefficients(output_dir: Path, outcomes: Sequence[StepOutcome], space: str) -> bool:
-    """
-    Write the coefficient table: tensor -> float64 `(blocks, experts)`, on the points of the merge.
-
-    With it and the experts, the merged model can be derived again bit for bit. Copied tensors are not in it. Returns
-    whether there is one: not all methods give a sum of the experts.
-    """
-    from safetensors.numpy import save
-
-    # One entry: safetensors writes several in any order, and the file is compared bit for bit.
-    table = {o.step.name: o.solution.coefficients for o in outcomes if o.solution is not None}
-    if not table:
-        return False
-    write_file(output_dir / COEFFICIENTS_FILE, save(table, metadata={"space": space}))
-    return True
 
 
 def write_manifest(
@@ -107,7 +91,7 @@ def write_manifest(
             **{shard.file: _shard_entry(output_dir / shard.file, shard) for shard in shards},
             **{name: file_entry(path) for name, path in small_files.items()},
         },
-        tensors={outcome.step.name: _tensor(outcome) for outcome in outcomes},
+        tensors={outcome.step.name: _tensor(outcome, plan.fitted) for outcome in outcomes},
         calibration=plan.calibration,
         vocabulary=_vocabulary(plan),
     )
@@ -234,7 +218,7 @@ def _without_paths(note: str, models: Sequence[Expert]) -> str:
     return note
 
 
-def _tensor(outcome: StepOutcome) -> RecordedTensor:
+def _tensor(outcome: StepOutcome, fitted: CoefficientTable | None) -> RecordedTensor:
     step, details = outcome.step, outcome.details
     is_merged = outcome.decision is not None
     return RecordedTensor(
@@ -251,4 +235,5 @@ def _tensor(outcome: StepOutcome) -> RecordedTensor:
         truncation_error=details.truncation_error if details else None,
         geometry=outcome.geometry,
         n_saturated=outcome.n_saturated,
+        is_fitted=is_merged and fitted is not None and step.name in fitted.rows,
     )

@@ -17,6 +17,12 @@ REGMEAN_PLUS_PLUS = Paper(
     "2508.03121",
 )
 FISHER = Paper("Merging Models with Fisher-Weighted Averaging", "Michael Matena, Colin Raffel", 2021, "2111.09832")
+MATS = Paper(
+    "Merging by Matching Models in Task Parameter Subspaces",
+    "Derek Tam, Mohit Bansal, Colin Raffel",
+    2023,
+    "2312.04339",
+)
 
 CALIBRATED = (
     Method(
@@ -55,9 +61,22 @@ CALIBRATED = (
         "on the value most. Embeddings, heads and all else outside of the layers is averaged by weight alone.",
         "A plain average lets an expert that does not use a value decide about it as much as one that does. A few "
         "prompts show which values an expert uses.",
-        options=("scale",),
+        options=("fisher_labels", "scale"),
         blocks=("tensor",),
         paper=FISHER,
         tags=("fisher-weighted-averaging",),
+    ),
+    Method(
+        "mats",
+        "calibrated",
+        "MaTS",
+        "every linear layer gets the weights that change the experts' predictions least, as far as the curvature of "
+        "each expert's predictions around its weights tells. Everything else is averaged.",
+        "An average by Fisher information decides value by value. The values of a layer work together, and two small "
+        "matrices a layer say how.",
+        options=("fisher_labels", "max_iter", "scale"),
+        blocks=("tensor",),
+        paper=MATS,
+        tags=("mats",),
     ),
 )

@@ -1,4 +1,4 @@
-"""Methods that trim and vote in directions that all experts share: KnOTS and DC-Merge."""
+"""Methods that trim and vote in directions that all experts share: KnOTS, TIES in Core Space and DC-Merge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.algebra import Triplets, join, significant, svd
+from hf_frmerge.methods.spectral.algebra import RANK_TOLERANCE, Triplets, join, significant, svd
 from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralOptions
 
 
@@ -30,6 +30,27 @@ def knots(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOpt
         _trim(part_rn, count)
     shared: Matrix = np.multiply(left_mr[:, kept_r], values_r[kept_r], dtype=np.float32)
     return shared @ _vote(parts, weights_N.astype(np.float32))
+
+
+def core_ties(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
+    r"""
+    TIES in Core Space (arXiv 2509.17786): TIES on the cores of low-rank deltas.
+
+    With \(U\) the left singular vectors of all left factors side by side, \(V\) the right singular vectors of all
+    right factors, the cores \(M_i = U^T \tau_i V\) are trimmed to the `density` share of their largest elements, the
+    experts vote on the sign of every element, and those on the winning side are averaged, M; the result is
+    \(U M V^T\). Directions that no expert has, as of factors that depend on each other, are neither counted nor used.
+    """
+    sizes = np.abs(experts.deltas).max(axis=0)
+    rows, cols = (sizes.max(axis=axis) > RANK_TOLERANCE * sizes.max() for axis in (1, 0))
+    merged = experts.zero()
+    if rows.any():
+        used = np.ix_(rows, cols)
+        parts = [core[used] for core in experts.deltas]  # copies; trimmed in place
+        for part in parts:
+            _trim(part, max(1, int(options.density * part.size)))
+        merged[used] = _vote(parts, weights_N.astype(np.float32))
+    return merged
 
 
 def dc_merge(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:

@@ -17,6 +17,7 @@ from hf_frmerge.calibration.fits.least_squares import (
     fit_linear,
     fit_norm,
     low_rank,
+    norm_sums,
 )
 from hf_frmerge.calibration.held_out import choose_form, squared_distance
 from hf_frmerge.errors import NonFiniteError
@@ -163,7 +164,12 @@ def test_a_norm_is_fitted_channel_by_channel(has_shift: bool) -> None:
     xs = [torch.randn(n, 4) for n in TOKENS]
     targets = [x * 1.5 + 0.2 + 0.1 * torch.randn_like(x) for x in xs]
     gain, shift, offset = torch.rand(4), torch.rand(4) if has_shift else None, torch.ones(4).double()
-    fitted = fit_norm(xs, targets, SHARES, (gain, shift), offset)
+    # Tokens may come in any portions.
+    sums = [
+        sum(norm_sums(x[part], t[part], (gain, shift), offset) for part in (slice(0, 9), slice(9, None)))
+        for x, t in zip(xs, targets)
+    ]
+    fitted = fit_norm(sums, TOKENS, SHARES, (gain, shift))
     for c in range(4):
         rows, ys = [], []
         for x, t, share in zip(xs, targets, SHARES):
@@ -177,10 +183,20 @@ def test_a_norm_is_fitted_channel_by_channel(has_shift: bool) -> None:
         rows.append(math.sqrt(0.1) * torch.eye(size).double())  # a tenth of the tokens, whose shares sum to 1
         ys.append(torch.zeros(size).double())
         change = torch.linalg.lstsq(torch.cat(rows), torch.cat(ys)[:, None]).solution[:, 0]
-        torch.testing.assert_close(fitted[0][c], gain[c].double() + change[0])
+        torch.testing.assert_close(fitted.gain_H[c], gain[c].double() + change[0])
         if shift is not None:
-            assert fitted[1] is not None
-            torch.testing.assert_close(fitted[1][c], shift[c].double() + change[1])
+            assert fitted.shift_H is not None
+            torch.testing.assert_close(fitted.shift_H[c], shift[c].double() + change[1])
+        equations = torch.cat(rows)
+        torch.testing.assert_close(fitted.system_HCC[c], equations.T @ equations)
+
+
+def test_an_expert_without_tokens_has_no_say_in_a_norm() -> None:
+    gain, x, t = torch.rand(4), torch.randn(50, 4), torch.randn(50, 4)
+    own = norm_sums(x, t, (gain, None), torch.zeros(4))
+    alone = fit_norm([own], [50], [0.7], (gain, None))
+    beside = fit_norm([own, torch.zeros(4, 4)], [50, 0], [0.7, 0.3], (gain, None))
+    torch.testing.assert_close(beside.gain_H, alone.gain_H)
 
 
 def test_the_distance_is_that_of_fisher_and_rao() -> None:
@@ -211,4 +227,18 @@ def test_the_distance_is_that_of_fisher_and_rao() -> None:
 )
 def test_the_smallest_form_that_has_nearly_all_of_the_gain(means: tuple[float, ...], wanted: str, form: str) -> None:
     distances = {name: (mean, None, mean) for name, mean in zip(("start", "low_rank", "dense"), means)}
+    assert choose_form(distances, wanted) == form
+
+
+@pytest.mark.parametrize(
+    ("means", "wanted", "form"),
+    [
+        ((1.0, 0.205, 0.2, 0.2), "auto", "table"),
+        ((1.0, 0.3, 0.2, 0.2), "auto", "low_rank"),
+        ((1.0, 0.9, 0.2, 0.2), "table", "table"),
+        ((1.0, 1.1, 0.2, 0.2), "table", "start"),
+    ],
+)
+def test_a_table_comes_first_where_it_is_offered(means: tuple[float, ...], wanted: str, form: str) -> None:
+    distances = {name: (mean, None, mean) for name, mean in zip(("start", "table", "low_rank", "dense"), means)}
     assert choose_form(distances, wanted) == form

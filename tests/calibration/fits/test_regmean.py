@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.calibration import calibrate
+from hf_frmerge.calibration import inputs
 from hf_frmerge.calibration.fits.regmean import shrunk
 from hf_frmerge.calibration.prompts import read_prompts, split_prompts
 from hf_frmerge.cli.main import main
@@ -199,7 +199,7 @@ def regmean_plus_plus(experts: list[Any], used: list[list[list[int]]], off_diago
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Multiply in float32 whatever the processor can do, to compare with float64 closely."""
-    monkeypatch.setattr(calibrate, "_compute_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(inputs, "_compute_dtype", lambda _: torch.float32)
 
 
 def used_prompts(folder: Path, kind: str) -> list[list[list[int]]]:

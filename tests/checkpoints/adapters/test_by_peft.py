@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from hf_frmerge.checkpoints.adapters.by_peft import fold_by_peft
 from hf_frmerge.checkpoints.adapters.config import FOLDED_BY_PEFT, kind_folded_by_peft
 from hf_frmerge.checkpoints.adapters.folded import folded_within
 from hf_frmerge.checkpoints.folders import open_folder
+from hf_frmerge.checkpoints.names.empty_model import build_empty
+from hf_frmerge.checkpoints.names.model_names import names_of
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, open_checkpoint
@@ -104,17 +106,23 @@ def test_every_kind_is_folded_as_peft_folds_the_whole_model(
     check_folded(checkpoint, tmp_path)
 
 
-def check_folded(checkpoint: Checkpoint, folder: Path) -> None:
-    """Fold `folder/adapter` into `folder/base`; every weight must be what PEFT makes of the whole model in float64."""
+def check_folded(checkpoint: Checkpoint, folder: Path, in_memory: Mapping[str, str] | None = None) -> None:
+    """
+    Fold `folder/adapter` into `folder/base`; every weight must be what PEFT makes of the whole model in float64.
+
+    `in_memory` are the names in memory of tensors that are stored under others.
+    """
+    known = in_memory or {}
     adapter = fold_by_peft(resolve(str(folder / "adapter")), checkpoint)
     assert adapter.targets.keys() == adapter.checkpoint.tensors.keys()
     wanted = folded_as_a_whole(folder / "base", folder / "adapter")
     origin = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float64).state_dict()
-    changed = [name for name in checkpoint.tensors if not torch.equal(wanted[name], origin[name])]
+    names = {name: known.get(name, name) for name in checkpoint.tensors}
+    changed = [name for name, own in names.items() if not torch.equal(wanted[own], origin[own])]
     assert changed
     for name, info in checkpoint.tensors.items():
         values = widen(checkpoint.read(name), info.dtype).reshape(info.shape)
-        np.testing.assert_array_equal(values, wanted[name].float().numpy(), err_msg=name)
+        np.testing.assert_array_equal(values, wanted[names[name]].float().numpy(), err_msg=name)
         if name in changed:
             (recipe,) = folded_within(info)
             again = recipe.read_wide(checkpoint, 3, info.numel - 2)  # pieces that begin and end anywhere
@@ -148,6 +156,17 @@ def test_loras_that_are_more_than_factors(case: str, tmp_path: Path) -> None:
         check_folded(checkpoint, tmp_path)
 
 
+def test_factors_of_stacks_on_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
+    model = save_base(tmp_path / "base", MixtralForCausalLM(MixtralConfig(**TINY)))
+    save_adapter(model, "LORA", tmp_path / "adapter", r=2, **STACKS)
+    with closing(open_checkpoint(resolve(str(tmp_path / "base")))) as checkpoint:
+        assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in checkpoint.tensors
+        shares = {name for name in checkpoint.tensors if "experts" not in name}
+        names = names_of(build_empty(checkpoint.config(), "base"))
+        assert names is not None
+        check_folded(checkpoint, tmp_path, names.canonical(shares))
+
+
 def test_square_layers_are_folded_as_their_class_stores_them(tmp_path: Path) -> None:
     """GPT-2's `c_proj` is square and stored as (in, out)."""
     config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
@@ -160,11 +179,6 @@ def test_square_layers_are_folded_as_their_class_stores_them(tmp_path: Path) -> 
 def tied(folder: Path) -> None:
     model = save_base(folder / "base", LlamaForCausalLM(LlamaConfig(**{**TINY, "tie_word_embeddings": True})))
     save_adapter(model, "TRAINABLE_TOKENS", folder / "adapter")
-
-
-def single_experts(folder: Path) -> None:
-    model = save_base(folder / "base", MixtralForCausalLM(MixtralConfig(**TINY)))
-    save_adapter(model, "LORA", folder / "adapter", r=2, **STACKS)
 
 
 def of_another_size(folder: Path) -> None:
@@ -194,7 +208,6 @@ def with_an_unknown_option(folder: Path) -> None:
     ("make", "reason"),
     [
         (tied, "the model ties model.embed_tokens.weight to another weight"),
-        (single_experts, "which the base model does not have"),
         (of_another_size, "size mismatch"),
         (all_biases, "beside its layers"),
         (with_a_lost_tensor, "do not fit together"),

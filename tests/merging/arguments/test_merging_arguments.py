@@ -53,7 +53,7 @@ def test_a_device_map_is_a_name_or_a_mapping() -> None:
 
 def test_methods_are_those_of_the_engine() -> None:
     help_text = {f.name: f.metadata for f in fields(MergingArguments)}["method"]
-    assert list(help_text["choices"]) == list(METHODS)
+    assert list(help_text["choices"]) == [*METHODS, "auto"]
 
 
 def test_every_field_is_documented_and_its_default_is_its_own_value() -> None:

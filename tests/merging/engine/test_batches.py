@@ -41,14 +41,16 @@ def test_batches_are_runs_of_alike_tensors_of_bounded_size(plan: list[TensorStep
     assert [s.name for run in runs for s in run] == [s.name for s in plan]
     for run in runs:
         assert len(run) <= batches.BATCH_TENSORS
+        assert len(run) == 1 or sum(s.n_blocks for s in run) <= batches.BATCH_BLOCKS
         assert len({s.n_blocks for s in run}) == 1
         assert len(run) == 1 or all(s.action == "merge" and s.n_blocks < 1000 for s in run)
         assert len(run) == 1 or sum(s.nbytes for s in run) * n_models <= batches.BATCH_BYTES
     # Nothing is cut without a reason.
     for before, after in pairwise(runs):
         alike = {(s.action, s.n_blocks) for s in [*before, after[0]]} == {("merge", min(before[0].n_blocks, 7))}
-        nbytes = sum(s.nbytes for s in [*before, after[0]]) * n_models
-        assert not alike or len(before) == batches.BATCH_TENSORS or nbytes > batches.BATCH_BYTES
+        nbytes, n_blocks = (sum(parts) for parts in zip(*((s.nbytes, s.n_blocks) for s in [*before, after[0]])))
+        is_full = len(before) == batches.BATCH_TENSORS or n_blocks > batches.BATCH_BLOCKS
+        assert not alike or is_full or nbytes * n_models > batches.BATCH_BYTES
 
 
 def test_a_sphere_of_several_tensors_is_a_batch_of_its_own() -> None:

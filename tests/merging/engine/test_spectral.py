@@ -29,7 +29,7 @@ from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
 
 WEIGHTS = [0.5, 0.3, 0.2]
-SPECTRAL = [method.name for method in METHODS.values() if method.kind == "spectral" and method.n_experts is None]
+SPECTRAL = [m.name for m in METHODS.values() if m.kind == "spectral" and m.n_experts is None and not m.needs_factors]
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -173,7 +173,7 @@ merge(rows, cols, rank)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 print(memory_bytes(name, rows, cols, 3, 3 * rank), memory_bytes(name, rows, cols, 3))
 """
-    for method in [name for name in SPECTRAL if METHODS[name].is_equivariant]:
+    for method in [name for name in SPECTRAL if METHODS[name].cores]:
         done = subprocess.run([sys.executable, "-c", code, method], capture_output=True, text=True, check=True)
         taken, declared, as_matrices = map(int, done.stdout.split())
         assert taken <= declared < as_matrices / 3, (method, done.stdout)

@@ -245,7 +245,7 @@ def test_a_model_with_infinity_in_it_does_not_verify(tmp_path: Path, monkeypatch
     def unchecked(self: TensorInputs, k: Any, operands: Any, owners: Any, table: Any, piece: Any, *out: Any) -> str:
         return kernels.combine(operands, np.ascontiguousarray(table), *out, piece.n_blocks, piece.block_len).digest
 
-    monkeypatch.setattr(TensorInputs, "_combine", unchecked)
+    monkeypatch.setattr(TensorInputs, "write_sum", unchecked)
     plan = build_plan(experts, MergingArguments(output_dir=str(tmp_path / "out"), dtype="float16"))
     run_merge(plan, StepObserver(), Processes())
     assert load_file(tmp_path / "out" / "model.safetensors")[NORM].isinf().sum() == 1
@@ -322,17 +322,21 @@ def test_a_delta_that_float32_cannot_hold_is_refused(
         merge([good, bad], tmp_path / "out", base, adapter_output="merged", block=block, overwrite=True)
 
 
+@pytest.mark.parametrize("output", ["adapter", "merged"])
+@pytest.mark.parametrize("method", ["iso_c", "core_ties"])
 @pytest.mark.parametrize("values", [{"B": 1e38}, {"A": 1e30, "B": 1e30}])
-def test_cores_that_float32_cannot_hold_are_refused(tmp_path: Path, values: dict[str, float]) -> None:
+def test_cores_that_float32_cannot_hold_are_refused(
+    tmp_path: Path, values: dict[str, float], method: str, output: str
+) -> None:
     base, _ = write_family(tmp_path, 2)
     good, bad = (write_adapter(tmp_path / f"{i}", i, lora_alpha=4) for i in range(2))
-    merge([good, bad], tmp_path / "out", base, method="iso_c")
+    merge([good, bad], tmp_path / "out", base, method=method, adapter_output=output)
     factors = load_file(Path(bad) / "adapter_model.safetensors")
     for side, value in values.items():
         factors[f"base_model.model.{PROJECTION.removesuffix('weight')}lora_{side}.weight"][0] = value
     save_file(factors, Path(bad) / "adapter_model.safetensors")
     with pytest.raises(NonFiniteError, match=f"q_proj.*{bad}|{bad}.*q_proj"):
-        merge([good, bad], tmp_path / "out", base, method="iso_c", overwrite=True)
+        merge([good, bad], tmp_path / "out", base, method=method, adapter_output=output, overwrite=True)
 
 
 @pytest.mark.parametrize("block", ["tensor", "layer"])

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_merges import merge_adapters
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapter_merges import load_base, make_adapter, merge_adapters, peft_deltas
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from threadpoolctl import ThreadpoolController, threadpool_limits
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -22,7 +22,7 @@ from hf_frmerge.errors import AmbiguousMeanError, ArgumentError, CheckpointError
 from hf_frmerge.geometry.core_space import core_space
 from hf_frmerge.geometry.lowrank import Factors, recompress
 from hf_frmerge.merging.engine.outcomes import StepObserver, StepOutcome
-from hf_frmerge.merging.outputs import factor_output
+from hf_frmerge.merging.outputs import merged_factors
 from hf_frmerge.merging.outputs.factor_output import FactorOutput
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.methods.table import METHODS
@@ -47,36 +47,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     return {"llama": folder / "llama", "gpt2": folder / "gpt2"}
 
 
-def load_base(folder: Path) -> torch.nn.Module:
-    model_class = GPT2LMHeadModel if folder.name == "gpt2" else LlamaForCausalLM
-    return model_class.from_pretrained(folder, dtype=torch.float32)
-
-
-def make_adapter(base: Path, folder: Path, seed: int, dtype: torch.dtype = torch.float32, **config) -> Path:
-    """Adapter with random factors of unequal size, written by PEFT."""
-    model = get_peft_model(load_base(base), LoraConfig(**config))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            values = torch.randn(parameter.shape, generator=generator) * (1 + seed % 3)
-            parameter.data = values.to(dtype)
-    model.save_pretrained(folder)
-    return folder
-
-
 def read(folder: Path) -> Adapter:
     return open_adapter(Source(str(folder), "adapter", str(folder)))
-
-
-def peft_deltas(base: Path, folder: Path) -> dict[str, np.ndarray]:
-    """Dense float64 deltas as PEFT sees the adapter when it loads it, by module path."""
-    model = PeftModel.from_pretrained(load_base(base), folder)
-    model = model.double()
-    return {
-        name: module.get_delta_weight("default").detach().numpy()
-        for name, module in model.get_base_model().named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
 
 
 def karcher_dense(points: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
@@ -540,7 +512,7 @@ def test_modules_are_recompressed_with_one_blas_thread_each(
         seen.extend(library["num_threads"] for library in blas.info())
         return recompress(*args)
 
-    monkeypatch.setattr(factor_output, "recompress", watched)
+    monkeypatch.setattr(merged_factors, "recompress", watched)
     with threadpool_limits(2, user_api="blas"):
         before = [library["num_threads"] for library in blas.info()]
         if 2 not in before:

@@ -11,7 +11,7 @@ from hf_frmerge.methods.spectral.decision import Spectral
 from hf_frmerge.methods.spectral.inputs import Experts, SpectralOptions
 from hf_frmerge.methods.table import METHODS
 
-EQUIVARIANT = [method.name for method in METHODS.values() if method.is_equivariant]
+EQUIVARIANT = [method.name for method in METHODS.values() if method.cores and not method.needs_factors]
 
 
 def factors(ranks: tuple[int, ...], rows: int, cols: int) -> list[Factors]:
@@ -33,9 +33,21 @@ def test_a_merge_of_cores_is_the_merge(name: str, ranks: tuple[int, ...], shape:
     for weights in ((0.5, 0.5), (0.7, 0.3)):
         decision = Spectral(name, weights, 1.0, SpectralOptions(METHODS[name].density or 1.0))
         expected = decision.merge(Experts(dense(pairs).astype(np.float32), base_of(shape).astype(np.float32)))
-        actual = decision.merge_factors(pairs)
-        assert actual.dtype == np.float32 and actual.shape == shape
+        left, right, scale = decision.merge_factors(pairs)
+        actual = scale * left @ right
+        assert actual.shape == shape and left.shape[1] <= sum(ranks)
         assert np.linalg.norm(actual - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_directions_that_no_expert_has_do_not_count_for_ties_in_core_space() -> None:
+    [pair] = factors((5,), 30, 20)
+    left, right = np.linalg.svd(pair.B)[0][:, :5], np.linalg.svd(pair.A)[2][:5].T
+    core = left.T @ dense([pair])[0] @ right
+    kept = np.where(abs(core) >= np.sort(abs(core), axis=None)[-10], core, 0.0)  # 0.4 of 25
+    decision = Spectral("core_ties", (0.5, 0.5), 1.0, SpectralOptions(0.4))
+    # Side by side the two have rank 10, of which 5 are nothing.
+    [actual] = dense([decision.merge_factors([pair, pair._replace(scale=pair.scale)])])
+    assert np.linalg.norm(actual - left @ kept @ right.T) < 1e-5 * np.linalg.norm(kept)
 
 
 @pytest.mark.parametrize("name", [name for name in EQUIVARIANT if name != "dc_merge"])  # equal ones are all ties
@@ -43,7 +55,7 @@ def test_cores_of_equal_and_of_zero_deltas(name: str) -> None:
     [pair] = factors((5,), 30, 20)
     decision = Spectral(name, (0.5, 0.5), 1.0, SpectralOptions(METHODS[name].density or 1.0))
     expected = decision.merge(Experts(dense([pair, pair]).astype(np.float32)))
-    actual = decision.merge_factors([pair, pair])
+    [actual] = dense([decision.merge_factors([pair, pair])])
     assert np.linalg.norm(actual - expected) < 1e-4 * np.linalg.norm(expected)
     nothing = pair._replace(B=np.zeros((30, 5)))  # as an adapter is before its training
-    assert not decision.merge_factors([nothing, nothing]).any()
+    assert not dense([decision.merge_factors([nothing, nothing])]).any()

@@ -9,7 +9,7 @@ from spectral_reference import NAIVE, base_of, experts, merge, orthogonal_low_ra
 from hf_frmerge.methods.spectral.decision import memory_bytes
 from hf_frmerge.methods.table import METHODS
 
-SPECTRAL = [method.name for method in METHODS.values() if method.kind == "spectral" and method.n_experts is None]
+SPECTRAL = [m.name for m in METHODS.values() if m.kind == "spectral" and m.n_experts is None and not m.needs_factors]
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20)])
@@ -100,8 +100,15 @@ def test_zero_deltas_are_no_noise(name: str) -> None:
     assert np.isfinite(actual).all() and actual.any()
 
 
-def test_the_table_says_which_methods_turn_with_the_deltas() -> None:
-    assert {name for name in SPECTRAL if not METHODS[name].is_equivariant} == {"knots", "ace", "ortho_merge"}
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_the_table_says_on_which_sides_a_method_turns_with_the_deltas(name: str) -> None:
+    deltas, rng = experts(8, 3, 16, 12), np.random.default_rng(8)
+    left, right = (np.linalg.qr(rng.standard_normal((size, size)))[0] for size in (16, 12))
+    merged = merge(name, deltas)
+    turned = [(merge(name, left @ deltas), left @ merged), (merge(name, deltas @ right), merged @ right)]
+    does_turn = [bool(np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)) for a, b in turned]
+    expected = {"both": [True, True], "left": [True, False], None: [False, False]}
+    assert does_turn == expected[METHODS[name].cores]
 
 
 @pytest.mark.parametrize("name", SPECTRAL)

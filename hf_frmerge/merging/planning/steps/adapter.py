@@ -9,6 +9,7 @@ from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError, CheckpointError
 from hf_frmerge.merging.planning.blocks import group_of
+from hf_frmerge.merging.planning.steps.matrices import is_inner_matrix, matrix_note
 from hf_frmerge.merging.planning.steps.planned_steps import PlannedSteps
 from hf_frmerge.merging.planning.steps.set_apart import reasons_of
 from hf_frmerge.merging.planning.steps.tensor_weights import check_groups, scales_by_tensor, weights_by_tensor
@@ -67,11 +68,13 @@ def adapter_steps(
             group=group_of(row.first.target, args.block),
             n_blocks=1,
             block_len=row.n_out * row.n_in,
+            is_matrix=args.merges_matrices and is_inner_matrix(row.first.target, row.first.shape),
             scale=scale_of[row.first.target],
         )
         for row in rows
     ]
     check_groups(steps)
+    notes += [matrix_note(args, steps)] if args.merges_matrices else []
     notes += missing_notes(adapters, rows, args.strict, is_matched=base is not None)
     notes += base_notes(adapters, base.source) if base else []
     return PlannedSteps(steps, notes, left_out=reasons_of(rules, experts, ()))

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.checkpoints.adapters.base import base_notes
 from hf_frmerge.checkpoints.adapters.folded import folded_within
 from hf_frmerge.checkpoints.alignment.align import AlignedTensor, Alignment, align
-from hf_frmerge.checkpoints.model_structure import may_be_tied, untying
+from hf_frmerge.checkpoints.model_structure import untying
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.quantised import SECTIONS
 from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, some
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.merging.planning.blocks import block_shape, group_of, head_dim_of
+from hf_frmerge.merging.planning.steps.matrices import is_inner_matrix, matrix_note
 from hf_frmerge.merging.planning.steps.new_heads import OTHER_HEAD, NewHead, find_new_head
 from hf_frmerge.merging.planning.steps.planned_steps import PlannedSteps
 from hf_frmerge.merging.planning.steps.set_apart import config_for_taken, left_out_note, reasons_of, taken_tensors
@@ -25,7 +26,6 @@ from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
     refuse_taken_rows,
     token_table,
 )
-from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +88,7 @@ def full_model_steps(
     head_dim = head_dim_of(donor.weights.config()) if args.block == "head" else None
     steps = _make_steps(args, tensors, weights_for, head_dim)
     if args.merges_matrices:
-        notes.append(_matrix_note(args, steps))
+        notes.append(matrix_note(args, steps))
     check_groups(steps)
     _refuse_homeless(experts, {step.name for step in steps if step.action == "merge"})
     left_out = aligned.left_out | dict.fromkeys(head.left_out, OTHER_HEAD) | reasons
@@ -135,16 +135,11 @@ def _make_steps(
                 group=group_of(tensor.name, args.block),
                 n_blocks=n_blocks,
                 block_len=block_len,
-                is_matrix=is_merged and args.merges_matrices and _is_inner_matrix(tensor.name, tensor.shape),
+                is_matrix=is_merged and args.merges_matrices and is_inner_matrix(tensor.name, tensor.shape),
                 scale=scale_of[tensor.name] if is_merged else 1.0,
             )
         )
     return steps
-
-
-def _is_inner_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is the matrix of a layer: not a vector, a stack of matrices, an embedding or a head."""
-    return len(shape) == 2 and min(shape) > 1 and not may_be_tied(name)
 
 
 def _adapter_notes(experts: Sequence[Expert], base: Expert | None, strict: bool) -> list[str]:
@@ -156,21 +151,6 @@ def _adapter_notes(experts: Sequence[Expert], base: Expert | None, strict: bool)
 
     notes = missing_notes(adapters, align_adapters(adapters), strict, is_matched=True)
     return notes + base_notes(adapters, base.source)
-
-
-def _matrix_note(args: MergingArguments, steps: list[TensorStep]) -> str:
-    others = [step.name for step in steps if step.action == "merge" and not step.is_matrix]
-    n_matrices = sum(step.is_matrix for step in steps)
-    if METHODS[args.method].kind != "spectral":
-        return (
-            f"post_step={args.post_step!r} corrects {n_matrices} matrices of layers. The other {len(others)} tensors "
-            f"({some(others)}) stay as method={args.method!r} merges them."
-        )
-    return (
-        f"method={args.method!r} merges {n_matrices} matrices of layers. The experts' deltas of the other "
-        f"{len(others)} tensors ({some(others)}) are {'added' if METHODS[args.method].is_continual else 'averaged'}: "
-        "embeddings, heads, norms, vectors and stacks of matrices."
-    )
 
 
 def _refuse_homeless(experts: Sequence[Expert], merged: set[str]) -> None:

@@ -1,0 +1,153 @@
+"""What a calibration is made of: models that can be run block by block, their tokenizer, and the experts' prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.fits.equations import check_experts
+from hf_frmerge.calibration.into_adapter import as_whole_model
+from hf_frmerge.calibration.prompts import Prompts, leading_tokens, read_prompts, with_more_beginnings
+from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
+from hf_frmerge.calibration.streams import Batch, in_batches
+from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.models.loading import predicts_next_token
+from hf_frmerge.evaluation.suite.inputs import find_tokenizer
+from hf_frmerge.merging.engine.processes import Processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_frmerge.merging.planning.plan import MergePlan
+
+HELD_OUT = 1 / 8
+"""Share of the prompts by which a fit is judged, and which take no part in it."""
+
+
+def open_runnable(plan: MergePlan) -> tuple[MergePlan, BlockwiseModel]:
+    """
+    Check that the models of a merge can be run, and return its plan into a whole model, and the models' modules.
+
+    Raises:
+        ArgumentError: If they cannot be run block by block.
+    """
+    if plan.vocabulary is not None:
+        raise ArgumentError(
+            "A calibrated merge compares its models over one vocabulary, and these have different ones. Merge without "
+            "calibration."
+        )
+    remote = [one.spec for one in plan.models if "://" in one.source.path]
+    if remote:
+        raise ArgumentError(
+            f"A calibrated merge runs its models, so they must be on this machine, but {some(remote)} is read from "
+            "elsewhere. Leave out --stream-from-hub (stream_from_hub), or copy the files here."
+        )
+    pairs = [one.spec for one in plan.models if one.source.adapter is not None]
+    if pairs:
+        raise ArgumentError(
+            f"A calibrated merge runs its models, and {some(pairs)} is two: a model and an adapter. Fold the adapter "
+            "in first (`frmerge merge ADAPTER --base-model BASE --output-dir folded`), and pass 'folded'."
+        )
+    subtracted = [expert.spec for expert, weight in zip(plan.experts, plan.weights) if weight < 0]
+    if subtracted:
+        raise ArgumentError(
+            f"A calibrated merge computes what its experts compute, but {some(subtracted)} has a negative weight, to "
+            "be subtracted. Leave out the calibration, or give no negative weights."
+        )
+    whole = plan if plan.layout is not None else as_whole_model(plan)
+    return whole, open_model(whole)
+
+
+def open_model(plan: MergePlan) -> BlockwiseModel:
+    """Return the modules of the models' class, without weights."""
+    import transformers
+
+    path = plan.donor.source.path
+    config = transformers.AutoConfig.from_pretrained(path)
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ArgumentError(
+            f"The configuration of {plan.donor.spec!r} names the class {name!r}, which transformers does not have, so "
+            "its blocks cannot be run. Merge without calibration."
+        )
+    device = torch.device(plan.args.device)
+    return BlockwiseModel(model_class, config, device, _compute_dtype(device))
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the device multiplies in it, which takes half the time, else float32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    is_native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return torch.bfloat16 if is_native else torch.float32
+
+
+def tokenizer_of(plan: MergePlan, whole: MergePlan, processing_class: Any) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that was passed, or else that beside the base or the first model that has one."""
+    return processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
+
+
+def prompts_of(
+    plan: MergePlan, model: BlockwiseModel, calibration: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> Callable[[Processes], Sequence[Prompts]]:
+    """Read the prompts and return a function that gives them; of experts that write their own it does the work."""
+    args = plan.args
+    if calibration == "self":
+        return lambda processes: _self_written(plan, tokenizer, processes)
+    prompts = read_prompts(
+        calibration,
+        tokenizer,
+        experts=[expert.spec for expert in plan.experts],
+        n_samples=args.num_calibration_samples,
+        max_length=args.max_calibration_length,
+        seed=args.seed,
+        vocab_size=model.model.config.get_text_config().vocab_size,
+        packing=predicts_next_token(model.model),
+    )
+    check_experts(plan, prompts)
+    return lambda processes: prompts
+
+
+def _self_written(plan: MergePlan, tokenizer: Any, processes: Processes) -> tuple[Prompts, ...]:
+    args = plan.args
+    if tokenizer is None:
+        raise ArgumentError(
+            "None of the models has a tokenizer beside it, which says how a text begins, so the experts cannot write "
+            "prompts of their own. Put one beside the base, or pass prompts as token ids (a column input_ids)."
+        )
+    own = range(len(plan.experts))[processes.rank :: processes.size]
+    written = self_written_prompts(
+        [plan.experts[number].source for number in own],
+        plan.base.source if plan.base is not None else None,
+        prefix=document_prefix(tokenizer),
+        leading=leading_tokens(tokenizer),
+        n_samples=args.num_calibration_samples,
+        max_length=args.max_calibration_length,
+        seed=args.seed,
+        device=args.device,
+    )
+    of_all = processes.gather([replace(prompts, expert=number) for number, prompts in zip(own, written)])
+    return tuple(sorted(of_all, key=lambda prompts: prompts.expert))
+
+
+def batches_of(
+    plan: MergePlan, model: BlockwiseModel, fitted: Sequence[Prompts], held_out: Sequence[Prompts]
+) -> list[Batch]:
+    """Return the prompts to fit, of a language model with more beginnings, and then those to judge by, in batches."""
+    if predicts_next_token(model.model):
+        fitted = [with_more_beginnings(p) for p in fitted]
+    pad = getattr(model.model.config, "pad_token_id", None) or 0  # masked, so any token will do
+    size = plan.args.calibration_batch_size
+    return [
+        batch
+        for prompts, is_held_out in ((fitted, False), (held_out, True))
+        for one in prompts
+        for batch in in_batches(one.token_ids, one.expert, size, pad, is_held_out=is_held_out, device=model.device)
+    ]
