@@ -26,7 +26,12 @@ def makes_adapter(args: MergingArguments, experts: Sequence[Expert]) -> bool:
             )
         if full:
             is_adapter = full[0].source.kind == "adapter"
-            what = "more than low-rank factors. Use adapter_output='merged'" if is_adapter else "a full checkpoint"
+            what = "a full checkpoint"
+            if is_adapter:
+                what = (
+                    "more than low-rank factors of single matrices: of another kind than LoRA, or with biases, single "
+                    "tokens, or experts of a mixture in one stack. Use adapter_output='merged'"
+                )
             raise ArgumentError(f"adapter_output='adapter' needs adapters only, but {full[0].spec!r} is {what}.")
         if args.take:
             raise ArgumentError(
