@@ -183,4 +183,4 @@ def test_every_expert_needs_prompts(models: Path, tmp_path: Path) -> None:
     command = ["inspect", *experts, "--base-model", str(models / "base"), "--calibration", f"{experts[0]}={file}"]
     result = click_runner().invoke(main, command)
     assert result.exit_code != 0
-    assert "lora1 has no prompts. Pass some for it too" in " ".join(result.output.replace("\n", " ").split())
+    assert "lora1 has no prompts. Pass some for it too" in " ".join(result.stderr.replace("\n", " ").split())
