@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).parents[2]
-_OF_PYTHON = (sys.prefix, sys.base_prefix, str(_PACKAGE), "/proc/", "/sys/", "/usr/", "/dev/null", "/dev/urandom")
+_FOLDERS = (sys.prefix, sys.base_prefix, str(_PACKAGE), "/proc", "/sys", "/usr")
+# Ending as folders do: another folder's name may begin with one of these.
+_OF_PYTHON = (*(f"{folder}/" for folder in _FOLDERS), "/dev/null", "/dev/urandom")
 _READS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_DIRECTORY
 
 
