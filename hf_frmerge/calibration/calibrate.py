@@ -113,10 +113,6 @@ def calibrate(
         NonFiniteError: If activations are not finite.
         ResumeError: If the folder holds a calibration with other arguments.
     """
-    if plan.args.refine_steps:
-        if not processes.is_main:
-            return None
-        processes = Processes(alone=True)
     started = time.process_time()
     fitted, held_out = split_prompts(prompts, HELD_OUT, plan.args.seed)
     if not held_out:
@@ -124,14 +120,18 @@ def calibrate(
             "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
             "expert help already, 64 are better."
         )
-    if processes.is_main and not METHODS[plan.args.method].needs_prompts:
-        _warn_of_few_tokens(model, fitted)
     starts = None
     if plan.chooses_method:
         judged = batches_of(plan, model, (), held_out)
         # Told by one process: where distances are close, another machine might choose another one.
         (starts,) = processes.gather([start_distances(whole, model, judged)] if processes.is_main else [])
         plan.args, whole.args = (with_start(each.args, nearest_start(starts)) for each in (plan, whole))
+    if plan.args.refine_steps:  # after the choice of a start, by which all processes merge
+        if not processes.is_main:
+            return None
+        processes = Processes(alone=True)
+    if processes.is_main and not METHODS[plan.args.method].needs_prompts:
+        _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
     options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
     settings = settings_of(plan, options)

@@ -67,6 +67,9 @@ def test_two_processes_find_what_one_finds(runs: Path, name: str) -> None:
     assert one.keys() == two.keys() and any("norm" in tensor for tensor in one) == (not name.startswith("regmean"))
     for tensor, values in one.items():
         assert float((two[tensor] - values).norm()) < 1e-4 * float(values.norm()), tensor
+    alone, shared = (load_file(runs / count / name / "model.safetensors") for count in ("one", "two"))
+    for tensor, values in alone.items():  # each of the two has written some
+        assert float((shared[tensor] - values).norm()) < 1e-4 * float(values.norm()), tensor
     records: list[Any] = [read_manifest(runs / count / name).calibration for count in ("one", "two")]
     assert records[0].digest == records[1].digest and records[0].held_out == records[1].held_out
     for form, distances in records[0].distances.items():

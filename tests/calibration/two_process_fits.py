@@ -28,6 +28,8 @@ FITS: dict[str, dict[str, Any]] = {
     "fisher": {"method": "fisher"},
     "own": {"method": "linear", "calibration": "self"},
     "refined": {"method": "linear", "refine_steps": 2},
+    "auto": {"method": "auto"},
+    "auto-refined": {"method": "auto", "refine_steps": 2},
 }
 
 
@@ -81,7 +83,10 @@ def main(root: Path) -> None:
     """Run everything on two processes, and write down what this one saw."""
     processes = Processes()
     assert processes.size == 2, "a test of two processes that runs on one proves nothing"
-    with patch("hf_frmerge.merging.engine.processes._SLICE", 500):  # Gram matrices have 576 elements
+    with (
+        patch("hf_frmerge.merging.engine.processes._SLICE", 500),  # Gram matrices have 576 elements
+        patch("hf_frmerge.merging.engine.batches.BATCH_TENSORS", 1),  # so that both processes merge some
+    ):
         for name, options in FITS.items():
             fit(root, root / "two" / name, **options)
     n_blocks = fit_interrupted(root, root / "two" / "resumed")
