@@ -21,7 +21,7 @@ from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.equations import check_form, equations_of, settings_of, why_no_table
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
-from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, open_runnable, prompts_of, tokenizer_of
+from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, is_silent, open_runnable, prompts_of, tokenizer_of
 from hf_frmerge.calibration.into_adapter import correction_rank, transposed_tensors
 from hf_frmerge.calibration.kept_files import RECORD_FILE, read_record, write_record
 from hf_frmerge.calibration.layers import is_linear, n_in
@@ -149,9 +149,9 @@ def calibrate(
     if done.exists():  # the merge died after the fit
         return replace(read_record(done), starts=starts) if processes.is_main else None
     batches = _own_batches(batches_of(plan, model, fitted, held_out), processes)
-    is_silent = _is_silent(plan) if processes.is_main else True
+    silent = is_silent(plan) if processes.is_main else True
     with processes.main_first():  # what it estimates is kept for the others
-        fit_of = equations_of(plan, model, fitted, is_silent=is_silent)
+        fit_of = equations_of(plan, model, fitted, is_silent=silent)
     sweep = Sweep(
         model,
         reader,
@@ -164,7 +164,7 @@ def calibrate(
         processes=processes,
     )
     sweep.begin()
-    for index in tqdm(range(len(model.blocks)), "Calibrating", unit="block", disable=is_silent):
+    for index in tqdm(range(len(model.blocks)), "Calibrating", unit="block", disable=silent):
         known = files.read(index, sweep.tensors(index))
         fitted_block = sweep.fit_block(index, known)
         if known is None and processes.is_main:
@@ -269,8 +269,3 @@ def _counts(plan: MergePlan, prompts: Sequence[Prompts]) -> tuple[int, ...]:
 
 def _digest(prompts: Sequence[Prompts]) -> str:
     return xxh3_128_hexdigest("".join(one.digest for one in prompts).encode())
-
-
-def _is_silent(plan: MergePlan) -> bool | None:
-    """None, on which tqdm shows a bar only on a terminal."""
-    return True if plan.args.disable_tqdm else None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_frmerge.calibration.fits.equations import kronecker_files
 from hf_frmerge.calibration.fits.mats import conjugate_gradients
-from hf_frmerge.calibration.inputs import HELD_OUT, open_runnable, prompts_of, tokenizer_of
+from hf_frmerge.calibration.inputs import HELD_OUT, is_silent, open_runnable, prompts_of, tokenizer_of
 from hf_frmerge.calibration.layers import is_linear, matrix_of
 from hf_frmerge.calibration.prompts import split_prompts
 from hf_frmerge.calibration.weights import WeightReader
@@ -113,7 +113,7 @@ def measure_curvature(plan: MergePlan, calibration: Any, processing_class: Any =
             "or one file for all experts."
         )
     fitted, _ = split_prompts(prompts, HELD_OUT, plan.args.seed)
-    files = kronecker_files(plan, model, fitted, True if plan.args.disable_tqdm else None)
+    files = kronecker_files(plan, model, fitted, is_silent(plan))
     reader = WeightReader(whole, load_kernels(plan.args.device), model.model)
     blocks = []
     for block in model.blocks:

@@ -151,3 +151,8 @@ def batches_of(
         for one in prompts
         for batch in in_batches(one.token_ids, one.expert, size, pad, is_held_out=is_held_out, device=model.device)
     ]
+
+
+def is_silent(plan: MergePlan) -> bool | None:
+    """None, on which tqdm shows a bar only on a terminal."""
+    return True if plan.args.disable_tqdm else None

@@ -18,17 +18,45 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class FisherFit:
+class InformedFit:
+    """
+    What fits by Fisher information share: the experts have been run on the prompts for their gradients already.
+
+    Args:
+        sweep, index, start, experts: As for `BlockFit`.
+
+    Attributes:
+        weights: merged weights, float32.
+        factors, coefficients: none: what is merged by information has no low rank, and is no sum of the experts.
+    """
+
+    def __init__(
+        self, sweep: SweepState, index: int, start: dict[str, Tensor], experts: Sequence[dict[str, Tensor]]
+    ) -> None:
+        self._sweep, self._index, self._name = sweep, index, sweep.model.blocks[index]
+        self._experts = experts
+        self.weights = dict(start)
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.coefficients: dict[str, Tensor] = {}
+
+    def run_experts(self) -> None:
+        """Run the experts' blocks on the prompts that judge the merge."""
+        sweep = self._sweep
+        for expert, weights in enumerate(self._experts):
+            computed = sweep.computed(weights)
+            for b, batch in enumerate(sweep.batches):
+                if batch.expert == expert and batch.is_held_out:
+                    calls = batch.calls[self._index]
+                    sweep.expert[b] = sweep.model.run_block(self._name, computed, sweep.expert[b], calls)
+
+
+class FisherFit(InformedFit):
     """
     Weights of one block, averaged by weight and Fisher information; those outside the blocks are averaged by weight.
 
     Args:
         sweep, index, layers, start, experts: As for `BlockFit`.
         files: Fisher information of every expert.
-
-    Attributes:
-        weights: averaged weights, float32.
-        factors, coefficients: none: what is averaged element by element has no low rank, and no coefficients.
     """
 
     def __init__(
@@ -40,15 +68,8 @@ class FisherFit:
         experts: list[dict[str, Tensor]],
         files: Sequence[DiagonalFile],
     ) -> None:
-        self._sweep, self._index, self._name = sweep, index, sweep.model.blocks[index]
-        self._experts, self._files = experts, files
-        self.weights = dict(start)
-        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
-        self.coefficients: dict[str, Tensor] = {}
-
-    def run_experts(self) -> None:
-        """Run the experts' blocks on the prompts that judge the merge."""
-        run_held_out(self._sweep, self._index, self._experts)
+        super().__init__(sweep, index, start, experts)
+        self._files = files
 
     def fit(self) -> None:
         """Average all weights of the block."""
@@ -68,13 +89,3 @@ class FisherFit:
         if at_floor:
             mean = 100 * sum(at_floor) / len(at_floor)
             logger.info("%s: on average %.1f %% of a tensor's Fisher information is at the floor.", self._name, mean)
-
-
-def run_held_out(sweep: SweepState, index: int, experts: Sequence[dict[str, Tensor]]) -> None:
-    """Run the experts' blocks on the prompts that judge the merge: the others have been run for their gradients."""
-    name = sweep.model.blocks[index]
-    for expert, weights in enumerate(experts):
-        computed = sweep.computed(weights)
-        for b, batch in enumerate(sweep.batches):
-            if batch.expert == expert and batch.is_held_out:
-                sweep.expert[b] = sweep.model.run_block(name, computed, sweep.expert[b], batch.calls[index])

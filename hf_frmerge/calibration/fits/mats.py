@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.fits.fisher_fit import run_held_out
+from hf_frmerge.calibration.fits.fisher_fit import InformedFit
 from hf_frmerge.calibration.layers import matrix_of, put_matrix
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _SOLVED = 1e-6
 """Residual, relative to that of the average, at which a layer counts as solved: what float32 can reach."""
 
 
-class MatsFit:
+class MatsFit(InformedFit):
     """
     Linear layers of one block, merged by the Kronecker factors of the experts' Fisher information.
 
@@ -42,10 +42,6 @@ class MatsFit:
         files: Factors of every expert. They are divided by their norm over all layers, as experts have different
             scales of information.
         max_iter: Most steps for a layer.
-
-    Attributes:
-        weights: merged weights, float32.
-        factors, coefficients: none: what the steps give has no low rank, and is no sum of the experts.
     """
 
     def __init__(
@@ -58,17 +54,10 @@ class MatsFit:
         files: Sequence[KroneckerFile],
         max_iter: int,
     ) -> None:
-        self._sweep, self._index, self._name = sweep, index, sweep.model.blocks[index]
+        super().__init__(sweep, index, start, experts)
         self._module = sweep.model.block(self._name)
         self._layers = [name for group in layers.groups for name in group.names]
-        self._experts, self._files, self._max_iter = experts, files, max_iter
-        self.weights = dict(start)
-        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
-        self.coefficients: dict[str, Tensor] = {}
-
-    def run_experts(self) -> None:
-        """Run the experts' blocks on the prompts that judge the merge."""
-        run_held_out(self._sweep, self._index, self._experts)
+        self._files, self._max_iter = files, max_iter
 
     def fit(self) -> None:
         """Solve for all layers."""
