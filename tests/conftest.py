@@ -21,8 +21,10 @@ _HUB = HubServer().start()
 
 # Read once at import by huggingface_hub and transformers: no test may reach the real Hub or the user's cache.
 os.environ["HF_ENDPOINT"] = _HUB.endpoint
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_frmerge_test_home_")
-os.environ["HF_FRMERGE_CACHE"] = tempfile.mkdtemp(prefix="hf_frmerge_test_cache_")  # nothing of earlier runs is known
+# Nothing of earlier runs is known, and nothing of this one is left: the folder goes with the process.
+_CACHES = tempfile.TemporaryDirectory(prefix="hf_frmerge_tests_")
+os.environ["HF_HOME"] = str(Path(_CACHES.name, "home"))
+os.environ["HF_FRMERGE_CACHE"] = str(Path(_CACHES.name, "cache"))
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("HF_TOKEN", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -12,7 +12,7 @@ from shlex import quote
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.source import Source, check_name, convert_gguf, is_on_hub, source_of
-from hf_frmerge.errors import CheckpointError
+from hf_frmerge.errors import CheckpointError, HubError
 from hf_frmerge.visible import without_secrets
 
 __all__ = ["Source", "fetch_all", "resolve", "resolve_all"]
@@ -107,7 +107,7 @@ def resolve_all(
     for spec in specs:
         if spec not in resolved:
             pair = split_pair(spec) if pairs else None
-            resolved[spec] = _pair(spec, find_one(pair[0]), find_one(pair[1])) if pair else find_one(spec)
+            resolved[spec] = _find_pair(spec, pair, find_one) if pair else find_one(spec)
         sources.append(resolved[spec])
     return fetch_all(sources, token=token) if download else sources
 
@@ -122,8 +122,14 @@ def split_pair(spec: str) -> tuple[str, str] | None:
     return next(iter(found or pairs), None)
 
 
-def _pair(spec: str, base: Source, adapter: Source) -> Source:
+def _find_pair(spec: str, pair: tuple[str, str], find_one: Callable[[str], Source]) -> Source:
     """Return a model that is to be read with an adapter on it."""
+    try:
+        base, adapter = map(find_one, pair)
+    except (CheckpointError, HubError) as error:  # neither name is what the user wrote
+        raise type(error)(
+            f"{spec!r} is read as the model {pair[0]!r} with the adapter {pair[1]!r}. {error}"
+        ) from error
     if (base.kind, adapter.kind) != ("full", "adapter"):
         raise CheckpointError(
             f"{spec!r}: expected a full model and an adapter on it, but {base.spec!r} is "

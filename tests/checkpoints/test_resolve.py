@@ -422,6 +422,13 @@ def test_each_spec_is_looked_up_once(hub, model):
     assert len(hub.sent("GET", r"/api/models/alice/twice/(revision|tree)")) <= 2
 
 
+def test_the_missing_part_of_a_pair_is_named_with_the_pair(hub, model):
+    with pytest.raises(
+        HubError, match=r"is read as the model .* with the adapter 'org/lora'\. There is no model 'org/lora'"
+    ):
+        resolve_all([f"{model}+org/lora"], pairs=True)
+
+
 # Offline, in a fresh process, since the Hub client reads HF_HUB_OFFLINE when it is imported
 
 _SCRIPT = """

@@ -136,20 +136,34 @@ def fold_by_peft(adapter: Source, model: Checkpoint) -> FoldedAdapter:
             for layer in layers
             for name in layer.infos
         }
-        smallest = min(folded.values(), key=lambda each: each.info.numel)  # what does not work should be known now
-        if not np.isfinite(smallest.read_wide(model, 0, smallest.info.numel)).all():
-            raise ValueError(f"what it makes of {smallest.info.name} is not finite")
-    except NonFiniteError:
-        raise
     except _ERRORS as error:
-        reason = f"{' '.join(str(error).split())[:400]} ({type(error).__name__})"
-        raise CheckpointError(
-            f"Adapter {adapter.spec!r} ({raw.get('peft_type')}): PEFT cannot fold it into {model.source.spec!r} layer "
-            f"by layer: {reason}. {FOLD_BY_HAND}"
-        ) from error
+        raise _refusal(checkpoint, _said(error), FOLD_BY_HAND) from error
+    _try_one(min(folded.values(), key=lambda each: each.info.numel), model)  # what does not work should be known now
     put_in_place(model, folded)
     model.largest_computed = max(each.info.numel for each in folded.values()) * _BYTES_AN_ELEMENT
     return FoldedAdapter(checkpoint, _targets(checkpoint, layers, next(iter(folded))))
+
+
+def _try_one(weight: _FoldedByPeft, model: Checkpoint) -> None:
+    """Raise if PEFT does not fold a layer."""
+    try:
+        values = weight.read_wide(model, 0, weight.info.numel)
+    except NonFiniteError:
+        raise
+    except _ERRORS as error:  # PEFT says of a layer here what it says of a whole model
+        advice = "So it does not with `merge_and_unload`, either. It cannot be merged: leave it out."
+        raise _refusal(weight.checkpoint, _said(error), advice) from error
+    if not np.isfinite(values).all():
+        raise _refusal(weight.checkpoint, f"what it makes of {weight.info.name} is not finite", FOLD_BY_HAND)
+
+
+def _said(error: Exception) -> str:
+    return f"{' '.join(str(error).split()).rstrip('.')[:400]} ({type(error).__name__})"
+
+
+def _refusal(adapter: Checkpoint, reason: str, advice: str) -> CheckpointError:
+    spec = adapter.source.spec
+    return CheckpointError(f"Adapter {spec!r}: PEFT cannot fold it into its base layer by layer: {reason}. {advice}")
 
 
 def _layers_of(checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint) -> list[_Layer]:

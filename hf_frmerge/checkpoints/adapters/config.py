@@ -50,13 +50,17 @@ _REFUSED = {
     "trainable_token_indices": "it replaces single embedding rows beside the factors",
     "layer_replication": "its layers are not the layers of the base checkpoint",
     "target_parameters": "its factors belong to stacked parameters (mixture-of-experts tensors), not to modules",
-    "alora_invocation_tokens": "it is active for part of the sequence only, so no fixed weight equals it",
     "use_qalora": "its inputs are pooled before the factors",
     "use_bdlora": "its factors are block diagonal",
-    "arrow_config": "it routes between adapters at run time",
     "kasa_config": "it changed the base weights when it was initialised",
     "velora_config": "it changes how inputs enter the factors",
     "monteclora_config": "its factors are samples of a distribution",
+}
+
+# The same of adapters that no weights equal, whoever folds them.
+_NO_WEIGHTS_EQUAL = {
+    "alora_invocation_tokens": "it is active for part of the sequence only",
+    "arrow_config": "it routes between adapters at run time",
 }
 
 # Initialisations that change the base weights (or, for MiCA, take a factor from them): such factors are no delta to
@@ -209,6 +213,12 @@ def _refuse_unsupported(raw: dict[str, Any], spec: str) -> None:
             raise CheckpointError(
                 f"Adapter {spec!r}: {field} is set, and {reason}. It cannot be merged as low-rank factors; if PEFT "
                 "can fold it into its base (`merge_and_unload`), merge the full checkpoints instead."
+            )
+    for field, reason in _NO_WEIGHTS_EQUAL.items():
+        if raw.get(field):
+            raise CheckpointError(
+                f"Adapter {spec!r}: {field} is set, and {reason}, so no weights equal it, and PEFT does not fold it, "
+                "either. It cannot be merged: leave it out."
             )
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):

@@ -224,6 +224,20 @@ def test_what_would_be_lost_is_refused(make: Callable[[Path], None], reason: str
         fold_by_peft(resolve(str(tmp_path / "adapter")), checkpoint)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_advice_that_peft_would_not_follow_is_not_given(tmp_path: Path) -> None:
+    options = {"target_modules": ["mlp.up_proj"], "lora_bias": True}
+    save_adapter(save_base(tmp_path / "base"), "LORA", tmp_path / "adapter", **options)
+    with pytest.raises(RuntimeError, match="the base layer has no bias") as of_peft:
+        folded_as_a_whole(tmp_path / "base", tmp_path / "adapter")
+    with (
+        closing(open_checkpoint(resolve(str(tmp_path / "base")))) as checkpoint,
+        pytest.raises(CheckpointError, match=r"does not with `merge_and_unload`, either.*leave it out") as of_ours,
+    ):
+        fold_by_peft(resolve(str(tmp_path / "adapter")), checkpoint)
+    assert str(of_peft.value).rstrip(". ") in str(of_ours.value)
+
+
 def test_an_expression_that_would_not_end_is_refused(tmp_path: Path) -> None:
     save_adapter(save_base(tmp_path / "base"), "LOHA", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
