@@ -123,7 +123,8 @@ class FisherRaoMerger(CallbackHost):
         args = self.args
         if resume_from_checkpoint is not None:
             args = replace(args, resume_from_checkpoint=resume_from_checkpoint)
-        return plan_merge(self.experts, args, self.weights, self.base_model, check=check_plan)
+        has_prompts = self.calibration_dataset is not None
+        return plan_merge(self.experts, args, self.weights, self.base_model, check=check_plan, has_prompts=has_prompts)
 
     def merge(self, resume_from_checkpoint: bool | None = None) -> Self:
         """

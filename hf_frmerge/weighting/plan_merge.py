@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hf_frmerge.errors import ArgumentError
@@ -27,6 +28,7 @@ def plan_merge(
     *,
     download: bool = True,
     check: Callable[[MergePlan], None] | None = None,
+    has_prompts: bool = False,
 ) -> MergePlan:
     """
     Plan a merge as `build_plan` does, with `weights` numbers or a name. A note of the plan says which these are.
@@ -38,13 +40,14 @@ def plan_merge(
         CheckpointError: As `build_plan`.
     """
     named = parse_name(weights) if isinstance(weights, str) else None
+    build = partial(build_plan, base_model=base_model, check=check, has_prompts=has_prompts)
     if CHOICES[args.method].is_continual or (named is not None and named.name == CONTINUAL):
-        return _plan_next(experts, args, weights, base_model, download=download, check=check)
+        return _plan_next(build, experts, args, weights, download=download)
     if named is None:
-        return build_plan(experts, args, weights, base_model, download=download, check=check)  # type: ignore[arg-type]
+        return build(experts, args, weights, download=download)  # type: ignore[arg-type]
     measured = named.name == NAN
     numbers = None if measured else _weights_of_run(named, experts)
-    plan = build_plan(experts, args, numbers, base_model, download=download, check=check)
+    plan = build(experts, args, numbers, download=download)
     if measured and not download:
         plan.notes.append(f"Weights by {weights!r} are measured when the merge begins; here they are equal.")
         return plan
@@ -54,20 +57,19 @@ def plan_merge(
 
         with closing(plan):
             norms, notes = delta_norms(plan), plan.notes
-        plan = build_plan(experts, args, norm_aware_weights(norms), base_model, check=check)
+        plan = build(experts, args, norm_aware_weights(norms))
         plan.notes = notes  # complete only the first time, before what a download leaves out
     plan.notes.append(f"Weights by {weights!r}: {_listed(plan)}.")
     return plan
 
 
 def _plan_next(
+    build: Callable[..., MergePlan],
     experts: Sequence[str],
     args: MergingArguments,
     weights: Sequence[float] | str | None,
-    base_model: str | None,
     *,
     download: bool,
-    check: Callable[[MergePlan], None] | None,
 ) -> MergePlan:
     """Plan a merge of a merge with new experts."""
     from hf_frmerge.weighting.continual import continual_weights, opcm_numbers, read_before
@@ -81,11 +83,11 @@ def _plan_next(
     before = read_before(experts[0], args.hub_token)
     args = replace(args, merged_before=before.n_experts)
     numbers = continual_weights(before, len(experts))
-    plan = build_plan(experts, args, numbers, base_model, download=download, check=check)
+    plan = build(experts, args, numbers, download=download)
     if is_measured and download:
         with closing(plan):
             (numbers, scale), notes = opcm_numbers(plan, before), plan.notes
-        plan = build_plan(experts, replace(args, scale=scale), numbers, base_model, check=check)
+        plan = build(experts, replace(args, scale=scale), numbers)
         plan.notes = notes
     is_merge = f"is a merge of {before.n_experts} experts" if before.method is not None else "is no merge"
     plan.notes.append(f"{experts[0]!r} {is_merge}; the weights are {_listed(plan)}.")

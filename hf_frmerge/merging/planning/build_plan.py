@@ -17,7 +17,7 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.tensor_rules import TensorRules, with_numbers
 from hf_frmerge.merging.arguments.values import validate_weights
 from hf_frmerge.merging.planning.account import account
-from hf_frmerge.merging.planning.choose_method import choose_method
+from hf_frmerge.merging.planning.choose_method import BY_MATRICES, choose_method
 from hf_frmerge.merging.planning.coefficient_table import cut_as_given, read_coefficients
 from hf_frmerge.merging.planning.open_models import match_adapters, open_models
 from hf_frmerge.merging.planning.output_form import choose_space, makes_adapter
@@ -53,6 +53,7 @@ def build_plan(
     *,
     download: bool = True,
     check: Callable[[MergePlan], None] | None = None,
+    has_prompts: bool = False,
 ) -> MergePlan:
     """
     Resolve, open and align the models, and decide what happens to every tensor. Reads headers only.
@@ -68,6 +69,7 @@ def build_plan(
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
         download: Download models from the Hub, unless `args.stream_from_hub`. Not needed to only show a plan.
         check: Called with the plan before anything is downloaded; may raise.
+        has_prompts: Whether prompts of the experts will be there, to choose the method by if it is left to choose.
 
     Raises:
         ArgumentError: If options contradict each other or the models.
@@ -79,12 +81,21 @@ def build_plan(
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
     look_up = functools.partial(resolve_all, token=args.hub_token, download=False, allow_pickle=args.allow_pickle)
     sources = look_up(experts, pairs=True) + look_up([base_model] if base_model else [])
-    why = []
-    if is_chosen := args.method == AUTO.name:
-        args, sentence = choose_method(args, sources[: len(experts)], has_base=base_model is not None)
-        why.append(sentence)
-    plan = _plan(sources, args, alphas, base_model is not None)
-    plan.notes += [*why, *_weights_note(weights, alphas, args.scale)]
+    plan_by = functools.partial(_plan, weights=alphas, with_base=base_model is not None)
+    is_chosen = args.method == AUTO.name
+    if is_chosen:
+        choose = functools.partial(
+            choose_method, args, sources[: len(experts)], has_base=base_model is not None, has_prompts=has_prompts
+        )
+        plan, why = _plan_by_choice(choose, functools.partial(plan_by, sources))
+        plan.notes.append(why)
+    else:
+        plan = plan_by(sources, args)
+    if too_large := _too_large(plan):
+        plan.close()
+        what = f"post_step={args.post_step!r}" if args.post_step is not None else f"method={args.method!r}"
+        raise ArgumentError(f"{what} {too_large}")
+    plan.notes += _weights_note(weights, alphas, args.scale)
     plan.chooses_method = is_chosen
     try:
         if check is not None:
@@ -99,9 +110,22 @@ def build_plan(
     plan.close()
     # Keep these notes: they are about all files of the repositories, and the download left some of these out.
     notes = plan.notes
-    plan = _plan([_fetched(source, fetched) for source in sources], args, alphas, base_model is not None)
+    plan = plan_by([_fetched(source, fetched) for source in sources], plan.args)
     plan.notes, plan.chooses_method = notes, is_chosen
     return plan
+
+
+def _plan_by_choice(
+    choose: Callable[..., tuple[MergingArguments, str]], plan_by: Callable[[MergingArguments], MergePlan]
+) -> tuple[MergePlan, str]:
+    """Plan by the method that is chosen, or by another one if its matrices are too large; and say which it is."""
+    args, why = choose()
+    plan = plan_by(args)
+    if args.method != BY_MATRICES.method or not (too_large := _too_large(plan)):
+        return plan, why
+    plan.close()
+    args, why = choose(too_large=too_large)
+    return plan_by(args), why
 
 
 def _weights_note(given: Sequence[float] | None, weights: Sequence[float], scale: float) -> list[str]:
@@ -176,7 +200,6 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
         generated=beside.generated,
         read_beside=beside.read,
     )  # fmt: skip
-    _refuse_large_matrices(plan)
     account(plan)  # refuses what would be lost
     for model in plan.models:
         for source, checkpoint in model.recorded:
@@ -232,15 +255,15 @@ def _method_notes(steps: list[TensorStep], args: MergingArguments) -> list[str]:
     return notes
 
 
-def _refuse_large_matrices(plan: MergePlan) -> None:
-    """Raise if a matrix that is merged as one does not fit into the memory budget."""
+def _too_large(plan: MergePlan) -> str | None:
+    """Say which matrix that is merged as one does not fit into the memory budget; None if all do."""
     largest = max(plan.steps, key=plan.matrix_memory, default=None)
     needed = plan.matrix_memory(largest) if largest is not None else 0
-    if largest is not None and needed > plan.args.memory_budget_bytes:
-        args = plan.args
-        what = f"post_step={args.post_step!r}" if args.post_step is not None else f"method={args.method!r}"
-        raise ArgumentError(
-            f"{what} merges {largest.name!r}, {list(largest.shape)}, as one matrix, which takes "
-            f"{-(-needed // 2**20)} MiB for {len(plan.experts)} experts; memory_budget is {plan.args.memory_budget}. "
-            f"Set memory_budget={-(-needed // 2**20)}MiB or more: that much for every thread that is to work on one."
-        )
+    if largest is None or needed <= plan.args.memory_budget_bytes:
+        return None
+    mib, n_experts = -(-needed // 2**20), len(plan.experts)
+    return (
+        f"merges {largest.name!r}, {list(largest.shape)}, as one matrix, which takes {mib} MiB for {n_experts} "
+        f"experts; memory_budget is {plan.args.memory_budget}. Set memory_budget={mib}MiB or more: that much for every "
+        "thread that is to work on one."
+    )
