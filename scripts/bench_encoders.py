@@ -47,8 +47,14 @@ def main() -> None:
     given = [f"--calibration={args.suite / task}={args.texts / f'{task}.calibration.jsonl'}" for task in tasks]
     rows = [(method, ["--method", method]) for method in args.methods]
     for count in args.prompts:
-        fit = [*given, f"--num-calibration-samples={count}", f"--max-calibration-length={LENGTH}"]
-        rows.append((f"Karcher, fitted to {count} prompts a task", fit))
+        fit = [
+            *given,
+            "--method",
+            args.start,
+            f"--num-calibration-samples={count}",
+            f"--max-calibration-length={LENGTH}",
+        ]
+        rows.append((f"{args.start}, fitted to {count} prompts a task", fit))
     for name, options in rows:
         seconds = merge(args, tasks, options)
         found = [
@@ -67,6 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True, help="folder of the texts")
     parser.add_argument("--methods", nargs="*", default=["linear", "karcher"], help="merges without data")
     parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64, 256], help="prompts a task")
+    parser.add_argument("--start", default="karcher", help="method the fits start from")
     parser.add_argument("--tests", type=int, default=2000, help="test texts a task at most")
     parser.add_argument("--workdir", type=Path, default=Path("bench-encoders"))
     return parser.parse_args()

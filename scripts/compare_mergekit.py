@@ -102,7 +102,6 @@ def cases() -> list[Case]:
     """Return every comparison."""
     three, two = (0.5, 0.3, 0.2), (0.7, 0.3)
     equal = (1 / 3,) * 3
-    sums = tuple(3 * w for w in three)  # our sums are scaled by N, so that equal weights add every delta once
     votes = {"weight": three, "normalize": True}
     return [
         Case({"method": "linear"}, "linear", {"weight": three}, with_base=False),
@@ -114,14 +113,13 @@ def cases() -> list[Case]:
         Case({"method": "multislerp", "space": "deltas"}, "multislerp", {"weight": three}),
         Case({"method": "karcher"}, "karcher", {"max_iter": 100, "tol": 1e-9}, equal, with_base=False,
              note="equal weights, 100 steps"),
-        Case({"method": "task_arithmetic", "scale": 0.4}, "task_arithmetic", {"weight": sums, "lambda": 0.4},
-             note="weight is N w"),
+        Case({"method": "task_arithmetic", "scale": 0.4}, "task_arithmetic", {"weight": three, "lambda": 0.4}),
         Case({"method": "model_stock"}, "model_stock", {}, equal, note="equal weights"),
         Case({"method": "model_stock", "block": "row"}, "model_stock", {"filter_wise": True}, equal,
              note="filter_wise is block=row"),
         Case({"method": "ties", "density": 0.3, "scale": 0.7}, "ties", {**votes, "density": 0.3, "lambda": 0.7}),
         Case({"method": "dare_linear", "density": 0.6, "seed": SEED}, "dare_linear",
-             {"weight": sums, "density": 0.6, "rescale": False, "lambda": 1 / 0.6},
+             {"weight": three, "density": 0.6, "rescale": False, "lambda": 1 / 0.6},
              note="our draws; divided by density, not to the old L1 norm"),
         Case({"method": "dare_ties", "density": 0.6, "seed": SEED}, "dare_ties",
              {**votes, "density": 0.6, "rescale": False, "lambda": 1 / 0.6}, note="the same; normalize"),
@@ -129,7 +127,7 @@ def cases() -> list[Case]:
              {**votes, "density": 0.6, "epsilon": 0.2, "rescale": False}, by_chance=True,
              note="our draws; each divided by its own chance"),
         Case({"method": "breadcrumbs", "density": 0.3, "gamma": 0.02, "scale": 0.4}, "breadcrumbs",
-             {"weight": sums, "density": 0.3, "gamma": 0.02, "lambda": 0.4}, note="weight is N w"),
+             {"weight": three, "density": 0.3, "gamma": 0.02, "lambda": 0.4}),
         Case({"method": "sce", "density": 0.2}, "sce", {"select_topk": 0.2}, equal, note="equal weights"),
         Case({"method": "ram", "min_change": 0.05}, "ram", {"epsilon": 0.05}, equal, note="equal weights"),
     ]  # fmt: skip

@@ -72,14 +72,14 @@ def naive_karcher(points: np.ndarray, weights: Sequence[float], n_iter: int = 20
 
 def naive_mean(method: str, points: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """Every span method on full float64 vectors, by its textbook formula."""
+    if method == "task_arithmetic":
+        return np.asarray(weights) @ points
     weights = np.asarray(weights) / np.sum(weights)
     linear = weights @ points
     if method == "linear":
         return linear
     if method == "nre":
         return linear / np.linalg.norm(linear) * (weights @ np.linalg.norm(points, axis=1))
-    if method == "task_arithmetic":
-        return len(points) * linear
     if method == "slerp":
         norms = np.linalg.norm(points, axis=1)
         a, b = points / norms[:, None]

@@ -95,7 +95,8 @@ def naive(
     Args:
         places: Name, size and row length of the tensors of the group, in the order in which `deltas` has them.
     """
-    share = np.array(weights) / np.sum(weights)
+    factors = np.array(weights)  # of the methods that add
+    share = factors / factors.sum()
     scale, seed = options.get("scale", 1.0), options.get("seed", 42)
     density = options.get("density", DEFAULTS[method])
     drawn = np.stack(
@@ -106,10 +107,10 @@ def naive(
     if method == "localize_and_stitch":
         return scale * mean(largest(deltas, density), share)
     if method == "breadcrumbs":
-        return scale * len(deltas) * (share @ middle(deltas, density, options.get("gamma", 0.01)))
+        return scale * (factors @ middle(deltas, density, options.get("gamma", 0.01)))
     if method in ("dare_linear", "dare_ties"):
         kept = np.where(drawn < density, deltas / density, 0.0)
-        return scale * (len(deltas) * (share @ kept) if method == "dare_linear" else vote(kept, share))
+        return scale * (factors @ kept if method == "dare_linear" else vote(kept, share))
     if method == "della":
         epsilon, ends = options.get("epsilon", 0.07), np.cumsum([size for _, size, _ in places])[:-1]
         chance = np.stack(
@@ -130,7 +131,7 @@ def naive(
         energy = share * (kept**2).sum(axis=1)
         return scale * vote(kept, energy / energy.sum() if energy.sum() else share, share)
     if method == "consensus":
-        parts = len(deltas) * share[:, None] * deltas
+        parts = factors[:, None] * deltas
         agree = np.abs(parts) > options.get("agreement", 0.2) * np.abs(parts.sum(axis=0) - parts)
         return scale * np.where(agree.sum(axis=0) >= 2, parts.sum(axis=0), 0.0)
     assert method == "ram"

@@ -195,7 +195,7 @@ ROWS: dict[str, Row] = {
     "a negative weight": row("merge math code --weights 1,-1", code=USAGE,
         says="`weights` must not be negative with method='karcher', but the weight of expert 2 is -1.0: here a "
         "weight is a share. To subtract what an expert learned, use method='task_arithmetic' or 'dare_linear' or "
-        "'breadcrumbs'."),
+        "'breadcrumbs' or 'consensus'."),
     "a weight that is NaN": row("merge math code --weights 1,nan", code=USAGE,
         says="`weights` must be finite, but the weight of expert 2 is nan."),
     "weights that are all zero": row("merge math code --weights 0,0", code=USAGE,

@@ -34,6 +34,7 @@ from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.engine.journal import fingerprint
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.choose_method import with_start
@@ -52,7 +53,9 @@ logger = logging.getLogger(__name__)
 _UPDATE_PRIOR = 5.0  # kappa for full fine-tunes; 3 to 10 gave the same
 
 
-def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> Calibrate:
+def prepare(
+    plan: MergePlan, calibration: Any, processing_class: Any = None, *, measures_base_text: bool = True
+) -> Calibrate:
     """
     Check that a merge can be calibrated, read the prompts, and return the function that does it.
 
@@ -60,6 +63,7 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
         plan: Plan of the merge.
         calibration: What the user passed: data for all experts, data by expert, or `"self"`.
         processing_class: Tokenizer; by default the one beside the base, or the first full expert.
+        measures_base_text: Whether the record is to say how far the merge goes from the base on text of the base.
 
     Raises:
         ArgumentError: If its models cannot be run block by block, an adapter is to be made that cannot hold the
@@ -69,7 +73,8 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
     check_form(plan)
     tokenizer = tokenizer_of(plan, whole, processing_class)
     read = prompts_of(plan, model, calibration, tokenizer)
-    return lambda staging, processes: calibrate(plan, whole, model, read(processes), staging, processes, tokenizer)
+    by_base = tokenizer if measures_base_text else None
+    return lambda staging, processes: calibrate(plan, whole, model, read(processes), staging, processes, by_base)
 
 
 def calibrate(
@@ -156,7 +161,7 @@ def calibrate(
         model,
         reader,
         batches,
-        plan.weights,
+        as_shares(plan.weights),
         options,
         is_full=is_full,
         offers_table=plan.args.calibration_form in ("auto", "table") and why_no_table(plan) is None,

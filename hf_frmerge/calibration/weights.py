@@ -15,6 +15,7 @@ from hf_frmerge.checkpoints.tensors.floats import widen
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.product import product
+from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.decisions import Solution
 from hf_frmerge.merging.engine.rules import rule_for
 from hf_frmerge.merging.engine.tensor_work import TensorWork
@@ -81,8 +82,8 @@ class WeightReader:
         return self._steps[parameter].action == "merge"
 
     def weights(self, parameter: str) -> tuple[float, ...]:
-        """Return the experts' weights in a merged tensor, which sum to 1."""
-        return self._steps[parameter].weights
+        """Return the experts' shares in a merged tensor, which sum to 1."""
+        return tuple(as_shares(self._steps[parameter].weights))
 
     def scaled(self, parameter: str, merged: Tensor) -> Tensor:
         """Return the base and the scale of the plan times what a merged tensor has on top of it."""

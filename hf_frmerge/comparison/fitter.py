@@ -83,7 +83,8 @@ class Fitter:
             MergeError: Whatever stopped the fit.
         """
         folder = self._folder / xxh3_128_hexdigest(cell.key.encode())
-        plan.calibration = prepare(plan, self._calibration)(folder, Processes(alone=True))
+        fit = prepare(plan, self._calibration, measures_base_text=False)  # no table shows it
+        plan.calibration = fit(folder, Processes(alone=True))
         assert plan.calibration is not None  # it is the main process that has it
         if not plan.calibration.is_corrected:
             raise WithoutGainError(

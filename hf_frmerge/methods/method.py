@@ -57,7 +57,8 @@ class Method:
         density: default of the option of that name.
         extension: if `n_experts` is set, the method to use for other numbers.
         needs_deltas: whether it is defined on differences to a base model.
-        subtracts: whether an expert may have a negative weight, which subtracts what it learned.
+        adds: whether it adds up what the experts learned, each times its weight, rather than averaging: weights are
+            factors, 1 by default, and a negative one subtracts.
         is_isotropic: whether all directions of a merged matrix, or an adapter's in it, are equally strong, so that
             none can be told apart.
         cores: where deltas in other orthonormal coordinates give the merged delta in these, so that low-rank ones are
@@ -84,7 +85,7 @@ class Method:
     extension: str | None = None
     density: float | None = None
     needs_deltas: bool = False
-    subtracts: bool = False
+    adds: bool = False
     is_isotropic: bool = False
     cores: Literal["both", "left"] | None = None
     needs_factors: bool = False

@@ -24,7 +24,7 @@ class SingularValueCalibration:
     back to its size in one of them. The paper has equal weights.
 
     Attributes:
-        weights: of the experts; their magnitudes sum to 1.
+        weights: shares of the experts; their magnitudes sum to 1.
         floor: \(\alpha\), 0.1 in the authors' code: an expert that has nothing of a direction, or opposes it, counts
             as this much.
     """

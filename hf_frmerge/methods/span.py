@@ -48,8 +48,7 @@ class SpanOptions:
         beta (`float`, *optional*, defaults to `0.0`):
             Power of the coherence that multiplies the norm.
         scale (`float`, *optional*, defaults to `1.0`):
-            Factor of the merged block; meant for deltas. With equal weights `task_arithmetic` adds every delta `scale`
-            times.
+            Factor of the merged block; meant for deltas.
         tol (`float`, *optional*, defaults to `1e-12`):
             Norm of the gradient at which an iteration stops: of the Karcher mean in radians, of the geometric median
             as a share of the pull of all experts.
@@ -100,17 +99,17 @@ def linear(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResul
 
 def task_arithmetic(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:
     """
-    Scaled sum, `c_i = scale * N * w_i` (Ilharco et al. 2023); meant for deltas.
+    Scaled sum, `c_i = scale * w_i` (Ilharco et al. 2023); meant for deltas.
 
     Args:
         points (`np.ndarray`): Coordinates of the blocks, `(..., N, K)`, float64.
-        weights (`ArrayLike`): Non-negative, summing to 1, `(N,)` or `(..., N)`.
+        weights (`ArrayLike`): What each expert counts, 1 by default, `(N,)` or `(..., N)`.
         options (`SpanOptions`): `scale` is used.
 
     Returns:
-        `SpanResult`: Coefficients that sum to `scale * N`.
+        `SpanResult`: The scaled weights as coefficients; with weights of 1, they sum to `scale * N`.
     """
-    return _closed_form(options.scale * points.shape[-2] * _broadcast(points, weights))
+    return _closed_form(options.scale * _broadcast(points, weights))
 
 
 def nre(points: Array, weights: ArrayLike, options: SpanOptions) -> SpanResult:

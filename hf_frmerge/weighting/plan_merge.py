@@ -46,7 +46,7 @@ def plan_merge(
     if named is None:
         return build(experts, args, weights, download=download)  # type: ignore[arg-type]
     measured = named.name == NAN
-    numbers = None if measured else _weights_of_run(named, experts)
+    numbers = None if measured else _weights_from(_shares_of_run(named, experts), args)
     plan = build(experts, args, numbers, download=download)
     if measured and not download:
         plan.notes.append(f"Weights by {weights!r} are measured when the merge begins; here they are equal.")
@@ -57,7 +57,7 @@ def plan_merge(
 
         with closing(plan):
             norms, notes = delta_norms(plan), plan.notes
-        plan = build(experts, args, norm_aware_weights(norms))
+        plan = build(experts, args, _weights_from(norm_aware_weights(norms), args))
         plan.notes = notes  # complete only the first time, before what a download leaves out
     plan.notes.append(f"Weights by {weights!r}: {_listed(plan)}.")
     return plan
@@ -82,7 +82,7 @@ def _plan_next(
         )
     before = read_before(experts[0], args.hub_token)
     args = replace(args, merged_before=before.n_experts)
-    numbers = continual_weights(before, len(experts))
+    numbers = _weights_from(continual_weights(before, len(experts)), args)
     plan = build(experts, args, numbers, download=download)
     if is_measured and download:
         with closing(plan):
@@ -94,7 +94,12 @@ def _plan_next(
     return plan
 
 
-def _weights_of_run(named: NamedWeights, experts: Sequence[str]) -> list[float]:
+def _weights_from(shares: Sequence[float], args: MergingArguments) -> list[float]:
+    """Return weights for a method from shares: methods that add count an expert once if all are alike."""
+    return [share * len(shares) for share in shares] if CHOICES[args.method].adds else list(shares)
+
+
+def _shares_of_run(named: NamedWeights, experts: Sequence[str]) -> list[float]:
     from hf_frmerge.weighting.checkpoint_soup import soup_weights  # most merges have no weights by name
 
     return soup_weights(named, experts)

@@ -24,7 +24,7 @@ from hf_frmerge.methods.table import METHODS
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
 
-SUBTRACTING = [method.name for method in METHODS.values() if method.subtracts]
+ADDING = [method.name for method in METHODS.values() if method.adds]
 WEIGHTS = [3.0, -1.0, -2.0]
 
 
@@ -38,7 +38,7 @@ def tensors(folder: str | Path) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float64) for name, value in load_file(Path(folder) / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("method", SUBTRACTING)
+@pytest.mark.parametrize("method", ADDING)
 def test_an_expert_of_negative_weight_is_subtracted(tmp_path: Path, method: str) -> None:
     """Subtracting what an expert learned is adding its negative."""
     base, experts = write_family(tmp_path)
@@ -48,39 +48,52 @@ def test_an_expert_of_negative_weight_is_subtracted(tmp_path: Path, method: str)
         deltas = np.stack([(model[name] - origin[name]).ravel() for model in models])
         signed, sizes = np.sign(WEIGHTS)[:, None] * deltas, np.abs(WEIGHTS)
         if method == "task_arithmetic":
-            expected = 0.4 * 3 * (sizes / sizes.sum()) @ signed
+            expected = 0.4 * sizes @ signed
         else:
-            row = SHAPES[name][-1]
-            expected = naive(method, signed, sizes, [(name, deltas.shape[1], row)], scale=0.4)
+            places = [(name, deltas.shape[1], SHAPES[name][-1])]
+            expected = naive(method, signed, sizes, places, scale=0.4)
         np.testing.assert_allclose((merged - origin[name]).ravel(), expected, rtol=0, atol=5e-7)
     assert verify(str(out)).ok and reproduce(str(out)).identical
     schema = json.loads(files("hf_frmerge.merging.record").joinpath("merge_manifest.schema.json").read_text())
     manifest = json.loads((out / "merge_manifest.json").read_text())
     jsonschema.validate(manifest, schema)
-    assert [expert["weight"] for expert in manifest["experts"]] == pytest.approx([1 / 2, -1 / 6, -1 / 3])
+    assert [expert["weight"] for expert in manifest["experts"]] == WEIGHTS
 
 
-def test_what_negative_weights_stand_for_is_said(tmp_path: Path) -> None:
-    """The sum of deltas that the weights read like is one option away."""
+@pytest.mark.parametrize("weights", [[1.0, -0.5], [0.6, 0.4], [2.0, 2.0]])
+def test_weights_are_what_deltas_are_multiplied_with(tmp_path: Path, weights: list[float]) -> None:
+    """As in mergekit, and in PEFT's `add_weighted_adapter`."""
     base, experts = write_family(tmp_path)
-
-    def plan_notes(**options: float) -> str:
-        merger = FisherRaoMerger(
-            experts[:2], MergingArguments(output_dir=str(tmp_path / "out"), method="task_arithmetic", **options),
-            weights=[1.0, -0.5], base_model=base,
-        )  # fmt: skip
-        with closing(merger.plan()) as plan:
-            return " ".join(plan.notes)
-
-    notes = plan_notes()
-    assert "are added 1.333, -0.6667 times" in notes and "To add them 1, -0.5 times, pass --scale 0.75" in notes
-    assert "times" not in plan_notes(scale=0.75)
-    args = MergingArguments(output_dir=str(tmp_path / "out"), method="task_arithmetic", scale=0.75)
-    FisherRaoMerger(experts[:2], args, weights=[1.0, -0.5], base_model=base).merge()
+    args = MergingArguments(output_dir=str(tmp_path / "out"), method="task_arithmetic")
+    FisherRaoMerger(experts[:2], args, weights=weights, base_model=base).merge()
     origin, (one, other) = tensors(base), (tensors(expert) for expert in experts[:2])
     for name, merged in tensors(tmp_path / "out").items():
-        expected = origin[name] + (one[name] - origin[name]) - 0.5 * (other[name] - origin[name])
-        np.testing.assert_allclose(merged, expected, rtol=0, atol=5e-7)
+        expected = origin[name] + weights[0] * (one[name] - origin[name]) + weights[1] * (other[name] - origin[name])
+        np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-6)
+
+
+def test_weights_by_name_add_a_delta_once_in_the_mean(tmp_path: Path) -> None:
+    """They are shares; if all are alike, every delta is added once, as without weights."""
+    base, experts = write_family(tmp_path)
+    for name, weights in (("by-name", "uniform"), ("plain", None)):
+        args = MergingArguments(output_dir=str(tmp_path / name), method="task_arithmetic")
+        FisherRaoMerger(experts, args, weights=weights, base_model=base).merge()
+    by_name, plain = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("by-name", "plain"))
+    assert by_name == plain
+    args = MergingArguments(output_dir=str(tmp_path / "nan"), method="task_arithmetic")
+    with closing(FisherRaoMerger(experts, args, weights="nan", base_model=base).plan()) as plan:
+        assert sum(plan.weights) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "breadcrumbs", "consensus"])
+def test_a_weight_counts_as_often_in_all_that_add(tmp_path: Path, method: str) -> None:
+    """Weights of two are a scale of two, bit for bit."""
+    base, experts = write_family(tmp_path)
+    for name, weights, scale in (("weights", [2.0, 2.0, 2.0], 0.5), ("scale", None, 1.0)):
+        args = MergingArguments(output_dir=str(tmp_path / name), method=method, scale=scale)
+        FisherRaoMerger(experts, args, weights=weights, base_model=base).merge()
+    by_weights, by_scale = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("weights", "scale"))
+    assert by_weights == by_scale
 
 
 def test_opposite_weights_of_one_expert_leave_the_base(tmp_path: Path) -> None:
@@ -110,7 +123,7 @@ def test_adapters_are_subtracted(tmp_path: Path, options: dict) -> None:
         return layer.get_delta_weight("default").detach().numpy()
 
     a, b, merged = delta(tmp_path / "a"), delta(tmp_path / "b"), delta(out)
-    expected = 2 * (3 / 4 * a - 1 / 4 * b)
+    expected = 3 * a - b
     np.testing.assert_allclose(merged, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
     assert verify(str(out)).ok
 
@@ -127,7 +140,7 @@ def test_other_methods_refuse_before_they_read(tmp_path: Path) -> None:
     FisherRaoMerger(experts, out, base_model=base).merge()  # what the message says
     name = next(name for name in SHAPES if "q_proj" in name)
     models = [tensors(expert)[name] for expert in experts]
-    expected = tensors(base)[name] + 1.5 * (models[0] - models[1])
+    expected = tensors(base)[name] + models[0] - models[1]
     np.testing.assert_allclose(tensors(tmp_path / "ruled")[name], expected, rtol=0, atol=1e-6)
 
 

@@ -449,7 +449,7 @@ def test_orthogonal_deltas_have_closed_forms(n):
     np.testing.assert_allclose(coefficients["multislerp"], np.full(n, 1 / np.sqrt(n)), rtol=1e-13)
     np.testing.assert_allclose(coefficients["geometric_median"], np.full(n, 1 / n), rtol=1e-13)
     assert np.abs(coefficients["model_stock"]).max() < 1e-15  # nothing in common: the base model
-    np.testing.assert_allclose(coefficients["task_arithmetic"], np.full(n, 0.3), rtol=1e-15)
+    np.testing.assert_allclose(coefficients["task_arithmetic"], np.full(n, 0.3 / n), rtol=1e-15)
 
 
 @pytest.mark.parametrize("n", [2, 4, 9])
@@ -525,8 +525,8 @@ def test_median_with_equal_weights_is_the_ordinary_one(n):
 def test_task_arithmetic_is_a_scaled_sum():
     vectors, weights = cone(9, 3, 1.0)
     merged = merge("task_arithmetic", vectors, weights, scale=0.4)
-    np.testing.assert_allclose(merged, 0.4 * 3 * np.sum(weights[:, None] * vectors, axis=0), rtol=1e-13)
-    np.testing.assert_allclose(solve("task_arithmetic", vectors, [1 / 3] * 3, scale=0.4).coefficients, [0.4] * 3)
+    np.testing.assert_allclose(merged, 0.4 * np.sum(weights[:, None] * vectors, axis=0), rtol=1e-13)
+    np.testing.assert_allclose(solve("task_arithmetic", vectors, [1, 2, -3], scale=0.4).coefficients, [0.4, 0.8, -1.2])
 
 
 # --- ambiguity

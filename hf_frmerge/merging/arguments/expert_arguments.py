@@ -8,7 +8,7 @@ from typing import get_type_hints
 
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.calibration import parse_calibration
-from hf_frmerge.merging.arguments.help_texts import described, subtracting
+from hf_frmerge.merging.arguments.help_texts import adding, described
 from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
 from hf_frmerge.merging.arguments.values import coerce, validate_weights
 
@@ -27,8 +27,9 @@ class ExpertArguments:
     weights: list[float] | None = field(
         default=None,
         metadata=described(
-            "One number per expert; they are divided by the sum of their magnitudes. Default: all alike. Negative "
-            f"ones subtract, with {subtracting()}. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the "
+            "One number per expert; they are divided by their sum. Default: all alike. With methods that add "
+            f"({adding()}) a weight is what the expert's delta is multiplied with, 1 by default, and a negative one "
+            "subtracts. Or a name: linear, 1-sqrt, ema:DECAY or uniform weigh the "
             "checkpoints of a training "
             "run by their steps, as such a decay of its learning rate would; nan weighs experts by the inverse norm "
             "of what they learned; continual lets a first expert that is a merge count as often as it has experts."

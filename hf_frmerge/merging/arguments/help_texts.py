@@ -13,9 +13,9 @@ def methods_with(option: str) -> str:
     return ", ".join(method.name for method in METHODS.values() if option in method.options)
 
 
-def subtracting() -> str:
-    """Return the names of the methods for which weights may be negative, for a help text."""
-    return ", ".join(method.name for method in METHODS.values() if method.subtracts)
+def adding() -> str:
+    """Return the names of the methods for which weights are factors, for a help text."""
+    return ", ".join(method.name for method in METHODS.values() if method.adds)
 
 
 def default_densities() -> str:

@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -96,7 +96,7 @@ def coerce(name: str, value: object, hint: Any) -> Any:
 
 def validate_weights(weights: Iterable[float] | None, n_experts: int, method: str | None = None) -> list[float]:
     """
-    Check the weights of the experts and divide them by the sum of their magnitudes; `None` gives equal weights.
+    Check the weights of the experts, and divide them by their sum where they are shares; `None` gives equal weights.
 
     Args:
         weights (`Iterable[float]`, *optional*):
@@ -104,18 +104,19 @@ def validate_weights(weights: Iterable[float] | None, n_experts: int, method: st
         n_experts (`int`):
             Number of experts.
         method (`str`, *optional*):
-            Method that they are for. Some subtract an expert of negative weight; all others refuse negative weights.
+            Method that they are for. Those that add take them as they are, negative ones as well, and by default 1
+            for each; to all others they are shares.
 
     Returns:
-        `list[float]`: Weights whose magnitudes sum to 1 within rounding; a single non-zero weight becomes exactly 1
-            or -1. Weights that this function returned stay as they are, bit for bit.
+        `list[float]`: Weights that this function returned stay as they are, bit for bit.
 
     Raises:
         ArgumentError: If the number of weights is not `n_experts`, a weight is NaN, infinite, or negative where the
             method has no use for that, or all are zero.
     """
+    adds = method is not None and CHOICES[method].adds
     if weights is None:
-        return [1 / n_experts] * n_experts
+        return [1.0 if adds else 1 / n_experts] * n_experts
     numbers = [float(w) for w in weights]
     if len(numbers) != n_experts:
         raise ArgumentError(
@@ -125,21 +126,30 @@ def validate_weights(weights: Iterable[float] | None, n_experts: int, method: st
     for position, weight in enumerate(numbers, start=1):
         if not math.isfinite(weight):
             raise ArgumentError(f"`weights` must be finite, but the weight of expert {position} is {weight}.")
-        if weight < 0 and method is not None and not CHOICES[method].subtracts:
-            subtracting = [other.name for other in METHODS.values() if other.subtracts]
+        if weight < 0 and method is not None and not adds:
+            adding = [other.name for other in METHODS.values() if other.adds]
             raise ArgumentError(
                 f"`weights` must not be negative with method={method!r}, but the weight of expert {position} is "
                 f"{weight}: here a weight is a share. To subtract what an expert learned, use method="
-                f"{' or '.join(map(repr, subtracting))}."
+                f"{' or '.join(map(repr, adding))}."
             )
-    largest = max(map(abs, numbers))
-    if largest == 0:
+    if not any(numbers):
         raise ArgumentError("`weights` are all zero: at least one expert must count.")
-    if largest < 1 and abs(math.fsum(map(abs, numbers)) - 1) <= _ROUNDING:
-        return numbers
+    return numbers if adds else as_shares(numbers)
+
+
+def as_shares(weights: Sequence[float]) -> list[float]:
+    """
+    Divide weights, not all zero, by the sum of their magnitudes.
+
+    A single non-zero weight becomes exactly 1 or -1. What this function returned stays as it is, bit for bit.
+    """
+    largest = max(map(abs, weights))
+    if largest < 1 and abs(math.fsum(map(abs, weights)) - 1) <= _ROUNDING:
+        return list(weights)
     # Scaled by a power of two, which is exact, so that the sum of very large weights does not overflow.
     exponent = math.frexp(largest)[1]
-    scaled = [math.ldexp(w, -exponent) for w in numbers]
+    scaled = [math.ldexp(w, -exponent) for w in weights]
     total = math.fsum(map(abs, scaled))
     return [w / total for w in scaled]
 

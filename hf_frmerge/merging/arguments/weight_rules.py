@@ -73,7 +73,7 @@ class WeightSchedule:
             rules (`Iterable[str]`):
                 Rules in the order in which they are tried.
             default_weights (`Sequence[float]`):
-                Normalised weights of the tensors that no rule applies to, one per expert.
+                Weights of the tensors that no rule applies to, one per expert, as `validate_weights` returns them.
             n_experts (`int`):
                 Number of experts; every rule has as many weights.
             method (`str`, *optional*, defaults to `"karcher"`):
@@ -87,7 +87,7 @@ class WeightSchedule:
 
     def weights_for(self, tensor_name: str, n_layers: int) -> list[float]:
         """
-        Return the weights for one tensor, their magnitudes summing to 1.
+        Return the weights for one tensor, as `validate_weights` returns them.
 
         Args:
             tensor_name (`str`):

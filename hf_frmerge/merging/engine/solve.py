@@ -65,7 +65,7 @@ def solve(
 
     Args:
         points_TBNK: From `points_of`, of tensors with equally many blocks.
-        weights_TN: Their magnitudes sum to 1 in every row; negative only for methods that subtract.
+        weights_TN: Not negative and summing to 1 in every row; any numbers for methods that add.
         tensors, experts: Their names, for the error.
         numbers: Whether the blocks of a tensor are single numbers, which have a sign but no direction: methods that
             merge directions take their plain mean. By default none are.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
@@ -65,7 +64,7 @@ def build_plan(
         experts: Two or more folders or Hub ids, full checkpoints or adapters; or one adapter, to be folded into its
             base.
         args: Options.
-        weights: One number per expert; equal by default. Negative ones are for methods that subtract.
+        weights: One number per expert; equal by default. See `validate_weights`.
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
         download: Download models from the Hub, unless `args.stream_from_hub`. Not needed to only show a plan.
         check: Called with the plan before anything is downloaded; may raise.
@@ -95,7 +94,6 @@ def build_plan(
         plan.close()
         what = f"post_step={args.post_step!r}" if args.post_step is not None else f"method={args.method!r}"
         raise ArgumentError(f"{what} {too_large}")
-    plan.notes += _weights_note(weights, alphas, args.scale)
     plan.chooses_method = is_chosen
     try:
         if check is not None:
@@ -126,19 +124,6 @@ def _plan_by_choice(
     plan.close()
     args, why = choose(too_large=too_large)
     return plan_by(args), why
-
-
-def _weights_note(given: Sequence[float] | None, weights: Sequence[float], scale: float) -> list[str]:
-    """Say how often deltas are added if weights are negative: where people know these from, they say it themselves."""
-    factors = [scale * len(weights) * weight for weight in weights]  # of all methods that subtract
-    if given is None or min(given) >= 0 or all(map(math.isclose, given, factors)):
-        return []
-    added, written = (", ".join(f"{number:.4g}" for number in row) for row in (factors, given))
-    same = sum(map(abs, given)) / len(given)
-    return [
-        f"The experts' deltas are added {added} times: weights are shares of the sum of their magnitudes, times the "
-        f"number of experts and the scale. To add them {written} times, pass --scale {same:.4g} (scale)."
-    ]
 
 
 def _fetched(source: Source, fetched: Mapping[Source, Source]) -> Source:
@@ -261,9 +246,9 @@ def _too_large(plan: MergePlan) -> str | None:
     needed = plan.matrix_memory(largest) if largest is not None else 0
     if largest is None or needed <= plan.args.memory_budget_bytes:
         return None
-    mib, n_experts = -(-needed // 2**20), len(plan.experts)
+    mib = f"{-(-needed // 2**20)}MiB"
     return (
-        f"merges {largest.name!r}, {list(largest.shape)}, as one matrix, which takes {mib} MiB for {n_experts} "
-        f"experts; memory_budget is {plan.args.memory_budget}. Set memory_budget={mib}MiB or more: that much for every "
+        f"merges {largest.name!r}, {list(largest.shape)}, as one matrix, which takes {mib} for {len(plan.experts)} "
+        f"experts; memory_budget is {plan.args.memory_budget}. Set memory_budget={mib} or more: that much for every "
         "thread that is to work on one."
     )

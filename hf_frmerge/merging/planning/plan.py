@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_frmerge.checkpoints.tensors.reader import ADAPTER_FILE, FLOAT_DTYPES
 from hf_frmerge.errors import MergeError
+from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.planning.blocks import PIECE_ELEMENTS
 from hf_frmerge.merging.planning.coefficient_table import COEFFICIENTS_FILE, cut_as_fitted, read_coefficients
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, read_corrections
@@ -194,7 +195,7 @@ class MergePlan:
         """Return what is done to a tensor after it was merged."""
         if self.args.post_step is None or not step.is_matrix:
             return None
-        return SingularValueCalibration(step.weights, self.args.svc_floor)
+        return SingularValueCalibration(tuple(as_shares(step.weights)), self.args.svc_floor)
 
     def copied(self, step: TensorStep) -> TensorStep:
         """Return a step that copies the tensor from the base, or the first full expert, instead of merging it."""

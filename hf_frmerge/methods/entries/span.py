@@ -148,7 +148,7 @@ SPAN = (
         "experts speak together. A negative weight subtracts what an expert learned, as to make a model unlearn it.",
         options=("scale",),
         needs_deltas=True,
-        subtracts=True,
+        adds=True,
         is_compared=True,
         paper=TASK_ARITHMETIC,
         tags=("task-arithmetic",),

@@ -39,7 +39,7 @@ class SparseOptions:
     Options of the sparse methods; every method says which it uses.
 
     Args:
-        weights: Of the experts, summing to 1.
+        weights: Of the experts, summing to 1; of methods that add, factors of their deltas.
         scale: Factor of the merged delta.
         density: Share of the elements that is kept.
         gamma: Share of the largest elements that `breadcrumbs` drops.
@@ -57,6 +57,11 @@ class SparseOptions:
     agreement: float = 0.2
     min_change: float = 1e-5
     seed: int = 42
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Factors of deltas as an `Elementwise` sum has them, which multiplies by the number of experts."""
+        return tuple(weight / len(self.weights) for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def breadcrumbs(options: SparseOptions) -> Measuring:
         [value_of(search.end(found)) for search, found in zip(pair, low_PB)] for pair, low_PB in zip(searches, low)
     ]
     band = Band(tuple(lower for lower, _ in ends), tuple(upper for _, upper in ends))
-    return Elementwise(band, "sum", options.weights, options.scale)
+    return Elementwise(band, "sum", options.shares, options.scale)
 
 
 def sce(options: SparseOptions) -> Measuring:
@@ -157,7 +162,7 @@ def dare_linear(options: SparseOptions) -> Elementwise:
     DARE (arXiv 2311.03099): drop elements at random, divide what is left by the `density` that is kept, and add up as
     task arithmetic does. On average over the seeds it is task arithmetic.
     """
-    return Elementwise(Dropout(options.seed, options.density), "sum", options.weights, options.scale)
+    return Elementwise(Dropout(options.seed, options.density), "sum", options.shares, options.scale)
 
 
 def dare_ties(options: SparseOptions) -> Elementwise:
@@ -180,7 +185,7 @@ def consensus(options: SparseOptions) -> Elementwise:
 
     An expert has one where the magnitude of its element exceeds `agreement` times that of the others' sum.
     """
-    return Elementwise(Agreement(options.agreement, 2), "sum", options.weights, options.scale)
+    return Elementwise(Agreement(options.agreement, 2), "sum", options.shares, options.scale)
 
 
 def ram(options: SparseOptions) -> Elementwise:

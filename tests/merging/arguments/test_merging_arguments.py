@@ -255,12 +255,13 @@ def test_weights_that_were_divided_stay_as_they_are(weights: list[float]) -> Non
     assert validate_weights(once, len(weights)) == once
 
 
-def test_negative_weights_are_for_methods_that_subtract() -> None:
-    assert validate_weights([1.0, -1.0], 2, "task_arithmetic") == [0.5, -0.5]
-    assert validate_weights([0.0, -3.0], 2, "task_arithmetic") == [0.0, -1.0]
-    subtracting = {name for name, method in METHODS.items() if method.subtracts}
-    assert subtracting == {"task_arithmetic", "dare_linear", "breadcrumbs"}
-    for name in METHODS.keys() - subtracting:
+def test_weights_of_methods_that_add_are_factors() -> None:
+    assert validate_weights([1.0, -0.5], 2, "task_arithmetic") == [1.0, -0.5]
+    assert validate_weights([0.0, -3.0], 2, "dare_linear") == [0.0, -3.0]
+    assert validate_weights(None, 3, "breadcrumbs") == [1.0, 1.0, 1.0]
+    adding = {name for name, method in METHODS.items() if method.adds}
+    assert adding == {"task_arithmetic", "dare_linear", "breadcrumbs", "consensus"}
+    for name in METHODS.keys() - adding:
         refused = f"method='{re.escape(name)}', but .* use method='task_arithmetic' or "
         with pytest.raises(ArgumentError, match=refused):
             validate_weights([1.0, -1.0], 2, name)

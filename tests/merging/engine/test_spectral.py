@@ -122,7 +122,7 @@ def test_a_matrix_beyond_the_budget_is_refused_by_name_and_the_advice_works(tmp_
     base, experts = write_family(tmp_path)
     needed = memory_bytes("iso_c", 40, 24, 3)
     args = MergingArguments(method="iso_c", memory_budget=str(needed - 1))
-    sentence = rf"merges '{MATRIX}', \[40, 24\], as one matrix, which takes 1 MiB for 3 experts.*memory_budget=1MiB"
+    sentence = rf"merges '{MATRIX}', \[40, 24\], as one matrix, which takes 1MiB for 3 experts.*memory_budget=1MiB"
     with pytest.raises(ArgumentError, match=sentence):
         build_plan(experts, args, WEIGHTS, base)
     plan = build_plan(experts, MergingArguments(method="iso_c", memory_budget="1MiB"), WEIGHTS, base)

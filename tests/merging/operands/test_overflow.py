@@ -170,7 +170,7 @@ def test_a_copy_is_looked_at_too(tmp_path: Path) -> None:
         ({"beta": -1e308}, {"beta": -1.0}, "with beta=-1e+308 the coefficients .* Choose one nearer to 0"),
         ({"beta": 1e308}, {"beta": 1.0}, "with beta=1e+308 the coefficients .* Choose one nearer to 0"),
         ({"method": "task_arithmetic", "scale": 1e39}, {"scale": 1.0}, "[Cc]hoose a smaller scale"),
-        ({"method": "task_arithmetic", "scale": 1e308}, {"scale": 1.0}, "with scale=1e.308 .* Choose a smaller one"),
+        ({"beta": -9.0, "scale": 1e308, "space": "deltas"}, {"beta": 0.0, "scale": 1.0}, "scale=1e.308 .* Choose"),
     ],
 )
 @pytest.mark.parametrize("adapters", [False, True])

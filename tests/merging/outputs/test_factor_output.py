@@ -142,7 +142,7 @@ def test_every_span_method_gives_its_combination_of_dense_deltas(
         expected = {
             "linear": mean,
             "nre": mean * length / np.linalg.norm(mean),
-            "task_arithmetic": 0.5 * 2 * mean,
+            "task_arithmetic": 0.5 * mean,
             "slerp": karcher_dense([x, y], np.array(weights)),
         }[method]
         assert relative_error(actual, expected) < 1e-6
