@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.checkpoints.disk import copy_folder
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.remote_output import upload
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
 from hf_frmerge.hub.check_plan import check_plan
@@ -150,6 +151,10 @@ class FisherRaoMerger(CallbackHost):
             plan = self.plan(resume_from_checkpoint)
             check_same_commits(plan, self.processes)
         with closing(plan):
+            if self.eval_dataset is not None and (self.args.evaluate_experts or self.args.eval_on_start):
+                refuse_gguf(
+                    [model.source for model in plan.models], "The experts would be evaluated, too (evaluate_experts)"
+                )
             for note in plan.notes:
                 logger.warning("%s", note)
             self._begin(plan)

@@ -14,6 +14,7 @@ from hf_frmerge.calibration.into_adapter import as_whole_model
 from hf_frmerge.calibration.prompts import Prompts, leading_tokens, read_prompts, with_more_beginnings
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
@@ -35,6 +36,7 @@ def open_runnable(plan: MergePlan) -> tuple[MergePlan, BlockwiseModel]:
 
     Raises:
         ArgumentError: If they cannot be run block by block.
+        CheckpointError: If one is a GGUF file.
     """
     if plan.vocabulary is not None:
         raise ArgumentError(
@@ -47,6 +49,7 @@ def open_runnable(plan: MergePlan) -> tuple[MergePlan, BlockwiseModel]:
             f"A calibrated merge runs its models, so they must be on this machine, but {some(remote)} is read from "
             "elsewhere. Leave out --stream-from-hub (stream_from_hub), or copy the files here."
         )
+    refuse_gguf([one.source for one in plan.models], "A calibrated merge runs its models")
     pairs = [one.spec for one in plan.models if one.source.adapter is not None]
     if pairs:
         raise ArgumentError(

@@ -18,6 +18,7 @@ from hf_frmerge.checkpoints.disk import make_folder, remove_folder
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.resolve import resolve_all
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.comparison.bench import Bench, Trial
 from hf_frmerge.comparison.candidates import (
@@ -182,6 +183,7 @@ class MergeComparison:
         candidates = self._candidates(fitter)
         with sole_writer(folder), _scratch(folder) as scratch, _each_warning_once():
             with closing(self._plan(candidates[0][0])) as plan:
+                refuse_gguf([model.source for model in plan.models])
                 for note in plan.notes:
                     logger.warning("%s", note)
                 merged = MergedModel(plan, self.eval_dtype, scratch)

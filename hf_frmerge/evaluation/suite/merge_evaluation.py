@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedTokenizer
 from transformers.trainer_utils import denumpify_detensorize, speed_metrics
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.measures.classification import is_classifier, is_image_classifier, predict_classes
@@ -112,6 +113,7 @@ def evaluate_merge(
         for name, spec in models.specs.items()
         if isinstance(spec, str)
     }
+    refuse_gguf(sources.values())
     models = _with_base(models, sources)
     architecture = _architecture(models, sources)
     classifies = is_classifier(architecture) or is_image_classifier(architecture)

@@ -18,7 +18,7 @@ ELSEWHERE = "that gave way to another model's"
 NOT_NEEDED = "of the base, which is not part of a merge in weight space"
 NOT_HELD = "of the base, which a merged adapter does not hold"
 REPEATED = "copies of base tensors beside an adapter"
-OF_CODES = "scales of activations, which plain weights do not need"
+OF_CODES = "scales of activations or of positions, which plain weights do not need"
 SKIPPED = "skipped by a callback"
 
 
