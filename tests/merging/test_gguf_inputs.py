@@ -24,7 +24,9 @@ from gguf_files import KINDS, Type, random_blocks, tensors_of, write_gguf
 
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
+from hf_frmerge.comparison.comparison import MergeComparison
 from hf_frmerge.errors import CheckpointError, MergeError
+from hf_frmerge.evaluation.models.merged import whole_model
 from hf_frmerge.extraction.extract_lora import ExtractOptions, extract_lora
 from hf_frmerge.merger import FisherRaoMerger
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
@@ -284,6 +286,24 @@ def test_it_is_said_that_the_scaling_of_positions_is_lost(tmp_path: Path) -> Non
     assert not any("positions" in note for note in plan.notes)
 
 
+def test_an_output_layer_that_the_config_ties(tmp_path: Path) -> None:
+    """GPT-2 and others are stored with both; where these differ, the output unties them."""
+    models = []
+    for seed, name in ((1, "a"), (2, "b")):
+        (tmp_path / name).mkdir()
+        model = make(seed, CONFIGS["qwen2"])
+        output = np.random.default_rng(seed).normal(size=(40, 64)).astype(np.float32)
+        models.append(model.state_dict() | {"lm_head.weight": torch.from_numpy(output)})
+        tensors = {"output.weight": output} | tensors_of(model, "qwen2")
+        write_gguf(tmp_path / name / "m.gguf", "qwen2", CONFIGS["qwen2"], tensors)
+        config = CONFIGS["qwen2"].to_dict() | {"architectures": ["Qwen2ForCausalLM"]}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(merged[name], mean(*(model[name] for model in models)))
+
+
 def split(folder: Path, seed: int) -> None:
     """Write a model into two files, as llama.cpp's tool does: all settings are in the first."""
     folder.mkdir()
@@ -379,6 +399,23 @@ def refusal(experts: list[Path], out: Path, **options: Any) -> str:
     return str(refused.value)
 
 
+def test_files_of_others_in_the_same_folder_are_not_carried(tmp_path: Path) -> None:
+    for seed, name in ((1, "a"), (2, "b")):
+        save(tmp_path, seed, name=f"{name}.gguf")
+    (tmp_path / "notes.txt").write_text("private")
+    (tmp_path / "photos").mkdir()
+    plan = merge([tmp_path / "a.gguf", tmp_path / "b.gguf"], tmp_path / "out")
+    assert not (tmp_path / "out/notes.txt").exists() and not any("photos" in note for note in plan.notes)
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_the_folder_of_a_file_is_no_output_folder(tmp_path: Path) -> None:
+    for seed, name in ((1, "a"), (2, "b")):
+        save(tmp_path / name, seed)
+    with pytest.raises(MergeError, match="is also an input"):
+        merge([tmp_path / "a/m.gguf", tmp_path / "b"], tmp_path / "a", overwrite=True)
+
+
 def test_several_models_in_one_folder(tmp_path: Path) -> None:
     save(tmp_path / "a", 1, name="q8.gguf")
     save(tmp_path / "a", 1, name="q4.gguf", kind=Type.Q4_0)
@@ -457,5 +494,12 @@ def test_what_runs_models_refuses_files_before_it_merges(tmp_path: Path) -> None
         with pytest.raises(MergeError, match=f"{why}.*a' is a GGUF file. Let transformers dequantise it once"):
             merger.merge()
         assert not (tmp_path / "out/config.json").exists()
+    compared = MergeComparison(experts, {"text": rows}, args=MergingArguments(str(tmp_path / "cells")))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for run in (compared.run, lambda: whole_model(str(adapter), experts[0])):
+        with pytest.raises(CheckpointError, match=r"An evaluation runs its models, and .*a' is a GGUF file"):
+            run()
     with pytest.raises(CheckpointError, match=r"An evaluation runs its models, and .*a' is a GGUF file"):
         evaluated.evaluate_experts()

@@ -15,8 +15,9 @@ class GgufFolder(LocalFolder):
     """
     Folder of a model in a GGUF file.
 
-    It has the files that lie beside it. If there is no `config.json`, it has the one that transformers makes of the
-    settings in the file, and if there is no tokenizer, the files of the one that it makes of these.
+    It has the files that lie beside it, if a config or tokenizer is among these: else it lies among files that have
+    nothing to do with it. If there is no `config.json`, it has the one that transformers makes of the settings in the
+    file, and if there is no tokenizer, the files of the one that it makes of these.
 
     Args:
         file: Path of the file, of a split model that of the first one.
@@ -29,8 +30,12 @@ class GgufFolder(LocalFolder):
 
     def names(self, subfolder: str = "") -> list[str]:
         """List the files as `LocalFolder` does, with those that are made."""
-        names = super().names(subfolder)
+        names = super().names(subfolder) if self._is_its_own() else [self._file]
         return names if subfolder else sorted({*names, CONFIG, *self._tokenizer().files})
+
+    def subfolders(self) -> list[str]:
+        """List the folders as `LocalFolder` does."""
+        return super().subfolders() if self._is_its_own() else []
 
     def exists(self, name: str) -> bool:
         """Whether there is a file `name`, or one is made."""
@@ -63,6 +68,9 @@ class GgufFolder(LocalFolder):
     def check_architecture(self) -> None:
         """Raise `CheckpointError` if transformers does not know how llama.cpp stores models of this architecture."""
         self._config()
+
+    def _is_its_own(self) -> bool:
+        return not {CONFIG, *_TOKENIZERS}.isdisjoint(super().names())
 
     def _made(self, name: str) -> bytes | None:
         """Return the contents of a file that is made, None for others."""

@@ -45,7 +45,7 @@ def made_config(path: str, identity: str) -> MadeFiles:
     """
     headers = _headers(path)
     first = headers[0]
-    values = _values(path, first)
+    values = _values(path, first.architecture)
     names = {tensor.name for header in headers for tensor in header.tensors}
     if "output.weight" in names:  # transformers looks for it in the first file only
         values["tie_word_embeddings"] = False
@@ -62,7 +62,7 @@ def made_config(path: str, identity: str) -> MadeFiles:
         values = {"architectures": [classes[model_type]], **values, "dtype": _DTYPES[dtype]}
         config = transformers.AutoConfig.for_model(model_type, **values).to_diff_dict()
     except Exception as error:  # what a stranger's settings lead to in the class is for the class to choose
-        raise CheckpointError(_no_config(path, f"{type(error).__name__}: {' '.join(str(error).split())}")) from error
+        raise CheckpointError(_no_config(path, error)) from error
     config.pop("transformers_version", None)
     stated = [key for key in first.settings if ".rope.scaling." in key and first.settings[key] not in ("", "none")]
     stated += sorted(name for name in names if is_rotation(name))
@@ -90,8 +90,7 @@ def made_tokenizer(path: str, identity: str) -> MadeFiles:
             tokenizer = transformers.AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
             tokenizer.save_pretrained(made)
         except Exception as error:  # as above
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return MadeFiles({}, [f"transformers could make no tokenizer of {path!r} ({why}). {other}"])
+            return MadeFiles({}, [f"transformers could make no tokenizer of {path!r} ({_reason(error)}). {other}"])
         return MadeFiles({each.name: each.read_bytes() for each in Path(made).iterdir() if each.name in TOKENIZER}, [])
 
 
@@ -106,7 +105,7 @@ def _headers(path: str) -> list[GgufHeader]:
     return [read_gguf_header(folder, name, path) for name in gguf_parts(Path(path).name)]
 
 
-def _values(path: str, header: GgufHeader) -> dict[str, Any]:
+def _values(path: str, architecture: str) -> dict[str, Any]:
     """Return what transformers makes of the settings."""
     try:
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -115,20 +114,20 @@ def _values(path: str, header: GgufHeader) -> dict[str, Any]:
     except ImportError as error:
         raise CheckpointError(f"{path!r}: the installed transformers cannot read GGUF files: {EXTRA}.") from error
     except Exception as error:  # as above
-        if "is not supported yet" in str(error):
-            raise CheckpointError(_unsupported(path, header)) from error
-        raise CheckpointError(_no_config(path, f"{type(error).__name__}: {' '.join(str(error).split())}")) from error
+        if "is not supported yet" not in str(error):
+            raise CheckpointError(_no_config(path, error)) from error
+        raise CheckpointError(
+            f"{path!r} is a GGUF file of the architecture {architecture!r}, and the installed transformers has no "
+            "tables of how that is stored. Merge the checkpoints that it was made from."
+        ) from error
 
 
-def _no_config(path: str, why: str) -> str:
+def _no_config(path: str, error: Exception) -> str:
     return (
-        f"transformers could make no config of the settings in {path!r} ({why}). The file is damaged, or newer than "
-        "the installed transformers."
+        f"transformers could make no config of the settings in {path!r} ({_reason(error)}). The file is damaged, or "
+        "newer than the installed transformers."
     )
 
 
-def _unsupported(path: str, header: GgufHeader) -> str:
-    return (
-        f"{path!r} is a GGUF file of the architecture {header.architecture!r}, and the installed transformers has no "
-        "tables of how that is stored. Merge the checkpoints that it was made from."
-    )
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -66,7 +67,7 @@ def dequantise_gguf(checkpoint: Checkpoint) -> list[str]:
     used = put_in_place(checkpoint, form, groups)
     checkpoint.unused = {name: info for name, info in checkpoint.tensors.items() if name in types.keys() - used}
     checkpoint.tensors = {name: info for name, info in checkpoint.tensors.items() if name not in checkpoint.unused}
-    kinds = some(sorted({_type(kind).name for kind in types.values()}), 6)
+    kinds = some(sorted({Type(kind).name for kind in types.values()}), 6)
     return [
         f"{spec!r} is a GGUF file ({kinds}): its {len(groups)} weights, such as {next(iter(groups))}, are read as the "
         f"{dtype} that transformers makes of them, and merged as these. The output is not quantised.",
@@ -80,23 +81,30 @@ class _Table:
     What transformers knows of the tensors of a file.
 
     Attributes:
-        names: tensor in the file -> weight of the model. Stacks of experts have an entry without their last part.
+        names: tensor in the file -> weight of the model; stacks of experts are told by the processor alone.
         processor: undoes what llama.cpp does to a tensor.
-        first_names: weight -> the first name that the model has for it, where several are tied.
+        own_names: weight -> the name it gets. If it is tied, and stored once, that is the model's first name for it.
         shapes: shapes of the weights.
         needed: names of the weights that must be stored.
     """
 
     names: Mapping[str, str]
     processor: TensorProcessor
-    first_names: Mapping[str, str]
+    own_names: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     needed: frozenset[str]
 
     def weight_of(self, name: str) -> str | None:
         """Return the weight that a tensor of the file is, or is a part of; None if the model has none for it."""
-        weight = self.names.get(name, self.names.get(name.rpartition(".")[0]))
-        return None if weight is None else self.first_names.get(weight, weight)
+        weight = self.names.get(name)
+        if weight is None:
+            made: Tensors = {}
+            try:
+                self.apply(name, np.zeros((1, 1, 1), np.float32), made)  # a stack of one expert of one number
+            except (KeyError, ValueError):
+                return None
+            weight = next(iter(made))
+        return self.own_names.get(weight, weight)
 
     def apply(self, name: str, values: np.ndarray, weights: Tensors) -> None:
         """Add what a tensor of the file is, or is a part of, to the weights."""
@@ -110,7 +118,7 @@ class _Table:
         """Whether transformers takes a tensor as it is."""
         if name not in self.names:
             return False
-        values = np.broadcast_to(np.float32(1), shape)  # takes no memory
+        values = np.broadcast_to(np.float32(-1), shape)  # takes no memory
         made = self.processor.process(
             weights=values, name=name, tensor_key_mapping=self.names, parsed_parameters={"tensors": {}}
         )
@@ -124,9 +132,9 @@ def _process(table: _Table, types: Mapping[str, int], dtype: str) -> Callable[[T
         weights: Tensors = {}
         for name, tensor in tensors.items():
             is_plain = tensor.is_floating_point()
-            values = tensor.float().numpy() if is_plain else dequantize(tensor.numpy(), _type(types[name]))
+            values = tensor.float().numpy() if is_plain else dequantize(tensor.numpy(), Type(types[name]))
             table.apply(name, values, weights)
-        return {table.first_names.get(name, name): each.to(TORCH_DTYPES[dtype]) for name, each in weights.items()}
+        return {table.own_names.get(name, name): each.to(TORCH_DTYPES[dtype]) for name, each in weights.items()}
 
     return process
 
@@ -146,8 +154,10 @@ def _table(checkpoint: Checkpoint, architecture: str) -> _Table:
     first: dict[int, str] = {}
     parameters = list(model.named_parameters(remove_duplicate=False))
     first_names = {name: first.setdefault(id(parameter), name) for name, parameter in parameters}
+    stored = {names.get(name) for name in checkpoint.tensors}
+    own_names = {name: name if other in stored else other for name, other in first_names.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return _Table(names, processor, first_names, shapes, frozenset(first.values()))
+    return _Table(names, processor, own_names, shapes, frozenset(first.values()))
 
 
 class _TopLevel:
@@ -203,13 +213,9 @@ def _refuse_unknown_codes(kinds: set[int], spec: str) -> None:
     """Raise if there are codes that the gguf package does not dequantise."""
     for kind in kinds - FLOATS.keys():
         try:
-            dequantize(np.zeros((1, GGML_QUANT_SIZES[_type(kind)][1]), np.uint8), _type(kind))
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[Type(kind)][1]), np.uint8), Type(kind))
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{spec!r} is a GGUF file with tensors of type {_type(kind).name}, which the gguf package does not "
+                f"{spec!r} is a GGUF file with tensors of type {Type(kind).name}, which the gguf package does not "
                 f"dequantise. A newer one may: {EXTRA}. {_ORIGINALS}"
             ) from error
-
-
-def _type(kind: int) -> GGMLQuantizationType:
-    return GGMLQuantizationType(kind)
