@@ -311,6 +311,13 @@ def test_pickle_only_repository_gets_the_hint(hub, model):
         resolve("alice/old")
 
 
+def test_a_repository_of_gguf_files_is_to_be_fetched(hub):
+    hub.add_repo("alice/quants", {"README.md": b"", "tiny-q4.gguf": b"GGUF", "tiny-q8.gguf": b"GGUF"})
+    advice = r"hf download alice/quants tiny-q4\.gguf --local-dir FOLDER`\), and pass it: FOLDER/tiny-q4\.gguf"
+    with pytest.raises(CheckpointError, match=advice):
+        resolve("alice/quants")
+
+
 def test_who_may_see_it(hub, model):
     hub.add_repo("lab/hidden", contents(model), private=True)
     hub.add_repo("bob/gated", contents(model), gated=True)
