@@ -64,10 +64,10 @@ class Source:
 
     `spec` is what the user wrote, without the password of a URL. `path` is a local folder, a URL,
     `hub://org/name@commit` for a Hub checkpoint that is not on this machine, or a GGUF file (the first one, of a model
-    that is split), which then `is_gguf`. For a Hub checkpoint `repo_id`, the
-    requested `revision` (None: the default branch) and the `commit` it resolved to are set. `is_pickled` says that its
-    weights are pickles, which the user has allowed. A full model that is to be read with an adapter on it
-    (`base+adapter`) has the `adapter`; all else is about the model.
+    that is split), which then `is_gguf`. For a Hub checkpoint `repo_id`, the requested `revision` (None: the default
+    branch) and the `commit` it resolved to are set. `is_pickled` says that its weights are pickles, which the user has
+    allowed. A full model that is to be read with an adapter on it (`base+adapter`) has the `adapter`; all else is
+    about the model.
     """
 
     spec: str

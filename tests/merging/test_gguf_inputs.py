@@ -324,7 +324,7 @@ def test_a_model_in_several_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     assert verify(str(tmp_path / "out")).ok
     (tmp_path / "b/m-00001-of-00002.gguf").unlink()
-    with pytest.raises(CheckpointError, match=r"is one of 2 files of a model, and 'm-00001-of-00002\.gguf' is not"):
+    with pytest.raises(CheckpointError, match=r"is a model in 2 files, and 'm-00001-of-00002\.gguf' is not"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "again")
 
 

@@ -319,7 +319,7 @@ def _all_parts(source: Source, folder: LocalFolder | RemoteFolder) -> list[str]:
     for part in parts:
         if not folder.exists(part):
             raise CheckpointError(
-                f"{source.spec!r} is one of {len(parts)} files of a model, and {part!r} is not beside it. Copy or "
+                f"{source.spec!r} is a model in {len(parts)} files, and {part!r} is not beside the others. Copy or "
                 "download the missing file."
             )
     return parts
