@@ -32,6 +32,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--self", nargs="*", type=int, default=[64], dest="own", help="self-written prompts an expert")
     parser.add_argument("--start", default="karcher", help="method the fit starts from")
     parser.add_argument("--baselines", nargs="*", default=[], help="methods that need prompts, as rows beside the fit")
+    parser.add_argument("--fisher", nargs="*", default=[], help="merges without data once more, measured by this")
     parser.add_argument("--seeds", nargs="*", type=int, default=[42], help="seeds of the choice of prompts")
     parser.add_argument("--tokens", type=int, default=20_000, help="test tokens a domain")
     parser.add_argument("--options", nargs="*", default=[], help="further options of the fitted merges, as NAME=VALUE")
@@ -146,6 +148,9 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
                 for method in args.baselines:
                     of_method = ("--method", method, *options[2:], *further)
                     rows.append(Merge(f"{method}, {count} {name}, seed {seed}", of_method))
+                for method, form in product(args.methods, args.fisher):
+                    of_method = ("--method", method, *options[2:], f"--fisher={form}")
+                    rows.append(Merge(f"{method} by {form} Fisher, {count} {name}, seed {seed}", of_method))
                 if args.refine:
                     refined = (*options, f"--refine={args.refine}", *further)
                     rows.append(Merge(f"{count} {name}, seed {seed}, refined", refined))

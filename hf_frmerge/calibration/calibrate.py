@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
-from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.block_files import BlockFiles
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
@@ -21,16 +20,26 @@ from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.equations import check_form, equations_of, settings_of, why_no_table
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
-from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, is_silent, open_runnable, prompts_of, tokenizer_of
+from hf_frmerge.calibration.inputs import (
+    batches_of,
+    counts_of,
+    digest_of,
+    fitted_and_held_out,
+    is_silent,
+    open_runnable,
+    prompts_of,
+    tokenizer_of,
+)
 from hf_frmerge.calibration.into_adapter import correction_rank, transposed_tensors
 from hf_frmerge.calibration.kept_files import RECORD_FILE, read_record, write_record
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.neutral import measure_neutral
-from hf_frmerge.calibration.prompts import Prompts, split_prompts
+from hf_frmerge.calibration.prompts import Prompts
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
 from hf_frmerge.calibration.weights import WeightReader
+from hf_frmerge.calibration.whitening import whiten
 from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.load import load_kernels
@@ -69,6 +78,8 @@ def prepare(plan: MergePlan, calibration: Any, processing_class: Any = None) -> 
     check_form(plan)
     tokenizer = tokenizer_of(plan, whole, processing_class)
     read = prompts_of(plan, model, calibration, tokenizer)
+    if plan.args.fisher is not None:
+        return lambda staging, processes: whiten(plan, whole, model, read(processes), staging, processes)
     return lambda staging, processes: calibrate(plan, whole, model, read(processes), staging, processes, tokenizer)
 
 
@@ -114,12 +125,7 @@ def calibrate(
         ResumeError: If the folder holds a calibration with other arguments.
     """
     started = time.process_time()
-    fitted, held_out = split_prompts(prompts, HELD_OUT, plan.args.seed)
-    if not held_out:
-        raise ArgumentError(
-            "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
-            "expert help already, 64 are better."
-        )
+    fitted, held_out = fitted_and_held_out(plan, prompts)
     starts = None
     if plan.chooses_method:
         judged = batches_of(plan, model, (), held_out)
@@ -178,11 +184,11 @@ def calibrate(
     is_readable = plan is whole or not transposed_tensors(whole)
     neutral = measure_neutral(whole, model, tokenizer, staging) if is_readable else None
     record = CalibrationRecord(
-        prompts=_counts(plan, fitted),
-        held_out=_counts(plan, held_out),
+        prompts=counts_of(plan, fitted),
+        held_out=counts_of(plan, held_out),
         tokens=sum(len(ids) for p in prompts for ids in p.token_ids),
         source=prompts[0].source,
-        digest=_digest(prompts),
+        digest=digest_of(prompts),
         options={
             **settings,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -260,12 +266,3 @@ def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> No
             "changes will stay small.",
             n_tokens, widest, widest - n_tokens,
         )  # fmt: skip
-
-
-def _counts(plan: MergePlan, prompts: Sequence[Prompts]) -> tuple[int, ...]:
-    by_expert = {one.expert: len(one.token_ids) for one in prompts}
-    return tuple(by_expert.get(expert, 0) for expert in range(len(plan.experts)))
-
-
-def _digest(prompts: Sequence[Prompts]) -> str:
-    return xxh3_128_hexdigest("".join(one.digest for one in prompts).encode())

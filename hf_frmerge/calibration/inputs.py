@@ -7,11 +7,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.fits.equations import check_experts
 from hf_frmerge.calibration.into_adapter import as_whole_model
-from hf_frmerge.calibration.prompts import Prompts, leading_tokens, read_prompts, with_more_beginnings
+from hf_frmerge.calibration.prompts import (
+    Prompts,
+    leading_tokens,
+    read_prompts,
+    split_prompts,
+    with_more_beginnings,
+)
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
 from hf_frmerge.checkpoints.tensors.reader import some
@@ -135,6 +142,30 @@ def _self_written(plan: MergePlan, tokenizer: Any, processes: Processes) -> tupl
     )
     of_all = processes.gather([replace(prompts, expert=number) for number, prompts in zip(own, written)])
     return tuple(sorted(of_all, key=lambda prompts: prompts.expert))
+
+
+def fitted_and_held_out(
+    plan: MergePlan, prompts: Sequence[Prompts]
+) -> tuple[tuple[Prompts, ...], tuple[Prompts, ...]]:
+    """Return the prompts that a merge is made by, and those that judge it; raise `ArgumentError` if none can."""
+    fitted, held_out = split_prompts(prompts, HELD_OUT, plan.args.seed)
+    if not held_out:
+        raise ArgumentError(
+            "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
+            "expert help already, 64 are better."
+        )
+    return fitted, held_out
+
+
+def counts_of(plan: MergePlan, prompts: Sequence[Prompts]) -> tuple[int, ...]:
+    """Return the number of prompts of every expert."""
+    by_expert = {one.expert: len(one.token_ids) for one in prompts}
+    return tuple(by_expert.get(expert, 0) for expert in range(len(plan.experts)))
+
+
+def digest_of(prompts: Sequence[Prompts]) -> str:
+    """Return the XXH3-128 of all token ids."""
+    return xxh3_128_hexdigest("".join(one.digest for one in prompts).encode())
 
 
 def batches_of(

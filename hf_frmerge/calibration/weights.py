@@ -121,6 +121,32 @@ class WeightReader:
             return None
         return _tensor(_read(StoredTensor(base.checkpoint, base.checkpoint.tensors[step.name]), step), step)
 
+    def operands(self, parameter: str) -> tuple[list[Tensor], bool]:
+        """
+        Return what the Gram matrix of a merged tensor is of, and whether the base is the first of it.
+
+        That is the base, or the first expert where the merge needs no base, and the differences of the experts, or the
+        other ones, to it; float64, `(numel,)`. Deltas of adapters are products of their factors, without the rounding
+        of a sum with the base.
+        """
+        step = self._steps[parameter]
+        inputs = open_tensors(self._plan, step)
+        first = _read(inputs.base if inputs.base is not None else inputs.dense[0], step).astype(np.float64)
+        found = [first]
+        for index in range(0 if inputs.has_base else 1, inputs.n_experts):
+            if index in inputs.dense:
+                found.append(np.subtract(_read(inputs.dense[index], step), first, dtype=np.float64))
+            elif index in inputs.low_rank:
+                left, right = inputs.low_rank[index].factors()
+                found.append(product(left, right).reshape(-1).astype(np.float64))
+            else:
+                found.append(np.zeros_like(first))
+        return [torch.from_numpy(values) for values in found], inputs.has_base
+
+    def step(self, parameter: str) -> TensorStep:
+        """Return what is planned for a parameter's tensor."""
+        return self._steps[parameter]
+
     def start(self, parameter: str) -> Tensor:
         """Return the merge without data, as the engine computes it."""
         step = self._steps[parameter]

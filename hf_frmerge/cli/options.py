@@ -39,6 +39,7 @@ MEAN = {
         "seed",
         "descent_steps",
         "off_diagonal",
+        "fisher",
         "fisher_labels",
         "merged_before",
         "layer_scales",

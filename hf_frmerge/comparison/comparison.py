@@ -144,6 +144,11 @@ class MergeComparison:
         self.weights = list(weights) if weights else [None]
         self.calibration_dataset, self.also, self.n_seeds = calibration_dataset, list(also), n_seeds
         self.args = args if args is not None else MergingArguments(output_dir="comparison")
+        if self.args.fisher is not None:
+            raise ArgumentError(
+                f"fisher={self.args.fisher!r} is for a single merge, and a comparison tries many. Leave it out; to "
+                "compare a merge that was made with it, name its folder: also (--also)."
+            )
         self.base_model, self.max_tokens, self.eval_dtype = base_model, max_tokens, eval_dtype
         self.cache_dir, self.on_prediction_step = cache_dir, on_prediction_step
         self.on_progress = on_progress if on_progress is not None else lambda name: None

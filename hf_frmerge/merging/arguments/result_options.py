@@ -23,6 +23,7 @@ RESULT_OPTIONS = (
     "seed",
     "descent_steps",
     "off_diagonal",
+    "fisher",
     "fisher_labels",
     "merged_before",
     "layer_scales",
