@@ -24,6 +24,7 @@ from hf_frmerge.fisher import files as fisher_files
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
+from hf_frmerge.weighting.continual import next_merge
 
 VOCABULARY, LENGTH, N_PROMPTS, FLOOR = 20, 8, 16, 1e-3
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -330,3 +331,5 @@ def test_what_goes_on_with_it_has_no_prompts(models: Path, tmp_path: Path, cache
     merged = merger(folder, tmp_path / "out").merge()
     added = merged.add_expert(str(folder / "full2"), str(tmp_path / "more"))
     assert added.manifest is not None and added.manifest.arguments["fisher"] is None
+    args, _ = next_merge(str(tmp_path / "out"), {"output_dir": str(tmp_path / "next")}, str(folder / "base"))
+    assert args.fisher is None and args.method == "karcher"
