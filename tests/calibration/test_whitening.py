@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from hf_frmerge.comparison.comparison import MergeComparison
 from hf_frmerge.errors import ArgumentError, ResumeError
 from hf_frmerge.evaluation.models.identity import model_identity
 from hf_frmerge.fisher import files as fisher_files
+from hf_frmerge.merging.engine.outcomes import StepObserver
+from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.outputs.memory_output import MemoryOutput
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.record.manifest import read_manifest
+from hf_frmerge.merging.run import merge_into_memory, run_merge
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
 from hf_frmerge.weighting.continual import next_merge
@@ -319,6 +325,16 @@ def test_every_expert_needs_prompts(models: Path, tmp_path: Path, cache: Path) -
     del one.calibration_dataset[one.experts[1]]
     with pytest.raises(ArgumentError, match=r"fisher='diagonal' needs prompts of every expert, and .*full1 has none"):
         one.merge()
+
+
+def test_no_engine_runs_it_without_what_prompts_say(models: Path, tmp_path: Path) -> None:
+    """Else it would be the plain merge under another name."""
+    args = MergingArguments(output_dir=str(tmp_path / "out"), fisher="kfac", space="deltas", disable_tqdm=True)
+    with closing(build_plan(experts_of(models / "llama", "full"), args, None, str(models / "llama/base"))) as plan:
+        with pytest.raises(ArgumentError, match=r"`fisher='kfac'` asks what the experts do on prompts"):
+            run_merge(plan, StepObserver(), Processes(alone=True))
+        with pytest.raises(ArgumentError, match=r"`fisher='kfac'` asks what the experts do on prompts"):
+            merge_into_memory(plan, MemoryOutput(plan))
 
 
 def test_a_comparison_does_not_take_it(models: Path) -> None:
