@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
@@ -27,9 +25,10 @@ from hf_frmerge.calibration.kept_files import RECORD_FILE, read_record, write_re
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.neutral import measure_neutral
 from hf_frmerge.calibration.prompts import Prompts, split_prompts
+from hf_frmerge.calibration.refinement.expert_updates import fitted_coefficients, write_table
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
 from hf_frmerge.calibration.streams import Batch
-from hf_frmerge.calibration.sweep import FittedBlock, Sweep
+from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.errors import ArgumentError
@@ -37,7 +36,6 @@ from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.engine.journal import fingerprint
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.choose_method import with_start
-from hf_frmerge.merging.planning.coefficient_table import write_coefficients
 from hf_frmerge.merging.planning.corrections import CalibrationRecord, Form, RefinementRecord, nearest_start
 from hf_frmerge.methods.table import METHODS
 
@@ -216,29 +214,18 @@ def _write_best(
     if plan.args.refine_steps or form == "table":
         blocks = [files.read(index, sweep.tensors(index)) for index in range(n_blocks)]
         found = [block for block in blocks if block is not None]
-    if form == "table":
-        write_coefficients(staging, _coefficients(sweep, found), whole.space)
     if plan.args.refine_steps:
         form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
     if refinement is None or not refinement.best_step:
-        if transposed is None or form == "start":
+        if form == "table":
+            write_table(sweep.state, fitted_coefficients(sweep.state, found), staging)
+        elif transposed is None or form == "start":
             files.join(n_blocks, form)
         else:
             files.join_for_adapter(n_blocks, transposed)
     files.remove(n_blocks)
     remove_file(staging / PROGRESS_FILE)
     return form, refinement
-
-
-def _coefficients(sweep: Sweep, blocks: Sequence[FittedBlock]) -> dict[str, NDArray[np.float64]]:
-    """Return the coefficients of all tensors in the table form."""
-    reader = sweep.state.reader
-    found = {
-        f"{name}.{key}": change_RN
-        for name, block in zip(sweep.state.model.blocks, blocks)
-        for key, change_RN in block.coefficients.items()
-    }
-    return {reader.tensors[name]: reader.coefficients(name, change_RN) for name, change_RN in found.items()}
 
 
 def _own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:

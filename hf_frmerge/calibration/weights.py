@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -113,6 +114,22 @@ class WeightReader:
             values = values + product(left, right).reshape(-1)
         return _tensor(values, step)
 
+    def factors(self, index: int, parameter: str) -> tuple[Tensor, Tensor] | None:
+        """
+        Return factors `(rows, k)` and `(k, columns)` of what an adapter adds to a merged parameter, float32.
+
+        Returns:
+            `None` for a full model; of an adapter that leaves the parameter alone, factors with k = 0.
+        """
+        step = self._steps[parameter]
+        inputs = open_tensors(self._plan, step)
+        if index in inputs.dense:
+            return None
+        if index not in inputs.low_rank:
+            return torch.zeros(step.numel // step.cols, 0), torch.zeros(0, step.cols)
+        left, right = inputs.low_rank[index].factors()
+        return torch.from_numpy(left), torch.from_numpy(right)
+
     def base(self, parameter: str) -> Tensor | None:
         """Return the base model's values; `None` if the merge has no base."""
         step = self._steps[parameter]
@@ -134,6 +151,10 @@ class WeightReader:
             apply(inputs, decision, self._kernels, piece, out[piece.start * 4 : piece.stop * 4], "F32")
         inputs.release(Piece(0, step.numel, 0, step.n_blocks))
         return _tensor(out.view(np.float32), step)
+
+    def coefficient_table(self, changes: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+        """Return tensor -> its coefficients, with what a fit adds to those of parameters; see `coefficients`."""
+        return {self.tensors[name]: self.coefficients(name, change_RN) for name, change_RN in changes.items()}
 
     def coefficients(self, parameter: str, change_RN: Tensor) -> NDArray[np.float64]:
         """

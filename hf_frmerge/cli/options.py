@@ -59,6 +59,7 @@ CALIBRATION = {
         "refine_steps",
         "refine_loss",
         "refine_learning_rate",
+        "refine_rho",
     )
 }
 CURVATURE = {

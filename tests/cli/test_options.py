@@ -62,6 +62,7 @@ OPTIONS = [
     ("--calibration self --num-calibration-samples 16", {"calibration": ["self"], "num_calibration_samples": 16}),
     ("--refine 30 --refine-loss fisher_rao", {"refine_steps": 30, "refine_loss": "fisher_rao"}),
     ("--refine-steps 30 --refine-learning-rate 1e-5", {"refine_steps": 30, "refine_learning_rate": 1e-5}),
+    ("--refine 30 --refine-rho 0.05", {"refine_steps": 30, "refine_rho": 0.05}),
     (
         "--max-calibration-length 64 --calibration-batch-size 2",
         {"max_calibration_length": 64, "calibration_batch_size": 2},

@@ -51,8 +51,6 @@ def why_no_table(plan: MergePlan) -> str | None:
         return f"those of whole weights cannot scale what was learned. {elsewise}, or space='deltas' and a base_model"
     if args.post_step is not None:
         return f"post_step={args.post_step!r} changes their sum afterwards. {elsewise}, or leave out post_step"
-    if args.refine_steps:
-        return f"a refinement changes more than these. {elsewise}, or leave out refine_steps"
     return None
 
 

@@ -276,7 +276,15 @@ class MergingArguments:
     refine_learning_rate: float | None = field(
         default=None,
         metadata=described(
-            "Highest step size of the refinement. Default: 3e-5 for a number for every weight, 3e-4 for factors."
+            "Highest step size of the refinement. Default: 3e-5 for a number for every weight, 3e-4 for factors, 1e-2 "
+            "for coefficients."
+        ),
+    )
+    refine_rho: float = field(
+        default=0.0,
+        metadata=described(
+            "Radius of the refinement's sharpness-aware steps: gradients are taken that far uphill, over all numbers "
+            "that are trained, which takes twice the time. 0: where the merge is."
         ),
     )
 

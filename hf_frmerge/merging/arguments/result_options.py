@@ -46,6 +46,7 @@ RESULT_OPTIONS = (
     "refine_steps",
     "refine_loss",
     "refine_learning_rate",
+    "refine_rho",
     "dtype",
     "on_overflow",
     "max_shard_size",
