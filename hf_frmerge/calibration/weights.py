@@ -185,7 +185,7 @@ class WeightReader:
 def _read(tensor: DenseTensor, step: TensorStep) -> NDArray[np.float32]:
     """Copy a tensor, and unmap its pages: of all blocks together they are the whole model."""
     operand = tensor.read(0, step.numel)
-    values = widen(operand.data, operand.dtype).astype(np.float32)
+    values = widen(operand.data, operand.dtype).astype(np.float32, copy=False)  # widen copies
     release([mapped] if (mapped := tensor.mapped(0, step.numel)) is not None else [])
     return values
 

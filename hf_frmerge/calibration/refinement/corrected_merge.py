@@ -42,23 +42,25 @@ class CorrectedMerge:
         """Return the weights outside the blocks."""
         return self._state.computed({name: self.weight(name) for name in self._model.outer_parameters()})
 
-    def hidden(self, outer: Weights, inputs: Mapping[str, Tensor]) -> Tensor:
+    def hidden(self, outer: Weights, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """
-        Return the hidden states `(B, T, H)` after the last block, float32.
+        Return the hidden states `(B, T, H)` of batches after the last block, float32.
 
-        Blocks are run again for their gradients, so that the activations of one only are in memory.
+        Blocks are run again for their gradients, so that the weights and activations of one only are in memory. All
+        batches go through a block together, as its weights may take longer to form than to multiply with.
         """
-        hidden_BTH, calls = self._model.begin(outer, {}, inputs)
-        for name, call in zip(self._model.blocks, calls):
+        begun = [self._model.begin(outer, {}, inputs) for inputs in batches]
+        hidden = [hidden_BTH for hidden_BTH, _ in begun]
+        for index, name in enumerate(self._model.blocks):
+            calls = [calls[index] for _, calls in begun]
             # Nothing is drawn at random, so there is no state to preserve.
-            hidden_BTH = checkpoint(
-                self._run_block, name, hidden_BTH, call, use_reentrant=False, preserve_rng_state=False
-            )
-        return hidden_BTH
+            hidden = checkpoint(self._run_block, name, calls, *hidden, use_reentrant=False, preserve_rng_state=False)
+        return hidden
 
-    def _run_block(self, name: str, hidden_BTH: Tensor, call: Call) -> Tensor:
+    def _run_block(self, name: str, calls: Sequence[Call], *hidden: Tensor) -> list[Tensor]:
         weights = {key: self.weight(f"{name}.{key}") for key in self._model.block_parameters(name)}
-        return self._model.run_block(name, self._state.computed(weights), hidden_BTH, call)
+        computed = self._state.computed(weights)
+        return [self._model.run_block(name, computed, hidden_BTH, call) for hidden_BTH, call in zip(hidden, calls)]
 
     def weight(self, name: str) -> Tensor:
         """Return the values of a parameter, float32."""

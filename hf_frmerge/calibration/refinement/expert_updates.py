@@ -45,7 +45,7 @@ class ExpertUpdates:
         full = [expert for expert in range(state.n_experts) if expert not in factors]
         if full:
             origin = state.origin(name, start)
-            updates = [state.reader.expert(expert, name).to(start.device) - origin for expert in full]
+            updates = [state.reader.expert(expert, name).to(start.device).sub_(origin) for expert in full]
             start = combined(start, updates, coefficients_RN[:, full])
         if factors:
             up = torch.cat([coefficients_RN[:, expert, None] * up for expert, (up, _) in factors.items()], dim=1)

@@ -146,12 +146,21 @@ class Refinement:
 
     def take_gradients(self, step: int) -> float:
         """Add the gradients of a step's loss to the corrections; return the loss."""
-        total = 0.0
-        for expert, chunks in self._chunks.items():
-            turn, place = divmod(step, len(chunks))
-            order = np.random.default_rng([self._options.seed, expert, turn]).permutation(len(chunks))
-            total += self._backward(chunks[order[place]])
+        chunks = [self._chunk(expert, step) for expert in self._chunks]
+        outer = self._merge.outer()
+        hidden = self._merge.hidden(outer, [chunk.inputs for chunk in chunks])
+        leaves = [hidden_BTH.detach().requires_grad_() for hidden_BTH in hidden]
+        total = sum(self._backward_head(chunk, outer, leaf_BTH) for chunk, leaf_BTH in zip(chunks, leaves))
+        if hidden[0].requires_grad:
+            torch.autograd.backward(hidden, [leaf_BTH.grad for leaf_BTH in leaves])
         return total
+
+    def _chunk(self, expert: int, step: int) -> Chunk:
+        """Return the prompts of an expert that take part in a step."""
+        chunks = self._chunks[expert]
+        turn, place = divmod(step, len(chunks))
+        order = np.random.default_rng([self._options.seed, expert, turn]).permutation(len(chunks))
+        return chunks[order[place]]
 
     def take_gradients_uphill(self, step: int) -> None:
         """
@@ -172,11 +181,9 @@ class Refinement:
             for name, tensor in self.values.items():
                 tensor.copy_(before[name])
 
-    def _backward(self, chunk: Chunk) -> float:
-        model, outer = self._sweep.state.model, self._merge.outer()
-        hidden_BTH = self._merge.hidden(outer, chunk.inputs)
-        leaf_BTH = hidden_BTH.detach().requires_grad_()
-        total = 0.0
+    def _backward_head(self, chunk: Chunk, outer: Weights, leaf_BTH: Tensor) -> float:
+        """Add the gradients of the hidden states behind the blocks, and of the head; return the loss."""
+        model, total = self._sweep.state.model, 0.0
         # Prompt by prompt: the logits of all, and their gradients, would be the largest thing in memory.
         for row in range(len(leaf_BTH)):
             one = {name: values[row : row + 1] for name, values in chunk.inputs.items()}
@@ -186,9 +193,6 @@ class Refinement:
             loss = chunk.factor * self._options.loss(merged, target).sum()
             loss.backward(retain_graph=True)  # what leads from the corrections to `outer` serves the next prompt too
             total += float(loss.detach())
-        assert leaf_BTH.grad is not None
-        if hidden_BTH.requires_grad:
-            hidden_BTH.backward(leaf_BTH.grad)
         return total
 
     def _judge(self, step: int) -> Best:
@@ -200,9 +204,8 @@ class Refinement:
         with torch.no_grad():
             merge = CorrectedMerge(state, self._start, stored, self._updates)
             outer = merge.outer()
-            hidden = {
-                b: merge.hidden(outer, batch.inputs) for b, batch in enumerate(state.batches) if batch.is_held_out
-            }
+            held_out = {b: batch.inputs for b, batch in enumerate(state.batches) if batch.is_held_out}
+            hidden = dict(zip(held_out, merge.hidden(outer, list(held_out.values()))))
             found = distances(self._sweep, {"refined": Candidate(outer, hidden)})["refined"]
         return Best(stored, found, step)
 
