@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from attacks import children
 from attacks.disturbances import Tally
 from attacks.mutations import damaged, flipped
 from attacks.site import Site
@@ -111,6 +112,7 @@ class DoorAttack:
     """Gives damaged files to readers."""
 
     def __init__(self, site: Site) -> None:
+        children.import_torch()
         self.doors = doors_of(site)
         self._folder = site.root / "doors"
         self._reads = False
