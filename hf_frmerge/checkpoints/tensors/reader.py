@@ -143,17 +143,16 @@ class Checkpoint:
         if info.recipe is None:
             self.folder.release(info.file, info.offset + start, info.offset + stop)
 
-    def mapping(self, name: str) -> Mapping | None:
+    def mapping(self, info: TensorInfo) -> Mapping | None:
         """
         Return the mapping of a tensor's file.
 
         `None` if it is made of other tensors, is remote, or cannot be mapped (`read` will say why).
         """
-        file = self.tensors[name].file
-        if isinstance(self.folder, RemoteFolder) or self.tensors[name].recipe is not None:
+        if isinstance(self.folder, RemoteFolder) or info.recipe is not None:
             return None
         with suppress(OSError):
-            return self.folder.mapping(file, self.files[file])
+            return self.folder.mapping(info.file, self.files[info.file])
         return None
 
     def alias(self, name: str, target: str) -> None:
