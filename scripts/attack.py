@@ -67,7 +67,7 @@ def main() -> int:
         (
             "kills",
             options.kills,
-            lambda number, tally: attack_with_kill(site, names[number % len(names)], rng, 0.3, tally),
+            lambda number, tally: attack_with_kill(site, names[number % len(names)], rng, 0.1, tally),
         ),
         ("pairs of merges", options.pairs, lambda _, tally: attack_with_another(site, rng, 0.2, tally)),
         ("damaged files", options.files, damage_file),

@@ -94,6 +94,7 @@ def write_model(folder: Path, seed: int) -> None:
         "model.embed_tokens.weight": (32, 16),
         f"{layer}self_attn.q_proj.weight": (16, 16),
         f"{layer}mlp.down_proj.weight": (16, 24),
+        f"{layer}input_layernorm.bias": (16,),  # small, and beside the next: written with one call
         f"{layer}input_layernorm.weight": (16,),
         "lm_head.weight": (32, 16),
     }
