@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.checkpoints.disk import copy_folder
 from hf_frmerge.checkpoints.lock import refuse_while_merging
 from hf_frmerge.checkpoints.remote_output import upload
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
 from hf_frmerge.hub.check_plan import check_plan
@@ -142,7 +143,7 @@ class FisherRaoMerger(CallbackHost):
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
         method, has_prompts = CHOICES[self.args.method], self.calibration_dataset is not None
-        check_prompts(method, has_prompts=has_prompts)
+        check_prompts(method, self.args.fisher, has_prompts=has_prompts)
         if self.args.refine_steps:
             check_refinement(method, has_prompts=has_prompts)
         with self.processes.sharing_errors():
@@ -151,6 +152,10 @@ class FisherRaoMerger(CallbackHost):
             plan = self.plan(resume_from_checkpoint)
             check_same_commits(plan, self.processes)
         with closing(plan):
+            if self.eval_dataset is not None and (self.args.evaluate_experts or self.args.eval_on_start):
+                refuse_gguf(
+                    [model.source for model in plan.models], "The experts would be evaluated, too (evaluate_experts)"
+                )
             for note in plan.notes:
                 logger.warning("%s", note)
             self._begin(plan)
@@ -181,7 +186,9 @@ class FisherRaoMerger(CallbackHost):
     def add_expert(self, expert: str, output_dir: str, method: str | None = None) -> Self:
         """Merge one more expert into the merged model, which counts as all it has; return the new model's merger."""
         self._require_merge("add_expert")
-        args = replace(self.args, output_dir=output_dir, method=method or self.args.method, refine_steps=0)
+        method = method or self.args.method
+        # What asks for prompts is left out, as there are none.
+        args = replace(self.args, output_dir=output_dir, method=method, refine_steps=0, fisher=None)
         return type(self)([self.args.output_dir, expert], args, "continual", self.base_model).merge()
 
     def evaluate(

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -45,15 +46,19 @@ def main() -> int:
     root = Path(tempfile.mkdtemp(prefix="frmerge-attack-"))
     site = build_site(root)
     logging.getLogger("hf_frmerge").setLevel(logging.ERROR)  # thousands of notes otherwise
-    attack_file, attack_door = FileAttack(site), DoorAttack(site)
-    names, targets, doors = list(site.merges), list(TARGETS), list(attack_door.doors)
+    names, targets = list(site.merges), list(TARGETS)
+    file_attack, door_attack = cache(lambda: FileAttack(site)), cache(lambda: DoorAttack(site))
+
+    def damage_file(number: int, tally: Tally) -> None:
+        file_attack()(targets[number % len(targets)], rng, tally)
+
+    def open_door(number: int, tally: Tally) -> None:
+        attack = door_attack()
+        doors = list(attack.doors)
+        attack(doors[number % len(doors)], rng, tally)
+
+    # What forks comes first: the others import torch into this process, or watch every file that it opens.
     attacks: list[tuple[str, int, Callable[[int, Tally], None]]] = [
-        ("hostile bytes", options.doors, lambda number, tally: attack_door(doors[number % len(doors)], rng, tally)),
-        (
-            "damaged files",
-            options.files,
-            lambda number, tally: attack_file(targets[number % len(targets)], rng, tally),
-        ),
         (
             "faults",
             options.faults,
@@ -62,9 +67,11 @@ def main() -> int:
         (
             "kills",
             options.kills,
-            lambda number, tally: attack_with_kill(site, names[number % len(names)], rng, 0.3, tally),
+            lambda number, tally: attack_with_kill(site, names[number % len(names)], rng, 0.1, tally),
         ),
         ("pairs of merges", options.pairs, lambda _, tally: attack_with_another(site, rng, 0.2, tally)),
+        ("damaged files", options.files, damage_file),
+        ("hostile bytes", options.doors, open_door),
     ]
     print(f"{'attack':16} {'tried':>7} {'held':>7} {'failed':>7}  seen")
     failures = []
@@ -73,6 +80,7 @@ def main() -> int:
         for index in range(number):
             if time.monotonic() > end:
                 break
+            rng.seed(f"{options.seed} {kind} {index}")  # what it draws does not hang on what others were given
             attack(index, tally)
         seen = ", ".join(f"{count} {what}" for what, count in tally.seen.most_common())
         print(f"{kind:16} {tally.tried:7} {tally.held:7} {tally.tried - tally.held:7}  {seen}", flush=True)

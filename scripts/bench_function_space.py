@@ -11,9 +11,9 @@ Recovery of an expert is (base - merged) / (base - expert) in nats a token on it
 expert learned, 0 none of it. Its standard error comes from the blocks of the text, merged and expert measured on the
 same ones. Every merge runs in a process of its own, whose CPU time and peak memory are printed.
 
-`--refine STEPS` adds each fitted merge once more with a refinement, and `--distil STEPS` two controls that see the
-same prompts but no fit: all weights distilled from the linear merge, and a fresh LoRA of the base
-(`distil_control.py`).
+`--refine STEPS` adds each fitted merge once more with a refinement. `--distil STEPS` adds controls that see the same
+prompts but no fit (`--controls`, `distil_control.py`): all weights distilled from the linear merge, a fresh LoRA of
+the base, and one coefficient for every expert and tensor, as AdaMerging and SAMerging find them.
 
 A merge is not told which expert's text it reads, and so cannot predict its first words as that expert does. What can
 be kept all the same is shown by the Bayesian mixture of the experts: it starts with equal odds, and weighs each expert
@@ -32,6 +32,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,14 @@ finally:
 """
 
 CONTROL = Path(__file__).with_name("distil_control.py")
+
+CONTROLS = {
+    "all": "all weights distilled",
+    "lora": "fresh LoRA distilled",
+    "adamerging": "AdaMerging",
+    "samerging": "SAMerging",
+}
+"""What the control can make, and what its row is called."""
 
 BLOCK = 128
 """Tokens of a block of text; the first is only context."""
@@ -123,11 +132,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--self", nargs="*", type=int, default=[64], dest="own", help="self-written prompts an expert")
     parser.add_argument("--start", default="karcher", help="method the fit starts from")
     parser.add_argument("--baselines", nargs="*", default=[], help="methods that need prompts, as rows beside the fit")
+    parser.add_argument("--fisher", nargs="*", default=[], help="merges without data once more, measured by this")
     parser.add_argument("--seeds", nargs="*", type=int, default=[42], help="seeds of the choice of prompts")
     parser.add_argument("--tokens", type=int, default=20_000, help="test tokens a domain")
     parser.add_argument("--options", nargs="*", default=[], help="further options of the fitted merges, as NAME=VALUE")
     parser.add_argument("--refine", type=int, default=0, help="steps of a refinement; 0 leaves these rows out")
     parser.add_argument("--distil", type=int, default=0, help="steps of the controls; 0 leaves these rows out")
+    parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=list(CONTROLS), help="which controls")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workdir", type=Path, default=Path("bench-function-space"))
     return parser.parse_args()
@@ -146,6 +157,9 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
                 for method in args.baselines:
                     of_method = ("--method", method, *options[2:], *further)
                     rows.append(Merge(f"{method}, {count} {name}, seed {seed}", of_method))
+                for method, form in product(args.methods, args.fisher):
+                    of_method = ("--method", method, *options[2:], f"--fisher={form}")
+                    rows.append(Merge(f"{method} by {form} Fisher, {count} {name}, seed {seed}", of_method))
                 if args.refine:
                     refined = (*options, f"--refine={args.refine}", *further)
                     rows.append(Merge(f"{count} {name}, seed {seed}, refined", refined))
@@ -153,15 +167,15 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
 
 
 def controls(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
-    """List distillations on the same prompts, without a fit."""
+    """List what is trained on the same prompts, without a fit."""
     given = [f"{args.suite / domain}={args.texts / f'{domain}.calibration.jsonl'}" for domain in domains]
     rows = []
     for count in args.prompts if args.distil else ():
         for seed in args.seeds:
             options = ("--base", args.base, f"--prompts={count}", f"--seed={seed}", f"--steps={args.distil}")
-            for kind, name in (("all", "all weights distilled"), ("lora", "fresh LoRA distilled")):
+            for kind in args.controls:
                 options_of = (kind, *options, "--calibration", *given)
-                rows.append(Merge(f"{name}, {count} prompts, seed {seed}", options_of, is_control=True))
+                rows.append(Merge(f"{CONTROLS[kind]}, {count} prompts, seed {seed}", options_of, is_control=True))
     return rows
 
 

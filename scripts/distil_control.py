@@ -1,12 +1,18 @@
 """
-Make a control for a benchmark of fitted merges: a distillation to the same experts on the same prompts, without a fit.
+Make a control for a benchmark of fitted merges: training on the same prompts, with the same experts, without a fit.
 
-    python scripts/distil_control.py all --base BASE --output-dir OUT --calibration EXPERT=FILE ... --steps 100
-    python scripts/distil_control.py lora --base BASE --output-dir OUT --calibration EXPERT=FILE ... --steps 100
+    python scripts/distil_control.py KIND --base BASE --output-dir OUT --calibration EXPERT=FILE ... --steps 100
 
 `all` trains all weights that the experts changed, from their linear merge; `lora` a new LoRA of the base, with factors
-drawn as PEFT draws them. Loss, prompts, optimiser and choice of the best point by held-out distance are those of the
-package's refinement (`--refine`), from another start.
+drawn as PEFT draws them. Both lower KL(expert || merge).
+
+`adamerging` and `samerging` train one coefficient for every expert and tensor, from the linear merge: as AdaMerging
+(2310.02575) for predictions of little entropy, without asking the experts; as SAMerging (2512.21288) for KL at a
+temperature of 2, by sharpness-aware steps. SAMerging's steps are adaptive (coefficients count by their size); as all
+are alike at first, the radius here is its 0.07 times 1/N.
+
+Prompts, optimiser and choice of the best point by held-out distance are those of the package's refinement
+(`--refine`), from another start.
 """
 
 from __future__ import annotations
@@ -15,6 +21,8 @@ import argparse
 import math
 import resource
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,18 +30,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge import MergingArguments
+from hf_frmerge.calibration.blockwise_model import Outputs
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, open_model
 from hf_frmerge.calibration.layers import is_linear
 from hf_frmerge.calibration.prompts import read_prompts, split_prompts
-from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
+from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, corrections_to_refine, read_start
+from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates, coefficients_to_refine
+from hf_frmerge.calibration.refinement.losses import row_losses
 from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.planning.build_plan import build_plan
 
-LEARNING_RATES = {"all": 3e-5, "lora": 1e-3}
+LEARNING_RATES = {"all": 3e-5, "lora": 1e-3, "adamerging": 1e-2, "samerging": 1e-2}
+RHO = 0.07  # of SAMerging
 
 
 def main() -> None:
@@ -43,10 +55,13 @@ def main() -> None:
     blocks = [FittedBlock({}, {}) for _ in sweep.state.model.blocks]
     if args.kind == "all":
         corrections = corrections_to_refine(sweep.state, start, blocks, "dense")
-    else:
+    elif args.kind == "lora":
         corrections = fresh_lora(sweep, start, args.rank, args.seed)
+    else:
+        corrections = coefficients_to_refine(sweep.state, start, blocks)
     rate = args.learning_rate or LEARNING_RATES[args.kind]
-    options = RefineOptions(args.steps, args.loss, rate, args.batch_size, args.seed)
+    rho = RHO / sweep.state.n_experts if args.kind == "samerging" else 0.0
+    options = RefineOptions(args.steps, loss_of(args.kind), rate, args.batch_size, args.seed, rho)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     progress = args.output_dir / "progress.safetensors"
     progress.unlink(missing_ok=True)
@@ -55,18 +70,19 @@ def main() -> None:
         raise SystemExit("The loss is not finite: choose a smaller --learning-rate.")
     progress.unlink()
     print(f"best at step {best.step}: distances {best.distances}")
-    save(args, {name: added(start, best.corrections, name) for name in start})
+    with torch.no_grad():
+        merge = CorrectedMerge(sweep.state, start, best.corrections, ExpertUpdates(sweep.state))
+        save(args, {name: merge.weight(name) for name in start})
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("kind", choices=LEARNING_RATES, help="all weights, or a fresh LoRA")
+    parser.add_argument("kind", choices=LEARNING_RATES, help="what is trained")
     parser.add_argument("--base", required=True, help="folder of the base model")
     parser.add_argument("--calibration", nargs="+", required=True, metavar="EXPERT=FILE", help="experts and prompts")
     parser.add_argument("--prompts", type=int, default=64, help="prompts an expert")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--loss", choices=("kl", "fisher_rao"), default="kl")
     parser.add_argument("--learning-rate", type=float, help=f"default: {LEARNING_RATES}")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts a step")
     parser.add_argument("--rank", type=int, default=16, help="of the fresh LoRA")
@@ -79,7 +95,7 @@ def run_experts(args: argparse.Namespace) -> Sweep:
     """Run experts and start over the prompts that a fit would have, and fit nothing."""
     calibration = dict(item.split("=", 1) for item in args.calibration)
     experts = list(calibration)
-    scale = 1.0 if args.kind == "all" else 0.0  # the base alone
+    scale = 0.0 if args.kind == "lora" else 1.0  # the base alone, or the linear merge
     merging = MergingArguments(
         output_dir=str(args.output_dir), method="linear", space="deltas", scale=scale, adapter_output="merged",
         num_calibration_samples=args.prompts, calibration_batch_size=args.batch_size, seed=args.seed,
@@ -106,6 +122,22 @@ def run_experts(args: argparse.Namespace) -> Sweep:
     return sweep
 
 
+def loss_of(kind: str) -> Callable[[Outputs, Outputs], Tensor]:
+    """Return what a control lowers, for every prediction."""
+    return {"adamerging": entropy, "samerging": softened_kl}.get(kind, partial(row_losses, loss="kl"))
+
+
+def entropy(merged: Outputs, _expert: Outputs) -> Tensor:
+    """Return the entropies of the merge's predictions."""
+    log_q_RV = torch.log_softmax(merged.values, dim=-1)
+    return -(log_q_RV.exp() * log_q_RV).sum(dim=-1)
+
+
+def softened_kl(merged: Outputs, expert: Outputs) -> Tensor:
+    """Return KL(expert || merge) of the predictions at a temperature of 2."""
+    return row_losses(*(Outputs(outputs.values / 2, outputs.is_logits) for outputs in (merged, expert)), loss="kl")
+
+
 def fresh_lora(sweep: Sweep, start: dict[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:
     """Return new factors of every linear layer of the blocks: uniform in ±1/sqrt(inputs) behind it, zero before."""
     generator = torch.Generator().manual_seed(seed)
@@ -119,13 +151,6 @@ def fresh_lora(sweep: Sweep, start: dict[str, Tensor], rank: int, seed: int) -> 
                 factors[f"{parameter}.up"] = torch.zeros(rows, rank)
                 factors[f"{parameter}.down"] = down / math.sqrt(columns)
     return factors
-
-
-def added(start: dict[str, Tensor], corrections: dict[str, Tensor], name: str) -> Tensor:
-    """Return a parameter with what was learned."""
-    if f"{name}.up" in corrections:
-        return start[name] + corrections[f"{name}.up"].float() @ corrections[f"{name}.down"].float()
-    return start[name] + corrections[name].float() if name in corrections else start[name]
 
 
 def save(args: argparse.Namespace, weights: dict[str, Tensor]) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -60,7 +60,7 @@ MOST_PARAMETERS = 10_000_000
 # Key of a config -> the value in a tiny one, if that is smaller. The first pattern that fits the whole key counts.
 TINY: tuple[tuple[str, int], ...] = (
     (r"num_feat_extract_layers", 100),  # as many as there are entries in the lists of its convolutions
-    (r"vocab_size|.*_vocab_size", 120),
+    (r"vocab_size.*|.*_vocab_size", 120),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|n_routed_experts|num_experts_per_layer", 4),
     (r".*(per_tok|_top_?k|experts_per_token)", 2),
     (r"n_group|topk_group|n_shared_experts", 1),
@@ -84,6 +84,91 @@ DROPPED = (
     "intermediate_size", "num_attention_heads_per_layer", "kv_source_layers", "out_features", "out_indices",
     "stage_names", "per_layer_config",
 )  # fmt: skip
+# Settings of several of the types below.
+HGNET = {
+    "stem_channels": [3, 8, 16], "stage_in_channels": [16, 32, 32, 32], "stage_mid_channels": [8] * 4,
+    "stage_out_channels": [32] * 4, "hidden_sizes": [32] * 4, "stage_num_blocks": [1] * 4,
+    "stage_numb_of_layers": [2] * 4,
+}  # fmt: skip
+DETECTOR = {
+    "backbone_config": {**HGNET, "out_features": ["stage2", "stage3", "stage4"]}, "encoder_in_channels": [32] * 3,
+    "decoder_in_channels": [32] * 3,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+COMPASS = {"rope_parameters": {"full_attention": ROPE}}
+GEMMA3N = {"activation_sparsity_pattern": [0.0, 0.0], "num_kv_shared_layers": 0}
+TOKENIZER = {"num_filters": 2, "hidden_size": 16, "depths": [1] * 7}
+VQ = {"base_channels": 32, "num_embeddings": 64, "embed_dim": 16, "latent_channels": 16, "channel_multiplier": [1, 1]}
+WORDS = {"vocabulary_map": {"<image>": 1, "<|extra_200|>": 2}}
+XLM = {"emb_dim": 32}
+ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
+# Type of model, or class -> what its tiny config says beside, where sizes depend on each other or have other names.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA,
+    "bit": {"num_groups": 4, "embedding_size": 32},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "chameleon": {**WORDS, "vq_config": VQ},
+    "cohere_compass": {"text_config": COMPASS},
+    "cohere_compass_text": COMPASS,
+    "cosmos3_edge": {"text_config": {"rope_parameters": {"mrope_section": [4, 2, 2]}}},
+    "cvt": {"embed_dim": [8, 12, 16], "depth": [1, 2, 3]},
+    "d_fine": DETECTOR,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "deimv2": DETECTOR,
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 64},
+    "emu3": {**WORDS, "vq_config": VQ},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}}},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
+    "flaubert": XLM,
+    "florence2": {
+        "vision_config": {"embed_dim": [8, 16, 32, 64], "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4}
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "gemma3n": {"text_config": GEMMA3N},
+    "gemma3n_text": GEMMA3N,
+    "glm5_next": {"text_config": {"index_topk": 2, "index_kpool": 2}},
+    "granitemoehybrid": MAMBA,
+    "hgnet_v2": HGNET,
+    "janus": {"vq_config": VQ},
+    "kyutai_speech_to_text": {
+        "codec_config": {
+            "upsample_groups": 32, "num_filters": 4, "codebook_size": 32, "codebook_dim": 16,
+            "vector_quantization_hidden_dimension": 16,
+        }
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lw_detr": {
+        "projector_scale_factors": [1.0],
+        "backbone_config": {"num_windows": 4, "num_windows_side": 2, "image_size": 64},
+    },
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "mobilebert": {"embedding_size": 16},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "moonshine_streaming": {"num_key_value_heads": 2},
+    "perceiver": {
+        "num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1,
+        "num_cross_attention_heads": 1,
+    },
+    "pp_doclayout_v2": DETECTOR,
+    "pp_doclayout_v3": DETECTOR,
+    "pp_doclayout_v4": DETECTOR,
+    "recurrent_gemma": {"lru_width": 32},
+    "reformer": {
+        "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "feed_forward_size": 48,
+        "attn_layers": ["local", "lsh"],
+    },
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "textnet": {"hidden_sizes": [16] * 5, "stem_out_channels": 16},
+    "vibevoice": {"audio_config": TOKENIZER, "semantic_model_config": TOKENIZER},
+    "vibevoice_asr": {"acoustic_tokenizer_encoder_config": TOKENIZER, "semantic_tokenizer_encoder_config": TOKENIZER},
+    "xlm": XLM,
+    "zamba": ZAMBA,
+    "zamba2": {**ZAMBA, "n_mamba_heads": 2, "mamba_headdim": 32, "mamba_d_state": 8, "hybrid_layer_ids": [1, 3]},
+}  # fmt: skip
 NEEDED = ("head_dim", "num_key_value_heads", "vocab_size")  # some classes cannot do without, though their configs do
 
 
@@ -107,7 +192,7 @@ def tiny_dict(values: dict[str, Any]) -> dict[str, Any]:
             tiny[key] = [1] * len(value)
         elif isinstance(value, list) and key in ("hidden_sizes", "embed_dims", "encoder_hidden_sizes"):
             tiny[key] = [32 << place for place in range(len(value))]
-        elif isinstance(value, bool) or not isinstance(value, int):
+        elif isinstance(value, bool) or not isinstance(value, int) or not isinstance(key, str):
             tiny[key] = value
         elif key.endswith("token_id"):
             tiny[key] = min(value, 100) if value is not None else None
@@ -117,11 +202,24 @@ def tiny_dict(values: dict[str, Any]) -> dict[str, Any]:
     return tiny
 
 
-def tiny_config(config_class: type) -> Any:
-    """Return a config of a tiny model: the defaults of the class, with smaller sizes."""
-    return config_class(
-        **{key: value for key, value in tiny_dict(config_class().to_dict()).items() if key != "model_type"}
-    )
+def tiny_config(config_class: Any, model_class: Any) -> Any:
+    """Return a config of a tiny model: the defaults of the class, with smaller sizes and with its `SETTINGS`."""
+    own = SETTINGS.get(config_class.model_type, {}) | SETTINGS.get(model_class.__name__, {})
+    settings = with_settings(tiny_dict(config_class().to_dict()), own)
+    config = config_class(**{key: value for key, value in settings.items() if key != "model_type"})
+    # A class may be that of a part: the language model of a vision-language model.
+    parts = [config, *(getattr(config, name) for name in config.sub_configs)]
+    return next((part for part in parts if isinstance(part, model_class.config_class)), config)
+
+
+def with_settings(tiny: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with some settings replaced, in the configs nested in it, too."""
+    nested = {
+        key: with_settings(tiny[key], value)
+        for key, value in own.items()
+        if isinstance(tiny.get(key), dict) and isinstance(value, dict)
+    }
+    return {**tiny, **own, **nested}
 
 
 def classes() -> dict[str, tuple[type, type]]:
@@ -144,13 +242,13 @@ class LeftOut(Exception):
 def build(model_class: type, config_class: type) -> Any:
     """Return a tiny model of a class."""
     try:
-        config = tiny_config(config_class)
+        config = tiny_config(config_class, model_class)
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in model_class(config).parameters())
         if size > MOST_PARAMETERS:
             raise LeftOut(f"its config gives {size:,} parameters at least")
         torch.manual_seed(0)
-        return model_class(tiny_config(config_class)).float().eval()
+        return model_class(tiny_config(config_class, model_class)).float().eval()
     except LeftOut:
         raise
     except Exception as error:
@@ -215,16 +313,22 @@ def save_base_and_adapters(model: Any, folder: Path) -> list[dict[str, torch.Ten
         targets = linear_layers(type(model).from_pretrained(folder / "base"))
         folded = []
         for number in range(2):
-            adapted = get_peft_model(
-                type(model).from_pretrained(folder / "base"), LoraConfig(r=2, lora_alpha=3, target_modules=targets)
+            adapted, double = (
+                get_peft_model(
+                    type(model).from_pretrained(folder / "base", dtype=dtype),
+                    LoraConfig(r=2, lora_alpha=3, target_modules=targets),
+                    autocast_adapter_dtype=False,
+                )
+                for dtype in (torch.float32, torch.float64)
             )
             generator = torch.Generator().manual_seed(number + 1)
             for name, parameter in adapted.named_parameters():
                 if "lora_" in name:
                     parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
             adapted.save_pretrained(folder / f"a{number}")
-            double = type(model).from_pretrained(folder / "base", dtype=torch.float64)
-            whole = PeftModel.from_pretrained(double, folder / f"a{number}").double().merge_and_unload()
+            # In memory: of some classes PEFT does not load all that it saves.
+            double.load_state_dict(adapted.state_dict())
+            whole = double.double().merge_and_unload()
             folded.append({name: tensor.clone() for name, tensor in whole.state_dict().items()})
     except Exception as error:
         text = f"transformers or PEFT cannot make adapters of it: {type(error).__name__}: {error}"
@@ -289,7 +393,7 @@ def main() -> int:
     known = classes()
     tried = args.log.read_text().splitlines() if args.log is not None and args.log.exists() else []
     passed_over = {line.split("\t")[1] for line in tried}
-    chosen = [name for name in args.only or sorted(known) if name not in passed_over]
+    chosen = [name for name in args.only or known if name not in passed_over]
     counts: dict[str, int] = {}
     started = time.monotonic()
     for name in chosen:

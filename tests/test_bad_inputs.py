@@ -354,13 +354,11 @@ ROWS: dict[str, Row] = {
         "`torch.load(weights_only=True)` finds them, which runs none of the code it may name."),
     "weights without a config": row(MERGE, remove("code/config.json"),
         says="'code' has weights but no config.json. Add the one of its model class."),
-    "a GGUF file": row(MERGE, rename("code/model.safetensors", "code/model-q4.gguf"),
-        says="'code' has GGUF weights only (model-q4.gguf). Let transformers dequantise it once (with the gguf "
-        "package):\n    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig\n"
-        '    folder, name = "ITS FOLDER", "model-q4.gguf"\n    config = GgufConfig(dequantize=True)\n'
-        "    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, quantization_config=config)\n"
-        '    model.save_pretrained("converted")\n'
-        '    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("converted")'),
+    "a file that is called GGUF": row(MERGE, rename("code/model.safetensors", "code/model-q4.gguf"),
+        says="'code': model-q4.gguf is not a GGUF file: it does not begin with GGUF. Download it again."),
+    "several GGUF files": row(MERGE, rename("code/model.safetensors", "code/q4.gguf"), write("code/q8.gguf", "GGUF"),
+        says="'code' holds 2 GGUF files that may each be a model. Pass the one you mean: 'code/q4.gguf' or "
+        "'code/q8.gguf'."),
     "a folder of checkpoints": row(
         "merge math runs --output-dir out",
         lambda: shutil.copytree("code", "runs/checkpoint-10"),

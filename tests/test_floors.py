@@ -31,7 +31,7 @@ ROOMS = {
         ["modules_file"],
         ["lock", "local_folder", "remote_folder"],
         ["source"],
-        ["hub"],
+        ["hub", "gguf"],
         ["folders"],
         ["resolve"],
         ["names"],

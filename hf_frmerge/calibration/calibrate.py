@@ -9,10 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
-from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.block_files import BlockFiles
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
@@ -21,16 +18,27 @@ from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.equations import check_form, equations_of, settings_of, why_no_table
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
-from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, is_silent, open_runnable, prompts_of, tokenizer_of
+from hf_frmerge.calibration.inputs import (
+    batches_of,
+    counts_of,
+    digest_of,
+    fitted_and_held_out,
+    is_silent,
+    open_runnable,
+    prompts_of,
+    tokenizer_of,
+)
 from hf_frmerge.calibration.into_adapter import correction_rank, transposed_tensors
 from hf_frmerge.calibration.kept_files import RECORD_FILE, read_record, write_record
 from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.neutral import measure_neutral
-from hf_frmerge.calibration.prompts import Prompts, split_prompts
+from hf_frmerge.calibration.prompts import Prompts
+from hf_frmerge.calibration.refinement.expert_updates import fitted_coefficients, write_table
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
 from hf_frmerge.calibration.streams import Batch
-from hf_frmerge.calibration.sweep import FittedBlock, Sweep
+from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
+from hf_frmerge.calibration.whitening import whiten
 from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.load import load_kernels
@@ -38,7 +46,6 @@ from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.engine.journal import fingerprint
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.choose_method import with_start
-from hf_frmerge.merging.planning.coefficient_table import write_coefficients
 from hf_frmerge.merging.planning.corrections import CalibrationRecord, Form, RefinementRecord, nearest_start
 from hf_frmerge.methods.table import METHODS
 
@@ -73,6 +80,8 @@ def prepare(
     check_form(plan)
     tokenizer = tokenizer_of(plan, whole, processing_class)
     read = prompts_of(plan, model, calibration, tokenizer)
+    if plan.args.fisher is not None:
+        return lambda staging, processes: whiten(plan, whole, model, read(processes), staging, processes)
     by_base = tokenizer if measures_base_text else None
     return lambda staging, processes: calibrate(plan, whole, model, read(processes), staging, processes, by_base)
 
@@ -119,12 +128,7 @@ def calibrate(
         ResumeError: If the folder holds a calibration with other arguments.
     """
     started = time.process_time()
-    fitted, held_out = split_prompts(prompts, HELD_OUT, plan.args.seed)
-    if not held_out:
-        raise ArgumentError(
-            "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
-            "expert help already, 64 are better."
-        )
+    fitted, held_out = fitted_and_held_out(plan, prompts)
     starts = None
     if plan.chooses_method:
         judged = batches_of(plan, model, (), held_out)
@@ -183,11 +187,11 @@ def calibrate(
     is_readable = plan is whole or not transposed_tensors(whole)
     neutral = measure_neutral(whole, model, tokenizer, staging) if is_readable else None
     record = CalibrationRecord(
-        prompts=_counts(plan, fitted),
-        held_out=_counts(plan, held_out),
+        prompts=counts_of(plan, fitted),
+        held_out=counts_of(plan, held_out),
         tokens=sum(len(ids) for p in prompts for ids in p.token_ids),
         source=prompts[0].source,
-        digest=_digest(prompts),
+        digest=digest_of(prompts),
         options={
             **settings,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -221,29 +225,18 @@ def _write_best(
     if plan.args.refine_steps or form == "table":
         blocks = [files.read(index, sweep.tensors(index)) for index in range(n_blocks)]
         found = [block for block in blocks if block is not None]
-    if form == "table":
-        write_coefficients(staging, _coefficients(sweep, found), whole.space)
     if plan.args.refine_steps:
         form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
     if refinement is None or not refinement.best_step:
-        if transposed is None or form == "start":
+        if form == "table":
+            write_table(sweep.state, fitted_coefficients(sweep.state, found), staging)
+        elif transposed is None or form == "start":
             files.join(n_blocks, form)
         else:
             files.join_for_adapter(n_blocks, transposed)
     files.remove(n_blocks)
     remove_file(staging / PROGRESS_FILE)
     return form, refinement
-
-
-def _coefficients(sweep: Sweep, blocks: Sequence[FittedBlock]) -> dict[str, NDArray[np.float64]]:
-    """Return the coefficients of all tensors in the table form."""
-    reader = sweep.state.reader
-    found = {
-        f"{name}.{key}": change_RN
-        for name, block in zip(sweep.state.model.blocks, blocks)
-        for key, change_RN in block.coefficients.items()
-    }
-    return {reader.tensors[name]: reader.coefficients(name, change_RN) for name, change_RN in found.items()}
 
 
 def _own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:
@@ -265,12 +258,3 @@ def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> No
             "changes will stay small.",
             n_tokens, widest, widest - n_tokens,
         )  # fmt: skip
-
-
-def _counts(plan: MergePlan, prompts: Sequence[Prompts]) -> tuple[int, ...]:
-    by_expert = {one.expert: len(one.token_ids) for one in prompts}
-    return tuple(by_expert.get(expert, 0) for expert in range(len(plan.experts)))
-
-
-def _digest(prompts: Sequence[Prompts]) -> str:
-    return xxh3_128_hexdigest("".join(one.digest for one in prompts).encode())

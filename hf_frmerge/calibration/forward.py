@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,11 @@ from torch import Tensor
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs
 from hf_frmerge.calibration.held_out import outputs_of, squared_distance
 from hf_frmerge.calibration.streams import Batch
+from hf_frmerge.calibration.weights import WeightReader
+from hf_frmerge.kernels.load import load_kernels
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.planning.plan import MergePlan
 
 
 @dataclass(frozen=True)
@@ -73,3 +80,38 @@ def mean_squared_distance(one: ForwardPass, other: ForwardPass) -> float:
     """Return the mean over all outputs of two models on the same batches, in rad²; see `squared_distance`."""
     distances = [squared_distance(*pair) for pair in zip(one.outputs(), other.outputs())]
     return float(torch.cat(distances).mean())
+
+
+def merge_distances(
+    plans: Mapping[str, MergePlan], model: BlockwiseModel, batches: Sequence[Batch]
+) -> dict[str, tuple[float | None, ...]]:
+    """
+    Return by merge the mean squared distance to every expert on its prompts; `None` where it has none.
+
+    Experts and merges run one after another; one block of one of them is in memory at a time.
+
+    Args:
+        plans: Plans of merges of the same experts into whole models, by name.
+        model: Modules of the models.
+        batches: Prompts to judge by.
+    """
+    first = next(iter(plans.values()))
+    kernels = load_kernels(first.args.device)
+    reader = WeightReader(first, kernels, model.model)
+    own = [[batch for batch in batches if batch.expert == expert] for expert in range(len(first.experts))]
+    experts = {
+        index: run_forward(model, partial(reader.expert, index), prompts)
+        for index, prompts in enumerate(own)
+        if prompts
+    }
+    every = [batch for prompts in own for batch in prompts]
+    found: dict[str, tuple[float | None, ...]] = {}
+    for name, plan in plans.items():
+        merged = run_forward(model, WeightReader(plan, kernels, model.model).start, every)
+        place, row = 0, []
+        for index, prompts in enumerate(own):
+            part = merged.part(place, len(prompts))
+            row.append(mean_squared_distance(part, experts[index]) if prompts else None)
+            place += len(prompts)
+        found[name] = tuple(row)
+    return found

@@ -7,13 +7,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.fits.equations import check_experts
 from hf_frmerge.calibration.into_adapter import as_whole_model
-from hf_frmerge.calibration.prompts import Prompts, leading_tokens, read_prompts, with_more_beginnings
+from hf_frmerge.calibration.prompts import (
+    Prompts,
+    leading_tokens,
+    read_prompts,
+    split_prompts,
+    with_more_beginnings,
+)
 from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
@@ -35,6 +43,7 @@ def open_runnable(plan: MergePlan) -> tuple[MergePlan, BlockwiseModel]:
 
     Raises:
         ArgumentError: If they cannot be run block by block.
+        CheckpointError: If one is a GGUF file.
     """
     if plan.vocabulary is not None:
         raise ArgumentError(
@@ -47,6 +56,7 @@ def open_runnable(plan: MergePlan) -> tuple[MergePlan, BlockwiseModel]:
             f"A calibrated merge runs its models, so they must be on this machine, but {some(remote)} is read from "
             "elsewhere. Leave out --stream-from-hub (stream_from_hub), or copy the files here."
         )
+    refuse_gguf([one.source for one in plan.models], "A calibrated merge runs its models")
     pairs = [one.spec for one in plan.models if one.source.adapter is not None]
     if pairs:
         raise ArgumentError(
@@ -135,6 +145,30 @@ def _self_written(plan: MergePlan, tokenizer: Any, processes: Processes) -> tupl
     )
     of_all = processes.gather([replace(prompts, expert=number) for number, prompts in zip(own, written)])
     return tuple(sorted(of_all, key=lambda prompts: prompts.expert))
+
+
+def fitted_and_held_out(
+    plan: MergePlan, prompts: Sequence[Prompts]
+) -> tuple[tuple[Prompts, ...], tuple[Prompts, ...]]:
+    """Return the prompts that a merge is made by, and those that judge it; raise `ArgumentError` if none can."""
+    fitted, held_out = split_prompts(prompts, HELD_OUT, plan.args.seed)
+    if not held_out:
+        raise ArgumentError(
+            "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
+            "expert help already, 64 are better."
+        )
+    return fitted, held_out
+
+
+def counts_of(plan: MergePlan, prompts: Sequence[Prompts]) -> tuple[int, ...]:
+    """Return the number of prompts of every expert."""
+    by_expert = {one.expert: len(one.token_ids) for one in prompts}
+    return tuple(by_expert.get(expert, 0) for expert in range(len(plan.experts)))
+
+
+def digest_of(prompts: Sequence[Prompts]) -> str:
+    """Return the XXH3-128 of all token ids."""
+    return xxh3_128_hexdigest("".join(one.digest for one in prompts).encode())
 
 
 def batches_of(

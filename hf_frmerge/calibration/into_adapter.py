@@ -29,13 +29,13 @@ def as_whole_model(plan: MergePlan) -> MergePlan:
             "calibration_form='dense' has a number for every weight, which no adapter can hold. Use "
             "calibration_form='low_rank', or adapter_output='merged'."
         )
-    if args.adapter_energy is not None or correction_rank(plan) < 1:
+    if args.fisher is None and (args.adapter_energy is not None or correction_rank(plan) < 1):
         most = max(sum(_ranks(plan, step.name)) for step in plan.steps)
         raise ArgumentError(
             "A calibrated adapter holds its experts' factors and beside them the corrections, so its rank is more "
             f"than {most} here. Leave out adapter_energy, and set adapter_rank above {most} or leave it out."
         )
-    args = replace(args, adapter_output="merged", adapter_rank=None)
+    args = replace(args, adapter_output="merged", adapter_rank=None, adapter_energy=None)
     return build_plan([expert.spec for expert in plan.experts], args, plan.weights, plan.base.spec)
 
 

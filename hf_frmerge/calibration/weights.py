@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,22 @@ class WeightReader:
             values = values + product(left, right).reshape(-1)
         return _tensor(values, step)
 
+    def factors(self, index: int, parameter: str) -> tuple[Tensor, Tensor] | None:
+        """
+        Return factors `(rows, k)` and `(k, columns)` of what an adapter adds to a merged parameter, float32.
+
+        Returns:
+            `None` for a full model; of an adapter that leaves the parameter alone, factors with k = 0.
+        """
+        step = self._steps[parameter]
+        inputs = open_tensors(self._plan, step)
+        if index in inputs.dense:
+            return None
+        if index not in inputs.low_rank:
+            return torch.zeros(step.numel // step.cols, 0), torch.zeros(0, step.cols)
+        left, right = inputs.low_rank[index].factors()
+        return torch.from_numpy(left), torch.from_numpy(right)
+
     def base(self, parameter: str) -> Tensor | None:
         """Return the base model's values; `None` if the merge has no base."""
         step = self._steps[parameter]
@@ -121,6 +138,32 @@ class WeightReader:
         if base is None or base.checkpoint is None or step.name not in base.checkpoint.tensors:
             return None
         return _tensor(_read(StoredTensor(base.checkpoint, base.checkpoint.tensors[step.name]), step), step)
+
+    def operands(self, parameter: str) -> tuple[list[Tensor], bool]:
+        """
+        Return what the Gram matrix of a merged tensor is of, and whether the base is the first of it.
+
+        That is the base, or the first expert where the merge needs no base, and the differences of the experts, or the
+        other ones, to it; float64, `(numel,)`. Deltas of adapters are products of their factors, without the rounding
+        of a sum with the base.
+        """
+        step = self._steps[parameter]
+        inputs = open_tensors(self._plan, step)
+        first = _read(inputs.base if inputs.base is not None else inputs.dense[0], step).astype(np.float64)
+        found = [first]
+        for index in range(0 if inputs.has_base else 1, inputs.n_experts):
+            if index in inputs.dense:
+                found.append(np.subtract(_read(inputs.dense[index], step), first, dtype=np.float64))
+            elif index in inputs.low_rank:
+                left, right = inputs.low_rank[index].factors()
+                found.append(product(left, right).reshape(-1).astype(np.float64))
+            else:
+                found.append(np.zeros_like(first))
+        return [torch.from_numpy(values) for values in found], inputs.has_base
+
+    def step(self, parameter: str) -> TensorStep:
+        """Return what is planned for a parameter's tensor."""
+        return self._steps[parameter]
 
     def start(self, parameter: str) -> Tensor:
         """Return the merge without data, as the engine computes it."""
@@ -135,6 +178,10 @@ class WeightReader:
             apply(inputs, decision, self._kernels, piece, out[piece.start * 4 : piece.stop * 4], "F32")
         inputs.release(Piece(0, step.numel, 0, step.n_blocks))
         return _tensor(out.view(np.float32), step)
+
+    def coefficient_table(self, changes: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+        """Return tensor -> its coefficients, with what a fit adds to those of parameters; see `coefficients`."""
+        return {self.tensors[name]: self.coefficients(name, change_RN) for name, change_RN in changes.items()}
 
     def coefficients(self, parameter: str, change_RN: Tensor) -> NDArray[np.float64]:
         """
@@ -165,7 +212,7 @@ class WeightReader:
 def _read(tensor: DenseTensor, step: TensorStep) -> NDArray[np.float32]:
     """Copy a tensor, and unmap its pages: of all blocks together they are the whole model."""
     operand = tensor.read(0, step.numel)
-    values = widen(operand.data, operand.dtype).astype(np.float32)
+    values = widen(operand.data, operand.dtype).astype(np.float32, copy=False)  # widen copies
     release([mapped] if (mapped := tensor.mapped(0, step.numel)) is not None else [])
     return values
 

@@ -11,6 +11,7 @@ from typing import Any
 _MAX_DEPTH = 100
 # float64 ends at 309 digits. To convert millions of them takes minutes.
 _MAX_DIGITS = 1000
+_MANY_DIGITS = re.compile(rb"(?<!\d)\d{%d}" % (_MAX_DIGITS + 1))
 # Only these escapes can make a character that no file can hold: half of a surrogate pair.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -26,9 +27,11 @@ def parse_json(content: bytes, *, finite: bool = False) -> Any:
     Raises:
         ValueError: If it is no JSON or goes beyond these bounds; the message ends a sentence.
     """
-    refuse: dict[str, Any] = {"parse_constant": _refuse_constant} if finite else {}
+    hooks: dict[str, Any] = {"parse_constant": _refuse_constant} if finite else {}
+    if _MANY_DIGITS.search(content):  # a number or a part of a text; a call for every number of a header takes long
+        hooks["parse_int"] = _integer
     try:
-        value = json.loads(content.decode(), object_pairs_hook=_without_duplicates, parse_int=_integer, **refuse)
+        value = json.loads(content.decode(), object_pairs_hook=_without_duplicates, **hooks)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from error
     except RecursionError:
@@ -63,10 +66,10 @@ def _refuse_constant(name: str) -> None:
 def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(_MAX_DEPTH):
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
-        if not inner:
+        level = [item for item in level if type(item) in (dict, list)]  # the only ones that JSON has
+        if not level:
             return
-        level = [item for items in inner for item in items]
+        level = [item for holder in level for item in (holder.values() if type(holder) is dict else holder)]
     raise _too_deep()
 
 

@@ -11,7 +11,7 @@ from shlex import quote
 
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
-from hf_frmerge.checkpoints.source import Source, check_name, convert_gguf, is_on_hub, source_of
+from hf_frmerge.checkpoints.source import GGUF_SUFFIX, Source, check_name, gguf_source, is_on_hub, source_of
 from hf_frmerge.errors import CheckpointError, HubError
 from hf_frmerge.visible import without_secrets
 
@@ -38,7 +38,8 @@ def resolve(
 
     Args:
         spec (`str`):
-            Local folder, fsspec URL (`s3://bucket/model`), or Hub id (`org/name`, `name`, `org/name@revision`).
+            Local folder or GGUF file, fsspec URL (`s3://bucket/model`), or Hub id (`org/name`, `name`,
+            `org/name@revision`).
         token (`str` or `bool`, *optional*):
             Hub token; by default the one `hf auth login` stored, `False` for none.
         download (`bool`, *optional*, defaults to `True`):
@@ -66,8 +67,8 @@ def resolve(
     # A local folder goes before a Hub id of the same name, as in `from_pretrained`.
     if path.is_dir():
         return source_of(LocalFolder(str(path)), spec, str(path), allow_pickle=allow_pickle)
-    if path.suffix == ".gguf" and path.is_file():
-        raise CheckpointError(f"{spec!r} is a GGUF file. {convert_gguf(path.name)}")
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return gguf_source(path, spec)
     if path.exists():
         raise CheckpointError(f"{spec!r} is a file. Pass the folder that holds it, with its config.json.")
     hub_id = _HUB_ID.fullmatch(spec)

@@ -28,12 +28,14 @@ class WeightFiles:
 SAFETENSORS = WeightFiles("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 PICKLES = WeightFiles("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 WEIGHTS = (SAFETENSORS.single, SAFETENSORS.index)
+GGUF_SUFFIX = ".gguf"
 
 HUB_SCHEME = "hub://"
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _CACHED = re.compile(r"(?:.*[/\\])?models--(?P<repo>[\w.-]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})[/\\]*")
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _CONVERT_GGUF = (
@@ -44,6 +46,10 @@ _CONVERT_GGUF = (
     "    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, quantization_config=config)\n"
     '    model.save_pretrained("converted")\n'
     '    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained("converted")'
+)
+_GGUF_ELSEWHERE = (
+    "{spec!r} has GGUF weights only, which are read from files on this machine. Fetch the one you want (from the Hub "
+    "with `hf download {repo} {name} --local-dir FOLDER`), and pass it: FOLDER/{name}."
 )
 _ALLOW_PICKLE = (
     "A pickle can run code when it is opened, so it is left alone unless you ask: with --allow-pickle (allow_pickle) "
@@ -56,11 +62,12 @@ class Source:
     """
     Location of one checkpoint.
 
-    `spec` is what the user wrote, without the password of a URL. `path` is a local folder, a URL, or
-    `hub://org/name@commit` for a Hub checkpoint that is not on this machine. For a Hub checkpoint `repo_id`, the
-    requested `revision` (None: the default branch) and the `commit` it resolved to are set. `is_pickled` says that its
-    weights are pickles, which the user has allowed. A full model that is to be read with an adapter on it
-    (`base+adapter`) has the `adapter`; all else is about the model.
+    `spec` is what the user wrote, without the password of a URL. `path` is a local folder, a URL,
+    `hub://org/name@commit` for a Hub checkpoint that is not on this machine, or a GGUF file (the first one, of a model
+    that is split), which then `is_gguf`. For a Hub checkpoint `repo_id`, the requested `revision` (None: the default
+    branch) and the `commit` it resolved to are set. `is_pickled` says that its weights are pickles, which the user has
+    allowed. A full model that is to be read with an adapter on it (`base+adapter`) has the `adapter`; all else is
+    about the model.
     """
 
     spec: str
@@ -71,6 +78,7 @@ class Source:
     commit: str | None = None
     is_pickled: bool = False
     adapter: Source | None = None
+    is_gguf: bool = False
 
     @property
     def parts(self) -> tuple[Source, ...]:
@@ -80,6 +88,8 @@ class Source:
     @property
     def weight_files(self) -> WeightFiles:
         """Names that the files of its weights may have."""
+        if self.is_gguf:
+            return replace(SAFETENSORS, single=Path(self.path).name)
         return PICKLES if self.is_pickled else SAFETENSORS
 
 
@@ -123,9 +133,35 @@ def name_of(source: Source) -> tuple[str, str | None]:
     return cached_hub_id(path) or (path, None)
 
 
-def convert_gguf(name: str) -> str:
-    """Say how to make a model of a GGUF file."""
-    return _CONVERT_GGUF.format(name=name)
+def gguf_source(path: Path, spec: str) -> Source:
+    """Return the source of a model in a local GGUF file; of a model that is split, any of its files stands for all."""
+    return Source(spec, "full", str(path.with_name(gguf_parts(path.name)[0])), is_gguf=True)
+
+
+def gguf_parts(name: str) -> list[str]:
+    """Return the names of all files of the model that a GGUF file belongs to, in order."""
+    split = _SPLIT.fullmatch(name)
+    if split is None:
+        return [name]
+    stem, _, count = split.groups()
+    return [f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, max(1, int(count)) + 1)]
+
+
+def refuse_gguf(sources: Iterable[Source], purpose: str = "An evaluation runs its models") -> None:
+    """
+    Raise if a model is a GGUF file, which can be merged, but not run.
+
+    Args:
+        sources: The models.
+        purpose: What they would be run for, as the beginning of a sentence.
+
+    Raises:
+        CheckpointError: With code that makes a model of the file.
+    """
+    for source in sources:
+        if source.is_gguf:
+            name = Path(source.path).name
+            raise CheckpointError(f"{purpose}, and {source.spec!r} is a GGUF file. {_CONVERT_GGUF.format(name=name)}")
 
 
 def source_of(
@@ -156,10 +192,26 @@ def source_of(
                 return Source(spec, kind, path, repo_id, revision, commit, files is PICKLES)
         if folder.exists(_ADAPTER_CONFIG):
             raise _no_adapter(spec, folder.exists(PICKLES.adapter))
-        names, below = _names(folder), _models_below(folder)
+        names, below = list(_names(folder)), _models_below(folder)
     except OSError as error:
         raise CheckpointError(f"{spec!r} could not be opened: {error}.") from error
-    raise _no_weights(spec, names, below)
+    ggufs = [name for name in names if name.endswith(GGUF_SUFFIX)]
+    if not ggufs or any(name.endswith((".safetensors", *_PICKLE_SUFFIXES)) for name in names):
+        raise _no_weights(spec, names, below)
+    if "://" in folder.path or repo_id is not None:
+        raise CheckpointError(_GGUF_ELSEWHERE.format(spec=spec, repo=repo_id or "ORG/NAME", name=ggufs[0]))
+    return gguf_source(Path(path, _only_model(ggufs, spec, path)), spec)
+
+
+def _only_model(ggufs: Iterable[str], spec: str, path: str) -> str:
+    """Return the file of the one model in a folder of GGUF files."""
+    models = list(dict.fromkeys(gguf_parts(name)[0] for name in sorted(ggufs)))
+    if len(models) > 1:
+        raise CheckpointError(
+            f"{spec!r} holds {len(models)} GGUF files that may each be a model. Pass the one you mean: "
+            f"{_either(str(Path(path, name)) for name in models)}."
+        )
+    return models[0]
 
 
 def _kind_of(folder: LocalFolder | RemoteFolder, spec: str, files: WeightFiles) -> Literal["full", "adapter"] | None:
@@ -231,13 +283,9 @@ def _names(folder: LocalFolder | RemoteFolder) -> Iterable[str]:
         raise
 
 
-def _no_weights(spec: str, names: Iterable[str], below: Sequence[str]) -> CheckpointError:
-    names = list(names)
+def _no_weights(spec: str, names: Sequence[str], below: Sequence[str]) -> CheckpointError:
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"]
     others = [name for name in names if name.endswith(".safetensors")]
-    ggufs = sorted(name for name in names if name.endswith(".gguf"))
-    if ggufs and not others and not pickles:
-        return CheckpointError(f"{spec!r} has GGUF weights only ({', '.join(ggufs[:3])}). {convert_gguf(ggufs[0])}")
     if {PICKLES.single, PICKLES.index} & set(names):
         return CheckpointError(f"{spec!r} has pickle weights only ({', '.join(pickles[:3])}). {_ALLOW_PICKLE}")
     if pickles:

@@ -39,6 +39,7 @@ MEAN = {
         "seed",
         "descent_steps",
         "off_diagonal",
+        "fisher",
         "fisher_labels",
         "merged_before",
         "layer_scales",
@@ -59,6 +60,7 @@ CALIBRATION = {
         "refine_steps",
         "refine_loss",
         "refine_learning_rate",
+        "refine_rho",
     )
 }
 CURVATURE = {

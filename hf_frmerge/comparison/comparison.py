@@ -18,6 +18,7 @@ from hf_frmerge.checkpoints.disk import make_folder, remove_folder
 from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.lock import sole_writer
 from hf_frmerge.checkpoints.resolve import resolve_all
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.comparison.bench import Bench, Trial
 from hf_frmerge.comparison.candidates import (
@@ -34,19 +35,17 @@ from hf_frmerge.comparison.command import merge_command
 from hf_frmerge.comparison.evaluator import Evaluator
 from hf_frmerge.comparison.fitter import FIT_OPTIONS, Fitter
 from hf_frmerge.comparison.merged_model import MergedModel
+from hf_frmerge.comparison.reading import find_processing_class, what_models_read
 from hf_frmerge.comparison.ready import ready_cells
 from hf_frmerge.comparison.record import method_result, save_table
 from hf_frmerge.comparison.texts import SPLITS, digest_of, split_texts
 from hf_frmerge.comparison.yardstick import standings
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.evaluation.comparison_record import ComparisonRecord, save_comparison
-from hf_frmerge.evaluation.measures.classification import is_classifier
 from hf_frmerge.evaluation.models.identity import model_identity
-from hf_frmerge.evaluation.models.loading import model_class_of
 from hf_frmerge.evaluation.models.merged import architecture_of
 from hf_frmerge.evaluation.models.names import BASE, models_of_merge
 from hf_frmerge.evaluation.record import MERGED
-from hf_frmerge.evaluation.suite.inputs import find_tokenizer
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.hub.card.licences import licences_of_plan
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
@@ -72,8 +71,8 @@ class MergeComparison:
         experts (`Sequence[str]`):
             Two or more fine-tunes of one model, full or LoRA: local folders or Hub ids.
         eval_dataset (`Mapping[str, Rows]`):
-            Name -> rows with `text` or `input_ids`, with a label for classifiers. A text that has the name of an
-            expert is that expert's own.
+            Name -> rows with `text` or `input_ids`, with a label for classifiers, or with `image` and a label. A text
+            that has the name of an expert is that expert's own.
         base_model (`str`, *optional*):
             What they were fine-tuned from; by default what adapters name. Without one there are no deltas, no scales
             and no shares of a gain, and losses are compared.
@@ -144,6 +143,11 @@ class MergeComparison:
         self.weights = list(weights) if weights else [None]
         self.calibration_dataset, self.also, self.n_seeds = calibration_dataset, list(also), n_seeds
         self.args = args if args is not None else MergingArguments(output_dir="comparison")
+        if self.args.fisher is not None:
+            raise ArgumentError(
+                f"fisher={self.args.fisher!r} is for a single merge, and a comparison tries many. Leave it out; to "
+                "compare a merge that was made with it, name its folder: also (--also)."
+            )
         self.base_model, self.max_tokens, self.eval_dtype = base_model, max_tokens, eval_dtype
         self.cache_dir, self.on_prediction_step = cache_dir, on_prediction_step
         self.on_progress = on_progress if on_progress is not None else lambda name: None
@@ -182,6 +186,7 @@ class MergeComparison:
         candidates = self._candidates(fitter)
         with sole_writer(folder), _scratch(folder) as scratch, _each_warning_once():
             with closing(self._plan(candidates[0][0])) as plan:
+                refuse_gguf([model.source for model in plan.models])
                 for note in plan.notes:
                     logger.warning("%s", note)
                 merged = MergedModel(plan, self.eval_dtype, scratch)
@@ -259,12 +264,7 @@ class MergeComparison:
     def _evaluator(self, plan: MergePlan, merged: MergedModel) -> Evaluator:
         """Draw the texts, and name base and experts for the evaluator."""
         architecture = merged.architecture
-        if not is_classifier(architecture) and not model_class_of(merged.folder).can_generate():
-            raise ArgumentError(
-                f"The experts are {architecture}, which predicts neither a next token nor a label, so no method can "
-                "be told from another by it. Compare experts with a head: causal language models, or classifiers of "
-                "text."
-            )
+        reads = what_models_read(architecture, merged.folder)
         specs, roles = models_of_merge(self.experts, self.base_model)
         if self.base_model is not None and architecture_of(plan.donor.source.path) != architecture:
             del specs[BASE], roles[BASE]
@@ -272,21 +272,22 @@ class MergeComparison:
                 f"The base model is no {architecture}, so it cannot be measured, nor what its experts gained: losses "
                 "are compared."
             )
-        tokenizer = find_tokenizer([plan.donor.source, *(model.source for model in plan.models)])
+        sources = [plan.donor.source, *(model.source for model in plan.models)]
+        processing_class = find_processing_class(reads, sources, self.base_model, self.args)
         drawn = {
             name: split_texts(
                 name,
                 rows,
-                tokenizer,
+                processing_class,
                 max_tokens=self.max_tokens,
                 seed=self.args.seed,
-                is_labelled=is_classifier(architecture),
+                reads=reads,
             )
             for name, rows in self.eval_dataset.items()
         }
         args = self.args
         return Evaluator(
-            ModelSet(specs, roles, None, self.base_model, tokenizer, args.hub_token, args.allow_pickle),
+            ModelSet(specs, roles, None, self.base_model, processing_class, args.hub_token, args.allow_pickle),
             {split: {name: splits[split] for name, splits in drawn.items()} for split in SPLITS},
             SuiteOptions(
                 batch_size=args.per_device_eval_batch_size,

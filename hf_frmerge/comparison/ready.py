@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_frmerge.checkpoints.resolve import resolve_all
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.comparison.candidates import Candidate, Cell
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.identity import model_identity
@@ -30,6 +31,7 @@ def ready_cells(
         CheckpointError: If one is missing or broken.
     """
     sources = dict(zip(models, resolve_all(models, token=token, allow_pickle=allow_pickle)))
+    refuse_gguf(sources.values())
     cells = []
     for name, spec in models_of_merge(models)[0].items():
         source = sources[spec]

@@ -1,4 +1,4 @@
-"""The texts of a comparison: passages drawn by chance, some to choose scales on, others to report."""
+"""The texts or images of a comparison: passages drawn by chance, some to choose scales on, others to report."""
 
 # Shape suffixes: T = texts, M = predictions.
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128
 
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.evaluation.text.images import content_of_image
 from hf_frmerge.evaluation.text.token_blocks import Rows, row_tokens
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ SPLITS: tuple[Split, ...] = ("validation", "test")
 VALIDATION_SHARE = 0.25
 _PASSAGE = 400  # characters of a passage, about 100 tokens; longer texts are cut where a word ends
 _LEAST = 4  # passages of a text that can be split
+
+Reads = Literal["text", "labelled text", "images"]
+"""What the models read: text of which they predict every token, or rows of which they predict the label."""
 
 Row = str | Mapping[str, Any]
 
@@ -59,7 +63,12 @@ class SplitTexts:
 
     rows: tuple[Row, ...]
     lengths: NDArray[np.int64]
-    is_labelled: bool
+    reads: Reads
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether every row is one prediction, of its label."""
+        return self.reads != "text"
 
     @property
     def n_predictions(self) -> int:
@@ -74,7 +83,7 @@ class SplitTexts:
 
 
 def split_texts(
-    name: str, data: Rows, tokenizer: PreTrainedTokenizerBase | None, *, max_tokens: int, seed: int, is_labelled: bool
+    name: str, data: Rows, tokenizer: PreTrainedTokenizerBase | None, *, max_tokens: int, seed: int, reads: Reads
 ) -> dict[Split, SplitTexts]:
     """
     Draw the texts of both splits of a domain.
@@ -84,20 +93,21 @@ def split_texts(
 
     Args:
         name: Name of the domain, for the error.
-        data: Rows with `text` or `input_ids`, or plain strings; with a label for classifiers.
+        data: Rows with `text` or `input_ids`, or plain strings; with a label for classifiers; rows of images.
         tokenizer: Only needed for rows of text.
-        max_tokens: Tokens of both splits together; 0 for all.
+        max_tokens: Tokens of both splits together; 0 for all. An image counts as one.
         seed: Of the draw.
-        is_labelled: Whether every row is one prediction, of its label.
+        reads: What the models read.
 
     Raises:
         ArgumentError: If there are too few passages to have both splits, or a row cannot be read.
     """
-    rows = list(data) if is_labelled else [part for row in data for part in _passages(row)]
+    rows = [part for row in data for part in _passages(row)] if reads == "text" else list(data)
     if len(rows) < _LEAST:
+        found = "images" if reads == "images" else f"passages of about {_PASSAGE} characters"
         raise ArgumentError(
-            f"The data {name!r} has {len(rows)} passages of about {_PASSAGE} characters, too few to choose scales on "
-            f"some and report the others. Give {_LEAST} or more; differences of 2 % take some thousand tokens."
+            f"The data {name!r} has {len(rows)} {found}, too few to choose scales on some and report the others. Give "
+            f"{_LEAST} or more; differences of 2 % take some thousand tokens, or images."
         )
     order = np.random.default_rng(seed).permutation(len(rows))
     n_validation = max(1, round(VALIDATION_SHARE * len(rows)))
@@ -110,10 +120,10 @@ def split_texts(
         for number in parts[split].tolist():
             if sum(lengths.values()) >= limit:
                 break
-            lengths[number] = len(row_tokens(tokenizer, rows[number], number))
+            lengths[number] = 1 if reads == "images" else len(row_tokens(tokenizer, rows[number], number))
         chosen = sorted(number for number, length in lengths.items() if length)
-        sizes = [1 if is_labelled else lengths[number] for number in chosen]
-        splits[split] = SplitTexts(tuple(rows[number] for number in chosen), np.array(sizes), is_labelled)
+        sizes = [lengths[number] if reads == "text" else 1 for number in chosen]
+        splits[split] = SplitTexts(tuple(rows[number] for number in chosen), np.array(sizes), reads)
         if splits[split].n_predictions < 1:
             raise ArgumentError(f"The data {name!r} has hardly any token to predict in its {split} part: give more.")
     return splits
@@ -123,8 +133,11 @@ def digest_of(texts: Mapping[str, SplitTexts]) -> str:
     """Return a digest of the texts of one split, 32 hex digits."""
     state = xxh3_128()
     for name, split in texts.items():
-        for row in (name, *split.rows):
-            state.update(f"{len(str(row))} {row}".encode())
+        contents = [name.encode()]
+        for number, row in enumerate(split.rows):
+            contents.append(content_of_image(row, number) if split.reads == "images" else str(row).encode())
+        for content in contents:
+            state.update(f"{len(content)} ".encode() + content)
     return state.hexdigest()
 
 

@@ -90,6 +90,11 @@ class DiagonalFile:
     path: Path
     record: FisherRecord
 
+    def __contains__(self, parameter: str) -> bool:
+        """Whether there is information of a parameter."""
+        with safe_open(self.path, "pt") as stored:
+            return parameter in stored.keys()  # noqa: SIM118  # it is no mapping
+
     def read(self, parameter: str) -> Tensor:
         """
         Return the information of a parameter, float32, divided by the norm over all parameters.
@@ -111,6 +116,11 @@ class KroneckerFile:
         names = (f"{self.record.owner[layer]}.inputs", f"{layer}.outputs")
         of_inputs, of_outputs = (_symmetric(_read(self.path, name)) for name in names)
         return of_inputs, of_outputs
+
+    def read_relative(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return A and G, the latter divided by the norm over all layers: see `DiagonalFile.read`."""
+        of_inputs, of_outputs = self.read(layer)
+        return of_inputs, of_outputs / (self.record.norm or 1.0)
 
 
 def estimate_diagonal(

@@ -56,9 +56,14 @@ class Kernels(Protocol):
 
     All operands of a call have the same length and are read as `n_blocks` blocks of `block_len` elements. Methods are
     safe to call from several threads and raise `ValueError` if sizes, dtypes or buffers do not fit.
+
+    Attributes:
+        name: for reports.
+        blocks_are_independent: whether the bits of a block's Gram matrix are those of a call for it alone.
     """
 
     name: str
+    blocks_are_independent: bool
 
     def gram(
         self, operands: Sequence[Operand], n_blocks: int, block_len: int, *, precise: bool = False
@@ -200,6 +205,12 @@ class Kernels(Protocol):
 def digest(data: NDArray[np.uint8]) -> str:
     """Return the XXH3-128 digest of some bytes. It runs at the speed of memory, but is not safe against forgery."""
     return xxh3_128_hexdigest(data.data)
+
+
+def digests_of_parts(data: NDArray[np.uint8], n_parts: int) -> list[str]:
+    """Return the digest of each of `n_parts` equally long parts of some bytes."""
+    view, size = data.data, len(data) // n_parts
+    return [xxh3_128_hexdigest(view[start : start + size]) for start in range(0, n_parts * size, size)]
 
 
 def digests_of(operands: Sequence[Operand]) -> list[str]:

@@ -59,6 +59,8 @@ class NativeKernels:
         ArgumentError: If this machine does not have that level.
     """
 
+    blocks_are_independent = True
+
     def __init__(self, level: str | None = None) -> None:
         self.level: str = available_level(level)
         self.name = f"native {self.level}"

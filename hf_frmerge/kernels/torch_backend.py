@@ -59,6 +59,8 @@ class TorchKernels:
         ArgumentError: If there is no such device here, or it has no float64.
     """
 
+    blocks_are_independent = False  # a product of many matrices may be taken in another order than that of one
+
     def __init__(self, device: str) -> None:
         try:
             self.device = torch.device(device)

@@ -122,7 +122,9 @@ def _check_resumable(args: MergingArguments, output: Path, staging: Path) -> Non
 
 def _check_is_no_input(output: Path, inputs: Sequence[str]) -> None:
     """Raise if the output folder is an input, or holds a file or folder of one, under whatever name (links)."""
-    for folder in (Path(path) for path in inputs if output.is_dir() and Path(path).is_dir()):
+    places = (Path(path) for path in inputs)
+    folders = (place.parent if place.is_file() else place for place in places)
+    for folder in (folder for folder in folders if output.is_dir() and folder.is_dir()):
         if output.samefile(folder):
             raise ArgumentError(f"The output folder {str(output)!r} is also an input. Choose another output_dir.")
         of_input = {_inode(path): path for path in _files(folder)}

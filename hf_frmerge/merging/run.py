@@ -91,7 +91,7 @@ def run_merge(
     Raises:
         MergeError: Whatever stopped the merge.
     """
-    check_prompts(METHODS[plan.args.method], has_prompts=calibrate is not None or plan.corrections is not None)
+    _check_prompts(plan, calibrate)
     with processes.sharing_errors():
         # Until all processes have planned: the files created below would look to the others like another merge.
         processes.wait()
@@ -118,12 +118,19 @@ def merge_into_memory(plan: MergePlan, output: MemoryOutput, rule: Rule | None =
     Raises:
         MergeError: Whatever stopped the merge.
     """
+    _check_prompts(plan)
     kernels = load_kernels(plan.args.device)
     inputs = plan.opened
     with unchanged(inputs), one_blas_thread(plan):
         Engine(plan, kernels, output, NoJournal(), StepObserver(), rule=rule).run(plan.steps)
     for checkpoint in inputs:
         checkpoint.check_unchanged()
+
+
+def _check_prompts(plan: MergePlan, calibrate: Calibrate | None = None) -> None:
+    """Check that what a merge asks prompts for is found by a calibration, or was found by one before."""
+    has_prompts = calibrate is not None or plan.corrections is not None or plan.fitted is not None
+    check_prompts(METHODS[plan.args.method], plan.args.fisher, has_prompts=has_prompts)
 
 
 def _run(

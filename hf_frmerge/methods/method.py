@@ -63,6 +63,7 @@ class Method:
             none can be told apart.
         cores: where deltas in other orthonormal coordinates give the merged delta in these, so that low-rank ones are
             merged as small matrices, and can become an adapter: in the coordinates of both sides, or of the outputs.
+        has_fixed_coefficients: whether its coefficients are the weights, whatever the experts are.
         needs_factors: whether it is defined by the factors of low-rank deltas, so that only adapters can be merged.
         is_continual: whether it adds the last expert to the first, which may be a merge; its scale is measured.
         is_directional: whether it chooses a direction and takes its norm from the options `norm` and `beta`.
@@ -88,6 +89,7 @@ class Method:
     adds: bool = False
     is_isotropic: bool = False
     cores: Literal["both", "left"] | None = None
+    has_fixed_coefficients: bool = False
     needs_factors: bool = False
     is_continual: bool = False
     is_directional: bool = False
@@ -103,6 +105,11 @@ class Method:
     def needs_prompts(self) -> bool:
         """Whether it asks what the experts do on prompts, which must be passed."""
         return self.kind == "calibrated"
+
+    @property
+    def is_geometric(self) -> bool:
+        """Whether its coefficients follow from lengths and angles of the experts."""
+        return self.kind == "span" and not self.has_fixed_coefficients
 
     def solver(self) -> SpanMethod:
         """

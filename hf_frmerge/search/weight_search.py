@@ -49,8 +49,8 @@ class WeightSearch:
         experts (`Sequence[str]`):
             Two or more fine-tunes of one model, full or LoRA: local folders or Hub ids.
         eval_dataset (`Mapping[str, Rows]`):
-            Name -> rows with `text` or `input_ids`, with a label for classifiers. A text that has the name of an
-            expert is that expert's own.
+            Name -> rows with `text` or `input_ids`, with a label for classifiers, or with `image` and a label. A text
+            that has the name of an expert is that expert's own.
         base_model (`str`, *optional*):
             What they were fine-tuned from; by default what adapters name. Without one there are no scales, and losses
             are scored in place of shares of the experts' gains.

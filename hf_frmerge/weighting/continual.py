@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # Said of the experts of one merge, so that the next, of others, cannot take them over.
 _OF_ITS_EXPERTS = ("coefficients", "take", "weight_rules")
 
+# What was done with prompts, of which the next merge has none.
+_ON_PROMPTS = ("fisher", "refine_steps")
+
 
 @dataclass(frozen=True)
 class Before:
@@ -97,6 +100,8 @@ def next_merge(
             )
     # Both are found anew by every merge that goes on with another.
     recorded.pop("merged_before", None)
+    for name in _ON_PROMPTS:
+        recorded.pop(name, None)
     if METHODS[manifest.method].is_continual:
         del recorded["scale"]
     # Only the base is looked for: the experts are in the merge, wherever they are now.

@@ -26,9 +26,17 @@ _FORMS = {
     "dense": "a number for every weight of the linear layers",
 }
 
+_FISHER = {
+    "diagonal": "how much the experts' predictions depend on each weight (diagonal Fisher information)",
+    "kfac": "how much the experts' predictions depend on a layer's weights together (Kronecker factors of the Fisher "
+    "information)",
+}
+
 
 def fitted_how(record: CalibrationRecord | None) -> str | None:
-    """Return what completes "the experts were combined by ..., "; `None` if nothing was added to the merge."""
+    """Return what completes "the experts were combined by ..., "; `None` if prompts had no part in the merge."""
+    if record is not None and record.fisher is not None:
+        return "with lengths and angles measured by how much the experts' predictions depend on what was merged"
     if record is None or not record.is_fitted:
         return None
     if record.refinement is not None and record.is_refined and record.refinement.began_from == "start":
@@ -71,6 +79,16 @@ def _fit(record: CalibrationRecord) -> Verdict:
     if not record.is_judged_by_predictions:
         outputs, distance = ("hidden states", "squared angle")
     before, after = record.mean_distance("start"), record.mean_distance(record.written)
+    if record.fisher is not None:
+        plain, weighted = (record.options[f"{kind}_tensors"] for kind in ("plain", "weighted"))
+        rest = f"; {counted(plain, 'tensor')} of {plain + weighted:,}, without such information, kept plain ones"
+        return Verdict(
+            graded((before - after) / before if before else 0.0, 0.25, 0.0),
+            "Measured by Fisher information",
+            f"Lengths and angles of what was merged count by {_FISHER[record.fisher]}, on {prompts}"
+            f"{rest if plain else ''}. On {others} the {distance} of its {outputs} to the experts' is {number(after)} "
+            f"rad², where plain lengths and angles give {number(before)} rad².",
+        )
     if record.method is not None:
         gain = (before - after) / before if before else 0.0
         return Verdict(

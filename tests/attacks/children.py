@@ -18,13 +18,14 @@ from hf_frmerge.hub.card.data import TEMPLATE_FILE
 _IMPORTED = (
     *("merger", "cli.diff", "cli.merge", "cli.output", "cli.preflight", "cli.render.diff", "cli.render.merges"),
     *("hub.card.describe", "merging.inspection", "merging.outputs.factor_output", "provenance.diff"),
-    *("provenance.verify", "report.figures", "evaluation.record"),
+    *("provenance.verify", "evaluation.record"),
     *("checkpoints.adapters.match", "checkpoints.adapters.rows", "merging.engine.sparse_rule", "methods.sparse.rules"),
 )
 _LIBRARIES = (
-    *("encodings.unicode_escape", "encodings.utf_8_sig", "huggingface_hub", "jinja2", "matplotlib.figure"),
-    *("rich.console", "safetensors.numpy", "transformers.models.llama.modeling_llama", "yaml"),
+    *("email.parser", "encodings.unicode_escape", "encodings.utf_8_sig", "huggingface_hub", "jinja2"),
+    *("rich.console", "safetensors.numpy", "tqdm", "yaml"),
 )
+_WITH_TORCH = ("hf_frmerge.report.figures", "matplotlib.figure", "transformers.models.llama.modeling_llama")
 
 CPU_LIMIT = 20
 """Seconds of CPU time after which a child counts as hanging: time on the clock depends on who else is at work."""
@@ -101,10 +102,20 @@ def start(command: Sequence[str | Path], log: Path, prepare: Callable[[], object
 
 
 def warm_up() -> None:
-    """Import what the commands import, and compile the template of cards."""
+    """
+    Import what a merge and its record import, and compile the template of cards.
+
+    Neither torch nor matplotlib is among it: to fork a process that holds them takes as long as a small merge.
+    """
     for name in (*(f"hf_frmerge.{name}" for name in _IMPORTED), *_LIBRARIES):
         import_module(name)
     compiled_template(Path(TEMPLATE_FILE).read_text(encoding="utf-8"))
+
+
+def import_torch() -> None:
+    """Import the heavy libraries that commands load where a file is not what it was."""
+    for name in _WITH_TORCH:
+        import_module(name)
 
 
 def run(command: Sequence[str | Path], log: Path, prepare: Callable[[], object] = lambda: None) -> Ended:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from attacks import children
 from attacks.disturbances import Tally
 from attacks.mutations import damaged, flipped
 from attacks.site import Site
 from attacks.watch import watch_opens
 from hf_frmerge.checkpoints.adapters.config import read_adapter_config
+from hf_frmerge.checkpoints.gguf.header import read_gguf_header
 from hf_frmerge.checkpoints.json_text import parse_json
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.modules_file import parse_modules
@@ -70,6 +73,9 @@ def doors_of(site: Site) -> dict[str, Door]:
         "config": Door(
             "config.json", (model / "config.json").read_bytes(), lambda f: read_config(LocalFolder(str(f)), "spec")
         ),
+        "GGUF header": Door(
+            "model.gguf", gguf_file(), lambda f: read_gguf_header(LocalFolder(str(f)), "model.gguf", "spec")
+        ),
         "index": Door(
             "model.safetensors.index.json",
             (merge / "model.safetensors.index.json").read_bytes(),
@@ -107,10 +113,29 @@ def doors_of(site: Site) -> dict[str, Door]:
     }
 
 
+def gguf_file() -> bytes:
+    """Return a small GGUF file with settings of every kind, and a tensor."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    settings = [
+        text("general.architecture") + struct.pack("<I", 8) + text("llama"),
+        text("llama.block_count") + struct.pack("<II", 4, 1),
+        text("llama.rope.freq_base") + struct.pack("<If", 6, 10_000.0),
+        text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b"),
+        text("tokenizer.ggml.scores") + struct.pack("<IIQ2f", 9, 6, 2, 0.5, 0.25),
+    ]
+    tensor = text("output_norm.weight") + struct.pack("<IQIQ", 1, 8, 0, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(settings)) + b"".join(settings) + tensor
+    return head + b"\0" * (-len(head) % 32 + 32)
+
+
 class DoorAttack:
     """Gives damaged files to readers."""
 
     def __init__(self, site: Site) -> None:
+        children.import_torch()
         self.doors = doors_of(site)
         self._folder = site.root / "doors"
         self._reads = False

@@ -71,6 +71,7 @@ class FileAttack:
     """Damages files of copies of a site."""
 
     def __init__(self, site: Site) -> None:
+        children.import_torch()
         self.site = site
         self._ready = site.root / "ready"
         self._prepare()

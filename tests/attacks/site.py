@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from attacks import children
 
@@ -89,16 +88,17 @@ def build_site(root: Path) -> Site:
 def write_model(folder: Path, seed: int) -> None:
     """Write a model of one layer with its tokenizer and card."""
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     layer = "model.layers.0."
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (32, 16),
         f"{layer}self_attn.q_proj.weight": (16, 16),
         f"{layer}mlp.down_proj.weight": (16, 24),
+        f"{layer}input_layernorm.bias": (16,),  # small, and beside the next: written with one call
         f"{layer}input_layernorm.weight": (16,),
         "lm_head.weight": (32, 16),
     }
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors = {name: generator.normal(size=shape).astype("f") for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
@@ -113,8 +113,8 @@ def _write_adapter(folder: Path, seed: int) -> None:
     tensors = {}
     for module, n_out, n_in in (("self_attn.q_proj", 16, 16), ("mlp.down_proj", 16, 24)):
         prefix = f"base_model.model.model.layers.0.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.from_numpy(generator.normal(size=(4, n_in)).astype("f"))
-        tensors[f"{prefix}.lora_B.weight"] = torch.from_numpy(generator.normal(size=(n_out, 4)).astype("f"))
+        tensors[f"{prefix}.lora_A.weight"] = generator.normal(size=(4, n_in)).astype("f")
+        tensors[f"{prefix}.lora_B.weight"] = generator.normal(size=(n_out, 4)).astype("f")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",

@@ -243,7 +243,6 @@ def test_a_table_that_cannot_be_is_refused_with_what_helps(models: Path, tmp_pat
         ({"method": "ties"}, "method='karcher'"),
         ({"method": "regmean"}, "method='karcher'"),
         ({"method": "karcher", "post_step": "svc"}, "leave out post_step"),
-        ({"refine_steps": 5}, "leave out refine_steps"),
         ({"space": "weights"}, "space='deltas' and a base_model"),
     ):
         with pytest.raises(ArgumentError, match=rf"form='table' .*Use calibration_form='auto', or {advice}"):

@@ -20,7 +20,7 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.verify import verify
-from tests.calibration.two_process_fits import FITS, N_EXPERTS, VOCABULARY, fit
+from tests.calibration.two_process_fits import FITS, N_EXPERTS, VOCABULARY, WHITENED, fit
 from tests.tiny_models import word_tokenizer
 
 SCRIPT = Path(__file__).with_name("two_process_fits.py")
@@ -58,6 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     for name, options in FITS.items():
         fit(root, root / "one" / name, **options)
+    fit(root, root / "one" / "whitened", **WHITENED)
     return root
 
 
@@ -76,6 +77,15 @@ def test_two_processes_find_what_one_finds(runs: Path, name: str) -> None:
         known = [[value for value in own if value is not None] for own in (records[1].distances[form], distances)]
         assert known[0] == pytest.approx(known[1], rel=1e-3), form
     assert verify(str(runs / "two" / name)).ok
+
+
+def test_two_processes_measure_by_the_information_that_one_finds(runs: Path) -> None:
+    for name in ("merge_coefficients.safetensors", "model.safetensors"):
+        alone, shared = (load_file(runs / count / "whitened" / name) for count in ("one", "two"))
+        for tensor, values in alone.items():
+            assert float((shared[tensor] - values).norm()) < 1e-4 * float(values.norm()), tensor
+    record: Any = read_manifest(runs / "two" / "whitened").calibration
+    assert record.fisher == "diagonal" and verify(str(runs / "two" / "whitened")).ok
 
 
 def test_an_interrupted_fit_goes_on_to_the_same_bits(runs: Path) -> None:

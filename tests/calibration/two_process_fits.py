@@ -32,6 +32,8 @@ FITS: dict[str, dict[str, Any]] = {
     "auto-refined": {"method": "auto", "refine_steps": 2},
 }
 
+WHITENED: dict[str, Any] = {"method": "karcher", "space": "deltas", "fisher": "diagonal", "calibration_form": "auto"}
+
 
 class Killed(Exception):
     """Stands for whatever ends a process."""
@@ -56,7 +58,7 @@ def fit(
     own = {expert: prompts(number, n) for number, (expert, n) in enumerate(zip(experts, n_prompts)) if n}
     args = MergingArguments(
         output_dir=str(out), max_calibration_length=LENGTH, num_calibration_samples=N_PROMPTS, disable_tqdm=True,
-        calibration_batch_size=4, calibration_form="dense", report_to="none", **options,
+        calibration_batch_size=4, report_to="none", **({"calibration_form": "dense"} | options),
     )  # fmt: skip
     with patch("hf_frmerge.calibration.inputs._compute_dtype", lambda _: torch.float32):
         FisherRaoMerger(experts, args, base_model=str(root / "base"), calibration_dataset=calibration or own).merge()
@@ -89,6 +91,7 @@ def main(root: Path) -> None:
     ):
         for name, options in FITS.items():
             fit(root, root / "two" / name, **options)
+        fit(root, root / "two" / "whitened", **WHITENED)
     n_blocks = fit_interrupted(root, root / "two" / "resumed")
     error = ""
     fails = patch.object(BlockFit, "fit", side_effect=NonFiniteError("as in a bad prompt"))

@@ -57,3 +57,13 @@ def test_hostile_numbers_and_keys_take_no_time(content):
     with pytest.raises(ValueError, match=r"digits|twice"):
         parse_json(content)
     assert time.process_time() - start < 2
+
+
+def test_numbers_as_long_as_they_may_be_take_no_time():
+    start = time.process_time()
+    assert parse_json(b"[" + b",".join([b"9" * 1000] * 5000) + b"]") == [10**1000 - 1] * 5000
+    assert time.process_time() - start < 2
+
+
+def test_digits_in_a_text_are_no_number():
+    assert parse_json(b'{"a": "' + b"9" * 2000 + b'", "b": 7}') == {"a": "9" * 2000, "b": 7}

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
+import torch
 from hub_server import ALICE_TOKEN
 from hub_server.state import Blob
 from huggingface_hub import snapshot_download
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from hf_frmerge.checkpoints.hub.find import download_size
 from hf_frmerge.checkpoints.resolve import Source, resolve, resolve_all, split_pair
+from hf_frmerge.checkpoints.source import gguf_parts, refuse_gguf
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.errors import CheckpointError, HubError
 
@@ -169,38 +170,58 @@ def test_folders_with_a_plus_in_their_name_go_before_pairs(tmp_path, monkeypatch
     assert split_pair("memory://a+b") is None and split_pair("a+") is None and split_pair("+b") is None
 
 
-def test_gguf_weights_are_refused_and_the_advice_works(tmp_path, monkeypatch):
-    gguf = pytest.importorskip("gguf")
+def test_a_gguf_file_and_a_folder_that_holds_one(tmp_path):
     folder = tmp_path / "m"
     folder.mkdir()
-    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
-    writer.add_block_count(1), writer.add_context_length(32), writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64), writer.add_head_count(2), writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5), writer.add_rope_freq_base(10000.0), writer.add_vocab_size(40)
-    shapes = {"attn_q": (32, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 32)}
-    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
-    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
-    shapes |= {"token_embd": (40, 32), "output": (40, 32), "output_norm": (32,)}
-    stands_for = {}
-    for name, shape in shapes.items():
-        values = np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
-        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) > 1 else gguf.GGMLQuantizationType.F32
-        codes = gguf.quants.quantize(values, kind)
-        stands_for[name] = gguf.quants.dequantize(codes, kind)
-        writer.add_tensor(f"{name}.weight", codes, raw_dtype=kind)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-
-    with pytest.raises(CheckpointError, match=r"'.*m/tiny\.gguf' is a GGUF file\. Let transformers"):
-        resolve(str(folder / "tiny.gguf"))
-    with pytest.raises(CheckpointError, match=r"'.*m' has GGUF weights only \(tiny\.gguf\)") as refused:
+    for name in ("tiny.gguf", "README.md"):
+        (folder / name).touch()
+    path = str(folder / "tiny.gguf")
+    assert resolve(str(folder)) == Source(str(folder), "full", path, is_gguf=True)
+    assert resolve(path) == Source(path, "full", path, is_gguf=True)
+    (folder / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="has weights but no config"):
         resolve(str(folder))
+    (tmp_path / "x.gguf").mkdir()
+    with pytest.raises(CheckpointError, match=r"x\.gguf' is empty"):
+        resolve(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.parametrize("name", ["b-00001-of-00002.gguf", "b-00002-of-00002.gguf"])
+def test_each_file_of_a_split_model_stands_for_all(tmp_path, name):
+    for number in (1, 2):
+        (tmp_path / f"b-0000{number}-of-00002.gguf").touch()
+    first = str(tmp_path / "b-00001-of-00002.gguf")
+    assert resolve(str(tmp_path / name)).path == resolve(str(tmp_path)).path == first
+    assert gguf_parts(name) == ["b-00001-of-00002.gguf", "b-00002-of-00002.gguf"]
+
+
+def test_gguf_files_elsewhere_are_to_be_fetched():
+    fsspec.filesystem("memory").pipe("/quantised/tiny-q4.gguf", b"GGUF")
+    with pytest.raises(CheckpointError, match=r"--local-dir FOLDER`\), and pass it: FOLDER/tiny-q4\.gguf"):
+        resolve("memory://quantised")
+
+
+def test_what_makes_a_model_of_a_gguf_file_works(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
     pytest.importorskip("transformers", minversion="5.23")  # has GgufConfig
+    from gguf_files import Type, tensors_of, write_gguf
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    (tmp_path / "m").mkdir()
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    write_gguf(tmp_path / "m/tiny.gguf", "llama", config, tensors_of(model, "llama"), Type.F32)
+    with pytest.raises(CheckpointError, match=r"An evaluation .*m' is a GGUF file\. Let transformers") as refused:
+        refuse_gguf([resolve(str(tmp_path / "m"))])
     code = [line[4:] for line in str(refused.value).splitlines() if line.startswith("    ")]
     monkeypatch.chdir(tmp_path)
-    exec("\n".join(code[:-1]).replace("ITS FOLDER", str(folder)), {})  # this file has no tokenizer
+    exec("\n".join(code[:-1]).replace("ITS FOLDER", str(tmp_path / "m")), {})  # this file has no tokenizer
     assert resolve("converted").kind == "full"
-    merged = load_file("converted/model.safetensors")
-    assert np.array_equal(merged["model.layers.0.mlp.up_proj.weight"].float().numpy(), stands_for["blk.0.ffn_up"])
+    converted = load_file("converted/model.safetensors")
+    assert torch.equal(converted["lm_head.weight"], model.lm_head.weight)
     assert "quantization_config" not in json.loads(Path("converted/config.json").read_text())
 
 
@@ -288,6 +309,13 @@ def test_pickle_only_repository_gets_the_hint(hub, model):
     hub.add_repo("alice/old", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
     with pytest.raises(CheckpointError, match=r"'alice/old' has pickle weights only \(pytorch_model.bin\)"):
         resolve("alice/old")
+
+
+def test_a_repository_of_gguf_files_is_to_be_fetched(hub):
+    hub.add_repo("alice/quants", {"README.md": b"", "tiny-q4.gguf": b"GGUF", "tiny-q8.gguf": b"GGUF"})
+    advice = r"hf download alice/quants tiny-q4\.gguf --local-dir FOLDER`\), and pass it: FOLDER/tiny-q4\.gguf"
+    with pytest.raises(CheckpointError, match=advice):
+        resolve("alice/quants")
 
 
 def test_who_may_see_it(hub, model):

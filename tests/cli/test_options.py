@@ -60,8 +60,10 @@ OPTIONS = [
     ("--no-hub-private-repo --disable-tqdm", {"hub_private_repo": False, "disable_tqdm": True}),
     ("--calibration a=a.txt --calibration b=b.txt", {"calibration": ["a=a.txt", "b=b.txt"]}),
     ("--calibration self --num-calibration-samples 16", {"calibration": ["self"], "num_calibration_samples": 16}),
+    ("--fisher kfac --fisher-labels exact", {"fisher": "kfac", "fisher_labels": "exact"}),
     ("--refine 30 --refine-loss fisher_rao", {"refine_steps": 30, "refine_loss": "fisher_rao"}),
     ("--refine-steps 30 --refine-learning-rate 1e-5", {"refine_steps": 30, "refine_learning_rate": 1e-5}),
+    ("--refine 30 --refine-rho 0.05", {"refine_steps": 30, "refine_rho": 0.05}),
     (
         "--max-calibration-length 64 --calibration-batch-size 2",
         {"max_calibration_length": 64, "calibration_batch_size": 2},

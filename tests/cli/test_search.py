@@ -36,7 +36,7 @@ def test_the_commands_at_the_end_make_the_merges_of_the_table(
     data = []
     for name, file in family.files.items():
         text = Path(file).read_text()
-        split = split_texts(name, [text], tokenizer_of(family.base), max_tokens=0, seed=42, is_labelled=False)["test"]
+        split = split_texts(name, [text], tokenizer_of(family.base), max_tokens=0, seed=42, reads="text")["test"]
         rows = tmp_path / f"{name}.jsonl"
         rows.write_text("".join(json.dumps({"text": row}) + "\n" for row in split.rows))
         data += ["--data", f"{name}={rows}"]

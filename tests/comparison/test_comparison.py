@@ -56,7 +56,7 @@ def evaluated(family: Family, merged: Path, cache: Path, split: str):
     """What `frmerge evaluate` says of a merge on the texts of one split."""
     tokenizer = tokenizer_of(family.base)
     texts = {
-        name: list(split_texts(name, rows, tokenizer, max_tokens=0, seed=42, is_labelled=False)[split].rows)
+        name: list(split_texts(name, rows, tokenizer, max_tokens=0, seed=42, reads="text")[split].rows)
         for name, rows in family.texts.items()
     }
     models = models_to_measure(MergeModels(family.experts, None, family.base), str(merged))

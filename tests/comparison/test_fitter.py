@@ -50,7 +50,7 @@ def test_its_row_is_what_a_calibrated_merge_does(family: Family, cache: Path, tm
     FisherRaoMerger(family.experts, args, base_model=family.base, calibration_dataset=prompts_of(family)).merge()
     tokenizer = tokenizer_of(family.base)
     texts = {
-        name: list(split_texts(name, rows, tokenizer, max_tokens=0, seed=42, is_labelled=False)["test"].rows)
+        name: list(split_texts(name, rows, tokenizer, max_tokens=0, seed=42, reads="text")["test"].rows)
         for name, rows in family.texts.items()
     }
     models = models_to_measure(MergeModels(family.experts, None, family.base), str(tmp_path / "merged"))

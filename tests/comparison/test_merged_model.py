@@ -16,10 +16,12 @@ from hf_frmerge.comparison.candidates import Cell, arguments_of, default_candida
 from hf_frmerge.comparison.merged_model import MergedModel
 from hf_frmerge.comparison.shared_rules import SharedGrams
 from hf_frmerge.errors import MergeError
+from hf_frmerge.kernels.interface import Kernels
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.decisions import Decided
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.engine.tensor_stack import TensorStack
 from hf_frmerge.merging.engine.tensor_work import TensorWork
 from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.planning.plan import MergePlan
@@ -117,11 +119,14 @@ def test_classifiers_keep_their_heads(tmp_path: Path) -> None:
 def test_experts_are_measured_once_for_all_span_methods(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = []
+    measured: list[str] = []
     measure = SharedGrams.measure
-    monkeypatch.setattr(
-        SharedGrams, "measure", lambda rule, *args: measured.append(args[1].step.name) or measure(rule, *args)
-    )
+
+    def note(rule: SharedGrams, kernels: Kernels, tensor: TensorWork, index: int) -> None:
+        measured.extend(each.step.name for each in (tensor.tensors if isinstance(tensor, TensorStack) else [tensor]))
+        measure(rule, kernels, tensor, index)
+
+    monkeypatch.setattr(SharedGrams, "measure", note)
     merged = merged_model(family.experts, family.base, tmp_path)
     for cell in CELLS:
         if METHODS[cell.candidate.method].kind == "span" and not cell.candidate.options:

@@ -14,8 +14,8 @@ TOKENIZER = word_tokenizer(WORDS)
 BOOK = "\n".join(" ".join(np.random.default_rng(line).choice(WORDS, 12)) for line in range(200))
 
 
-def split(data, max_tokens=0, seed=1, is_labelled=False, tokenizer=TOKENIZER):
-    return split_texts("red", data, tokenizer, max_tokens=max_tokens, seed=seed, is_labelled=is_labelled)
+def split(data, max_tokens=0, seed=1, reads="text", tokenizer=TOKENIZER):
+    return split_texts("red", data, tokenizer, max_tokens=max_tokens, seed=seed, reads=reads)
 
 
 def test_a_long_text_is_cut_into_passages_that_are_the_text() -> None:
@@ -59,7 +59,7 @@ def test_losses_of_a_text_are_those_of_its_tokens() -> None:
 
 
 def test_a_row_with_a_label_is_one_prediction() -> None:
-    one = split([{"text": f"{word} w1", "label": 0} for word in WORDS], is_labelled=True)["test"]
+    one = split([{"text": f"{word} w1", "label": 0} for word in WORDS], reads="labelled text")["test"]
     log_probs = -np.arange(30.0)
     np.testing.assert_array_equal(one.losses(log_probs).sums, -log_probs)
     assert one.n_predictions == len(one.rows) == one.losses(log_probs).counts.sum() == 30

@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -364,3 +366,35 @@ def test_an_adapter_and_a_model_never_lie_in_one_output_folder(base: Any, tmp_pa
         actual = {path.name for path in out.iterdir()} & (model | lora)
         assert actual == (model if output == "merged" else lora)
         check_logits(load(out), peft_model, load(folder))
+
+
+def test_layers_that_transformers_parts_on_loading_are_refused_and_the_advice_works(tmp_path: Path) -> None:
+    """NomicBERT stores queries, keys and values in one tensor, which transformers parts into three."""
+    model_class = getattr(transformers, "NomicBertForMaskedLM", None)
+    if model_class is None:
+        pytest.skip("this transformers does not have it")
+    torch.manual_seed(0)
+    config = transformers.NomicBertConfig(**{**TEXT, "num_key_value_heads": 2}, head_dim=8)
+    model_class(config).save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(
+        model_class.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight.*transformers joins or parts other tensors") as refused:
+        merge([tmp_path / "adapter"], tmp_path / "out", tmp_path / "base", adapter_output="merged")
+    code = str(refused.value).split("do that once:")[1].split("and pass")[0]
+    for written, own in {
+        "ITS BASE MODEL": str(tmp_path / "base"),
+        "THIS ADAPTER": str(tmp_path / "adapter"),
+        '"folded"': f'"{tmp_path / "folded"}"',
+        "AutoModelForCausalLM": "AutoModelForMaskedLM",
+    }.items():
+        code = code.replace(written, own)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True)
+    merge([tmp_path / "folded", tmp_path / "base"], tmp_path / "out", method="linear")
+    merged, base = (model_class.from_pretrained(tmp_path / name).state_dict() for name in ("out", "base"))
+    wanted = adapted.merge_and_unload().state_dict()
+    for name, tensor in merged.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (wanted[name] + base[name]) / 2, rtol=0, atol=1e-6)

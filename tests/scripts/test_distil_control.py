@@ -8,10 +8,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 from tiny_models import save_llama_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_frmerge.calibration.blockwise_model import Outputs
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WORDS = ["alpha", "beta", "gamma", "delta", "house", "room", "door", "other"]
@@ -47,19 +52,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def divergence(folder: Path, merged: Any) -> float:
     """Mean of KL(expert || merged) over the experts' texts, in float64."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     total = 0.0
     for name in DOMAINS:
         expert = AutoModelForCausalLM.from_pretrained(folder / "experts" / name, dtype=torch.float64).eval()
-        lines = (folder / f"{name}.calibration.jsonl").read_text().splitlines()
-        ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"] for line in lines])
-        with torch.no_grad():
-            p, q = (torch.log_softmax(model(ids).logits, dim=-1) for model in (expert, merged))
+        p, q = (log_probabilities(folder, name, model) for model in (expert, merged))
         total += float((p.exp() * (p - q)).sum(-1).mean())
     return total / len(DOMAINS)
 
 
-@pytest.mark.parametrize("kind", ["all", "lora"])
+def log_probabilities(folder: Path, name: str, model: Any) -> torch.Tensor:
+    """Log-probabilities of every token of an expert's texts."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    lines = (folder / f"{name}.calibration.jsonl").read_text().splitlines()
+    ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"] for line in lines])
+    with torch.no_grad():
+        return torch.log_softmax(model(ids).logits, dim=-1)
+
+
+@pytest.mark.parametrize("kind", ["all", "lora", "samerging"])
 def test_a_control_comes_nearer_to_the_experts(
     folder: Path,
     tmp_path: Path,
@@ -78,20 +88,48 @@ def test_a_control_comes_nearer_to_the_experts(
     assert [row.name for row in rows] == [
         "16 prompts, seed 42", "16 prompts, seed 42, refined",
         "all weights distilled, 16 prompts, seed 42", "fresh LoRA distilled, 16 prompts, seed 42",
+        "AdaMerging, 16 prompts, seed 42", "SAMerging, 16 prompts, seed 42",
     ]  # fmt: skip
     assert "--refine=7" in rows[1].options and not rows[1].is_control
     (row,) = (row for row in rows if row.is_control and row.options[0] == kind)
-    options = [*row.options, "--learning-rate", "3e-3", "--output-dir", str(tmp_path / "out")]
+    rate = "0.1" if kind == "samerging" else "3e-3"
+    options = [*row.options, "--learning-rate", rate, "--output-dir", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["control", *options])
     control.main()
 
     load = AutoModelForCausalLM.from_pretrained
     start = load(folder / "base", dtype=torch.float64).eval()
-    if kind == "all":
+    if kind != "lora":
         experts = [load(folder / "experts" / name, dtype=torch.float64).state_dict() for name in DOMAINS]
         start.load_state_dict({name: (values + experts[1][name]) / 2 for name, values in experts[0].items()})
     out = load(tmp_path / "out", dtype=torch.float64).eval()
     assert divergence(folder, out) < 0.9 * divergence(folder, start)
     changed = {name for name, values in out.state_dict().items() if not torch.equal(values, start.state_dict()[name])}
-    assert ("model.embed_tokens.weight" in changed) == (kind == "all")
+    assert ("model.embed_tokens.weight" in changed) == (kind != "lora")
     assert "model.layers.0.mlp.up_proj.weight" in changed
+    if kind == "samerging":
+        check_span(folder, out)
+
+
+def check_span(folder: Path, out: Any) -> None:
+    """Check that every tensor is the base plus a sum of the experts' updates, by one number for each."""
+    load = AutoModelForCausalLM.from_pretrained
+    base = load(folder / "base", dtype=torch.float64).state_dict()
+    experts = [load(folder / "experts" / name, dtype=torch.float64).state_dict() for name in DOMAINS]
+    for name, values in out.state_dict().items():
+        updates = torch.stack([(expert[name] - base[name]).flatten() for expert in experts], dim=1)
+        target = (values - base[name]).flatten()[:, None]
+        found = torch.linalg.lstsq(updates, target).solution
+        rounding = 2**-9 * float(values.abs().max())  # models are in bfloat16
+        torch.testing.assert_close(updates @ found, target, rtol=0, atol=2 * rounding)
+
+
+def test_what_is_lowered_instead_of_the_divergence(scripts: tuple[ModuleType, ModuleType]) -> None:
+    _, control = scripts
+    torch.manual_seed(0)
+    merged, expert = torch.randn(3, 7), torch.randn(3, 7)
+    q, p = (scipy.special.softmax(values.double().numpy() / 2, axis=1) for values in (merged, expert))
+    pair = [Outputs(values, is_logits=True) for values in (merged, expert)]
+    np.testing.assert_allclose(control.softened_kl(*pair), scipy.stats.entropy(p, q, axis=1), rtol=1e-4)
+    q = scipy.special.softmax(merged.double().numpy(), axis=1)
+    np.testing.assert_allclose(control.entropy(*pair), scipy.stats.entropy(q, axis=1), rtol=1e-4)

@@ -21,13 +21,16 @@ SAMPLE = (
 )
 
 
-# Conv1D, stacks of experts beside which attention is adapted, renamed on load, encoder and decoder, images.
+# Conv1D, stacks of experts beside which attention is adapted, factors of stacks that PEFT makes of it beside copies of
+# an output layer, copies of one with a bias, renamed on load, encoder and decoder, images.
 SAMPLE_OF_ADAPTERS = (
     "BertForMaskedLM",
+    "DeepseekV3ForCausalLM",
     "GPT2LMHeadModel",
     "LlamaForCausalLM",
     "LlavaForConditionalGeneration",
     "MixtralForCausalLM",
+    "PhiForCausalLM",
     "T5ForConditionalGeneration",
     "ViTForImageClassification",
 )

@@ -44,7 +44,7 @@ def kept_by_hand(
     FisherRaoMerger(family.experts, args, list(weights), family.base).merge()
     texts = {}
     for name, rows in family.texts.items():
-        splits = split_texts(name, rows, tokenizer_of(family.base), max_tokens=0, seed=42, is_labelled=False)
+        splits = split_texts(name, rows, tokenizer_of(family.base), max_tokens=0, seed=42, reads="text")
         texts[name] = list(splits[split].rows)
     models = models_to_measure(MergeModels(family.experts, None, family.base), str(folder))
     record = evaluate_merge(models, texts, SuiteOptions(), RunSettings(cache_dir=cache))

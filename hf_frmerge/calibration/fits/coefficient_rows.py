@@ -61,5 +61,5 @@ def coefficients_of(
 def combined(start: Tensor, updates: Sequence[Tensor], coefficients_RN: Tensor) -> Tensor:
     """Return a tensor plus the sum of updates by the coefficients of `coefficients_of`, in the tensor's dtype."""
     for update, column_R in zip(updates, coefficients_RN.to(start).T):
-        start = start + column_R.reshape(-1, *[1] * (start.ndim - 1)) * update
+        start = torch.addcmul(start, column_R.reshape(-1, *[1] * (start.ndim - 1)), update)
     return start

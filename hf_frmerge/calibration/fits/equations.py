@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_frmerge.calibration.prompts import Prompts
     from hf_frmerge.calibration.sweep import LayerFit
     from hf_frmerge.checkpoints.source import Source
-    from hf_frmerge.fisher.files import KroneckerFile
+    from hf_frmerge.fisher.files import DiagonalFile, KroneckerFile
     from hf_frmerge.merging.planning.plan import MergePlan
 
 
@@ -51,8 +51,6 @@ def why_no_table(plan: MergePlan) -> str | None:
         return f"those of whole weights cannot scale what was learned. {elsewise}, or space='deltas' and a base_model"
     if args.post_step is not None:
         return f"post_step={args.post_step!r} changes their sum afterwards. {elsewise}, or leave out post_step"
-    if args.refine_steps:
-        return f"a refinement changes more than these. {elsewise}, or leave out refine_steps"
     return None
 
 
@@ -60,10 +58,12 @@ def check_experts(plan: MergePlan, prompts: Sequence[Prompts]) -> None:
     """Raise `ArgumentError` if the method needs prompts of every expert, and one has none; or if they all weigh 0."""
     known = {own.expert for own in prompts}
     without = [expert.spec for place, expert in enumerate(plan.experts) if place not in known]
-    if METHODS[plan.args.method].needs_prompts and without:
+    args = plan.args
+    if (METHODS[args.method].needs_prompts or args.fisher is not None) and without:
+        option = f"fisher={args.fisher!r}" if args.fisher is not None else f"method={args.method!r}"
         raise ArgumentError(
-            f"method={plan.args.method!r} needs prompts of every expert, and {some(without)} has none. Pass some for "
-            "it too, or one file for all experts."
+            f"{option} needs prompts of every expert, and {some(without)} has none. Pass some for it too, or one file "
+            "for all experts."
         )
     if not any(plan.weights[expert] for expert in known):
         named = some([plan.experts[expert].spec for expert in sorted(known)])
@@ -105,12 +105,18 @@ def equations_of(
         return partial(RegMeanFit, options=_regmean_options(plan))
     if plan.args.method == "mats":
         return partial(MatsFit, files=kronecker_files(plan, model, prompts, is_silent), max_iter=plan.args.max_iter)
+    return partial(FisherFit, files=diagonal_files(plan, model, prompts, is_silent))
+
+
+def diagonal_files(
+    plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], is_silent: bool | None
+) -> list[DiagonalFile]:
+    """Estimate the diagonal Fisher information of the blocks' parameters; arguments as for `equations_of`."""
     parameters = [f"{block}.{name}" for block in model.blocks for name in model.block_parameters(block)]
     options, base = _estimate_options(plan, is_silent), _base_of(plan)
-    files = [
+    return [
         estimate_diagonal(plan.experts[own.expert].source, base, own.token_ids, parameters, options) for own in prompts
     ]
-    return partial(FisherFit, files=files)
 
 
 def kronecker_files(

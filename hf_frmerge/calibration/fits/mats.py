@@ -85,11 +85,8 @@ class MatsFit(InformedFit):
     def _factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:
         """Return every expert's factors, those of the outputs divided by the norm over all layers."""
         device = self._sweep.model.device
-        found = []
-        for file in self._files:
-            of_inputs_II, of_outputs_OO = (factor.to(device) for factor in file.read(layer))
-            found.append((of_inputs_II, of_outputs_OO / (file.record.norm or 1.0)))
-        return found
+        pairs = [file.read_relative(layer) for file in self._files]
+        return [(of_inputs_II.to(device), of_outputs_OO.to(device)) for of_inputs_II, of_outputs_OO in pairs]
 
 
 def conjugate_gradients(apply: Callable[[Tensor], Tensor], target: Tensor, max_iter: int) -> Tensor:

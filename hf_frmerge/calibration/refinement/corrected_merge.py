@@ -2,7 +2,8 @@
 A merge without data plus corrections, run whole, so that gradients reach the corrections.
 
 Corrections are named as in the record's file, by parameters instead of tensors: `NAME` for a whole one, `NAME.up` and
-`NAME.down` for factors `(rows, k)` and `(k, columns)`.
+`NAME.down` for factors `(rows, k)` and `(k, columns)`, and `NAME.coefficients`, `(rows, N)` or `(1, N)`, for what is
+added to the experts' coefficients.
 """
 
 # Shape suffixes: B = prompts, T = tokens, H = hidden size.
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_frmerge.calibration.blockwise_model import Call, Weights
 from hf_frmerge.calibration.fits.block_fit import SweepState
+from hf_frmerge.calibration.refinement.expert_updates import COEFFICIENTS, ExpertUpdates
 from hf_frmerge.calibration.sweep import FittedBlock
 from hf_frmerge.merging.planning.corrections import Form
 
@@ -29,47 +31,58 @@ class CorrectedMerge:
         state: Modules, and the reader of the weights.
         start: Parameter -> its values in the merge without data, float32.
         corrections: What is added to them.
+        updates: What the experts changed, for corrections that are coefficients.
     """
 
-    def __init__(self, state: SweepState, start: Weights, corrections: Weights) -> None:
+    def __init__(self, state: SweepState, start: Weights, corrections: Weights, updates: ExpertUpdates) -> None:
         self._state, self._model = state, state.model
-        self._start, self._corrections = start, corrections
+        self._start, self._corrections, self._updates = start, corrections, updates
 
     def outer(self) -> dict[str, Tensor]:
         """Return the weights outside the blocks."""
-        return self._state.computed({name: self._weight(name) for name in self._model.outer_parameters()})
+        return self._state.computed({name: self.weight(name) for name in self._model.outer_parameters()})
 
-    def hidden(self, outer: Weights, inputs: Mapping[str, Tensor]) -> Tensor:
+    def hidden(self, outer: Weights, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """
-        Return the hidden states `(B, T, H)` after the last block, float32.
+        Return the hidden states `(B, T, H)` of batches after the last block, float32.
 
-        Blocks are run again for their gradients, so that the activations of one only are in memory.
+        Blocks are run again for their gradients, so that the weights and activations of one only are in memory. All
+        batches go through a block together, as its weights may take longer to form than to multiply with.
         """
-        hidden_BTH, calls = self._model.begin(outer, {}, inputs)
-        for name, call in zip(self._model.blocks, calls):
+        begun = [self._model.begin(outer, {}, inputs) for inputs in batches]
+        hidden = [hidden_BTH for hidden_BTH, _ in begun]
+        for index, name in enumerate(self._model.blocks):
+            calls = [calls[index] for _, calls in begun]
             # Nothing is drawn at random, so there is no state to preserve.
-            hidden_BTH = checkpoint(
-                self._run_block, name, hidden_BTH, call, use_reentrant=False, preserve_rng_state=False
-            )
-        return hidden_BTH
+            hidden = checkpoint(self._run_block, name, calls, *hidden, use_reentrant=False, preserve_rng_state=False)
+        return hidden
 
-    def _run_block(self, name: str, hidden_BTH: Tensor, call: Call) -> Tensor:
-        weights = {key: self._weight(f"{name}.{key}") for key in self._model.block_parameters(name)}
-        return self._model.run_block(name, self._state.computed(weights), hidden_BTH, call)
+    def _run_block(self, name: str, calls: Sequence[Call], *hidden: Tensor) -> list[Tensor]:
+        weights = {key: self.weight(f"{name}.{key}") for key in self._model.block_parameters(name)}
+        computed = self._state.computed(weights)
+        return [self._model.run_block(name, computed, hidden_BTH, call) for hidden_BTH, call in zip(hidden, calls)]
 
-    def _weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Tensor:
+        """Return the values of a parameter, float32."""
         values = self._start[name]
         if name in self._corrections:
             return values + self._corrections[name].float()
         if f"{name}.up" in self._corrections:
             up, down = (self._corrections[f"{name}.{factor}"].float() for factor in ("up", "down"))
             return values + up @ down
+        if f"{name}{COEFFICIENTS}" in self._corrections:
+            return self._updates.add(name, values, self._corrections[f"{name}{COEFFICIENTS}"])
         return values
 
 
 def parameter_of(name: str) -> str:
-    """Return the parameter that a correction, or one of its factors, is of."""
-    return name.removesuffix(".up").removesuffix(".down")
+    """Return the parameter that a correction, one of its factors, or a row of coefficients is of."""
+    return name.removesuffix(".up").removesuffix(".down").removesuffix(COEFFICIENTS)
+
+
+def stored_dtype(state: SweepState, name: str) -> torch.dtype:
+    """Return the dtype that a correction is stored in; coefficients are trained in float32 and keep all of it."""
+    return torch.float32 if name.endswith(COEFFICIENTS) else state.reader.torch_dtype(parameter_of(name))
 
 
 def read_start(state: SweepState) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_frmerge.calibration.blockwise_model import Weights
+from hf_frmerge.calibration.blockwise_model import Outputs, Weights
 from hf_frmerge.calibration.held_out import Candidate, distances, outputs_of
-from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, parameter_of
-from hf_frmerge.calibration.refinement.losses import row_losses
+from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, stored_dtype
+from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates
 from hf_frmerge.calibration.refinement.progress_file import Best, Progress, read_progress, write_progress
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.merging.planning.corrections import mean_known
@@ -43,18 +43,20 @@ class RefineOptions:
 
     Attributes:
         steps: number of steps.
-        loss: `"kl"` or `"fisher_rao"`, see `row_losses`.
+        loss: returns the loss of every row from the outputs of the merge and of an expert, as `row_losses` does.
         learning_rate: highest step size of Adam.
         batch_size: prompts a step, of all experts together, if they are of the greatest length; of shorter ones as
             many more as have no more tokens. At least one of every expert.
         seed: chooses the order of the prompts.
+        rho: radius of a sharpness-aware step: gradients are taken that far uphill. 0: where the merge is.
     """
 
     steps: int
-    loss: str
+    loss: Callable[[Outputs, Outputs], Tensor]
     learning_rate: float
     batch_size: int
     seed: int
+    rho: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Refinement:
         for tensor in self.values.values():  # of what no prompt reaches too, so that the optimiser has a state for all
             tensor.grad = torch.zeros_like(tensor)
         self._sweep, self._start, self._options = sweep, start, options
-        self._merge = CorrectedMerge(sweep.state, start, self.values)
+        self._updates = ExpertUpdates(sweep.state)
+        self._merge = CorrectedMerge(sweep.state, start, self.values, self._updates)
         self._heads = self._experts_outer()
         self._chunks = self._cut()
 
@@ -123,6 +126,8 @@ class Refinement:
                 group["lr"] = options.learning_rate * rate_at(step, options.steps)
             optimizer.zero_grad(set_to_none=False)
             steps.set_postfix(loss=f"{self.take_gradients(step):.4g}")
+            if options.rho:
+                self.take_gradients_uphill(step)
             optimizer.step()
             if (step + 1) % _JUDGED_EVERY and step + 1 < options.steps:
                 continue
@@ -141,45 +146,66 @@ class Refinement:
 
     def take_gradients(self, step: int) -> float:
         """Add the gradients of a step's loss to the corrections; return the loss."""
-        total = 0.0
-        for expert, chunks in self._chunks.items():
-            turn, place = divmod(step, len(chunks))
-            order = np.random.default_rng([self._options.seed, expert, turn]).permutation(len(chunks))
-            total += self._backward(chunks[order[place]])
+        chunks = [self._chunk(expert, step) for expert in self._chunks]
+        outer = self._merge.outer()
+        hidden = self._merge.hidden(outer, [chunk.inputs for chunk in chunks])
+        leaves = [hidden_BTH.detach().requires_grad_() for hidden_BTH in hidden]
+        total = sum(self._backward_head(chunk, outer, leaf_BTH) for chunk, leaf_BTH in zip(chunks, leaves))
+        if hidden[0].requires_grad:
+            torch.autograd.backward(hidden, [leaf_BTH.grad for leaf_BTH in leaves])
         return total
 
-    def _backward(self, chunk: Chunk) -> float:
-        model, outer = self._sweep.state.model, self._merge.outer()
-        hidden_BTH = self._merge.hidden(outer, chunk.inputs)
-        leaf_BTH = hidden_BTH.detach().requires_grad_()
-        total = 0.0
+    def _chunk(self, expert: int, step: int) -> Chunk:
+        """Return the prompts of an expert that take part in a step."""
+        chunks = self._chunks[expert]
+        turn, place = divmod(step, len(chunks))
+        order = np.random.default_rng([self._options.seed, expert, turn]).permutation(len(chunks))
+        return chunks[order[place]]
+
+    def take_gradients_uphill(self, step: int) -> None:
+        """
+        Replace a step's gradients `g` by those at the corrections plus `rho * g / |g|` (Foret et al., 2010.01412).
+
+        To first order the loss is largest there of all points that near, so that what is flat around it is preferred.
+        """
+        gradients = {name: tensor.grad for name, tensor in self.values.items() if tensor.grad is not None}
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        scale = self._options.rho / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        before = {name: tensor.detach().clone() for name, tensor in self.values.items()}
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                self.values[name].add_(scale * gradient)
+                gradient.zero_()
+        self.take_gradients(step)
+        with torch.no_grad():
+            for name, tensor in self.values.items():
+                tensor.copy_(before[name])
+
+    def _backward_head(self, chunk: Chunk, outer: Weights, leaf_BTH: Tensor) -> float:
+        """Add the gradients of the hidden states behind the blocks, and of the head; return the loss."""
+        model, total = self._sweep.state.model, 0.0
         # Prompt by prompt: the logits of all, and their gradients, would be the largest thing in memory.
         for row in range(len(leaf_BTH)):
             one = {name: values[row : row + 1] for name, values in chunk.inputs.items()}
             with torch.no_grad():
                 target = outputs_of(model, self._heads[chunk.expert], chunk.target_BTH[row : row + 1], one)
             merged = outputs_of(model, outer, leaf_BTH[row : row + 1], one)
-            loss = chunk.factor * row_losses(merged, target, self._options.loss).sum()
+            loss = chunk.factor * self._options.loss(merged, target).sum()
             loss.backward(retain_graph=True)  # what leads from the corrections to `outer` serves the next prompt too
             total += float(loss.detach())
-        assert leaf_BTH.grad is not None
-        if hidden_BTH.requires_grad:
-            hidden_BTH.backward(leaf_BTH.grad)
         return total
 
     def _judge(self, step: int) -> Best:
         """Measure the corrections as they would be stored."""
         state = self._sweep.state
         stored = {
-            name: tensor.detach().to(state.reader.torch_dtype(parameter_of(name)), copy=True)
-            for name, tensor in self.values.items()
+            name: tensor.detach().to(stored_dtype(state, name), copy=True) for name, tensor in self.values.items()
         }
         with torch.no_grad():
-            merge = CorrectedMerge(state, self._start, stored)
+            merge = CorrectedMerge(state, self._start, stored, self._updates)
             outer = merge.outer()
-            hidden = {
-                b: merge.hidden(outer, batch.inputs) for b, batch in enumerate(state.batches) if batch.is_held_out
-            }
+            held_out = {b: batch.inputs for b, batch in enumerate(state.batches) if batch.is_held_out}
+            hidden = dict(zip(held_out, merge.hidden(outer, list(held_out.values()))))
             found = distances(self._sweep, {"refined": Candidate(outer, hidden)})["refined"]
         return Best(stored, found, step)
 

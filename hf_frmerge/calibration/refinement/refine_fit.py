@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from hf_frmerge.calibration.block_files import factors_for_adapter
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, parameter_of, read_start
-from hf_frmerge.calibration.refinement.progress_file import write_tensors
+from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine, write_table
+from hf_frmerge.calibration.refinement.losses import row_losses
+from hf_frmerge.calibration.refinement.progress_file import Best, write_tensors
 from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
 from hf_frmerge.merging.planning.corrections import CORRECTIONS_FILE, Form, RefinementRecord, mean_known
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 PROGRESS_FILE = "refinement.safetensors"
 
-_LEARNING_RATES: dict[Form, float] = {"dense": 3e-5, "low_rank": 3e-4}
+_LEARNING_RATES: dict[Form, float] = {"table": 1e-2, "dense": 3e-5, "low_rank": 3e-4}
 
 
 def refine_fit(
@@ -33,29 +34,39 @@ def refine_fit(
     transposed: Collection[str] | None,
 ) -> tuple[Form, RefinementRecord]:
     """
-    Refine a fit, and write the corrections if they are nearer to the experts than what the fit found.
+    Refine a fit, and write what comes of it if that is nearer to the experts than what the fit found.
 
     Args:
         args: Arguments of the merge.
         sweep: After its last block.
         blocks: What the fit found for every block.
         by_form: Held-out distances by form; those of the refinement's best point are added as `"refined"`.
-        form: Form of the fit that was chosen. The refinement keeps it; where the fit gained nothing, it has a number
-            for every weight, if that may be written.
+        form: Form of the fit that was chosen. The refinement keeps it; where the fit gained nothing, it has the form
+            that was asked for, or a number for every weight, if that may be written.
         staging: Folder of unfinished files.
         transposed: Where the output is an adapter, the tensors that the model stores as `(n_in, n_out)`; else `None`.
 
     Returns:
         The form to write, and how it was refined.
     """
-    may_be_dense = transposed is None and args.calibration_form != "low_rank"
-    refined_form: Form = form if form != "start" else "dense" if may_be_dense else "low_rank"
+    from_fit = form != "start"
+    refined_form = form if from_fit else _form_without_fit(args, transposed)
     start = read_start(sweep.state)
-    corrections = corrections_to_refine(
-        sweep.state, start, blocks, refined_form, from_fit=form != "start", factors_only=transposed is not None
-    )
+    if refined_form == "table":
+        corrections = coefficients_to_refine(sweep.state, start, blocks, from_fit=from_fit)
+    else:
+        corrections = corrections_to_refine(
+            sweep.state, start, blocks, refined_form, from_fit=from_fit, factors_only=transposed is not None
+        )
     rate = args.refine_learning_rate or _LEARNING_RATES[refined_form]
-    options = RefineOptions(args.refine_steps, args.refine_loss, rate, args.calibration_batch_size, args.seed)
+    options = RefineOptions(
+        args.refine_steps,
+        partial(row_losses, loss=args.refine_loss),
+        rate,
+        args.calibration_batch_size,
+        args.seed,
+        args.refine_rho,
+    )
     best = Refinement(sweep, start, corrections, options).run(
         staging / PROGRESS_FILE, silent=args.disable_tqdm or None
     )
@@ -64,17 +75,27 @@ def refine_fit(
         by_form["refined"] = best.distances
         if mean_known(best.distances) < mean_known(by_form[form]):
             best_step = best.step
-            _write(best.corrections, sweep.state.reader.tensors, staging / CORRECTIONS_FILE, transposed)
+            _write(best, refined_form, sweep, staging, transposed)
     loss = args.refine_loss if sweep.gives_logits else "angle"
     return refined_form if best_step else form, RefinementRecord(args.refine_steps, loss, rate, form, best_step)
 
 
-def _write(
-    corrections: dict[str, Tensor], tensor_of: dict[str, str], path: Path, transposed: Collection[str] | None
-) -> None:
-    """Write corrections under the names of tensors, or those of an adapter."""
+def _form_without_fit(args: MergingArguments, transposed: Collection[str] | None) -> Form:
+    """Return the form of a refinement that begins at the merge without data."""
+    if args.calibration_form == "table":
+        return "table"
+    return "dense" if transposed is None and args.calibration_form != "low_rank" else "low_rank"
+
+
+def _write(best: Best, form: Form, sweep: Sweep, staging: Path, transposed: Collection[str] | None) -> None:
+    """Write a table of coefficients, or corrections under the names of tensors, or those of an adapter."""
+    if form == "table":
+        write_table(sweep.state, {parameter_of(name): values for name, values in best.corrections.items()}, staging)
+        return
     tensors = {}
-    for name, values in corrections.items():
+    for name, values in best.corrections.items():
         parameter = parameter_of(name)
-        tensors[tensor_of[parameter] + name.removeprefix(parameter)] = values
-    write_tensors(path, tensors if transposed is None else factors_for_adapter(tensors, transposed))
+        tensors[sweep.state.reader.tensors[parameter] + name.removeprefix(parameter)] = values
+    write_tensors(
+        staging / CORRECTIONS_FILE, tensors if transposed is None else factors_for_adapter(tensors, transposed)
+    )

@@ -7,24 +7,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
+from hf_frmerge.checkpoints.adapters.base_copies import PEFT_PREFIX, check_base_copy, copied_from_base
 from hf_frmerge.checkpoints.adapters.config import AdapterConfig, read_adapter_config
 from hf_frmerge.checkpoints.adapters.factors import LowRankDelta
 from hf_frmerge.checkpoints.adapters.match import find_targets
 from hf_frmerge.checkpoints.model_structure import UNKNOWN, ModelStructure, leaf, may_be_conv1d, may_be_tied
 from hf_frmerge.checkpoints.names.model_names import ModelNames
 from hf_frmerge.checkpoints.resolve import Source
-from hf_frmerge.checkpoints.tensors.floats import narrow, widen
 from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, open_checkpoint, some
 from hf_frmerge.errors import CheckpointError
-
-PEFT_PREFIX = "base_model.model."
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<slot>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
 )
-_COMPARE_ELEMENTS = 1 << 22  # elements compared at a time when an adapter stores a copy of a base tensor
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,8 @@ class Adapter:
         config: its `adapter_config.json`.
         deltas: target tensor -> low-rank delta.
         dense: target tensor -> full tensor that replaces the base's (`modules_to_save`).
-        base_layers: target tensor -> copy of the base tensor, which PEFT stores beside embedding factors.
+        base_layers: target tensor -> copy of the base tensor, which PEFT stores beside factors of an embedding or of
+            an output layer, with its bias.
         new_tensors: those of `dense` that the base does not have: a head of its own. Known once it is matched.
         set_apart: stored name of every tensor that is in none of these, at the user's request -> its target.
     """
@@ -156,18 +152,7 @@ class Adapter:
             CheckpointError: If a copy differs, that is, if the adapter was trained on another base.
         """
         for target, info in self.base_layers.items():
-            theirs = base.tensors[target]
-            size, their_size = info.nbytes // info.numel, theirs.nbytes // theirs.numel
-            for start in range(0, info.numel, _COMPARE_ELEMENTS):
-                stop = min(start + _COMPARE_ELEMENTS, info.numel)
-                copy = self.checkpoint.read(info.name, start * size, stop * size)
-                original = base.read(target, start * their_size, stop * their_size)
-                if not np.array_equal(narrow(widen(original, theirs.dtype), info.dtype), copy):
-                    raise CheckpointError(
-                        f"Adapter {self.spec!r} carries a copy of {target!r} that differs from the one in "
-                        f"{base.source.spec!r}: it was trained on another base, or the base's embedding was changed. "
-                        "Pass the base it was trained on."
-                    )
+            check_base_copy(self.checkpoint, info, base, target)
 
     def _orient(
         self,
@@ -277,8 +262,8 @@ def open_adapter(source: Source) -> Adapter:
         factor = _FACTOR.fullmatch(stem)
         if factor:
             parts.setdefault(factor["module"], {})[factor["slot"]] = info
-        elif stem.endswith(".base_layer.weight"):  # PEFT's name for the original weight of an adapted module
-            base_layers[stem.removesuffix(".base_layer.weight") + ".weight"] = info
+        elif copied := copied_from_base(stem):
+            base_layers[copied] = info
         elif "lora_" in stem or ".base_layer." in stem or "trainable_tokens" in stem:
             raise CheckpointError(
                 f"Adapter {source.spec!r}: tensor {name!r} is not a factor of a plain LoRA adapter (lora_A.weight, "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from hf_frmerge.checkpoints.adapters.base_copies import PEFT_PREFIX, check_base_copy, copied_from_base
 from hf_frmerge.checkpoints.adapters.config import CONFIG_NAME, FOLD_BY_HAND
 from hf_frmerge.checkpoints.adapters.folded import Folded, FoldedAdapter, put_in_place, read_wide
 from hf_frmerge.checkpoints.adapters.match import find_targets
@@ -129,7 +130,7 @@ def fold_by_peft(adapter: Source, model: Checkpoint) -> FoldedAdapter:
     raw = read_json(checkpoint.folder, CONFIG_NAME, adapter.spec)
     _check_patterns(raw, adapter.spec)
     try:
-        layers = _layers_of(checkpoint, raw, model)
+        layers, copies = _layers_of(checkpoint, raw, model)
         recent = Recent()
         folded = {
             layer.infos[name].name: _FoldedByPeft(layer.infos[name], layer, name, checkpoint, recent)
@@ -139,9 +140,11 @@ def fold_by_peft(adapter: Source, model: Checkpoint) -> FoldedAdapter:
     except _ERRORS as error:
         raise _refusal(checkpoint, _said(error), FOLD_BY_HAND) from error
     _try_one(min(folded.values(), key=lambda each: each.info.numel), model)  # what does not work should be known now
+    for name, original in copies.items():
+        check_base_copy(checkpoint, checkpoint.tensors[name], model, original.name)
     put_in_place(model, folded)
     model.largest_computed = max(each.info.numel for each in folded.values()) * _BYTES_AN_ELEMENT
-    return FoldedAdapter(checkpoint, _targets(checkpoint, layers, next(iter(folded))))
+    return FoldedAdapter(checkpoint, _targets(checkpoint, layers, next(iter(folded))), frozenset(copies))
 
 
 def _try_one(weight: _FoldedByPeft, model: Checkpoint) -> None:
@@ -166,8 +169,10 @@ def _refusal(adapter: Checkpoint, reason: str, advice: str) -> CheckpointError:
     return CheckpointError(f"Adapter {spec!r}: PEFT cannot fold it into its base layer by layer: {reason}. {advice}")
 
 
-def _layers_of(checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint) -> list[_Layer]:
-    """Put the adapter on the empty model; return the layers that it changes."""
+def _layers_of(
+    checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint
+) -> tuple[list[_Layer], dict[str, TensorInfo]]:
+    """Put the adapter on the empty model; return the layers that it changes, and what it has copies of."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -192,8 +197,11 @@ def _layers_of(checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint) -
         if unknown:
             raise ValueError(f"this version does not know {some(unknown)} in {CONFIG_NAME}")
         peft_model: Any = get_peft_model(empty, peft_config)
-        result: Any = set_peft_model_state_dict(peft_model, stored)
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        # A bias that the adapter trains has the name of a copy.
+        copies = [name for name in stored if copied_from_base(name) and name not in expected]
+        stored = {name: each for name, each in stored.items() if name not in copies}
+        result: Any = set_peft_model_state_dict(peft_model, stored)
     lost = [*result.unexpected_keys, *(expected.keys() - stored.keys())]
     if lost:
         raise ValueError(f"{some(sorted(lost))} of the adapter and the model do not fit together")
@@ -219,7 +227,12 @@ def _layers_of(checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint) -
     outside = [name for name in changed if not any(name.startswith(f"{layer.path}.") for layer in layers)]
     if outside or not layers:
         raise ValueError(f"it changes {some(outside) if outside else 'no layer'} beside its layers")
-    return layers
+    places = {f"{PEFT_PREFIX}{layer.path}.{name}": info for layer in layers for name, info in layer.infos.items()}
+    originals = {name: places.get(str(copied_from_base(name))) for name in copies}
+    found = {name: info for name, info in originals.items() if info and info.shape == checkpoint.tensors[name].shape}
+    if len(found) < len(copies):
+        raise ValueError(f"it carries {some(originals.keys() - found.keys())}, and changes no such layer of the model")
+    return layers, found
 
 
 def _check_patterns(raw: dict[str, Any], spec: str) -> None:

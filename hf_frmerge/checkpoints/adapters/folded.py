@@ -34,10 +34,12 @@ class FoldedAdapter:
     Attributes:
         checkpoint: its tensors.
         targets: stored name of each of them -> tensor of the model that it changes.
+        base_copies: stored names of those that only repeat what the model has.
     """
 
     checkpoint: Checkpoint
     targets: Mapping[str, str]
+    base_copies: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def fold(model: Checkpoint, adapter: Adapter) -> FoldedAdapter:
     targets = dict.fromkeys(adapter.checkpoint.tensors, "")
     targets |= {part.name: name for name, delta in adapter.deltas.items() for part in delta.stored}
     targets |= {info.name: name for name, info in adapter.dense.items()} | dict(adapter.set_apart)
-    return FoldedAdapter(adapter.checkpoint, targets)
+    return FoldedAdapter(adapter.checkpoint, targets, frozenset(info.name for info in adapter.base_layers.values()))
 
 
 def put_in_place(model: Checkpoint, folded: Mapping[str, Folded]) -> None:

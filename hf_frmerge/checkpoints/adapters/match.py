@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from hf_frmerge.checkpoints.adapters.config import FOLD_BY_HAND
 from hf_frmerge.checkpoints.model_structure import leaf
 from hf_frmerge.checkpoints.names.model_names import ModelNames
 from hf_frmerge.checkpoints.tensors.reader import some
@@ -73,6 +74,11 @@ def find_targets(
             f"Adapter {spec!r}: {unknown[0]!r} could mean several tensors of the base: {some(candidates)}. "
             "Save the base with the class the adapter was trained on."
         )
+    elif made := _made_on_loading(unknown, shapes, model_names()):
+        raise CheckpointError(
+            f"Adapter {spec!r} changes {some(made)}, which the base does not store: transformers joins or parts other "
+            f"tensors to make them when it loads the model. {FOLD_BY_HAND}"
+        )
     else:
         raise CheckpointError(
             f"Adapter {spec!r} changes {some(unknown)}, which the base model does not have"
@@ -100,6 +106,14 @@ def _by_class(
         if all(name.startswith(f"{prefix}.") and within[name] in stored for name in unknown):
             fits.append({name: stored[within[name]] for name in unknown})
     return fits[0] if len(fits) == 1 else None
+
+
+def _made_on_loading(unknown: Sequence[str], shapes: Iterable[str], names: ModelNames | None) -> list[str]:
+    """Return the names of a class that no stored tensor has, neither as it is nor renamed."""
+    if names is None or not names.in_memory.issuperset(unknown):
+        return []
+    stored = set(names.canonical(shapes).values())
+    return [name for name in unknown if name not in stored]
 
 
 def _edit(name: str, key: str) -> tuple[str, str] | None:

@@ -45,13 +45,24 @@ def build_empty(config: Mapping[str, Any], spec: str, **changes: Any) -> PreTrai
     _refuse_endless(settings, spec)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = model_class(transformers.AutoConfig.for_model(config["model_type"], **settings))
+            model: PreTrainedModel = model_class(
+                transformers.AutoConfig.for_model(config["model_type"], **_with_infinities(settings))
+            )
     except Exception as error:  # what a stranger's settings lead to in the class is for the class to choose
         raise CheckpointError(
             f"{spec!r}: {architecture} cannot be built from its config.json ({type(error).__name__}: "
             f"{' '.join(str(error).split())}), so its layers are unknown."
         ) from error
     return model
+
+
+def _with_infinities(value: Any) -> Any:
+    """Return settings with the numbers that `{"__float__": "Infinity"}` stands for in a `config.json`."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_infinities(each) for key, each in value.items()}
+    return [_with_infinities(each) for each in value] if isinstance(value, list) else value
 
 
 def transposed_layers(config: Mapping[str, Any], spec: str) -> list[str]:

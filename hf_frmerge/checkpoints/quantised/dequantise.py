@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.names.empty_model import transposed_layers
-from hf_frmerge.checkpoints.quantised.recent import Recent
+from hf_frmerge.checkpoints.quantised.in_place import put_in_place
 from hf_frmerge.checkpoints.tensors.floats import DTYPE_CODES
 from hf_frmerge.checkpoints.tensors.quantised import FOUR_BIT, PLAIN, is_code, made_by, section_of, way_out
-from hf_frmerge.checkpoints.tensors.reader import Checkpoint, TensorInfo, some
+from hf_frmerge.checkpoints.tensors.reader import Checkpoint, some
 from hf_frmerge.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from hf_frmerge.checkpoints.quantised.form import Format
-    from hf_frmerge.checkpoints.tensors.header import TensorSource
 
 EXTRA = "pip install 'hf_frmerge[quantised]'"
 
 _ARITHMETIC = ("gptq", "mxfp4", "bitsandbytes", "mlx")
-
-_BYTES_AN_ELEMENT = 16
-"""Codes, numbers in float32 and what is made of them, all at a time."""
 
 # What a runtime that computes with codes wants to know of activations and caches; plain weights do not need it.
 _OF_ACTIVATIONS = frozenset(
@@ -37,27 +28,6 @@ _OF_ACTIVATIONS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Dequantised:
-    """Numbers that the codes of a quantiser stand for; computed as a whole, since codes may lie in any order."""
-
-    info: TensorInfo
-    parts: tuple[TensorInfo, ...]
-    form: Format
-    recent: Recent
-
-    def read(self, source: TensorSource, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return bytes `[start, stop)` of the tensor."""
-        return self.recent.get(self.info.name, lambda: self._compute(source))[start:stop]
-
-    def _compute(self, source: TensorSource) -> NDArray[np.uint8]:
-        # Copied, as torch takes no arrays that may not be written to.
-        stored = {part.name: (part, source.read_info(part).copy()) for part in self.parts}
-        for part in self.parts:
-            source.release_info(part)
-        return self.form.convert(self.info, stored)
-
-
 def dequantise(checkpoint: Checkpoint) -> list[str]:
     """
     Put what a quantised checkpoint's codes stand for in the place of its codes; contents are read when they are asked.
@@ -65,7 +35,7 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
     The formats are those that the compressed-tensors package converts (its own, fp8 with scales of blocks, AutoAWQ's
     and ModelOpt's NVFP4), GPTQ, and the MXFP4 of gpt-oss. They are told by the tensors; the section in `config.json`
     gives what these do not show. A section over plain weights is passed over. What is quantised otherwise is left as
-    it is, for `refuse_quantised`.
+    it is, for `refuse_quantised`. A GGUF file is read so whatever its tensors are.
 
     Args:
         checkpoint (`Checkpoint`): Full model; it is changed in place.
@@ -76,6 +46,10 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
     Raises:
         CheckpointError: If a package is needed and missing, or what is there cannot be converted.
     """
+    if checkpoint.source.is_gguf:
+        from hf_frmerge.checkpoints.quantised.gguf import dequantise_gguf
+
+        return dequantise_gguf(checkpoint)
     spec, section = checkpoint.source.spec, section_of(checkpoint.config())
     infos = checkpoint.tensors.values()
     # Not every code looks like one: bitsandbytes packs a matrix into one column.
@@ -98,29 +72,12 @@ def dequantise(checkpoint: Checkpoint) -> list[str]:
         return []
     if form.title == "GPTQ":
         _refuse_transposed(checkpoint, groups)
-    recent = Recent()
-    made: dict[str, TensorInfo] = {}
-    used: set[str] = set()
-    for name, (shape, parts) in groups.items():
-        nbytes = math.prod(shape) * form.itemsize
-        info = TensorInfo(name, form.dtype, shape, parts[0].file, 0, nbytes)
-        made[parts[0].name] = replace(info, recipe=Dequantised(info, parts, form, recent))
-        used |= {part.name for part in parts}
-    unused = {
-        name: info
-        for name, info in checkpoint.tensors.items()
-        if name not in used and name.rpartition(".")[2] in _OF_ACTIVATIONS
-    }
-    kept = {name: made.get(name, info) for name, info in checkpoint.tensors.items() if name not in used - made.keys()}
-    checkpoint.tensors = {info.name: info for name, info in kept.items() if name not in unused}
-    checkpoint.unused = unused
-    checkpoint.quantisation = form.title
-    checkpoint.largest_computed = max(math.prod(shape) for shape, _ in groups.values()) * _BYTES_AN_ELEMENT
-    # What does not work should be known before anything else is read.
-    smallest = min(made.values(), key=lambda info: info.nbytes)
-    checkpoint.read(smallest.name)
+    unused = {name: info for name, info in checkpoint.tensors.items() if name.rpartition(".")[2] in _OF_ACTIVATIONS}
+    used = put_in_place(checkpoint, form, groups)
+    checkpoint.unused = {name: info for name, info in unused.items() if name not in used}
+    checkpoint.tensors = {name: info for name, info in checkpoint.tensors.items() if name not in checkpoint.unused}
     return [
-        f"{spec!r} is quantised ({form.title}): {len(made)} weights, such as {some(groups, 1)}, are dequantised to "
+        f"{spec!r} is quantised ({form.title}): {len(groups)} weights, such as {some(groups, 1)}, are dequantised to "
         f"{form.dtype} while they are read, and merged as these. The output is not quantised."
     ]
 

@@ -35,12 +35,14 @@ class Format:
         dtype: dtype code of the weights it is dequantised to.
         find: returns by name of a weight its shape and the tensors it is made of.
         process: returns the weights that stored tensors stand for, by name.
+        by_rows: names of weights, each made of one tensor, of which any rows can be made of their own codes.
     """
 
     title: str
     dtype: str
     find: Callable[[Checkpoint], dict[str, Group]]
     process: Callable[[Tensors], Tensors]
+    by_rows: frozenset[str] = frozenset()
 
     @property
     def itemsize(self) -> int:

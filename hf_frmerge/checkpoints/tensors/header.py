@@ -180,7 +180,7 @@ def _is_entry(entry: Any) -> bool:
         return False
     # Bounded before they are multiplied. type() rather than isinstance(): JSON's true would pass as the integer 1.
     numbers = (*shape, *offsets)
-    are_sizes = all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers)
+    are_sizes = set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) <= _MAX_NUMBER
     return are_sizes and len(shape) <= _MAX_DIMENSIONS and offsets[0] <= offsets[1]
 
 

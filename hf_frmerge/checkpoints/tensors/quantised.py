@@ -65,7 +65,9 @@ def is_code(info: TensorInfo) -> bool:
 
 
 def is_quantised(checkpoint: Checkpoint) -> bool:
-    """Whether tensors look like codes, or the config says that they are."""
+    """Whether tensors look like codes, or the config says that they are; of a GGUF file names differ in any case."""
+    if checkpoint.source.is_gguf:
+        return True
     infos = checkpoint.tensors.values()
     # Not every code looks like one: bitsandbytes packs a matrix into one column.
     return bool(section_of(checkpoint.config())) or any(map(is_code, infos)) or made_by(infos) is not None

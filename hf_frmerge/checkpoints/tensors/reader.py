@@ -15,7 +15,8 @@ from hf_frmerge.checkpoints.folders import open_folder
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.page_cache import Mapping
 from hf_frmerge.checkpoints.remote_folder import RemoteFolder
-from hf_frmerge.checkpoints.source import SAFETENSORS, Source
+from hf_frmerge.checkpoints.source import SAFETENSORS, Source, gguf_parts
+from hf_frmerge.checkpoints.tensors.gguf_tensors import read_gguf
 from hf_frmerge.checkpoints.tensors.header import DTYPE_BITS, FLOAT_DTYPES, TensorInfo, read_header
 from hf_frmerge.checkpoints.tensors.pickles import read_pickle
 from hf_frmerge.checkpoints.tensors.shard_index import check_index, weight_map
@@ -143,17 +144,16 @@ class Checkpoint:
         if info.recipe is None:
             self.folder.release(info.file, info.offset + start, info.offset + stop)
 
-    def mapping(self, name: str) -> Mapping | None:
+    def mapping(self, info: TensorInfo) -> Mapping | None:
         """
         Return the mapping of a tensor's file.
 
         `None` if it is made of other tensors, is remote, or cannot be mapped (`read` will say why).
         """
-        file = self.tensors[name].file
-        if isinstance(self.folder, RemoteFolder) or self.tensors[name].recipe is not None:
+        if isinstance(self.folder, RemoteFolder) or info.recipe is not None:
             return None
         with suppress(OSError):
-            return self.folder.mapping(file, self.files[file])
+            return self.folder.mapping(info.file, self.files[info.file])
         return None
 
     def alias(self, name: str, target: str) -> None:
@@ -272,6 +272,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
     try:
         if source.kind == "adapter":
             return _checked(_open_files(source, folder, [files.adapter]))
+        if source.is_gguf:
+            return _checked(_open_files(source, folder, _all_parts(source, folder)))
         if folder.exists(files.single):
             # transformers also prefers the single file when a folder holds both.
             return _checked(_open_files(source, folder, [files.single]))
@@ -310,13 +312,25 @@ def open_tensors_file(path: str, file: str) -> Checkpoint:
     return Checkpoint(source, folder, {info.name: info for info in infos}, {file: size}, {file: identity})
 
 
+def _all_parts(source: Source, folder: LocalFolder | RemoteFolder) -> list[str]:
+    """Return the files of a model in GGUF files, all of which must be there."""
+    parts = gguf_parts(source.weight_files.single)
+    for part in parts:
+        if not folder.exists(part):
+            raise CheckpointError(
+                f"{source.spec!r} is a model in {len(parts)} files, and {part!r} is not beside the others. Copy or "
+                "download the missing file."
+            )
+    return parts
+
+
 def _open_files(source: Source, folder: LocalFolder | RemoteFolder, files: list[str]) -> Checkpoint:
     # Identities are taken before the headers are read: a file that changes in between is noticed.
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
     beside = [name for name in (source.weight_files.index, CONFIG_FILES[source.kind]) if folder.exists(name)]
     identities = {name: folder.identity(name) for name in (*files, *beside)}
-    read_tensors = read_pickle if source.is_pickled else read_header
+    read_tensors = read_gguf if source.is_gguf else read_pickle if source.is_pickled else read_header
     for file in files:
         infos, sizes[file] = read_tensors(folder, file, source.spec)
         for info in infos:

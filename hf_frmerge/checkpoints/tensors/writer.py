@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -119,8 +119,23 @@ class CheckpointWriter:
         Raises:
             MergeError: If the disk is full or fails; the staged files stay for a resume.
         """
+        shard, start = self._locate(name, offset, offset + len(data))
+        self._write(shard, start, data)
+
+    def write_next(self, names: Sequence[str], data: NDArray[np.uint8]) -> None:
+        """Write whole tensors that lie side by side in one file with one call; otherwise as `write`."""
+        shard, start = self.layout.places[names[0]]
+        end = start
+        for name in names:
+            if self.layout.places[name] != (shard, end):
+                raise ValueError(f"{name!r} does not lie beside the tensors before it.")
+            end += self.layout.nbytes[name]
+        if end - start != len(data):
+            raise ValueError(f"Expected {end - start} bytes of {len(names)} tensors, got {len(data)}.")
+        self._write(shard, start, data)
+
+    def _write(self, shard: int, start: int, data: NDArray[np.uint8] | bytes) -> None:
         view = memoryview(np.frombuffer(data, np.uint8).data if len(data) else b"")
-        shard, start = self._locate(name, offset, offset + len(view))
         try:
             with self._opened(shard) as fd:
                 write_all(fd, view, start)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.evaluation.models.merged import whole_model
 from hf_frmerge.evaluation.record import MERGED, EvaluationRecord, Score
@@ -60,6 +61,7 @@ def run_lm_eval(
     names, folders = _tasks(tasks)
     lm_eval = _harness()
     source = resolve(model, token=token)
+    refuse_gguf([source])
     arguments = _model_arguments(source, base_model, dtype, token)
     # Indexing all tasks of the harness is slow, and skipped if only task files are asked for.
     manager = lm_eval.tasks.TaskManager(

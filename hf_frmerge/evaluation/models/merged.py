@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.checkpoints.local_folder import LocalFolder
 from hf_frmerge.checkpoints.resolve import resolve
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.small_files import read_config, read_json
 from hf_frmerge.errors import CheckpointError
 from hf_frmerge.evaluation.models.loading import ModelLoader
@@ -33,7 +34,7 @@ def whole_model(
             Whether the weights of the base may be pickles.
 
     Raises:
-        CheckpointError: If the base is not named or cannot be found.
+        CheckpointError: If the base is not named, cannot be found, or is a GGUF file.
     """
     config = Path(output_dir) / "adapter_config.json"
     if not config.is_file():
@@ -42,7 +43,9 @@ def whole_model(
     base = base_model or read_json(LocalFolder(output_dir), config.name, output_dir).get("base_model_name_or_path")
     if not isinstance(base, str):
         raise CheckpointError(f"{config} names no base model. Say which it is (--base-model, base_model).")
-    return resolve(base, token=token, allow_pickle=allow_pickle).path
+    source = resolve(base, token=token, allow_pickle=allow_pickle)
+    refuse_gguf([source])
+    return source.path
 
 
 def tokenizer_of(folder: str) -> PreTrainedTokenizerBase | None:

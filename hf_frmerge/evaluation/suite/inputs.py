@@ -12,6 +12,7 @@ import transformers
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.quantised import made_by
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint, some
 from hf_frmerge.checkpoints.vocabularies.tokenizer_file import moved_tokens, read_tokenizer
@@ -88,6 +89,8 @@ def find_inputs(models: ModelSet, domains: Mapping[str, Rows], *, block_size: in
         else:
             sources[name] = resolve(str(spec), token=models.token, allow_pickle=models.allow_pickle)
     base = _find_base(models, sources)
+    runs_base = any(source.kind == "adapter" for source in sources.values())
+    refuse_gguf([*sources.values(), *([base] if base and runs_base else [])])
     for source in dict.fromkeys([*([base] if base else []), *sources.values()]):
         _refuse_wrapped(source)
     wholes = [_config(live.get(name), sources.get(name), base) for name in in_order]

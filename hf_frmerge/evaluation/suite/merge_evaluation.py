@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor, EvalPrediction, PreTrainedTokenizer
 from transformers.trainer_utils import denumpify_detensorize, speed_metrics
 
 from hf_frmerge.checkpoints.resolve import Source, resolve
+from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.measures.classification import is_classifier, is_image_classifier, predict_classes
@@ -112,6 +113,7 @@ def evaluate_merge(
         for name, spec in models.specs.items()
         if isinstance(spec, str)
     }
+    refuse_gguf(sources.values())
     models = _with_base(models, sources)
     architecture = _architecture(models, sources)
     classifies = is_classifier(architecture) or is_image_classifier(architecture)
@@ -231,10 +233,20 @@ def _with_processing_class(models: ModelSet, sources: Mapping[str, Source], *, o
     folders = {name: _whole_folder(models, sources[name]) for name in names}
     if not of_images:
         return replace(models, processing_class=next(filter(None, map(tokenizer_of, folders.values())), None))
+    return replace(models, processing_class=common_image_processor(folders))
+
+
+def common_image_processor(folders: Mapping[str, str]) -> BaseImageProcessor | None:
+    """
+    Return the image processor of models, by their names and folders; `None` if there is none beside any of them.
+
+    Raises:
+        ArgumentError: If they prepare images differently.
+    """
     found = {name: image_processor_of(folder) for name, folder in folders.items()}
     processors = {name: processor for name, processor in found.items() if processor is not None}
     _refuse_other_processors(processors)
-    return replace(models, processing_class=next(iter(processors.values()), None))
+    return next(iter(processors.values()), None)
 
 
 def _refuse_other_processors(processors: Mapping[str, BaseImageProcessor]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_frmerge.errors import ArgumentError
@@ -57,6 +58,21 @@ def encode_images(rows: Sequence[tuple[int, Any]], processor: Any, n_channels: i
             "there, pass its image processor as `processing_class`, or give a column pixel_values."
         )
     return {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
+
+
+def content_of_image(row: Any, number: int) -> bytes:
+    """
+    Return what a row is known by: its pixels, not the path they are at, and its label.
+
+    Raises:
+        ArgumentError: If it has no image, or one that cannot be read; `number` is that of the row, for the message.
+    """
+    if isinstance(row, Mapping) and "pixel_values" in row:
+        pixels = np.asarray(row["pixel_values"])
+    else:
+        pixels = np.asarray(_image(number, row, n_channels=3))
+    label = {name: value for name, value in row.items() if name not in ("image", "pixel_values")}
+    return f"{label} {pixels.dtype} {pixels.shape} ".encode() + pixels.tobytes()
 
 
 def _image(number: int, row: Any, n_channels: int | None) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.layer_scales import parse_layer_scales
 from hf_frmerge.merging.arguments.values import did_you_mean
+from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -40,6 +41,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "calibration_rank": (lambda v: v >= 1, "at least 1"),
     "refine_steps": (lambda v: v >= 0, "at least 0 (0 does not refine)"),
     "refine_learning_rate": (lambda v: 0 < v < math.inf, "above 0 and finite"),
+    "refine_rho": (lambda v: 0 <= v < math.inf, "at least 0 and finite (0 takes plain steps)"),
     "adapter_rank": (lambda v: v >= 1, "at least 1"),
     "adapter_energy": (lambda v: 0 < v <= 1, "above 0 and at most 1 (share of the squared norm kept)"),
     "logging_steps": (lambda v: v >= 1, "at least 1"),
@@ -117,11 +119,30 @@ def check_method(method: Method, block: str, density: float | None, epsilon: flo
         )
 
 
-def check_prompts(method: Method, *, has_prompts: bool) -> None:
-    """Check that a method that asks what the experts do on prompts gets some."""
-    if method.needs_prompts and not has_prompts:
+def check_fisher(method: Method, fisher: str | None, calibration_form: str, refine_steps: int) -> None:
+    """Check that lengths and angles by Fisher information decide something, and that nothing is fitted on top."""
+    if fisher is None:
+        return
+    geometric = [known.name for known in METHODS.values() if known.is_geometric]
+    if method.name not in geometric:
         raise ArgumentError(
-            f"`method={method.name!r}` asks what the experts do on prompts, and there are none. Pass some: "
+            f"`fisher={fisher!r}` measures lengths and angles of the experts, by which `method={method.name!r}` does "
+            f"not decide. Leave it out, or choose one of {', '.join(geometric)}."
+        )
+    if calibration_form != "auto" or refine_steps:
+        option = f"refine_steps={refine_steps}" if refine_steps else f"calibration_form={calibration_form!r}"
+        raise ArgumentError(
+            f"With `fisher={fisher!r}` prompts tell how much every weight matters, and nothing is fitted to them. "
+            f"Leave out {option}, or fisher."
+        )
+
+
+def check_prompts(method: Method, fisher: str | None, *, has_prompts: bool) -> None:
+    """Check that there are prompts where the merge depends on what the experts do on them."""
+    if (method.needs_prompts or fisher is not None) and not has_prompts:
+        option = f"fisher={fisher!r}" if fisher is not None else f"method={method.name!r}"
+        raise ArgumentError(
+            f"`{option}` asks what the experts do on prompts, and there are none. Pass some: "
             "calibration_dataset, or --calibration EXPERT=FILE for each expert, --calibration FILE for all, or "
             "--calibration self, on which language models write them."
         )

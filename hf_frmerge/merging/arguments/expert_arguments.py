@@ -19,8 +19,8 @@ class ExpertArguments:
 
     experts: list[str] = field(
         metadata=described(
-            "Two or more experts: local folders or Hub ids (`org/name` or `org/name@revision`), full checkpoints or "
-            "LoRA adapters. One adapter is folded into its base model."
+            "Two or more experts: local folders, GGUF files or Hub ids (`org/name` or `org/name@revision`), full "
+            "checkpoints or LoRA adapters. One adapter is folded into its base model."
         )
     )
     # Or a name, which is text: `HfArgumentParser` takes one type for a field.
@@ -38,7 +38,8 @@ class ExpertArguments:
     base_model: str | None = field(
         default=None,
         metadata=described(
-            "Model the experts were fine-tuned from: local folder or Hub id. Needed for deltas and adapters."
+            "Model the experts were fine-tuned from: local folder, GGUF file or Hub id. Needed for deltas and "
+            "adapters."
         ),
     )
     calibration: list[str] | None = field(

@@ -12,6 +12,7 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.checks import (
     check_adapter_options,
     check_choices,
+    check_fisher,
     check_layer_scales,
     check_method,
     check_post_step,
@@ -29,6 +30,7 @@ BLOCKS = ("tensor", "row", "head", "layer", "model")
 NORMS = ("mean", "median", "max")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 POST_STEPS = ("svc",)
+FISHER_FORMS = ("diagonal", "kfac")
 FISHER_LABELS = ("sampled", "exact", "empirical")
 ADAPTER_OUTPUTS = ("auto", "adapter", "merged")
 RANK_PATTERNS = ("auto", "uniform")
@@ -142,12 +144,21 @@ class MergingArguments:
             f"({methods_with('off_diagonal')})."
         ),
     )
+    fisher: str | None = field(
+        default=None,
+        metadata=described(
+            "Measure lengths and angles by how much the experts' predictions depend on each weight (diagonal), or on "
+            "each linear layer's weights together (kfac): their mean Fisher information on the prompts of "
+            "--calibration. The merge is then not fitted to these. For methods that decide by lengths and angles.",
+            FISHER_FORMS,
+        ),
+    )
     fisher_labels: str = field(
         default="sampled",
         metadata=described(
             "Of which labels Fisher information is about: drawn from each expert's own predictions; all that it may "
             "predict, summed exactly (at most 256); or those of the text, which makes it the empirical one "
-            f"({methods_with('fisher_labels')}).",
+            f"(--fisher, {methods_with('fisher_labels')}).",
             FISHER_LABELS,
         ),
     )
@@ -276,7 +287,15 @@ class MergingArguments:
     refine_learning_rate: float | None = field(
         default=None,
         metadata=described(
-            "Highest step size of the refinement. Default: 3e-5 for a number for every weight, 3e-4 for factors."
+            "Highest step size of the refinement. Default: 3e-5 for a number for every weight, 3e-4 for factors, 1e-2 "
+            "for coefficients."
+        ),
+    )
+    refine_rho: float = field(
+        default=0.0,
+        metadata=described(
+            "Radius of the refinement's sharpness-aware steps: gradients are taken that far uphill, over all numbers "
+            "that are trained, which takes twice the time. 0: where the merge is."
         ),
     )
 
@@ -506,6 +525,7 @@ class MergingArguments:
         method = CHOICES[self.method]
         check_table(method, self.coefficients)
         check_post_step(method, self.post_step)
+        check_fisher(method, self.fisher, self.calibration_form, self.refine_steps)
         check_layer_scales(self.layer_scales, self.block, self.coefficients)
         check_method(method, self.block, self.density, self.epsilon)
         if self.method == AUTO.name and self.beta != type(self).beta:

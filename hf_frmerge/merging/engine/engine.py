@@ -16,10 +16,11 @@ from itertools import count
 from queue import PriorityQueue, SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
-from hf_frmerge.errors import ArgumentError, ResumeError
+from hf_frmerge.errors import ArgumentError, NonFiniteError, ResumeError
 from hf_frmerge.merging.engine.batches import in_batches
 from hf_frmerge.merging.engine.outcomes import FactorDetails, StepObserver, StepOutcome
 from hf_frmerge.merging.engine.rules import rule_for
+from hf_frmerge.merging.engine.tensor_stack import TensorStack, stacked
 from hf_frmerge.merging.engine.tensor_work import BatchWork, TensorWork
 from hf_frmerge.merging.operands.open_inputs import open_inputs
 from hf_frmerge.merging.planning.blocks import Piece, pieces_of
@@ -163,6 +164,9 @@ class Engine:
             self._take(batch, self._journal.decided)
             self._start(batch, self._check_piece, self._checked)
         else:
+            layout = self._plan.layout
+            if layout is not None and self._rule.is_blockwise and self._kernels.blocks_are_independent:
+                batch.units = stacked(batch.tensors, layout)
             self._start(batch, self._measure_piece, self._decide)
 
     def _decided_inputs(self, tensor: TensorWork) -> dict[str, dict[str, str]]:
@@ -189,9 +193,9 @@ class Engine:
     def _start(
         self, batch: BatchWork, job: _Job, then: Callable[[BatchWork], None], only: list[TensorWork] | None = None
     ) -> None:
-        """Queue a job for each piece of the unfinished tensors, or of `only`; call `then` when all have ended."""
+        """Queue a job for each piece of what is unfinished, or of `only`; call `then` when all have ended."""
         batch.then = then
-        tensors = [tensor for tensor in batch.tensors if not tensor.done] if only is None else only
+        tensors = [unit for unit in batch.units if not unit.done] if only is None else only
         work = [(job, batch, tensor, index) for tensor in tensors for index in range(len(tensor.pieces))]
         batch.remaining = len(work)
         with self._lock:
@@ -227,6 +231,11 @@ class Engine:
 
     def _wrote(self, batch: BatchWork) -> None:
         self._check_files(batch)
+        # Release whole tensors: faulting in one piece also maps pages around it, some of them of pieces that were
+        # released before.
+        for unit in batch.units:
+            if not unit.done:
+                unit.inputs.release(Piece(0, unit.step.numel, 0, unit.step.n_blocks))
         for tensor in batch.tensors:
             if not tensor.done:
                 name = tensor.step.name
@@ -234,9 +243,6 @@ class Engine:
                 tensor.details = self._output.details(name)
                 tensor.n_saturated = tensor.inputs.n_saturated
                 self._journal.record_written(name, tensor.output_digest(), inputs, tensor.details, tensor.n_saturated)
-                # Release the whole tensor: faulting in one piece also maps pages around it, some of them of pieces
-                # that were released before.
-                tensor.inputs.release(Piece(0, tensor.step.numel, 0, tensor.step.n_blocks))
                 tensor.done = True
 
     def _checked(self, batch: BatchWork) -> None:
@@ -294,18 +300,44 @@ class Engine:
             self._events.put(None)
 
     def _measure_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
+        if isinstance(tensor, TensorStack):
+            self._measure_stack(batch, tensor)
+            return
         self._rule.measure(self._kernels, tensor, index)
         # A batch that fits into memory keeps its pages mapped for the combine pass: mapping them again costs time.
         if batch.is_large:
             tensor.inputs.release(tensor.pieces[index])
 
+    def _measure_stack(self, batch: BatchWork, stack: TensorStack) -> None:
+        try:
+            self._rule.measure(self._kernels, stack, 0)
+        except NonFiniteError:
+            for tensor in stack.tensors:  # one of them names itself
+                self._measure_piece(batch, tensor, 0)
+        else:
+            stack.share_measurement()
+
     def _merge_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
+        if isinstance(tensor, TensorStack):
+            self._merge_stack(batch, tensor)
+            return
         piece = tensor.pieces[index]
         tensor.output_digests[index] = self._output.merge(self._kernels, tensor, piece)
         if not tensor.input_digests[index]:  # there was no measurement; digest now, while the pages are in memory
             tensor.input_digests[index] = tensor.inputs.digests(piece)
         if batch.is_large:
             tensor.inputs.release(piece)
+
+    def _merge_stack(self, batch: BatchWork, stack: TensorStack) -> None:
+        stack.decision = stack.join_decisions()
+        try:
+            digests = self._output.merge_stack(self._kernels, stack)
+        except NonFiniteError:
+            for tensor in stack.tensors:  # one of them names itself, or may saturate
+                self._merge_piece(batch, tensor, 0)
+        else:
+            for tensor, written in zip(stack.tensors, digests):
+                tensor.output_digests[0] = written
 
     def _copy_piece(self, batch: BatchWork, tensor: TensorWork, index: int) -> None:
         piece = tensor.pieces[index]

@@ -62,7 +62,7 @@ class StepOutcome:
     @property
     def geometry(self) -> Geometry | None:
         """Measurements of the experts, if there are any."""
-        return self.solution.geometry if self.solution is not None else None
+        return self.decision.geometry if isinstance(self.decision, Solution) else None
 
 
 class StepObserver:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.engine.outcomes import FactorDetails
+    from hf_frmerge.merging.engine.tensor_stack import TensorStack
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.blocks import Piece
 
@@ -22,6 +23,10 @@ class TensorOutput(Protocol):
 
     def merge(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Apply the decision to a piece and write the result; return its digest."""
+        ...
+
+    def merge_stack(self, kernels: Kernels, stack: TensorStack) -> list[str]:
+        """Do what `merge` does for all tensors of a stack; return the digest of each."""
         ...
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:

@@ -33,9 +33,11 @@ class Rule(Protocol):
 
     Attributes:
         rounds: how often all inputs are read before the decision, at least; 0 if it needs no measurement.
+        is_blockwise: whether it measures blocks alike whatever tensor they are of, and decides on sums of the experts.
     """
 
     rounds: int
+    is_blockwise: bool
 
     def measure(self, kernels: Kernels, tensor: TensorWork, index: int) -> None:
         """Measure one piece of a tensor; called from any thread."""
@@ -78,6 +80,7 @@ class SpanRule:
     """Measure Gram matrices of the differences, and solve for coefficients where no fit found them."""
 
     rounds = 1
+    is_blockwise = True
 
     def __init__(self, plan: MergePlan, gather: Gather | None) -> None:
         self._plan = plan
@@ -160,6 +163,7 @@ class SpectralRule:
     """Merge matrices by the method, and average the deltas of other tensors, or add them up; nothing is measured."""
 
     rounds = 0
+    is_blockwise = False
 
     def __init__(self, plan: MergePlan) -> None:
         self._plan = plan
@@ -198,6 +202,7 @@ class GivenRule:
     """Take coefficients from a table; nothing is measured."""
 
     rounds = 0
+    is_blockwise = False
 
     def __init__(self, plan: MergePlan) -> None:
         assert plan.coefficients is not None

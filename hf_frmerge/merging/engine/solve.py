@@ -166,26 +166,16 @@ def _geometries(
     # mean is the gap to both.
     pair = np.stack([merged, linear], axis=-2)
     gap_T = np.nan_to_num(_angles(pair, norms(pair))).max(axis=(1, 2), initial=0.0)
-    norms_TN = _over_blocks(norms_TBN)
-    geometries = []
-    for t, angles_BP in enumerate(angles_TBP):
-        angles = angles_BP[~np.isnan(angles_BP)]
-        geometries.append(
-            Geometry(
-                norms=tuple(norms_TN[t].tolist()),
-                norm_ratio=float(lengths[0][t]),
-                linear_norm_ratio=float(lengths[1][t]),
-                max_angle=float(angles.max(initial=0.0)),
-                mean_angle=float(fold(angles.copy())) / angles.size if angles.size else 0.0,
-                gap_to_nre=float(gap_T[t]),
-                n_iter=int(result.n_iter[t].max()),
-                residual=float(result.residual[t].max()),
-                unconverged=tuple(np.flatnonzero(~result.converged[t]).tolist()),
-                n_ambiguous=int(np.count_nonzero(result.ambiguous[t])),
-                pair_angles=tuple(_medians(angles_BP)),
-            )
-        )
-    return geometries
+    n_steps_T, residuals_T = result.n_iter.max(axis=1), result.residual.max(axis=1)
+    unconverged = [np.flatnonzero(~row) for row in result.converged] if not result.converged.all() else None
+    columns = (  # in the order of the fields
+        map(tuple, _over_blocks(norms_TBN).tolist()),
+        *(column_T.tolist() for column_T in (*lengths, *_extent(angles_TBP), gap_T, n_steps_T, residuals_T)),
+        [tuple(blocks.tolist()) for blocks in unconverged] if unconverged else [()] * len(gap_T),
+        np.count_nonzero(result.ambiguous, axis=1).tolist(),
+        map(tuple, _medians(angles_TBP)),
+    )
+    return [Geometry(*values) for values in zip(*columns)]
 
 
 def _choose(first_T: NDArray[np.bool_], first: SpanResult, second: SpanResult) -> SpanResult:
@@ -228,14 +218,32 @@ def _angles(points_TBNK: NDArray[np.float64], lengths_TBN: NDArray[np.float64]) 
     return angles_TBP
 
 
-def _medians(angles_BP: NDArray[np.float64]) -> list[float | None]:
-    """Return each pair's median angle over the blocks; four digits, as figures show no more, keep the record short."""
-    known = ~np.isnan(angles_BP)
-    if known.all() and len(angles_BP):
-        medians = (np.median(angles_BP, axis=0) if len(angles_BP) > 1 else angles_BP[0]).tolist()
+def _extent(angles_TBP: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the largest angle of every tensor, and the mean of its angles; 0 where it has none."""
+    known_TBP = ~np.isnan(angles_TBP)
+    largest_T = np.where(known_TBP, angles_TBP, 0.0).max(axis=(1, 2), initial=0.0)
+    whole_T = known_TBP.all(axis=(1, 2))
+    mean_T = np.zeros(len(angles_TBP))
+    count = angles_TBP[0].size
+    if count:
+        mean_T[whole_T] = fold(angles_TBP[whole_T].reshape(-1, count).T.copy()) / count
+    for t in np.flatnonzero(~whole_T):
+        angles = angles_TBP[t][known_TBP[t]]
+        mean_T[t] = fold(angles) / angles.size if angles.size else 0.0
+    return largest_T, mean_T
+
+
+def _medians(angles_TBP: NDArray[np.float64]) -> list[list[float | None]]:
+    """Return pairs' median angles over the blocks; four digits, as figures show no more, keep the record short."""
+    known_TBP = ~np.isnan(angles_TBP)
+    if known_TBP.all() and angles_TBP.shape[1]:
+        medians = (np.median(angles_TBP, axis=1) if angles_TBP.shape[1] > 1 else angles_TBP[:, 0]).tolist()
     else:
-        medians = [np.median(column[rows]) if rows.any() else None for column, rows in zip(angles_BP.T, known.T)]
-    return [None if median is None else float(f"{median:.4g}") for median in medians]
+        medians = [
+            [np.median(angles_B[known_B]) if known_B.any() else None for angles_B, known_B in zip(angles.T, known.T)]
+            for angles, known in zip(angles_TBP, known_TBP)
+        ]
+    return [[None if median is None else float(f"{median:.4g}") for median in row] for row in medians]
 
 
 def _ambiguity(

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class SparseRule:
     """Ask the method what it wants to know of every group, round by round, until it decides."""
 
+    is_blockwise = False
+
     def __init__(self, plan: MergePlan, gather: Gather | None) -> None:
         self._plan = plan
         self._gather = gather

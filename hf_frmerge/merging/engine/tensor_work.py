@@ -14,7 +14,7 @@ from hf_frmerge.checkpoints.tensors.reader import DTYPE_BITS
 from hf_frmerge.merging.operands.tensor_inputs import join_digests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -94,6 +94,8 @@ class TensorWork:
 
     def inputs_digest(self) -> dict[str, str]:
         """Return the digest of every input by role."""
+        if len(self.input_digests) == 1:
+            return {str(role): digest for role, digest in self.input_digests[0].items()}
         roles = self.input_digests[0] if self.input_digests else {}
         return {str(role): join_digests([piece[role] for piece in self.input_digests]) for role in roles}
 
@@ -113,6 +115,7 @@ class BatchWork:
     Tensors that are solved together, or one that is copied.
 
     Attributes:
+        units: what is measured and merged with one call each: the tensors, or stacks of them.
         is_large: whether the inputs together exceed the memory budget, so that pages are released after each piece.
         then: called when all queued jobs of the batch have ended.
         remaining: number of queued jobs that have not ended.
@@ -120,13 +123,17 @@ class BatchWork:
 
     tensors: list[TensorWork]
     is_large: bool = False
+    units: Sequence[TensorWork] = field(init=False)
     then: Callable[[BatchWork], None] = field(init=False)
     remaining: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.units = self.tensors
 
     @cached_property
     def files(self) -> set[tuple[Checkpoint, str]]:
         """The files that its tensors are read from."""
-        return {file for tensor in self.tensors for file in tensor.inputs.files}
+        return {file for unit in self.units for file in unit.inputs.files}
 
 
 def sum_grams(tensors: dict[str, TensorGram]) -> NDArray[np.float64]:

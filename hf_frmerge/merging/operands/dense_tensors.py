@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,7 +52,7 @@ class StoredTensor:
         part = self.mapped(start, stop)
         data = part.mapping.held(part.start, part.stop) if part else None
         if data is None:
-            data = self.checkpoint.read(self.info.name, start * self._itemsize, stop * self._itemsize)
+            data = self.checkpoint.read_info(self.info, start * self._itemsize, stop * self._itemsize)
         return Operand(data, self.info.dtype)
 
     def mapped(self, start: int, stop: int) -> MappedRange | None:
@@ -67,13 +67,27 @@ class StoredTensor:
         """The files it is read from."""
         return {(self.checkpoint, part.file) for part in self.info.stored}
 
+    def follows(self, other: StoredTensor) -> bool:
+        """Whether it is of the same dtype as another, and begins where that one ends."""
+        before, info = other.info, self.info
+        return (
+            self.checkpoint is other.checkpoint
+            and before.recipe is info.recipe is None
+            and (before.dtype, before.file, before.offset + before.nbytes) == (info.dtype, info.file, info.offset)
+        )
+
+    def with_next(self, n: int) -> StoredTensor:
+        """Return `n` tensors of its size as one: itself, and those that follow it."""
+        info = self.info
+        return StoredTensor(self.checkpoint, replace(info, shape=(n, info.numel), nbytes=n * info.nbytes))
+
     @cached_property
     def _itemsize(self) -> int:
         return DTYPE_BITS[self.info.dtype] // 8
 
     @cached_property
     def _mapping(self) -> FileMapping | None:
-        return self.checkpoint.mapping(self.info.name)
+        return self.checkpoint.mapping(self.info)
 
 
 @dataclass(frozen=True)

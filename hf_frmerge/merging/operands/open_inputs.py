@@ -38,12 +38,12 @@ def open_inputs(plan: MergePlan, step: TensorStep) -> TensorInputs | FactorInput
     rows = AdapterRow(tuple(e.adapter.deltas.get(step.name) if e.adapter else None for e in plan.experts))
     correction = _correction(plan.corrections, step) if plan.corrections is not None else None
     assert not isinstance(correction, StoredTensor)  # a fit that makes an adapter finds factors alone
-    return FactorInputs(rows, _labels(plan), correction)
+    return FactorInputs(rows, plan.labels, correction)
 
 
 def open_tensors(plan: MergePlan, step: TensorStep) -> TensorInputs:
     """Return the inputs of a tensor of a full model."""
-    labels = _labels(plan)
+    labels = plan.labels
     if step.action == "copy":
         donor = plan.base if step.donor < 0 else plan.experts[step.donor]
         assert donor is not None and donor.checkpoint is not None
@@ -95,11 +95,6 @@ def _correction(corrections: Corrections, step: TensorStep) -> StoredTensor | Pr
         return None
     up, down = (StoredTensor(checkpoint, stored[f"{step.name}.{factor}"]) for factor in ("up", "down"))
     return ProductTensor(up, down, step.cols)
-
-
-def _labels(plan: MergePlan) -> dict[int, str]:
-    labels = {index: f"expert {expert.spec!r}" for index, expert in enumerate(plan.experts)}
-    return labels | ({-1: f"base model {plan.base.spec!r}"} if plan.base is not None else {})
 
 
 def _stored(checkpoint: Checkpoint, step: TensorStep, plan: MergePlan) -> DenseTensor:

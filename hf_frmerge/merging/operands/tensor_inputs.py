@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +16,9 @@ from hf_frmerge.checkpoints.tensors.reader import FLOAT_DTYPES, some
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.geometry.lowrank import Factors, base_gram, factor_gram
 from hf_frmerge.geometry.portable import fold
-from hf_frmerge.kernels.interface import Operand, digest
+from hf_frmerge.kernels.interface import Operand, digest, digests_of_parts
 from hf_frmerge.kernels.product import product
-from hf_frmerge.merging.operands.dense_tensors import DenseTensor
+from hf_frmerge.merging.operands.dense_tensors import DenseTensor, StoredTensor
 from hf_frmerge.merging.operands.low_rank_deltas import LowRankDeltas
 from hf_frmerge.merging.operands.overflow import (
     check_squares,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hf_frmerge.methods.post_steps import SingularValueCalibration
 
 
-_SHORT = 1 << 14
+SHORT = 1 << 14
 """Up to this many elements float64 products are used: they cost too little to be worth saving."""
 
 
@@ -117,7 +117,7 @@ class TensorInputs:
         # Float32 products of 16-bit floats are exact, those of float32 values are not. And over a short tensor
         # rounding errors do not average out.
         is_tiny = precise
-        precise = precise or piece.stop - piece.start <= _SHORT or any(o.dtype == "F32" for o in operands)
+        precise = precise or piece.stop - piece.start <= SHORT or any(o.dtype == "F32" for o in operands)
         compact, read = kernels.gram_and_digests(operands, piece.n_blocks, piece.block_len, precise=precise)
         digests = {owner: value or self.low_rank.factors(owner).digest for owner, value in zip(owners, read)}
         if not np.isfinite(compact).all():
@@ -232,11 +232,32 @@ class TensorInputs:
 
     def digests(self, piece: Piece) -> dict[int, str]:
         """Return the digests that `gram` returns, without computing anything else."""
-        owners = ([-1] if self.has_base else []) + sorted(self.dense)
         stored = {
-            owner: digest(tensor.read(piece.start, piece.stop).data) for owner, tensor in zip(owners, self._stored())
+            role: digest(tensor.read(piece.start, piece.stop).data) for role, tensor in self._stored_by_role().items()
         }
         return stored | {index: self.low_rank.factors(index).digest for index in self.low_rank}
+
+    def digests_of_blocks(self, piece: Piece) -> dict[int, list[str]]:
+        """Return by role the digest of every block of a piece; only for inputs that are all stored."""
+        return {
+            role: digests_of_parts(tensor.read(piece.start, piece.stop).data, piece.n_blocks)
+            for role, tensor in self._stored_by_role().items()
+        }
+
+    def follow(self, others: TensorInputs) -> bool:
+        """Whether all inputs of both tensors are stored, and each of these begins where the other tensor's ends."""
+        if any(inputs.low_rank or inputs.correction or inputs.post_step for inputs in (self, others)):
+            return False
+        return self.dense.keys() == others.dense.keys() and all(
+            isinstance(mine, StoredTensor) and isinstance(its, StoredTensor) and mine.follows(its)
+            for mine, its in zip(self._stored(), others._stored())
+        )
+
+    def with_next(self, n: int) -> TensorInputs:
+        """Return the inputs of `n` tensors of its size as those of one: its own, and those that `follow` them."""
+        base, dense = self.base, {index: _stored_one(tensor).with_next(n) for index, tensor in self.dense.items()}
+        # Which of them left the dtype is found by looking at each.
+        return replace(self, base=base and _stored_one(base).with_next(n), dense=dense, saturates=False)
 
     def write_sum(
         self,
@@ -292,7 +313,7 @@ class TensorInputs:
         """Yield the base in chunks of whole rows, as float64."""
         assert self.base is not None
         n_rows = len(self.low_rank.factors(min(self.low_rank)).left)
-        step = max(1, _SHORT * 16 // self.cols)
+        step = max(1, SHORT * 16 // self.cols)
         for row in range(0, n_rows, step):
             start, stop = row * self.cols, min(row + step, n_rows) * self.cols
             operand = self.base.read(start, stop)
@@ -304,7 +325,11 @@ class TensorInputs:
         return [part for tensor in tensors if (part := tensor.mapped(start, stop)) is not None]
 
     def _stored(self) -> list[DenseTensor]:
-        return ([self.base] if self.base is not None else []) + [self.dense[i] for i in sorted(self.dense)]
+        return list(self._stored_by_role().values())
+
+    def _stored_by_role(self) -> dict[int, DenseTensor]:
+        base = {-1: self.base} if self.base is not None else {}
+        return base | {index: self.dense[index] for index in sorted(self.dense)}
 
     def _gram_operands(self, piece: Piece) -> tuple[list[Operand], list[int]]:
         operands, owners = [], []
@@ -332,3 +357,8 @@ class TensorInputs:
                     f"Expected finite numbers, found {count:,} NaN or infinite values in tensor {self.name!r} of "
                     f"{label}. A merge would spread them; repair or leave out that model."
                 )
+
+
+def _stored_one(tensor: DenseTensor) -> StoredTensor:
+    assert isinstance(tensor, StoredTensor)
+    return tensor

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from hf_frmerge.checkpoints.adapters.rows import AdapterRow
     from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.engine.tensor_stack import TensorStack
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.blocks import Piece
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -92,6 +93,10 @@ class FactorOutput:
         if missing:  # `adapter_rank`, or the largest rank, is above the rank of the module
             pair = Factors(np.pad(pair.B, ((0, 0), (0, missing))), np.pad(pair.A, ((0, missing), (0, 0))))
         return _joint_digest(self._writer.write(module, pair.B, pair.A))
+
+    def merge_stack(self, kernels: Kernels, stack: TensorStack) -> list[str]:
+        """Never called: modules of adapters are not stacked."""
+        raise AssertionError("plans of adapters have no stacks")
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Never called: an adapter cannot hold a copy of a module of the base."""

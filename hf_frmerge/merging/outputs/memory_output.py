@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_frmerge.kernels.interface import digest
+from hf_frmerge.kernels.interface import digest, digests_of_parts
 from hf_frmerge.merging.operands.apply import apply
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.engine.tensor_stack import TensorStack
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.blocks import Piece
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -41,6 +42,15 @@ class MemoryOutput:
         """Apply the decision to a piece; return the digest of the result."""
         assert tensor.decision is not None and isinstance(tensor.inputs, TensorInputs)
         return apply(tensor.inputs, tensor.decision, kernels, piece, self._place(tensor, piece), tensor.step.dtype)
+
+    def merge_stack(self, kernels: Kernels, stack: TensorStack) -> list[str]:
+        """Apply the decisions for a stack; return the digests of the results."""
+        assert stack.decision is not None and isinstance(stack.inputs, TensorInputs)
+        merged = np.empty(stack.step.nbytes, np.uint8)
+        apply(stack.inputs, stack.decision, kernels, stack.pieces[0], merged, stack.step.dtype)
+        for tensor, part in zip(stack.tensors, merged.reshape(len(stack.tensors), -1)):
+            self.tensors[tensor.step.name][:] = part
+        return digests_of_parts(merged, len(stack.tensors))
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Copy a piece of the only input; return its digest."""

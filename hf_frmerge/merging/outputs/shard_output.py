@@ -14,7 +14,7 @@ from hf_frmerge.checkpoints.beside.donor import write_config
 from hf_frmerge.checkpoints.beside.look_beside import copy_files, write_files
 from hf_frmerge.checkpoints.tensors.shard_index import INDEX_FILE
 from hf_frmerge.checkpoints.tensors.writer import CheckpointWriter, check_free_space
-from hf_frmerge.kernels.interface import digest
+from hf_frmerge.kernels.interface import digest, digests_of_parts
 from hf_frmerge.merging.operands.apply import apply
 from hf_frmerge.merging.operands.tensor_inputs import TensorInputs
 from hf_frmerge.merging.outputs.blas_threads import one_blas_thread
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_frmerge.kernels.interface import Kernels
+    from hf_frmerge.merging.engine.tensor_stack import TensorStack
     from hf_frmerge.merging.engine.tensor_work import TensorWork
     from hf_frmerge.merging.planning.blocks import Piece
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -58,6 +59,15 @@ class ShardOutput:
         written = apply(tensor.inputs, tensor.decision, kernels, piece, out, tensor.step.dtype)
         self._writer.write(tensor.step.name, tensor.byte_range(piece)[0], out)
         return written
+
+    def merge_stack(self, kernels: Kernels, stack: TensorStack) -> list[str]:
+        """Apply the decisions for a stack and write the results; return the digest of each."""
+        assert stack.decision is not None and isinstance(stack.inputs, TensorInputs)
+        piece = stack.pieces[0]
+        out = self._buffer(stack, piece)
+        apply(stack.inputs, stack.decision, kernels, piece, out, stack.step.dtype)
+        self._writer.write_next([tensor.step.name for tensor in stack.tensors], out)
+        return digests_of_parts(out, len(stack.tensors))
 
     def copy(self, kernels: Kernels, tensor: TensorWork, piece: Piece) -> str:
         """Write a piece of the only input; return its digest."""

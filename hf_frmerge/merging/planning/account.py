@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.checkpoints.adapters.base_copies import copied_from_base
 from hf_frmerge.checkpoints.adapters.folded import folded_within
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import CheckpointError
@@ -18,7 +19,7 @@ ELSEWHERE = "that gave way to another model's"
 NOT_NEEDED = "of the base, which is not part of a merge in weight space"
 NOT_HELD = "of the base, which a merged adapter does not hold"
 REPEATED = "copies of base tensors beside an adapter"
-OF_CODES = "scales of activations, which plain weights do not need"
+OF_CODES = "scales of activations or of positions, which plain weights do not need"
 SKIPPED = "skipped by a callback"
 
 
@@ -116,7 +117,7 @@ def _targets(model: Expert) -> dict[str, str]:
         targets |= {part.name: target for part in delta.stored}
     targets |= {info.name: target for target, info in adapter.dense.items()} | dict(adapter.set_apart)
     # PEFT's copies of the base's own weights, those of tied layers, which `base_layers` leaves out, among them.
-    return targets | {name: REPEATED for name in adapter.checkpoint.tensors if name.endswith(".base_layer.weight")}
+    return targets | {name: REPEATED for name in adapter.checkpoint.tensors if copied_from_base(name)}
 
 
 def _targets_of_folded(model: Expert) -> dict[str, str]:
@@ -131,6 +132,6 @@ def _targets_of_folded(model: Expert) -> dict[str, str]:
         if name not in model.checkpoint.aliases
     }
     return {
-        part: REPEATED if part.endswith(".base_layer.weight") else names.get(target, target)
+        part: REPEATED if part in model.folded.base_copies else names.get(target, target)
         for part, target in model.folded.targets.items()
     }

@@ -158,9 +158,15 @@ class CalibrationRecord:
         return method
 
     @property
+    def fisher(self) -> str | None:
+        """The Fisher information that lengths and angles were measured by: `"diagonal"`, `"kfac"` or none."""
+        fisher: str | None = self.options.get("fisher")
+        return fisher
+
+    @property
     def is_fitted(self) -> bool:
         """Whether the merge was fitted to its experts, beyond what its method gives, and is the better for it."""
-        return self.is_corrected and self.method is None
+        return self.is_corrected and self.method is None and self.fisher is None
 
     @property
     def is_refined(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,6 +146,12 @@ class MergePlan:
     def models(self) -> list[Expert]:
         """The experts, then the base if there is one."""
         return [*self.experts, *([self.base] if self.base else [])]
+
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """Names of the experts, by index, and of the base (-1), for messages."""
+        labels = {index: f"expert {expert.spec!r}" for index, expert in enumerate(self.experts)}
+        return labels | ({-1: f"base model {self.base.spec!r}"} if self.base is not None else {})
 
     @property
     def input_paths(self) -> list[str]:

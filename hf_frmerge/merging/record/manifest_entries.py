@@ -142,7 +142,7 @@ class RecordedTensor:
         rank, norm, truncation_error: of a module of an adapter, as `FactorDetails` has them. Version 2 has no norm.
         geometry: what was measured of the experts, if anything was.
         n_saturated: values that were beyond the dtype and became its largest number (`on_overflow`).
-        is_fitted: whether its coefficients were found on prompts, and not by the method.
+        is_fitted: whether its coefficients were found with prompts, and do not follow from its values alone.
     """
 
     action: Literal["merge", "copy", "skip"]

@@ -190,7 +190,11 @@ def _id_of(source: Source) -> str:
 
 
 def _path(source: Source) -> str:
-    return source.path if "://" in source.path else str(Path(source.path).resolve())
+    if "://" in source.path:
+        return source.path
+    path = Path(source.path)
+    # A file is known by its name, which what it links to may lack.
+    return str(path.parent.resolve() / path.name if source.is_gguf else path.resolve())
 
 
 def _model(expert: Expert, plan: MergePlan, weight: float | None) -> RecordedModel:

@@ -69,6 +69,7 @@ SPAN = (
         "It is the simplest merge there is, and works well when the experts are close to each other; where they "
         "point in different directions, the average is shorter than the experts.",
         options=("scale",),
+        has_fixed_coefficients=True,
         is_compared=True,
         tags=("linear-merge",),
     ),
@@ -147,6 +148,7 @@ SPAN = (
         "Adding instead of averaging keeps each expert's change at its full size; the scale decides how loudly the "
         "experts speak together. A negative weight subtracts what an expert learned, as to make a model unlearn it.",
         options=("scale",),
+        has_fixed_coefficients=True,
         needs_deltas=True,
         adds=True,
         is_compared=True,

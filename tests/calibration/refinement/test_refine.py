@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ from transformers import (
 )
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.calibration import calibrate
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.held_out import distances, forms_of
 from hf_frmerge.calibration.prompts import read_prompts, split_prompts
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
+from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine
 from hf_frmerge.calibration.refinement.losses import row_losses
 from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions, rate_at
 from hf_frmerge.calibration.streams import in_batches
@@ -66,7 +69,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of every kind a base, and experts that differ from it at random; LoRA experts of the first."""
+    """Of every kind a base, and experts that differ from it at random; of the first LoRA experts, and one of each."""
     folder = tmp_path_factory.mktemp("models")
     for kind, (model_class, config) in MODELS.items():
         torch.manual_seed(0)
@@ -83,6 +86,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = LoraConfig(r=2, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)
         lora = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "llama" / "base"), config)
         lora.save_pretrained(folder / "llama" / f"lora{number}")
+    for number, expert in enumerate(("full0", "lora1")):
+        (folder / "llama" / f"mixed{number}").symlink_to(expert)
     return folder
 
 
@@ -99,10 +104,10 @@ def padded(texts: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def swept(models: Path, kind: str) -> Sweep:
+def swept(models: Path, kind: str, expert: str = "full") -> Sweep:
     """A sweep over a linear merge that fits nothing, in float32, with some prompts held out."""
-    experts = [str(models / kind / f"full{number}") for number in range(N_EXPERTS)]
-    args = MergingArguments(output_dir=str(models / "unused"), method="linear")
+    experts = [str(models / kind / f"{expert}{number}") for number in range(N_EXPERTS)]
+    args = MergingArguments(output_dir=str(models / "unused"), method="linear", adapter_output="merged")
     plan = build_plan(experts, args, [0.25, 0.75], str(models / kind / "base"))
     model = BlockwiseModel(*MODELS[kind], torch.device("cpu"), torch.float32)
     reader = WeightReader(plan, load_kernels("cpu"), model.model)
@@ -138,8 +143,13 @@ def some_corrections(sweep: Sweep, form: str) -> dict[str, Tensor]:
             for key, shape in shapes.items()
             if len(shape) == 2
         }
-        blocks.append(FittedBlock({key: 0.1 * torch.randn(shape) for key, shape in shapes.items()}, factors))
+        # A row of coefficients for every row of matrices; of vectors there is none, as where a fit left them alone.
+        coefficients = {key: torch.randn(shape[0], N_EXPERTS) for key, shape in shapes.items() if len(shape) == 2}
+        fitted = {key: 0.1 * torch.randn(shape) for key, shape in shapes.items()}
+        blocks.append(FittedBlock(fitted, factors, coefficients))
     start = read_start(sweep.state)
+    if form == "table":
+        return coefficients_to_refine(sweep.state, start, blocks)
     return corrections_to_refine(sweep.state, start, blocks, form)
 
 
@@ -156,13 +166,26 @@ def plain_losses(kind: str, merged: Any, expert: Any, inputs: dict[str, Tensor],
     return (2 * torch.arccos((p * q).sqrt().sum(-1))).square()
 
 
+def expert_weights(models: Path, kind: str, expert: str, number: int) -> dict[str, Tensor]:
+    """Parameters of an expert in float64, as transformers and PEFT give them."""
+    model = load_whole(models, models / kind / f"{expert}{number}", kind)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    return {name: parameter.double() for name, parameter in model.named_parameters()}
+
+
 @pytest.mark.parametrize("loss", ["kl", "fisher_rao"])
-@pytest.mark.parametrize("form", ["dense", "low_rank"])
-@pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradient_are_those_of_the_whole_models(models: Path, kind: str, form: str, loss: str) -> None:
-    sweep = swept(models, kind)
+@pytest.mark.parametrize(
+    ("kind", "form", "expert"),
+    [(kind, form, "full") for kind in MODELS for form in ("dense", "low_rank", "table")]
+    + [("llama", "table", "lora"), ("llama", "table", "mixed")],
+)
+def test_loss_and_gradient_are_those_of_the_whole_models(
+    models: Path, kind: str, form: str, expert: str, loss: str
+) -> None:
+    sweep = swept(models, kind, expert)
     corrections = some_corrections(sweep, form)
-    options = RefineOptions(1, loss, 1e-3, batch_size=1000, seed=0)
+    options = RefineOptions(1, partial(row_losses, loss=loss), 1e-3, batch_size=1000, seed=0)
     refinement = Refinement(sweep, read_start(sweep.state), corrections, options)
     n_steps = 3  # as many as there are batches: one of each takes part in a step
     value = sum(refinement.take_gradients(step) for step in range(n_steps)) / n_steps
@@ -170,19 +193,24 @@ def test_loss_and_gradient_are_those_of_the_whole_models(models: Path, kind: str
     model_class = MODELS[kind][0]
     weights = {name: values.double() for name, values in read_start(sweep.state).items()}
     leaves = {name: values.double().requires_grad_() for name, values in corrections.items()}
+    base = {n: p.double() for n, p in model_class.from_pretrained(models / kind / "base").named_parameters()}
+    experts = [expert_weights(models, kind, expert, number) for number in range(N_EXPERTS)]
     for name, leaf in leaves.items():
         parameter, _, factor = name.rpartition(".")
-        if factor == "up":
+        if factor == "coefficients":
+            for column, of_expert in zip(leaf.T, experts, strict=True):
+                scale = column.reshape(-1, *[1] * (base[parameter].ndim - 1))
+                weights[parameter] = weights[parameter] + scale * (of_expert[parameter] - base[parameter])
+        elif factor == "up":
             weights[parameter] = weights[parameter] + leaf @ leaves[f"{parameter}.down"]
         elif factor != "down":
             weights[name] = weights[name] + leaf
     model = model_class.from_pretrained(models / kind / "base", dtype=torch.float64).eval()
     expected = torch.zeros((), dtype=torch.float64)
     for number, share in enumerate((0.25, 0.75)):
-        expert = model_class.from_pretrained(models / kind / f"full{number}", dtype=torch.float64).eval()
         inputs = padded(prompts(number)[:12])
         with torch.no_grad():
-            target = expert(**inputs)
+            target = functional_call(model, experts[number], (), inputs)
         merged = functional_call(model, weights, (), inputs)
         expected = expected + share * plain_losses(kind, merged, target, inputs, loss).mean()
     expected.backward()
@@ -203,11 +231,14 @@ def test_what_begins_at_the_start_is_the_start(models: Path, tmp_path: Path) -> 
     for name in sweep.state.model.blocks:
         fitted = {key: torch.randn(values.shape) for key, values in sweep.state.model.block(name).named_parameters()}
         factors = {k: (torch.randn(len(v), 2), torch.randn(2, v.shape[1])) for k, v in fitted.items() if v.ndim == 2}
-        blocks.append(FittedBlock(fitted, factors))
+        blocks.append(FittedBlock(fitted, factors, {k: torch.randn(len(v), N_EXPERTS) for k, v in fitted.items()}))
     expected = distances(sweep, forms_of(sweep))["start"]
-    for form in ("dense", "low_rank"):
-        corrections = corrections_to_refine(sweep.state, start, blocks, form, from_fit=False)
-        options = RefineOptions(1, "kl", 1e-12, batch_size=4, seed=0)
+    for form in ("dense", "low_rank", "table"):
+        if form == "table":
+            corrections = coefficients_to_refine(sweep.state, start, blocks, from_fit=False)
+        else:
+            corrections = corrections_to_refine(sweep.state, start, blocks, form, from_fit=False)
+        options = RefineOptions(1, partial(row_losses, loss="kl"), 1e-12, batch_size=4, seed=0)
         refinement = Refinement(sweep, start, corrections, options)
         best = refinement.run(tmp_path / form, silent=True)
         assert best is not None and best.distances == pytest.approx(expected, rel=1e-5)
@@ -218,6 +249,28 @@ def test_what_begins_at_the_start_is_the_start(models: Path, tmp_path: Path) -> 
     for name, (up, down) in ((f"{sweep.state.model.blocks[0]}.{k}", pair) for k, pair in blocks[0].factors.items()):
         torch.testing.assert_close(only[f"{name}.up"] @ only[f"{name}.down"], up @ down, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(only[f"{name}.up"].norm(dim=0), only[f"{name}.down"].norm(dim=1))
+
+
+@pytest.mark.parametrize("form", ["dense", "table"])
+def test_a_sharpness_aware_step_takes_the_gradients_uphill(models: Path, form: str) -> None:
+    """At the corrections plus rho g / |g|, over all of them together; and it goes from where they were."""
+    sweep, rho = swept(models, "llama"), 0.3
+    start, corrections = read_start(sweep.state), some_corrections(sweep, form)
+    options = RefineOptions(1, partial(row_losses, loss="kl"), 1e-3, batch_size=8, seed=0, rho=rho)
+    found, plain = (Refinement(sweep, start, corrections, options) for _ in range(2))
+    found.take_gradients(0)
+    found.take_gradients_uphill(0)
+    lower = plain.take_gradients(0)
+    gradients = {name: tensor.grad.double() for name, tensor in plain.values.items() if tensor.grad is not None}
+    norm = float(sum(gradient.square().sum() for gradient in gradients.values())) ** 0.5
+    uphill = {name: (corrections[name] + rho / norm * gradient).float() for name, gradient in gradients.items()}
+    there = Refinement(sweep, start, uphill, options)
+    assert there.take_gradients(0) > lower
+    for name, tensor in found.values.items():
+        expected = there.values[name].grad
+        assert expected is not None and tensor.grad is not None
+        torch.testing.assert_close(tensor.grad, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()) + 1e-8)
+        assert torch.equal(tensor, corrections[name])
 
 
 def test_losses_of_equal_outputs_are_flat() -> None:
@@ -268,6 +321,8 @@ def load_whole(models: Path, out: Path, kind: str) -> Any:
         ("llama", "lora", "low_rank", {"adapter_output": "auto", "refine_learning_rate": 1e-3}),
         ("tied", "full", "low_rank", {"refine_learning_rate": 3e-3}),
         ("headless", "full", "dense", {"refine_learning_rate": 1e-3}),
+        ("llama", "full", "table", {"space": "deltas"}),
+        ("llama", "lora", "table", {"adapter_output": "merged", "refine_rho": 0.02}),
     ],
 )
 def test_a_refined_merge_is_closer_and_its_record_checks(
@@ -282,8 +337,7 @@ def test_a_refined_merge_is_closer_and_its_record_checks(
     assert record.refinement.loss == ("angle" if kind == "headless" else options.get("refine_loss", "kl"))
     assert record.mean_distance("refined") < min(record.mean_distance(form), record.mean_distance("start"))
 
-    schema = json.loads(files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text(encoding="utf-8"))
-    Draft202012Validator(schema).validate(json.loads((tmp_path / "out/merge_manifest.json").read_text()))
+    check_schema(tmp_path / "out")
     report = verify(str(tmp_path / "out"))
     assert report.ok, report.problems
     assert not reproduce(str(tmp_path / "out")).differences
@@ -305,24 +359,53 @@ def test_a_refined_merge_is_closer_and_its_record_checks(
         assert distance == pytest.approx(float(found.mean()), rel=0.1)  # matrices in bfloat16
 
 
-@pytest.mark.parametrize(("rate", "steps"), [(1.0, 3), (1e30, 3), (1e30, 1)])
+def check_schema(out: Path) -> None:
+    schema = json.loads(files("hf_frmerge.merging.record").joinpath(SCHEMA_FILE).read_text(encoding="utf-8"))
+    Draft202012Validator(schema).validate(json.loads((out / "merge_manifest.json").read_text()))
+
+
+def written_file(form: str) -> str:
+    """Where a form is kept."""
+    return "merge_coefficients.safetensors" if form == "table" else "merge_corrections.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("form", "rate", "steps"),
+    [("dense", 1.0, 3), ("dense", 1e30, 3), ("dense", 1e30, 1), ("table", 30.0, 3), ("table", 1e30, 3)],
+)
 def test_what_is_worse_than_the_fit_is_left_out(
-    models: Path, tmp_path: Path, rate: float, steps: int, caplog: pytest.LogCaptureFixture
+    models: Path, tmp_path: Path, form: str, rate: float, steps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     # From the base alone, so that the fit has something to gain.
-    options: dict[str, Any] = {"calibration_form": "dense", "adapter_output": "merged", "scale": 0.0}
+    options: dict[str, Any] = {"calibration_form": form, "adapter_output": "merged", "scale": 0.0}
     merger(models, tmp_path / "fit", "llama", "lora", **options).merge()
     options |= {"refine_steps": steps, "refine_learning_rate": rate}
     merger(models, tmp_path / "out", "llama", "lora", **options).merge()
     record = read_manifest(tmp_path / "out").calibration
     assert record is not None and record.refinement is not None and record.refinement.best_step == 0
-    assert not record.is_refined and record.form == "dense"
-    for file in ("model.safetensors", "merge_corrections.safetensors"):
+    assert not record.is_refined and record.form == record.refinement.began_from == form
+    check_schema(tmp_path / "out")
+    for file in ("model.safetensors", written_file(form)):
         assert (tmp_path / "fit" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
     if rate == 1e30:
         assert "refined" not in record.distances and "values that are not finite" in caplog.text
     else:
-        assert record.mean_distance("refined") >= record.mean_distance("dense")
+        assert record.mean_distance("refined") >= record.mean_distance(form)
+    assert verify(str(tmp_path / "out")).ok
+
+
+@pytest.mark.parametrize("wanted", ["table", "low_rank"])
+def test_a_fit_without_gain_is_refined_from_the_start_in_the_form_that_is_asked_for(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    monkeypatch.setattr(calibrate, "choose_form", lambda *_: "start")
+    options = {"space": "deltas", "calibration_form": wanted, "refine_learning_rate": 3e-3}
+    merger(models, tmp_path / "out", refine_steps=6, **options).merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.refinement is not None
+    assert record.form == wanted and record.refinement.began_from == "start"
+    assert record.mean_distance("refined") < record.mean_distance("start")
+    assert (tmp_path / "out" / written_file(wanted)).exists()
     assert verify(str(tmp_path / "out")).ok
 
 
@@ -330,17 +413,21 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("form", ["dense", "low_rank"])
+@pytest.mark.parametrize("form", ["dense", "low_rank", "table"])
 def test_an_interrupted_refinement_goes_on_to_the_same_bits(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     out, whole, take = tmp_path / "out", tmp_path / "whole", Refinement.take_gradients
-    options = {"calibration_form": form, "refine_steps": 14, "refine_learning_rate": 1e-3}
+    options = {
+        "calibration_form": form, "refine_steps": 14, "refine_learning_rate": 1e-3, "refine_rho": 0.01,
+        "space": "deltas",
+    }  # fmt: skip
     taken: list[int] = []
 
     def take_gradients(self: Refinement, step: int) -> float:
         taken.append(step)
-        if taken == list(range(13)):
+        if step == 12 and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
             raise Killed
         return take(self, step)
 
@@ -350,11 +437,12 @@ def test_an_interrupted_refinement_goes_on_to_the_same_bits(
     assert not (out / "config.json").exists()
     taken.clear()
     merger(models, out, **options).merge(resume_from_checkpoint=True)
-    assert taken == [10, 11, 12, 13]  # the state was kept after ten steps
+    # The state was kept after ten steps; gradients of a sharpness-aware step are taken twice.
+    assert taken == [10, 10, 11, 11, 12, 12, 13, 13]
     merger(models, whole, **options).merge()
     record = read_manifest(out).calibration
     assert record is not None and record.is_refined
-    for name in ("model.safetensors", "merge_corrections.safetensors"):
+    for name in ("model.safetensors", written_file(form)):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from hf_frmerge.checkpoints.adapters.adapter import Adapter, open_adapter
 from hf_frmerge.checkpoints.adapters.config import AdapterConfig
@@ -199,6 +207,25 @@ def test_modules_to_save_and_stored_base_layers_are_told_apart(llama: Path, tmp_
         save_file(tensors, tmp_path / "adapter_model.safetensors")
         with pytest.raises(CheckpointError, match=r"copy of 'model.embed_tokens.weight' that differs.*'base'"):
             read(tmp_path).match(shapes_of(llama), untied).check_base_layers(base)
+
+
+def test_copies_of_an_output_layer_with_a_bias_are_no_factors(tmp_path: Path) -> None:
+    config = PhiConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = PhiForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    peft_model = save_adapter(model, tmp_path / "adapter", r=2, target_modules=["lm_head"])
+    adapter = read(tmp_path / "adapter").match(shapes_of(tmp_path / "base"), untied)
+    assert set(adapter.base_layers) == {"lm_head.weight", "lm_head.bias"}
+    left, right = adapter.deltas["lm_head.weight"].factors()
+    expected = peft_deltas(peft_model)["lm_head.weight"].numpy()
+    np.testing.assert_allclose(left @ right, expected, rtol=0, atol=1e-6)
+    with open_checkpoint(Source("base", "full", str(tmp_path / "base"))) as base:
+        adapter.check_base_layers(base)
+        tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        tensors["base_model.model.lm_head.base_layer.bias"][3] += 1
+        save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=r"copy of 'lm_head.bias' that differs"):
+            read(tmp_path / "adapter").match(shapes_of(tmp_path / "base"), untied).check_base_layers(base)
 
 
 def test_prefixes_of_the_base_are_found(llama: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
 )
 
@@ -133,11 +135,22 @@ TINY = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "tie_word_embeddings": False, "num_local_experts": 4,
 }  # fmt: skip
+PHI = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
 STACKS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 LORAS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
     "stacked experts": (lambda: GptOssForCausalLM(GptOssConfig(**TINY, head_dim=8, num_experts_per_tok=2)), STACKS),
     "biases of its layers": (lambda: LlamaForCausalLM(LLAMA), {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "biases of factors": (lambda: LlamaForCausalLM(LLAMA), {"target_modules": ["q_proj"], "lora_bias": True}),
+    "stacked experts and an output layer, which PEFT copies": (
+        lambda: GptOssForCausalLM(GptOssConfig(**TINY, head_dim=8, num_experts_per_tok=2)),
+        {**STACKS, "target_modules": ["lm_head"]},
+    ),
+    "the bias of an output layer, of which PEFT copies the weight": (
+        lambda: PhiForCausalLM(PhiConfig(**PHI)),
+        {"target_modules": ["lm_head"], "bias": "lora_only"},
+    ),
     "rows of tokens": (
         lambda: LlamaForCausalLM(LLAMA),
         {"target_modules": ["q_proj"], "trainable_token_indices": [1, 4]},
@@ -154,6 +167,20 @@ def test_loras_that_are_more_than_factors(case: str, tmp_path: Path) -> None:
     assert (kind_folded_by_peft(open_folder(source.path), "x") or "").startswith("LORA with ")
     with closing(open_checkpoint(resolve(str(tmp_path / "base")))) as checkpoint:
         check_folded(checkpoint, tmp_path)
+
+
+def test_a_copy_of_another_base_is_refused(tmp_path: Path) -> None:
+    model = save_base(tmp_path / "base", PhiForCausalLM(PhiConfig(**PHI)))
+    save_adapter(model, "LORA", tmp_path / "adapter", target_modules=["lm_head"], bias="lora_only")
+    file = str(tmp_path / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.base_layer.weight"][7, 3] += 1
+    save_file(tensors, file)
+    with (
+        closing(open_checkpoint(resolve(str(tmp_path / "base")))) as checkpoint,
+        pytest.raises(CheckpointError, match=r"copy of 'lm_head.weight' that differs"),
+    ):
+        fold_by_peft(resolve(str(tmp_path / "adapter")), checkpoint)
 
 
 def test_factors_of_stacks_on_experts_that_are_stored_one_by_one(tmp_path: Path) -> None:
@@ -198,6 +225,12 @@ def with_a_lost_tensor(folder: Path) -> None:
     save_file({**tensors, "base_model.model.model.layers.9.q_proj.hada_w1_a": torch.ones(2, 2)}, file)
 
 
+def with_a_copy_of_no_layer(folder: Path) -> None:
+    save_adapter(save_base(folder / "base"), "LOHA", folder / "adapter")
+    file = str(folder / "adapter" / "adapter_model.safetensors")
+    save_file({**load_file(file), "base_model.model.lm_head.base_layer.weight": torch.ones(40, 32)}, file)
+
+
 def with_an_unknown_option(folder: Path) -> None:
     save_adapter(save_base(folder / "base"), "LOHA", folder / "adapter")
     file = folder / "adapter" / "adapter_config.json"
@@ -211,6 +244,7 @@ def with_an_unknown_option(folder: Path) -> None:
         (of_another_size, "size mismatch"),
         (all_biases, "beside its layers"),
         (with_a_lost_tensor, "do not fit together"),
+        (with_a_copy_of_no_layer, "carries base_model.model.lm_head.base_layer.weight, and changes no such layer"),
         (with_an_unknown_option, "does not know use_twisted"),
     ],
 )

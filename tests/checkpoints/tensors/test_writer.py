@@ -201,6 +201,21 @@ def test_ranges_outside_a_tensor_are_a_programming_error(tmp_path, tensors):
 # Going on after a crash
 
 
+def test_tensors_side_by_side_are_written_with_one_call(tmp_path):
+    layout = ShardLayout.plan([(name, "F32", (2,)) for name in "abc"])
+    writer = CheckpointWriter(layout, tmp_path)
+    writer.create()
+    values = np.arange(6, dtype="f")
+    writer.write_next(["a", "b"], values[:4].view(np.uint8))
+    writer.write_next(["c"], values[4:].view(np.uint8))
+    for names, data in ((["a", "c"], 16), (["b", "a"], 16), (["a", "b"], 8), (["b", "c"], 24)):
+        with pytest.raises(ValueError, match=r"beside|Expected 16 bytes"):
+            writer.write_next(names, np.zeros(data, np.uint8))
+    writer.finish()
+    merged = load_file(tmp_path / "model.safetensors")
+    assert [merged[name].tolist() for name in "abc"] == [[0, 1], [2, 3], [4, 5]]
+
+
 def test_reopen_keeps_what_was_written(tmp_path, tensors):
     writer = write(tensors, tmp_path, 6000)
     writer.close()

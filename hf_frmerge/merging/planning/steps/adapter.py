@@ -77,6 +77,12 @@ def adapter_steps(
     notes += [matrix_note(args, steps)] if args.merges_matrices else []
     notes += missing_notes(adapters, rows, args.strict, is_matched=base is not None)
     notes += base_notes(adapters, base.source) if base else []
+    if base and base.source.is_gguf:
+        notes.append(
+            f"The adapter names {base.spec!r} as its base, which PEFT cannot load by its name, as it is a GGUF file. "
+            "Write the model that it was made from into adapter_config.json (base_model_name_or_path), or load the "
+            "file with transformers (`gguf_file=`) and put the adapter on that."
+        )
     return PlannedSteps(steps, notes, left_out=reasons_of(rules, experts, ()))
 
 

@@ -20,8 +20,10 @@ def weights_by_tensor(
     args: MergingArguments, weights: list[float], names: list[str]
 ) -> tuple[dict[str, tuple[float, ...]], list[str]]:
     """Return the weights of every tensor, and a note for each rule that decides none."""
-    depth = _depths(names)
     schedule = WeightSchedule.parse(args.weight_rules or [], weights, len(weights), args.method)
+    if not args.weight_rules:
+        return dict.fromkeys(names, tuple(schedule.default_weights)), []
+    depth = _depths(names)
     notes = [f"Weight rule {rule!r} decides no tensor's weights." for rule in schedule.unused_rules(names)]
     return {name: tuple(schedule.weights_for(name, depth.get(_stack(name), 1))) for name in names}, notes
 
