@@ -60,6 +60,7 @@ CALIBRATION = {
         "refine_steps",
         "refine_loss",
         "refine_learning_rate",
+        "refine_beta",
         "refine_rho",
     )
 }

@@ -63,6 +63,10 @@ OPTIONS = [
     ("--fisher kfac --fisher-labels exact", {"fisher": "kfac", "fisher_labels": "exact"}),
     ("--refine 30 --refine-loss fisher_rao", {"refine_steps": 30, "refine_loss": "fisher_rao"}),
     ("--refine-steps 30 --refine-learning-rate 1e-5", {"refine_steps": 30, "refine_learning_rate": 1e-5}),
+    (
+        "--refine 30 --refine-loss jsd --refine-beta 0.1",
+        {"refine_steps": 30, "refine_loss": "jsd", "refine_beta": 0.1},
+    ),
     ("--refine 30 --refine-rho 0.05", {"refine_steps": 30, "refine_rho": 0.05}),
     (
         "--max-calibration-length 64 --calibration-batch-size 2",

@@ -61,7 +61,7 @@ def refine_fit(
     rate = args.refine_learning_rate or _LEARNING_RATES[refined_form]
     options = RefineOptions(
         args.refine_steps,
-        partial(row_losses, loss=args.refine_loss),
+        partial(row_losses, loss=args.refine_loss, beta=args.refine_beta),
         rate,
         args.calibration_batch_size,
         args.seed,

@@ -280,8 +280,16 @@ class MergingArguments:
         default="kl",
         metadata=described(
             "What the refinement lowers: the Kullback–Leibler divergence of the merge's predictions from the "
-            "experts', or their squared Fisher–Rao distance.",
-            ("kl", "fisher_rao"),
+            "experts', that of the experts' from the merge's, the Jensen–Shannon divergence between the two "
+            "(refine_beta), or their squared Fisher–Rao distance.",
+            ("kl", "reverse_kl", "jsd", "fisher_rao"),
+        ),
+    )
+    refine_beta: float = field(
+        default=0.5,
+        metadata=described(
+            "Share of the expert in the mixture that jsd is taken to: near 0 it is like kl, near 1 like reverse_kl, "
+            "as beta in trl."
         ),
     )
     refine_learning_rate: float | None = field(

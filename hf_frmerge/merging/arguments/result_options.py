@@ -47,6 +47,7 @@ RESULT_OPTIONS = (
     "refine_steps",
     "refine_loss",
     "refine_learning_rate",
+    "refine_beta",
     "refine_rho",
     "dtype",
     "on_overflow",

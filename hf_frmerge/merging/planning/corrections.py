@@ -50,7 +50,7 @@ class RefinementRecord:
 
     Attributes:
         steps: number of steps.
-        loss: `"kl"` or `"fisher_rao"` between the predictions, or `"angle"` between the hidden states.
+        loss: the option `refine_loss`, between the predictions, or `"angle"` between the hidden states.
         learning_rate: highest step size.
         began_from: form of the fit that it began from; `"start"` if the fit gained nothing.
         best_step: number of steps that led to what was written; 0 if no judged point was better than the fit.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 from jsonschema import Draft202012Validator
@@ -277,12 +278,28 @@ def test_losses_of_equal_outputs_are_flat() -> None:
     torch.manual_seed(0)
     values = torch.randn(4, 9)
     for is_logits in (True, False):
-        for loss in ("kl", "fisher_rao"):
+        for loss in ("kl", "reverse_kl", "jsd", "fisher_rao"):
             merged = values.clone().requires_grad_()
             losses = row_losses(Outputs(merged, is_logits), Outputs(values, is_logits), loss)
             losses.sum().backward()
             assert float(losses.detach().abs().max()) < 1e-5
             assert merged.grad is not None and float(merged.grad.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_divergences_are_those_of_scipy(beta: float) -> None:
+    torch.manual_seed(0)
+    q_RV, p_RV = torch.randn(2, 5, 9, dtype=torch.float64)
+    outputs = Outputs(q_RV, True), Outputs(p_RV, True)
+    q, p = (torch.softmax(values, -1).numpy() for values in (q_RV, p_RV))
+    mixed = beta * p + (1 - beta) * q
+    expected = {
+        "kl": scipy.stats.entropy(p, q, axis=1),
+        "reverse_kl": scipy.stats.entropy(q, p, axis=1),
+        "jsd": beta * scipy.stats.entropy(p, mixed, axis=1) + (1 - beta) * scipy.stats.entropy(q, mixed, axis=1),
+    }
+    for loss, values in expected.items():
+        np.testing.assert_allclose(row_losses(*outputs, loss, beta).numpy(), values, rtol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 40])
