@@ -14,5 +14,5 @@ def test_it_prints_a_line_for_every_kind_of_attack() -> None:
     done = subprocess.run([sys.executable, SCRIPT, *numbers], capture_output=True, text=True, check=False)
     lines = [line.split("  ") for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line[0] for line in lines[1:]] == ["hostile bytes", "damaged files", "faults", "kills", "pairs of merges"]
-    assert [int(next(part for part in line[1:] if part.strip())) for line in lines[1:]] == [14, 3, 2, 1, 1]
+    assert [line[0] for line in lines[1:]] == ["faults", "kills", "pairs of merges", "damaged files", "hostile bytes"]
+    assert [int(next(part for part in line[1:] if part.strip())) for line in lines[1:]] == [2, 1, 1, 3, 14]

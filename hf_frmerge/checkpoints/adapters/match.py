@@ -113,6 +113,8 @@ def _made_on_loading(unknown: Sequence[str], shapes: Iterable[str], names: Model
     if names is None or not names.in_memory.issuperset(unknown):
         return []
     stored = set(names.canonical(shapes).values())
+    if names.in_memory.issuperset(stored):  # nothing is stored that others could be made of
+        return []
     return [name for name in unknown if name not in stored]
 
 
