@@ -25,6 +25,7 @@ from gguf_files import KINDS, Type, random_blocks, tensors_of, write_gguf
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
 from hf_frmerge.comparison.comparison import MergeComparison
+from hf_frmerge.comparison.ready import ready_cells
 from hf_frmerge.errors import CheckpointError, MergeError
 from hf_frmerge.evaluation.models.merged import whole_model
 from hf_frmerge.extraction.extract_lora import ExtractOptions, extract_lora
@@ -498,7 +499,11 @@ def test_what_runs_models_refuses_files_before_it_merges(tmp_path: Path) -> None
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    for run in (compared.run, lambda: whole_model(str(adapter), experts[0])):
+    for run in (
+        compared.run,
+        lambda: ready_cells(experts[:1], "Qwen2ForCausalLM"),
+        lambda: whole_model(str(adapter), experts[0]),
+    ):
         with pytest.raises(CheckpointError, match=r"An evaluation runs its models, and .*a' is a GGUF file"):
             run()
     with pytest.raises(CheckpointError, match=r"An evaluation runs its models, and .*a' is a GGUF file"):
