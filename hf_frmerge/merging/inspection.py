@@ -12,6 +12,7 @@ import numpy as np
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.geometry.portable import fold
 from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.engine.engine import worker_count
 from hf_frmerge.merging.engine.solve import points_of, solve
 from hf_frmerge.merging.operands.open_inputs import open_tensors
@@ -139,7 +140,7 @@ def _view(plan: MergePlan, name: str, shape: tuple[int, ...], gram: NDArray[np.f
 def _space_view(plan: MergePlan, name: str, points: NDArray[np.float64]) -> SpaceView:
     options = SpanOptions(on_ambiguous="linear")
     experts = [expert.spec for expert in plan.experts]
-    [solution] = solve(points[None], [plan.weights], "karcher", options, tensors=[name], experts=experts)
+    [solution] = solve(points[None], [as_shares(plan.weights)], "karcher", options, tensors=[name], experts=experts)
     geometry = solution.geometry
     assert geometry is not None
     return SpaceView(

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.suite.merge_evaluation import models_to_measure
+from hf_frmerge.merging.inspection import inspect_experts
 from hf_frmerge.merging.record.find_models import MergeModels
+from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.methods.table import METHODS
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
@@ -83,6 +85,32 @@ def test_weights_by_name_add_a_delta_once_in_the_mean(tmp_path: Path) -> None:
     args = MergingArguments(output_dir=str(tmp_path / "nan"), method="task_arithmetic")
     with closing(FisherRaoMerger(experts, args, weights="nan", base_model=base).plan()) as plan:
         assert sum(plan.weights) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0, 0.5]])
+def test_lengths_are_told_by_shares(tmp_path: Path, weights: list[float] | None) -> None:
+    """A sum of N deltas at right angles is about the square root of N times as long as they are, and so it is told."""
+    base, experts = write_family(tmp_path)
+    args = MergingArguments(output_dir=str(tmp_path / "out"), method="task_arithmetic")
+    FisherRaoMerger(experts, args, weights=weights, base_model=base).merge()
+    origin, models = tensors(base), [tensors(expert) for expert in experts]
+    factors = np.array(weights or [1.0, 1.0, 1.0])
+    for name, tensor in read_manifest(tmp_path / "out").tensors.items():
+        deltas = np.stack([(model[name] - origin[name]).ravel() for model in models])
+        mean = (factors / factors.sum()) @ np.linalg.norm(deltas, axis=1)
+        assert tensor.geometry is not None
+        assert tensor.geometry.norm_ratio == pytest.approx(np.linalg.norm(factors @ deltas) / mean, rel=1e-5)
+        linear = np.linalg.norm(factors @ deltas) / factors.sum() / mean
+        assert tensor.geometry.linear_norm_ratio == pytest.approx(linear, rel=1e-5)
+
+
+def test_an_inspection_weighs_by_shares(tmp_path: Path) -> None:
+    base, experts = write_family(tmp_path)
+    found = []
+    for method in ("karcher", "task_arithmetic"):
+        with closing(FisherRaoMerger(experts, MergingArguments(method=method), None, base).plan()) as plan:
+            found.append([tensor.deltas for tensor in inspect_experts(plan).tensors])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "breadcrumbs", "consensus"])

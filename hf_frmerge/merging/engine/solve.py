@@ -47,6 +47,10 @@ def points_of(gram_BKK: NDArray[np.float64], space: str, has_base: bool) -> NDAr
     return points[..., 1:, :] if has_base else points
 
 
+_ROUNDING = 2.0**-45
+"""How far from 1 the sum of shares may be, which are not divided again: they would change in their last bits."""
+
+
 def solve(
     points_TBNK: NDArray[np.float64],
     weights_TN: ArrayLike,
@@ -155,7 +159,9 @@ def _overflown(
 def _geometries(
     result: SpanResult, points_TBNK: NDArray[np.float64], weights_T1N: NDArray[np.float64]
 ) -> list[Geometry]:
-    """Measure the experts and the merge of every tensor."""
+    """Measure the experts and the merge of every tensor; means are by shares, also where weights are factors."""
+    total_T11 = dot(np.abs(weights_T1N), np.ones_like(weights_T1N))[..., None]
+    weights_T1N = np.where(np.abs(total_T11 - 1) <= _ROUNDING, weights_T1N, weights_T1N / total_T11)
     merged, linear = combine(result.coefficients, points_TBNK), combine(weights_T1N, points_TBNK)
     norms_TBN = norms(points_TBNK)
     mean_norm_T = _over_blocks(dot(np.abs(weights_T1N), norms_TBN))
