@@ -13,7 +13,12 @@ same ones. Every merge runs in a process of its own, whose CPU time and peak mem
 
 `--refine STEPS` adds each fitted merge once more with a refinement. `--distil STEPS` adds controls that see the same
 prompts but no fit (`--controls`, `distil_control.py`): all weights distilled from the linear merge, a fresh LoRA of
-the base, and one coefficient for every expert and tensor, as AdaMerging and SAMerging find them.
+the base, and one coefficient for every expert and tensor, as AdaMerging and SAMerging find them, and along random
+directions as long as the experts' updates.
+
+`--facts TOKENS` adds columns that `frmerge evaluate` measures on the first tokens of every domain: the distance of the
+predictions to the experts' and to their barycentre, and the variance of activations; with `--neutral FILE` also what
+the merge loses on text of no domain.
 
 A merge is not told which expert's text it reads, and so cannot predict its first words as that expert does. What can
 be kept all the same is shown by the Bayesian mixture of the experts: it starts with equal odds, and weighs each expert
@@ -27,16 +32,20 @@ import argparse
 import json
 import math
 import os
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from merge_facts import HEADINGS, NEUTRAL, Facts, Texts
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -57,6 +66,7 @@ CONTROLS = {
     "lora": "fresh LoRA distilled",
     "adamerging": "AdaMerging",
     "samerging": "SAMerging",
+    "random": "SAMerging along random directions",
 }
 """What the control can make, and what its row is called."""
 
@@ -101,25 +111,45 @@ def main() -> None:
     experts = {domain: losses[domain] for domain, losses in zip(domains, of_experts)}
     for domain in domains:
         print(f"  {domain}: base {base[domain].mean():.3f}, expert {experts[domain].mean():.3f} nats a token")
-    print(f"| merge | {' | '.join(domains)} | mean | worst | CPU s | peak MiB | mean after {KNOWN} tokens |")
-    print("|---|" + "---:|" * (len(domains) + 5), flush=True)
+    headings = [*domains, "mean", "worst", "CPU s", "peak MiB", f"mean after {KNOWN} tokens"]
+    headings += HEADINGS if args.facts else ()
+    print(f"| merge | {' | '.join(headings)} |")
+    print("|---|" + "---:|" * len(headings), flush=True)
+    texts = texts_of_facts(args, tokenizer, blocks) if args.facts else None
+    by_seed: dict[str, list[NDArray[np.float64]]] = {}
     mixed = {domain: mixture([losses[domain] for losses in of_experts]) for domain in domains}
     print(row("mixture of the experts' predictions", base, experts, mixed, None), flush=True)
     for merge in merges(args, domains):
         output, cost = run(args, merge, domains)
         model = load(output)
         merged = {domain: nats(model, blocks[domain]) for domain in domains}
-        print(row(merge.name, base, experts, merged, cost), flush=True)
+        facts = texts.measure(output) if texts else None
+        print(row(merge.name, base, experts, merged, cost, facts), flush=True)
+        shutil.rmtree(output)
+        kept = np.array([recovery(base[domain], experts[domain], merged[domain])[0] for domain in domains])
+        by_seed.setdefault(re.sub(", seed [0-9]+", "", merge.name), []).append(kept)
+    for name, kept_SD in by_seed.items():
+        if len(kept_SD) > 1:
+            print(spread(name, np.stack(kept_SD)))
 
 
-def row(name: str, base: Losses, experts: Losses, merged: Losses, cost: Cost | None) -> str:
+def spread(name: str, kept_SD: NDArray[np.float64]) -> str:
+    """Say what `S` seeds keep of `D` domains: the mean and the worst, each with the standard deviation over seeds."""
+    mean, worst = (f"{found.mean():.3f} ± {found.std(ddof=1):.3f}" for found in (kept_SD.mean(1), kept_SD.min(1)))
+    return f"{name}, {len(kept_SD)} seeds: mean {mean}, worst {worst}"
+
+
+def row(
+    name: str, base: Losses, experts: Losses, merged: Losses, cost: Cost | None, facts: Facts | None = None
+) -> str:
     """Return a row of the table."""
     found = [recovery(base[domain], experts[domain], merged[domain]) for domain in base]
     known = [recovery(*(losses[domain][:, KNOWN:] for losses in (base, experts, merged)))[0] for domain in base]
     values = [value for value, _ in found]
     cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in found)
     took = " | ".join(f"{value:.0f}" for value in (cost.cpu_seconds, cost.peak_mib)) if cost else " | "
-    return f"| {name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {took} | {np.mean(known):.3f} |"
+    end = f" {facts.cells()} |" if facts else ""
+    return f"| {name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {took} | {np.mean(known):.3f} |{end}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -139,6 +169,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--refine", type=int, default=0, help="steps of a refinement; 0 leaves these rows out")
     parser.add_argument("--distil", type=int, default=0, help="steps of the controls; 0 leaves these rows out")
     parser.add_argument("--controls", nargs="*", choices=CONTROLS, default=list(CONTROLS), help="which controls")
+    parser.add_argument("--facts", type=int, default=0, help="tokens a domain for further columns; 0 leaves them out")
+    parser.add_argument("--neutral", type=Path, help="text of no domain, for the last of these columns")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workdir", type=Path, default=Path("bench-function-space"))
     return parser.parse_args()
@@ -211,6 +243,18 @@ def blocks_of(tokenizer: Callable, file: Path, n_tokens: int) -> NDArray[np.int6
     texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
     ids = np.array(tokenizer("\n\n".join(texts))["input_ids"][:n_tokens])
     return ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)
+
+
+def texts_of_facts(args: argparse.Namespace, tokenizer: Any, blocks: dict[str, NDArray[np.int64]]) -> Texts:
+    """Write the first tokens of every domain, and of the text of none, where `frmerge evaluate` reads them."""
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    ids = {domain: block.flatten()[: args.facts] for domain, block in blocks.items()}
+    if args.neutral:
+        ids[NEUTRAL] = tokenizer(args.neutral.read_text(encoding="utf-8"))["input_ids"][: args.facts]
+    files = {domain: args.workdir / f"{domain}.txt" for domain in ids}
+    for domain, file in files.items():
+        file.write_text(tokenizer.decode(ids[domain]), encoding="utf-8")
+    return Texts(files, [args.suite / domain for domain in blocks], args.base, BLOCK)
 
 
 def load(path: str | Path) -> torch.nn.Module:

@@ -9,7 +9,8 @@ drawn as PEFT draws them. Both lower KL(expert || merge).
 `adamerging` and `samerging` train one coefficient for every expert and tensor, from the linear merge: as AdaMerging
 (2310.02575) for predictions of little entropy, without asking the experts; as SAMerging (2512.21288) for KL at a
 temperature of 2, by sharpness-aware steps. SAMerging's steps are adaptive (coefficients count by their size); as all
-are alike at first, the radius here is its 0.07 times 1/N.
+are alike at first, the radius here is its 0.07 times 1/N. `random` is SAMerging with random directions in the place of
+the experts' updates of the blocks, each as long as the update it stands for: what any directions would give.
 
 Prompts, optimiser and choice of the best point by held-out distance are those of the package's refinement
 (`--refine`), from another start.
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge import MergingArguments
 from hf_frmerge.calibration.blockwise_model import Outputs
-from hf_frmerge.calibration.fits.block_fit import SweepOptions
+from hf_frmerge.calibration.fits.block_fit import SweepOptions, SweepState
 from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, open_model
 from hf_frmerge.calibration.layers import is_linear
 from hf_frmerge.calibration.prompts import read_prompts, split_prompts
@@ -44,7 +46,7 @@ from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.planning.build_plan import build_plan
 
-LEARNING_RATES = {"all": 3e-5, "lora": 1e-3, "adamerging": 1e-2, "samerging": 1e-2}
+LEARNING_RATES = {"all": 3e-5, "lora": 1e-3, "adamerging": 1e-2, "samerging": 1e-2, "random": 1e-2}
 RHO = 0.07  # of SAMerging
 
 
@@ -59,8 +61,10 @@ def main() -> None:
         corrections = fresh_lora(sweep, start, args.rank, args.seed)
     else:
         corrections = coefficients_to_refine(sweep.state, start, blocks)
+    if args.kind == "random":
+        sweep.state.reader = RandomDirections(sweep.state, args.seed)
     rate = args.learning_rate or LEARNING_RATES[args.kind]
-    rho = RHO / sweep.state.n_experts if args.kind == "samerging" else 0.0
+    rho = RHO / sweep.state.n_experts if args.kind in ("samerging", "random") else 0.0
     options = RefineOptions(args.steps, loss_of(args.kind), rate, args.batch_size, args.seed, rho)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     progress = args.output_dir / "progress.safetensors"
@@ -124,7 +128,8 @@ def run_experts(args: argparse.Namespace) -> Sweep:
 
 def loss_of(kind: str) -> Callable[[Outputs, Outputs], Tensor]:
     """Return what a control lowers, for every prediction."""
-    return {"adamerging": entropy, "samerging": softened_kl}.get(kind, partial(row_losses, loss="kl"))
+    losses = {"adamerging": entropy, "samerging": softened_kl, "random": softened_kl}
+    return losses.get(kind, partial(row_losses, loss="kl"))
 
 
 def entropy(merged: Outputs, _expert: Outputs) -> Tensor:
@@ -136,6 +141,46 @@ def entropy(merged: Outputs, _expert: Outputs) -> Tensor:
 def softened_kl(merged: Outputs, expert: Outputs) -> Tensor:
     """Return KL(expert || merge) of the predictions at a temperature of 2."""
     return row_losses(*(Outputs(outputs.values / 2, outputs.is_logits) for outputs in (merged, expert)), loss="kl")
+
+
+class RandomDirections:
+    """
+    A reader of weights in whose place of every expert's update of a block stands a random direction of its length.
+
+    Weights outside the blocks, of which experts' predictions are made, are the experts' own.
+
+    Args:
+        state: What the experts' weights are read by.
+        seed: Of the directions, which are drawn again whenever they are asked for: all of them are a whole model.
+    """
+
+    def __init__(self, state: SweepState, seed: int) -> None:
+        self._state, self._reader, self._seed = state, state.reader, seed
+        self._names = {name: number for number, name in enumerate(self._reader.tensors)}
+        self._lengths: dict[tuple[int, str], Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def factors(self, index: int, parameter: str) -> tuple[Tensor, Tensor] | None:
+        """Return factors of what an adapter adds outside the blocks; a random direction has none."""
+        return None if self._is_random(parameter) else self._reader.factors(index, parameter)
+
+    def expert(self, index: int, parameter: str) -> Tensor:
+        """Return an expert's values, or the base's plus a random direction."""
+        if not self._is_random(parameter):
+            return self._reader.expert(index, parameter)
+        base = self._reader.base(parameter)
+        assert base is not None
+        if (index, parameter) not in self._lengths:
+            self._lengths[index, parameter] = (self._reader.expert(index, parameter) - base).norm()
+        generator = torch.Generator().manual_seed(self._seed + 1_000_003 * index + self._names[parameter])
+        direction = torch.randn(base.shape, generator=generator)
+        return base + direction * (self._lengths[index, parameter] / direction.norm())
+
+    def _is_random(self, parameter: str) -> bool:
+        in_block = any(parameter.startswith(f"{block}.") for block in self._state.model.blocks)
+        return in_block and self._reader.is_merged(parameter)
 
 
 def fresh_lora(sweep: Sweep, start: dict[str, Tensor], rank: int, seed: int) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ def test_a_control_comes_nearer_to_the_experts(
         "16 prompts, seed 42", "16 prompts, seed 42, refined",
         "all weights distilled, 16 prompts, seed 42", "fresh LoRA distilled, 16 prompts, seed 42",
         "AdaMerging, 16 prompts, seed 42", "SAMerging, 16 prompts, seed 42",
+        "SAMerging along random directions, 16 prompts, seed 42",
     ]  # fmt: skip
     assert "--refine=7" in rows[1].options and not rows[1].is_control
     (row,) = (row for row in rows if row.is_control and row.options[0] == kind)
@@ -133,3 +134,26 @@ def test_what_is_lowered_instead_of_the_divergence(scripts: tuple[ModuleType, Mo
     np.testing.assert_allclose(control.softened_kl(*pair), scipy.stats.entropy(p, q, axis=1), rtol=1e-4)
     q = scipy.special.softmax(merged.double().numpy(), axis=1)
     np.testing.assert_allclose(control.entropy(*pair), scipy.stats.entropy(q, axis=1), rtol=1e-4)
+
+
+def test_random_directions_are_as_long_as_the_updates_they_stand_for(
+    folder: Path, tmp_path: Path, scripts: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, control = scripts
+    given = [f"{folder / 'experts' / name}={folder / f'{name}.calibration.jsonl'}" for name in DOMAINS]
+    options = ["--base", str(folder / "base"), "--prompts", "16", "--calibration", *given]
+    monkeypatch.setattr(sys, "argv", ["control", "random", *options, "--output-dir", str(tmp_path / "out")])
+    state = control.run_experts(control.parse_args()).state
+    random = control.RandomDirections(state, seed=1)
+    load = AutoModelForCausalLM.from_pretrained
+    base, math = (load(path, dtype=torch.float32).state_dict() for path in (folder / "base", folder / "experts/math"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    update, found = math[name] - base[name], random.expert(0, name) - base[name]
+    torch.testing.assert_close(found.norm(), update.norm(), rtol=1e-4, atol=0)
+    assert abs(torch.cosine_similarity(found.flatten(), update.flatten(), dim=0)) < 0.1
+    assert torch.equal(random.expert(0, name), random.expert(0, name))
+    other = random.expert(1, name) - base[name]
+    assert abs(torch.cosine_similarity(found.flatten(), other.flatten(), dim=0)) < 0.1
+    assert random.factors(0, name) is None
+    head = "model.embed_tokens.weight"  # predictions of the experts are made of it
+    assert torch.equal(random.expert(0, head), math[head])
