@@ -115,7 +115,10 @@ def main() -> None:
     headings += HEADINGS if args.facts else ()
     print(f"| merge | {' | '.join(headings)} |")
     print("|---|" + "---:|" * len(headings), flush=True)
+    args.workdir.mkdir(parents=True, exist_ok=True)
     texts = texts_of_facts(args, tokenizer, blocks) if args.facts else None
+    if args.random:
+        write_random(args.workdir / "random.jsonl", max(args.random), len(tokenizer))
     by_seed: dict[str, list[NDArray[np.float64]]] = {}
     mixed = {domain: mixture([losses[domain] for losses in of_experts]) for domain in domains}
     print(row("mixture of the experts' predictions", base, experts, mixed, None), flush=True)
@@ -160,6 +163,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=["linear", "karcher", "nre"], help="merges without data")
     parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64], help="prompts an expert")
     parser.add_argument("--self", nargs="*", type=int, default=[64], dest="own", help="self-written prompts an expert")
+    parser.add_argument("--random", nargs="*", type=int, default=[], help="prompts of random tokens an expert")
     parser.add_argument("--start", default="karcher", help="method the fit starts from")
     parser.add_argument("--baselines", nargs="*", default=[], help="methods that need prompts, as rows beside the fit")
     parser.add_argument("--fisher", nargs="*", default=[], help="merges without data once more, measured by this")
@@ -181,7 +185,13 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
     rows = [Merge(method, ("--method", method)) for method in args.methods]
     given = [f"--calibration={args.suite / d}={args.texts / f'{d}.calibration.jsonl'}" for d in domains]
     further = tuple(f"--{option}" for option in args.options)
-    for counts, source, name in ((args.prompts, given, "prompts"), (args.own, ["--calibration=self"], "own prompts")):
+    random = [f"--calibration={args.workdir / 'random.jsonl'}"]
+    sources = (
+        (args.prompts, given, "prompts"),
+        (args.own, ["--calibration=self"], "own prompts"),
+        (args.random, random, "prompts of random tokens"),
+    )
+    for counts, source, name in sources:
         for count in counts:
             for seed in args.seeds:
                 options = ("--method", args.start, *source, f"--num-calibration-samples={count}", f"--seed={seed}")
@@ -247,7 +257,6 @@ def blocks_of(tokenizer: Callable, file: Path, n_tokens: int) -> NDArray[np.int6
 
 def texts_of_facts(args: argparse.Namespace, tokenizer: Any, blocks: dict[str, NDArray[np.int64]]) -> Texts:
     """Write the first tokens of every domain, and of the text of none, where `frmerge evaluate` reads them."""
-    args.workdir.mkdir(parents=True, exist_ok=True)
     ids = {domain: block.flatten()[: args.facts] for domain, block in blocks.items()}
     if args.neutral:
         ids[NEUTRAL] = tokenizer(args.neutral.read_text(encoding="utf-8"))["input_ids"][: args.facts]
@@ -255,6 +264,12 @@ def texts_of_facts(args: argparse.Namespace, tokenizer: Any, blocks: dict[str, N
     for domain, file in files.items():
         file.write_text(tokenizer.decode(ids[domain]), encoding="utf-8")
     return Texts(files, [args.suite / domain for domain in blocks], args.base, BLOCK)
+
+
+def write_random(file: Path, n_prompts: int, n_tokens: int) -> None:
+    """Write prompts of tokens drawn alike from the whole vocabulary: what is the fit worth without any text?"""
+    drawn = np.random.default_rng(0).integers(n_tokens, size=(n_prompts, BLOCK)).tolist()
+    file.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in drawn), encoding="utf-8")
 
 
 def load(path: str | Path) -> torch.nn.Module:

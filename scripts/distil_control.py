@@ -33,7 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge import MergingArguments
 from hf_frmerge.calibration.blockwise_model import Outputs
+from hf_frmerge.calibration.calibrate import UPDATE_PRIOR
 from hf_frmerge.calibration.fits.block_fit import SweepOptions, SweepState
+from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, open_model
 from hf_frmerge.calibration.layers import is_linear
 from hf_frmerge.calibration.prompts import read_prompts, split_prompts
@@ -44,6 +46,7 @@ from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.planning.build_plan import build_plan
 
 LEARNING_RATES = {"all": 3e-5, "lora": 1e-3, "adamerging": 1e-2, "samerging": 1e-2, "random": 1e-2}
@@ -97,11 +100,19 @@ def parse_args() -> argparse.Namespace:
 
 def run_experts(args: argparse.Namespace) -> Sweep:
     """Run experts and start over the prompts that a fit would have, and fit nothing."""
+    scale = 0.0 if args.kind == "lora" else 1.0  # the base alone, or the linear merge
+    sweep = begin_sweep(args, method="linear", scale=scale)
+    for index in range(len(sweep.state.model.blocks)):
+        sweep.fit_block(index, FittedBlock({}, {}))
+    return sweep
+
+
+def begin_sweep(args: argparse.Namespace, *, method: str, scale: float = 1.0) -> Sweep:
+    """Return the sweep of a fit that starts from a merge of deltas, before its first block."""
     calibration = dict(item.split("=", 1) for item in args.calibration)
     experts = list(calibration)
-    scale = 0.0 if args.kind == "lora" else 1.0  # the base alone, or the linear merge
     merging = MergingArguments(
-        output_dir=str(args.output_dir), method="linear", space="deltas", scale=scale, adapter_output="merged",
+        output_dir="sweep", method=method, space="deltas", scale=scale, adapter_output="merged",
         num_calibration_samples=args.prompts, calibration_batch_size=args.batch_size, seed=args.seed,
     )  # fmt: skip
     plan = build_plan(experts, merging, None, args.base)
@@ -115,14 +126,12 @@ def run_experts(args: argparse.Namespace) -> Sweep:
         seed=args.seed,
         vocab_size=model.model.config.get_text_config().vocab_size,
     )
-    fitted, held_out = split_prompts(prompts, HELD_OUT, args.seed)
+    batches = batches_of(plan, model, *split_prompts(prompts, HELD_OUT, args.seed))
+    is_full = all(expert.checkpoint is not None for expert in plan.experts)
+    options = SweepOptions(FitOptions(update_prior=UPDATE_PRIOR if is_full else 0.0))
     reader = WeightReader(plan, load_kernels("cpu"), model.model)
-    sweep = Sweep(
-        model, reader, batches_of(plan, model, fitted, held_out), plan.weights, SweepOptions(), is_full=False
-    )
+    sweep = Sweep(model, reader, batches, as_shares(plan.weights), options, is_full=is_full)
     sweep.begin()
-    for index in range(len(model.blocks)):
-        sweep.fit_block(index, FittedBlock({}, {}))
     return sweep
 
 

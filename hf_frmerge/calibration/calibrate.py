@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_UPDATE_PRIOR = 5.0  # kappa for full fine-tunes; 3 to 10 gave the same
+UPDATE_PRIOR = 5.0
+"""kappa for full fine-tunes; 3 to 10 gave the same."""
 
 
 def prepare(
@@ -142,7 +143,7 @@ def calibrate(
     if processes.is_main and not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
-    options = SweepOptions(FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
+    options = SweepOptions(FitOptions(update_prior=UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
     settings = settings_of(plan, options)
     kernels = load_kernels(plan.args.device)
     reader = WeightReader(whole, kernels, model.model)

@@ -80,13 +80,13 @@ def test_a_control_comes_nearer_to_the_experts(
     # As the benchmark calls it, for the first of its rows of this kind.
     bench, control = scripts
     common = ["--suite", str(folder / "experts"), "--texts", str(folder), "--base", str(folder / "base")]
-    monkeypatch.setattr(
-        sys, "argv", ["bench", *common, "--methods", "--prompts", "16", "--self", "--refine", "7", "--distil", "20"]
-    )
+    counts = ["--prompts", "16", "--self", "--random", "8"]
+    monkeypatch.setattr(sys, "argv", ["bench", *common, "--methods", *counts, "--refine", "7", "--distil", "20"])
     args = bench.parse_args()
     rows = bench.merges(args, ["math", "code"])
     assert [row.name for row in rows] == [
         "16 prompts, seed 42", "16 prompts, seed 42, refined",
+        "8 prompts of random tokens, seed 42", "8 prompts of random tokens, seed 42, refined",
         "all weights distilled, 16 prompts, seed 42", "fresh LoRA distilled, 16 prompts, seed 42",
         "AdaMerging, 16 prompts, seed 42", "SAMerging, 16 prompts, seed 42",
         "SAMerging along random directions, 16 prompts, seed 42",
