@@ -19,11 +19,12 @@ import os
 import resource
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from bench_function_space import recovery
+from bench_function_space import recovery, spread
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -46,15 +47,11 @@ def main() -> None:
     print("|---|" + "---:|" * (len(tasks) + 3), flush=True)
     given = [f"--calibration={args.suite / task}={args.texts / f'{task}.calibration.jsonl'}" for task in tasks]
     rows = [(method, ["--method", method]) for method in args.methods]
-    for count in args.prompts:
-        fit = [
-            *given,
-            "--method",
-            args.start,
-            f"--num-calibration-samples={count}",
-            f"--max-calibration-length={LENGTH}",
-        ]
-        rows.append((f"{args.start}, fitted to {count} prompts a task", fit))
+    for count, seed in product(args.prompts, args.seeds):
+        counts = [f"--num-calibration-samples={count}", f"--max-calibration-length={LENGTH}", f"--seed={seed}"]
+        name = f"{args.start}, fitted to {count} prompts a task"
+        rows.append((name, [*given, "--method", args.start, *counts]))
+    by_name: dict[str, list[list[float]]] = {}
     for name, options in rows:
         seconds = merge(args, tasks, options)
         found = [
@@ -64,6 +61,10 @@ def main() -> None:
         cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in found)
         values = [value for value, _ in found]
         print(f"| {name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {seconds:.0f} |", flush=True)
+        by_name.setdefault(name, []).append(values)
+    for name, of_seeds in by_name.items():
+        if len(of_seeds) > 1:
+            print(spread(name, np.array(of_seeds)))
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,6 +74,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, required=True, help="folder of the texts")
     parser.add_argument("--methods", nargs="*", default=["linear", "karcher"], help="merges without data")
     parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64, 256], help="prompts a task")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[42], help="seeds of the choice of prompts")
     parser.add_argument("--start", default="karcher", help="method the fits start from")
     parser.add_argument("--tests", type=int, default=2000, help="test texts a task at most")
     parser.add_argument("--workdir", type=Path, default=Path("bench-encoders"))
