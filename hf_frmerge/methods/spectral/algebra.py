@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_frmerge.methods.spectral import lapack
 from hf_frmerge.methods.spectral.inputs import Matrix
 
 RANK_TOLERANCE = 1e-5
@@ -40,7 +41,7 @@ class Joined(NamedTuple):
 
 def svd(matrix_mn: Matrix) -> Triplets:
     """Return left singular vectors, singular values and right singular vectors, the largest first."""
-    return Triplets(*np.linalg.svd(matrix_mn, full_matrices=False))
+    return Triplets(*lapack.svd(matrix_mn))
 
 
 def significant(values_r: Matrix) -> NDArray[np.bool_]:
