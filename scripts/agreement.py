@@ -16,7 +16,7 @@ from hf_frmerge.methods.spectral.inputs import Experts, SpectralOptions
 from hf_frmerge.methods.table import METHODS
 
 TOLERANCE = 1e-4
-"""Of float32 SVDs, relative to the merged delta."""
+"""Of float32 results, relative to the merged delta."""
 
 
 @dataclass(frozen=True)
