@@ -6,20 +6,16 @@ Merge random matrices in float32 with this package and with FusionBench, and pri
 
 FusionBench (0.2.33 is what this was written for) is imported into the same process; its functions take tensors, so no
 models are needed. Every row is a method on one kind of experts, with what has to be set for both to mean the same, or
-why they cannot agree. The exit code is 1 if the two are farther apart than `TOLERANCE` where they should agree.
-FusionBench has no SWUDI, ResMerge, OrthoMerge, DC-Merge and ACE-Merging.
+why they cannot agree. The exit code is 1 if the two are farther apart than a tolerance where they should agree.
+FusionBench has no SWUDI, ResMerge, OrthoMerge, DC-Merge and ACE-Merging; for these there is compare_authors_code.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
+from agreement import Row, by_rule, print_table
 from fusion_bench.method.fisher_merging.fisher_merging import merging_with_fisher_weights
 from fusion_bench.method.isotropic_merging.iso_utils import iso_c, iso_cts
 from fusion_bench.method.knots.knots_utils import subspace_alignment
@@ -33,36 +29,9 @@ from hf_frmerge.calibration.fits.least_squares import FitOptions, System, fit_li
 from hf_frmerge.calibration.fits.regmean import shrunk
 from hf_frmerge.fisher.average import fisher_average
 from hf_frmerge.methods.post_steps import SingularValueCalibration
-from hf_frmerge.methods.spectral.decision import RULES
-from hf_frmerge.methods.spectral.inputs import Experts, SpectralOptions
-from hf_frmerge.methods.table import METHODS
-
-TOLERANCE = 1e-4
-"""Of float32 SVDs, relative to the merged delta."""
 
 N, ROWS, COLS, RANK = 3, 96, 60, 6
 NAME = "layer.weight"
-
-
-@dataclass(frozen=True)
-class Row:
-    """
-    One method on one kind of experts.
-
-    Attributes:
-        method: our name.
-        experts: what is merged.
-        theirs, ours: return the merged delta.
-        reason: what is set for both to mean the same, or why they differ.
-        agree: whether they should.
-    """
-
-    method: str
-    experts: str
-    theirs: Callable[[], Tensor]
-    ours: Callable[[], Tensor]
-    reason: str
-    agree: bool = True
 
 
 def main() -> int:
@@ -71,15 +40,7 @@ def main() -> int:
     full = 0.02 * torch.randn(N, ROWS, COLS)
     low = 0.02 * torch.randn(N, ROWS, RANK) @ torch.randn(N, RANK, COLS)
     rows = [*of_deltas("full rank", full), *of_deltas("rank 6", low), *by_data(full)]
-    print("| method | experts | relative distance | set, or why |\n|---|---|---|---|")
-    failed = False
-    for row in rows:
-        with contextlib.redirect_stdout(io.StringIO()):  # they print what they do
-            theirs, ours = row.theirs().double(), row.ours().double()
-        distance = float((theirs - ours).norm() / theirs.norm())
-        failed |= row.agree and not distance <= TOLERANCE
-        print(f"| {row.method} | {row.experts} | {distance:.1e} | {row.reason} |")
-    return int(failed)
+    return int(print_table(rows) > 0)
 
 
 def of_deltas(kind: str, deltas: Tensor) -> list[Row]:
@@ -89,10 +50,6 @@ def of_deltas(kind: str, deltas: Tensor) -> list[Row]:
     base = torch.zeros(ROWS, COLS)
     total = deltas.sum(0)
     calibration = SingularValueCalibration((1 / N,) * N, 0.1)
-
-    def own(method: str, density: float | None = None) -> Callable[[], Tensor]:
-        options = SpectralOptions(density or METHODS[method].density or 1.0)
-        return lambda: torch.from_numpy(RULES[method](Experts(deltas.numpy()), np.full(N, 1 / N), options))
 
     def knots() -> Tensor:
         left, values, rights = subspace_alignment(list(deltas))
@@ -106,7 +63,7 @@ def of_deltas(kind: str, deltas: Tensor) -> list[Row]:
             "tsv_m",
             kind,
             lambda: compute_and_sum_svd_mem_reduction(vectors, accelerator="cpu")[NAME],
-            own("tsv_m"),
+            by_rule("tsv_m", deltas),
             "same" if is_full else "theirs takes noise for directions that have no singular value, to fill 1/N",
             agree=is_full,
         ),
@@ -114,7 +71,7 @@ def of_deltas(kind: str, deltas: Tensor) -> list[Row]:
             "iso_c",
             kind,
             lambda: iso_c(vectors, accelerator="cpu")[NAME],
-            own("iso_c"),
+            by_rule("iso_c", deltas),
             "same" if is_full else "theirs takes the mean over zeros too, and gives noise the same value",
             agree=is_full,
         ),
@@ -122,7 +79,7 @@ def of_deltas(kind: str, deltas: Tensor) -> list[Row]:
             "iso_cts",
             kind,
             lambda: iso_cts(vectors, 0.8, accelerator="cpu")[NAME],
-            own("iso_cts"),
+            by_rule("iso_cts", deltas),
             "same, density 0.8"
             if is_full
             else "as iso_c; the share of common directions is of all 60, not of rank 18",
@@ -132,7 +89,7 @@ def of_deltas(kind: str, deltas: Tensor) -> list[Row]:
             "knots",
             kind,
             knots,
-            own("knots"),
+            by_rule("knots", deltas),
             "their alignment, joined by their TIES, which keeps one element more than its share",
         ),
         Row(
