@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps
-from hf_frmerge.calibration.fits.coefficient_rows import coefficients_of
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps, Weights
+from hf_frmerge.calibration.fits.coefficient_rows import TableEquations
 from hf_frmerge.calibration.fits.least_squares import (
     Fit,
     FitOptions,
@@ -67,11 +67,12 @@ class SweepState:
         shares: weights of the experts, summing to 1.
         options: settings.
         is_full: whether the experts are full fine-tunes, whose updates serve as a prior.
-        processes: processes that share the prompts: each has batches of its own, and what is summed over tokens is
-            added up over all of them.
+        processes: processes that share the prompts: each has batches of its own, and what is summed over tokens or
+            experts is added up over all of them.
         offers_table: whether coefficients of the experts are looked for, too.
         expert, merged: hidden states `(B, T, H)` of every batch, float32, after the blocks run so far.
         n_tokens: tokens of every expert that take part in the fit, in all processes.
+        summed: experts of which this process adds what depends on their weights alone to sums over all experts.
     """
 
     model: BlockwiseModel
@@ -85,13 +86,19 @@ class SweepState:
     expert: list[Tensor] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
+    summed: list[int] = field(default_factory=list)
 
     @property
     def n_experts(self) -> int:
         """Number of experts."""
         return len(self.shares)
 
-    def computed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def own(self) -> list[int]:
+        """Experts of which this process has prompts: it holds the weights of these alone."""
+        return sorted({batch.expert for batch in self.batches})
+
+    def computed(self, weights: Weights) -> dict[str, Tensor]:
         """Return matrices in the dtype of the products: autocast would convert them for every batch."""
         return self.model.computed(weights)
 
@@ -110,7 +117,7 @@ class BlockFit:
         index: Number of the block.
         layers: Its layers.
         start: Weights of the data-free merge.
-        experts: Weights of every expert.
+        experts: Weights of every expert; those of experts without prompts here are read anew by every access.
 
     Attributes:
         weights: weights as fitted so far, float32.
@@ -125,7 +132,7 @@ class BlockFit:
         index: int,
         layers: BlockLayers,
         start: dict[str, Tensor],
-        experts: list[dict[str, Tensor]],
+        experts: Sequence[Weights],
     ) -> None:
         self._sweep, self._index, self._name, self._layers = sweep, index, sweep.model.blocks[index], layers
         self._start, self._experts = start, experts
@@ -152,7 +159,7 @@ class BlockFit:
         sweep, dtype, groups = self._sweep, self._model.dtype, self._layers.groups
         sums = [group.norm_after for group in groups if group.norm_after]  # read what writing layers add up
         names = [*dict.fromkeys([*(group.names[0] for group in groups), *sums, *self._norms])]
-        for expert in range(sweep.n_experts):
+        for expert in sweep.own:
             computed = sweep.computed(self._experts[expert])
             for b, batch in enumerate(sweep.batches):
                 if batch.expert != expert:
@@ -207,12 +214,15 @@ class BlockFit:
             keys = [f"{name}.weight", *([f"{name}.bias"] if biased else [])]
             origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in keys}
             origin_OI = matrix_of(self._module, origins, name, with_bias=biased)
-            found = coefficients_of(
+            equations = TableEquations.of(
                 correction_OI,
-                [matrix_of(self._module, e, name, with_bias=biased) - origin_OI for e in self._experts],
-                fit.metric_II @ fit.metric_II.T,
-                by_row=not is_flipped(self._module, name),
+                lambda e: matrix_of(self._module, self._experts[e], name, with_bias=biased) - origin_OI,
+                self._sweep.n_experts,
+                fit.system_II,
+                self._sweep.summed,
             )
+            self._sweep.processes.add_up([equations.gram_ONN, equations.pull_ON])
+            found = equations.solve(by_row=not is_flipped(self._module, name))
             self.coefficients |= {key: found.clone() for key in keys}  # files hold no tensor twice
 
     def _fit_norm(self, norm: str) -> None:
@@ -246,11 +256,10 @@ class BlockFit:
         """Keep coefficients for a whole norm: in a channel alone, gain and shift are fewer numbers than experts."""
         fitted = {f"{norm}.weight": fit.gain_H} | ({} if fit.shift_H is None else {f"{norm}.bias": fit.shift_H})
         origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in fitted}
-        updates = [[expert[key] - origins[key] for key in fitted] for expert in self._experts]
+        updates_HC = [torch.stack([e[key] - origins[key] for key in fitted], dim=1) for e in self._experts]
         correction_HC = torch.stack([values - self._start[key] for key, values in fitted.items()], dim=1)
-        found = coefficients_of(
-            correction_HC, [torch.stack(own, dim=1).double() for own in updates], fit.system_HCC, by_row=False
-        )
+        equations = TableEquations.of(correction_HC, updates_HC.__getitem__, len(updates_HC), fit.system_HCC)
+        found = equations.solve(by_row=False)
         self.coefficients |= {key: found.clone() for key in fitted}
 
     # Parts
@@ -264,7 +273,7 @@ class BlockFit:
     def _systems(self, group: LinearGroup, is_biased: dict[str, bool]) -> dict[str, System]:
         """Return the equations of a group's layers, from the prompts of all experts and processes."""
         has_bias, systems = any(is_biased.values()), {}
-        for expert, moments in enumerate(self._moments(group, has_bias)):
+        for expert, moments in self._moments(group, has_bias):
             for name, biased in is_biased.items():
                 expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=biased)
                 if name not in systems:
@@ -277,10 +286,12 @@ class BlockFit:
 
     def _fit_layer(self, name: str, system: System, biased: bool) -> Fit:
         start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
-        prior = None
+        sweep, prior = self._sweep, None
         if self._fit.update_prior:
-            experts_OI = [matrix_of(self._module, expert, name, with_bias=False) for expert in self._experts]
-            prior = UpdatePrior.of(self._base_matrix(name), experts_OI)
+            own = [self._experts[expert] for expert in sweep.summed]
+            experts_OI = (matrix_of(self._module, expert, name, with_bias=False) for expert in own)
+            prior = UpdatePrior.of(self._base_matrix(name), experts_OI, sweep.n_experts)
+            sweep.processes.add_up([prior.gram_II, prior.pull_IO])
             start_OI = start_OI.clone()
             start_OI[:, : prior.base_OI.shape[1]] = prior.merge()
         try:
@@ -294,13 +305,13 @@ class BlockFit:
         weights = {f"{name}.weight": base.to(self._model.device)}
         return matrix_of(self._module, weights, name, with_bias=False)
 
-    def _moments(self, group: LinearGroup, has_bias: bool) -> Iterator[Moments]:
-        """Yield the moments of every expert's prompts, from the merge as fitted so far."""
+    def _moments(self, group: LinearGroup, has_bias: bool) -> Iterator[tuple[int, Moments]]:
+        """Yield the experts of this process with the moments of their prompts, from the merge as fitted so far."""
         first, sweep = group.names[0], self._sweep
         width = n_in(self._module.get_submodule(first)) + has_bias
         n_out = sweep.merged[0].shape[-1] if group.writes else None
         computed = sweep.computed(self.weights)
-        for expert in range(sweep.n_experts):
+        for expert in sweep.own:
             moments = Moments.zeros(width, n_out, self._model.device)
             for b in self._fitted:
                 batch = sweep.batches[b]
@@ -317,7 +328,7 @@ class BlockFit:
                     merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
                 moments.add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
             moments.n_tokens = sweep.n_tokens[expert]
-            yield moments
+            yield expert, moments
 
     def _enter(self, merged: dict[str, Tensor], b: int, name: str) -> Tensor:
         """Return what enters a layer in the merge as fitted so far."""

@@ -18,7 +18,7 @@ where D holds weights of tokens, and P_i a prior (see `UpdatePrior`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +128,7 @@ class UpdatePrior:
         base_OI: weight of the base.
         gram_II: `sum_i C_i`.
         pull_IO: `sum_i C_i D_i^T`.
-        n_experts: number of experts.
+        n_experts: number of experts, of which several processes have summed some each.
     """
 
     base_OI: Tensor
@@ -137,8 +137,8 @@ class UpdatePrior:
     n_experts: int
 
     @staticmethod
-    def of(base_OI: Tensor, experts_OI: list[Tensor]) -> UpdatePrior:
-        """Sum the experts' updates; one of zeros counts for nothing."""
+    def of(base_OI: Tensor, experts_OI: Iterable[Tensor], n_experts: int) -> UpdatePrior:
+        """Sum some experts' updates; one of zeros counts for nothing."""
         n_in = base_OI.shape[1]
         gram_II, pull_IO = base_OI.new_zeros(n_in, n_in), base_OI.new_zeros(n_in, len(base_OI))
         for expert_OI in experts_OI:
@@ -148,7 +148,7 @@ class UpdatePrior:
                 own_II /= mean
                 gram_II += own_II
                 pull_IO += own_II @ delta_OI.T
-        return UpdatePrior(base_OI, gram_II, pull_IO, len(experts_OI))
+        return UpdatePrior(base_OI, gram_II, pull_IO, n_experts)
 
     def merge(self, ridge: float = 0.3) -> Tensor:
         """
@@ -170,11 +170,13 @@ class Fit:
 
     Attributes:
         weight_OI: fitted weight, float64.
-        metric_II: lower Cholesky factor of the system, for `low_rank`.
+        metric_II: lower Cholesky factor of the system, for `low_rank`; float64.
+        system_II: the system, with ridge and prior, float32.
     """
 
     weight_OI: Tensor
     metric_II: Tensor
+    system_II: Tensor
 
 
 def fit_linear(
@@ -211,7 +213,8 @@ def fit_linear(
         to_start_IO = prior.gram_II @ (prior.base_OI - start_OI[:, :n_in]).T
         pull_IO[:n_in] += strength * (prior.pull_IO + to_start_IO)
     metric_II = torch.linalg.cholesky(system_II.double())
-    return Fit(start_OI.double() + torch.cholesky_solve(pull_IO.double(), metric_II).T, metric_II)
+    weight_OI = start_OI.double() + torch.cholesky_solve(pull_IO.double(), metric_II).T
+    return Fit(weight_OI, metric_II, system_II)
 
 
 def low_rank(correction_OI: Tensor, metric_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
