@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -156,7 +156,7 @@ class BlockFit:
 
     def run_experts(self) -> None:
         """Run the experts' blocks, and keep what enters their layers."""
-        sweep, dtype, groups = self._sweep, self._model.dtype, self._layers.groups
+        sweep, groups = self._sweep, self._layers.groups
         sums = [group.norm_after for group in groups if group.norm_after]  # read what writing layers add up
         names = [*dict.fromkeys([*(group.names[0] for group in groups), *sums, *self._norms])]
         for expert in sweep.own:
@@ -166,15 +166,8 @@ class BlockFit:
                     continue
                 with Taps(self._module, [] if batch.is_held_out else names) as taps:
                     after_BTH = self._run(computed, b, sweep.expert[b])
-                for group in [] if batch.is_held_out else groups:
-                    key = (b, group.names[0])
-                    self._inputs[key] = batch.tokens(taps.inputs[group.names[0]]).to(dtype)
-                    if group.writes:
-                        sum_TH = batch.tokens(self._sum_after(group, taps, after_BTH)).float()
-                        self._streams[key] = sum_TH - batch.tokens(taps.outputs[group.names[0]]).float()
-                        self._token_weights[key] = 1 / sum_TH.square().mean(1)
-                for norm in [] if batch.is_held_out else self._norms:
-                    self._norm_outputs[b, norm] = batch.tokens(taps.outputs[norm]).to(dtype)
+                if not batch.is_held_out:
+                    self._capture(b, taps, after_BTH)
                 sweep.expert[b] = after_BTH
             give_back()
         for group in groups:
@@ -264,6 +257,22 @@ class BlockFit:
 
     # Parts
 
+    def _capture(self, b: int, taps: Taps, after_BTH: Tensor) -> None:
+        """Keep of a batch what enters an expert's layers."""
+        batch, dtype = self._sweep.batches[b], self._model.dtype
+        of_norms: dict[int, Tensor] = {}  # most of what norms give enters a group: it is kept once
+        for norm in self._norms:
+            values = batch.tokens(taps.outputs[norm]).to(dtype)
+            self._norm_outputs[b, norm] = of_norms[id(taps.outputs[norm])] = values
+        for group in self._layers.groups:
+            key, entering = (b, group.names[0]), taps.inputs[group.names[0]]
+            of_norm = of_norms.get(id(entering))
+            self._inputs[key] = batch.tokens(entering).to(dtype) if of_norm is None else of_norm
+            if group.writes:
+                sum_TH = batch.tokens(self._sum_after(group, taps, after_BTH)).float()
+                self._streams[key] = sum_TH - batch.tokens(taps.outputs[group.names[0]]).float()
+                self._token_weights[key] = 1 / sum_TH.square().mean(1)
+
     def _is_changed(self, norm: str) -> bool:
         """Whether the experts have another gain than the merge: else there is nothing to fit."""
         gain = self._start[f"{norm}.weight"]
@@ -272,17 +281,24 @@ class BlockFit:
 
     def _systems(self, group: LinearGroup, is_biased: dict[str, bool]) -> dict[str, System]:
         """Return the equations of a group's layers, from the prompts of all experts and processes."""
-        has_bias, systems = any(is_biased.values()), {}
-        for expert, moments in self._moments(group, has_bias):
-            for name, biased in is_biased.items():
-                expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=biased)
-                if name not in systems:
-                    systems[name] = System.zeros(expert_OI.shape[1], len(expert_OI), self._model.device)
-                of_layer = moments if biased == has_bias else _without_bias(moments)
-                systems[name].add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
+        sweep, systems = self._sweep, {}
+        for name, biased in is_biased.items():
+            n_out, width = matrix_of(self._module, self._start, name, with_bias=False).shape
+            systems[name] = System.zeros(width + biased, n_out, self._model.device)
+        computed, has_bias = sweep.computed(self.weights), any(is_biased.values())
+        for expert in sweep.own:
+            # Not kept in a variable: they would be in memory while the next expert's are summed.
+            self._add(systems, is_biased, expert, self._moments(computed, group, expert, has_bias))
         # Not moment by moment: these are of every expert, and larger.
-        self._sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
+        sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
         return systems
+
+    def _add(self, systems: dict[str, System], is_biased: dict[str, bool], expert: int, moments: Moments) -> None:
+        """Add an expert's prompts to equations."""
+        for name, system in systems.items():
+            expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=is_biased[name])
+            of_layer = moments if len(moments.merged_II) == len(system.gram_II) else moments.without_bias()
+            system.add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
 
     def _fit_layer(self, name: str, system: System, biased: bool) -> Fit:
         start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
@@ -305,30 +321,27 @@ class BlockFit:
         weights = {f"{name}.weight": base.to(self._model.device)}
         return matrix_of(self._module, weights, name, with_bias=False)
 
-    def _moments(self, group: LinearGroup, has_bias: bool) -> Iterator[tuple[int, Moments]]:
-        """Yield the experts of this process with the moments of their prompts, from the merge as fitted so far."""
+    def _moments(self, computed: dict[str, Tensor], group: LinearGroup, expert: int, has_bias: bool) -> Moments:
+        """Return the moments of an expert's prompts, from the merge as fitted so far."""
         first, sweep = group.names[0], self._sweep
         width = n_in(self._module.get_submodule(first)) + has_bias
-        n_out = sweep.merged[0].shape[-1] if group.writes else None
-        computed = sweep.computed(self.weights)
-        for expert in sweep.own:
-            moments = Moments.zeros(width, n_out, self._model.device)
-            for b in self._fitted:
-                batch = sweep.batches[b]
-                if batch.expert != expert:
-                    continue
-                if group.writes:
-                    entering, stream_TH = self._enter_writer(computed, b, group)
-                    drift_TH = self._streams.pop((b, first)) - stream_TH
-                else:
-                    entering, drift_TH = self._enter(computed, b, first), None
-                merged_TI = batch.tokens(entering).float()
-                expert_TI = self._inputs.pop((b, first)).float()
-                if has_bias:
-                    merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
-                moments.add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
-            moments.n_tokens = sweep.n_tokens[expert]
-            yield expert, moments
+        moments = Moments.zeros(width, sweep.merged[0].shape[-1] if group.writes else None, self._model.device)
+        for b in self._fitted:
+            batch = sweep.batches[b]
+            if batch.expert != expert:
+                continue
+            if group.writes:
+                entering, stream_TH = self._enter_writer(computed, b, group)
+                drift_TH = self._streams.pop((b, first)) - stream_TH
+            else:
+                entering, drift_TH = self._enter(computed, b, first), None
+            merged_TI = batch.tokens(entering).float()
+            expert_TI = self._inputs.pop((b, first)).float()
+            if has_bias:
+                merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
+            moments.add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
+        moments.n_tokens = sweep.n_tokens[expert]
+        return moments
 
     def _enter(self, merged: dict[str, Tensor], b: int, name: str) -> Tensor:
         """Return what enters a layer in the merge as fitted so far."""
@@ -378,13 +391,3 @@ def as_factors(
 
 def _with_one(values_TI: Tensor) -> Tensor:
     return torch.cat([values_TI, values_TI.new_ones(len(values_TI), 1)], dim=1)
-
-
-def _without_bias(moments: Moments) -> Moments:
-    drift = moments.drift_IO
-    return Moments(
-        moments.merged_II[:-1, :-1],
-        moments.cross_II[:-1, :-1],
-        None if drift is None else drift[:-1],
-        moments.n_tokens,
-    )
