@@ -3,7 +3,7 @@ Fit a merge to its experts, block by block, in the order of the forward pass.
 
 Two hidden states are carried along for every prompt: that of its expert, and that of the merge as it has been fitted
 so far. Every layer is fitted to inputs that the merge really has there, so that it can repair what the layers before
-it got wrong. Only one block of each model is in memory.
+it got wrong. Only one block of each model is in memory, and of experts whose prompts other processes have none.
 """
 
 # Shape suffixes: B = prompts of a batch, T = tokens, H = hidden size.
