@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from hf_frmerge.calibration.block_files import BlockFiles
 from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.choose_start import start_distances
+from hf_frmerge.calibration.dealing import own_batches
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.equations import check_form, equations_of, settings_of, why_no_table
 from hf_frmerge.calibration.fits.least_squares import FitOptions
@@ -35,12 +36,10 @@ from hf_frmerge.calibration.neutral import measure_neutral
 from hf_frmerge.calibration.prompts import Prompts
 from hf_frmerge.calibration.refinement.expert_updates import fitted_coefficients, write_table
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
-from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.calibration.whitening import whiten
 from hf_frmerge.checkpoints.disk import remove_file
-from hf_frmerge.errors import ArgumentError
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.engine.journal import fingerprint
@@ -105,9 +104,9 @@ def calibrate(
     method gives that was asked for by name is written as it is. An interrupted call goes on where it was when it is
     made again with the same arguments and folder.
 
-    Several processes share the prompts: each carries hidden states of its own, what is summed over tokens is added up,
-    and all solve the same equations. A refinement, which has all weights in memory, is left to the main process, and
-    so is the fit before it.
+    Several processes share the prompts, and by them the experts: each carries hidden states of its own, what is summed
+    over tokens or experts is added up, and all solve the same equations. A refinement, which has all weights in
+    memory, is left to the main process, and so is the fit before it.
 
     Args:
         plan: Plan of the merge without data, which is the start. If its method is to be chosen, it gets the one that
@@ -158,7 +157,7 @@ def calibrate(
     done = staging / RECORD_FILE
     if done.exists():  # the merge died after the fit
         return replace(read_record(done), starts=starts) if processes.is_main else None
-    batches = _own_batches(batches_of(plan, model, fitted, held_out), processes)
+    batches = own_batches(batches_of(plan, model, fitted, held_out), processes)
     silent = is_silent(plan) if processes.is_main else True
     with processes.main_first():  # what it estimates is kept for the others
         fit_of = equations_of(plan, model, fitted, is_silent=silent)
@@ -238,16 +237,6 @@ def _write_best(
     files.remove(n_blocks)
     remove_file(staging / PROGRESS_FILE)
     return form, refinement
-
-
-def _own_batches(batches: list[Batch], processes: Processes) -> list[Batch]:
-    """Return the batches of this process: of every expert about as many as each of the others has."""
-    if len(batches) < processes.size:
-        raise ArgumentError(
-            f"The prompts make {len(batches)} batches, which {processes.size} processes cannot share. Start "
-            f"{len(batches)} processes or fewer, or lower calibration_batch_size."
-        )
-    return batches[processes.rank :: processes.size]
 
 
 def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> None:

@@ -73,7 +73,7 @@ def distances(sweep: Sweep, candidates: Mapping[str, Candidate]) -> dict[str, tu
     state = sweep.state
     totals = {key: [0.0] * state.n_experts for key in candidates}
     counts = [0] * state.n_experts
-    for expert in range(state.n_experts):
+    for expert in state.own:
         expert_weights = sweep.outer(expert)
         for index, batch in enumerate(state.batches):
             if batch.expert != expert or not batch.is_held_out:

@@ -3,7 +3,7 @@ Fit a merge to its experts, block by block, in the order of the forward pass.
 
 Two hidden states are carried along for every prompt: that of its expert, and that of the merge as it has been fitted
 so far. Every layer is fitted to inputs that the merge really has there, so that it can repair what the layers before
-it got wrong. Only one block of each model is in memory.
+it got wrong. Only one block of each model is in memory, and of experts whose prompts other processes have none.
 """
 
 # Shape suffixes: B = prompts of a batch, T = tokens, H = hidden size.
@@ -17,12 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Weights
 from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions, SweepState
 from hf_frmerge.calibration.fits.coefficient_rows import combined
 from hf_frmerge.calibration.layers import find_layers
 from hf_frmerge.calibration.streams import Batch
-from hf_frmerge.calibration.weights import WeightReader
+from hf_frmerge.calibration.weights import UnreadWeights, WeightReader
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.merging.engine.processes import Processes
 
@@ -113,7 +113,7 @@ class Sweep:
                 long work, and not after it.
         """
         state, first = self.state, self.state.model.blocks[0]
-        state.n_tokens = self._count_tokens()
+        state.n_tokens, state.summed = self._count_tokens(), self._experts_to_sum()
         outer, block = self.outer(None), state.computed(self._block_weights(None, first))
         for batch in state.batches:
             hidden_BTH, batch.calls = state.model.begin(outer, block, batch.inputs)
@@ -121,7 +121,7 @@ class Sweep:
         outputs = state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0))
         self.gives_logits, self.predicts_tokens = outputs.is_logits, outputs.values.ndim > 2
         of_experts: dict[int, Tensor] = {}
-        for expert in range(state.n_experts):
+        for expert in state.own:
             outer = self.outer(expert)
             for index, batch in enumerate(state.batches):
                 if batch.expert == expert:
@@ -139,6 +139,14 @@ class Sweep:
                 counts[batch.expert] += batch.n_tokens
         state.processes.add_up([counts])
         return counts.tolist()
+
+    def _experts_to_sum(self) -> list[int]:
+        """Return the experts of which this is the first process that has prompts; those without go in turns."""
+        state, processes = self.state, self.state.processes
+        of_all = processes.gather([state.own])
+        first_of = {expert: rank for rank, own in reversed([*enumerate(of_all)]) for expert in own}
+        experts = range(state.n_experts)
+        return [expert for expert in experts if first_of.get(expert, expert % processes.size) == processes.rank]
 
     def outer(self, expert: int | None) -> dict[str, Tensor]:
         """Return the weights outside the blocks, of an expert or of the data-free merge."""
@@ -162,7 +170,7 @@ class Sweep:
         """
         state, name = self.state, self.state.model.blocks[index]
         start = self._block_weights(None, name)
-        experts = [self._block_weights(expert, name) for expert in range(state.n_experts)]
+        experts = [self._expert_weights(expert, name) for expert in range(state.n_experts)]
         call = state.batches[0].calls[index]
         layers = find_layers(state.model, name, state.computed(start), state.merged[0], call)
         if state.processes.size > 1:  # which tokens an expert of a mixture sees depends on the prompts
@@ -185,13 +193,13 @@ class Sweep:
         return known
 
     def _table(
-        self, name: str, known: FittedBlock, start: dict[str, Tensor], experts: Sequence[dict[str, Tensor]]
+        self, name: str, known: FittedBlock, start: dict[str, Tensor], experts: Sequence[Weights]
     ) -> dict[str, Tensor]:
         """Return the weights of a block in the table form."""
         weights = dict(start)
         for key, coefficients_RN in known.coefficients.items():
             origin = self.state.origin(f"{name}.{key}", start[key])
-            weights[key] = combined(start[key], [expert[key] - origin for expert in experts], coefficients_RN)
+            weights[key] = combined(start[key], (expert[key] - origin for expert in experts), coefficients_RN)
         return weights
 
     def _carry(
@@ -221,6 +229,13 @@ class Sweep:
         reader = self.state.reader
         values = reader.start(name) if expert is None else reader.expert(expert, name)
         return values.to(self.state.model.device)
+
+    def _expert_weights(self, expert: int, block: str) -> Weights:
+        """Return an expert's weights: in memory if its prompts are of this process, and else read one by one."""
+        if expert in self.state.own:
+            return self._block_weights(expert, block)
+        names = self.state.model.block_parameters(block)
+        return UnreadWeights(names, lambda name: self._read(expert, f"{block}.{name}"))
 
     def _block_weights(self, expert: int | None, block: str) -> dict[str, Tensor]:
         names = self.state.model.block_parameters(block)

@@ -14,13 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hf_frmerge.calibration.calibrate import _own_batches
-from hf_frmerge.calibration.streams import Batch
-from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.verify import verify
-from tests.calibration.two_process_fits import FITS, N_EXPERTS, VOCABULARY, WHITENED, fit
+from tests.calibration.two_process_fits import FITS, N_EXPERTS, TABLES, VOCABULARY, fit
 from tests.tiny_models import word_tokenizer
 
 SCRIPT = Path(__file__).with_name("two_process_fits.py")
@@ -56,16 +52,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command, env=os.environ | own_cache, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, options in FITS.items():
+    for name, options in (FITS | TABLES).items():
         fit(root, root / "one" / name, **options)
-    fit(root, root / "one" / "whitened", **WHITENED)
     return root
 
 
 @pytest.mark.parametrize("name", FITS)
 def test_two_processes_find_what_one_finds(runs: Path, name: str) -> None:
     one, two = (load_file(runs / count / name / "merge_corrections.safetensors") for count in ("one", "two"))
-    assert one.keys() == two.keys() and any("norm" in tensor for tensor in one) == (not name.startswith("regmean"))
+    fits_norms = not name.startswith(("regmean", "mats"))
+    assert one.keys() == two.keys() and any("norm" in tensor for tensor in one) == fits_norms
     for tensor, values in one.items():
         assert float((two[tensor] - values).norm()) < 1e-4 * float(values.norm()), tensor
     alone, shared = (load_file(runs / count / name / "model.safetensors") for count in ("one", "two"))
@@ -79,18 +75,25 @@ def test_two_processes_find_what_one_finds(runs: Path, name: str) -> None:
     assert verify(str(runs / "two" / name)).ok
 
 
-def test_two_processes_measure_by_the_information_that_one_finds(runs: Path) -> None:
-    for name in ("merge_coefficients.safetensors", "model.safetensors"):
-        alone, shared = (load_file(runs / count / "whitened" / name) for count in ("one", "two"))
+@pytest.mark.parametrize("name", TABLES)
+def test_two_processes_find_the_coefficients_that_one_finds(runs: Path, name: str) -> None:
+    for file in ("merge_coefficients.safetensors", "model.safetensors"):
+        alone, shared = (load_file(runs / count / name / file) for count in ("one", "two"))
         for tensor, values in alone.items():
             assert float((shared[tensor] - values).norm()) < 1e-4 * float(values.norm()), tensor
-    record: Any = read_manifest(runs / "two" / "whitened").calibration
-    assert record.fisher == "diagonal" and verify(str(runs / "two" / "whitened")).ok
+    record: Any = read_manifest(runs / "two" / name).calibration
+    assert record.form == "table" and verify(str(runs / "two" / name)).ok
+    assert record.fisher == TABLES[name].get("fisher")
+
+
+def test_processes_hold_the_weights_of_their_own_experts(runs: Path) -> None:
+    held = [json.loads((runs / f"rank{rank}.json").read_text())["held"] for rank in range(2)]
+    assert held == [[[0, 2]], [[1]]]
 
 
 def test_an_interrupted_fit_goes_on_to_the_same_bits(runs: Path) -> None:
     for rank in range(2):
-        assert json.loads((runs / f"rank{rank}.json").read_text())["n_blocks"] == 1  # the other one was kept
+        assert len(json.loads((runs / f"rank{rank}.json").read_text())["held"]) == 1  # the other block was kept
     for file in ("model.safetensors", "merge_corrections.safetensors"):
         assert (runs / "two" / "resumed" / file).read_bytes() == (runs / "two" / "fit" / file).read_bytes()
 
@@ -98,12 +101,3 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(runs: Path) -> None:
 def test_an_error_of_one_process_is_told_by_all(runs: Path) -> None:
     errors = [json.loads((runs / f"rank{rank}.json").read_text())["error"] for rank in range(2)]
     assert errors == ["Process 1 of 2 failed: as in a bad prompt", "as in a bad prompt"]
-
-
-def test_fewer_batches_than_processes_are_refused() -> None:
-    processes = Processes(alone=True)
-    processes.size = 3
-    batches = [Batch(0, {}, is_held_out) for is_held_out in (False, False, True)]
-    assert _own_batches(batches, processes) == batches[:1]
-    with pytest.raises(ArgumentError, match=r"make 2 batches, which 3 processes cannot share\. Start 2 processes"):
-        _own_batches(batches[:2], processes)

@@ -28,11 +28,15 @@ FITS: dict[str, dict[str, Any]] = {
     "fisher": {"method": "fisher"},
     "own": {"method": "linear", "calibration": "self"},
     "refined": {"method": "linear", "refine_steps": 2},
+    "mats": {"method": "mats", "max_iter": 3},
     "auto": {"method": "auto"},
     "auto-refined": {"method": "auto", "refine_steps": 2},
 }
 
-WHITENED: dict[str, Any] = {"method": "karcher", "space": "deltas", "fisher": "diagonal", "calibration_form": "auto"}
+TABLES: dict[str, dict[str, Any]] = {
+    "table": {"method": "linear", "space": "deltas", "scale": 0.2, "calibration_form": "table"},
+    "whitened": {"method": "karcher", "space": "deltas", "fisher": "diagonal", "calibration_form": "auto"},
+}
 
 
 class Killed(Exception):
@@ -64,8 +68,8 @@ def fit(
         FisherRaoMerger(experts, args, base_model=str(root / "base"), calibration_dataset=calibration or own).merge()
 
 
-def fit_interrupted(root: Path, out: Path) -> int:
-    """Fit one block, be interrupted and go on; return how many blocks that took."""
+def fit_interrupted(root: Path, out: Path) -> list[list[int]]:
+    """Fit one block, be interrupted and go on; return for every block after that whose weights were in memory."""
     fitted, fit_block = [], Sweep.fit_block
 
     def fit_one(self: Sweep, index: int, known: Any) -> Any:
@@ -78,7 +82,8 @@ def fit_interrupted(root: Path, out: Path) -> int:
         fit(root, out, method="linear")
     with patch.object(BlockFit, "fit", autospec=True, side_effect=BlockFit.fit) as of_block:
         fit(root, out, method="linear", resume_from_checkpoint=True)
-    return of_block.call_count
+    fits = [call.args[0] for call in of_block.call_args_list]
+    return [[expert for expert, weights in enumerate(one._experts) if isinstance(weights, dict)] for one in fits]
 
 
 def main(root: Path) -> None:
@@ -89,10 +94,9 @@ def main(root: Path) -> None:
         patch("hf_frmerge.merging.engine.processes._SLICE", 500),  # Gram matrices have 576 elements
         patch("hf_frmerge.merging.engine.batches.BATCH_TENSORS", 1),  # so that both processes merge some
     ):
-        for name, options in FITS.items():
+        for name, options in (FITS | TABLES).items():
             fit(root, root / "two" / name, **options)
-        fit(root, root / "two" / "whitened", **WHITENED)
-    n_blocks = fit_interrupted(root, root / "two" / "resumed")
+    held = fit_interrupted(root, root / "two" / "resumed")
     error = ""
     fails = patch.object(BlockFit, "fit", side_effect=NonFiniteError("as in a bad prompt"))
     with fails if processes.rank else nullcontext():
@@ -100,7 +104,7 @@ def main(root: Path) -> None:
             fit(root, root / "two" / "failed", method="linear")
         except MergeError as caught:
             error = str(caught)
-    (root / f"rank{processes.rank}.json").write_text(json.dumps({"n_blocks": n_blocks, "error": error}))
+    (root / f"rank{processes.rank}.json").write_text(json.dumps({"held": held, "error": error}))
 
 
 if __name__ == "__main__":

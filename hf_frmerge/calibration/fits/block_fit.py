@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps
-from hf_frmerge.calibration.fits.coefficient_rows import coefficients_of
+from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps, Weights
+from hf_frmerge.calibration.fits.coefficient_rows import TableEquations
 from hf_frmerge.calibration.fits.least_squares import (
     Fit,
     FitOptions,
@@ -67,11 +67,12 @@ class SweepState:
         shares: weights of the experts, summing to 1.
         options: settings.
         is_full: whether the experts are full fine-tunes, whose updates serve as a prior.
-        processes: processes that share the prompts: each has batches of its own, and what is summed over tokens is
-            added up over all of them.
+        processes: processes that share the prompts: each has batches of its own, and what is summed over tokens or
+            experts is added up over all of them.
         offers_table: whether coefficients of the experts are looked for, too.
         expert, merged: hidden states `(B, T, H)` of every batch, float32, after the blocks run so far.
         n_tokens: tokens of every expert that take part in the fit, in all processes.
+        summed: experts of which this process adds what depends on their weights alone to sums over all experts.
     """
 
     model: BlockwiseModel
@@ -85,13 +86,19 @@ class SweepState:
     expert: list[Tensor] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
+    summed: list[int] = field(default_factory=list)
 
     @property
     def n_experts(self) -> int:
         """Number of experts."""
         return len(self.shares)
 
-    def computed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def own(self) -> list[int]:
+        """Experts of which this process has prompts: it holds the weights of these alone."""
+        return sorted({batch.expert for batch in self.batches})
+
+    def computed(self, weights: Weights) -> dict[str, Tensor]:
         """Return matrices in the dtype of the products: autocast would convert them for every batch."""
         return self.model.computed(weights)
 
@@ -110,7 +117,7 @@ class BlockFit:
         index: Number of the block.
         layers: Its layers.
         start: Weights of the data-free merge.
-        experts: Weights of every expert.
+        experts: Weights of every expert; those of experts without prompts here are read anew by every access.
 
     Attributes:
         weights: weights as fitted so far, float32.
@@ -125,7 +132,7 @@ class BlockFit:
         index: int,
         layers: BlockLayers,
         start: dict[str, Tensor],
-        experts: list[dict[str, Tensor]],
+        experts: Sequence[Weights],
     ) -> None:
         self._sweep, self._index, self._name, self._layers = sweep, index, sweep.model.blocks[index], layers
         self._start, self._experts = start, experts
@@ -149,25 +156,18 @@ class BlockFit:
 
     def run_experts(self) -> None:
         """Run the experts' blocks, and keep what enters their layers."""
-        sweep, dtype, groups = self._sweep, self._model.dtype, self._layers.groups
+        sweep, groups = self._sweep, self._layers.groups
         sums = [group.norm_after for group in groups if group.norm_after]  # read what writing layers add up
         names = [*dict.fromkeys([*(group.names[0] for group in groups), *sums, *self._norms])]
-        for expert in range(sweep.n_experts):
+        for expert in sweep.own:
             computed = sweep.computed(self._experts[expert])
             for b, batch in enumerate(sweep.batches):
                 if batch.expert != expert:
                     continue
                 with Taps(self._module, [] if batch.is_held_out else names) as taps:
                     after_BTH = self._run(computed, b, sweep.expert[b])
-                for group in [] if batch.is_held_out else groups:
-                    key = (b, group.names[0])
-                    self._inputs[key] = batch.tokens(taps.inputs[group.names[0]]).to(dtype)
-                    if group.writes:
-                        sum_TH = batch.tokens(self._sum_after(group, taps, after_BTH)).float()
-                        self._streams[key] = sum_TH - batch.tokens(taps.outputs[group.names[0]]).float()
-                        self._token_weights[key] = 1 / sum_TH.square().mean(1)
-                for norm in [] if batch.is_held_out else self._norms:
-                    self._norm_outputs[b, norm] = batch.tokens(taps.outputs[norm]).to(dtype)
+                if not batch.is_held_out:
+                    self._capture(b, taps, after_BTH)
                 sweep.expert[b] = after_BTH
             give_back()
         for group in groups:
@@ -207,12 +207,15 @@ class BlockFit:
             keys = [f"{name}.weight", *([f"{name}.bias"] if biased else [])]
             origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in keys}
             origin_OI = matrix_of(self._module, origins, name, with_bias=biased)
-            found = coefficients_of(
+            equations = TableEquations.of(
                 correction_OI,
-                [matrix_of(self._module, e, name, with_bias=biased) - origin_OI for e in self._experts],
-                fit.metric_II @ fit.metric_II.T,
-                by_row=not is_flipped(self._module, name),
+                lambda e: matrix_of(self._module, self._experts[e], name, with_bias=biased) - origin_OI,
+                self._sweep.n_experts,
+                fit.system_II,
+                self._sweep.summed,
             )
+            self._sweep.processes.add_up([equations.gram_ONN, equations.pull_ON])
+            found = equations.solve(by_row=not is_flipped(self._module, name))
             self.coefficients |= {key: found.clone() for key in keys}  # files hold no tensor twice
 
     def _fit_norm(self, norm: str) -> None:
@@ -246,14 +249,29 @@ class BlockFit:
         """Keep coefficients for a whole norm: in a channel alone, gain and shift are fewer numbers than experts."""
         fitted = {f"{norm}.weight": fit.gain_H} | ({} if fit.shift_H is None else {f"{norm}.bias": fit.shift_H})
         origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in fitted}
-        updates = [[expert[key] - origins[key] for key in fitted] for expert in self._experts]
+        updates_HC = [torch.stack([e[key] - origins[key] for key in fitted], dim=1) for e in self._experts]
         correction_HC = torch.stack([values - self._start[key] for key, values in fitted.items()], dim=1)
-        found = coefficients_of(
-            correction_HC, [torch.stack(own, dim=1).double() for own in updates], fit.system_HCC, by_row=False
-        )
+        equations = TableEquations.of(correction_HC, updates_HC.__getitem__, len(updates_HC), fit.system_HCC)
+        found = equations.solve(by_row=False)
         self.coefficients |= {key: found.clone() for key in fitted}
 
     # Parts
+
+    def _capture(self, b: int, taps: Taps, after_BTH: Tensor) -> None:
+        """Keep of a batch what enters an expert's layers."""
+        batch, dtype = self._sweep.batches[b], self._model.dtype
+        of_norms: dict[int, Tensor] = {}  # most of what norms give enters a group: it is kept once
+        for norm in self._norms:
+            values = batch.tokens(taps.outputs[norm]).to(dtype)
+            self._norm_outputs[b, norm] = of_norms[id(taps.outputs[norm])] = values
+        for group in self._layers.groups:
+            key, entering = (b, group.names[0]), taps.inputs[group.names[0]]
+            of_norm = of_norms.get(id(entering))
+            self._inputs[key] = batch.tokens(entering).to(dtype) if of_norm is None else of_norm
+            if group.writes:
+                sum_TH = batch.tokens(self._sum_after(group, taps, after_BTH)).float()
+                self._streams[key] = sum_TH - batch.tokens(taps.outputs[group.names[0]]).float()
+                self._token_weights[key] = 1 / sum_TH.square().mean(1)
 
     def _is_changed(self, norm: str) -> bool:
         """Whether the experts have another gain than the merge: else there is nothing to fit."""
@@ -263,24 +281,33 @@ class BlockFit:
 
     def _systems(self, group: LinearGroup, is_biased: dict[str, bool]) -> dict[str, System]:
         """Return the equations of a group's layers, from the prompts of all experts and processes."""
-        has_bias, systems = any(is_biased.values()), {}
-        for expert, moments in enumerate(self._moments(group, has_bias)):
-            for name, biased in is_biased.items():
-                expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=biased)
-                if name not in systems:
-                    systems[name] = System.zeros(expert_OI.shape[1], len(expert_OI), self._model.device)
-                of_layer = moments if biased == has_bias else _without_bias(moments)
-                systems[name].add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
+        sweep, systems = self._sweep, {}
+        for name, biased in is_biased.items():
+            n_out, width = matrix_of(self._module, self._start, name, with_bias=False).shape
+            systems[name] = System.zeros(width + biased, n_out, self._model.device)
+        computed, has_bias = sweep.computed(self.weights), any(is_biased.values())
+        for expert in sweep.own:
+            # Not kept in a variable: they would be in memory while the next expert's are summed.
+            self._add(systems, is_biased, expert, self._moments(computed, group, expert, has_bias))
         # Not moment by moment: these are of every expert, and larger.
-        self._sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
+        sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
         return systems
+
+    def _add(self, systems: dict[str, System], is_biased: dict[str, bool], expert: int, moments: Moments) -> None:
+        """Add an expert's prompts to equations."""
+        for name, system in systems.items():
+            expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=is_biased[name])
+            of_layer = moments if len(moments.merged_II) == len(system.gram_II) else moments.without_bias()
+            system.add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
 
     def _fit_layer(self, name: str, system: System, biased: bool) -> Fit:
         start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
-        prior = None
+        sweep, prior = self._sweep, None
         if self._fit.update_prior:
-            experts_OI = [matrix_of(self._module, expert, name, with_bias=False) for expert in self._experts]
-            prior = UpdatePrior.of(self._base_matrix(name), experts_OI)
+            own = [self._experts[expert] for expert in sweep.summed]
+            experts_OI = (matrix_of(self._module, expert, name, with_bias=False) for expert in own)
+            prior = UpdatePrior.of(self._base_matrix(name), experts_OI, sweep.n_experts)
+            sweep.processes.add_up([prior.gram_II, prior.pull_IO])
             start_OI = start_OI.clone()
             start_OI[:, : prior.base_OI.shape[1]] = prior.merge()
         try:
@@ -294,30 +321,27 @@ class BlockFit:
         weights = {f"{name}.weight": base.to(self._model.device)}
         return matrix_of(self._module, weights, name, with_bias=False)
 
-    def _moments(self, group: LinearGroup, has_bias: bool) -> Iterator[Moments]:
-        """Yield the moments of every expert's prompts, from the merge as fitted so far."""
+    def _moments(self, computed: dict[str, Tensor], group: LinearGroup, expert: int, has_bias: bool) -> Moments:
+        """Return the moments of an expert's prompts, from the merge as fitted so far."""
         first, sweep = group.names[0], self._sweep
         width = n_in(self._module.get_submodule(first)) + has_bias
-        n_out = sweep.merged[0].shape[-1] if group.writes else None
-        computed = sweep.computed(self.weights)
-        for expert in range(sweep.n_experts):
-            moments = Moments.zeros(width, n_out, self._model.device)
-            for b in self._fitted:
-                batch = sweep.batches[b]
-                if batch.expert != expert:
-                    continue
-                if group.writes:
-                    entering, stream_TH = self._enter_writer(computed, b, group)
-                    drift_TH = self._streams.pop((b, first)) - stream_TH
-                else:
-                    entering, drift_TH = self._enter(computed, b, first), None
-                merged_TI = batch.tokens(entering).float()
-                expert_TI = self._inputs.pop((b, first)).float()
-                if has_bias:
-                    merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
-                moments.add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
-            moments.n_tokens = sweep.n_tokens[expert]
-            yield moments
+        moments = Moments.zeros(width, sweep.merged[0].shape[-1] if group.writes else None, self._model.device)
+        for b in self._fitted:
+            batch = sweep.batches[b]
+            if batch.expert != expert:
+                continue
+            if group.writes:
+                entering, stream_TH = self._enter_writer(computed, b, group)
+                drift_TH = self._streams.pop((b, first)) - stream_TH
+            else:
+                entering, drift_TH = self._enter(computed, b, first), None
+            merged_TI = batch.tokens(entering).float()
+            expert_TI = self._inputs.pop((b, first)).float()
+            if has_bias:
+                merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
+            moments.add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
+        moments.n_tokens = sweep.n_tokens[expert]
+        return moments
 
     def _enter(self, merged: dict[str, Tensor], b: int, name: str) -> Tensor:
         """Return what enters a layer in the merge as fitted so far."""
@@ -367,13 +391,3 @@ def as_factors(
 
 def _with_one(values_TI: Tensor) -> Tensor:
     return torch.cat([values_TI, values_TI.new_ones(len(values_TI), 1)], dim=1)
-
-
-def _without_bias(moments: Moments) -> Moments:
-    drift = moments.drift_IO
-    return Moments(
-        moments.merged_II[:-1, :-1],
-        moments.cross_II[:-1, :-1],
-        None if drift is None else drift[:-1],
-        moments.n_tokens,
-    )

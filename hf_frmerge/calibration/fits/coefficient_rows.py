@@ -18,7 +18,8 @@ coefficients for a whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,39 +28,71 @@ _RIDGE = 1e-6
 """Pull to the start, relative to the mean diagonal of H: updates that are alike in a row leave their shares open."""
 
 
-def coefficients_of(
-    correction_OI: Tensor, updates_OI: Sequence[Tensor], system: Tensor, *, by_row: bool = True
-) -> Tensor:
+@dataclass(frozen=True)
+class TableEquations:
     """
-    Return the coefficients on the experts' updates that come nearest to a correction.
+    Equations of the coefficients, `H_r c_r = g_r` for every row; float64.
 
-    Args:
-        correction_OI: What the fit adds to the merge without data.
-        updates_OI: Updates of the experts.
-        system: System of the fit, `(I, I)`, or `(O, I, I)` if every row has its own.
-        by_row: Whether every row has coefficients of its own.
+    Several processes may each have those of some experts, with zeros for the others: their sum is that of all.
 
-    Returns:
-        `(O, N)`, or `(1, N)` for all rows together; float64. Zeros for a row that no expert changed.
+    Attributes:
+        gram_ONN: H.
+        pull_ON: g.
     """
-    dtype = updates_OI[0].dtype
-    system, correction_OI = system.to(dtype), correction_OI.to(dtype)
-    gram_ONN = torch.zeros(len(correction_OI), len(updates_OI), len(updates_OI), device=system.device).double()
-    pull_ON = torch.zeros_like(gram_ONN[:, 0])
-    for j, update_OI in enumerate(updates_OI):
-        seen_OI = update_OI @ system if system.ndim == 2 else torch.einsum("oi,oik->ok", update_OI, system)
-        pull_ON[:, j] = (seen_OI * correction_OI).sum(1)
-        for k, other_OI in enumerate(updates_OI):
-            gram_ONN[:, j, k] = (seen_OI * other_OI).sum(1)
-    if not by_row:
-        gram_ONN, pull_ON = gram_ONN.sum(0, keepdim=True), pull_ON.sum(0, keepdim=True)
-    mean_O = gram_ONN.diagonal(dim1=1, dim2=2).mean(1)
-    ridge_O = torch.where(mean_O > 0, _RIDGE * mean_O, torch.ones_like(mean_O))
-    return torch.linalg.solve(gram_ONN + torch.diag_embed(ridge_O[:, None].expand_as(pull_ON)), pull_ON)
+
+    gram_ONN: Tensor
+    pull_ON: Tensor
+
+    @staticmethod
+    def of(
+        correction_OI: Tensor,
+        update_of: Callable[[int], Tensor],
+        n_experts: int,
+        system: Tensor,
+        own: Sequence[int] | None = None,
+    ) -> TableEquations:
+        """
+        Return the equations of some experts.
+
+        Args:
+            correction_OI: What the fit adds to the merge without data.
+            update_of: Returns the update of an expert, `(O, I)`, by its number; two of them are in memory at a time.
+            n_experts: Number of experts.
+            system: System of the fit, `(I, I)`, or `(O, I, I)` if every row has its own; in its dtype are products
+                taken.
+            own: The experts; by default all.
+        """
+        dtype, n_rows = system.dtype, len(correction_OI)
+        gram_ONN = torch.zeros(n_rows, n_experts, n_experts, device=system.device).double()
+        pull_ON = torch.zeros(n_rows, n_experts, device=system.device).double()
+        for j in range(n_experts) if own is None else own:
+            update_OI = update_of(j).to(dtype)
+            seen_OI = update_OI @ system if system.ndim == 2 else torch.einsum("oi,oik->ok", update_OI, system)
+            pull_ON[:, j] = (seen_OI * correction_OI.to(dtype)).sum(1)
+            for k in range(n_experts):
+                gram_ONN[:, j, k] = (seen_OI * update_of(k)).sum(1)
+        return TableEquations(gram_ONN, pull_ON)
+
+    def solve(self, *, by_row: bool) -> Tensor:
+        """
+        Return the coefficients on the experts' updates that come nearest to the correction.
+
+        Args:
+            by_row: Whether every row has coefficients of its own.
+
+        Returns:
+            `(O, N)`, or `(1, N)` for all rows together; float64. Zeros for a row that no expert changed.
+        """
+        gram_ONN, pull_ON = self.gram_ONN, self.pull_ON
+        if not by_row:
+            gram_ONN, pull_ON = gram_ONN.sum(0, keepdim=True), pull_ON.sum(0, keepdim=True)
+        mean_O = gram_ONN.diagonal(dim1=1, dim2=2).mean(1)
+        ridge_O = torch.where(mean_O > 0, _RIDGE * mean_O, torch.ones_like(mean_O))
+        return torch.linalg.solve(gram_ONN + torch.diag_embed(ridge_O[:, None].expand_as(pull_ON)), pull_ON)
 
 
-def combined(start: Tensor, updates: Sequence[Tensor], coefficients_RN: Tensor) -> Tensor:
-    """Return a tensor plus the sum of updates by the coefficients of `coefficients_of`, in the tensor's dtype."""
+def combined(start: Tensor, updates: Iterable[Tensor], coefficients_RN: Tensor) -> Tensor:
+    """Return a tensor plus the sum of updates by the coefficients of a table, in the tensor's dtype."""
     for update, column_R in zip(updates, coefficients_RN.to(start).T):
         start = torch.addcmul(start, column_R.reshape(-1, *[1] * (start.ndim - 1)), update)
     return start

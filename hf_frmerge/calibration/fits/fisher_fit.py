@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_frmerge.fisher.average import fisher_average
 
 if TYPE_CHECKING:
+    from hf_frmerge.calibration.blockwise_model import Weights
     from hf_frmerge.calibration.fits.block_fit import SweepState
     from hf_frmerge.calibration.layers import BlockLayers
     from hf_frmerge.fisher.files import DiagonalFile
@@ -30,9 +31,7 @@ class InformedFit:
         factors, coefficients: none: what is merged by information has no low rank, and is no sum of the experts.
     """
 
-    def __init__(
-        self, sweep: SweepState, index: int, start: dict[str, Tensor], experts: Sequence[dict[str, Tensor]]
-    ) -> None:
+    def __init__(self, sweep: SweepState, index: int, start: dict[str, Tensor], experts: Sequence[Weights]) -> None:
         self._sweep, self._index, self._name = sweep, index, sweep.model.blocks[index]
         self._experts = experts
         self.weights = dict(start)
@@ -42,8 +41,8 @@ class InformedFit:
     def run_experts(self) -> None:
         """Run the experts' blocks on the prompts that judge the merge."""
         sweep = self._sweep
-        for expert, weights in enumerate(self._experts):
-            computed = sweep.computed(weights)
+        for expert in sweep.own:
+            computed = sweep.computed(self._experts[expert])
             for b, batch in enumerate(sweep.batches):
                 if batch.expert == expert and batch.is_held_out:
                     calls = batch.calls[self._index]
@@ -65,7 +64,7 @@ class FisherFit(InformedFit):
         index: int,
         layers: BlockLayers,
         start: dict[str, Tensor],
-        experts: list[dict[str, Tensor]],
+        experts: Sequence[Weights],
         files: Sequence[DiagonalFile],
     ) -> None:
         super().__init__(sweep, index, start, experts)

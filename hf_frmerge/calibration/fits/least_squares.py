@@ -18,7 +18,7 @@ where D holds weights of tokens, and P_i a prior (see `UpdatePrior`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,11 @@ class Moments:
         if self.drift_IO is not None and drift_TO is not None:
             self.drift_IO += weighted_TI.T @ drift_TO
         self.n_tokens += len(merged_TI)
+
+    def without_bias(self) -> Moments:
+        """Return the moments without the last input, the constant 1 of a bias."""
+        drift_IO = None if self.drift_IO is None else self.drift_IO[:-1]
+        return Moments(self.merged_II[:-1, :-1], self.cross_II[:-1, :-1], drift_IO, self.n_tokens)
 
 
 @dataclass(frozen=True)
@@ -109,11 +114,11 @@ class System:
             return
         factor, rho = share / moments.n_tokens, options.expert_inputs
         # Products in float32, as precise as the moments are; only the system is solved in float64.
-        self.gram_II += factor * moments.merged_II
-        target_II = rho * moments.cross_II + (1 - rho) * moments.merged_II
-        self.pull_IO += factor * (target_II @ expert_OI.T)
+        self.gram_II.add_(moments.merged_II, alpha=factor)
+        target_II = torch.lerp(moments.merged_II, moments.cross_II, rho)
+        self.pull_IO.add_(target_II @ expert_OI.T, alpha=factor)
         if moments.drift_IO is not None:
-            self.pull_IO += factor * options.residual * moments.drift_IO
+            self.pull_IO.add_(moments.drift_IO, alpha=factor * options.residual)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class UpdatePrior:
         base_OI: weight of the base.
         gram_II: `sum_i C_i`.
         pull_IO: `sum_i C_i D_i^T`.
-        n_experts: number of experts.
+        n_experts: number of experts, of which several processes have summed some each.
     """
 
     base_OI: Tensor
@@ -137,8 +142,8 @@ class UpdatePrior:
     n_experts: int
 
     @staticmethod
-    def of(base_OI: Tensor, experts_OI: list[Tensor]) -> UpdatePrior:
-        """Sum the experts' updates; one of zeros counts for nothing."""
+    def of(base_OI: Tensor, experts_OI: Iterable[Tensor], n_experts: int) -> UpdatePrior:
+        """Sum some experts' updates; one of zeros counts for nothing."""
         n_in = base_OI.shape[1]
         gram_II, pull_IO = base_OI.new_zeros(n_in, n_in), base_OI.new_zeros(n_in, len(base_OI))
         for expert_OI in experts_OI:
@@ -148,7 +153,7 @@ class UpdatePrior:
                 own_II /= mean
                 gram_II += own_II
                 pull_IO += own_II @ delta_OI.T
-        return UpdatePrior(base_OI, gram_II, pull_IO, len(experts_OI))
+        return UpdatePrior(base_OI, gram_II, pull_IO, n_experts)
 
     def merge(self, ridge: float = 0.3) -> Tensor:
         """
@@ -157,9 +162,7 @@ class UpdatePrior:
         The closed form that WUDI-Merging (arXiv 2503.08099) descends to, with a ridge to the base in place of early
         stopping: every expert counts along the inputs that its update spans.
         """
-        system_II = self.gram_II.double()
-        system_II.diagonal().add_(ridge)
-        solved_IO = torch.cholesky_solve(self.pull_IO.double(), torch.linalg.cholesky(system_II))
+        solved_IO = _solve(_factor(self.gram_II, ridge), self.pull_IO)
         return self.base_OI + solved_IO.T.to(self.base_OI.dtype)
 
 
@@ -170,11 +173,13 @@ class Fit:
 
     Attributes:
         weight_OI: fitted weight, float64.
-        metric_II: lower Cholesky factor of the system, for `low_rank`.
+        metric_II: lower Cholesky factor of the system, for `low_rank`; float64.
+        system_II: the system, with ridge and prior, float32.
     """
 
     weight_OI: Tensor
     metric_II: Tensor
+    system_II: Tensor
 
 
 def fit_linear(
@@ -210,8 +215,22 @@ def fit_linear(
         # sum_i C_i (W_i - W_s)^T, with W_i = W_0 + D_i.
         to_start_IO = prior.gram_II @ (prior.base_OI - start_OI[:, :n_in]).T
         pull_IO[:n_in] += strength * (prior.pull_IO + to_start_IO)
-    metric_II = torch.linalg.cholesky(system_II.double())
-    return Fit(start_OI.double() + torch.cholesky_solve(pull_IO.double(), metric_II).T, metric_II)
+    metric_II = _factor(system_II)
+    return Fit(_solve(metric_II, pull_IO).T.add_(start_OI), metric_II, system_II)
+
+
+def _factor(system_II: Tensor, ridge: float = 0.0) -> Tensor:
+    """Return the lower Cholesky factor of a symmetric matrix, in one float64 copy of it."""
+    columns_II = system_II.to(torch.float64, copy=True).mT  # as LAPACK stores them: in other orders they are copied
+    columns_II.diagonal().add_(ridge)
+    return torch.linalg.cholesky(columns_II, out=columns_II)
+
+
+def _solve(factor_II: Tensor, pull_IO: Tensor) -> Tensor:
+    """Return the float64 solution of `factor factor^T x = pull`; `cholesky_solve` would copy the factor."""
+    solved_IO = pull_IO.to(torch.float64, copy=True)
+    torch.linalg.solve_triangular(factor_II, solved_IO, upper=False, out=solved_IO)
+    return torch.linalg.solve_triangular(factor_II.mT, solved_IO, upper=True, out=solved_IO)
 
 
 def low_rank(correction_OI: Tensor, metric_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:

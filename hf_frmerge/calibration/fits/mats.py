@@ -25,6 +25,7 @@ from hf_frmerge.calibration.fits.fisher_fit import InformedFit
 from hf_frmerge.calibration.layers import matrix_of, put_matrix
 
 if TYPE_CHECKING:
+    from hf_frmerge.calibration.blockwise_model import Weights
     from hf_frmerge.calibration.fits.block_fit import SweepState
     from hf_frmerge.calibration.layers import BlockLayers
     from hf_frmerge.fisher.files import KroneckerFile
@@ -50,7 +51,7 @@ class MatsFit(InformedFit):
         index: int,
         layers: BlockLayers,
         start: dict[str, Tensor],
-        experts: list[dict[str, Tensor]],
+        experts: Sequence[Weights],
         files: Sequence[KroneckerFile],
         max_iter: int,
     ) -> None:

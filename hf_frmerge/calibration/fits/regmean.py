@@ -16,13 +16,13 @@ Biases, norms and all that is no linear layer are averaged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import Taps
+from hf_frmerge.calibration.blockwise_model import Taps, Weights
 from hf_frmerge.calibration.fits.block_fit import SweepState, as_factors
 from hf_frmerge.calibration.fits.least_squares import FitOptions, System, fit_linear
 from hf_frmerge.calibration.layers import BlockLayers, matrix_of, n_in, put_matrix
@@ -62,7 +62,7 @@ class RegMeanFit:
         index: int,
         layers: BlockLayers,
         start: dict[str, Tensor],
-        experts: list[dict[str, Tensor]],
+        experts: Sequence[Weights],
         options: RegMeanOptions,
     ) -> None:
         self._sweep, self._index, self._name = sweep, index, sweep.model.blocks[index]
@@ -83,7 +83,7 @@ class RegMeanFit:
     def run_experts(self) -> None:
         """Run the experts' blocks, and sum the equations of all layers; Gram matrices are kept of one expert."""
         sweep = self._sweep
-        for expert in range(sweep.n_experts):
+        for expert in sweep.own:
             computed = sweep.computed(self._experts[expert])
             grams = {
                 first: torch.zeros(width, width, device=sweep.model.device)
@@ -101,7 +101,6 @@ class RegMeanFit:
                 for first, inputs in taps.inputs.items():
                     inputs_TI = batch.tokens(inputs).float()
                     grams[first] += inputs_TI.T @ inputs_TI
-            sweep.processes.add_up(list(grams.values()))
             for first, gram_II in grams.items():
                 shrunk_II = shrunk(gram_II / sweep.n_tokens[expert], self._options.off_diagonal)
                 for name in self._groups[first]:
@@ -110,8 +109,10 @@ class RegMeanFit:
     def fit(self) -> None:
         """Solve for all layers. Raises `NonFiniteError` if an activation is not finite."""
         for name, average_OI in self._averages.items():
+            system = self._systems.pop(name)
+            self._sweep.processes.add_up([system.gram_II, system.pull_IO])
             # Around the average: where the experts agree there is nothing to solve, and rounding has no part in it.
-            system, zero_OI = self._systems.pop(name), torch.zeros_like(average_OI)
+            zero_OI = torch.zeros_like(average_OI)
             try:
                 solved = fit_linear(system, zero_OI, FitOptions(ridge=0.0), has_bias=False)
             except NonFiniteError as error:
@@ -136,7 +137,7 @@ class RegMeanFit:
         parts = [share * self._matrix(expert, name) for share, expert in zip(shares, self._experts)]
         return torch.stack(parts).sum(0)
 
-    def _matrix(self, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    def _matrix(self, weights: Weights, name: str) -> Tensor:
         return matrix_of(self._module, weights, name, with_bias=False)
 
     def _tensor(self, name: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.fits.coefficient_rows import coefficients_of, combined
+from hf_frmerge.calibration.fits.coefficient_rows import TableEquations, combined
 from hf_frmerge.calibration.fits.least_squares import FitOptions, Moments, System, fit_linear
 
 N_EXPERTS, N_OUT, N_IN = 3, 5, 7
@@ -31,20 +31,34 @@ def least_squares(correction: Tensor, updates: list[Tensor], system: Tensor) -> 
     return np.linalg.lstsq(regressors, correction.double().numpy() @ root, rcond=None)[0]
 
 
+def solved(correction: Tensor, updates: list[Tensor], system: Tensor, *, by_row: bool = True) -> Tensor:
+    return TableEquations.of(correction, updates.__getitem__, len(updates), system).solve(by_row=by_row)
+
+
 def test_every_row_is_the_least_squares_solution_in_the_metric_of_the_fit() -> None:
     correction, updates = torch.randn(N_OUT, N_IN).double(), [torch.randn(N_OUT, N_IN) for _ in range(N_EXPERTS)]
     system = spread(N_IN)
-    found = coefficients_of(correction, updates, system)
+    found = solved(correction, updates, system)
     assert found.shape == (N_OUT, N_EXPERTS) and found.dtype == torch.float64
     for row in range(N_OUT):
         expected = least_squares(correction[row], [update[row] for update in updates], system)
         np.testing.assert_allclose(found[row].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_equations_of_some_experts_add_up_to_those_of_all() -> None:
+    correction, updates = torch.randn(N_OUT, N_IN).double(), [torch.randn(N_OUT, N_IN) for _ in range(N_EXPERTS)]
+    system = spread(N_IN)
+    parts = [TableEquations.of(correction, updates.__getitem__, N_EXPERTS, system, own) for own in ([1], [0, 2], [])]
+    whole = TableEquations(sum(part.gram_ONN for part in parts), sum(part.pull_ON for part in parts))
+    for row, found in enumerate(whole.solve(by_row=True)):
+        expected = least_squares(correction[row], [update[row] for update in updates], system)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_one_row_for_a_tensor_sums_the_equations_of_all_rows() -> None:
     correction, updates = torch.randn(N_OUT, N_IN).double(), [torch.randn(N_OUT, N_IN) for _ in range(N_EXPERTS)]
     system = spread(N_IN)
-    found = coefficients_of(correction, updates, system, by_row=False)
+    found = solved(correction, updates, system, by_row=False)
     whole = torch.block_diag(*[system] * N_OUT)
     expected = least_squares(correction.reshape(-1), [update.reshape(-1) for update in updates], whole)
     np.testing.assert_allclose(found.numpy(), expected[None], rtol=1e-4, atol=1e-5)
@@ -53,7 +67,7 @@ def test_one_row_for_a_tensor_sums_the_equations_of_all_rows() -> None:
 def test_channels_of_a_norm_have_systems_of_their_own() -> None:
     correction, updates = torch.randn(N_OUT, 2).double(), [torch.randn(N_OUT, 2).double() for _ in range(N_EXPERTS)]
     systems = torch.stack([spread(2) for _ in range(N_OUT)])
-    found = coefficients_of(correction, updates, systems, by_row=False)
+    found = solved(correction, updates, systems, by_row=False)
     whole = torch.block_diag(*systems)
     expected = least_squares(correction.reshape(-1), [update.reshape(-1) for update in updates], whole)
     np.testing.assert_allclose(found.numpy(), expected[None], rtol=1e-5, atol=1e-5)
@@ -62,7 +76,7 @@ def test_channels_of_a_norm_have_systems_of_their_own() -> None:
 def test_a_fit_that_lies_in_the_span_is_found() -> None:
     truth, updates = torch.randn(N_OUT, N_EXPERTS).double(), [torch.randn(N_OUT, N_IN) for _ in range(N_EXPERTS)]
     correction = sum(truth[:, j, None] * update for j, update in enumerate(updates))
-    found = coefficients_of(correction, updates, spread(N_IN))
+    found = solved(correction, updates, spread(N_IN))
     torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-4)
     start = torch.randn(N_OUT, N_IN)
     torch.testing.assert_close(combined(start, updates, found), (start + correction).float(), rtol=1e-3, atol=1e-3)
@@ -83,14 +97,14 @@ def test_the_sum_of_updates_is_found_where_it_gives_what_every_expert_gives() ->
         system.add(moments, share, base + update, options)
     start = base + sum(updates) / 3
     fit = fit_linear(system, start, options, has_bias=False)
-    found = coefficients_of(fit.weight_OI - start, updates, fit.metric_II @ fit.metric_II.T)
+    found = solved(fit.weight_OI - start, updates, fit.system_II)
     torch.testing.assert_close(found + 1 / 3, torch.ones_like(found), rtol=1e-3, atol=1e-3)
 
 
 def test_rows_that_no_expert_changed_have_no_coefficients_and_equal_experts_share_theirs() -> None:
     update = torch.randn(N_OUT, N_IN)
     update[2] = 0
-    found = coefficients_of(2 * update.double(), [update, update.clone()], spread(N_IN))
+    found = solved(2 * update.double(), [update, update.clone()], spread(N_IN))
     assert torch.equal(found[2], torch.zeros(2).double())
     torch.testing.assert_close(found[[0, 1, 3, 4]], torch.ones(4, 2).double(), rtol=1e-3, atol=1e-3)
 

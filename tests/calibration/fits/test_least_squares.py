@@ -76,7 +76,7 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: floa
         start,
         options,
         has_bias=has_bias,
-        prior=UpdatePrior.of(base, [w[:, :N_IN] for w in weights]),
+        prior=UpdatePrior.of(base, [w[:, :N_IN] for w in weights], len(weights)),
     )
 
     # One row per token, scaled by the square root of its weight; the priors are rows of their own.
@@ -117,7 +117,7 @@ def test_an_expert_without_prompts_counts_by_its_prior_alone() -> None:
     rotations = [torch.linalg.qr(torch.randn(N_IN, N_IN))[0] for _ in range(3)]
     pulled = fit_linear(
         System.zeros(N_IN, N_IN, base.device), base, FitOptions(update_prior=1e6), has_bias=False,
-        prior=UpdatePrior.of(base, rotations),
+        prior=UpdatePrior.of(base, rotations, len(rotations)),
     )  # fmt: skip
     torch.testing.assert_close(pulled.weight_OI, torch.stack(rotations).mean(0).double(), rtol=1e-3, atol=1e-3)
 
@@ -155,8 +155,8 @@ def test_the_start_of_full_fine_tunes_is_the_ridge_formula() -> None:
     experts = [base + delta for delta in deltas]
     grams = [d.T @ d / torch.trace(d.T @ d) * N_IN for d in deltas]
     expected = base + sum(d @ c for d, c in zip(deltas, grams)) @ torch.linalg.inv(sum(grams) + 0.3 * torch.eye(N_IN))
-    torch.testing.assert_close(UpdatePrior.of(base, experts).merge(), expected)
-    assert torch.equal(UpdatePrior.of(base, [base] * 3).merge(), base)
+    torch.testing.assert_close(UpdatePrior.of(base, experts, len(experts)).merge(), expected)
+    assert torch.equal(UpdatePrior.of(base, [base] * 3, 3).merge(), base)
 
 
 @pytest.mark.parametrize("has_shift", [False, True])
