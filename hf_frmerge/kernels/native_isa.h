@@ -13,7 +13,7 @@
  *     ANY                    whether any lane of a mask of LANES is set
  *     MUL32                  products of the low halves of two U64; SWAP64 exchanges neighbouring lanes of one
  *     CLAMP                  F64 clamped between two others; none may be NaN
- *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back
+ *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back; INTS_TO_DOUBLE for I32H
  *     LOAD_F16, STORE_F16    optional: HALF float16 values in memory to floats and back; LOAD_F16_ALL for LANES
  */
 
@@ -178,6 +178,9 @@ TARGET static void NAME(digest_end)(Digest *digest, const uint8_t *data, size_t 
 
 #include "native_gram.h"
 #include "native_combine.h"
+#include "native_slices.h"
+#include "native_counting.h"
+#include "native_ranks.h"
 #include "native_elements.h"
 
 #define SCALAR float
@@ -237,3 +240,4 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef TO_DOUBLE
 #undef CLAMP
 #undef TO_SINGLE
+#undef INTS_TO_DOUBLE

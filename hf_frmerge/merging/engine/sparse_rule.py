@@ -53,7 +53,8 @@ class SparseRule:
             tensor.inputs.check_finite(kernels, operands, labels)
         with self._lock:
             group.add(tensor.step.name, index, measured)
-        tensor.input_digests[index] = tensor.inputs.digests(piece)
+        if not tensor.input_digests[index]:  # in the first round
+            tensor.input_digests[index] = tensor.inputs.digests(piece)
 
     def unfinished(self, tensors: Sequence[TensorWork]) -> list[TensorWork]:
         """Tell the method what was measured; return the tensors of the groups of which it wants to know more."""

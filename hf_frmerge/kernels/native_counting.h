@@ -1,0 +1,110 @@
+/* Counting of magnitudes and spreads by the bits of their float32, and sums of squares. Part of native_isa.h. */
+
+/* Count keys by their upper half. */
+TARGET static void NAME(count_high)(const float *singles, size_t count, uint32_t *out) {
+    const Word *words = (const Word *)singles;
+    uint16_t keys[ELEMENT_RUN + LANES];
+    for (size_t k = 0; k < count; k += LANES) STORE16_ALL(keys + k, (*(const U32 *)(words + k) & 0x7fffffff) >> 16);
+    size_t k = 0;
+    for (; k + 4 <= count; k += 4) {
+        uint64_t four = read64((const uint8_t *)(keys + k));
+        out[four & 0xffff]++;
+        out[four >> 16 & 0xffff]++;
+        out[four >> 32 & 0xffff]++;
+        out[four >> 48]++;
+    }
+    for (; k < count; k++) out[keys[k]]++;
+}
+
+/* Count the keys in one of `n_bins` bins by their lower half. */
+TARGET static void NAME(count_low)(const float *singles, size_t count, const int64_t *bins, int n_bins, int64_t *out) {
+    const Word *words = (const Word *)singles;
+    for (int b = 0; b < n_bins; b++, out += 1 << 16) {
+        uint32_t bin = (uint32_t)bins[b];
+        size_t k = 0;
+        for (; k + LANES <= count; k += LANES) { /* few are in the bin: look at many at once */
+            I32 found = (I32)((*(const U32 *)(words + k) & 0x7fffffff) >> 16 == bin);
+            if (!ANY(found)) continue;
+            for (size_t m = k; m < k + LANES; m++)
+                if ((words[m] & 0x7fffffff) >> 16 == bin) out[words[m] & 0xffff]++;
+        }
+        for (; k < count; k++)
+            if ((words[k] & 0x7fffffff) >> 16 == bin) out[words[k] & 0xffff]++;
+    }
+}
+
+TARGET static void NAME(single_spreads)(const Operand *x, int n, size_t start, size_t count, float *out) {
+    NAME(Slice) base, deltas[MAX_OPERANDS], spread;
+    F64 probe = {0};
+    for (size_t k = 0; k < count; k += SLICE) {
+        NAME(read_slice)(x, n, start + k, start + count, &base, deltas, &probe);
+        NAME(spread)(deltas, n - 1, &spread);
+        NAME(narrow_slice)(&spread, out + k);
+    }
+}
+
+#define HIGH ((size_t)1 << 15)
+#define LOW ((size_t)1 << 16)
+#define STRETCH ((size_t)1 << 22) /* elements that are counted in 32 bits: what is used of that fits into the first cache */
+
+/* Count the keys of all deltas, or of the spread. */
+TARGET static int NAME(count_keys)(const Operand *x, int n, size_t count, int of_spread, const int64_t *bins,
+                                   int n_bins, int64_t *out) {
+    int n_streams = of_spread ? 1 : n - 1;
+    NAME(Singles) singles;
+    uint32_t *counts = calloc(n_streams * HIGH, sizeof *counts);
+    if (NAME(begin_singles)(&singles, x, n, ELEMENT_RUN) || !counts) {
+        free(singles.zeros);
+        free(counts);
+        return -1;
+    }
+    float values[ELEMENT_RUN + SLICE];
+    for (size_t start = 0; start < count; start += ELEMENT_RUN) {
+        size_t length = count - start < ELEMENT_RUN ? count - start : ELEMENT_RUN;
+        if (!of_spread) NAME(begin_run)(&singles, start, length);
+        for (int i = 0; i < n_streams; i++) {
+            if (of_spread) NAME(single_spreads)(x, n, start, length, values);
+            else NAME(single_deltas)(&singles, i + 1, start, length, values);
+            if (bins) NAME(count_low)(values, length, bins + i * n_bins, n_bins, out + i * n_bins * LOW);
+            else NAME(count_high)(values, length, counts + i * HIGH);
+        }
+        if (bins || ((start + length) % STRETCH && start + length < count)) continue;
+        for (size_t k = 0; k < n_streams * HIGH; k++) out[k] += counts[k];
+        memset(counts, 0, n_streams * HIGH * sizeof *counts);
+    }
+    free(singles.zeros);
+    free(counts);
+    return 0;
+}
+#undef HIGH
+#undef LOW
+#undef STRETCH
+
+/* Add to `out` the squares of the elements whose spread is at least `threshold`: trees of ELEMENT_RUN, one by one. */
+TARGET static int NAME(energies)(const Operand *x, int n, size_t count, float threshold, double *out) {
+    size_t n_squares = (size_t)(n - 1) * ELEMENT_RUN;
+    double *squares = aligned_alloc(64, n_squares * sizeof *squares), least = reaching(threshold);
+    if (n > 1 && !squares) return -1;
+    NAME(Slice) base, deltas[MAX_OPERANDS], spread;
+    F64 probe = {0};
+    for (size_t start = 0; start < count; start += ELEMENT_RUN) {
+        size_t length = count - start < ELEMENT_RUN ? count - start : ELEMENT_RUN;
+        if (length < ELEMENT_RUN) memset(squares, 0, n_squares * sizeof *squares);
+        for (size_t k = 0; k < length; k += SLICE) {
+            NAME(read_slice)(x, n, start + k, count, &base, deltas, &probe);
+            NAME(spread)(deltas, n - 1, &spread);
+            for (int i = 0; i < n - 1; i++) {
+                F64 *to = (F64 *)(squares + (size_t)i * ELEMENT_RUN + k);
+                EACH_PART(p) to[p] = WHERE(spread.part[p] >= least, deltas[i].part[p] * deltas[i].part[p]);
+            }
+        }
+        for (int i = 0; i < n - 1; i++) {
+            double *restrict tree = squares + (size_t)i * ELEMENT_RUN;
+            for (size_t width = ELEMENT_RUN / 2; width; width /= 2)
+                for (size_t k = 0; k < width; k++) tree[k] += tree[width + k];
+            out[i] += tree[0];
+        }
+    }
+    free(squares);
+    return 0;
+}
