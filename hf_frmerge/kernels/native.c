@@ -109,7 +109,7 @@ static double beyond(float value) {
 #define LOAD16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define LOAD16_ALL(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
 #define STORE16_ALL(p, x) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtepi32_epi16((__m512i)(x)))
-#define ANY(mask) (_mm512_movepi32_mask((__m512i)(mask)) != 0)
+#define BITS(mask) _mm512_movepi32_mask((__m512i)(mask))
 #define MUL32(a, b) ((U64)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
 #define SWAP64(x) ((U64)_mm512_shuffle_epi32((__m512i)(x), 0x4e))
 #define STORE16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtepi32_epi16((__m256i)(x)))
@@ -134,7 +134,7 @@ static double beyond(float value) {
 #define STORE16_ALL(p, x)                                                                                     \
     _mm_storeu_si128((__m128i *)(p), _mm_packus_epi32(_mm256_castsi256_si128((__m256i)(x)),                   \
                                                       _mm256_extracti128_si256((__m256i)(x), 1)))
-#define ANY(mask) (_mm256_movemask_ps((__m256)(mask)) != 0)
+#define BITS(mask) _mm256_movemask_ps((__m256)(mask))
 #define MUL32(a, b) ((U64)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 #define SWAP64(x) ((U64)_mm256_shuffle_epi32((__m256i)(x), 0x4e))
 #define STORE16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_packus_epi32((__m128i)(x), (__m128i)(x)))
@@ -158,7 +158,7 @@ static double beyond(float value) {
 #define LOAD16(p) __builtin_convertvector(*(const U16H *)(p), U32H)
 #define LOAD16_ALL(p) LOAD16(p) /* LANES are HALF here */
 #define STORE16_ALL(p, x) STORE16(p, x)
-#define ANY(mask) ((mask)[0] | (mask)[1] | (mask)[2] | (mask)[3])
+#define BITS(mask) (((mask)[0] & 1) | ((mask)[1] & 2) | ((mask)[2] & 4) | ((mask)[3] & 8))
 #define MUL32(a, b) (((a) & 0xffffffff) * ((b) & 0xffffffff))
 #define SWAP64(x) ((U64){(x)[1], (x)[0]})
 #define STORE16(p, x) (*(U16H *)(p) = __builtin_convertvector(x, U16H))

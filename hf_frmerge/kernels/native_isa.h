@@ -10,7 +10,7 @@
  *     CROSS     columns of a register tile off the diagonal (it has 4 rows), as many as there are registers for
  *     FMA       a * b + c on F32, fused or not
  *     LOAD16, STORE16        HALF 16-bit values in memory to 32-bit lanes and back; LOAD16_ALL, STORE16_ALL for LANES
- *     ANY                    whether any lane of a mask of LANES is set
+ *     BITS                   a bit for every lane of a mask of LANES
  *     MUL32                  products of the low halves of two U64; SWAP64 exchanges neighbouring lanes of one
  *     CLAMP                  F64 clamped between two others; none may be NaN
  *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back; INTS_TO_DOUBLE for I32H
@@ -231,7 +231,7 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef LOAD16_ALL
 #undef STORE16
 #undef STORE16_ALL
-#undef ANY
+#undef BITS
 #undef MUL32
 #undef SWAP64
 #undef LOAD_F16

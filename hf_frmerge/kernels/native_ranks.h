@@ -53,8 +53,13 @@ TARGET static uint64_t *NAME(sort_by)(int shift, size_t count, uint64_t *from, u
 /* Sort by insertion what is nearly sorted. Returns whether it was nearly enough so. */
 TARGET static int NAME(insert_pairs)(uint64_t *pairs, size_t count) {
     size_t left = SHIFTS * count;
-    for (size_t k = 1; k < count; k++) {
+    uint64_t largest = 0;
+    for (size_t k = 0; k < count; k++) {
         uint64_t pair = pairs[k];
+        if (pair >= largest) { /* most are in their place */
+            largest = pair;
+            continue;
+        }
         size_t to = k;
         for (; to && pairs[to - 1] > pair; to--) pairs[to] = pairs[to - 1];
         pairs[to] = pair;

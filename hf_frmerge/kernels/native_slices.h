@@ -16,15 +16,19 @@ typedef struct {
 #define WHERE(mask, value) ((F64)((I64)(mask) & (I64)(value)))
 #define MAGNITUDE(value) ((F64)((I64)(value) & INT64_MAX))
 
+/* The hardware prefetcher stops at every page boundary. */
+TARGET INLINE void NAME(prefetch_slice)(const uint8_t *p, size_t size) {
+    for (size_t byte = 0; byte < SLICE * size; byte += 64) __builtin_prefetch(p + 1024 + byte, 0, 2);
+}
+
 TARGET INLINE void NAME(widen_slice)(const uint8_t *p, DType dtype, NAME(Slice) *out) {
-#define WIDEN(dtype_)                                                          \
-    for (int byte = 0; byte < SLICE * (int)SIZE[dtype_]; byte += 64)       \
-            __builtin_prefetch(p + 1024 + byte, 0, 2); /* as in combine_quickly */ \
-        UNROLL for (int u = 0; u < UNITS; u++) {                               \
-            WIDE wide = NAME(widen64)(p + u * HALF * SIZE[dtype_], dtype_);    \
-            UNROLL for (int h = 0; h < PARTS; h++) out->part[u * PARTS + h] = wide.part[h]; \
-        }                                                                      \
-        break
+#define WIDEN(dtype_)                                                                   \
+    NAME(prefetch_slice)(p, SIZE[dtype_]);                                              \
+    UNROLL for (int u = 0; u < UNITS; u++) {                                            \
+        WIDE wide = NAME(widen64)(p + u * HALF * SIZE[dtype_], dtype_);                 \
+        UNROLL for (int h = 0; h < PARTS; h++) out->part[u * PARTS + h] = wide.part[h]; \
+    }                                                                                   \
+    break
     switch (dtype) {
         case BF16: WIDEN(BF16);
         case F16: WIDEN(F16);

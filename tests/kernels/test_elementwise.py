@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_reference import chances, draws, mean, vote
 
+from hf_frmerge.kernels import elementwise
 from hf_frmerge.kernels.elementwise import (
     Agreement,
     Band,
@@ -20,6 +21,7 @@ from hf_frmerge.kernels.elementwise import (
     Run,
     Spread,
     key_of,
+    spread_of,
     uniforms,
 )
 from hf_frmerge.kernels.interface import Kernels, Operand, digest
@@ -262,6 +264,26 @@ def test_keys_are_counted(kernels: Kernels, stream: Any, dtype: str) -> None:
             for p, which in enumerate(pair):
                 inside = keys[s][keys[s] >> 16 == which] & 0xFFFF
                 np.testing.assert_array_equal(low[s, p], np.bincount(inside, minlength=1 << 16))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize(("moved", "apart"), [(0, 1), (0, 1e-3), (1, 1e-3), (1, 1e-6), (0, 1e-21), (1e18, 1e17)])
+def test_every_spread_of_a_bin_is_found(kernels: Kernels, dtype: str, moved: float, apart: float) -> None:
+    # Also where all experts moved alike, so that float32 says little about how far they are apart.
+    rng = np.random.default_rng(0)
+    size = 20_000
+    experts = moved * rng.standard_normal(size) + apart * rng.standard_normal((3, size))
+    experts[:, ::5] = 0
+    if dtype == "F16":
+        experts = np.clip(experts, -6e4, 6e4)
+    operands = [operand(np.zeros(size), "BF16"), *(operand(x, dtype) for x in experts)]
+    deltas = deltas_of(operands)
+    bins = np.unique(spread_of(deltas).view(np.uint32) >> 16)
+    for b in bins[:: max(1, len(bins) // 12)].astype(np.int64):
+        few = np.array([[b, bins[-1]]])
+        np.testing.assert_array_equal(
+            kernels.count_keys(operands, "spread", few), elementwise.count_keys(deltas, "spread", few)
+        )
 
 
 def test_many_elements_are_counted(kernels: Kernels) -> None:
