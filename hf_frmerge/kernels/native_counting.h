@@ -32,10 +32,10 @@ TARGET static void NAME(count_low)(const float *singles, size_t count, const int
 /*
  * Whether the key of any spread in a whole slice may be in one of `bins`: in float32, for operands of at most 32 bits.
  *
- * With u = 2^-24 and D the sum of the magnitudes of the n deltas, a delta has an error of u times itself, the mean one of
- * (n + 2) / n u D, and so the distance to the mean, a, one of less than E = 5 u D beside u |a|. The sum of squares is
- * wrong by less than 2 E sum |a| + 2 n E^2 and, for the roundings of its own, (n + 5) u times itself; a few more are for
- * the division and what follows.
+ * With u = 2^-24 and D the sum of the magnitudes of the n deltas, a delta has an error of u times itself, the mean one
+ * of (n + 2) / n u D, and so the distance to the mean, a, one of less than E = 5 u D beside u |a|. The sum of squares
+ * is wrong by less than 2 E sum |a| + 2 n E^2 and, for the roundings of its own, (n + 5) u times itself; a few more are
+ * for the division and what follows.
  */
 TARGET INLINE int NAME(may_be_in)(const Operand *x, int n, size_t start, const int64_t *bins, int n_bins) {
     F32 base[2] = {{0}}, deltas[MAX_OPERANDS][2], mean[2] = {{0}}, sizes[2] = {{0}}, away[2] = {{0}}, sum[2] = {{0}};
@@ -44,8 +44,12 @@ TARGET INLINE int NAME(may_be_in)(const Operand *x, int n, size_t start, const i
         const uint8_t *p = x[i].data + start * size;
         NAME(prefetch_slice)(p, size);
         UNROLL for (int u = 0; u < 2; u++, p += LANES * size) {
-            F32 value = x[i].dtype == BF16 ? NAME(widen_all)(p, BF16)
-                        : x[i].dtype == F16 ? NAME(widen_all)(p, F16) : NAME(widen_all)(p, F32_);
+            F32 value;
+            switch (x[i].dtype) {
+                case BF16: value = NAME(widen_all)(p, BF16); break;
+                case F16: value = NAME(widen_all)(p, F16); break;
+                default: value = NAME(widen_all)(p, F32_);
+            }
             if (!i) {
                 base[u] = value;
                 continue;
@@ -73,7 +77,8 @@ TARGET INLINE int NAME(may_be_in)(const Operand *x, int n, size_t start, const i
         /* The bound holds only where nothing under- or overflows. Where all deltas are 0, so is the spread. */
         I32 plain = (I32)((spread > 0x1p-90f) & (spread < 0x1p100f)) | (I32)(sizes[u] == 0);
         possible |= ~plain;
-        for (int b = 0; b < n_bins; b++) possible |= (I32)(low <= (int32_t)bins[b]) & (I32)(high >= (int32_t)bins[b]);
+        for (int b = 0; b < n_bins; b++)
+            possible |= (I32)(low <= (int32_t)bins[b]) & (I32)(high >= (int32_t)bins[b]);
     }
     return BITS(possible) != 0;
 }
@@ -106,7 +111,7 @@ TARGET static void NAME(single_spreads)(const Operand *x, int n, size_t start, s
 
 #define HIGH ((size_t)1 << 15)
 #define LOW ((size_t)1 << 16)
-#define STRETCH ((size_t)1 << 22) /* elements that are counted in 32 bits: what is used of that fits into the first cache */
+#define STRETCH ((size_t)1 << 22) /* elements that are counted in 32 bits, to be gentle to the first cache */
 
 /* Count the keys of all deltas, or of the spread. */
 TARGET static int NAME(count_keys)(const Operand *x, int n, size_t count, int of_spread, const int64_t *bins,

@@ -5,7 +5,7 @@
 
 /* ---- selection: what is dropped of the deltas becomes zero ---- */
 
-/* Magnitudes are compared as float32 there; `bounds` are what float64 has to reach for the same: all lower, all upper. */
+/* `bounds` are those of `find_bounds`: all lower ones, all upper ones. */
 TARGET INLINE void NAME(select_band)(int n, const double *bounds, NAME(Slice) *deltas) {
     for (int i = 0; i < n; i++) {
         F64 lower = (F64){0} + bounds[i], above = (F64){0} + bounds[n + i];
@@ -27,21 +27,17 @@ TARGET INLINE void NAME(select_dropout)(const Elements *e, size_t start, NAME(Sl
     }
 }
 
-/* `chances` are those of the first expert, followed by those of the others at a distance of `stride`. */
-TARGET INLINE void NAME(select_ranked)(const Elements *e, size_t start, const double *chances, size_t stride,
+TARGET INLINE void NAME(select_ranked)(const Elements *e, const NAME(Ranking) *ranking, size_t start, size_t at,
                                        NAME(Slice) *deltas) {
-    for (int i = 0; i < e->n; i++, chances += stride) {
+    for (int i = 0; i < e->n; i++) {
+        const F64 *chances = (const F64 *)(ranking->chances + i * ranking->stride + at);
         Word words[DRAWN];
         NAME(Slice) drawn;
         NAME(uniforms)(NAME(draw)(e->keys[i], start, words), &drawn);
-        EACH_PART(p) {
-            F64 chance = ((const F64 *)chances)[p];
-            deltas[i].part[p] = WHERE(drawn.part[p] < chance, deltas[i].part[p] / chance);
-        }
+        EACH_PART(p) deltas[i].part[p] = WHERE(drawn.part[p] < chances[p], deltas[i].part[p] / chances[p]);
     }
 }
 
-/* `least` is what float64 has to reach to be at least the threshold in float32. */
 TARGET INLINE void NAME(select_spread)(int n, double least, NAME(Slice) *deltas) {
     NAME(Slice) spread;
     NAME(spread)(deltas, n, &spread);
@@ -110,6 +106,33 @@ TARGET INLINE void NAME(join_elected)(const Elements *e, const NAME(Slice) *kept
 
 /* ---- all of it ---- */
 
+/* What float64 has to reach to pass thresholds that are compared in float32; `bounds` has room for two an expert. */
+TARGET static void NAME(find_bounds)(const Elements *e, double *bounds) {
+    if (e->kind == KEEP_SPREAD) bounds[0] = reaching((float)e->numbers[0]);
+    if (e->kind != KEEP_BAND) return;
+    for (int i = 0; i < e->n; i++) {
+        bounds[i] = reaching((float)e->numbers[i]);
+        bounds[e->n + i] = beyond((float)e->numbers[e->n + i]);
+    }
+}
+
+/* Select and join the slice at element `start` of its tensor, element `at` of its run; `base` becomes the result. */
+TARGET INLINE void NAME(merge_slice)(const Elements *e, const double *bounds, const NAME(Ranking) *ranking,
+                                     size_t start, size_t at, NAME(Slice) *deltas, NAME(Slice) *base) {
+    switch (e->kind) {
+        case KEEP_BAND: NAME(select_band)(e->n, bounds, deltas); break;
+        case KEEP_DROPOUT: NAME(select_dropout)(e, start, deltas); break;
+        case KEEP_RANKED: NAME(select_ranked)(e, ranking, start, at, deltas); break;
+        case KEEP_SPREAD: NAME(select_spread)(e->n, bounds[0], deltas); break;
+        default: NAME(select_agreement)(e, deltas);
+    }
+    switch (e->join) {
+        case JOIN_SUM: NAME(join_sum)(e, deltas, base); break;
+        case JOIN_MEAN: NAME(join_mean)(e, deltas, base); break;
+        default: NAME(join_elected)(e, deltas, base);
+    }
+}
+
 /*
  * Merge `count` elements, of which those from `skip` on are written to `out`. Returns a bit for deltas that are not
  * finite and one for results that are not, or -1 if there is no memory.
@@ -120,36 +143,18 @@ TARGET static int NAME(elementwise)(const Operand *x, size_t count, const Elemen
     if (e->kind == KEEP_RANKED) run = e->row_len < ELEMENT_RUN ? ELEMENT_RUN / e->row_len * e->row_len : e->row_len;
     double *merged = aligned_alloc(64, (run + SLICE) * sizeof *merged / 64 * 64 + 64), bounds[2 * MAX_OPERANDS];
     NAME(Ranking) ranking = {0};
-    if (!merged || (e->kind == KEEP_RANKED && NAME(begin_ranking)(&ranking, x, e, run))) goto no_memory;
-    if (e->kind == KEEP_BAND)
-        for (int i = 0; i < e->n; i++) {
-            bounds[i] = reaching((float)e->numbers[i]);
-            bounds[e->n + i] = beyond((float)e->numbers[e->n + i]);
-        }
-    if (e->kind == KEEP_SPREAD) bounds[0] = reaching((float)e->numbers[0]);
+    int failed = !merged || (e->kind == KEEP_RANKED && NAME(begin_ranking)(&ranking, x, e, run));
+    NAME(find_bounds)(e, bounds);
     Digest digest = DIGEST_START;
     U64 wild = {0};
     F64 probe = {0};
-    for (size_t start = 0; start < count; start += run) {
+    for (size_t start = 0; start < count && !failed; start += run) {
         size_t end = count - start < run ? count : start + run;
         if (e->kind == KEEP_RANKED) NAME(rank_run)(&ranking, e->n, e->row_len, start, end - start);
         for (size_t at = start; at < end; at += SLICE) {
             NAME(Slice) base, deltas[MAX_OPERANDS];
             NAME(read_slice)(x, e->n + 1, at, end, &base, deltas, &probe);
-            switch (e->kind) {
-                case KEEP_BAND: NAME(select_band)(e->n, bounds, deltas); break;
-                case KEEP_DROPOUT: NAME(select_dropout)(e, e->start + at, deltas); break;
-                case KEEP_RANKED:
-                    NAME(select_ranked)(e, e->start + at, ranking.chances + (at - start), ranking.stride, deltas);
-                    break;
-                case KEEP_SPREAD: NAME(select_spread)(e->n, bounds[0], deltas); break;
-                default: NAME(select_agreement)(e, deltas);
-            }
-            switch (e->join) {
-                case JOIN_SUM: NAME(join_sum)(e, deltas, &base); break;
-                case JOIN_MEAN: NAME(join_mean)(e, deltas, &base); break;
-                default: NAME(join_elected)(e, deltas, &base);
-            }
+            NAME(merge_slice)(e, bounds, &ranking, e->start + at, at - start, deltas, &base);
             memcpy(merged + (at - start), &base, sizeof base);
         }
         size_t from = start < skip ? skip : start, to = end < skip + take ? end : skip + take;
@@ -166,6 +171,7 @@ TARGET static int NAME(elementwise)(const Operand *x, size_t count, const Elemen
     }
     free(merged);
     NAME(end_ranking)(&ranking);
+    if (failed) return -1;
     if (digest_bytes) NAME(digest_end)(&digest, out, take * item, digest_bytes);
     uint64_t any = 0;
     int unbounded = 0;
@@ -174,8 +180,12 @@ TARGET static int NAME(elementwise)(const Operand *x, size_t count, const Elemen
         unbounded |= probe[lane] != probe[lane];
     }
     return unbounded | (int)(any >> 63) << 1;
-no_memory:
-    free(merged);
-    NAME(end_ranking)(&ranking);
-    return -1;
 }
+
+#undef UNITS
+#undef SLICE
+#undef ELEMENT_RUN
+#undef EACH_PART
+#undef WHERE
+#undef MAGNITUDE
+#undef DRAWN

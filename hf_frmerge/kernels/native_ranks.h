@@ -1,6 +1,6 @@
 /*
- * Random choices that depend on ranks: random numbers, the ranks of the magnitudes of a row, and the chances that follow
- * from them. Part of native_isa.h.
+ * For random choices: the random numbers, and the chances that follow from the ranks of the magnitudes of a row. Part
+ * of native_isa.h.
  */
 
 /*
@@ -50,7 +50,7 @@ TARGET static uint64_t *NAME(sort_by)(int shift, size_t count, uint64_t *from, u
     return to;
 }
 
-/* Sort by insertion what is nearly sorted. Returns whether it was nearly enough so. */
+/* Sort pairs by insertion, if they are nearly sorted. Returns whether they were nearly enough so. */
 TARGET static int NAME(insert_pairs)(uint64_t *pairs, size_t count) {
     size_t left = SHIFTS * count;
     uint64_t largest = 0;
@@ -71,7 +71,7 @@ TARGET static int NAME(insert_pairs)(uint64_t *pairs, size_t count) {
 
 /* Chances of all experts' elements in a run of whole rows, and what it takes to find them. */
 typedef struct {
-    size_t stride;   /* from one expert's chances to the next one's */
+    size_t stride; /* from one expert's chances to the next one's */
     double *chances, *by_rank;
     uint64_t *pairs, *other;
     float *deltas;
@@ -83,7 +83,7 @@ typedef struct {
 TARGET static int NAME(begin_ranking)(NAME(Ranking) *r, const Operand *x, const Elements *e, size_t run) {
     size_t row = e->row_len, stride = run + SLICE;
     r->stride = stride;
-    for (r->n_bins = 256; r->n_bins < row && r->n_bins < 1 << 14; r->n_bins *= 2) continue;
+    for (r->n_bins = 64; r->n_bins < row && r->n_bins < 1 << 14; r->n_bins *= 2) continue;
     r->chances = calloc(e->n * stride + 3 * row, sizeof(double));
     r->deltas = calloc(stride + row + r->n_bins, sizeof(float));
     if (!r->chances || !r->deltas || NAME(begin_singles)(&r->singles, x, e->n + 1, run)) return -1;
@@ -106,7 +106,7 @@ TARGET static void NAME(end_ranking)(NAME(Ranking) *r) {
 
 /*
  * Find the chances of the magnitudes of one row; equal ones rank by position. They are put into bins of equal width up
- * to six times their mean, in order, and then sorted by insertion. Where too many are in a bin, all are sorted by bytes.
+ * to six times their mean, and then sorted by insertion. Where too many are in a bin, all are sorted by bytes.
  */
 TARGET static void NAME(rank_row)(const NAME(Ranking) *r, const float *deltas, size_t count, double *chances) {
     const Word *words = (const Word *)deltas;

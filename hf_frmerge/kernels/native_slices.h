@@ -51,8 +51,8 @@ TARGET INLINE void NAME(load_slice)(const Operand *x, size_t start, size_t count
 }
 
 /*
- * Read a slice of the base, which is x[0], and of the deltas of the others. `probe` becomes NaN, for good, if a delta is
- * not finite.
+ * Read a slice of the base, which is x[0], and of the deltas of the others. `probe` becomes NaN, for good, if a delta
+ * is not finite.
  */
 TARGET INLINE void NAME(read_slice)(const Operand *x, int n, size_t start, size_t count, NAME(Slice) *base,
                                     NAME(Slice) *deltas, F64 *probe) {
@@ -67,7 +67,7 @@ TARGET INLINE void NAME(read_slice)(const Operand *x, int n, size_t start, size_
     }
 }
 
-/* Variance over `n` experts, divided by their number. */
+/* Variance over `n` experts. */
 TARGET INLINE void NAME(spread)(const NAME(Slice) *deltas, int n, NAME(Slice) *out) {
     NAME(Slice) mean = {{{0}}};
     memset(out, 0, sizeof *out);
