@@ -140,7 +140,7 @@ def test_all_backends_give_the_same_bits(
 
 
 # As float32: even, odd, the first of a binade, subnormal, the largest.
-THRESHOLDS = np.float32([0.75, 0.7500001, 0.5, 3e-42, np.finfo(np.float32).max])
+THRESHOLDS = np.float32([0.75, 0.75000006, 0.5, 3e-42, np.finfo(np.float32).max])
 
 
 def around_ties(threshold: np.float32) -> np.ndarray:
