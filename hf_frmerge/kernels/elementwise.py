@@ -2,8 +2,9 @@
 Merges that decide about every element by itself: what is kept of each delta, and how what is kept is joined.
 
 A delta is the difference of an expert to the base. This module has the descriptions, which are what a merge records,
-and the arithmetic in numpy; native_elements.h does the same with the same bits. Every element is computed in float64
-from its own deltas, in the order of the experts, so no bit depends on how a tensor is cut into runs.
+and the arithmetic in numpy; native_elements.h, native_ranks.h and native_counting.h do the same with the same bits.
+Every element is computed in float64 from its own deltas, in the order of the experts, so no bit depends on how a
+tensor is cut into runs.
 """
 
 from __future__ import annotations

@@ -62,6 +62,28 @@ typedef struct {
     size_t start, row_len; /* place of the first element in its tensor, for random numbers and ranks */
 } Elements;
 
+/*
+ * The smallest float64 that, rounded to float32, is at least `value`, which is not negative: comparing with it saves the
+ * rounding. Halfway to the float32 below, a tie goes to the even one.
+ */
+static double reaching(float value) {
+    if (value == 0) return 0;
+    union { float single; uint32_t bits; } below = {value};
+    int even = !(below.bits & 1);
+    double upper = below.bits == 0x7f800000 ? 0x1p128 : value; /* infinity is where the next float32 would be */
+    below.bits--;
+    union { double wide; uint64_t bits; } middle = {below.single / 2.0 + upper / 2.0};
+    middle.bits += !even;
+    return middle.wide;
+}
+
+/* The smallest float64 that, rounded to float32, exceeds `value`; NaN, which nothing reaches, if that is infinite. */
+static double beyond(float value) {
+    union { float single; uint32_t bits; } next = {value};
+    next.bits++;
+    return reaching(next.single);
+}
+
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -87,7 +109,7 @@ typedef struct {
 #define LOAD16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
 #define LOAD16_ALL(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
 #define STORE16_ALL(p, x) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtepi32_epi16((__m512i)(x)))
-#define ANY(mask) (_mm512_movepi32_mask((__m512i)(mask)) != 0)
+#define BITS(mask) _mm512_movepi32_mask((__m512i)(mask))
 #define MUL32(a, b) ((U64)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
 #define SWAP64(x) ((U64)_mm512_shuffle_epi32((__m512i)(x), 0x4e))
 #define STORE16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtepi32_epi16((__m256i)(x)))
@@ -96,6 +118,7 @@ typedef struct {
 #define STORE_F16(p, x) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
 #define CLAMP(x, low, high) _mm512_min_pd(_mm512_max_pd(x, low), high)
 #define TO_DOUBLE(x) ((WIDE){{_mm512_cvtps_pd(x)}})
+#define INTS_TO_DOUBLE(x) ((WIDE){{_mm512_cvtepi32_pd((__m256i)(x))}})
 #define TO_SINGLE(x) _mm512_cvtpd_ps(x.part[0])
 #include "native_isa.h"
 
@@ -111,7 +134,7 @@ typedef struct {
 #define STORE16_ALL(p, x)                                                                                     \
     _mm_storeu_si128((__m128i *)(p), _mm_packus_epi32(_mm256_castsi256_si128((__m256i)(x)),                   \
                                                       _mm256_extracti128_si256((__m256i)(x), 1)))
-#define ANY(mask) (_mm256_movemask_ps((__m256)(mask)) != 0)
+#define BITS(mask) _mm256_movemask_ps((__m256)(mask))
 #define MUL32(a, b) ((U64)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 #define SWAP64(x) ((U64)_mm256_shuffle_epi32((__m256i)(x), 0x4e))
 #define STORE16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_packus_epi32((__m128i)(x), (__m128i)(x)))
@@ -120,6 +143,7 @@ typedef struct {
 #define STORE_F16(p, x) _mm_storel_epi64((__m128i *)(p), _mm_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT))
 #define CLAMP(x, low, high) _mm256_min_pd(_mm256_max_pd(x, low), high)
 #define TO_DOUBLE(x) ((WIDE){{_mm256_cvtps_pd(x)}})
+#define INTS_TO_DOUBLE(x) ((WIDE){{_mm256_cvtepi32_pd((__m128i)(x))}})
 #define TO_SINGLE(x) _mm256_cvtpd_ps(x.part[0])
 #include "native_isa.h"
 #endif
@@ -134,13 +158,14 @@ typedef struct {
 #define LOAD16(p) __builtin_convertvector(*(const U16H *)(p), U32H)
 #define LOAD16_ALL(p) LOAD16(p) /* LANES are HALF here */
 #define STORE16_ALL(p, x) STORE16(p, x)
-#define ANY(mask) ((mask)[0] | (mask)[1] | (mask)[2] | (mask)[3])
+#define BITS(mask) (((mask)[0] & 1) | ((mask)[1] & 2) | ((mask)[2] & 4) | ((mask)[3] & 8))
 #define MUL32(a, b) (((a) & 0xffffffff) * ((b) & 0xffffffff))
 #define SWAP64(x) ((U64){(x)[1], (x)[0]})
 #define STORE16(p, x) (*(U16H *)(p) = __builtin_convertvector(x, U16H))
 #define CHOOSE(mask, a, b) ((F64)SELECT(mask, (I64)(a), (I64)(b)))
 #define CLAMP(x, low, high) CHOOSE((x) < (low), low, CHOOSE((x) > (high), high, x))
 #define TO_DOUBLE(x) ((WIDE){{{(x)[0], (x)[1]}, {(x)[2], (x)[3]}}})
+#define INTS_TO_DOUBLE(x) TO_DOUBLE(x)
 #define TO_SINGLE(x) ((F32H){x.part[0][0], x.part[0][1], x.part[1][0], x.part[1][1]})
 #include "native_isa.h"
 

@@ -75,7 +75,7 @@ TARGET INLINE unsigned NAME(combine_quickly)(const Operand *x, const float *c, i
         /* The bound holds only in a range where no product underflows or overflows. A magnitude of 0 is exact. */
         I32 plain = (I32)((U32)magnitude[u] - 0x08800000 < (U32){0} + (0x7b800000 - 0x08800000)); /* 2^-110 to 2^120 */
         I32 certain = (I32)(low == high) & (plain | (magnitude[u] == 0.0f));
-        in_doubt |= (unsigned)(ANY(~certain) != 0) << u;
+        in_doubt |= (unsigned)(BITS(~certain) != 0) << u;
         STORE16_ALL(out + u * 2 * LANES, high);
     }
     return in_doubt;

@@ -10,10 +10,10 @@
  *     CROSS     columns of a register tile off the diagonal (it has 4 rows), as many as there are registers for
  *     FMA       a * b + c on F32, fused or not
  *     LOAD16, STORE16        HALF 16-bit values in memory to 32-bit lanes and back; LOAD16_ALL, STORE16_ALL for LANES
- *     ANY                    whether any lane of a mask of LANES is set
+ *     BITS                   a bit for every lane of a mask of LANES
  *     MUL32                  products of the low halves of two U64; SWAP64 exchanges neighbouring lanes of one
  *     CLAMP                  F64 clamped between two others; none may be NaN
- *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back
+ *     TO_DOUBLE, TO_SINGLE   F32H to WIDE and back; INTS_TO_DOUBLE for I32H
  *     LOAD_F16, STORE_F16    optional: HALF float16 values in memory to floats and back; LOAD_F16_ALL for LANES
  */
 
@@ -178,6 +178,9 @@ TARGET static void NAME(digest_end)(Digest *digest, const uint8_t *data, size_t 
 
 #include "native_gram.h"
 #include "native_combine.h"
+#include "native_slices.h"
+#include "native_counting.h"
+#include "native_ranks.h"
 #include "native_elements.h"
 
 #define SCALAR float
@@ -228,7 +231,7 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef LOAD16_ALL
 #undef STORE16
 #undef STORE16_ALL
-#undef ANY
+#undef BITS
 #undef MUL32
 #undef SWAP64
 #undef LOAD_F16
@@ -237,3 +240,4 @@ TARGET static size_t NAME(count_nonfinite)(const uint8_t *p, size_t count, DType
 #undef TO_DOUBLE
 #undef CLAMP
 #undef TO_SINGLE
+#undef INTS_TO_DOUBLE

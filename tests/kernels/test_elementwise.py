@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_reference import chances, draws, mean, vote
 
+from hf_frmerge.kernels import elementwise
 from hf_frmerge.kernels.elementwise import (
     Agreement,
     Band,
@@ -20,6 +21,7 @@ from hf_frmerge.kernels.elementwise import (
     Run,
     Spread,
     key_of,
+    spread_of,
     uniforms,
 )
 from hf_frmerge.kernels.interface import Kernels, Operand, digest
@@ -137,6 +139,54 @@ def test_all_backends_give_the_same_bits(
         assert merge(kernels, operands, decision, run, out).tobytes() == expected.tobytes(), level
 
 
+# As float32: even, odd, the first of a binade, subnormal, the largest.
+THRESHOLDS = np.float32([0.75, 0.75000006, 0.5, 3e-42, np.finfo(np.float32).max])
+
+
+def around_ties(threshold: np.float32) -> np.ndarray:
+    """Float64 numbers beside those that lie midway between a float32 threshold and the float32 below or above."""
+    exact = float(threshold)
+    below = float(np.nextafter(threshold, np.float32(0)))
+    with np.errstate(over="ignore"):
+        above = min(float(np.nextafter(threshold, np.float32(np.inf))), 2.0**128)
+    found = []
+    for middle in ((below + exact) / 2, (exact + above) / 2, exact):
+        found += [middle, np.nextafter(middle, 0), np.nextafter(middle, np.inf), below]
+    return np.array(found)
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_thresholds_decide_about_numbers_rounded_to_float32(kernels: Kernels, threshold: np.float32) -> None:
+    deltas = around_ties(threshold)
+    operands = [operand(np.zeros(deltas.size), "F64"), operand(deltas, "F64", True)]
+    run = Run("tensor", 0, 1)
+    with np.errstate(over="ignore"):
+        rounded = deltas.astype(np.float32)
+    for keep, expected in (
+        (Band((float(threshold),)), rounded >= threshold),
+        (Band((0.0,), (float(threshold),)), rounded <= threshold),
+    ):
+        actual = merge(kernels, operands, Elementwise(keep, "sum", (1.0,), 1.0), run).view(np.float64)
+        np.testing.assert_array_equal(actual, np.where(expected, deltas, 0.0))
+        assert 0 < np.count_nonzero(expected) < deltas.size
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS[:3])
+def test_a_threshold_of_the_spread_decides_about_numbers_rounded_to_float32(
+    kernels: Kernels, threshold: np.float32
+) -> None:
+    near = np.sqrt(around_ties(threshold)) * (1 + 2.0**-52 * np.arange(-8, 9)[:, None])
+    delta = near.ravel()  # and its negative: the spread is its square, without rounding errors but that of the square
+    operands = [operand(np.zeros(delta.size), "F64"), operand(delta, "F64", True), operand(-delta, "F64", True)]
+    kept = (delta * delta).astype(np.float32) >= threshold
+    assert 0.1 < np.mean(kept) < 0.9
+    decision = Elementwise(Spread(float(threshold)), "sum", (0.5, 0.0), 1.0)
+    actual = merge(kernels, operands, decision, Run("tensor", 0, 1)).view(np.float64)
+    np.testing.assert_array_equal(actual, np.where(kept, delta, 0.0))
+    expected = np.sum(delta[kept] ** 2)
+    np.testing.assert_allclose(kernels.energies(operands, float(threshold)), [expected, expected], rtol=1e-13)
+
+
 @pytest.mark.parametrize("alike", [1e-4, 1e-2, 1.0])
 def test_ranks_of_magnitudes_that_are_nearly_alike(kernels: Kernels, alike: float) -> None:
     # As after one step of Adam: many magnitudes share the upper half of their bits, and some are equal.
@@ -152,6 +202,24 @@ def test_ranks_of_magnitudes_that_are_nearly_alike(kernels: Kernels, alike: floa
     kept = kept_by(keep, deltas_of(operands), weights, run)
     actual = merge(kernels, operands, Elementwise(keep, "sum", (0.6, 0.4), 1.0), run).view(np.float64)
     np.testing.assert_allclose(actual, values_of(operands[0]) + 2 * weights @ kept, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_of_magnitudes_that_lie_far_apart(kernels: Kernels) -> None:
+    rng = np.random.default_rng(2)
+    delta = rng.standard_cauchy((6, 700))
+    delta[1] = 0  # no bin is wide enough for a mean of zero, or narrow enough for the next two
+    delta[2, 1:] = 0
+    delta[3] *= 1e-42
+    delta[4] *= 1e35 / np.abs(delta[4]).max()
+    delta[5, ::2] = np.repeat(delta[5, ::4], 2)
+    operands = [
+        operand(np.zeros(delta.size), "F64"),
+        operand(delta.astype(np.float32).astype(float).ravel(), "F32", True),
+    ]
+    keep, run = RankedDropout(7, 0.5, 0.4), Run("tensor", 0, 700)
+    kept = kept_by(keep, deltas_of(operands), np.ones(1), run)
+    actual = merge(kernels, operands, Elementwise(keep, "sum", (1.0,), 1.0), run).view(np.float64)
+    np.testing.assert_allclose(actual, kept[0], rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", KEEPS)
@@ -196,6 +264,37 @@ def test_keys_are_counted(kernels: Kernels, stream: Any, dtype: str) -> None:
             for p, which in enumerate(pair):
                 inside = keys[s][keys[s] >> 16 == which] & 0xFFFF
                 np.testing.assert_array_equal(low[s, p], np.bincount(inside, minlength=1 << 16))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize(("moved", "apart"), [(0, 1), (0, 1e-3), (1, 1e-3), (1, 1e-6), (0, 1e-21), (1e18, 1e17)])
+def test_every_spread_of_a_bin_is_found(kernels: Kernels, dtype: str, moved: float, apart: float) -> None:
+    # Also where all experts moved alike, so that float32 says little about how far they are apart.
+    rng = np.random.default_rng(0)
+    size = 20_000
+    experts = moved * rng.standard_normal(size) + apart * rng.standard_normal((3, size))
+    experts[:, ::5] = 0
+    if dtype == "F16":
+        experts = np.clip(experts, -6e4, 6e4)
+    operands = [operand(np.zeros(size), "BF16"), *(operand(x, dtype) for x in experts)]
+    deltas = deltas_of(operands)
+    bins = np.unique(spread_of(deltas).view(np.uint32) >> 16)
+    for b in bins[:: max(1, len(bins) // 12)].astype(np.int64):
+        few = np.array([[b, bins[-1]]])
+        np.testing.assert_array_equal(
+            kernels.count_keys(operands, "spread", few), elementwise.count_keys(deltas, "spread", few)
+        )
+
+
+def test_many_elements_are_counted(kernels: Kernels) -> None:
+    # More than the native kernels count before they add to the total.
+    size = (1 << 22) + 12_345
+    values = np.zeros(size)
+    values[::3] = 0.5
+    operands = [operand(np.zeros(size), "BF16"), operand(values, "BF16")]
+    [counts] = kernels.count_keys(operands, "magnitudes")
+    assert np.flatnonzero(counts).tolist() == [0, 0x3F00]
+    assert counts[0x3F00] == -(-size // 3) and counts.sum() == size
 
 
 @pytest.mark.parametrize("size", [1, 511, 512, 70_001])

@@ -53,7 +53,8 @@ class SparseRule:
             tensor.inputs.check_finite(kernels, operands, labels)
         with self._lock:
             group.add(tensor.step.name, index, measured)
-        tensor.input_digests[index] = tensor.inputs.digests(piece)
+        if not tensor.input_digests[index]:  # in the first round
+            tensor.input_digests[index] = tensor.inputs.digests(piece)
 
     def unfinished(self, tensors: Sequence[TensorWork]) -> list[TensorWork]:
         """Tell the method what was measured; return the tensors of the groups of which it wants to know more."""
@@ -111,8 +112,10 @@ class _Group:
         """Add what was measured of a piece: counts at once, numbers that are rounded later, in order."""
         if measured.dtype != np.int64:
             self._sums[tensor, index] = measured
+        elif self._counts is None:
+            self._counts = measured
         else:
-            self._counts = measured if self._counts is None else self._counts + measured
+            self._counts += measured
 
     def go_on(self, gather: Gather | None) -> bool:
         """Send the method the answer of all processes; return whether it has another wish."""
