@@ -229,9 +229,10 @@ def draw_by_ratio(axes: Any, runs: Sequence[Run]) -> None:
 
 
 def draw_by_size(axes: Any, runs: Sequence[Run]) -> None:
-    for number, line in ((2, "-"), (5, "--")):
-        groups = {size: [one for one in runs if (one.family, one.number) == (size, number)] for size in PARAMETERS}
+    for numbers, line in (((2,), "-"), ((4, 5), "--")):
+        groups = {size: [one for one in runs if one.family == size and one.number in numbers] for size in PARAMETERS}
         sizes = [size for size, group in groups.items() if group]
+        of = " or ".join(map(str, numbers))
         for label in DRAWN[1:3]:
             leads = [lead_of(groups[size], label) for size in sizes]
             axes.errorbar(
@@ -243,7 +244,7 @@ def draw_by_size(axes: Any, runs: Sequence[Run]) -> None:
                 markersize=3,
                 capsize=2,
                 color=colour_of(label),
-                label=f"over {label}, N = {number}",
+                label=f"over {label}, N = {of}",
             )
     axes.set_xscale("log")
     finish_leads(axes, "parameters of the model")

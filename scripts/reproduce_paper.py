@@ -10,7 +10,8 @@ Try the axes of the paper (arXiv 2603.04972) on real experts: how many, how far 
 Every run is a `MergeComparison`: all methods get the same scales, chosen on a quarter of the texts and reported on
 the others. A seed decides which experts are merged (the first N of a shuffled list), and which passages are drawn. The
 same command goes on where an interrupted one was. `--report` prints the tables of docs/results.md from what is there
-(see `paper_report.py`), and `--figure` draws them.
+(see `paper_report.py`), and `--figure` draws them. The small models were run with `--tokens 8192` and
+`--scales 0.25 0.35 0.5 0.7 1 1.4`, since they are fast, and their experts in each other's way.
 
 The experts of the demo are among the adapters, with the excerpts that it ships; all texts were kept out of training.
 The family `mixed` has full fine-tunes and adapters of one base: several of them may be experts of one domain, each
@@ -58,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--family", choices=FAMILIES, default="lora", help="which experts")
     parser.add_argument("--numbers", type=int, nargs="+", default=[2, 3, 5], help="numbers of experts to merge")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="each draws experts and passages")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="the first is compared with each of the others")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="karcher, whose leads are told, and others")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of the merged delta")
     parser.add_argument("--tokens", type=int, default=1536, help="of every text, a quarter of them to choose scales")
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
@@ -79,7 +80,12 @@ class Expert:
 
 
 def find_experts(root: Path, family: str) -> list[Expert]:
-    """Return the experts of a family, sorted by name; the demo's are left out where there are others of their name."""
+    """
+    Return the experts of a family, sorted by name.
+
+    The demo's adapters are left out where there are others of their name: what was kept out of the training of one
+    may be among what the other was trained on.
+    """
     experts = [
         Expert(folder, root / "texts" / f"{folder.name}.test.jsonl")
         for suite in FAMILIES[family]
