@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from small_models import SIZES
 
@@ -25,7 +27,9 @@ FIRST = "karcher"
 """The method whose lead over the others is told."""
 
 DRAWN = (FIRST, "nre", "linear", "ties")
-LINES = {"full": "-", "lora": "--", "mixed": ":"}
+STYLES = {"full": ("-", "o"), "lora": ("--", "^"), "mixed": (":", "s"), "4m": ("-.", "D"), "1m": ("-.", "v")}
+"""Family -> how it is drawn: line and marker."""
+
 PARAMETERS = {**{name: size.parameters for name, size in SIZES.items()}, "full": 134_515_008}
 N_RESAMPLES = 2000
 
@@ -204,35 +208,32 @@ def draw_axes(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def draw_kept(axes: Any, runs: Sequence[Run]) -> None:
-    for family, line in LINES.items():
-        own = [one for one in runs if one.family == family]
+def draw_kept(axes: Axes, runs: Sequence[Run]) -> None:
+    for family, own in drawn_families(runs).items():
+        line, marker = STYLES[family]
         for label in DRAWN:
             points = {n: [100 * one.methods[label]["score"] for one in group] for n, group in by_number(own).items()}
             means = [float(np.mean(values)) for values in points.values()]
-            axes.plot(
-                list(points), means, line, marker="o", markersize=3, color=colour_of(label), label=f"{label}, {family}"
-            )
+            axes.plot(list(points), means, line, marker=marker, markersize=4, color=colour_of(label))
     layer_ticks(axes)
     tidy(axes, "number of experts", "share of the gains kept, %", grid="both")
-    axes.legend(frameon=False, fontsize=6.5, ncols=len(LINES), labelcolor=MUTED, handlelength=3)
+    explain(axes, DRAWN, {family: STYLES[family] for family in drawn_families(runs)})
 
 
-def draw_by_ratio(axes: Any, runs: Sequence[Run]) -> None:
-    for family, marker in (("full", "o"), ("lora", "^"), ("mixed", "s")):
-        own = [one for one in runs if one.family == family]
+def draw_by_ratio(axes: Axes, runs: Sequence[Run]) -> None:
+    families = drawn_families(runs)
+    for family, own in families.items():
         for label in DRAWN[1:3]:
             leads = [100 * (one.methods[FIRST]["score"] - one.methods[label]["score"]) for one in own]
             ratios = [one.norm_ratio for one in own]
-            axes.plot(ratios, leads, marker, color=colour_of(label), alpha=0.8, label=f"over {label}, {family}")
-    finish_leads(axes, "largest norm of a delta over the smallest")
+            axes.plot(ratios, leads, STYLES[family][1], markersize=4.5, color=colour_of(label), alpha=0.8)
+    finish_leads(axes, "largest norm of a delta over the smallest", {one: ("", STYLES[one][1]) for one in families})
 
 
-def draw_by_size(axes: Any, runs: Sequence[Run]) -> None:
+def draw_by_size(axes: Axes, runs: Sequence[Run]) -> None:
     for numbers, line in (((2,), "-"), ((4, 5), "--")):
         groups = {size: [one for one in runs if one.family == size and one.number in numbers] for size in PARAMETERS}
         sizes = [size for size, group in groups.items() if group]
-        of = " or ".join(map(str, numbers))
         for label in DRAWN[1:3]:
             leads = [lead_of(groups[size], label) for size in sizes]
             axes.errorbar(
@@ -244,16 +245,31 @@ def draw_by_size(axes: Any, runs: Sequence[Run]) -> None:
                 markersize=3,
                 capsize=2,
                 color=colour_of(label),
-                label=f"over {label}, N = {of}",
             )
     axes.set_xscale("log")
-    finish_leads(axes, "parameters of the model")
+    finish_leads(axes, "parameters of the model, full fine-tunes", {"N = 2": ("-", "o"), "N = 4 or 5": ("--", "o")})
 
 
-def finish_leads(axes: Any, x_label: str) -> None:
+def finish_leads(axes: Axes, x_label: str, styles: Mapping[str, tuple[str, str]]) -> None:
     tidy(axes, x_label, f"lead of {FIRST}, points", grid="both")
     axes.axhline(0.0, color=MUTED, linewidth=0.9)
-    axes.legend(frameon=False, fontsize=6.5, ncols=2, labelcolor=MUTED)
+    explain(axes, DRAWN[1:3], styles)
+
+
+def explain(axes: Axes, labels: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> None:
+    """Add a legend: colours are methods, lines and markers what else is told apart."""
+    methods = [Line2D([], [], color=colour_of(label), label=label) for label in labels]
+    others = [
+        Line2D([], [], linestyle=line, marker=marker, markersize=4, color=MUTED, label=name)
+        for name, (line, marker) in styles.items()
+    ]
+    axes.legend(handles=[*methods, *others], frameon=False, fontsize=7, ncols=2, labelcolor=MUTED, handlelength=3)
+
+
+def drawn_families(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Return the runs of every family that has some."""
+    families = {family: [one for one in runs if one.family == family] for family in STYLES}
+    return {family: own for family, own in families.items() if own}
 
 
 def colour_of(label: str) -> str:
