@@ -27,7 +27,13 @@ FIRST = "karcher"
 """The method whose lead over the others is told."""
 
 DRAWN = (FIRST, "nre", "linear", "ties")
-STYLES = {"full": ("-", "o"), "lora": ("--", "^"), "mixed": (":", "s"), "4m": ("-.", "D"), "1m": ("-.", "v")}
+STYLES: dict[str, tuple[Any, str]] = {
+    "full": ("-", "o"),
+    "lora": ("--", "^"),
+    "mixed": (":", "s"),
+    "4m": ("-.", "D"),
+    "1m": ("-.", "v"),
+}
 """Family -> how it is drawn: line and marker."""
 
 PARAMETERS = {**{name: size.parameters for name, size in SIZES.items()}, "full": 134_515_008}
@@ -250,13 +256,13 @@ def draw_by_size(axes: Axes, runs: Sequence[Run]) -> None:
     finish_leads(axes, "parameters of the model, full fine-tunes", {"N = 2": ("-", "o"), "N = 4 or 5": ("--", "o")})
 
 
-def finish_leads(axes: Axes, x_label: str, styles: Mapping[str, tuple[str, str]]) -> None:
+def finish_leads(axes: Axes, x_label: str, styles: Mapping[str, tuple[Any, str]]) -> None:
     tidy(axes, x_label, f"lead of {FIRST}, points", grid="both")
     axes.axhline(0.0, color=MUTED, linewidth=0.9)
     explain(axes, DRAWN[1:3], styles)
 
 
-def explain(axes: Axes, labels: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> None:
+def explain(axes: Axes, labels: Sequence[str], styles: Mapping[str, tuple[Any, str]]) -> None:
     """Add a legend: colours are methods, lines and markers what else is told apart."""
     methods = [Line2D([], [], color=colour_of(label), label=label) for label in labels]
     others = [

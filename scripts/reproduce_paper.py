@@ -1,7 +1,7 @@
 """
 Try the axes of the paper (arXiv 2603.04972) on real experts: how many, how far apart, how large, and what collapses.
 
-    python scripts/train_experts.py --suite full lora 1m 4m 16m --output-dir /tmp/experts
+    python scripts/train_experts.py --suite full lora 1m 4m --output-dir /tmp/experts
     python scripts/reproduce_paper.py --experts /tmp/experts --family lora --numbers 2 4 8 --workdir /tmp/paper
     python scripts/reproduce_paper.py --experts /tmp/experts --family full --numbers 2 5 --workdir /tmp/paper
     python scripts/reproduce_paper.py --experts /tmp/experts --family 1m --numbers 2 4 --workdir /tmp/paper

@@ -26,7 +26,7 @@ class Size:
         return VOCABULARY * self.width + self.layers * layer + self.width
 
 
-SIZES = {"1m": Size(4, 128, 344, 4), "4m": Size(5, 256, 640, 4), "16m": Size(6, 448, 1_344, 7)}
+SIZES = {"1m": Size(4, 128, 344, 4), "4m": Size(5, 256, 640, 4)}
 """By whole millions of parameters."""
 
 
