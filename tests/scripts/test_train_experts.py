@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_models import word_tokenizer
 
@@ -19,7 +23,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
     import expert_texts
     import train_experts
 
-    for module in ("expert_texts", "train_experts"):
+    for module in ("expert_texts", "expert_training", "small_models", "train_experts"):
         monkeypatch.delitem(sys.modules, module)
     return train_experts, expert_texts
 
@@ -61,3 +65,34 @@ def test_rows_of_a_table_come_without_its_types_and_flags(
     (folder / "a.tab").write_text('Category\tText\nd\tstring\nclass\t\n\nx\t"one ""two"""\ny\tthree\n')
     (folder / "b.tab").write_text("Category\tText\nd\tstring\n\tinclude=True\n\nz\tfour\n")
     assert expert_texts.labelled(tmp_path, "a", "b") == [('one "two"', "x"), ("three", "y"), ("four", "z")]
+
+
+def test_a_model_from_nothing_learns_its_mix_and_an_expert_more_of_its_own(
+    scripts: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_experts, _ = scripts
+    words = [f"w{number}" for number in range(10)]
+    documents = {f"d{number}": " ".join(words) + f" {number}\n" for number in range(2_000)}
+    monkeypatch.setattr(train_experts, "split_domain", lambda *_: ("".join(documents.values()), {"validation": []}))
+    monkeypatch.setattr(train_experts, "SIZES", {"tiny": train_experts.SIZES["1m"].__class__(1, 16, 24, 2)})
+    recipe = train_experts.Recipe(("one",), steps=30, warm_up=3, learning_rate=1e-2, length=32)
+    monkeypatch.setattr(train_experts, "MIX_RECIPE", recipe)
+    args = argparse.Namespace(seed=0, names=None, output_dir=tmp_path)
+    train_experts.train_from_nothing(recipe, tmp_path, tmp_path / "tiny", args)
+
+    def loss_of(folder: Path) -> float:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        tokens = torch.tensor([tokenizer(documents["d7"]).input_ids])
+        assert tokenizer.decode(tokens[0]) == documents["d7"]
+        return model(input_ids=tokens, labels=tokens).loss.item()
+
+    assert loss_of(tmp_path / "tiny" / "one") < loss_of(tmp_path / "tiny" / "base") < 0.8 * math.log(300)
+
+
+def test_sizes_are_what_they_are_called(scripts: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    train_experts, _ = scripts
+    for name, size in train_experts.SIZES.items():
+        train_experts.save_untrained(size, ["the rooms of the house"], tmp_path / name, seed=0)
+        n_parameters = AutoModelForCausalLM.from_pretrained(tmp_path / name).num_parameters()
+        assert n_parameters == size.parameters
+        assert name == f"{n_parameters // 1_000_000}m"
