@@ -63,7 +63,8 @@ class FisherRaoMerger(CallbackHost):
         callbacks (`list`, *optional*): Callbacks besides the default ones; classes or instances.
         calibration_dataset (*optional*):
             Prompts without labels, on which the merge is fitted to what its experts compute: a file, a `Dataset` or a
-            list of texts for all experts, a mapping from experts to such, or `"self"`: every expert writes its own.
+            list of texts for all experts, a mapping from experts to such, or `"self"`: every expert writes its own
+            (`"self:chat"`: behind what the chat template puts before a user's first message).
         preprocess_logits_for_metrics (`Callable`, *optional*):
             Called with the logits and labels of each batch; what it returns is kept for `compute_metrics` instead.
 

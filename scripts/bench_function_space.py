@@ -130,6 +130,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=["linear", "karcher", "nre"], help="merges without data")
     parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64], help="prompts an expert")
     parser.add_argument("--self", nargs="*", type=int, default=[64], dest="own", help="self-written prompts an expert")
+    parser.add_argument("--self-chat", nargs="*", type=int, default=[], help="those behind the chat template's prefix")
     parser.add_argument("--start", default="karcher", help="method the fit starts from")
     parser.add_argument("--baselines", nargs="*", default=[], help="methods that need prompts, as rows beside the fit")
     parser.add_argument("--fisher", nargs="*", default=[], help="merges without data once more, measured by this")
@@ -149,7 +150,12 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
     rows = [Merge(method, ("--method", method)) for method in args.methods]
     given = [f"--calibration={args.suite / d}={args.texts / f'{d}.calibration.jsonl'}" for d in domains]
     further = tuple(f"--{option}" for option in args.options)
-    for counts, source, name in ((args.prompts, given, "prompts"), (args.own, ["--calibration=self"], "own prompts")):
+    sources = (
+        (args.prompts, given, "prompts"),
+        (args.own, ["--calibration=self"], "own prompts"),
+        (args.self_chat, ["--calibration=self:chat"], "own chat prompts"),
+    )
+    for counts, source, name in sources:
         for count in counts:
             for seed in args.seeds:
                 options = ("--method", args.start, *source, f"--num-calibration-samples={count}", f"--seed={seed}")

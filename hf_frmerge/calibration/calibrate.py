@@ -68,7 +68,7 @@ def prepare(
 
     Args:
         plan: Plan of the merge.
-        calibration: What the user passed: data for all experts, data by expert, or `"self"`.
+        calibration: What the user passed: data for all experts, data by expert, or `"self"`, `"self:chat"`.
         processing_class: Tokenizer; by default the one beside the base, or the first full expert.
         measures_base_text: Whether the record is to say how far the merge goes from the base on text of the base.
 

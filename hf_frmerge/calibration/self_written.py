@@ -21,6 +21,7 @@ from hf_frmerge.errors import ArgumentError, MergeError, NonFiniteError
 from hf_frmerge.evaluation.models.identity import key_of, model_identity
 from hf_frmerge.evaluation.models.loading import ModelLoader, predicts_next_token
 from hf_frmerge.evaluation.suite.suite import default_cache_dir
+from hf_frmerge.merging.arguments.calibration import SELF, SELF_CHAT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ FORMAT = 3
 
 BATCH = 64
 """Prompts that are written at once, and kept in one file."""
+
+_MESSAGE = "hf_frmerge:message"  # stands for what a user writes, to be found in a chat again
 
 _SEPARATOR = "<|endoftext|>"  # what GPT-2's descendants put between documents; many of them call another token bos
 
@@ -49,6 +52,37 @@ def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         "The experts' tokenizer has no token that begins or ends a text, so they cannot write prompts of their own. "
         "Give prompts from a file."
     )
+
+
+def chat_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Return what the chat template puts before a user's first message: behind it, a model writes such a message.
+
+    Raises:
+        ArgumentError: If the tokenizer has no chat template, or its template has nothing there.
+    """
+    if not tokenizer.chat_template:
+        raise ArgumentError(
+            "The experts' tokenizer has no chat template, so they cannot write as a user of a chat does. Put the "
+            "chat_template.jinja that they were trained with beside the base, or let them write without one: "
+            f"{SELF} in place of {SELF_CHAT}."
+        )
+    try:
+        message = [{"role": "user", "content": _MESSAGE}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False))
+    except Exception as error:  # templates are programs, which may raise anything
+        raise ArgumentError(
+            f"The chat template cannot be applied to a user's message ({error}). Let the experts write without it: "
+            f"{SELF} in place of {SELF_CHAT}."
+        ) from error
+    before, message_found, _ = text.partition(_MESSAGE)
+    prefix: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    if not message_found or not prefix:
+        raise ArgumentError(
+            "The chat template puts nothing before a user's message, so there is nothing to write it behind. Let the "
+            f"experts write without it: {SELF} in place of {SELF_CHAT}."
+        )
+    return prefix
 
 
 def self_written_prompts(
@@ -78,7 +112,8 @@ def self_written_prompts(
         experts (`Sequence[Source]`): Resolved checkpoints, on this machine; loaded one at a time.
         base (`Source`, *optional*): Base of adapters.
         prefix (`Sequence[int]`): As for `write_prompts`.
-        leading: Tokens that the tokenizer puts before every text, which the prompts begin with.
+        leading: Tokens that stand before every text, which the prompts begin with: what the tokenizer puts there, or,
+            for chats, the whole prefix.
         n_samples (`int`): Prompts of every expert.
         max_length (`int`): Tokens of each prompt.
         seed (`int`): Seed of all draws; every expert has its own, which depends on its content.
@@ -121,7 +156,7 @@ def self_written_prompts(
             written += list(batch)
         if model is not None:
             loader.release(model)
-        prompts.append(Prompts(number, tuple(written), "self", tuple(leading)))
+        prompts.append(Prompts(number, tuple(written), SELF, tuple(leading)))
     return tuple(prompts)
 
 

@@ -108,7 +108,7 @@ _METAVARS = {
     "take": "REGEX=EXPERT",
     "tokenizer_source": "base|union|EXPERT",
     "settings_from": "base|EXPERT",
-    "calibration": "[EXPERT=]FILE|self",
+    "calibration": "[EXPERT=]FILE|self|self:chat",
     "refine_steps": "STEPS",
 }
 
