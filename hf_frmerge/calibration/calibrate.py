@@ -35,6 +35,7 @@ from hf_frmerge.calibration.neutral import measure_neutral
 from hf_frmerge.calibration.prompts import Prompts
 from hf_frmerge.calibration.refinement.expert_updates import fitted_coefficients, write_table
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
+from hf_frmerge.calibration.refinement.rollouts import check_writes
 from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
@@ -78,6 +79,8 @@ def prepare(
     """
     whole, model = open_runnable(plan)
     check_form(plan)
+    if plan.args.refine_steps and plan.args.refine_lmbda:
+        check_writes(model)
     tokenizer = tokenizer_of(plan, whole, processing_class)
     read = prompts_of(plan, model, calibration, tokenizer)
     if plan.args.fisher is not None:

@@ -59,6 +59,8 @@ CALIBRATION = {
         "calibration_rank",
         "refine_steps",
         "refine_loss",
+        "refine_teacher",
+        "refine_lmbda",
         "refine_learning_rate",
         "refine_beta",
         "refine_rho",

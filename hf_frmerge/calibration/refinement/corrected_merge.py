@@ -10,7 +10,9 @@ added to the experts' coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,18 @@ class CorrectedMerge:
         weights = {key: self.weight(f"{name}.{key}") for key in self._model.block_parameters(name)}
         computed = self._state.computed(weights)
         return [self._model.run_block(name, computed, hidden_BTH, call) for hidden_BTH, call in zip(hidden, calls)]
+
+    @property
+    def class_name(self) -> str:
+        """Class of the model."""
+        return type(self._model.model).__name__
+
+    def writer(self) -> Callable[..., Any]:
+        """Return the whole merge, with its weights as they are now, as a function that is called like a model."""
+        weights: dict[str, Tensor] = {}
+        for name in self._start:  # one after another: in float32 all are twice as large
+            weights |= self._state.computed({name: self.weight(name)})
+        return partial(self._model.run_whole, weights)
 
     def weight(self, name: str) -> Tensor:
         """Return the values of a parameter, float32."""
