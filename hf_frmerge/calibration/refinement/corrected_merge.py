@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -70,11 +71,17 @@ class CorrectedMerge:
         return type(self._model.model).__name__
 
     def writer(self) -> Callable[..., Any]:
-        """Return the whole merge, with its weights as they are now, as a function that is called like a model."""
+        """
+        Return the whole merge, with its weights as they are now, as a function that is called like a model.
+
+        It gives the last logits of a text, or those of all its tokens.
+        """
         weights: dict[str, Tensor] = {}
         for name in self._start:  # one after another: in float32 all are twice as large
             weights |= self._state.computed({name: self.weight(name)})
-        return partial(self._model.run_whole, weights)
+        # Of all that is predicted for a text so far only the last is of use; the rest would be the largest in memory.
+        takes_number = "logits_to_keep" in signature(self._model.model.forward).parameters
+        return partial(self._model.run_whole, weights, **({"logits_to_keep": 1} if takes_number else {}))
 
     def weight(self, name: str) -> Tensor:
         """Return the values of a parameter, float32."""

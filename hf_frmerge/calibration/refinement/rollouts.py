@@ -100,9 +100,7 @@ def check_writes(model: BlockwiseModel) -> None:
             f"{name} does not write text, as refine_lmbda (--refine-lmbda) would have the merge do: only causal "
             "language models can. Leave it out."
         )
-    zeros = {
-        key: torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
-        for key, parameter in model.model.named_parameters()
-    }
+    zero = torch.zeros((), dtype=model.dtype, device=model.device)
+    zeros = {key: zero.expand(parameter.shape) for key, parameter in model.model.named_parameters()}
     one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     write_behind(partial(model.run_whole, zeros), one, torch.zeros(1, 1, dtype=torch.float64), name)
