@@ -27,6 +27,7 @@ from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
 from hf_frmerge.methods.table import CHOICES
+from hf_frmerge.weighting.continual import WITHOUT_PROMPTS, say_left_out
 from hf_frmerge.weighting.plan_merge import plan_merge
 
 # What evaluates is imported where it is used: its dataclasses take a fifth of the time that a merge spends on imports.
@@ -63,7 +64,8 @@ class FisherRaoMerger(CallbackHost):
         callbacks (`list`, *optional*): Callbacks besides the default ones; classes or instances.
         calibration_dataset (*optional*):
             Prompts without labels, on which the merge is fitted to what its experts compute: a file, a `Dataset` or a
-            list of texts for all experts, a mapping from experts to such, or `"self"`: every expert writes its own.
+            list of texts for all experts, a mapping from experts to such, or `"self"`: every expert writes its own
+            (`"self:chat"`: behind what the chat template puts before a user's first message).
         preprocess_logits_for_metrics (`Callable`, *optional*):
             Called with the logits and labels of each batch; what it returns is kept for `compute_metrics` instead.
 
@@ -183,13 +185,18 @@ class FisherRaoMerger(CallbackHost):
             self.push_to_hub()
         return self
 
-    def add_expert(self, expert: str, output_dir: str, method: str | None = None) -> Self:
+    def add_expert(
+        self, expert: str, output_dir: str, method: str | None = None, calibration_dataset: Any = None
+    ) -> Self:
         """Merge one more expert into the merged model, which counts as all it has; return the new model's merger."""
         self._require_merge("add_expert")
-        method = method or self.args.method
-        # What asks for prompts is left out, as there are none.
-        args = replace(self.args, output_dir=output_dir, method=method, refine_steps=0, fisher=None)
-        return type(self)([self.args.output_dir, expert], args, "continual", self.base_model).merge()
+        args = replace(self.args, output_dir=output_dir, method=method or self.args.method)
+        if self.calibration_dataset is not None and calibration_dataset is None:
+            say_left_out(self.args.output_dir, self.args.to_dict())
+            args = replace(args, **WITHOUT_PROMPTS)
+        experts = [self.args.output_dir, expert]
+        new = type(self)(experts, args, "continual", self.base_model, calibration_dataset=calibration_dataset)
+        return new.merge()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

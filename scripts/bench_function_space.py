@@ -164,6 +164,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", nargs="*", type=int, default=[16, 64], help="prompts an expert")
     parser.add_argument("--self", nargs="*", type=int, default=[64], dest="own", help="self-written prompts an expert")
     parser.add_argument("--random", nargs="*", type=int, default=[], help="prompts of random tokens an expert")
+    parser.add_argument("--self-chat", nargs="*", type=int, default=[], help="those behind the chat template's prefix")
     parser.add_argument("--start", default="karcher", help="method the fit starts from")
     parser.add_argument("--baselines", nargs="*", default=[], help="methods that need prompts, as rows beside the fit")
     parser.add_argument("--fisher", nargs="*", default=[], help="merges without data once more, measured by this")
@@ -190,6 +191,7 @@ def merges(args: argparse.Namespace, domains: list[str]) -> list[Merge]:
         (args.prompts, given, "prompts"),
         (args.own, ["--calibration=self"], "own prompts"),
         (args.random, random, "prompts of random tokens"),
+        (args.self_chat, ["--calibration=self:chat"], "own chat prompts"),
     )
     for counts, source, name in sources:
         for count in counts:

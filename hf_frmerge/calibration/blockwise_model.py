@@ -173,6 +173,11 @@ class BlockwiseModel:
             "calibration."
         )
 
+    def run_whole(self, weights: Weights, **inputs: Any) -> Any:
+        """Return what transformers' whole model gives, with its arguments; all weights are in memory."""
+        with self._computing():
+            return functional_call(self.model, dict(weights), (), inputs)
+
     def _computing(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 

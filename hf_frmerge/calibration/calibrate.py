@@ -36,6 +36,7 @@ from hf_frmerge.calibration.neutral import measure_neutral
 from hf_frmerge.calibration.prompts import Prompts
 from hf_frmerge.calibration.refinement.expert_updates import fitted_coefficients, write_table
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
+from hf_frmerge.calibration.refinement.rollouts import check_writes
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.calibration.whitening import whiten
@@ -68,7 +69,7 @@ def prepare(
 
     Args:
         plan: Plan of the merge.
-        calibration: What the user passed: data for all experts, data by expert, or `"self"`.
+        calibration: What the user passed: data for all experts, data by expert, or `"self"`, `"self:chat"`.
         processing_class: Tokenizer; by default the one beside the base, or the first full expert.
         measures_base_text: Whether the record is to say how far the merge goes from the base on text of the base.
 
@@ -78,6 +79,8 @@ def prepare(
     """
     whole, model = open_runnable(plan)
     check_form(plan)
+    if plan.args.refine_steps and plan.args.refine_lmbda:
+        check_writes(model)
     tokenizer = tokenizer_of(plan, whole, processing_class)
     read = prompts_of(plan, model, calibration, tokenizer)
     if plan.args.fisher is not None:

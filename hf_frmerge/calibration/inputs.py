@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,14 @@ from hf_frmerge.calibration.prompts import (
     split_prompts,
     with_more_beginnings,
 )
-from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
+from hf_frmerge.calibration.self_written import chat_prefix, document_prefix, self_written_prompts
 from hf_frmerge.calibration.streams import Batch, in_batches
 from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.evaluation.suite.inputs import find_tokenizer
+from hf_frmerge.merging.arguments.calibration import SELF_CHAT, SELF_WRITTEN
 from hf_frmerge.merging.engine.processes import Processes
 
 if TYPE_CHECKING:
@@ -109,8 +111,9 @@ def prompts_of(
 ) -> Callable[[Processes], Sequence[Prompts]]:
     """Read the prompts and return a function that gives them; of experts that write their own it does the work."""
     args = plan.args
-    if calibration == "self":
-        return lambda processes: _self_written(plan, tokenizer, processes)
+    if isinstance(calibration, str) and calibration in SELF_WRITTEN:
+        prefix, leading = _prefixes(plan, tokenizer, is_chat=calibration == SELF_CHAT)
+        return lambda processes: _self_written(plan, calibration, prefix, leading, processes)
     prompts = read_prompts(
         calibration,
         tokenizer,
@@ -125,25 +128,41 @@ def prompts_of(
     return lambda processes: prompts
 
 
-def _self_written(plan: MergePlan, tokenizer: Any, processes: Processes) -> tuple[Prompts, ...]:
-    args = plan.args
+def _prefixes(
+    plan: MergePlan, tokenizer: PreTrainedTokenizerBase | None, *, is_chat: bool
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the tokens behind which experts write, and those with which their prompts begin."""
     if tokenizer is None:
         raise ArgumentError(
             "None of the models has a tokenizer beside it, which says how a text begins, so the experts cannot write "
             "prompts of their own. Put one beside the base, or pass prompts as token ids (a column input_ids)."
         )
+    if not is_chat:
+        return document_prefix(tokenizer), leading_tokens(tokenizer)
+    # A base often has no template where its fine-tunes have learned one.
+    others = (find_tokenizer([model.source]) for model in plan.models)
+    prefix = chat_prefix(next((t for t in chain([tokenizer], others) if t is not None and t.chat_template), tokenizer))
+    return prefix, prefix
+
+
+def _self_written(
+    plan: MergePlan, source: str, prefix: Sequence[int], leading: Sequence[int], processes: Processes
+) -> tuple[Prompts, ...]:
+    args = plan.args
     own = range(len(plan.experts))[processes.rank :: processes.size]
     written = self_written_prompts(
         [plan.experts[number].source for number in own],
         plan.base.source if plan.base is not None else None,
-        prefix=document_prefix(tokenizer),
-        leading=leading_tokens(tokenizer),
+        prefix=prefix,
+        leading=leading,
         n_samples=args.num_calibration_samples,
         max_length=args.max_calibration_length,
         seed=args.seed,
         device=args.device,
     )
-    of_all = processes.gather([replace(prompts, expert=number) for number, prompts in zip(own, written)])
+    of_all = processes.gather(
+        [replace(prompts, expert=number, source=source) for number, prompts in zip(own, written)]
+    )
     return tuple(sorted(of_all, key=lambda prompts: prompts.expert))
 
 

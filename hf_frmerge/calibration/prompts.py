@@ -38,8 +38,9 @@ class Prompts:
     Attributes:
         expert: position of the expert in the merge.
         token_ids: one array per prompt, `(T,)` int64, without padding, of two tokens or more.
-        source: `"file"`, `"dataset"` (passed in Python), or `"self"` (written by the expert).
-        leading: tokens that the tokenizer puts before every text, which each piece of a text gets as well.
+        source: `"file"`, `"dataset"` (passed in Python), or `"self"` or `"self:chat"` (written by the expert).
+        leading: tokens that stand before every text, which each piece of a text gets as well: what the tokenizer puts
+            there, or the chat template.
     """
 
     expert: int

@@ -1,11 +1,11 @@
 """Prompts that the experts write themselves, so that a merge can be fitted without any data."""
 
-# Shape suffixes: B = prompts of a batch, V = vocabulary.
+# Shape suffixes: B = prompts of a batch, T = tokens, V = vocabulary.
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from hf_frmerge.errors import ArgumentError, MergeError, NonFiniteError
 from hf_frmerge.evaluation.models.identity import key_of, model_identity
 from hf_frmerge.evaluation.models.loading import ModelLoader, predicts_next_token
 from hf_frmerge.evaluation.suite.suite import default_cache_dir
+from hf_frmerge.merging.arguments.calibration import SELF, SELF_CHAT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ FORMAT = 3
 
 BATCH = 64
 """Prompts that are written at once, and kept in one file."""
+
+_MESSAGE = "hf_frmerge:message"  # stands for what a user writes, to be found in a chat again
 
 _SEPARATOR = "<|endoftext|>"  # what GPT-2's descendants put between documents; many of them call another token bos
 
@@ -49,6 +52,37 @@ def document_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         "The experts' tokenizer has no token that begins or ends a text, so they cannot write prompts of their own. "
         "Give prompts from a file."
     )
+
+
+def chat_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Return what the chat template puts before a user's first message: behind it, a model writes such a message.
+
+    Raises:
+        ArgumentError: If the tokenizer has no chat template, or its template has nothing there.
+    """
+    if not tokenizer.chat_template:
+        raise ArgumentError(
+            "The experts' tokenizer has no chat template, so they cannot write as a user of a chat does. Put the "
+            "chat_template.jinja that they were trained with beside the base, or let them write without one: "
+            f"{SELF} in place of {SELF_CHAT}."
+        )
+    try:
+        message = [{"role": "user", "content": _MESSAGE}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False))
+    except Exception as error:  # templates are programs, which may raise anything
+        raise ArgumentError(
+            f"The chat template cannot be applied to a user's message ({error}). Let the experts write without it: "
+            f"{SELF} in place of {SELF_CHAT}."
+        ) from error
+    before, message_found, _ = text.partition(_MESSAGE)
+    prefix: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    if not message_found or not prefix:
+        raise ArgumentError(
+            "The chat template puts nothing before a user's message, so there is nothing to write it behind. Let the "
+            f"experts write without it: {SELF} in place of {SELF_CHAT}."
+        )
+    return prefix
 
 
 def self_written_prompts(
@@ -78,7 +112,8 @@ def self_written_prompts(
         experts (`Sequence[Source]`): Resolved checkpoints, on this machine; loaded one at a time.
         base (`Source`, *optional*): Base of adapters.
         prefix (`Sequence[int]`): As for `write_prompts`.
-        leading: Tokens that the tokenizer puts before every text, which the prompts begin with.
+        leading: Tokens that stand before every text, which the prompts begin with: what the tokenizer puts there, or,
+            for chats, the whole prefix.
         n_samples (`int`): Prompts of every expert.
         max_length (`int`): Tokens of each prompt.
         seed (`int`): Seed of all draws; every expert has its own, which depends on its content.
@@ -121,7 +156,7 @@ def self_written_prompts(
             written += list(batch)
         if model is not None:
             loader.release(model)
-        prompts.append(Prompts(number, tuple(written), "self", tuple(leading)))
+        prompts.append(Prompts(number, tuple(written), SELF, tuple(leading)))
     return tuple(prompts)
 
 
@@ -168,29 +203,52 @@ def write_prompts(
             f"write. Raise max_calibration_length above {len(prefix)}."
         )
     model_any: Any = model
-    device, n_drawn = model_any.device, max_length - len(prefix)
+    n_drawn = max_length - len(prefix)
     uniform_BT = torch.from_numpy(np.stack([np.random.default_rng([seed, n]).random(n_drawn) for n in numbers]))
     was_training = model.training
     model.eval()
-    parts = [torch.tensor([list(prefix)] * len(numbers), device=device)]
-    cache: dict[str, Any] = {}
-    with torch.inference_mode():
-        for place in range(n_drawn):
-            output = model_any(input_ids=parts[-1], use_cache=True, **cache)
-            cache = _cache(output, model)
-            parts.append(_draw(output.logits[:, -1].float(), uniform_BT[:, place, None].to(device)))
+    begun_BT = torch.tensor([list(prefix)] * len(numbers), device=model_any.device)
+    written: NDArray[np.int64] = write_behind(model, begun_BT, uniform_BT, type(model).__name__).cpu().numpy()
     model.train(was_training)
-    written: NDArray[np.int64] = torch.cat(parts, dim=1).cpu().numpy()
     return written
 
 
-def _cache(output: Any, model: torch.nn.Module) -> dict[str, Any]:
+def write_behind(
+    forward: Callable[..., Any], begun_BT: torch.Tensor, uniform_BT: torch.Tensor, class_name: str
+) -> torch.Tensor:
+    """
+    Go on with texts: each token is drawn from a language model's prediction, over the whole vocabulary.
+
+    Args:
+        forward: The model, called as those of transformers are.
+        begun_BT: Tokens to go on behind, at least one.
+        uniform_BT: A number in `[0, 1)` for every token that is to be drawn, float64.
+        class_name: What to call the model in errors.
+
+    Returns:
+        All tokens of the texts, `(B, T)`.
+
+    Raises:
+        ArgumentError: If the model keeps no cache of keys and values.
+        NonFiniteError: If it predicts NaN or infinity.
+    """
+    parts, uniform_BT = [begun_BT], uniform_BT.to(begun_BT.device)
+    cache: dict[str, Any] = {}
+    with torch.inference_mode():
+        for place in range(uniform_BT.shape[1]):
+            output = forward(input_ids=parts[-1], use_cache=True, **cache)
+            cache = _cache(output, class_name)
+            parts.append(_draw(output.logits[:, -1].float(), uniform_BT[:, place, None]))
+    return torch.cat(parts, dim=1)
+
+
+def _cache(output: Any, class_name: str) -> dict[str, Any]:
     """Return the argument that spares the next call the tokens so far; without it that call would not know of them."""
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise ArgumentError(
-            f"{type(model).__name__} keeps no past_key_values, so it cannot write prompts of its own. Give prompts "
-            "from a file."
+            f"{class_name} keeps no past_key_values, so it cannot write text. Give prompts from a file, and leave out "
+            "refine_lmbda (--refine-lmbda)."
         )
     return {"past_key_values": cache}
 
@@ -204,6 +262,6 @@ def _draw(logits_BV: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
     cumulative_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
     total_B1 = cumulative_BV[:, -1:]
     if not bool(total_B1.isfinite().all()):
-        raise NonFiniteError("The model predicts values that are not finite, so it cannot write prompts of its own.")
+        raise NonFiniteError("The model predicts values that are not finite, so it cannot write text.")
     # The first token whose cumulative probability lies above; the last, should rounding put the number at the total.
     return torch.searchsorted(cumulative_BV, uniform_B1 * total_B1, right=True).clamp_max(logits_BV.shape[-1] - 1)

@@ -21,7 +21,7 @@ from hf_frmerge.cli.evaluating import (
 )
 from hf_frmerge.cli.options import CALIBRATION, options_from
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments.calibration import SELF, parse_calibration
+from hf_frmerge.merging.arguments.calibration import SELF_WRITTEN, parse_calibration
 from hf_frmerge.merging.arguments.named_weights import is_name, parse_name
 
 _TRIED = "What is tried"
@@ -167,9 +167,9 @@ def _write_page(folder: str) -> Path | None:
 def _check_held_out(prompts: Mapping[str, str] | str | None, files: Mapping[str, str]) -> None:
     """Refuse prompts from a file that merges are measured on: a fit would have seen what it is judged by."""
     sources = prompts.values() if isinstance(prompts, Mapping) else [prompts] if prompts is not None else []
-    for source in sources:
+    for source in set(sources) - set(SELF_WRITTEN):
         for file in files.values():
-            if source != SELF and Path(source).exists() and Path(file).exists() and Path(source).samefile(file):
+            if Path(source).exists() and Path(file).exists() and Path(source).samefile(file):
                 raise ArgumentError(
                     f"{file!r} is given as --data and as --calibration: a merge that was fitted to a text cannot be "
                     "compared on it. Give other text to one of them, or --calibration self."

@@ -20,6 +20,7 @@ from hf_frmerge.cli.options import (
     arguments_from,
     options_from,
 )
+from hf_frmerge.merging.arguments.calibration import parse_calibration
 
 if TYPE_CHECKING:
     from hf_frmerge.merger import FisherRaoMerger
@@ -66,22 +67,28 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
 )
 @click.argument("merged")
 @click.argument("expert")
-@options_from({"What is merged": ("method", "base_model")}, OUTPUT, RUNNING, HUB)
+@options_from({"What is merged": ("method", "base_model")}, CALIBRATION, OUTPUT, RUNNING, HUB)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def add(merged: str, expert: str, base_model: str | None, as_json: bool, **options: Any) -> None:
+def add(
+    merged: str, expert: str, base_model: str | None, calibration: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
     """
     Merge one more EXPERT into MERGED, the folder or Hub id of a merge.
 
     MERGED counts as often as its record says that it has experts, so that in the end all count alike. Method, base
-    model and options are those of its record; a merge by opcm goes on with opcm, others with a recursive mean.
+    model and options are those of its record; a merge by opcm goes on with opcm, others with a recursive mean. A merge
+    that was fitted to prompts needs some again (--calibration) to be so.
     """
+    prompts = parse_calibration(calibration, [merged, expert]) if calibration else None
     changes = {name: value for name, value in options.items() if value is not None}
     with results_only():
         from hf_frmerge.merger import FisherRaoMerger
         from hf_frmerge.weighting.continual import next_merge
 
-        args, base_model = next_merge(merged, changes, base_model, options["hub_token"])
-        merger = FisherRaoMerger([merged, expert], args, "continual", base_model).merge()
+        args, base_model = next_merge(
+            merged, changes, base_model, options["hub_token"], has_prompts=prompts is not None
+        )
+        merger = FisherRaoMerger([merged, expert], args, "continual", base_model, calibration_dataset=prompts).merge()
     _print(merger, as_json)
 
 

@@ -59,6 +59,8 @@ CALIBRATION = {
         "calibration_rank",
         "refine_steps",
         "refine_loss",
+        "refine_teacher",
+        "refine_lmbda",
         "refine_learning_rate",
         "refine_beta",
         "refine_rho",
@@ -108,7 +110,7 @@ _METAVARS = {
     "take": "REGEX=EXPERT",
     "tokenizer_source": "base|union|EXPERT",
     "settings_from": "base|EXPERT",
-    "calibration": "[EXPERT=]FILE|self",
+    "calibration": "[EXPERT=]FILE|self|self:chat",
     "refine_steps": "STEPS",
 }
 

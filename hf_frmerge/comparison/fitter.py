@@ -13,7 +13,7 @@ from hf_frmerge.calibration.calibrate import prepare
 from hf_frmerge.checkpoints.disk import remove_folder
 from hf_frmerge.errors import MergeError
 from hf_frmerge.evaluation.text.datasets import read_texts
-from hf_frmerge.merging.arguments.calibration import SELF
+from hf_frmerge.merging.arguments.calibration import SELF_WRITTEN
 from hf_frmerge.merging.engine.processes import Processes
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Fitter:
     on, and the merge that is made again for the test texts is not fitted again.
 
     Args:
-        calibration: Prompts, as for `FisherRaoMerger`: files, datasets, lists of texts, or `"self"`.
+        calibration: Prompts, as for `FisherRaoMerger`: files, datasets, lists of texts, or `"self"`, `"self:chat"`.
         args: Arguments of the comparison.
         folder: Folder of the comparison.
 
@@ -60,8 +60,9 @@ class Fitter:
         state = xxh3_128(json.dumps({name: options[name] for name in FIT_OPTIONS}).encode())
         by_expert = calibration.items() if isinstance(calibration, Mapping) else [("", calibration)]
         for expert, data in by_expert:
-            is_file = isinstance(data, (str, Path)) and data != SELF
-            for row in (expert, *(read_texts(str(data)) if is_file else [data] if data == SELF else data)):
+            is_named = isinstance(data, (str, Path))
+            is_own = is_named and data in SELF_WRITTEN
+            for row in (expert, *([data] if is_own else read_texts(str(data)) if is_named else data)):
                 state.update(f"{len(str(row))} {row}".encode())
         self.digest = state.hexdigest()
 

@@ -152,6 +152,30 @@ def barycentre(p: Array, weights: ArrayLike) -> Array:
     return sphere.combine(coeffs, roots) ** 2
 
 
+def barycentre_coefficients(chords: Array, weights: ArrayLike) -> Array:
+    r"""
+    Compute the Fisher-Rao barycentre, as coefficients on square roots, from the mutual chords of the distributions.
+
+    The distributions themselves, of which there may be very many outcomes, are not needed.
+
+    Args:
+        chords (`np.ndarray`): Squared chords between N distributions, `(..., N, N)`, float64, symmetric.
+        weights (`ArrayLike`): Non-negative, `(N,)`, summing to 1.
+
+    Returns:
+        `np.ndarray`: `(..., N)`, non-negative: the barycentre is \((\sum_i c_i \sqrt{p_i})^2\).
+
+    Example:
+    ```python
+    >>> import numpy as np
+    >>> barycentre_coefficients(np.array([[0.0, 2.0], [2.0, 0.0]]), [0.75, 0.25]).round(6).tolist()
+    [0.92388, 0.382683]
+
+    ```
+    """
+    return karcher_mean(_points_from_chords(chords), weights).coeffs
+
+
 def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Array]:
     r"""
     Compute distances to the Fisher-Rao barycentre when only the mutual chords of the distributions are known.
@@ -169,6 +193,14 @@ def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Ar
         `tuple[np.ndarray, np.ndarray]`: Fisher-Rao distance of the point from the barycentre, `(...)`, and of each of
         the distributions from it, `(..., N)`; radians.
     """
+    points = _points_from_chords(chords)
+    roots = points[..., 1:, :]
+    mean = sphere.combine(karcher_mean(roots, weights).coeffs, roots)
+    return 2.0 * sphere.distance(points[..., 0, :], mean), 2.0 * sphere.distance(mean[..., None, :], roots)
+
+
+def _points_from_chords(chords: Array) -> Array:
+    """Return coordinates of points on a sphere with these mutual squared chords, `(..., N, N)`, one point per row."""
     # Inner products of the differences to point 0, by the law of cosines; row and column 0 then become those with the
     # point itself, a unit vector, which makes this the difference Gram that `embed_differences` takes.
     gram = 0.5 * (chords[..., :1, :] + chords[..., :, :1] - chords)
@@ -176,7 +208,4 @@ def barycentre_from_chords(chords: Array, weights: ArrayLike) -> tuple[Array, Ar
     gram[same[..., None, :] | same[..., :, None]] = 0.0
     gram[..., 0, :] = gram[..., :, 0] = -0.5 * chords[..., 0, :]
     gram[..., 0, 0] = 1.0
-    points = sphere.normalise(embed_differences(gram))
-    roots = points[..., 1:, :]
-    mean = sphere.combine(karcher_mean(roots, weights).coeffs, roots)
-    return 2.0 * sphere.distance(points[..., 0, :], mean), 2.0 * sphere.distance(mean[..., None, :], roots)
+    return sphere.normalise(embed_differences(gram))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.planning.tensor_step import TensorStep
 
+logger = logging.getLogger(__name__)
+
 # Said of the experts of one merge, so that the next, of others, cannot take them over.
 _OF_ITS_EXPERTS = ("coefficients", "take", "weight_rules")
 
-# What was done with prompts, of which the next merge has none.
-_ON_PROMPTS = ("fisher", "refine_steps")
+WITHOUT_PROMPTS: dict[str, Any] = {"fisher": None, "refine_steps": 0}
+"""What a merge that was made with prompts leaves to a next one that has none."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,23 @@ def read_before(model: str, token: str | None = None) -> Before:
     return Before(n_experts, _growth(before / new, manifest.arguments["scale"]), manifest.method)
 
 
+def say_left_out(merged: str, asked: Mapping[str, Any]) -> None:
+    """Say that a merge was made with prompts, and that the next one has none, nor what was asked for with them."""
+    left_out = [f"{name}={asked[name]!r}" for name, default in WITHOUT_PROMPTS.items() if asked[name] != default]
+    logger.warning(
+        "%r was made with prompts, and there are none for the merge that goes on with it: it is made without%s. Pass "
+        "some to keep to what its experts compute: --calibration (calibration_dataset).",
+        merged, "".join(f", and without {option}" for option in left_out),
+    )  # fmt: skip
+
+
 def next_merge(
-    merged: str, changes: dict[str, Any], base_model: str | None = None, token: str | None = None
+    merged: str,
+    changes: dict[str, Any],
+    base_model: str | None = None,
+    token: str | None = None,
+    *,
+    has_prompts: bool = False,
 ) -> tuple[MergingArguments, str | None]:
     """
     Return the arguments and the base model of the merge that adds an expert to a merged model: those of its record.
@@ -85,6 +104,7 @@ def next_merge(
         changes: Arguments that are not taken from the record, such as `output_dir`.
         base_model: Where the base is now; by default where the record has it.
         token: Access token for the Hub.
+        has_prompts: Whether there are prompts for it; otherwise what the record did with some is left out, and said.
 
     Raises:
         CheckpointError: If there is no record, or its base model is not known on this machine.
@@ -99,10 +119,12 @@ def next_merge(
                 f"{merged!r} was merged with {name}, which is about its own experts and cannot be kept for others. "
                 f"Merge the two with the options you want: frmerge merge {merged} EXPERT --weights continual."
             )
+    if not has_prompts:
+        if manifest.calibration is not None:
+            say_left_out(merged, {**WITHOUT_PROMPTS, **recorded})
+        recorded |= WITHOUT_PROMPTS
     # Both are found anew by every merge that goes on with another.
     recorded.pop("merged_before", None)
-    for name in _ON_PROMPTS:
-        recorded.pop(name, None)
     if METHODS[manifest.method].is_continual:
         del recorded["scale"]
     # Only the base is looked for: the experts are in the merge, wherever they are now.

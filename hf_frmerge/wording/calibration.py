@@ -19,7 +19,12 @@ WITHOUT_DATA = (
 )
 """Hint at the end of a merge without calibration."""
 
-_SOURCES = {"self": "which the experts wrote themselves", "file": "from files", "dataset": "from datasets"}
+_SOURCES = {
+    "self": "which the experts wrote themselves",
+    "self:chat": "which the experts wrote themselves, as a user of a chat would",
+    "file": "from files",
+    "dataset": "from datasets",
+}
 _FORMS = {
     "table": "coefficients of the experts for every row",
     "low_rank": "factors of rank {rank} for every linear layer",

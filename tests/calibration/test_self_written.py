@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from hf_frmerge.calibration import self_written
+from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.calibration import calibrate, self_written
 from hf_frmerge.calibration.self_written import (
     _draw,
+    chat_prefix,
     document_prefix,
     self_written_prompts,
     write_prompts,
@@ -215,3 +218,105 @@ def test_a_text_begins_behind_the_separator_of_documents() -> None:
     assert document_prefix(word_tokenizer(WORDS, eos_token="</s>")) == [1]
     with pytest.raises(ArgumentError, match="no token that begins or ends a text"):
         document_prefix(word_tokenizer(WORDS))
+
+
+# ---- behind the chat template ---------------------------------------------------------------------------------------
+
+CHAT = {"system": "<|system|>", "user": "<|user|>", "end": "<|end|>"}
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|system|> w1 w2 <|end|> {% endif %}"
+    "<|{{ message['role'] }}|> {{ message['content'] | trim }} <|end|> {% endfor %}"
+)
+
+
+def chat_tokenizer(template: str | None = TEMPLATE) -> Any:
+    words = word_tokenizer(WORDS, eos_token="</s>")
+    words.add_special_tokens({"additional_special_tokens": list(CHAT.values())})
+    words.chat_template = template
+    return words
+
+
+def test_what_the_template_puts_before_a_user_s_first_message() -> None:
+    tokenizer = chat_tokenizer()
+    expected = tokenizer.convert_tokens_to_ids([CHAT["system"], "w1", "w2", CHAT["end"], CHAT["user"]])
+    assert chat_prefix(tokenizer) == expected
+    # Whatever the message is, a conversation begins with it.
+    message = [{"role": "user", "content": "w7 w8"}]
+    whole = tokenizer.apply_chat_template(message, tokenize=True, return_dict=False)
+    assert whole[: len(expected)] == expected and whole[len(expected) :][:2] == tokenizer("w7 w8")["input_ids"][:2]
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "tokenizer has no chat template, .* self in place of self:chat"),
+        ("{{ raise_exception('users are to be quiet') }}", "cannot be applied to a user's message .*to be quiet"),
+        ("{{ messages[0]['content'] }}", "puts nothing before a user's message"),
+        ("<|user|> {{ messages[0]['content'] | upper }}", "puts nothing before a user's message"),
+    ],
+)
+def test_a_template_to_write_behind_is_needed(template: str | None, sentence: str) -> None:
+    with pytest.raises(ArgumentError, match=sentence):
+        chat_prefix(chat_tokenizer(template))
+
+
+@pytest.fixture(scope="module")
+def chats(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The family without a template at its base; two experts have learned one."""
+    root = tmp_path_factory.mktemp("chats")
+    for name in ("base", "math", "code"):
+        shutil.copytree(family / name, root / name)
+        chat_tokenizer(TEMPLATE if name != "base" else None).save_pretrained(root / name)
+        model: Any = AutoModelForCausalLM.from_pretrained(family / name)
+        model.resize_token_embeddings(len(chat_tokenizer()), mean_resizing=False)
+        model.save_pretrained(root / name)
+    return root
+
+
+def merge_chats(chats: Path, out: Path, calibration: Any, **options: Any) -> FisherRaoMerger:
+    chosen = {"num_calibration_samples": 8, "max_calibration_length": 12, "disable_tqdm": True} | options
+    args = MergingArguments(output_dir=str(out), **chosen)
+    experts = [str(chats / name) for name in ("math", "code")]
+    return FisherRaoMerger(experts, args, base_model=str(chats / "base"), calibration_dataset=calibration).merge()
+
+
+def test_experts_write_behind_the_template(chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt has the whole prefix, as what the merge will read has, and its tokens count among those of a prompt."""
+    monkeypatch.setattr(self_written, "default_cache_dir", lambda: tmp_path / "cache" / "evaluation")
+    seen: list[Any] = []
+    fit = calibrate.calibrate
+    monkeypatch.setattr(calibrate, "calibrate", lambda *args: (seen.append(args[3]), fit(*args))[1])
+    merger = merge_chats(chats, tmp_path / "out", "self:chat")
+    prefix = chat_prefix(chat_tokenizer())
+    for prompts, name in zip(seen[0], ("math", "code"), strict=True):
+        expert = AutoModelForCausalLM.from_pretrained(chats / name)
+        own_seed = int(key_of([42, [model_identity(resolve(str(chats / name)))]])[:16], 16)
+        expected = write_prompts(expert, range(8), 12, prefix=prefix, seed=own_seed)
+        assert np.array_equal(np.stack(prompts.token_ids), expected)
+        assert prompts.token_ids[0][: len(prefix)].tolist() == prefix == list(prompts.leading)
+    record = merger.manifest.calibration if merger.manifest is not None else None
+    assert record is not None and record.source == "self:chat"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "--calibration self:chat" in card and "as a user of a chat would" in card
+    # Those that are written without the template are others, in files of their own.
+    n_files = len(list((tmp_path / "cache/prompts").iterdir()))
+    merge_chats(chats, tmp_path / "plain", "self")
+    assert len(list((tmp_path / "cache/prompts").iterdir())) == n_files + 2
+    assert seen[1][0].source == "self" and prefix[0] not in seen[1][0].token_ids[0][:1]
+    assert seen[1][0].digest != seen[0][0].digest
+
+
+def test_the_template_s_absence_and_length_are_said_before_anything_is_done(
+    chats: Path, family: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match="self in place of self:chat"):
+        merge_chats(family, tmp_path / "out", "self:chat")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ArgumentError, match="Raise max_calibration_length above 5"):
+        merge_chats(chats, tmp_path / "out", "self:chat", max_calibration_length=5)
+    with pytest.raises(ArgumentError, match="None of the models has a tokenizer"):
+        for name in ("base", "math", "code"):
+            model = AutoModelForCausalLM.from_pretrained(chats / name)
+            model.save_pretrained(tmp_path / "bare" / name)
+        merge_chats(tmp_path / "bare", tmp_path / "out", "self:chat")

@@ -7,13 +7,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import Result
 from merge_reference import write_family
+from safetensors.torch import load_file
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE, read_manifest
 from hf_frmerge.weighting.continual import read_before
+from tests.tiny_models import save_llama_family
 
 Run = Callable[..., Result]
 WAYS = {
@@ -97,3 +101,54 @@ def test_a_model_that_is_no_merge(frmerge: Run, tmp_path: Path) -> None:
     _, experts = write_family(tmp_path, 2)
     refused = frmerge("add", *experts, "--output-dir", tmp_path / "out")
     assert refused.exit_code == 1 and MANIFEST_FILE in refused.stderr
+
+
+def test_what_was_fitted_to_prompts_needs_prompts_again(frmerge: Run, tmp_path: Path) -> None:
+    """Without it is merged without them, and told so; with them its options, a refinement among them, are kept."""
+    save_llama_family(tmp_path, [f"w{number}" for number in range(40)], spread=0.2)
+    base, *experts = (str(tmp_path / name) for name in ("base", "math", "code"))
+    rows = np.random.default_rng(0).integers(0, 40, (12, 8)).tolist()
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    prompts = ["--calibration", tmp_path / "prompts.jsonl"]
+    fit = ["--method", "linear", "--max-calibration-length", 8, "--calibration-form", "dense", "--refine", 2]
+    loss = ["--refine-loss", "reverse_kl"]
+    merge = ["merge", *experts, "--base-model", base, *fit, *loss, *prompts, "--output-dir", tmp_path / "two"]
+    assert frmerge(*merge).exit_code == 0
+    command = ["add", tmp_path / "two", experts[0]]
+
+    bare = frmerge(*command, "--output-dir", tmp_path / "bare")
+    assert bare.exit_code == 0 and "it is made without, and without refine_steps=2. Pass some" in bare.stderr
+    assert read_manifest(tmp_path / "bare").calibration is None
+    expected = 2 / 3 * tensor(tmp_path / "two") + 1 / 3 * tensor(Path(experts[0]))
+    torch.testing.assert_close(tensor(tmp_path / "bare"), expected, rtol=1e-2, atol=1e-3)
+
+    fitted = frmerge(*command, *prompts, "--output-dir", tmp_path / "fitted")  # what the message says
+    assert fitted.exit_code == 0 and "made without" not in fitted.stderr
+    manifest = read_manifest(tmp_path / "fitted")
+    assert manifest.calibration is not None and manifest.calibration.refinement is not None
+    assert manifest.calibration.refinement.steps == 2 and manifest.calibration.refinement.loss == "reverse_kl"
+    assert manifest.weights == pytest.approx([2 / 3, 1 / 3])
+
+    assert not frmerge(*command, *prompts, "--refine", 0, "--output-dir", tmp_path / "plain").exception
+    plain = read_manifest(tmp_path / "plain").calibration
+    assert plain is not None and plain.refinement is None
+
+
+def test_add_expert_takes_prompts_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_llama_family(tmp_path, [f"w{number}" for number in range(40)], spread=0.2)
+    base, *experts = (str(tmp_path / name) for name in ("base", "math", "code"))
+    rows = np.random.default_rng(0).integers(0, 40, (12, 8)).tolist()
+    args = MergingArguments(
+        output_dir=str(tmp_path / "two"), method="linear", max_calibration_length=8, refine_steps=2
+    )
+    merger = FisherRaoMerger(experts, args, base_model=base, calibration_dataset=rows).merge()
+    bare = merger.add_expert(experts[0], str(tmp_path / "bare"))
+    assert "without refine_steps=2" in caplog.text and bare.manifest is not None
+    assert bare.manifest.calibration is None
+    fitted = merger.add_expert(experts[0], str(tmp_path / "fitted"), calibration_dataset=rows)
+    assert fitted.manifest is not None and fitted.manifest.calibration is not None
+    assert fitted.manifest.calibration.refinement is not None
+
+
+def tensor(folder: Path) -> torch.Tensor:
+    return load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].float()

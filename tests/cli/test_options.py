@@ -60,12 +60,17 @@ OPTIONS = [
     ("--no-hub-private-repo --disable-tqdm", {"hub_private_repo": False, "disable_tqdm": True}),
     ("--calibration a=a.txt --calibration b=b.txt", {"calibration": ["a=a.txt", "b=b.txt"]}),
     ("--calibration self --num-calibration-samples 16", {"calibration": ["self"], "num_calibration_samples": 16}),
+    ("--calibration self:chat", {"calibration": ["self:chat"]}),
     ("--fisher kfac --fisher-labels exact", {"fisher": "kfac", "fisher_labels": "exact"}),
     ("--refine 30 --refine-loss fisher_rao", {"refine_steps": 30, "refine_loss": "fisher_rao"}),
     ("--refine-steps 30 --refine-learning-rate 1e-5", {"refine_steps": 30, "refine_learning_rate": 1e-5}),
     (
         "--refine 30 --refine-loss jsd --refine-beta 0.1",
         {"refine_steps": 30, "refine_loss": "jsd", "refine_beta": 0.1},
+    ),
+    (
+        "--refine 30 --refine-teacher barycentre --refine-lmbda 0.5",
+        {"refine_steps": 30, "refine_teacher": "barycentre", "refine_lmbda": 0.5},
     ),
     ("--refine 30 --refine-rho 0.05", {"refine_steps": 30, "refine_rho": 0.05}),
     (

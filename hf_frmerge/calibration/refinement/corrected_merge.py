@@ -10,7 +10,10 @@ added to the experts' coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +64,24 @@ class CorrectedMerge:
         weights = {key: self.weight(f"{name}.{key}") for key in self._model.block_parameters(name)}
         computed = self._state.computed(weights)
         return [self._model.run_block(name, computed, hidden_BTH, call) for hidden_BTH, call in zip(hidden, calls)]
+
+    @property
+    def class_name(self) -> str:
+        """Class of the model."""
+        return type(self._model.model).__name__
+
+    def writer(self) -> Callable[..., Any]:
+        """
+        Return the whole merge, with its weights as they are now, as a function that is called like a model.
+
+        It gives the last logits of a text, or those of all its tokens.
+        """
+        weights: dict[str, Tensor] = {}
+        for name in self._start:  # one after another: in float32 all are twice as large
+            weights |= self._state.computed({name: self.weight(name)})
+        # Of all that is predicted for a text so far only the last is of use; the rest would be the largest in memory.
+        takes_number = "logits_to_keep" in signature(self._model.model.forward).parameters
+        return partial(self._model.run_whole, weights, **({"logits_to_keep": 1} if takes_number else {}))
 
     def weight(self, name: str) -> Tensor:
         """Return the values of a parameter, float32."""

@@ -4,6 +4,9 @@ Refine a fitted merge: a short distillation of all its layers together, to each 
 The loss is the mean over the experts, by their weights, of the mean loss over the predictions of an expert's prompts;
 every step takes some prompts of each. Adam, with a few steps of warm-up and a linear decay to zero. Of the points that
 are judged on held-out prompts, the best is what comes out.
+
+Some of the steps may take texts instead with which the merge itself goes on from prompts. These are written for all
+steps up to the next judgement, from the state that was kept at the last: a run that goes on writes the same again.
 """
 
 # Shape suffixes: B = prompts, T = tokens, H = hidden size.
@@ -26,6 +29,9 @@ from hf_frmerge.calibration.held_out import Candidate, distances, outputs_of
 from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, stored_dtype
 from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates
 from hf_frmerge.calibration.refinement.progress_file import Best, Progress, read_progress, write_progress
+from hf_frmerge.calibration.refinement.rollouts import Place, is_on_policy, write_rollouts
+from hf_frmerge.calibration.refinement.teachers import Teachers
+from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.merging.planning.corrections import mean_known
 
@@ -49,6 +55,8 @@ class RefineOptions:
             many more as have no more tokens. At least one of every expert.
         seed: chooses the order of the prompts.
         rho: radius of a sharpness-aware step: gradients are taken that far uphill. 0: where the merge is.
+        is_barycentre: learn from the barycentre of all experts' predictions, and not from a prompt's own expert.
+        lmbda: share of the steps on texts that the merge goes on with itself.
     """
 
     steps: int
@@ -57,6 +65,8 @@ class RefineOptions:
     batch_size: int
     seed: int
     rho: float = 0.0
+    is_barycentre: bool = False
+    lmbda: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,15 +77,17 @@ class Chunk:
     Attributes:
         expert: index of the expert.
         inputs: as the model takes them.
-        target_BTH: the expert's hidden states after the last block.
+        taught: teacher -> its hidden states `(B, T, H)` after the last block.
         factor: of the sum of their losses: all chunks of all experts, each `1 / (chunks of its expert)` times, add up
             to the loss.
+        first: number of the first prediction of each prompt that counts.
     """
 
     expert: int
     inputs: Mapping[str, Tensor]
-    target_BTH: Tensor
+    taught: Mapping[int, Tensor]
     factor: float
+    first: int = 0
 
 
 class Refinement:
@@ -99,8 +111,9 @@ class Refinement:
         self._sweep, self._start, self._options = sweep, start, options
         self._updates = ExpertUpdates(sweep.state)
         self._merge = CorrectedMerge(sweep.state, start, self.values, self._updates)
-        self._heads = self._experts_outer()
+        self._teachers = Teachers(sweep, is_barycentre=options.is_barycentre)
         self._chunks = self._cut()
+        self._rollouts: dict[Place, Chunk] = {}
 
     def run(self, file: Path, *, silent: bool | None = None) -> Best | None:
         """
@@ -122,6 +135,8 @@ class Refinement:
             range(first, options.steps), "Refining", options.steps, initial=first, unit="step", disable=silent
         )
         for step in steps:
+            if step % _JUDGED_EVERY == 0:  # where every run begins, so that one that goes on writes the same
+                self.begin_round(step)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * rate_at(step, options.steps)
             optimizer.zero_grad(set_to_none=False)
@@ -144,9 +159,29 @@ class Refinement:
             write_progress(file, self._progress(step + 1, optimizer, best))
         return best
 
+    def begin_round(self, first: int) -> None:
+        """Let the merge as it is write what the steps until it is judged next need, and the teachers read that."""
+        options = self._options
+        steps = [
+            s for s in range(first, first + _JUDGED_EVERY) if s < options.steps and is_on_policy(s, options.lmbda)
+        ]
+        begun = {(expert, step): self._chunk(expert, step) for step in steps for expert in self._chunks}
+        self._rollouts = {}
+        if not begun:
+            return
+        written = write_rollouts(self._merge, {place: chunk.inputs for place, chunk in begun.items()}, options.seed)
+        batches = [Batch(expert, {"input_ids": written[expert, s].ids_BT}, is_held_out=False) for expert, s in begun]
+        for (place, chunk), batch, taught in zip(begun.items(), batches, self._teachers.hidden(batches)):
+            # The first prediction that counts is that of the first token that the merge wrote. All together count as
+            # much as those of the prompts would.
+            first_written = written[place].n_given - 1
+            n_written = batch.inputs["input_ids"][:, first_written:].numel()
+            factor = chunk.factor * self._n_predictions(chunk.inputs) / n_written
+            self._rollouts[place] = Chunk(chunk.expert, batch.inputs, taught, factor, first_written)
+
     def take_gradients(self, step: int) -> float:
         """Add the gradients of a step's loss to the corrections; return the loss."""
-        chunks = [self._chunk(expert, step) for expert in self._chunks]
+        chunks = [self._rollouts.get((expert, step)) or self._chunk(expert, step) for expert in self._chunks]
         outer = self._merge.outer()
         hidden = self._merge.hidden(outer, [chunk.inputs for chunk in chunks])
         leaves = [hidden_BTH.detach().requires_grad_() for hidden_BTH in hidden]
@@ -188,9 +223,10 @@ class Refinement:
         for row in range(len(leaf_BTH)):
             one = {name: values[row : row + 1] for name, values in chunk.inputs.items()}
             with torch.no_grad():
-                target = outputs_of(model, self._heads[chunk.expert], chunk.target_BTH[row : row + 1], one)
+                taught = {teacher: hidden_BTH[row : row + 1] for teacher, hidden_BTH in chunk.taught.items()}
+                target = self._teachers.outputs(taught, one)
             merged = outputs_of(model, outer, leaf_BTH[row : row + 1], one)
-            loss = chunk.factor * self._options.loss(merged, target).sum()
+            loss = chunk.factor * self._options.loss(merged, target)[chunk.first :].sum()
             loss.backward(retain_graph=True)  # what leads from the corrections to `outer` serves the next prompt too
             total += float(loss.detach())
         return total
@@ -225,32 +261,30 @@ class Refinement:
                 }
         return done.best
 
-    def _experts_outer(self) -> list[dict[str, Tensor]]:
-        """Return the experts' weights outside the blocks: one and the same for all where these are not merged."""
-        state = self._sweep.state
-        if not any(map(state.reader.is_merged, state.model.outer_parameters())):
-            return [self._sweep.outer(None)] * state.n_experts
-        return [self._sweep.outer(expert) for expert in range(state.n_experts)]
-
     def _cut(self) -> dict[int, list[Chunk]]:
         """Cut the batches to fit into parts that share a step; expert -> its parts."""
         state = self._sweep.state
-        fitted = [(b, batch) for b, batch in enumerate(state.batches) if not batch.is_held_out]
-        experts = sorted({batch.expert for _, batch in fitted})
-        longest = max(batch.inputs["input_ids"].shape[1] for _, batch in fitted)
+        fitted = [b for b, batch in enumerate(state.batches) if not batch.is_held_out]
+        batches = [state.batches[b] for b in fitted]
+        taught = self._teachers.hidden(batches, own=[state.expert[b] for b in fitted])
+        experts = sorted({batch.expert for batch in batches})
+        longest = max(batch.inputs["input_ids"].shape[1] for batch in batches)
         n_tokens = max(1, self._options.batch_size // len(experts)) * longest
         share = sum(state.shares[expert] for expert in experts)
         by_expert: dict[int, list[Chunk]] = {}
         for expert in experts:
-            own = [(b, batch) for b, batch in fitted if batch.expert == expert]
             parts = [
-                ({name: values[rows] for name, values in batch.inputs.items()}, state.expert[b][rows])
-                for b, batch in own
+                (
+                    {name: values[rows] for name, values in batch.inputs.items()},
+                    {t: h[rows] for t, h in hidden.items()},
+                )
+                for batch, hidden in zip(batches, taught)
+                if batch.expert == expert
                 for rows in _slices(batch.inputs["input_ids"], n_tokens)
             ]
             predictions = sum(self._n_predictions(inputs) for inputs, _ in parts)
             factor = state.shares[expert] / share * len(parts) / predictions
-            by_expert[expert] = [Chunk(expert, inputs, target, factor) for inputs, target in parts]
+            by_expert[expert] = [Chunk(expert, inputs, hidden, factor) for inputs, hidden in parts]
         return by_expert
 
     def _n_predictions(self, inputs: Mapping[str, Tensor]) -> int:

@@ -66,6 +66,8 @@ def refine_fit(
         args.calibration_batch_size,
         args.seed,
         args.refine_rho,
+        is_barycentre=args.refine_teacher == "barycentre",
+        lmbda=args.refine_lmbda,
     )
     best = Refinement(sweep, start, corrections, options).run(
         staging / PROGRESS_FILE, silent=args.disable_tqdm or None

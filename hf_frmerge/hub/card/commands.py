@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from hf_frmerge.hub.card.data import CardSource, MergeCard
 from hf_frmerge.hub.card.private_paths import hide_local_paths
+from hf_frmerge.merging.arguments.calibration import SELF_WRITTEN
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
 
@@ -95,7 +96,7 @@ def reproduce_python(card: MergeCard) -> str:
 
 def _prompts(calibration: CalibrationRecord) -> str:
     """Return what stands for the prompts: those from files are not in the record, only their digest."""
-    return "self" if calibration.source == "self" else "PROMPTS.jsonl"
+    return calibration.source if calibration.source in SELF_WRITTEN else "PROMPTS.jsonl"
 
 
 def usage_python(card: MergeCard) -> str:

@@ -11,17 +11,22 @@ from hf_frmerge.merging.arguments.values import did_you_mean
 SELF = "self"
 """In place of a file: every expert writes its own prompts. A file of this name is `./self`."""
 
+SELF_CHAT = "self:chat"
+"""The same, as a user of a chat writes: behind what the chat template puts before a first message."""
+
+SELF_WRITTEN = (SELF, SELF_CHAT)
+
 
 def parse_calibration(items: Sequence[str], experts: Sequence[str]) -> Mapping[str, str] | str:
     """
-    Parse `["org/math=math.jsonl", "org/code=code.jsonl"]`, one file for all experts, or `["self"]`.
+    Parse `["org/math=math.jsonl", "org/code=code.jsonl"]`, one file for all experts, or `["self"]`, `["self:chat"]`.
 
     Args:
-        items (`Sequence[str]`): `EXPERT=FILE` for one expert or more, or a single `FILE`, or `self`.
+        items (`Sequence[str]`): `EXPERT=FILE` for one expert or more, or a single `FILE`, or `self`, `self:chat`.
         experts (`Sequence[str]`): The experts as the user wrote them.
 
     Returns:
-        Expert -> file, or the file for all, or `"self"`.
+        Expert -> file, or the file for all, or `"self"` or `"self:chat"`.
 
     Raises:
         ArgumentError: If an expert is unknown or named twice, or a file for all stands beside others.

@@ -46,8 +46,9 @@ class ExpertArguments:
         default=None,
         metadata=described(
             "Prompts, without labels, on which the merge is fitted to what its experts compute: EXPERT=FILE, once per "
-            "expert; one FILE for all; or self, and every expert writes its own. A file is text, .jsonl, .json, .csv "
-            "or .parquet with a column text, input_ids or messages."
+            "expert; one FILE for all; or self, and every expert writes its own (self:chat: as a user of a chat does, "
+            "behind what the chat template begins with). A file is text, .jsonl, .json, .csv or .parquet with a "
+            "column text, input_ids or messages."
         ),
     )
 
@@ -68,5 +69,5 @@ class ExpertArguments:
 
     @property
     def calibration_dataset(self) -> Mapping[str, str] | str | None:
-        """`calibration` as `FisherRaoMerger` takes it: a file for every expert, one for all, or `"self"`."""
+        """`calibration` as `FisherRaoMerger` takes it: a file per expert, one for all, `"self"` or `"self:chat"`."""
         return None if not self.calibration else parse_calibration(self.calibration, self.experts)

@@ -292,6 +292,21 @@ class MergingArguments:
             "as beta in trl."
         ),
     )
+    refine_teacher: str = field(
+        default="expert",
+        metadata=described(
+            "What the merge is trained to predict on a prompt: what its own expert does, or the Fisher–Rao barycentre "
+            "of what all experts do.",
+            ("expert", "barycentre"),
+        ),
+    )
+    refine_lmbda: float = field(
+        default=0.0,
+        metadata=described(
+            "Share of the refinement's steps on text of the merge itself, which goes on from the prompts' first "
+            "halves (language models only), as lmbda in trl; refine_loss=reverse_kl fits it."
+        ),
+    )
     refine_learning_rate: float | None = field(
         default=None,
         metadata=described(

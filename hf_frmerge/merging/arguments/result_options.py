@@ -46,6 +46,8 @@ RESULT_OPTIONS = (
     "calibration_rank",
     "refine_steps",
     "refine_loss",
+    "refine_teacher",
+    "refine_lmbda",
     "refine_learning_rate",
     "refine_beta",
     "refine_rho",

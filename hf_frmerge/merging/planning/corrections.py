@@ -90,7 +90,8 @@ class CalibrationRecord:
         prompts: number of prompts of every expert that took part in the fit.
         held_out: number of prompts of every expert that judged it.
         tokens: number of tokens of all prompts.
-        source: where the prompts came from: `"file"`, `"dataset"`, or `"self"` if the experts wrote them.
+        source: where the prompts came from: `"file"`, `"dataset"`, or, if the experts wrote them, `"self"`, or
+            `"self:chat"` behind the chat template.
         digest: XXH3-128 of their token ids.
         options: settings of the fit, by name.
         form: form that was chosen: of what is written.

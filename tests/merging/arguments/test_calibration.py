@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.merging.arguments.calibration import SELF, parse_calibration
+from hf_frmerge.merging.arguments.calibration import SELF, SELF_CHAT, parse_calibration
 from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
 
 EXPERTS = ["org/math", "org/math=2", "./code/"]
@@ -18,6 +18,7 @@ EXPERTS = ["org/math", "org/math=2", "./code/"]
     [
         (["all.jsonl"], "all.jsonl"),
         (["self"], SELF),
+        (["self:chat"], SELF_CHAT),
         (["org/math=math.jsonl"], {"org/math": "math.jsonl"}),
         (["./code/=c.txt", "org/math=m.txt"], {"./code/": "c.txt", "org/math": "m.txt"}),
         (["org/math=2=m.txt"], {"org/math=2": "m.txt"}),  # the longer name of an expert
