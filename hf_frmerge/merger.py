@@ -27,7 +27,6 @@ from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
 from hf_frmerge.methods.table import CHOICES
-from hf_frmerge.weighting.continual import WITHOUT_PROMPTS, say_left_out
 from hf_frmerge.weighting.plan_merge import plan_merge
 
 # What evaluates is imported where it is used: its dataclasses take a fifth of the time that a merge spends on imports.
@@ -189,6 +188,8 @@ class FisherRaoMerger(CallbackHost):
         self, expert: str, output_dir: str, method: str | None = None, calibration_dataset: Any = None
     ) -> Self:
         """Merge one more expert into the merged model, which counts as all it has; return the new model's merger."""
+        from hf_frmerge.weighting.continual import WITHOUT_PROMPTS, say_left_out
+
         self._require_merge("add_expert")
         args = replace(self.args, output_dir=output_dir, method=method or self.args.method)
         if self.calibration_dataset is not None and calibration_dataset is None:

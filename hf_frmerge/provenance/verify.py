@@ -28,7 +28,6 @@ from hf_frmerge.merging.record.checksums import header_digest, sha256_of
 from hf_frmerge.merging.record.find_models import find_models
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.record.write_manifest import record_checksums
-from hf_frmerge.methods.spectral import lapack
 from hf_frmerge.methods.spectral.decision import RULES, TOLERANCE, Spectral
 from hf_frmerge.provenance.compare_adapter import compare_adapter
 from hf_frmerge.provenance.plan_again import plan_again
@@ -143,8 +142,6 @@ def _check_model(
 ) -> None:
     """Recompute every tensor and compare it bit for bit."""
     kernels = load_kernels()
-    if plan.args.merges_matrices:
-        lapack.load()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(worker_count(plan)) as pool:
         work = [(step, manifest.tensors.get(step.name), coefficients.get(step.name)) for step in plan.steps]
         problems = pool.map(lambda item: _check_tensor(plan, kernels, merged, *item), work)

@@ -27,7 +27,6 @@ from hf_frmerge.merging.operands.open_inputs import open_inputs
 from hf_frmerge.merging.planning.blocks import Piece, pieces_of
 from hf_frmerge.merging.record.find_models import find_models, record_folder
 from hf_frmerge.merging.record.manifest import MANIFEST_FILE, read_manifest
-from hf_frmerge.methods.spectral import lapack
 from hf_frmerge.methods.spectral.continual import without_disturbance
 from hf_frmerge.methods.table import METHODS
 
@@ -166,7 +165,6 @@ def opcm_numbers(plan: MergePlan, before: Before) -> tuple[list[float], float]:
             "weights='continual' with another method."
         )
     steps = [step for step in plan.steps if step.action == "merge"]
-    lapack.load()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(worker_count(plan)) as pool:
         rows = list(pool.map(lambda step: _squares(plan, step, before.growth), steps))
     merged, new, summed = np.sqrt(fold(np.stack(rows))).tolist()

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from hf_frmerge.methods.spectral import lapack
-
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
 
@@ -24,6 +22,5 @@ def one_blas_thread(plan: MergePlan) -> Iterator[None]:
         return
     from threadpoolctl import threadpool_limits  # costs other merges milliseconds
 
-    lapack.load()
     with threadpool_limits(1, user_api="blas"):
         yield

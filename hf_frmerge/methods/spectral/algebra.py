@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral import lapack
 from hf_frmerge.methods.spectral.inputs import Matrix
 
 RANK_TOLERANCE = 1e-5
@@ -40,8 +39,14 @@ class Joined(NamedTuple):
 
 
 def svd(matrix_mn: Matrix) -> Triplets:
-    """Return left singular vectors, singular values and right singular vectors, the largest first."""
-    return Triplets(*lapack.svd(matrix_mn))
+    """
+    Return left singular vectors, singular values and right singular vectors, the largest first.
+
+    NumPy computes them in float64. In float32 LAPACK takes half the time, but where singular values are close, which
+    direction is whose hangs on the last digits: a method that cuts between them, or treats each by itself, would
+    merge otherwise on another machine (by 1e-3 with SVC after TSV-Merge), which `verify` would have to allow.
+    """
+    return Triplets(*np.linalg.svd(matrix_mn, full_matrices=False))
 
 
 def significant(values_r: Matrix) -> NDArray[np.bool_]:

@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from hf_frmerge.methods.spectral.algebra import significant, svd
 from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralOptions
-from hf_frmerge.methods.spectral.lapack import eigh
 
 _HETEROGENEITY = 0.3  # ACE-Merging, tau: above, experts have such different norms that these must be evened out
 _RIDGE = 1e-5  # ACE-Merging, epsilon; the paper has 4e-2 for GPT-2 and 2e-4 for RoBERTa-base
@@ -32,7 +31,7 @@ def swudi(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOpt
         own_nn = factor * (delta_mn.T @ delta_mn)
         gram_nn += own_nn
         pull_mn += delta_mn @ own_nn
-    values_n, vectors_nn = eigh(gram_nn)  # ascending
+    values_n, vectors_nn = np.linalg.eigh(gram_nn)  # ascending
     moved = min(cols, max(1, int(options.density * experts.full_shape[1])))
     vectors_nr, values_r = vectors_nn[:, -moved:], np.maximum(values_n[-moved:].astype(np.float64), 0.0)
     shares_r = -np.expm1(-options.descent_steps * values_r)
