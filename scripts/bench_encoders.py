@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_function_space import recovery, spread
+from bench_function_space import print_spreads, recovery
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -62,9 +62,7 @@ def main() -> None:
         values = [value for value, _ in found]
         print(f"| {name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {seconds:.0f} |", flush=True)
         by_name.setdefault(name, []).append(values)
-    for name, of_seeds in by_name.items():
-        if len(of_seeds) > 1:
-            print(spread(name, np.array(of_seeds)))
+    print_spreads(by_name)
 
 
 def parse_args() -> argparse.Namespace:

@@ -119,7 +119,7 @@ def main() -> None:
     texts = texts_of_facts(args, tokenizer, blocks) if args.facts else None
     if args.random:
         write_random(args.workdir / "random.jsonl", max(args.random), len(tokenizer))
-    by_seed: dict[str, list[NDArray[np.float64]]] = {}
+    by_seed: dict[str, list[list[float]]] = {}
     mixed = {domain: mixture([losses[domain] for losses in of_experts]) for domain in domains}
     print(row("mixture of the experts' predictions", base, experts, mixed, None), flush=True)
     for merge in merges(args, domains):
@@ -129,17 +129,24 @@ def main() -> None:
         facts = texts.measure(output) if texts else None
         print(row(merge.name, base, experts, merged, cost, facts), flush=True)
         shutil.rmtree(output)
-        kept = np.array([recovery(base[domain], experts[domain], merged[domain])[0] for domain in domains])
+        kept = [recovery(base[domain], experts[domain], merged[domain])[0] for domain in domains]
         by_seed.setdefault(re.sub(", seed [0-9]+", "", merge.name), []).append(kept)
-    for name, kept_SD in by_seed.items():
-        if len(kept_SD) > 1:
-            print(spread(name, np.stack(kept_SD)))
+    print_spreads(by_seed)
 
 
-def spread(name: str, kept_SD: NDArray[np.float64]) -> str:
-    """Say what `S` seeds keep of `D` domains: the mean and the worst, each with the standard deviation over seeds."""
-    mean, worst = (f"{found.mean():.3f} ± {found.std(ddof=1):.3f}" for found in (kept_SD.mean(1), kept_SD.min(1)))
-    return f"{name}, {len(kept_SD)} seeds: mean {mean}, worst {worst}"
+def print_spreads(by_seed: dict[str, list[list[float]]]) -> None:
+    """
+    Say what is kept in the mean and of the worst, each with the standard deviation over seeds.
+
+    Args:
+        by_seed: row -> for every seed what is kept of every domain; rows of one seed have no spread.
+    """
+    for name, kept in by_seed.items():
+        if len(kept) > 1:
+            kept_SD = np.array(kept)  # seeds, domains
+            found = (kept_SD.mean(1), kept_SD.min(1))
+            mean, worst = (f"{each.mean():.3f} ± {each.std(ddof=1):.3f}" for each in found)
+            print(f"{name}, {len(kept)} seeds: mean {mean}, worst {worst}")
 
 
 def row(

@@ -33,12 +33,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge import MergingArguments
 from hf_frmerge.calibration.blockwise_model import Outputs
-from hf_frmerge.calibration.calibrate import UPDATE_PRIOR
-from hf_frmerge.calibration.fits.block_fit import SweepOptions, SweepState
-from hf_frmerge.calibration.fits.least_squares import FitOptions
-from hf_frmerge.calibration.inputs import HELD_OUT, batches_of, open_model
+from hf_frmerge.calibration.calibrate import fit_settings
+from hf_frmerge.calibration.fits.block_fit import SweepState
+from hf_frmerge.calibration.inputs import batches_of, fitted_and_held_out, open_model, prompts_of
 from hf_frmerge.calibration.layers import is_linear
-from hf_frmerge.calibration.prompts import read_prompts, split_prompts
 from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, corrections_to_refine, read_start
 from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates, coefficients_to_refine
 from hf_frmerge.calibration.refinement.losses import row_losses
@@ -47,6 +45,7 @@ from hf_frmerge.calibration.sweep import FittedBlock, Sweep
 from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.arguments.values import as_shares
+from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.planning.build_plan import build_plan
 
 LEARNING_RATES = {"all": 3e-5, "lora": 1e-3, "adamerging": 1e-2, "samerging": 1e-2, "random": 1e-2}
@@ -110,25 +109,15 @@ def run_experts(args: argparse.Namespace) -> Sweep:
 def begin_sweep(args: argparse.Namespace, *, method: str, scale: float = 1.0) -> Sweep:
     """Return the sweep of a fit that starts from a merge of deltas, before its first block."""
     calibration = dict(item.split("=", 1) for item in args.calibration)
-    experts = list(calibration)
     merging = MergingArguments(
         output_dir="sweep", method=method, space="deltas", scale=scale, adapter_output="merged",
         num_calibration_samples=args.prompts, calibration_batch_size=args.batch_size, seed=args.seed,
     )  # fmt: skip
-    plan = build_plan(experts, merging, None, args.base)
+    plan = build_plan(list(calibration), merging, None, args.base)
     model = open_model(plan)
-    prompts = read_prompts(
-        calibration,
-        AutoTokenizer.from_pretrained(args.base),
-        experts=experts,
-        n_samples=args.prompts,
-        max_length=merging.max_calibration_length,
-        seed=args.seed,
-        vocab_size=model.model.config.get_text_config().vocab_size,
-    )
-    batches = batches_of(plan, model, *split_prompts(prompts, HELD_OUT, args.seed))
-    is_full = all(expert.checkpoint is not None for expert in plan.experts)
-    options = SweepOptions(FitOptions(update_prior=UPDATE_PRIOR if is_full else 0.0))
+    prompts = prompts_of(plan, model, calibration, AutoTokenizer.from_pretrained(args.base))(Processes(alone=True))
+    batches = batches_of(plan, model, *fitted_and_held_out(plan, prompts))
+    options, is_full = fit_settings(plan)
     reader = WeightReader(plan, load_kernels("cpu"), model.model)
     sweep = Sweep(model, reader, batches, as_shares(plan.weights), options, is_full=is_full)
     sweep.begin()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +26,7 @@ from hf_frmerge.calibration.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
 from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine
+from hf_frmerge.calibration.refinement.refine import Refinement
 from hf_frmerge.calibration.streams import in_batches
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
 from hf_frmerge.calibration.weights import WeightReader
@@ -169,3 +171,16 @@ def load_whole(models: Path, out: Path, kind: str) -> Any:
     if not (out / "adapter_config.json").exists():
         return model_class.from_pretrained(out).eval()
     return PeftModel.from_pretrained(model_class.from_pretrained(models / kind / "base"), out).eval()
+
+
+def assert_loss_and_gradients(
+    refinement: Refinement, value: float, n_steps: int, expected: Tensor, leaves: dict[str, Tensor]
+) -> None:
+    """Compare the mean loss of some steps, and the gradients they added up, with a float64 loss of leaves."""
+    expected.backward()
+    assert value == pytest.approx(float(expected.detach()), rel=1e-4)
+    for name, leaf in leaves.items():
+        found, reference = refinement.values[name].grad, leaf.grad
+        assert found is not None and reference is not None
+        scale = float(reference.abs().max())
+        torch.testing.assert_close(found.double() / n_steps, reference, rtol=1e-3, atol=1e-3 * scale + 1e-8)

@@ -57,8 +57,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-UPDATE_PRIOR = 5.0
-"""kappa for full fine-tunes; 3 to 10 gave the same."""
+_UPDATE_PRIOR = 5.0  # kappa for full fine-tunes; 3 to 10 gave the same
 
 
 def prepare(
@@ -144,8 +143,7 @@ def calibrate(
         processes = Processes(alone=True)
     if processes.is_main and not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
-    is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
-    options = SweepOptions(FitOptions(update_prior=UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan))
+    options, is_full = fit_settings(plan)
     settings = settings_of(plan, options)
     kernels = load_kernels(plan.args.device)
     reader = WeightReader(whole, kernels, model.model)
@@ -209,6 +207,14 @@ def calibrate(
     )
     write_record(done, record)
     return record
+
+
+def fit_settings(plan: MergePlan) -> tuple[SweepOptions, bool]:
+    """Return the settings of the fit of a merge, and whether its experts are full fine-tunes."""
+    is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
+    return SweepOptions(
+        FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan)
+    ), is_full
 
 
 def _write_best(

@@ -25,6 +25,7 @@ from hf_frmerge.merging.record.manifest import read_manifest
 from tests.refinement_models import (
     MODELS,
     N_EXPERTS,
+    assert_loss_and_gradients,
     expert_weights,
     merger,
     padded,
@@ -95,13 +96,7 @@ def test_loss_and_gradient_are_those_of_the_whole_models_on_the_written_tokens(m
             q, p = predict(weights), predict(expert)
             divergence = (q.exp() * (q - p)).sum(-1)
             total = total + share * batches[place].n_tokens / n_tokens * divergence.mean()
-    total.backward()
-    assert value == pytest.approx(float(total.detach()), rel=1e-4)
-    for name, leaf in leaves.items():
-        found, expected = refinement.values[name].grad, leaf.grad
-        assert found is not None and expected is not None
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(found.double() / n_steps, expected, rtol=1e-3, atol=1e-3 * scale + 1e-8)
+    assert_loss_and_gradients(refinement, value, n_steps, total, leaves)
 
 
 def test_each_round_is_written_by_the_merge_as_it_is_then(models: Path, tmp_path: Path, monkeypatch: Any) -> None:

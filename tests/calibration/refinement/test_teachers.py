@@ -21,6 +21,7 @@ from hf_frmerge.provenance.verify import verify
 from tests.refinement_models import (
     MODELS,
     N_EXPERTS,
+    assert_loss_and_gradients,
     expert_weights,
     merger,
     padded,
@@ -110,13 +111,7 @@ def test_loss_and_gradient_are_those_of_the_whole_models(models: Path, kind: str
         with torch.no_grad():
             target = plain_karcher([predict(of).sqrt() for of in experts], SHARES).square()
         total = total + share * (target * (target / predict(weights)).log()).sum(-1).mean()
-    total.backward()
-    assert value == pytest.approx(float(total.detach()), rel=1e-4)
-    for name, leaf in leaves.items():
-        found, expected = refinement.values[name].grad, leaf.grad
-        assert found is not None and expected is not None
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(found.double() / n_steps, expected, rtol=1e-3, atol=1e-3 * scale + 1e-8)
+    assert_loss_and_gradients(refinement, value, n_steps, total, leaves)
 
 
 def test_a_merge_learns_it_and_is_judged_by_the_experts(models: Path, tmp_path: Path) -> None:
