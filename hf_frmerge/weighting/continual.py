@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,11 @@ logger = logging.getLogger(__name__)
 # Said of the experts of one merge, so that the next, of others, cannot take them over.
 _OF_ITS_EXPERTS = ("coefficients", "take", "weight_rules")
 
-WITHOUT_PROMPTS: dict[str, Any] = {"fisher": None, "refine_steps": 0}
+WITHOUT_PROMPTS: dict[str, Any] = {
+    option.name: option.default
+    for option in fields(MergingArguments)
+    if option.name == "fisher" or option.name.startswith("refine_")
+}
 """What a merge that was made with prompts leaves to a next one that has none."""
 
 

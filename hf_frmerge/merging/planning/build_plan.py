@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hf_frmerge.checkpoints.beside.look_beside import look_beside
@@ -25,6 +25,7 @@ from hf_frmerge.merging.planning.steps.adapter import adapter_steps
 from hf_frmerge.merging.planning.steps.full_model import full_model_steps
 from hf_frmerge.merging.planning.steps.matrices import refuse_without_factors
 from hf_frmerge.merging.planning.steps.set_apart import check_rules_match
+from hf_frmerge.merging.planning.unused_options import unused_options
 from hf_frmerge.merging.planning.vocabulary.choose_tokens import (
     choose_tokens,
     full_models,
@@ -157,7 +158,7 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
     else:
         planned = full_model_steps(args, experts, base, weights, rules, choice)
     refuse_without_factors(args, experts, planned.steps)
-    notes = planned.notes + notes_of_inputs + _method_notes(planned.steps, args)
+    notes = [*planned.notes, *notes_of_inputs, *unused_options(args), *_method_notes(planned.steps, args)]
     steps = cut_as_given(planned.steps, table, len(experts)) if table is not None else planned.steps
     layout = None
     if not to_adapter:
@@ -226,14 +227,8 @@ def _refuse_measured_pairs(experts: list[Expert], args: MergingArguments) -> Non
 
 
 def _method_notes(steps: list[TensorStep], args: MergingArguments) -> list[str]:
-    """Note options that change nothing, and tensors for which the method does something else than it usually does."""
-    method = METHODS[args.method]
-    of_methods = dict.fromkeys(name for other in METHODS.values() for name in other.options if name != "seed")
-    options = args.to_dict()
-    defaults = {field.name: field.default for field in fields(args)}
-    used = (*method.options, *(("svc_floor",) if args.post_step is not None else ()))
-    changed = [name for name in (*of_methods, "svc_floor") if name not in used and options[name] != defaults[name]]
-    notes = [f"`{name}` changes nothing with method={method.name!r}." for name in changed]
+    """Note tensors for which the method does something else than it usually does."""
+    notes, method = [], METHODS[args.method]
     numbers = [step.name for step in steps if step.action == "merge" and step.block_len == 1]
     if numbers and method.is_directional:
         notes.append(f"A single number has no direction: of {some(numbers)} the plain weighted mean is taken.")

@@ -1,0 +1,33 @@
+"""Name options that change nothing beside the others."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from hf_frmerge.methods.table import METHODS
+
+if TYPE_CHECKING:
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
+
+
+def unused_options(args: MergingArguments) -> list[str]:
+    """
+    Return a sentence for each option that was changed and that nothing reads: of another method, or of no refinement.
+
+    They are named and not refused, so that one set of options can serve several methods.
+    """
+    changed = [option.name for option in fields(args) if getattr(args, option.name) != option.default]
+    of_methods = {name for method in METHODS.values() for name in method.options if name != "seed"} | {"svc_floor"}
+    used = {*METHODS[args.method].options}
+    if args.post_step is not None:
+        used.add("svc_floor")
+    if args.fisher is not None:
+        used.add("fisher_labels")
+    why = dict.fromkeys(of_methods - used, f"with method={args.method!r}")
+    if not args.refine_steps:
+        refining = [option.name for option in fields(args) if option.name.startswith("refine_")]
+        why |= dict.fromkeys(refining, "without refine_steps (--refine)")
+    elif args.refine_loss != "jsd":
+        why["refine_beta"] = f"with refine_loss={args.refine_loss!r}"
+    return [f"`{name}` changes nothing {why[name]}." for name in changed if name in why]

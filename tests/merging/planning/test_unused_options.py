@@ -1,0 +1,89 @@
+"""Options that change nothing are named, and those that are named change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from merge_reference import write_family
+
+from hf_frmerge import FisherRaoMerger, MergingArguments
+from hf_frmerge.merging.planning.unused_options import unused_options
+from hf_frmerge.methods.table import METHODS
+
+OTHER: dict[str, Any] = {
+    "norm": "max",
+    "beta": 0.5,
+    "scale": 0.5,
+    "density": 0.6,
+    "gamma": 0.1,
+    "epsilon": 0.2,
+    "agreement": 0.8,
+    "min_change": 0.3,
+    "descent_steps": 20.0,
+    "off_diagonal": 0.5,
+    "fisher_labels": "exact",
+    "svc_floor": 0.5,
+    "tol": 0.1,
+    "max_iter": 2,
+    "on_ambiguous": "linear",
+    "refine_loss": "jsd",
+    "refine_teacher": "barycentre",
+    "refine_lmbda": 0.5,
+    "refine_beta": 0.2,
+    "refine_rho": 0.1,
+    "refine_learning_rate": 1e-3,
+}
+
+METHODS_OF_WEIGHTS = [
+    method.name
+    for method in METHODS.values()
+    if method.kind in ("span", "sparse", "spectral") and not method.needs_factors and not method.is_continual
+]
+
+
+def test_there_is_another_value_for_every_option_that_may_be_named() -> None:
+    assert {name for method in METHODS.values() for name in method.options} <= {*OTHER, "seed", "coefficients"}
+    assert {name for name in MergingArguments().to_dict() if name.startswith("refine_")} - {"refine_steps"} <= set(
+        OTHER
+    )
+
+
+@pytest.mark.parametrize("method", METHODS_OF_WEIGHTS)
+def test_what_is_named_changes_no_bit_of_a_merge(tmp_path: Path, method: str) -> None:
+    base, experts = write_family(tmp_path)
+    experts = experts[: METHODS[method].n_experts]
+
+    def merged(name: str, **options: Any) -> bytes:
+        args = MergingArguments(output_dir=str(tmp_path / name), method=method, space="deltas", **options)
+        FisherRaoMerger(experts, args, base_model=base).merge()
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    notes = unused_options(MergingArguments(method=method, **OTHER))
+    unused = {
+        name: other for name, other in OTHER.items() if any(f"`{name}` changes nothing" in note for note in notes)
+    }
+    assert {"refine_loss", "refine_rho", "off_diagonal", "svc_floor"} <= set(unused)
+    assert merged("changed", **unused) == merged("plain")
+
+
+def test_options_of_a_refinement_are_named_where_there_is_none() -> None:
+    refining = MergingArguments(refine_steps=5, refine_loss="jsd", refine_rho=0.1, refine_beta=0.2)
+    assert unused_options(refining) == []
+    assert unused_options(MergingArguments(refine_rho=0.1)) == [
+        "`refine_rho` changes nothing without refine_steps (--refine)."
+    ]
+    assert unused_options(MergingArguments(refine_steps=5, refine_beta=0.2)) == [
+        "`refine_beta` changes nothing with refine_loss='kl'."
+    ]
+
+
+def test_options_of_what_is_asked_for_are_not_named() -> None:
+    assert unused_options(MergingArguments()) == []
+    assert unused_options(MergingArguments(fisher="diagonal", fisher_labels="exact")) == []
+    assert unused_options(MergingArguments(post_step="svc", svc_floor=0.5)) == []
+    assert unused_options(MergingArguments(fisher_labels="exact")) != []
+    for method in METHODS.values():
+        used = {name: OTHER.get(name, "table.safetensors") for name in method.options if name != "seed"}
+        assert unused_options(MergingArguments(method=method.name, seed=7, **used)) == [], method.name
