@@ -32,17 +32,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge import MergingArguments
-from hf_frmerge.calibration.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.layers import is_linear
+from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.calibrate import fit_settings
 from hf_frmerge.calibration.fits.block_fit import SweepState
 from hf_frmerge.calibration.inputs import batches_of, fitted_and_held_out, open_model, prompts_of
-from hf_frmerge.calibration.layers import is_linear
 from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, corrections_to_refine, read_start
 from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates, coefficients_to_refine
 from hf_frmerge.calibration.refinement.losses import row_losses
 from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
-from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.engine.processes import Processes

@@ -22,14 +22,14 @@ from transformers import (
 )
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.streams import in_batches
+from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
 from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine
 from hf_frmerge.calibration.refinement.refine import Refinement
-from hf_frmerge.calibration.streams import in_batches
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
-from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.planning.build_plan import build_plan
 

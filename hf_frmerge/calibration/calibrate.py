@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from hf_frmerge.calibration.block_files import BlockFiles
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.block_files import BlockFiles
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.dealing import own_batches
+from hf_frmerge.calibration.blocks.layers import is_linear, n_in
+from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.choose_start import start_distances
-from hf_frmerge.calibration.dealing import own_batches
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.equations import check_form, equations_of, settings_of, why_no_table
 from hf_frmerge.calibration.fits.least_squares import FitOptions
@@ -31,14 +33,12 @@ from hf_frmerge.calibration.inputs import (
 )
 from hf_frmerge.calibration.into_adapter import correction_rank, transposed_tensors
 from hf_frmerge.calibration.kept_files import RECORD_FILE, read_record, write_record
-from hf_frmerge.calibration.layers import is_linear, n_in
 from hf_frmerge.calibration.neutral import measure_neutral
-from hf_frmerge.calibration.prompts import Prompts
+from hf_frmerge.calibration.prompts.read_prompts import Prompts
 from hf_frmerge.calibration.refinement.expert_updates import fitted_coefficients, write_table
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
 from hf_frmerge.calibration.refinement.rollouts import check_writes
 from hf_frmerge.calibration.sweep import Sweep
-from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.calibration.whitening import whiten
 from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.kernels.load import load_kernels
@@ -131,12 +131,7 @@ def calibrate(
     """
     started = time.process_time()
     fitted, held_out = fitted_and_held_out(plan, prompts)
-    starts = None
-    if plan.chooses_method:
-        judged = batches_of(plan, model, (), held_out)
-        # Told by one process: where distances are close, another machine might choose another one.
-        (starts,) = processes.gather([start_distances(whole, model, judged)] if processes.is_main else [])
-        plan.args, whole.args = (with_start(each.args, nearest_start(starts)) for each in (plan, whole))
+    starts = _choose_start(plan, whole, model, held_out, processes) if plan.chooses_method else None
     if plan.args.refine_steps:  # after the choice of a start, by which all processes merge
         if not processes.is_main:
             return None
@@ -173,12 +168,7 @@ def calibrate(
         fit_of=fit_of,
         processes=processes,
     )
-    sweep.begin()
-    for index in tqdm(range(len(model.blocks)), "Calibrating", unit="block", disable=silent):
-        known = files.read(index, sweep.tensors(index))
-        fitted_block = sweep.fit_block(index, known)
-        if known is None and processes.is_main:
-            files.write(index, sweep.tensors(index), fitted_block)
+    _fit_blocks(sweep, files, is_main=processes.is_main, is_silent=silent)
     by_form = distances(sweep, forms_of(sweep))
     seconds_of_others = processes.gather([] if processes.is_main else [time.process_time() - started])
     if not processes.is_main:
@@ -207,6 +197,27 @@ def calibrate(
     )
     write_record(done, record)
     return record
+
+
+def _choose_start(
+    plan: MergePlan, whole: MergePlan, model: BlockwiseModel, held_out: Sequence[Prompts], processes: Processes
+) -> dict[str, tuple[float | None, ...]]:
+    """Give both plans the method that is nearest to the experts on held-out prompts; return the distances of all."""
+    batches = batches_of(plan, model, (), held_out)
+    # Told by one process: where distances are close, another machine might choose another one.
+    (starts,) = processes.gather([start_distances(whole, model, batches)] if processes.is_main else [])
+    plan.args, whole.args = (with_start(each.args, nearest_start(starts)) for each in (plan, whole))
+    return starts
+
+
+def _fit_blocks(sweep: Sweep, files: BlockFiles, *, is_main: bool, is_silent: bool | None) -> None:
+    """Fit all blocks, those that are kept already from their files; the main process keeps the others."""
+    sweep.begin()
+    for index in tqdm(range(len(sweep.state.model.blocks)), "Calibrating", unit="block", disable=is_silent):
+        known = files.read(index, sweep.tensors(index))
+        fitted = sweep.fit_block(index, known)
+        if known is None and is_main:
+            files.write(index, sweep.tensors(index), fitted)
 
 
 def fit_settings(plan: MergePlan) -> tuple[SweepOptions, bool]:

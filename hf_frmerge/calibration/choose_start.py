@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hf_frmerge.calibration.forward import merge_distances
+from hf_frmerge.calibration.blocks.forward import merge_distances
 from hf_frmerge.merging.planning.choose_method import CANDIDATES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-    from hf_frmerge.calibration.streams import Batch
+    from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+    from hf_frmerge.calibration.blocks.streams import Batch
     from hf_frmerge.merging.planning.plan import MergePlan
 
 

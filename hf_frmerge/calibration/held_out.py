@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs, Weights
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Outputs, Weights
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.geometry.simplex import chord_to_distance
 from hf_frmerge.merging.planning.corrections import Form, mean_known

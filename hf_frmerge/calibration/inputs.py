@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from xxhash import xxh3_128_hexdigest
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.streams import Batch, in_batches
 from hf_frmerge.calibration.fits.equations import check_experts
 from hf_frmerge.calibration.into_adapter import as_whole_model
-from hf_frmerge.calibration.prompts import (
+from hf_frmerge.calibration.prompts.read_prompts import (
     Prompts,
     leading_tokens,
     read_prompts,
     split_prompts,
     with_more_beginnings,
 )
-from hf_frmerge.calibration.self_written import chat_prefix, document_prefix, self_written_prompts
-from hf_frmerge.calibration.streams import Batch, in_batches
+from hf_frmerge.calibration.prompts.self_written import chat_prefix, document_prefix, self_written_prompts
 from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_frmerge.calibration.forward import run_forward
+from hf_frmerge.calibration.blocks.forward import run_forward
+from hf_frmerge.calibration.blocks.streams import in_batches
+from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.held_out import squared_distance
-from hf_frmerge.calibration.prompts import leading_tokens
+from hf_frmerge.calibration.prompts.read_prompts import leading_tokens
+from hf_frmerge.calibration.prompts.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.refinement.losses import row_losses
-from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
-from hf_frmerge.calibration.streams import in_batches
-from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import MergeError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 from hf_frmerge.kernels.load import load_kernels
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-    from hf_frmerge.calibration.prompts import Prompts
+    from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+    from hf_frmerge.calibration.prompts.read_prompts import Prompts
     from hf_frmerge.merging.planning.plan import MergePlan
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Weights
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Weights
+from hf_frmerge.calibration.blocks.layers import find_layers
+from hf_frmerge.calibration.blocks.streams import Batch
+from hf_frmerge.calibration.blocks.weights import UnreadWeights, WeightReader
 from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions, SweepState
 from hf_frmerge.calibration.fits.coefficient_rows import combined
-from hf_frmerge.calibration.layers import find_layers
-from hf_frmerge.calibration.streams import Batch
-from hf_frmerge.calibration.weights import UnreadWeights, WeightReader
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.merging.engine.processes import Processes
 

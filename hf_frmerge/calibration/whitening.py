@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_frmerge.calibration.block_files import BlockFiles
+from hf_frmerge.calibration.blocks.block_files import BlockFiles
+from hf_frmerge.calibration.blocks.forward import merge_distances
+from hf_frmerge.calibration.blocks.layers import is_flipped
+from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits.equations import diagonal_files, kronecker_files
-from hf_frmerge.calibration.forward import merge_distances
 from hf_frmerge.calibration.inputs import batches_of, counts_of, digest_of, fitted_and_held_out, is_silent
 from hf_frmerge.calibration.kept_files import RECORD_FILE, read_record, write_record
-from hf_frmerge.calibration.layers import is_flipped
-from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.fisher.average import FLOOR
@@ -37,8 +37,8 @@ from hf_frmerge.merging.planning.coefficient_table import read_coefficients, wri
 from hf_frmerge.merging.planning.corrections import CalibrationRecord
 
 if TYPE_CHECKING:
-    from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-    from hf_frmerge.calibration.prompts import Prompts
+    from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+    from hf_frmerge.calibration.prompts.read_prompts import Prompts
     from hf_frmerge.fisher.files import DiagonalFile, KroneckerFile
     from hf_frmerge.fisher.metric import Metric
     from hf_frmerge.merging.engine.processes import Processes

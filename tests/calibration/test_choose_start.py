@@ -15,10 +15,10 @@ from tiny_models import word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.streams import in_batches
 from hf_frmerge.calibration.choose_start import start_distances
-from hf_frmerge.calibration.self_written import document_prefix, self_written_prompts
-from hf_frmerge.calibration.streams import in_batches
+from hf_frmerge.calibration.prompts.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.checkpoints.resolve import resolve_all
 from hf_frmerge.cli.main import main

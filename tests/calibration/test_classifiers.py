@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.calibration.prompts import read_prompts, split_prompts
+from hf_frmerge.calibration.prompts.read_prompts import read_prompts, split_prompts
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.verify import verify

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.calibration.curvature import layer_curvature
-from hf_frmerge.calibration.prompts import read_prompts, split_prompts
+from hf_frmerge.calibration.prompts.read_prompts import read_prompts, split_prompts
 from hf_frmerge.cli.main import main
 from hf_frmerge.fisher import files as fisher_files
 from hf_frmerge.fisher.kronecker import kronecker_factors

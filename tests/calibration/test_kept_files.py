@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_frmerge.calibration.block_files import BlockFiles
+from hf_frmerge.calibration.blocks.block_files import BlockFiles
 from hf_frmerge.calibration.kept_files import read_kept, write_kept
 from hf_frmerge.calibration.refinement.progress_file import Best, Progress, read_progress, write_progress
 from hf_frmerge.calibration.sweep import FittedBlock

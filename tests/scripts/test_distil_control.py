@@ -16,7 +16,7 @@ import torch
 from tiny_models import save_llama_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_frmerge.calibration.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.blockwise_model import Outputs
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WORDS = ["alpha", "beta", "gamma", "delta", "house", "room", "door", "other"]

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Taps, Weights
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Taps, Weights
+from hf_frmerge.calibration.blocks.layers import BlockLayers, LinearGroup, is_flipped, matrix_of, n_in, put_matrix
+from hf_frmerge.calibration.blocks.streams import Batch
+from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits.coefficient_rows import TableEquations
 from hf_frmerge.calibration.fits.least_squares import (
     Fit,
@@ -24,10 +27,7 @@ from hf_frmerge.calibration.fits.least_squares import (
     low_rank,
     norm_sums,
 )
-from hf_frmerge.calibration.layers import BlockLayers, LinearGroup, is_flipped, matrix_of, n_in, put_matrix
 from hf_frmerge.calibration.memory import give_back
-from hf_frmerge.calibration.streams import Batch
-from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.merging.engine.processes import Processes
 

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.calibration.blocks.layers import is_linear
 from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions
 from hf_frmerge.calibration.fits.fisher_fit import FisherFit
 from hf_frmerge.calibration.fits.mats import MatsFit
 from hf_frmerge.calibration.fits.regmean import RegMeanFit, RegMeanOptions
-from hf_frmerge.calibration.layers import is_linear
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.fisher.average import FLOOR
@@ -19,8 +19,8 @@ from hf_frmerge.fisher.files import EstimateOptions, estimate_diagonal, estimate
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
-    from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-    from hf_frmerge.calibration.prompts import Prompts
+    from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+    from hf_frmerge.calibration.prompts.read_prompts import Prompts
     from hf_frmerge.calibration.sweep import LayerFit
     from hf_frmerge.checkpoints.source import Source
     from hf_frmerge.fisher.files import DiagonalFile, KroneckerFile

@@ -11,9 +11,9 @@ from torch import Tensor
 from hf_frmerge.fisher.average import fisher_average
 
 if TYPE_CHECKING:
-    from hf_frmerge.calibration.blockwise_model import Weights
+    from hf_frmerge.calibration.blocks.blockwise_model import Weights
+    from hf_frmerge.calibration.blocks.layers import BlockLayers
     from hf_frmerge.calibration.fits.block_fit import SweepState
-    from hf_frmerge.calibration.layers import BlockLayers
     from hf_frmerge.fisher.files import DiagonalFile
 
 logger = logging.getLogger(__name__)

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_frmerge.calibration.blocks.layers import matrix_of, put_matrix
 from hf_frmerge.calibration.fits.fisher_fit import InformedFit
-from hf_frmerge.calibration.layers import matrix_of, put_matrix
 
 if TYPE_CHECKING:
-    from hf_frmerge.calibration.blockwise_model import Weights
+    from hf_frmerge.calibration.blocks.blockwise_model import Weights
+    from hf_frmerge.calibration.blocks.layers import BlockLayers
     from hf_frmerge.calibration.fits.block_fit import SweepState
-    from hf_frmerge.calibration.layers import BlockLayers
     from hf_frmerge.fisher.files import KroneckerFile
 
 _SOLVED = 1e-6

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_frmerge.calibration.blockwise_model import Call, Weights
+from hf_frmerge.calibration.blocks.blockwise_model import Call, Weights
 from hf_frmerge.calibration.fits.block_fit import SweepState
 from hf_frmerge.calibration.refinement.expert_updates import COEFFICIENTS, ExpertUpdates
 from hf_frmerge.calibration.sweep import FittedBlock

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import Weights
+from hf_frmerge.calibration.blocks.blockwise_model import Weights
 from hf_frmerge.calibration.fits.block_fit import SweepState
 from hf_frmerge.calibration.fits.coefficient_rows import combined
 from hf_frmerge.calibration.sweep import FittedBlock

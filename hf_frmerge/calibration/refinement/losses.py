@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.blockwise_model import Outputs
 
 # The square root of a squared chord has no derivative at 0, the squared angle has: 1.
 _LEAST_SQUARED_CHORD = 1e-12

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_frmerge.calibration.blockwise_model import Outputs, Weights
+from hf_frmerge.calibration.blocks.blockwise_model import Outputs, Weights
+from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.held_out import Candidate, distances, outputs_of
 from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, stored_dtype
 from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates
 from hf_frmerge.calibration.refinement.progress_file import Best, Progress, read_progress, write_progress
 from hf_frmerge.calibration.refinement.rollouts import Place, is_on_policy, write_rollouts
 from hf_frmerge.calibration.refinement.teachers import Teachers
-from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.merging.planning.corrections import mean_known
 

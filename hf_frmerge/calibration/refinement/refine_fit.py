@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_frmerge.calibration.block_files import factors_for_adapter
+from hf_frmerge.calibration.blocks.block_files import factors_for_adapter
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, parameter_of, read_start
 from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine, write_table
 from hf_frmerge.calibration.refinement.losses import row_losses

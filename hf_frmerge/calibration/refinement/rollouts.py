@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.prompts.self_written import BATCH, write_behind
 from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge
-from hf_frmerge.calibration.self_written import BATCH, write_behind
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
 

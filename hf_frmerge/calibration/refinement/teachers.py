@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import Outputs
-from hf_frmerge.calibration.forward import run_forward
+from hf_frmerge.calibration.blocks.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.forward import run_forward
+from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.held_out import outputs_of
-from hf_frmerge.calibration.streams import Batch
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.geometry.simplex import barycentre_coefficients
 

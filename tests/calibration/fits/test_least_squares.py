@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.blockwise_model import Outputs
 from hf_frmerge.calibration.fits.least_squares import (
     FitOptions,
     Moments,

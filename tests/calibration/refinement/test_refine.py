@@ -18,9 +18,9 @@ from jsonschema import Draft202012Validator
 from torch.func import functional_call
 
 from hf_frmerge.calibration import calibrate
-from hf_frmerge.calibration.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.blockwise_model import Outputs
 from hf_frmerge.calibration.held_out import distances, forms_of
-from hf_frmerge.calibration.prompts import read_prompts, split_prompts
+from hf_frmerge.calibration.prompts.read_prompts import read_prompts, split_prompts
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
 from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine
 from hf_frmerge.calibration.refinement.losses import row_losses

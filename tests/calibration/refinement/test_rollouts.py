@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import MambaConfig, MambaForCausalLM
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.refinement import rollouts
 from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, read_start
 from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from hf_frmerge.calibration.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.blockwise_model import Outputs
 from hf_frmerge.calibration.refinement.corrected_merge import read_start
 from hf_frmerge.calibration.refinement.losses import row_losses
 from hf_frmerge.calibration.refinement.refine import Refinement, RefineOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 
-from hf_frmerge.calibration.streams import Batch
+from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.engine.processes import Processes
 

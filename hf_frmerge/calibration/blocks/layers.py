@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Call, Weights
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Call, Weights
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import Call
+from hf_frmerge.calibration.blocks.blockwise_model import Call
 
 
 @dataclass

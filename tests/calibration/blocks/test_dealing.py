@@ -7,8 +7,8 @@ from itertools import chain
 import pytest
 import torch
 
-from hf_frmerge.calibration.dealing import own_batches
-from hf_frmerge.calibration.streams import Batch
+from hf_frmerge.calibration.blocks.dealing import own_batches
+from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.engine.processes import Processes
 

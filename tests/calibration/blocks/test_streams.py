@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_frmerge.calibration.streams import in_batches
+from hf_frmerge.calibration.blocks.streams import in_batches
 
 
 @pytest.mark.parametrize("lengths", [[8] * 5, [8, 3, 8, 2, 8, 2, 2, 2, 2, 5], [2], []])

@@ -14,7 +14,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from hf_frmerge.calibration.prompts import Prompts
+from hf_frmerge.calibration.prompts.read_prompts import Prompts
 from hf_frmerge.checkpoints.disk import make_folder, write_file
 from hf_frmerge.checkpoints.source import Source
 from hf_frmerge.errors import ArgumentError, MergeError, NonFiniteError

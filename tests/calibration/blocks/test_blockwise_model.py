@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.layers import BlockLayers, find_layers
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.layers import BlockLayers, find_layers
 from hf_frmerge.errors import ArgumentError
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

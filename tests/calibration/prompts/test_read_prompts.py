@@ -17,7 +17,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from hf_frmerge.calibration.prompts import (
+from hf_frmerge.calibration.prompts.read_prompts import (
     Prompts,
     leading_tokens,
     read_prompts,

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.calibration import calibrate, self_written
-from hf_frmerge.calibration.self_written import (
+from hf_frmerge.calibration import calibrate
+from hf_frmerge.calibration.prompts import self_written
+from hf_frmerge.calibration.prompts.self_written import (
     _draw,
     chat_prefix,
     document_prefix,
@@ -165,7 +166,7 @@ def test_prompts_are_kept_under_everything_they_depend_on(
 ) -> None:
     first = experts_write([family / "math"], None, tmp_path)
     kept = [file.read_bytes() for file in tmp_path.iterdir()]
-    monkeypatch.setattr("hf_frmerge.calibration.self_written.write_prompts", None)  # must not be called
+    monkeypatch.setattr("hf_frmerge.calibration.prompts.self_written.write_prompts", None)  # must not be called
     again = experts_write([family / "math"], None, tmp_path)
     assert again[0].digest == first[0].digest
     monkeypatch.undo()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blockwise_model import BlockwiseModel, Outputs
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Outputs
+from hf_frmerge.calibration.blocks.streams import Batch
+from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.held_out import outputs_of, squared_distance
-from hf_frmerge.calibration.streams import Batch
-from hf_frmerge.calibration.weights import WeightReader
 from hf_frmerge.kernels.load import load_kernels
 
 if TYPE_CHECKING:
