@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,10 @@ from hf_frmerge.calibration.into_adapter import correction_rank, transposed_tens
 from hf_frmerge.calibration.kept_files import RECORD_FILE, read_record, write_record
 from hf_frmerge.calibration.neutral import measure_neutral
 from hf_frmerge.calibration.prompts.read_prompts import Prompts
-from hf_frmerge.calibration.refinement.expert_updates import fitted_coefficients, write_table
+from hf_frmerge.calibration.refinement.expert_updates import write_table
 from hf_frmerge.calibration.refinement.refine_fit import PROGRESS_FILE, refine_fit
 from hf_frmerge.calibration.refinement.rollouts import check_writes
-from hf_frmerge.calibration.sweep import Sweep
+from hf_frmerge.calibration.sweep import FittedBlock, Sweep, by_parameter
 from hf_frmerge.calibration.whitening import whiten
 from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.kernels.load import load_kernels
@@ -211,21 +212,29 @@ def _choose_start(
 
 
 def _fit_blocks(sweep: Sweep, files: BlockFiles, *, is_main: bool, is_silent: bool | None) -> None:
-    """Fit all blocks, those that are kept already from their files; the main process keeps the others."""
+    """Fit head and blocks, those that are kept already from their files; the main process keeps the others."""
     sweep.begin()
-    for index in tqdm(range(len(sweep.state.model.blocks)), "Calibrating", unit="block", disable=is_silent):
+    blocks = range(len(sweep.state.model.blocks))
+    parts: list[tuple[int, Callable[[FittedBlock | None], FittedBlock]]]
+    parts = [(index, partial(sweep.fit_block, index)) for index in blocks]
+    if sweep.head is not None:
+        parts.insert(0, (len(blocks), sweep.fit_head))
+    for index, fit in tqdm(parts, "Calibrating", unit="block", disable=is_silent):
         known = files.read(index, sweep.tensors(index))
-        fitted = sweep.fit_block(index, known)
+        found = fit(known)
         if known is None and is_main:
-            files.write(index, sweep.tensors(index), fitted)
+            files.write(index, sweep.tensors(index), found)
 
 
 def fit_settings(plan: MergePlan) -> tuple[SweepOptions, bool]:
     """Return the settings of the fit of a merge, and whether its experts are full fine-tunes."""
     is_full = plan.base is not None and all(expert.checkpoint is not None for expert in plan.experts)
-    return SweepOptions(
-        FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0), rank=correction_rank(plan)
-    ), is_full
+    options = SweepOptions(
+        FitOptions(update_prior=_UPDATE_PRIOR if is_full else 0.0),
+        rank=correction_rank(plan),
+        fits_head=plan.layout is not None and not METHODS[plan.args.method].needs_prompts,
+    )
+    return options, is_full
 
 
 def _write_best(
@@ -241,20 +250,20 @@ def _write_best(
     is_of_method = METHODS[plan.args.method].needs_prompts
     form = form_of_method(wanted) if is_of_method else choose_form(by_form, wanted)
     transposed = transposed_tensors(whole) if plan is not whole else None
-    n_blocks, refinement = len(sweep.state.model.blocks), None
+    n_parts, refinement = sweep.n_parts, None
     if plan.args.refine_steps or form == "table":
-        blocks = [files.read(index, sweep.tensors(index)) for index in range(n_blocks)]
+        blocks = [files.read(index, sweep.tensors(index)) for index in range(n_parts)]
         found = [block for block in blocks if block is not None]
     if plan.args.refine_steps:
         form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
     if refinement is None or not refinement.best_step:
         if form == "table":
-            write_table(sweep.state, fitted_coefficients(sweep.state, found), staging)
+            write_table(sweep.state, by_parameter(sweep.state.model, found).coefficients, staging)
         elif transposed is None or form == "start":
-            files.join(n_blocks, form)
+            files.join(n_parts, form)
         else:
-            files.join_for_adapter(n_blocks, transposed)
-    files.remove(n_blocks)
+            files.join_for_adapter(n_parts, transposed)
+    files.remove(n_parts)
     remove_file(staging / PROGRESS_FILE)
     return form, refinement
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Outputs, Weights
+from hf_frmerge.calibration.blocks.blockwise_model import Weights
+from hf_frmerge.calibration.blocks.outputs import outputs_of, squared_distance
 from hf_frmerge.calibration.sweep import Sweep
-from hf_frmerge.geometry.simplex import chord_to_distance
 from hf_frmerge.merging.planning.corrections import Form, mean_known
 
 FORMS: tuple[Form, ...] = ("start", "table", "low_rank", "dense")
@@ -35,31 +34,13 @@ class Candidate:
     hidden: Mapping[int, Tensor]
 
 
-def squared_distance(merged: Outputs, expert: Outputs) -> Tensor:
-    """
-    Return the squared distance of two models' outputs, in rad², `(rows,)`.
-
-    Of logits the squared Fisher–Rao distance of the predictions, `(2 arccos sum_v sqrt(p_v q_v))²`; of hidden states
-    the squared angle between them. Both from the chord, as arccos of a number near 1 loses half its digits.
-    """
-    points = [_on_sphere(outputs) for outputs in (merged, expert)]
-    squared_chord = (points[0] - points[1]).square().sum(dim=-1)
-    if merged.is_logits:
-        return torch.from_numpy(chord_to_distance(squared_chord.cpu().numpy())).square()
-    return (2 * torch.arcsin((squared_chord.sqrt() / 2).clamp(max=1))).square().cpu()
-
-
-def _on_sphere(outputs: Outputs) -> Tensor:
-    values = outputs.values.double()
-    return torch.softmax(values, dim=-1).sqrt() if outputs.is_logits else torch.nn.functional.normalize(values, dim=-1)
-
-
 def forms_of(sweep: Sweep) -> dict[str, Candidate]:
     """Return the merge without data and the forms of the fit, after the last block of a sweep."""
     outer = sweep.outer(None)
     fitted = {index: sweep.state.merged[index] for index in sweep.start}
     hidden = dict(zip(FORMS, (sweep.start, sweep.table, sweep.low_rank, fitted)))
-    return {form: Candidate(outer, hidden[form]) for form in FORMS if form != "table" or sweep.state.offers_table}
+    offered = [form for form in FORMS if form != "table" or sweep.state.offers_table]
+    return {form: Candidate(outer | sweep.fitted_outer(form), hidden[form]) for form in offered}
 
 
 def distances(sweep: Sweep, candidates: Mapping[str, Candidate]) -> dict[str, tuple[float | None, ...]]:
@@ -109,15 +90,3 @@ def choose_form(by_form: dict[str, tuple[float | None, ...]], wanted: str) -> Fo
 def form_of_method(wanted: str) -> Form:
     """Return the form of what a method gives that was asked for by name, however good it is: whole unless wanted."""
     return "low_rank" if wanted == "low_rank" else "dense"
-
-
-def outputs_of(
-    model: BlockwiseModel, outer: Mapping[str, Tensor], hidden_BTH: Tensor, inputs: Mapping[str, Tensor]
-) -> Outputs:
-    """Return the outputs, one row for each token, or each prompt for a classifier."""
-    outputs = model.finish(outer, hidden_BTH, inputs)
-    if outputs.values.ndim == 2:
-        return outputs
-    mask = inputs.get("attention_mask")
-    kept = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-    return Outputs(outputs.values[kept], outputs.is_logits)

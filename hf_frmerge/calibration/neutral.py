@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_frmerge.calibration.blocks.forward import run_forward
+from hf_frmerge.calibration.blocks.outputs import squared_distance
 from hf_frmerge.calibration.blocks.streams import in_batches
 from hf_frmerge.calibration.blocks.weights import WeightReader
-from hf_frmerge.calibration.held_out import squared_distance
 from hf_frmerge.calibration.prompts.read_prompts import leading_tokens
 from hf_frmerge.calibration.prompts.self_written import document_prefix, self_written_prompts
 from hf_frmerge.calibration.refinement.losses import row_losses

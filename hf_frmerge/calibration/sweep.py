@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,8 +24,10 @@ from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.blocks.weights import UnreadWeights, WeightReader
 from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions, SweepState
 from hf_frmerge.calibration.fits.coefficient_rows import combined
+from hf_frmerge.calibration.fits.head_fit import find_head, fit_head
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.merging.engine.processes import Processes
+from hf_frmerge.merging.planning.corrections import Form
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,16 @@ class FittedBlock:
     corrections: dict[str, Tensor]
     factors: dict[str, tuple[Tensor, Tensor]]
     coefficients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def by_parameter(model: BlockwiseModel, found: Sequence[FittedBlock]) -> FittedBlock:
+    """Join what was found for all blocks, and behind them for the head, by the names of the model's parameters."""
+    joined = FittedBlock({}, {})
+    for prefix, block in zip([*(f"{name}." for name in model.blocks), ""], found):
+        joined.corrections.update({f"{prefix}{name}": values for name, values in block.corrections.items()})
+        joined.factors.update({f"{prefix}{name}": pair for name, pair in block.factors.items()})
+        joined.coefficients.update({f"{prefix}{name}": values for name, values in block.coefficients.items()})
+    return joined
 
 
 class LayerFit(Protocol):
@@ -77,6 +90,7 @@ class Sweep:
 
     Attributes:
         state: what is carried through the blocks.
+        head: the head that is fitted; `None` if there is none.
         start, table, low_rank: hidden states of the data-free merge and of two forms; held-out batches only.
         gives_logits: whether the model predicts something, or gives hidden states; known once the sweep has begun.
         predicts_tokens: likewise, whether it gives an output for every token, or one for a prompt, as a classifier.
@@ -98,6 +112,9 @@ class Sweep:
         processes = processes or Processes(alone=True)
         self.state = SweepState(model, reader, batches, list(shares), options, is_full, processes, offers_table)
         self._fit_of = fit_of
+        head = find_head(model.model) if options.fits_head else None
+        self.head = head if head is not None and reader.is_merged(head.parameter) else None
+        self._head_found = FittedBlock({}, {})
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
         self.table: dict[int, Tensor] = {}
@@ -152,10 +169,18 @@ class Sweep:
         """Return the weights outside the blocks, of an expert or of the data-free merge."""
         return self.state.computed({name: self._read(expert, name) for name in self.state.model.outer_parameters()})
 
+    @property
+    def n_parts(self) -> int:
+        """Number of blocks, and one more if the head is fitted behind them."""
+        return len(self.state.model.blocks) + (self.head is not None)
+
     def tensors(self, index: int) -> dict[str, str]:
-        """Return parameter of a block -> its tensor."""
-        model, name = self.state.model, self.state.model.blocks[index]
-        return {key: self.state.reader.tensors[f"{name}.{key}"] for key in model.block_parameters(name)}
+        """Return parameter of a block -> its tensor; those outside of all blocks behind the last one."""
+        model, tensors = self.state.model, self.state.reader.tensors
+        if index == len(model.blocks):
+            return {name: tensors[name] for name in model.outer_parameters()}
+        name = model.blocks[index]
+        return {key: tensors[f"{name}.{key}"] for key in model.block_parameters(name)}
 
     def fit_block(self, index: int, known: FittedBlock | None = None) -> FittedBlock:
         """
@@ -180,25 +205,63 @@ class Sweep:
         if known is None:
             fit.fit()
             known = self._stored(name, start, fit)
-        fitted = {
-            key: values + known.corrections[key].float() if key in known.corrections else values
-            for key, values in start.items()
-        }
-        low_rank = fitted | {key: start[key] + up.float() @ down.float() for key, (up, down) in known.factors.items()}
-        self._carry(index, range(len(state.batches)), state.merged, fitted)
+        self._carry(index, range(len(state.batches)), state.merged, _corrected(start, known))
         self._carry(index, self._held_out, self.start, start)
-        self._carry(index, self._held_out, self.low_rank, low_rank)
+        self._carry(index, self._held_out, self.low_rank, _with_factors(start, known))
         if state.offers_table:
-            self._carry(index, self._held_out, self.table, self._table(name, known, start, experts))
+            self._carry(index, self._held_out, self.table, self._table(f"{name}.", known, start, experts))
         return known
 
+    def fit_head(self, known: FittedBlock | None = None) -> FittedBlock:
+        """
+        Fit the head, before the first block.
+
+        Args:
+            known: What an earlier run found for it.
+
+        Raises:
+            NonFiniteError: If hidden states are not finite.
+        """
+        state, head = self.state, self.head
+        assert head is not None
+        if known is None:
+            found = fit_head(state, head)
+            known = FittedBlock({}, {})
+            if found is not None:
+                # Not as factors: an embedding of low rank would be another one for words that no prompt has.
+                known.corrections[head.parameter] = found.correction_VI
+            if found is not None and found.coefficients_VN is not None:
+                known.coefficients[head.parameter] = found.coefficients_VN
+        self._head_found = known
+        if head.is_embedding and known.corrections:
+            self._embed(state.merged, range(len(state.batches)), "dense")
+            self._embed(self.low_rank, self._held_out, "low_rank")
+            if state.offers_table:
+                self._embed(self.table, self._held_out, "table")
+        return known
+
+    def fitted_outer(self, form: Form) -> dict[str, Tensor]:
+        """Return the weights outside the blocks that a form of the fit has other than the merge without data."""
+        names = list(self._head_found.corrections) if form != "start" else []
+        start = {name: self._read(None, name) for name in names}
+        if form == "table":
+            experts = [UnreadWeights(names, partial(self._read, expert)) for expert in range(self.state.n_experts)]
+            return self.state.computed(self._table("", self._head_found, start, experts))
+        return self.state.computed(_corrected(start, self._head_found))
+
+    def _embed(self, hidden: list[Tensor] | dict[int, Tensor], held: Iterable[int], form: Form) -> None:
+        """Embed some batches with the embedding of a form."""
+        state, outer = self.state, self.outer(None) | self.fitted_outer(form)
+        for b in held:
+            hidden[b], _ = state.model.begin(outer, {}, state.batches[b].inputs)
+
     def _table(
-        self, name: str, known: FittedBlock, start: dict[str, Tensor], experts: Sequence[Weights]
+        self, prefix: str, known: FittedBlock, start: dict[str, Tensor], experts: Sequence[Weights]
     ) -> dict[str, Tensor]:
-        """Return the weights of a block in the table form."""
+        """Return the weights of a block in the table form; `prefix` is that of the names of its parameters."""
         weights = dict(start)
         for key, coefficients_RN in known.coefficients.items():
-            origin = self.state.origin(f"{name}.{key}", start[key])
+            origin = self.state.origin(f"{prefix}{key}", start[key])
             weights[key] = combined(start[key], (expert[key] - origin for expert in experts), coefficients_RN)
         return weights
 
@@ -240,3 +303,15 @@ class Sweep:
     def _block_weights(self, expert: int | None, block: str) -> dict[str, Tensor]:
         names = self.state.model.block_parameters(block)
         return {name: self._read(expert, f"{block}.{name}") for name in names}
+
+
+def _corrected(start: Weights, found: FittedBlock) -> dict[str, Tensor]:
+    """Return weights of the merge without data plus whole corrections."""
+    corrections = found.corrections
+    return {key: values + corrections[key].float() if key in corrections else values for key, values in start.items()}
+
+
+def _with_factors(start: Weights, found: FittedBlock) -> dict[str, Tensor]:
+    """Return weights in the low-rank form: plus products of factors, or whole corrections where there are none."""
+    weights = _corrected(start, found)
+    return weights | {key: start[key] + up.float() @ down.float() for key, (up, down) in found.factors.items()}

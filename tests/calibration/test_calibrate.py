@@ -44,7 +44,7 @@ VOCABULARY, LENGTH, N_PROMPTS = 60, 16, 32
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, three LoRA experts of it, and three full fine-tunes; prompts for each."""
+    """A base, three LoRA experts of it, and three full fine-tunes; and those of a base with a head of its own."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     llama = LlamaConfig(
@@ -52,14 +52,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2, initializer_range=0.1, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(llama).save_pretrained(folder / "base")
+    llama.tie_word_embeddings = False
+    LlamaForCausalLM(llama).save_pretrained(folder / "untied")
     for number in range(3):
         torch.manual_seed(number + 1)
         lora = get_peft_model(
             LlamaForCausalLM.from_pretrained(folder / "base"),
             LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"),
         )
-        full = LlamaForCausalLM.from_pretrained(folder / "base")
-        for kind, model, rate in (("lora", lora, 1e-2), ("full", full, 2e-3)):
+        full, untied = (LlamaForCausalLM.from_pretrained(folder / base) for base in ("base", "untied"))
+        for kind, model, rate in (("lora", lora, 1e-2), ("full", full, 2e-3), ("untied", untied, 2e-3)):
             train(model, number, rate)
             model.save_pretrained(folder / f"{kind}{number}")
     return folder
@@ -96,7 +98,11 @@ def merger(models: Path, out: Path, kind: str = "lora", **options: Any) -> Fishe
         "adapter_output": "merged" if kind == "lora" else "auto",
     }
     args = MergingArguments(output_dir=str(out), **{**defaults, **options})
-    return FisherRaoMerger(experts, args, base_model=str(models / "base"), calibration_dataset=calibration)
+    return FisherRaoMerger(experts, args, base_model=str(base_of(models, kind)), calibration_dataset=calibration)
+
+
+def base_of(models: Path, kind: str) -> Path:
+    return models / ("untied" if kind == "untied" else "base")
 
 
 def distance_to_experts(models: Path, out: Path, kind: str = "lora") -> float:
@@ -108,7 +114,7 @@ def distance_to_experts(models: Path, out: Path, kind: str = "lora") -> float:
             base = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float64)
             expert = PeftModel.from_pretrained(base, models / f"lora{number}").eval()
         else:
-            expert = LlamaForCausalLM.from_pretrained(models / f"full{number}", dtype=torch.float64).eval()
+            expert = LlamaForCausalLM.from_pretrained(models / f"{kind}{number}", dtype=torch.float64).eval()
         ids = torch.tensor(prompts(number, seed=1))
         with torch.no_grad():
             p, q = (model(ids).logits.softmax(-1) for model in (merged, expert))
@@ -117,7 +123,7 @@ def distance_to_experts(models: Path, out: Path, kind: str = "lora") -> float:
 
 
 @pytest.mark.parametrize("form", ["dense", "low_rank"])
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "untied"])
 def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
     models: Path, tmp_path: Path, kind: str, form: str
 ) -> None:
@@ -146,7 +152,12 @@ def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("lora", {}), ("full", {"space": "deltas"}), ("full", {"space": "deltas", "block": "row", "method": "karcher"})],
+    [
+        ("lora", {}),
+        ("full", {"space": "deltas"}),
+        ("full", {"space": "deltas", "block": "row", "method": "karcher"}),
+        ("untied", {"space": "deltas"}),
+    ],
 )
 def test_a_fit_in_the_form_of_coefficients_is_a_merge_of_rows_like_any_other(
     models: Path, tmp_path: Path, kind: str, options: dict[str, str]
@@ -163,11 +174,11 @@ def test_a_fit_in_the_form_of_coefficients_is_a_merge_of_rows_like_any_other(
     # The weights are the sum of the experts by the coefficients of the record, in float64.
     assert not (tmp_path / "out/merge_corrections.safetensors").exists()
     table = load_file(tmp_path / "out/merge_coefficients.safetensors")
-    base = load_file(models / "base/model.safetensors")
+    base = load_file(base_of(models, kind) / "model.safetensors")
     experts = [dense_weights(models, kind, number) for number in range(3)]
     merged = load_file(tmp_path / "out/model.safetensors")
     fitted = {name for name, tensor in manifest.tensors.items() if tensor.is_fitted}
-    assert {name for name in fitted if "norm" not in name} == {name for name in merged if "proj" in name}
+    assert {name for name in fitted if "norm" not in name} == {n for n in merged if "proj" in n or "lm_head" in n}
     for name in fitted:
         rows = table[name]
         assert rows.shape == (1 if "norm" in name else len(merged[name]), 3)
@@ -204,7 +215,7 @@ def test_lengths_are_said_to_be_of_what_was_measured(models: Path, tmp_path: Pat
 def dense_weights(models: Path, kind: str, number: int) -> dict[str, torch.Tensor]:
     """Weights of an expert in float64, as transformers and PEFT give them."""
     path = models / f"{kind}{number}"
-    if kind == "full":
+    if kind != "lora":
         return {name: values.double() for name, values in load_file(path / "model.safetensors").items()}
     base = LlamaForCausalLM.from_pretrained(models / "base", dtype=torch.float64)
     return PeftModel.from_pretrained(base, path).merge_and_unload().state_dict()
@@ -332,8 +343,9 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize("kind", ["lora", "untied"])
 def test_an_interrupted_calibration_goes_on_to_the_same_bits(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     out, whole, fit = tmp_path / "out", tmp_path / "whole", Sweep.fit_block
     fitted: list[int] = []
@@ -347,10 +359,12 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(Sweep, "fit_block", fit_block)
     with pytest.raises(Killed):
-        merger(models, out).merge()
+        merger(models, out, kind).merge()
     assert not (out / "config.json").exists()
     with pytest.raises(ResumeError, match=r"started differently \(prompts\)"):
-        merger(models, out, calibration={str(models / "lora0"): prompts(0, seed=7)}).merge(resume_from_checkpoint=True)
+        merger(models, out, kind, calibration={str(models / f"{kind}0"): prompts(0, seed=7)}).merge(
+            resume_from_checkpoint=True
+        )
     for name, damage in (
         ("calibration-key.json", b'{"prompts"'),
         ("calibration-key.json", b"[]"),
@@ -363,11 +377,11 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bits(
         intact = path.read_bytes() if path.exists() else None
         path.write_bytes(damage)
         with pytest.raises(ResumeError, match=rf"{name} .*(damaged|is not what).*Pass --overwrite to start anew"):
-            merger(models, out).merge(resume_from_checkpoint=True)
+            merger(models, out, kind).merge(resume_from_checkpoint=True)
         path.unlink() if intact is None else path.write_bytes(intact)
-    merger(models, out).merge(resume_from_checkpoint=True)
+    merger(models, out, kind).merge(resume_from_checkpoint=True)
     assert fitted == [0, 1, 1]
-    merger(models, whole).merge()
+    merger(models, whole, kind).merge()
     for name in ("model.safetensors", "merge_corrections.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -58,7 +58,7 @@ class BlockFiles:
         Return what an earlier run found for a block; `None` if it did not come that far.
 
         Args:
-            index: Number of the block.
+            index: Number of the block; that of the head is the next one.
             names: Parameter of the block -> its tensor.
         """
         path = self._path(index)
@@ -94,32 +94,38 @@ class BlockFiles:
         tensors = {name: values.cpu().contiguous() for name, values in tensors.items()}
         write_file(self._path(index), save(tensors, {_DIGEST: tensors_digest(tensors)}))
 
-    def join(self, n_blocks: int, form: Form) -> None:
-        """Join the corrections of all blocks, in one form, into one file (none for the start and the table)."""
+    def join(self, n_parts: int, form: Form) -> None:
+        """
+        Join the corrections of all blocks, in one form, into one file (none for the start and the table).
+
+        Args:
+            n_parts: Number of blocks, and of a head behind them.
+            form: Which of what was found is written.
+        """
         if form not in ("start", "table"):
-            opened = [open_tensors_file(str(self._folder), self._path(index).name) for index in range(n_blocks)]
+            opened = [open_tensors_file(str(self._folder), self._path(index).name) for index in range(n_parts)]
             _join(
                 [(block, name) for block in opened for name in _of_form(block, form)], self._folder / CORRECTIONS_FILE
             )
             for block in opened:
                 block.close()
 
-    def join_for_adapter(self, n_blocks: int, transposed: Collection[str]) -> None:
+    def join_for_adapter(self, n_parts: int, transposed: Collection[str]) -> None:
         """
         Join the factors of all blocks into one file, as adapters lay them out.
 
         Args:
-            n_blocks: Number of blocks.
+            n_parts: Number of blocks, and of a head behind them.
             transposed: Tensors that the model stores as `(n_in, n_out)`, as GPT-2 does.
         """
         factors: dict[str, Tensor] = {}
-        for index in range(n_blocks):
+        for index in range(n_parts):
             factors |= factors_for_adapter(load_file(self._path(index)), transposed)
         write_file(self._folder / CORRECTIONS_FILE, save(factors))
 
-    def remove(self, n_blocks: int) -> None:
-        """Remove what was kept of the blocks."""
-        for index in range(n_blocks):
+    def remove(self, n_parts: int) -> None:
+        """Remove what was kept of the blocks, and the head behind them."""
+        for index in range(n_parts):
             remove_file(self._path(index))
 
     def _path(self, index: int) -> Path:

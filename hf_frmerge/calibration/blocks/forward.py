@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Outputs
+from hf_frmerge.calibration.blocks.outputs import outputs_of, squared_distance
 from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.blocks.weights import WeightReader
-from hf_frmerge.calibration.held_out import outputs_of, squared_distance
 from hf_frmerge.kernels.load import load_kernels
 
 if TYPE_CHECKING:
@@ -76,10 +76,9 @@ def run_forward(model: BlockwiseModel, read: Callable[[str], Tensor], batches: S
     return ForwardPass(model, batches, outer, hidden)
 
 
-def mean_squared_distance(one: ForwardPass, other: ForwardPass) -> float:
-    """Return the mean over all outputs of two models on the same batches, in rad²; see `squared_distance`."""
-    distances = [squared_distance(*pair) for pair in zip(one.outputs(), other.outputs())]
-    return float(torch.cat(distances).mean())
+def squared_distances(one: ForwardPass, other: ForwardPass) -> Tensor:
+    """Return those of all outputs of two models on the same batches, in rad²; see `squared_distance`."""
+    return torch.cat([squared_distance(*pair) for pair in zip(one.outputs(), other.outputs())])
 
 
 def merge_distances(
@@ -111,7 +110,7 @@ def merge_distances(
         place, row = 0, []
         for index, prompts in enumerate(own):
             part = merged.part(place, len(prompts))
-            row.append(mean_squared_distance(part, experts[index]) if prompts else None)
+            row.append(float(squared_distances(part, experts[index]).mean()) if prompts else None)
             place += len(prompts)
         found[name] = tuple(row)
     return found

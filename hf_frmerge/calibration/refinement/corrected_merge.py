@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_frmerge.calibration.blocks.blockwise_model import Call, Weights
 from hf_frmerge.calibration.fits.block_fit import SweepState
 from hf_frmerge.calibration.refinement.expert_updates import COEFFICIENTS, ExpertUpdates
-from hf_frmerge.calibration.sweep import FittedBlock
+from hf_frmerge.calibration.sweep import FittedBlock, by_parameter
 from hf_frmerge.merging.planning.corrections import Form
 
 
@@ -124,35 +124,36 @@ def corrections_to_refine(
     Return the corrections that a refinement begins with, float32.
 
     In the dense form these are of everything that is merged, embeddings and norms too. In the low-rank form they are
-    the factors of the linear layers, and whole ones of merged vectors.
+    the factors of the linear layers, and whole ones of merged vectors and of a head that is fitted.
 
     Args:
         state: Modules, and what is merged.
         start: The merge without data.
-        blocks: What the fit found for every block.
+        blocks: What the fit found for every block, and behind them for the head if it is fitted.
         form: `"dense"` or `"low_rank"`.
         from_fit: Begin at the fit; otherwise at the merge without data: then one of the fit's two factors is set to
             zero, but not the other, as no gradient would reach either.
         factors_only: Leave out whole corrections, which an adapter cannot hold.
     """
-    fitted = {
-        f"{name}.{key}": values
-        for name, block in zip(state.model.blocks, blocks)
-        for key, values in block.corrections.items()
-        if from_fit
-    }
+    found = by_parameter(state.model, blocks)
+    fitted = found.corrections if from_fit else {}
+
+    def is_whole(name: str) -> bool:
+        if form == "dense" or factors_only:
+            return form == "dense"
+        return start[name].ndim == 1 or (name in found.corrections and name not in found.factors)
+
     whole = {
         name: fitted[name].to(values) if name in fitted else torch.zeros_like(values)
         for name, values in start.items()
-        if state.reader.is_merged(name) and (form == "dense" or (values.ndim == 1 and not factors_only))
+        if state.reader.is_merged(name) and is_whole(name)
     }
     if form == "dense":
         return whole
     factors: dict[str, Tensor] = {}
-    for name, block in zip(state.model.blocks, blocks):
-        for key, pair in block.factors.items():
-            up, down = _balanced(*(factor.to(state.model.device, torch.float32) for factor in pair))
-            factors |= {f"{name}.{key}.up": up if from_fit else torch.zeros_like(up), f"{name}.{key}.down": down}
+    for name, pair in found.factors.items():
+        up, down = _balanced(*(factor.to(state.model.device, torch.float32) for factor in pair))
+        factors |= {f"{name}.up": up if from_fit else torch.zeros_like(up), f"{name}.down": down}
     return whole | factors
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_frmerge.calibration.blocks.blockwise_model import Weights
 from hf_frmerge.calibration.fits.block_fit import SweepState
 from hf_frmerge.calibration.fits.coefficient_rows import combined
-from hf_frmerge.calibration.sweep import FittedBlock
+from hf_frmerge.calibration.sweep import FittedBlock, by_parameter
 from hf_frmerge.merging.planning.coefficient_table import write_coefficients
 
 COEFFICIENTS = ".coefficients"
@@ -63,15 +63,6 @@ class ExpertUpdates:
         return self._factors[name]
 
 
-def fitted_coefficients(state: SweepState, blocks: Sequence[FittedBlock]) -> dict[str, Tensor]:
-    """Return parameter -> what the table form of a fit adds to its coefficients."""
-    return {
-        f"{name}.{key}": change_RN
-        for name, block in zip(state.model.blocks, blocks)
-        for key, change_RN in block.coefficients.items()
-    }
-
-
 def coefficients_to_refine(
     state: SweepState, start: Weights, blocks: Sequence[FittedBlock], *, from_fit: bool = True
 ) -> dict[str, Tensor]:
@@ -85,7 +76,7 @@ def coefficients_to_refine(
             elsewhere there is one for every expert.
         from_fit: Begin at the fit; otherwise at the merge without data.
     """
-    fitted, whole_1N = fitted_coefficients(state, blocks), torch.zeros(1, state.n_experts)
+    fitted, whole_1N = by_parameter(state.model, blocks).coefficients, torch.zeros(1, state.n_experts)
     coefficients = {}
     for name in start:
         if state.reader.is_merged(name):

@@ -25,8 +25,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_frmerge.calibration.blocks.blockwise_model import Outputs, Weights
+from hf_frmerge.calibration.blocks.outputs import outputs_of
 from hf_frmerge.calibration.blocks.streams import Batch
-from hf_frmerge.calibration.held_out import Candidate, distances, outputs_of
+from hf_frmerge.calibration.held_out import Candidate, distances
 from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, stored_dtype
 from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates
 from hf_frmerge.calibration.refinement.progress_file import Best, Progress, read_progress, write_progress

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_frmerge.calibration.blocks.blockwise_model import Outputs
 from hf_frmerge.calibration.blocks.forward import run_forward
+from hf_frmerge.calibration.blocks.outputs import outputs_of
 from hf_frmerge.calibration.blocks.streams import Batch
-from hf_frmerge.calibration.held_out import outputs_of
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.geometry.simplex import barycentre_coefficients
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.blocks.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.outputs import squared_distance
 from hf_frmerge.calibration.fits.least_squares import (
     FitOptions,
     Moments,
@@ -19,7 +20,7 @@ from hf_frmerge.calibration.fits.least_squares import (
     low_rank,
     norm_sums,
 )
-from hf_frmerge.calibration.held_out import choose_form, squared_distance
+from hf_frmerge.calibration.held_out import choose_form
 from hf_frmerge.errors import NonFiniteError
 
 N_IN, N_OUT, TOKENS = 7, 5, (40, 25, 60)

@@ -1,0 +1,44 @@
+"""What models give, token by token or prompt by prompt, and how far two of them are apart."""
+
+# Shape suffixes: B = prompts, T = tokens, H = hidden size.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Outputs
+from hf_frmerge.geometry.simplex import chord_to_distance
+
+
+def outputs_of(
+    model: BlockwiseModel, outer: Mapping[str, Tensor], hidden_BTH: Tensor, inputs: Mapping[str, Tensor]
+) -> Outputs:
+    """Return the outputs, one row for each token, or each prompt for a classifier."""
+    outputs = model.finish(outer, hidden_BTH, inputs)
+    if outputs.values.ndim == 2:
+        return outputs
+    mask = inputs.get("attention_mask")
+    kept = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    return Outputs(outputs.values[kept], outputs.is_logits)
+
+
+def squared_distance(merged: Outputs, expert: Outputs) -> Tensor:
+    """
+    Return the squared distance of two models' outputs, in rad², `(rows,)`.
+
+    Of logits the squared Fisher–Rao distance of the predictions, `(2 arccos sum_v sqrt(p_v q_v))²`; of hidden states
+    the squared angle between them. Both from the chord, as arccos of a number near 1 loses half its digits.
+    """
+    points = [_on_sphere(outputs) for outputs in (merged, expert)]
+    squared_chord = (points[0] - points[1]).square().sum(dim=-1)
+    if merged.is_logits:
+        return torch.from_numpy(chord_to_distance(squared_chord.cpu().numpy())).square()
+    return (2 * torch.arcsin((squared_chord.sqrt() / 2).clamp(max=1))).square().cpu()
+
+
+def _on_sphere(outputs: Outputs) -> Tensor:
+    values = outputs.values.double()
+    return torch.softmax(values, dim=-1).sqrt() if outputs.is_logits else torch.nn.functional.normalize(values, dim=-1)
