@@ -25,6 +25,8 @@ def main() -> None:
     sweep = begin_sweep(args, method=args.method)
     print("| block | without data, held out | fitted, its own prompts | fitted, held out |")
     print("|---:|---:|---:|---:|")
+    if sweep.head is not None:
+        sweep.fit_head()
     for index in range(len(sweep.state.model.blocks)):
         sweep.fit_block(index)
         found = errors(sweep)

@@ -26,6 +26,7 @@ from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.blocks.streams import in_batches
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits.block_fit import SweepOptions
+from hf_frmerge.calibration.fits.head_fit import find_head
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
 from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine
 from hf_frmerge.calibration.refinement.refine import Refinement
@@ -130,6 +131,10 @@ def some_corrections(sweep: Sweep, form: str) -> dict[str, Tensor]:
         coefficients = {key: torch.randn(shape[0], N_EXPERTS) for key, shape in shapes.items() if len(shape) == 2}
         fitted = {key: 0.1 * torch.randn(shape) for key, shape in shapes.items()}
         blocks.append(FittedBlock(fitted, factors, coefficients))
+    if (head := find_head(sweep.state.model.model)) is not None:
+        shape = sweep.state.reader.start(head.parameter).shape
+        fitted = {head.parameter: 0.1 * torch.randn(shape)}
+        blocks.append(FittedBlock(fitted, {}, {head.parameter: torch.randn(shape[0], N_EXPERTS)}))
     start = read_start(sweep.state)
     if form == "table":
         return coefficients_to_refine(sweep.state, start, blocks)

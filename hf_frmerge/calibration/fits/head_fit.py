@@ -90,14 +90,15 @@ def fit_head(state: SweepState, head: Head) -> FittedHead | None:
     reader, name, device = state.reader, head.parameter, state.model.device
     start_VI = reader.start(name).to(device)
     fit = _fit(state, head, start_VI)
-    correction_VI = (fit.weight_OI - start_VI).to(reader.torch_dtype(name))
+    difference_VI = fit.weight_OI.sub_(start_VI)  # in place: in float64 it is the largest thing in memory
+    correction_VI = difference_VI.to(reader.torch_dtype(name))
     if not _helps(state, head, start_VI, start_VI + correction_VI.float()):
         return None
     if not state.offers_table:
         return FittedHead(correction_VI, None)
     origin_VI = state.origin(name, start_VI)
     equations = TableEquations.of(
-        fit.weight_OI - start_VI,
+        difference_VI,
         lambda expert: reader.expert(expert, name).to(device) - origin_VI,
         state.n_experts,
         fit.system_II,
