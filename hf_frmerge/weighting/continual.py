@@ -83,7 +83,9 @@ def read_before(model: str, token: str | None = None) -> Before:
 
 def say_left_out(merged: str, asked: Mapping[str, Any]) -> None:
     """Say that a merge was made with prompts, and that the next one has none, nor what was asked for with them."""
-    left_out = [f"{name}={asked[name]!r}" for name, default in WITHOUT_PROMPTS.items() if asked[name] != default]
+    # The others say how a refinement goes.
+    asking = [name for name in ("fisher", "refine_steps") if asked[name] != WITHOUT_PROMPTS[name]]
+    left_out = [f"{name}={asked[name]!r}" for name in asking]
     logger.warning(
         "%r was made with prompts, and there are none for the merge that goes on with it: it is made without%s. Pass "
         "some to keep to what its experts compute: --calibration (calibration_dataset).",
