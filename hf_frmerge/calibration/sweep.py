@@ -218,9 +218,6 @@ class Sweep:
 
         Args:
             known: What an earlier run found for it.
-
-        Raises:
-            NonFiniteError: If hidden states are not finite.
         """
         state, head = self.state, self.head
         assert head is not None

@@ -82,14 +82,14 @@ def fit_head(state: SweepState, head: Head) -> FittedHead | None:
     Returns:
         `None` if it does not help: on held-out prompts experts that get it in place of their own do not stay clearly
         nearer to themselves than those that get the head of the merge without data. So it is where a head that is the
-        embedding, too, changes what enters the blocks by more than it gains.
-
-    Raises:
-        NonFiniteError: If hidden states are not finite.
+        embedding, too, changes what enters the blocks by more than it gains; and where hidden states are not finite.
     """
     reader, name, device = state.reader, head.parameter, state.model.device
     start_VI = reader.start(name).to(device)
-    fit = _fit(state, head, start_VI)
+    try:
+        fit = _fit(state, head, start_VI)
+    except NonFiniteError:
+        return None  # the fit of the blocks, which comes next, says in which layer it begins
     difference_VI = fit.weight_OI.sub_(start_VI)  # in place: in float64 it is the largest thing in memory
     correction_VI = difference_VI.to(reader.torch_dtype(name))
     if not _helps(state, head, start_VI, start_VI + correction_VI.float()):
@@ -136,10 +136,7 @@ def _fit(state: SweepState, head: Head, start_VI: Tensor) -> Fit:
         system.gram_II.add_(gram_II, alpha=factor)
         system.pull_IO.addmm_(gram_II, state.reader.expert(expert, head.parameter).to(device).T, alpha=factor)
     state.processes.add_up([system.gram_II, system.pull_IO])
-    try:
-        return fit_linear(system, start_VI, FitOptions(ridge=state.options.fit.ridge), has_bias=False)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{head.module}: {error}. Leave out the prompts that cause it.") from error
+    return fit_linear(system, start_VI, FitOptions(ridge=state.options.fit.ridge), has_bias=False)
 
 
 def _entering(model: BlockwiseModel, head: Head, outer: Weights, hidden_BTH: Tensor, batch: Batch) -> Tensor:
