@@ -37,10 +37,13 @@ class Candidate:
 def forms_of(sweep: Sweep) -> dict[str, Candidate]:
     """Return the merge without data and the forms of the fit, after the last block of a sweep."""
     outer = sweep.outer(None)
+    whole = outer | sweep.fitted_outer()
     fitted = {index: sweep.state.merged[index] for index in sweep.start}
     hidden = dict(zip(FORMS, (sweep.start, sweep.table, sweep.low_rank, fitted)))
-    offered = [form for form in FORMS if form != "table" or sweep.state.offers_table]
-    return {form: Candidate(outer | sweep.fitted_outer(form), hidden[form]) for form in offered}
+    outers = {"start": outer, "low_rank": whole, "dense": whole}
+    if sweep.state.offers_table:
+        outers["table"] = outer | sweep.fitted_outer(as_table=True)
+    return {form: Candidate(outers[form], hidden[form]) for form in FORMS if form in outers}
 
 
 def distances(sweep: Sweep, candidates: Mapping[str, Candidate]) -> dict[str, tuple[float | None, ...]]:

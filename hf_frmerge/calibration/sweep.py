@@ -27,7 +27,6 @@ from hf_frmerge.calibration.fits.coefficient_rows import combined
 from hf_frmerge.calibration.fits.head_fit import find_head, fit_head
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.merging.engine.processes import Processes
-from hf_frmerge.merging.planning.corrections import Form
 
 
 @dataclass(frozen=True)
@@ -231,24 +230,24 @@ class Sweep:
                 known.coefficients[head.parameter] = found.coefficients_VN
         self._head_found = known
         if head.is_embedding and known.corrections:
-            self._embed(state.merged, range(len(state.batches)), "dense")
-            self._embed(self.low_rank, self._held_out, "low_rank")
+            self._embed(state.merged, range(len(state.batches)), self.fitted_outer())
+            self.low_rank = {b: state.merged[b] for b in self._held_out}
             if state.offers_table:
-                self._embed(self.table, self._held_out, "table")
+                self._embed(self.table, self._held_out, self.fitted_outer(as_table=True))
         return known
 
-    def fitted_outer(self, form: Form) -> dict[str, Tensor]:
-        """Return the weights outside the blocks that a form of the fit has other than the merge without data."""
-        names = list(self._head_found.corrections) if form != "start" else []
+    def fitted_outer(self, *, as_table: bool = False) -> dict[str, Tensor]:
+        """Return the fitted weights outside the blocks, whole or in the table form."""
+        names = list(self._head_found.corrections)
         start = {name: self._read(None, name) for name in names}
-        if form == "table":
+        if as_table:
             experts = [UnreadWeights(names, partial(self._read, expert)) for expert in range(self.state.n_experts)]
             return self.state.computed(self._table("", self._head_found, start, experts))
         return self.state.computed(_corrected(start, self._head_found))
 
-    def _embed(self, hidden: list[Tensor] | dict[int, Tensor], held: Iterable[int], form: Form) -> None:
-        """Embed some batches with the embedding of a form."""
-        state, outer = self.state, self.outer(None) | self.fitted_outer(form)
+    def _embed(self, hidden: list[Tensor] | dict[int, Tensor], held: Iterable[int], fitted: Weights) -> None:
+        """Embed some batches of the merge, with weights that were fitted."""
+        state, outer = self.state, {**self.outer(None), **fitted}
         for b in held:
             hidden[b], _ = state.model.begin(outer, {}, state.batches[b].inputs)
 

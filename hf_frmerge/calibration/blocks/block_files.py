@@ -110,16 +110,16 @@ class BlockFiles:
             for block in opened:
                 block.close()
 
-    def join_for_adapter(self, n_parts: int, transposed: Collection[str]) -> None:
+    def join_for_adapter(self, n_blocks: int, transposed: Collection[str]) -> None:
         """
         Join the factors of all blocks into one file, as adapters lay them out.
 
         Args:
-            n_parts: Number of blocks, and of a head behind them.
+            n_blocks: Number of blocks.
             transposed: Tensors that the model stores as `(n_in, n_out)`, as GPT-2 does.
         """
         factors: dict[str, Tensor] = {}
-        for index in range(n_parts):
+        for index in range(n_blocks):
             factors |= factors_for_adapter(load_file(self._path(index)), transposed)
         write_file(self._folder / CORRECTIONS_FILE, save(factors))
 

@@ -138,10 +138,11 @@ def corrections_to_refine(
     found = by_parameter(state.model, blocks)
     fitted = found.corrections if from_fit else {}
 
+    without_factors = found.corrections.keys() - found.factors.keys()
+
     def is_whole(name: str) -> bool:
-        if form == "dense" or factors_only:
-            return form == "dense"
-        return start[name].ndim == 1 or (name in found.corrections and name not in found.factors)
+        has_no_factors = start[name].ndim == 1 or name in without_factors
+        return form == "dense" or (has_no_factors and not factors_only)
 
     whole = {
         name: fitted[name].to(values) if name in fitted else torch.zeros_like(values)
