@@ -150,6 +150,26 @@ def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
     assert not reproduction.differences
 
 
+@pytest.mark.parametrize("form", ["table", "low_rank", "dense"])
+def test_a_head_that_is_the_embedding_is_judged_as_it_is_written(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """What enters the blocks has changed with it; here by so much that it would not have been kept."""
+    monkeypatch.setattr("hf_frmerge.calibration.fits.head_fit._ENOUGH", np.inf)
+    merger(models, tmp_path / "out", "full", calibration_form=form, space="deltas").merge()
+    record = read_manifest(tmp_path / "out").calibration
+    assert record is not None and record.form == form
+    written, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", models / "base"))
+    mean = sum(
+        load_file(models / f"full{number}/model.safetensors")["model.embed_tokens.weight"] for number in range(3)
+    )
+    assert (
+        not torch.allclose(written["model.embed_tokens.weight"], mean / 3, atol=1e-3) and "lm_head.weight" not in base
+    )
+    assert record.mean_distance(form) == pytest.approx(distance_to_experts(models, tmp_path / "out", "full"), rel=0.1)
+    assert verify(str(tmp_path / "out")).ok
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
