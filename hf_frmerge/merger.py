@@ -17,7 +17,7 @@ from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.errors import ArgumentError, MergeError
 from hf_frmerge.hub.card.data import NAME, TAG_NAMES, TEMPLATE_FILE
 from hf_frmerge.hub.check_plan import check_plan
-from hf_frmerge.merging.arguments.checks import check_prompts, check_refinement
+from hf_frmerge.merging.arguments.checks import check_calls_for_prompts
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.callbacks.callback_host import CallbackHost
 from hf_frmerge.merging.callbacks.callback_observer import CallbackObserver
@@ -26,7 +26,6 @@ from hf_frmerge.merging.planning.plan import MergePlan
 from hf_frmerge.merging.run import run_merge
 from hf_frmerge.methods.entries.span import FISHER_RAO
 from hf_frmerge.methods.method import Paper
-from hf_frmerge.methods.table import CHOICES
 from hf_frmerge.weighting.plan_merge import plan_merge
 
 # What evaluates is imported where it is used: its dataclasses take a fifth of the time that a merge spends on imports.
@@ -143,10 +142,7 @@ class FisherRaoMerger(CallbackHost):
         """
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
-        method, has_prompts = CHOICES[self.args.method], self.calibration_dataset is not None
-        check_prompts(method, self.args.fisher, has_prompts=has_prompts)
-        if self.args.refine_steps:
-            check_refinement(method, has_prompts=has_prompts)
+        check_calls_for_prompts(self.args, has_prompts=self.calibration_dataset is not None)
         with self.processes.sharing_errors():
             if self.processes.is_main:
                 refuse_while_merging(self.args.output_dir)

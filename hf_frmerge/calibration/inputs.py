@@ -125,6 +125,7 @@ def prompts_of(
         packing=predicts_next_token(model.model),
     )
     check_experts(plan, prompts)
+    fitted_and_held_out(plan, prompts)  # refuses too few before anything is written
     return lambda processes: prompts
 
 

@@ -36,7 +36,8 @@ def as_whole_model(plan: MergePlan) -> MergePlan:
             f"than {most} here. Leave out adapter_energy, and set adapter_rank above {most} or leave it out."
         )
     args = replace(args, adapter_output="merged", adapter_rank=None, adapter_energy=None)
-    return build_plan([expert.spec for expert in plan.experts], args, plan.weights, plan.base.spec)
+    specs = [expert.spec for expert in plan.experts]
+    return build_plan(specs, args, plan.weights, plan.base.spec, has_prompts=True)
 
 
 def correction_rank(plan: MergePlan) -> int:

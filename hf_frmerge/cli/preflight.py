@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_frmerge.cli.command import FrmergeCommand, results_only
-from hf_frmerge.cli.options import CURVATURE, EXPERTS, MEAN, OUTPUT, VOCABULARY, arguments_from, options_from
+from hf_frmerge.cli.options import (
+    CALIBRATION,
+    CURVATURE,
+    EXPERTS,
+    MEAN,
+    OUTPUT,
+    VOCABULARY,
+    arguments_from,
+    options_from,
+)
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
 @click.command("plan", cls=FrmergeCommand)
 @click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
 @click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
-@options_from(EXPERTS, VOCABULARY, MEAN, OUTPUT)
+@options_from(EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options: Any) -> None:
     """
@@ -30,20 +39,30 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
     expert_arguments, args = arguments_from(experts, config, options)
     with results_only():
         from hf_frmerge.checkpoints.lock import refuse_while_merging
+        from hf_frmerge.merging.arguments.checks import check_calls_for_prompts
         from hf_frmerge.merging.engine.engine import worker_count
         from hf_frmerge.merging.output_folder import check_output_dir
         from hf_frmerge.merging.planning.account import account
         from hf_frmerge.merging.planning.disk_space import check_space, download_bytes
         from hf_frmerge.weighting.plan_merge import plan_merge
 
+        calibration = expert_arguments.calibration_dataset
+        check_calls_for_prompts(args, has_prompts=calibration is not None)
         refuse_while_merging(args.output_dir)
         merge_plan = plan_merge(
-            expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model, download=False
+            expert_arguments.experts,
+            args,
+            expert_arguments.weights,
+            expert_arguments.base_model,
+            download=False,
+            has_prompts=calibration is not None,
         )
     with closing(merge_plan):
         # Not for `inspect`, which writes nothing and so accepts any folder.
         check_output_dir(args, merge_plan.input_paths)
         with results_only():
+            if calibration is not None:
+                merge_plan.notes.append(_fit_note(merge_plan, calibration))
             description = merge_plan.describe() | {
                 "licences": _licences(merge_plan),
                 "download_bytes": download_bytes(merge_plan),
@@ -57,6 +76,23 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
             print_plan(description, args.output_dir)
         worker_count(merge_plan)  # raises if there can be none
         check_space(merge_plan)  # last: the plan shows how much is needed, and should be printed in any case
+
+
+def _fit_note(merge_plan: MergePlan, calibration: Any) -> str:
+    """
+    Check that the merge can be fitted to the prompts, and say so; models that are not here yet cannot be asked.
+
+    Raises:
+        ArgumentError: If the merge would be refused for its prompts, or its models for being run.
+    """
+    from hf_frmerge.merging.planning.disk_space import download_bytes
+
+    if download_bytes(merge_plan):
+        return "The prompts are read once the models are downloaded; nothing was checked of them here."
+    from hf_frmerge.calibration.calibrate import prepare
+
+    prepare(merge_plan, calibration)
+    return "Prompts and models were checked: the merge can be run on them."
 
 
 def _licences(merge_plan: MergePlan) -> dict[str, Any]:
@@ -100,7 +136,13 @@ def inspect(experts: tuple[str, ...], config: str | None, show_all: bool, as_jso
 
         expert_arguments, args = arguments_from(experts, config, options)
         with closing(
-            plan_merge(expert_arguments.experts, args, expert_arguments.weights, expert_arguments.base_model)
+            plan_merge(
+                expert_arguments.experts,
+                args,
+                expert_arguments.weights,
+                expert_arguments.base_model,
+                has_prompts=expert_arguments.calibration_dataset is not None,
+            )
         ) as merge_plan:
             total = sum(step.nbytes for step in merge_plan.steps if step.action == "merge")
             with tqdm(total=total, desc="Inspecting", unit="B", unit_scale=True) as bar:

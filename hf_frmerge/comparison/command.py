@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.comparison.candidates import Cell, arguments_of
-from hf_frmerge.comparison.fitter import FIT_OPTIONS
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 

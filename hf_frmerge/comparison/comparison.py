@@ -33,7 +33,7 @@ from hf_frmerge.comparison.candidates import (
 from hf_frmerge.comparison.cell_file import CellFile
 from hf_frmerge.comparison.command import merge_command
 from hf_frmerge.comparison.evaluator import Evaluator
-from hf_frmerge.comparison.fitter import FIT_OPTIONS, Fitter
+from hf_frmerge.comparison.fitter import Fitter
 from hf_frmerge.comparison.merged_model import MergedModel
 from hf_frmerge.comparison.reading import find_processing_class, what_models_read
 from hf_frmerge.comparison.ready import ready_cells
@@ -48,6 +48,7 @@ from hf_frmerge.evaluation.models.names import BASE, models_of_merge
 from hf_frmerge.evaluation.record import MERGED
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.hub.card.licences import licences_of_plan
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.result_options import RESULT_OPTIONS
 from hf_frmerge.weighting.plan_merge import plan_merge
@@ -259,7 +260,14 @@ class MergeComparison:
 
     def _plan(self, cell: Cell) -> MergePlan:
         args = replace(self.args, **arguments_of(cell))
-        return plan_merge(self.experts, args, cell.weights, self.base_model, check=_check_licences)
+        return plan_merge(
+            self.experts,
+            args,
+            cell.weights,
+            self.base_model,
+            check=_check_licences,
+            has_prompts=cell.fit is not None,
+        )
 
     def _evaluator(self, plan: MergePlan, merged: MergedModel) -> Evaluator:
         """Draw the texts, and name base and experts for the evaluator."""

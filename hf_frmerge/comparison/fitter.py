@@ -13,22 +13,13 @@ from hf_frmerge.calibration.calibrate import prepare
 from hf_frmerge.checkpoints.disk import remove_folder
 from hf_frmerge.errors import MergeError
 from hf_frmerge.evaluation.text.datasets import read_texts
-from hf_frmerge.merging.arguments.calibration import SELF_WRITTEN
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, SELF_WRITTEN
 from hf_frmerge.merging.engine.processes import Processes
 
 if TYPE_CHECKING:
     from hf_frmerge.comparison.candidates import Cell
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.merging.planning.plan import MergePlan
-
-FIT_OPTIONS = (
-    "num_calibration_samples",
-    "max_calibration_length",
-    "calibration_batch_size",
-    "calibration_form",
-    "calibration_rank",
-)
-"""Arguments of a merge that matter only if it is fitted."""
 
 
 class WithoutGainError(MergeError):

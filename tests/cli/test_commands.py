@@ -93,6 +93,25 @@ def test_plan_shows_licences_and_refuses_those_without_derivatives(frmerge: Frme
     assert frmerge("plan", free, closed, "--allow-license", "cc-by-nd-4.0").exit_code == 0
 
 
+def test_plan_checks_the_prompts_that_a_merge_would_be_fitted_to(frmerge: Frmerge, models, tmp_path: Path) -> None:
+    plan = ["plan", *models.experts, "--base-model", models.base, "--space", "deltas"]
+    prompts = ["--calibration", models.text, "--max-calibration-length", "16"]
+    checked = frmerge(*plan, *prompts)
+    assert "Prompts and models were checked" in " ".join(checked.stdout.split()), checked.stderr
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    refused = frmerge(*plan, "--calibration", empty)
+    assert refused.exit_code == 2 and "cannot be used" in refused.stderr
+    refused = frmerge(*plan, "--calibration", models.text)  # one prompt of 128 tokens
+    assert refused.exit_code == 2 and "four prompts" in " ".join(refused.stderr.split())
+    for asking in (["--method", "regmean"], ["--refine", "5"], ["--fisher", "diagonal"]):
+        without = frmerge(*plan, *asking)
+        assert without.exit_code == 2 and "there are none" in " ".join(without.stderr.split()), asking
+        assert frmerge(*plan, *asking, *prompts).exit_code == 0, asking
+    named = frmerge(*plan, "--calibration-rank", "4").stdout
+    assert "`calibration_rank` changes nothing without prompts" in " ".join(named.split())
+
+
 def load_bf16(folder: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file as load_torch
 

@@ -16,6 +16,15 @@ SELF_CHAT = "self:chat"
 
 SELF_WRITTEN = (SELF, SELF_CHAT)
 
+FIT_OPTIONS = (
+    "num_calibration_samples",
+    "max_calibration_length",
+    "calibration_batch_size",
+    "calibration_form",
+    "calibration_rank",
+)
+"""Arguments of a merge that matter only if there are prompts."""
+
 
 def parse_calibration(items: Sequence[str], experts: Sequence[str]) -> Mapping[str, str] | str:
     """

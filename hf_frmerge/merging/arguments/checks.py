@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.layer_scales import parse_layer_scales
 from hf_frmerge.merging.arguments.values import did_you_mean
-from hf_frmerge.methods.table import METHODS
+from hf_frmerge.methods.table import CHOICES, METHODS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.methods.method import Method
 
 # Field -> (test of a value that is not None, what the test asks for).
@@ -150,8 +151,16 @@ def check_prompts(method: Method, fisher: str | None, *, has_prompts: bool) -> N
         )
 
 
-def check_refinement(method: Method, *, has_prompts: bool) -> None:
-    """Check that there is a fit to refine."""
+def check_calls_for_prompts(args: MergingArguments, *, has_prompts: bool) -> None:
+    """
+    Check that there are prompts for whatever the options do with some.
+
+    Not done when a recorded merge is made again: what the prompts said is in its record.
+    """
+    method = CHOICES[args.method]
+    check_prompts(method, args.fisher, has_prompts=has_prompts)
+    if not args.refine_steps:
+        return
     if not has_prompts:
         raise ArgumentError(
             "refine_steps (--refine) refines a merge that is fitted to prompts, and there are none. Pass "

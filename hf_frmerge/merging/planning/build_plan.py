@@ -69,7 +69,8 @@ def build_plan(
         base_model: Folder or Hub id of the base model; needed for deltas and adapters.
         download: Download models from the Hub, unless `args.stream_from_hub`. Not needed to only show a plan.
         check: Called with the plan before anything is downloaded; may raise.
-        has_prompts: Whether prompts of the experts will be there, to choose the method by if it is left to choose.
+        has_prompts: Whether there are prompts of the experts: to choose the method by if it is left to choose, and
+            without which options of a fit change nothing.
 
     Raises:
         ArgumentError: If options contradict each other or the models.
@@ -81,7 +82,7 @@ def build_plan(
     args = replace(args, take=with_numbers(args.take, experts, base_model is not None))
     look_up = functools.partial(resolve_all, token=args.hub_token, download=False, allow_pickle=args.allow_pickle)
     sources = look_up(experts, pairs=True) + look_up([base_model] if base_model else [])
-    plan_by = functools.partial(_plan, weights=alphas, with_base=base_model is not None)
+    plan_by = functools.partial(_plan, weights=alphas, with_base=base_model is not None, has_prompts=has_prompts)
     is_chosen = args.method == AUTO.name
     if is_chosen:
         choose = functools.partial(
@@ -137,7 +138,9 @@ def is_downloaded(source: Source, args: MergingArguments) -> bool:
     return is_on_hub(source) and (source.kind == "adapter" or not args.stream_from_hub)
 
 
-def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float], with_base: bool) -> MergePlan:
+def _plan(
+    sources: Sequence[Source], args: MergingArguments, weights: list[float], *, with_base: bool, has_prompts: bool
+) -> MergePlan:
     rules = TensorRules.parse(args.leave_out, args.take)
     experts, notes_of_inputs = open_models(sources, rules, with_base)
     check_rules_match(rules, experts)
@@ -158,7 +161,8 @@ def _plan(sources: Sequence[Source], args: MergingArguments, weights: list[float
     else:
         planned = full_model_steps(args, experts, base, weights, rules, choice)
     refuse_without_factors(args, experts, planned.steps)
-    notes = [*planned.notes, *notes_of_inputs, *unused_options(args), *_method_notes(planned.steps, args)]
+    notes = [*planned.notes, *notes_of_inputs, *_method_notes(planned.steps, args)]
+    notes += unused_options(args, has_prompts=has_prompts)
     steps = cut_as_given(planned.steps, table, len(experts)) if table is not None else planned.steps
     layout = None
     if not to_adapter:

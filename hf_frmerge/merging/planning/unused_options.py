@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 
-def unused_options(args: MergingArguments) -> list[str]:
+def unused_options(args: MergingArguments, *, has_prompts: bool) -> list[str]:
     """
-    Return a sentence for each option that was changed and that nothing reads: of another method, or of no refinement.
+    Return a sentence for each option that was changed and that nothing reads: of another method, or of no fit.
 
     They are named and not refused, so that one set of options can serve several methods.
+
+    Args:
+        args: Options.
+        has_prompts: Whether there are prompts of the experts.
     """
     changed = [option.name for option in fields(args) if getattr(args, option.name) != option.default]
     of_methods = {name for method in METHODS.values() for name in method.options if name != "seed"} | {"svc_floor"}
@@ -30,4 +35,18 @@ def unused_options(args: MergingArguments) -> list[str]:
         why |= dict.fromkeys(refining, "without refine_steps (--refine)")
     elif args.refine_loss != "jsd":
         why["refine_beta"] = f"with refine_loss={args.refine_loss!r}"
+    if not has_prompts:
+        why |= dict.fromkeys(FIT_OPTIONS, "without prompts (--calibration)")
+    elif (without_rank := _what_has_no_rank(args)) is not None:
+        why["calibration_rank"] = f"with {without_rank}"
     return [f"`{name}` changes nothing {why[name]}." for name in changed if name in why]
+
+
+def _what_has_no_rank(args: MergingArguments) -> str | None:
+    """Return the option for which nothing of low rank is made of prompts, if there is one."""
+    method = METHODS[args.method]
+    if args.fisher is not None:
+        return f"fisher={args.fisher!r}"
+    if method.needs_prompts and not method.fits_adapter:
+        return f"method={args.method!r}"
+    return f"calibration_form={args.calibration_form!r}" if args.calibration_form in ("table", "dense") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ OTHER: dict[str, Any] = {
     "refine_beta": 0.2,
     "refine_rho": 0.1,
     "refine_learning_rate": 1e-3,
+    "num_calibration_samples": 4,
+    "max_calibration_length": 16,
+    "calibration_batch_size": 2,
+    "calibration_form": "low_rank",
+    "calibration_rank": 2,
 }
 
 METHODS_OF_WEIGHTS = [
@@ -45,9 +51,8 @@ METHODS_OF_WEIGHTS = [
 
 def test_there_is_another_value_for_every_option_that_may_be_named() -> None:
     assert {name for method in METHODS.values() for name in method.options} <= {*OTHER, "seed", "coefficients"}
-    assert {name for name in MergingArguments().to_dict() if name.startswith("refine_")} - {"refine_steps"} <= set(
-        OTHER
-    )
+    of_fits = {name for name in MergingArguments().to_dict() if name.startswith("refine_") or "calibration" in name}
+    assert of_fits - {"refine_steps"} <= set(OTHER)
 
 
 @pytest.mark.parametrize("method", METHODS_OF_WEIGHTS)
@@ -60,30 +65,50 @@ def test_what_is_named_changes_no_bit_of_a_merge(tmp_path: Path, method: str) ->
         FisherRaoMerger(experts, args, base_model=base).merge()
         return (tmp_path / name / "model.safetensors").read_bytes()
 
-    notes = unused_options(MergingArguments(method=method, **OTHER))
+    notes = unused_options(MergingArguments(method=method, **OTHER), has_prompts=False)
     unused = {
         name: other for name, other in OTHER.items() if any(f"`{name}` changes nothing" in note for note in notes)
     }
-    assert {"refine_loss", "refine_rho", "off_diagonal", "svc_floor"} <= set(unused)
+    assert {"refine_loss", "refine_rho", "calibration_rank", "off_diagonal", "svc_floor"} <= set(unused)
     assert merged("changed", **unused) == merged("plain")
 
 
 def test_options_of_a_refinement_are_named_where_there_is_none() -> None:
     refining = MergingArguments(refine_steps=5, refine_loss="jsd", refine_rho=0.1, refine_beta=0.2)
-    assert unused_options(refining) == []
-    assert unused_options(MergingArguments(refine_rho=0.1)) == [
+    assert unused_options(refining, has_prompts=True) == []
+    assert unused_options(MergingArguments(refine_rho=0.1), has_prompts=True) == [
         "`refine_rho` changes nothing without refine_steps (--refine)."
     ]
-    assert unused_options(MergingArguments(refine_steps=5, refine_beta=0.2)) == [
+    assert unused_options(MergingArguments(refine_steps=5, refine_beta=0.2), has_prompts=True) == [
         "`refine_beta` changes nothing with refine_loss='kl'."
     ]
 
 
+def test_options_of_a_fit_are_named_where_there_are_no_prompts() -> None:
+    fitting = MergingArguments(num_calibration_samples=4, calibration_form="low_rank", calibration_rank=2)
+    assert unused_options(fitting, has_prompts=True) == []
+    assert unused_options(fitting, has_prompts=False) == [
+        f"`{name}` changes nothing without prompts (--calibration)."
+        for name in ("num_calibration_samples", "calibration_form", "calibration_rank")
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{"calibration_form": "table"}, {"calibration_form": "dense"}, {"method": "mats"}, {"fisher": "kfac"}]
+)
+def test_a_rank_is_named_where_nothing_of_low_rank_is_made(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    assert unused_options(MergingArguments(calibration_rank=2, **options), has_prompts=True) == [
+        f"`calibration_rank` changes nothing with {name}={value!r}."
+    ]
+
+
 def test_options_of_what_is_asked_for_are_not_named() -> None:
-    assert unused_options(MergingArguments()) == []
-    assert unused_options(MergingArguments(fisher="diagonal", fisher_labels="exact")) == []
-    assert unused_options(MergingArguments(post_step="svc", svc_floor=0.5)) == []
-    assert unused_options(MergingArguments(fisher_labels="exact")) != []
+    named = partial(unused_options, has_prompts=False)
+    assert named(MergingArguments()) == []
+    assert named(MergingArguments(fisher="diagonal", fisher_labels="exact")) == []
+    assert named(MergingArguments(post_step="svc", svc_floor=0.5)) == []
+    assert named(MergingArguments(fisher_labels="exact")) != []
     for method in METHODS.values():
         used = {name: OTHER.get(name, "table.safetensors") for name in method.options if name != "seed"}
-        assert unused_options(MergingArguments(method=method.name, seed=7, **used)) == [], method.name
+        assert named(MergingArguments(method=method.name, seed=7, **used)) == [], method.name
