@@ -23,6 +23,7 @@ from hf_frmerge.calibration.fits.equations import check_form, equations_of, sett
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
 from hf_frmerge.calibration.inputs import (
+    are_self_written,
     batches_of,
     counts_of,
     digest_of,
@@ -83,6 +84,8 @@ def prepare(
         check_writes(model)
     tokenizer = tokenizer_of(plan, whole, processing_class)
     read = prompts_of(plan, model, calibration, tokenizer)
+    if not are_self_written(calibration):
+        fitted_and_held_out(plan, read(Processes(alone=True)))  # refuses too few before anything is written
     if plan.args.fisher is not None:
         return lambda staging, processes: whiten(plan, whole, model, read(processes), staging, processes)
     by_base = tokenizer if measures_base_text else None

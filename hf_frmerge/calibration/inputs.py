@@ -106,12 +106,17 @@ def tokenizer_of(plan: MergePlan, whole: MergePlan, processing_class: Any) -> Pr
     return processing_class or find_tokenizer([whole.donor.source, *(model.source for model in plan.models)])
 
 
+def are_self_written(calibration: Any) -> bool:
+    """Whether the experts are to write the prompts, which takes a while."""
+    return isinstance(calibration, str) and calibration in SELF_WRITTEN
+
+
 def prompts_of(
     plan: MergePlan, model: BlockwiseModel, calibration: Any, tokenizer: PreTrainedTokenizerBase | None
 ) -> Callable[[Processes], Sequence[Prompts]]:
     """Read the prompts and return a function that gives them; of experts that write their own it does the work."""
     args = plan.args
-    if isinstance(calibration, str) and calibration in SELF_WRITTEN:
+    if are_self_written(calibration):
         prefix, leading = _prefixes(plan, tokenizer, is_chat=calibration == SELF_CHAT)
         return lambda processes: _self_written(plan, calibration, prefix, leading, processes)
     prompts = read_prompts(
@@ -125,7 +130,6 @@ def prompts_of(
         packing=predicts_next_token(model.model),
     )
     check_experts(plan, prompts)
-    fitted_and_held_out(plan, prompts)  # refuses too few before anything is written
     return lambda processes: prompts
 
 
