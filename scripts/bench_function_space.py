@@ -9,7 +9,8 @@ column `text`. `scripts/train_experts.py` makes both.
 
 Recovery of an expert is (base - merged) / (base - expert) in nats a token on its own domain: 1 keeps all that the
 expert learned, 0 none of it. Its standard error comes from the blocks of the text, merged and expert measured on the
-same ones. Every merge runs in a process of its own, whose CPU time and peak memory are printed.
+same ones. Every merge runs in a process of its own, whose CPU time and peak memory are printed. What base and experts
+lose is kept in `--workdir` for the next call with the same suite and texts.
 
 `--refine STEPS` adds each fitted merge once more with a refinement. `--distil STEPS` adds controls that see the same
 prompts but no fit (`--controls`, `distil_control.py`): all weights distilled from the linear merge, a fresh LoRA of
@@ -29,6 +30,7 @@ would do better in the mean. The last column is the recovery once a text has had
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -106,8 +108,9 @@ def main() -> None:
     blocks = {domain: blocks_of(tokenizer, args.texts / f"{domain}.test.jsonl", args.tokens) for domain in domains}
     n_tokens = min(map(len, blocks.values())) * (BLOCK - 1)
     print(f"{args.suite.name}: {', '.join(domains)}; {n_tokens:,} test tokens or more a domain")
-    base = {domain: nats(load(args.base), blocks[domain]) for domain in domains}
-    of_experts = [{d: nats(model, blocks[d]) for d in domains} for model in (load_expert(args, e) for e in domains)]
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    base = kept_losses(args, "base", lambda: load(args.base), blocks)
+    of_experts = [kept_losses(args, e, lambda e=e: load_expert(args, e), blocks) for e in domains]
     experts = {domain: losses[domain] for domain, losses in zip(domains, of_experts)}
     for domain in domains:
         print(f"  {domain}: base {base[domain].mean():.3f}, expert {experts[domain].mean():.3f} nats a token")
@@ -115,7 +118,6 @@ def main() -> None:
     headings += HEADINGS if args.facts else ()
     print(f"| merge | {' | '.join(headings)} |")
     print("|---|" + "---:|" * len(headings), flush=True)
-    args.workdir.mkdir(parents=True, exist_ok=True)
     texts = texts_of_facts(args, tokenizer, blocks) if args.facts else None
     if args.random:
         write_random(args.workdir / "random.jsonl", max(args.random), len(tokenizer))
@@ -292,6 +294,19 @@ def load_expert(args: argparse.Namespace, domain: str) -> torch.nn.Module:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load(args.base), folder).merge_and_unload().eval()
+
+
+def kept_losses(
+    args: argparse.Namespace, name: str, load_it: Callable[[], torch.nn.Module], blocks: dict[str, NDArray[np.int64]]
+) -> Losses:
+    """Return the losses of the base or an expert on all domains; they are kept for the next call."""
+    digest = hashlib.sha256(b"".join(blocks[domain].tobytes() for domain in sorted(blocks))).hexdigest()[:16]
+    file = args.workdir / f"losses-{args.suite.name}-{name}-{digest}.npz"
+    if not file.exists():
+        model = load_it()
+        np.savez(file, **{domain: nats(model, of_domain) for domain, of_domain in blocks.items()})
+    with np.load(file) as kept:
+        return dict(kept)
 
 
 def nats(model: torch.nn.Module, blocks: NDArray[np.int64]) -> NDArray[np.float64]:
