@@ -22,6 +22,7 @@ from hf_frmerge.calibration.fits.least_squares import (
     NormFit,
     System,
     UpdatePrior,
+    WriterMoments,
     fit_linear,
     fit_norm,
     low_rank,
@@ -288,18 +289,23 @@ class BlockFit:
             n_out, width = matrix_of(self._module, self._start, name, with_bias=False).shape
             systems[name] = System.zeros(width + biased, n_out, self._model.device)
         computed, has_bias = sweep.computed(self.weights), any(is_biased.values())
+        moments_of = self._moments_of_writer if group.writes else self._moments
         for expert in sweep.own:
             # Not kept in a variable: they would be in memory while the next expert's are summed.
-            self._add(systems, is_biased, expert, self._moments(computed, group, expert, has_bias))
+            self._add(systems, is_biased, expert, moments_of(computed, group, expert, has_bias))
         # Not moment by moment: these are of every expert, and larger.
         sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
         return systems
 
-    def _add(self, systems: dict[str, System], is_biased: dict[str, bool], expert: int, moments: Moments) -> None:
+    def _add(
+        self, systems: dict[str, System], is_biased: dict[str, bool], expert: int, moments: Moments | WriterMoments
+    ) -> None:
         """Add an expert's prompts to equations."""
         for name, system in systems.items():
             expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=is_biased[name])
-            of_layer = moments if len(moments.merged_II) == len(system.gram_II) else moments.without_bias()
+            of_layer = moments
+            if isinstance(moments, Moments) and len(moments.merged_II) > len(system.gram_II):
+                of_layer = moments.without_bias()  # another layer of the group has one
             system.add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
 
     def _fit_layer(self, name: str, system: System, biased: bool) -> Fit:
@@ -325,25 +331,37 @@ class BlockFit:
 
     def _moments(self, computed: dict[str, Tensor], group: LinearGroup, expert: int, has_bias: bool) -> Moments:
         """Return the moments of an expert's prompts, from the merge as fitted so far."""
-        first, sweep = group.names[0], self._sweep
-        width = n_in(self._module.get_submodule(first)) + has_bias
-        moments = Moments.zeros(width, sweep.merged[0].shape[-1] if group.writes else None, self._model.device)
-        for b in self._fitted:
-            batch = sweep.batches[b]
-            if batch.expert != expert:
-                continue
-            if group.writes:
-                entering, stream_TH = self._enter_writer(computed, b, group)
-                drift_TH = self._streams.pop((b, first)) - stream_TH
-            else:
-                entering, drift_TH = self._enter(computed, b, first), None
-            merged_TI = batch.tokens(entering).float()
-            expert_TI = self._inputs.pop((b, first)).float()
-            if has_bias:
-                merged_TI, expert_TI = _with_one(merged_TI), _with_one(expert_TI)
-            moments.add(merged_TI, expert_TI, self._token_weights.get((b, first)), drift_TH)
-        moments.n_tokens = sweep.n_tokens[expert]
+        first = group.names[0]
+        moments = Moments.zeros(n_in(self._module.get_submodule(first)) + has_bias, self._model.device)
+        for b in self._fitted_of(expert):
+            entering = self._enter(computed, b, first)
+            moments.add(*self._with_expert(b, first, entering, has_bias))
+        moments.n_tokens = self._sweep.n_tokens[expert]
         return moments
+
+    def _moments_of_writer(
+        self, computed: dict[str, Tensor], group: LinearGroup, expert: int, has_bias: bool
+    ) -> WriterMoments:
+        """Return the moments of an expert's prompts where a layer writes to the residual stream."""
+        (name,) = group.names
+        expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=has_bias)
+        n_out, width = expert_OI.shape
+        moments = WriterMoments.zeros(width, n_out, self._model.device)
+        for b in self._fitted_of(expert):
+            entering, stream_TH = self._enter_writer(computed, b, group)
+            merged_TI, expert_TI = self._with_expert(b, name, entering, has_bias)
+            drift_TH = self._streams.pop((b, name)) - stream_TH
+            moments.add(merged_TI, expert_TI, self._token_weights[b, name], drift_TH, expert_OI, self._fit)
+        moments.n_tokens = self._sweep.n_tokens[expert]
+        return moments
+
+    def _fitted_of(self, expert: int) -> list[int]:
+        return [b for b in self._fitted if self._sweep.batches[b].expert == expert]
+
+    def _with_expert(self, b: int, name: str, entering: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+        """Return what enters a layer in the merge and in the expert, `(tokens, I)` each, float32."""
+        both = self._sweep.batches[b].tokens(entering).float(), self._inputs.pop((b, name)).float()
+        return (_with_one(both[0]), _with_one(both[1])) if has_bias else both
 
     def _enter(self, merged: dict[str, Tensor], b: int, name: str) -> Tensor:
         """Return what enters a layer in the merge as fitted so far."""

@@ -29,44 +29,9 @@ from hf_frmerge.errors import NonFiniteError
 # Keeps the Cholesky decomposition stable where inputs are linearly dependent, relative to the mean square of an input.
 _JITTER = 1e-9
 
-
-@dataclass
-class Moments:
-    """
-    Second moments of one expert's prompts at the input of a group, summed over tokens, float32.
-
-    Attributes:
-        merged_II: `X^T D X` of the merge's own inputs.
-        cross_II: `X^T D X^e`, with the expert's inputs.
-        drift_IO: `X^T D (h^e - h)`; `None` for layers that do not write to the residual stream.
-        n_tokens: number of tokens; where several processes add up their moments, of all of them.
-    """
-
-    merged_II: Tensor
-    cross_II: Tensor
-    drift_IO: Tensor | None = None
-    n_tokens: int = 0
-
-    @staticmethod
-    def zeros(n_in: int, n_out: int | None, device: torch.device) -> Moments:
-        """Return moments of no tokens; `n_out` is the width of the residual stream for layers that write to it."""
-        square = torch.zeros(2, n_in, n_in, device=device)
-        drift = None if n_out is None else torch.zeros(n_in, n_out, device=device)
-        return Moments(square[0], square[1], drift)
-
-    def add(self, merged_TI: Tensor, expert_TI: Tensor, weights_T: Tensor | None, drift_TO: Tensor | None) -> None:
-        """Add some tokens."""
-        weighted_TI = merged_TI if weights_T is None else merged_TI * weights_T[:, None]
-        self.merged_II += weighted_TI.T @ merged_TI
-        self.cross_II += weighted_TI.T @ expert_TI
-        if self.drift_IO is not None and drift_TO is not None:
-            self.drift_IO += weighted_TI.T @ drift_TO
-        self.n_tokens += len(merged_TI)
-
-    def without_bias(self) -> Moments:
-        """Return the moments without the last input, the constant 1 of a bias."""
-        drift_IO = None if self.drift_IO is None else self.drift_IO[:-1]
-        return Moments(self.merged_II[:-1, :-1], self.cross_II[:-1, :-1], drift_IO, self.n_tokens)
+# Of a symmetric product one strip after the other is computed, each from the diagonal on. With 8 of them 576 inputs
+# take 3.9 ms instead of 6.5, and 1,536 take 27 instead of 45 (900 tokens); with 16 no less.
+_STRIPS = 8
 
 
 @dataclass(frozen=True)
@@ -89,6 +54,102 @@ class FitOptions:
 
 
 @dataclass
+class Moments:
+    """
+    Second moments of one expert's prompts at the input of a group of layers, summed over tokens, float32.
+
+    Attributes:
+        merged_II: `X^T X` of the merge's own inputs; complete once the moments are part of a system.
+        cross_II: `X^T X^e`, with the expert's inputs.
+        n_tokens: number of tokens; where several processes share prompts, of all of them.
+    """
+
+    merged_II: Tensor
+    cross_II: Tensor
+    n_tokens: int = 0
+
+    @staticmethod
+    def zeros(n_in: int, device: torch.device) -> Moments:
+        """Return moments of no tokens."""
+        return Moments(*torch.zeros(2, n_in, n_in, device=device))
+
+    def add(self, merged_TI: Tensor, expert_TI: Tensor) -> None:
+        """Add some tokens."""
+        _add_upper(self.merged_II, merged_TI, merged_TI)
+        self.cross_II.addmm_(merged_TI.T, expert_TI)
+        self.n_tokens += len(merged_TI)
+
+    def pull_IO(self, expert_OI: Tensor, options: FitOptions) -> Tensor:
+        """Return `X^T T`, with the targets of a layer of the group; in float32, as precise as the moments are."""
+        return torch.lerp(self.merged_II, self.cross_II, options.expert_inputs) @ expert_OI.T
+
+    def without_bias(self) -> Moments:
+        """Return the moments without the last input, the constant 1 of a bias."""
+        return Moments(self.merged_II[:-1, :-1], self.cross_II[:-1, :-1], self.n_tokens)
+
+
+@dataclass
+class WriterMoments:
+    """
+    The same of a layer that writes to the residual stream: tokens have weights D, and targets the stream's drift.
+
+    It is one layer with many inputs and few outputs, so that its targets, token by token, take less time and memory
+    than the moments of its inputs do.
+
+    Attributes:
+        merged_II: `X^T D X`; complete once the moments are part of a system.
+        target_IO: `X^T D T`.
+        n_tokens: as of `Moments`.
+    """
+
+    merged_II: Tensor
+    target_IO: Tensor
+    n_tokens: int = 0
+
+    @staticmethod
+    def zeros(n_in: int, n_out: int, device: torch.device) -> WriterMoments:
+        """Return moments of no tokens; `n_out` is the width of the residual stream."""
+        return WriterMoments(torch.zeros(n_in, n_in, device=device), torch.zeros(n_in, n_out, device=device))
+
+    def add(
+        self,
+        merged_TI: Tensor,
+        expert_TI: Tensor,
+        weights_T: Tensor,
+        drift_TO: Tensor,
+        expert_OI: Tensor,
+        options: FitOptions,
+    ) -> None:
+        """Add some tokens; `drift_TO` is how far the stream before the layer is from the expert's, `h^e - h`."""
+        weighted_TI = merged_TI * weights_T[:, None]
+        _add_upper(self.merged_II, weighted_TI, merged_TI)
+        target_TO = torch.lerp(merged_TI, expert_TI, options.expert_inputs) @ expert_OI.T
+        self.target_IO.addmm_(weighted_TI.T, target_TO.add_(drift_TO, alpha=options.residual))
+        self.n_tokens += len(merged_TI)
+
+    def pull_IO(self, expert_OI: Tensor, options: FitOptions) -> Tensor:
+        """Return `X^T D T`."""
+        return self.target_IO
+
+
+def _add_upper(gram_II: Tensor, left_TI: Tensor, right_TI: Tensor) -> None:
+    """Add `left^T right`, which is symmetric, to what is on and above the diagonal: six tenths of the work."""
+    width = -(-gram_II.shape[0] // _STRIPS)
+    for start in range(0, gram_II.shape[0], width):
+        gram_II[start : start + width, start:].addmm_(left_TI[:, start : start + width].T, right_TI[:, start:])
+
+
+def _mirror(gram_II: Tensor) -> None:
+    """Copy what is above the diagonal to below it."""
+    width = -(-gram_II.shape[0] // _STRIPS)
+    for start in range(0, gram_II.shape[0], width):
+        strip = gram_II[start : start + width, start:]
+        square = strip[:, : strip.shape[0]]
+        square.copy_(square.triu() + square.triu(1).T)
+        gram_II[start + width :, start : start + width] = strip[:, strip.shape[0] :].T
+
+
+@dataclass
 class System:
     """
     Normal equations of one layer, without ridge and start: `gram W^T = pull`; float32.
@@ -108,17 +169,14 @@ class System:
         """Return equations of no tokens."""
         return System(torch.zeros(n_in, n_in, device=device), torch.zeros(n_in, n_out, device=device))
 
-    def add(self, moments: Moments, share: float, expert_OI: Tensor, options: FitOptions) -> None:
+    def add(self, moments: Moments | WriterMoments, share: float, expert_OI: Tensor, options: FitOptions) -> None:
         """Add an expert with its weight `share`; one without prompts adds nothing."""
         if not moments.n_tokens:
             return
-        factor, rho = share / moments.n_tokens, options.expert_inputs
-        # Products in float32, as precise as the moments are; only the system is solved in float64.
+        _mirror(moments.merged_II)
+        factor = share / moments.n_tokens
         self.gram_II.add_(moments.merged_II, alpha=factor)
-        target_II = torch.lerp(moments.merged_II, moments.cross_II, rho)
-        self.pull_IO.add_(target_II @ expert_OI.T, alpha=factor)
-        if moments.drift_IO is not None:
-            self.pull_IO.add_(moments.drift_IO, alpha=factor * options.residual)
+        self.pull_IO.add_(moments.pull_IO(expert_OI, options), alpha=factor)
 
 
 @dataclass(frozen=True)

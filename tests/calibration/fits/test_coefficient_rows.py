@@ -92,8 +92,8 @@ def test_the_sum_of_updates_is_found_where_it_gives_what_every_expert_gives() ->
         inputs = torch.zeros(40, n_in)
         own = slice(2 * number, 2 * number + 2)
         inputs[:, own], update[:, own] = torch.randn(40, 2), torch.randn(N_OUT, 2)
-        moments = Moments.zeros(n_in, None, torch.device("cpu"))
-        moments.add(inputs, inputs, None, None)
+        moments = Moments.zeros(n_in, torch.device("cpu"))
+        moments.add(inputs, inputs)
         system.add(moments, share, base + update, options)
     start = base + sum(updates) / 3
     fit = fit_linear(system, start, options, has_bias=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hf_frmerge.calibration.fits.least_squares import (
     Moments,
     System,
     UpdatePrior,
+    WriterMoments,
     fit_linear,
     fit_norm,
     low_rank,
@@ -23,7 +25,7 @@ from hf_frmerge.calibration.fits.least_squares import (
 from hf_frmerge.calibration.held_out import choose_form
 from hf_frmerge.errors import NonFiniteError
 
-N_IN, N_OUT, TOKENS = 7, 5, (40, 25, 60)
+N_IN, N_OUT, TOKENS = 19, 5, (40, 25, 60)
 SHARES = [0.5, 0.2, 0.3]
 
 
@@ -39,18 +41,23 @@ def layer(n_in: int = N_IN) -> tuple[list[Tensor], list[Tensor], Tensor, list[Te
     return merged, experts, torch.randn(N_OUT, n_in), [torch.randn(N_OUT, n_in) for _ in TOKENS]
 
 
-def moments_of(merged: list[Tensor], experts: list[Tensor], drifts: list[Tensor] | None, weights: list[Tensor] | None):
+PORTIONS = (slice(0, 11), slice(11, None))  # tokens may come in any
+
+
+def moments_of(merged: list[Tensor], experts: list[Tensor]) -> list[Moments]:
     out = []
-    for i, (x, e) in enumerate(zip(merged, experts)):
-        moments = Moments.zeros(x.shape[1], N_OUT if drifts else None, torch.device("cpu"))
-        for part in (slice(0, 11), slice(11, None)):  # tokens may come in any portions
-            moments.add(x[part], e[part], weights[i][part] if weights else None, drifts[i][part] if drifts else None)
-        out.append(moments)
+    for x, e in zip(merged, experts):
+        out.append(Moments.zeros(x.shape[1], torch.device("cpu")))
+        for part in PORTIONS:
+            out[-1].add(x[part], e[part])
     return out
 
 
 def system_of(
-    moments: list[Moments], weights: list[Tensor], options: FitOptions | None = None, shares: list[float] = SHARES
+    moments: Sequence[Moments | WriterMoments],
+    weights: list[Tensor],
+    options: FitOptions | None = None,
+    shares: list[float] = SHARES,
 ) -> System:
     system = System.zeros(weights[0].shape[1], N_OUT, torch.device("cpu"))
     for moment, share, weight in zip(moments, shares, weights):
@@ -58,22 +65,30 @@ def system_of(
     return system
 
 
+@pytest.mark.parametrize("writes", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("kappa", [0.0, 2.0])
-def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: float) -> None:
+def test_a_layer_is_the_ridge_solution_on_all_tokens(writes: bool, has_bias: bool, kappa: float) -> None:
     merged, experts, start, weights = layer(N_IN + has_bias)
     if has_bias:
         for x in (*merged, *experts):
             x[:, -1] = 1.0
-    drifts = [torch.randn(n, N_OUT) for n in TOKENS]
-    token_weights = [torch.rand(n) + 0.1 for n in TOKENS]
+    drifts = [torch.randn(n, N_OUT) * writes for n in TOKENS]
+    token_weights = [torch.rand(n) + 0.1 if writes else torch.ones(n) for n in TOKENS]
     base = torch.randn(N_OUT, N_IN)
     deltas = [(w[:, :N_IN] - base).double() for w in weights]
     priors = [d.T @ d / torch.trace(d.T @ d) * N_IN for d in deltas]
     options = FitOptions(ridge=0.05, expert_inputs=0.7, residual=0.4, update_prior=kappa)
 
+    moments: Sequence[Moments | WriterMoments] = moments_of(merged, experts)
+    if writes:
+        moments = [WriterMoments.zeros(N_IN + has_bias, N_OUT, torch.device("cpu")) for _ in TOKENS]
+        for found, *tokens, weight in zip(moments, merged, experts, token_weights, drifts, weights):
+            for part in PORTIONS:
+                found.add(*(values[part] for values in tokens), weight, options)
+
     fit = fit_linear(
-        system_of(moments_of(merged, experts, drifts, token_weights), weights, options),
+        system_of(moments, weights, options),
         start,
         options,
         has_bias=has_bias,
@@ -108,8 +123,8 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(has_bias: bool, kappa: floa
 
 def test_an_expert_without_prompts_counts_by_its_prior_alone() -> None:
     merged, experts, start, weights = layer()
-    moments = moments_of(merged, experts, None, None)
-    moments[2] = Moments.zeros(N_IN, None, torch.device("cpu"))
+    moments = moments_of(merged, experts)
+    moments[2] = Moments.zeros(N_IN, torch.device("cpu"))
     without = fit_linear(system_of(moments[:2], weights[:2]), start, FitOptions(), has_bias=False)
     same = fit_linear(system_of(moments, weights), start, FitOptions(), has_bias=False)
     assert torch.equal(same.weight_OI, without.weight_OI)
@@ -126,7 +141,7 @@ def test_an_expert_without_prompts_counts_by_its_prior_alone() -> None:
 def test_inputs_that_are_all_zero_keep_the_start() -> None:
     _, _, start, weights = layer()
     zeros = [torch.zeros(n, N_IN) for n in TOKENS]
-    system = system_of(moments_of(zeros, zeros, None, None), weights)
+    system = system_of(moments_of(zeros, zeros), weights)
     fit = fit_linear(system, start, FitOptions(), has_bias=False)
     assert torch.equal(fit.weight_OI, start.double())
 
@@ -135,7 +150,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     merged, experts, start, weights = layer()
     merged[1][3, 2] = math.inf
     with pytest.raises(NonFiniteError, match="not finite"):
-        fit_linear(system_of(moments_of(merged, experts, None, None), weights), start, FitOptions(), has_bias=False)
+        fit_linear(system_of(moments_of(merged, experts), weights), start, FitOptions(), has_bias=False)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
