@@ -19,7 +19,7 @@ import os
 import resource
 import subprocess
 import sys
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,8 @@ def merge(args: argparse.Namespace, tasks: list[str], options: list[str]) -> flo
 
 
 def read(file: Path, n_rows: int) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:n_rows]]
+    with file.open(encoding="utf-8") as lines:  # not `splitlines`, which also splits at separators within texts
+        return [json.loads(line) for line in islice(lines, n_rows)]
 
 
 def errors(suite: Path, task: str, encoder: str | None, rows: list[dict]) -> NDArray[np.float64]:

@@ -261,7 +261,8 @@ def run(args: argparse.Namespace, merge: Merge, domains: list[str]) -> tuple[Pat
 
 def blocks_of(tokenizer: Callable, file: Path, n_tokens: int) -> NDArray[np.int64]:
     """Cut the test text into blocks `(n, BLOCK)`."""
-    texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:  # not `splitlines`, which also splits at separators within texts
+        texts = [json.loads(line)["text"] for line in lines]
     ids = np.array(tokenizer("\n\n".join(texts))["input_ids"][:n_tokens])
     return ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)
 

@@ -129,14 +129,14 @@ class BlockwiseModel:
 
         def enter_first(*args: Any, **kwargs: Any) -> Any:
             # What a block returns, the hidden states or a tuple that begins with them, has changed between versions.
-            with _forwards(self._modules.values(), None):
+            with other_forwards(self._modules.values(), None):
                 result = functional_call(self.block(self.blocks[0]), dict(first_block), args, kwargs)
             self._makes_tuple = isinstance(result, tuple)
             return enter(*args, **kwargs)
 
         first = enter_first if self._makes_tuple is None else enter
         forwards = [first, *[enter] * (len(self.blocks) - 1)]
-        with _forwards(self._modules.values(), forwards), self._computing(), suppress(_Reached):
+        with other_forwards(self._modules.values(), forwards), self._computing(), suppress(_Reached):
             functional_call(self.model, dict(outer), (), dict(inputs))
         if len(entered) < len(self.blocks):
             raise ArgumentError(
@@ -162,7 +162,7 @@ class BlockwiseModel:
         def replace(*_: Any, **__: Any) -> Any:
             return (hidden_TH,) if self._makes_tuple else hidden_TH
 
-        with _forwards(self._modules.values(), [replace] * len(self.blocks)), self._computing():
+        with other_forwards(self._modules.values(), [replace] * len(self.blocks)), self._computing():
             output = functional_call(self.model, dict(outer), (), dict(inputs))
         for name in ("logits", "last_hidden_state"):
             values: Tensor | None = getattr(output, name, None)
@@ -229,7 +229,7 @@ class Taps:
 
 
 @contextmanager
-def _forwards(modules: Any, forwards: Sequence[Callable[..., Any]] | None) -> Iterator[None]:
+def other_forwards(modules: Any, forwards: Sequence[Callable[..., Any]] | None) -> Iterator[None]:
     """Give modules other forward functions for a while; None gives them back their own."""
     modules = list(modules)
     before = [module.__dict__.pop("forward", None) for module in modules]

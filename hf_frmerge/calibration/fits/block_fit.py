@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Taps, Weights
 from hf_frmerge.calibration.blocks.layers import BlockLayers, LinearGroup, is_flipped, matrix_of, n_in, put_matrix
+from hf_frmerge.calibration.blocks.replay import Replay
 from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits.coefficient_rows import TableEquations
@@ -156,6 +157,7 @@ class BlockFit:
         self._norm_outputs: dict[tuple[int, str], Tensor] = {}
         self._streams: dict[tuple[int, str], Tensor] = {}
         self._token_weights: dict[tuple[int, str], Tensor] = {}
+        self._replay = Replay(self._module, layers)
 
     def run_experts(self) -> None:
         """Run the experts' blocks, and keep what enters their layers."""
@@ -231,7 +233,7 @@ class BlockFit:
         computed = sweep.computed(self.weights)
         for b in self._fitted:
             batch = sweep.batches[b]
-            entering = self._enter(computed, b, norm)
+            entering = self._enter(computed, b, norm, norm)
             with torch.no_grad():
                 at_one = torch.func.functional_call(module, {"weight": unit, **shifts}, (entering,)).float()
                 at_zero = torch.func.functional_call(module, {"weight": zero, **shifts}, (entering,)).float()
@@ -334,7 +336,7 @@ class BlockFit:
         first = group.names[0]
         moments = Moments.zeros(n_in(self._module.get_submodule(first)) + has_bias, self._model.device)
         for b in self._fitted_of(expert):
-            entering = self._enter(computed, b, first)
+            entering = self._enter(computed, b, first, group)
             moments.add(*self._with_expert(b, first, entering, has_bias))
         moments.n_tokens = self._sweep.n_tokens[expert]
         return moments
@@ -363,9 +365,9 @@ class BlockFit:
         both = self._sweep.batches[b].tokens(entering).float(), self._inputs.pop((b, name)).float()
         return (_with_one(both[0]), _with_one(both[1])) if has_bias else both
 
-    def _enter(self, merged: dict[str, Tensor], b: int, name: str) -> Tensor:
-        """Return what enters a layer in the merge as fitted so far."""
-        with Taps(self._module, [name], last=name) as taps:
+    def _enter(self, merged: dict[str, Tensor], b: int, name: str, step: LinearGroup | str) -> Tensor:
+        """Return what enters a layer of a step in the merge as fitted so far."""
+        with self._replay.running(b, step), Taps(self._module, [name], last=name) as taps:
             self._run(merged, b, self._sweep.merged[b])
         return taps.inputs[name]
 
@@ -374,7 +376,7 @@ class BlockFit:
         first, batch = group.names[0], self._sweep.batches[b]
         names = [first, *([group.norm_after] if group.norm_after else [])]
         after = torch.zeros(0)
-        with Taps(self._module, names, last=group.norm_after) as taps:
+        with self._replay.running(b, group), Taps(self._module, names, last=group.norm_after) as taps:
             after = self._run(merged, b, self._sweep.merged[b])
         sum_TH = batch.tokens(self._sum_after(group, taps, after)).float()
         return taps.inputs[first], sum_TH - batch.tokens(taps.outputs[first]).float()
