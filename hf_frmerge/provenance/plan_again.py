@@ -63,7 +63,8 @@ def plan_again(manifest: Manifest, models: MergeModels, folder: str, **changes: 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.memory_budget_bytes > memory:
         args.memory_budget = f"{memory}B"
-    plan = build_plan(models.experts, args, models.weights, models.base_model)
+    had_prompts = manifest.calibration is not None
+    plan = build_plan(models.experts, args, models.weights, models.base_model, has_prompts=had_prompts)
     plan.calibration = manifest.calibration
     if CORRECTIONS_FILE in manifest.files:
         plan.corrections = read_corrections(folder)

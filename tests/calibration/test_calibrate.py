@@ -146,8 +146,10 @@ def test_a_calibrated_merge_is_closer_to_its_experts_and_can_be_checked(
 
     report = verify(str(tmp_path / "out"))
     assert report.ok, report.problems
-    reproduction = reproduce(str(tmp_path / "out"))
+    reproduction = reproduce(str(tmp_path / "out"), output_dir=str(tmp_path / "again"))
     assert not reproduction.differences
+    notes = [read_manifest(tmp_path / name).report.notes for name in ("out", "again")]
+    assert notes[0] == notes[1] and not any("changes nothing" in note for note in notes[0])
 
 
 @pytest.mark.parametrize("form", ["table", "low_rank", "dense"])

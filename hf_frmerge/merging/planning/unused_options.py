@@ -37,16 +37,8 @@ def unused_options(args: MergingArguments, *, has_prompts: bool) -> list[str]:
         why["refine_beta"] = f"with refine_loss={args.refine_loss!r}"
     if not has_prompts:
         why |= dict.fromkeys(FIT_OPTIONS, "without prompts (--calibration)")
-    elif (without_rank := _what_has_no_rank(args)) is not None:
-        why["calibration_rank"] = f"with {without_rank}"
+    elif args.fisher is not None:
+        why["calibration_rank"] = f"with fisher={args.fisher!r}"
+    elif METHODS[args.method].needs_prompts and not METHODS[args.method].fits_adapter:  # nothing of low rank
+        why["calibration_rank"] = f"with method={args.method!r}"
     return [f"`{name}` changes nothing {why[name]}." for name in changed if name in why]
-
-
-def _what_has_no_rank(args: MergingArguments) -> str | None:
-    """Return the option for which nothing of low rank is made of prompts, if there is one."""
-    method = METHODS[args.method]
-    if args.fisher is not None:
-        return f"fisher={args.fisher!r}"
-    if method.needs_prompts and not method.fits_adapter:
-        return f"method={args.method!r}"
-    return f"calibration_form={args.calibration_form!r}" if args.calibration_form in ("table", "dense") else None

@@ -93,9 +93,7 @@ def test_options_of_a_fit_are_named_where_there_are_no_prompts() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "options", [{"calibration_form": "table"}, {"calibration_form": "dense"}, {"method": "mats"}, {"fisher": "kfac"}]
-)
+@pytest.mark.parametrize("options", [{"method": "mats"}, {"fisher": "kfac"}])
 def test_a_rank_is_named_where_nothing_of_low_rank_is_made(options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     assert unused_options(MergingArguments(calibration_rank=2, **options), has_prompts=True) == [
