@@ -118,7 +118,7 @@ def begin_sweep(args: argparse.Namespace, *, method: str, scale: float = 1.0) ->
     prompts = prompts_of(plan, model, calibration, AutoTokenizer.from_pretrained(args.base))(Processes(alone=True))
     batches = batches_of(plan, model, *fitted_and_held_out(plan, prompts))
     options, is_full = fit_settings(plan)
-    reader = WeightReader(plan, load_kernels("cpu"), model.model)
+    reader = WeightReader(plan, load_kernels("cpu"), model)
     sweep = Sweep(model, reader, batches, as_shares(plan.weights), options, is_full=is_full)
     sweep.begin()
     return sweep

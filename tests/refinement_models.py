@@ -94,7 +94,7 @@ def swept(models: Path, kind: str, expert: str = "full") -> Sweep:
     args = MergingArguments(output_dir=str(models / "unused"), method="linear", adapter_output="merged")
     plan = build_plan(experts, args, [0.25, 0.75], str(models / kind / "base"))
     model = BlockwiseModel(*MODELS[kind], torch.device("cpu"), torch.float32)
-    reader = WeightReader(plan, load_kernels("cpu"), model.model)
+    reader = WeightReader(plan, load_kernels("cpu"), model)
     batches = [
         batch
         for is_held_out, rows in ((False, slice(0, 12)), (True, slice(12, 16)))

@@ -145,7 +145,7 @@ def calibrate(
     options, is_full = fit_settings(plan)
     settings = settings_of(plan, options)
     kernels = load_kernels(plan.args.device)
-    reader = WeightReader(whole, kernels, model.model)
+    reader = WeightReader(whole, kernels, model)
     key = {
         **fingerprint(plan, kernels.name),
         "prompts": [p.digest for p in prompts],

@@ -114,7 +114,7 @@ def measure_curvature(plan: MergePlan, calibration: Any, processing_class: Any =
         )
     fitted, _ = split_prompts(prompts, HELD_OUT, plan.args.seed)
     files = kronecker_files(plan, model, fitted, is_silent(plan))
-    reader = WeightReader(whole, load_kernels(plan.args.device), model.model)
+    reader = WeightReader(whole, load_kernels(plan.args.device), model)
     blocks = []
     for block in model.blocks:
         module, cost, eta, traces = model.block(block), 0.0, 0.0, [0.0] * len(files)

@@ -89,7 +89,8 @@ def open_model(plan: MergePlan) -> BlockwiseModel:
             "its blocks cannot be run. Merge without calibration."
         )
     device = torch.device(plan.args.device)
-    return BlockwiseModel(model_class, config, device, _compute_dtype(device))
+    stored = {step.name: step.shape for step in plan.steps}
+    return BlockwiseModel(model_class, config, device, _compute_dtype(device), stored)
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:

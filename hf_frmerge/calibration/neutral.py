@@ -74,7 +74,7 @@ def measure_neutral(
     fitted = replace(whole)
     fitted.take_fit(staging)
     try:
-        reader = WeightReader(fitted, load_kernels(args.device), model.model)
+        reader = WeightReader(fitted, load_kernels(args.device), model)
         return _compare(reader, model, prompts, args.calibration_batch_size)
     finally:
         if fitted.corrections is not None:

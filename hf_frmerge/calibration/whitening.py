@@ -86,7 +86,7 @@ def whiten(
     if not processes.is_main:
         return None
     kernels = load_kernels(plan.args.device)
-    reader = WeightReader(whole, kernels, model.model)
+    reader = WeightReader(whole, kernels, model)
     # An interrupted call was of the same arguments, or is refused.
     BlockFiles(staging, {**fingerprint(plan, kernels.name), "prompts": [p.digest for p in prompts]})
     done = staging / RECORD_FILE

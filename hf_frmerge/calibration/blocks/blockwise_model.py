@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hf_frmerge.checkpoints.names.model_names import ModelNames, Shape, StackRun, names_of
 from hf_frmerge.errors import ArgumentError
 
 Weights = Mapping[str, Tensor]
@@ -43,6 +44,18 @@ class Outputs:
     is_logits: bool
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """A parameter that is joined of rows of other tensors."""
+
+    shape: Shape
+    runs: Sequence[StackRun]
+
+    def join(self, weights: Weights) -> Tensor:
+        rows = [weights[r.name].flatten(0, -2)[r.first : r.first + r.n_rows] for r in self.runs]
+        return torch.cat(rows).reshape(self.shape)
+
+
 class BlockwiseModel:
     """
     Modules of a transformers model without its weights, and the transformer blocks among them.
@@ -51,11 +64,15 @@ class BlockwiseModel:
     (`_no_split_modules`), or of the longest one of any single class. Gradients reach the weights that are
     handed in, if these require them.
 
+    Checkpoints store the experts of a mixture one by one, where models have them in one tensor. Then the weights that
+    are handed in, and the names of parameters, are those of the single ones; they are joined to run.
+
     Args:
         model_class: A class of transformers.
         config: Its configuration.
         device: Where to compute.
         dtype: Dtype of the matrix products; hidden states between blocks are float32.
+        stored: Tensors of a checkpoint; by default they have the names of the model.
 
     Attributes:
         blocks: name of every transformer block, in the order of the forward pass.
@@ -64,7 +81,14 @@ class BlockwiseModel:
         ArgumentError: If no blocks are found, or the model has an encoder and a decoder.
     """
 
-    def __init__(self, model_class: Any, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model_class: Any,
+        config: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        stored: Mapping[str, Shape] | None = None,
+    ) -> None:
         from accelerate import init_empty_weights
 
         if getattr(config, "is_encoder_decoder", False):
@@ -85,6 +109,11 @@ class BlockwiseModel:
             owner, _, last = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[last] = buffer.to(device)
         self._makes_tuple: bool | None = None  # known once a block has run
+        names = names_of(self.model) if stored else None
+        self._stacks = self._find_stacks(names, stored) if names and stored else {}
+        # Buffers with values of their own, as the bias by which DeepSeek's routers choose.
+        in_checkpoint = {names.rename(name) for name in stored} if names and stored else set()
+        self._stored_buffers = in_checkpoint & {n for n, b in self.model.named_buffers() if b.is_floating_point()}
 
     def block(self, name: str) -> nn.Module:
         """Return a block; its parameters are on the meta device."""
@@ -93,18 +122,29 @@ class BlockwiseModel:
     def outer_parameters(self) -> list[str]:
         """Return the names of all parameters outside the blocks: embeddings, last norm and head."""
         inside = tuple(f"{name}." for name in self.blocks)
-        return [name for name, _ in self.model.named_parameters() if not name.startswith(inside)]
+        return [name for name in self._own_names(self.model) if not name.startswith(inside)]
 
     def block_parameters(self, name: str) -> list[str]:
         """Return the names of a block's parameters, relative to the block."""
-        return [parameter for parameter, _ in self.block(name).named_parameters()]
+        own = self._own_names(self.block(name), f"{name}.")
+        return [part for parameter in own for part in self._parts_of(name, parameter)]
+
+    def parameters(self) -> list[str]:
+        """Return the names of all parameters."""
+        return self.outer_parameters() + [f"{b}.{name}" for b in self.blocks for name in self.block_parameters(b)]
 
     def computed(self, weights: Weights) -> dict[str, Tensor]:
-        """Return matrices in the dtype of the products: autocast would convert them for every batch."""
-        return {
-            name: value.to(self.dtype) if value.ndim > 1 and "embed" not in name else value
-            for name, value in weights.items()
-        }
+        """
+        Return weights as they are computed with, so that this is not done for every batch.
+
+        Matrices are in the dtype of the products, to which autocast would convert them, and stacks are joined.
+        """
+        return self._joined(
+            {
+                name: value.to(self.dtype) if value.ndim > 1 and "embed" not in name else value
+                for name, value in weights.items()
+            }
+        )
 
     def begin(self, outer: Weights, first_block: Weights, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
         """
@@ -130,7 +170,7 @@ class BlockwiseModel:
         def enter_first(*args: Any, **kwargs: Any) -> Any:
             # What a block returns, the hidden states or a tuple that begins with them, has changed between versions.
             with other_forwards(self._modules.values(), None):
-                result = functional_call(self.block(self.blocks[0]), dict(first_block), args, kwargs)
+                result = functional_call(self.block(self.blocks[0]), self._joined(first_block), args, kwargs)
             self._makes_tuple = isinstance(result, tuple)
             return enter(*args, **kwargs)
 
@@ -148,7 +188,7 @@ class BlockwiseModel:
     def run_block(self, name: str, weights: Weights, hidden_TH: Tensor, call: Call) -> Tensor:
         """Return the hidden states `(B, T, H)` after a block, float32."""
         with self._computing():
-            result = functional_call(self.block(name), dict(weights), (hidden_TH, *call.args), call.kwargs)
+            result = functional_call(self.block(name), self._joined(weights), (hidden_TH, *call.args), call.kwargs)
         return (result[0] if isinstance(result, tuple) else result).float()
 
     def finish(self, outer: Weights, hidden_TH: Tensor, inputs: Mapping[str, Tensor]) -> Outputs:
@@ -176,7 +216,42 @@ class BlockwiseModel:
     def run_whole(self, weights: Weights, **inputs: Any) -> Any:
         """Return what transformers' whole model gives, with its arguments; all weights are in memory."""
         with self._computing():
-            return functional_call(self.model, dict(weights), (), inputs)
+            return functional_call(self.model, self._joined(weights), (), inputs)
+
+    def _own_names(self, module: nn.Module, prefix: str = "") -> list[str]:
+        """Return the names of a module's parameters and stored buffers; `prefix` is its own with a dot."""
+        buffers = [name for name, _ in module.named_buffers() if f"{prefix}{name}" in self._stored_buffers]
+        return [name for name, _ in module.named_parameters()] + buffers
+
+    def _find_stacks(self, names: ModelNames, stored: Mapping[str, Shape]) -> dict[str, _Stack]:
+        """Return what is joined of several stored tensors, by its name and by that within its block."""
+        stacks = {}
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        for parameter, runs in names.stack(stored).items():
+            block = next((b for b in self.blocks if parameter.startswith(f"{b}.")), None)
+            if block is None or parameter not in shapes:
+                continue
+            whole = [run._replace(name=names.rename(run.name)) for run in runs]
+            stacks[parameter] = _Stack(shapes[parameter], whole)
+            within = [run._replace(name=run.name.removeprefix(f"{block}.")) for run in whole]
+            stacks[parameter.removeprefix(f"{block}.")] = _Stack(shapes[parameter], within)
+        return stacks
+
+    def _parts_of(self, block: str, parameter: str) -> list[str]:
+        """Return the tensors, named within the block, of which a parameter is joined: most are alone."""
+        if f"{block}.{parameter}" not in self._stacks:
+            return [parameter]
+        return list(dict.fromkeys(run.name for run in self._stacks[parameter].runs))
+
+    def _joined(self, weights: Weights) -> dict[str, Tensor]:
+        """Return weights with the stacks of which they have the parts."""
+        joined = dict(weights)
+        for name, stack in self._stacks.items():
+            if stack.runs[0].name in weights:
+                joined[name] = stack.join(weights)
+                for run in stack.runs:
+                    joined.pop(run.name, None)
+        return joined
 
     def _computing(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)

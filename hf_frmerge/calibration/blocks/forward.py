@@ -96,7 +96,7 @@ def merge_distances(
     """
     first = next(iter(plans.values()))
     kernels = load_kernels(first.args.device)
-    reader = WeightReader(first, kernels, model.model)
+    reader = WeightReader(first, kernels, model)
     own = [[batch for batch in batches if batch.expert == expert] for expert in range(len(first.experts))]
     experts = {
         index: run_forward(model, partial(reader.expert, index), prompts)
@@ -106,7 +106,7 @@ def merge_distances(
     every = [batch for prompts in own for batch in prompts]
     found: dict[str, tuple[float | None, ...]] = {}
     for name, plan in plans.items():
-        merged = run_forward(model, WeightReader(plan, kernels, model.model).start, every)
+        merged = run_forward(model, WeightReader(plan, kernels, model).start, every)
         place, row = 0, []
         for index, prompts in enumerate(own):
             part = merged.part(place, len(prompts))

@@ -27,8 +27,8 @@ from hf_frmerge.merging.planning.blocks import Piece, pieces_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import PreTrainedModel
 
+    from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
     from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.decisions import Decision
     from hf_frmerge.merging.operands.dense_tensors import DenseTensor
@@ -78,15 +78,14 @@ class WeightReader:
         ArgumentError: If a parameter has no tensor, or several tensors are decided together.
     """
 
-    def __init__(self, plan: MergePlan, kernels: Kernels, model: PreTrainedModel) -> None:
+    def __init__(self, plan: MergePlan, kernels: Kernels, model: BlockwiseModel) -> None:
         self._plan, self._kernels = plan, kernels
         self._rule = rule_for(plan)
         steps = {step.name: step for step in plan.steps}
-        table = names_of(model)
+        table = names_of(model.model)
         in_memory = table.canonical(steps) if table is not None else {name: name for name in steps}
         stored = {name: tensor for tensor, name in in_memory.items()}
-        parameters = [name for name, _ in model.named_parameters()]
-        self.tensors = {name: stored.get(name, "") for name in parameters}
+        self.tensors = {name: stored.get(name, "") for name in model.parameters()}
         missing = [name for name, tensor in self.tensors.items() if not tensor]
         if missing:
             raise ArgumentError(

@@ -39,7 +39,7 @@ def state_of(models: Path, kind: str) -> SweepState:
         for expert in range(N_EXPERTS)
         for is_held_out, rows in ((False, slice(0, 12)), (True, slice(12, 16)))
     ]
-    reader = WeightReader(plan, load_kernels("cpu"), model.model)
+    reader = WeightReader(plan, load_kernels("cpu"), model)
     options = SweepOptions(fits_head=True)
     sweep = Sweep(model, reader, batches, SHARES, options, is_full=True, offers_table=True)
     sweep.begin()
