@@ -36,7 +36,7 @@ from hf_frmerge.calibration.blocks.blockwise_model import Outputs
 from hf_frmerge.calibration.blocks.layers import is_linear
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.calibrate import fit_settings
-from hf_frmerge.calibration.fits.block_fit import SweepState
+from hf_frmerge.calibration.fits.sweep_state import SweepState
 from hf_frmerge.calibration.inputs import batches_of, fitted_and_held_out, open_model, prompts_of
 from hf_frmerge.calibration.refinement.corrected_merge import CorrectedMerge, corrections_to_refine, read_start
 from hf_frmerge.calibration.refinement.expert_updates import ExpertUpdates, coefficients_to_refine

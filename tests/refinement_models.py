@@ -25,8 +25,8 @@ from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.blocks.streams import in_batches
 from hf_frmerge.calibration.blocks.weights import WeightReader
-from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.head_fit import find_head
+from hf_frmerge.calibration.fits.sweep_state import SweepOptions
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
 from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine
 from hf_frmerge.calibration.refinement.refine import Refinement

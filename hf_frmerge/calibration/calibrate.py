@@ -18,9 +18,9 @@ from hf_frmerge.calibration.blocks.dealing import own_batches
 from hf_frmerge.calibration.blocks.layers import is_linear, n_in
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.choose_start import start_distances
-from hf_frmerge.calibration.fits.block_fit import SweepOptions
 from hf_frmerge.calibration.fits.equations import check_form, equations_of, settings_of, why_no_table
 from hf_frmerge.calibration.fits.least_squares import FitOptions
+from hf_frmerge.calibration.fits.sweep_state import SweepOptions
 from hf_frmerge.calibration.held_out import choose_form, distances, form_of_method, forms_of
 from hf_frmerge.calibration.inputs import (
     are_self_written,

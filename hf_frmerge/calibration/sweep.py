@@ -22,9 +22,10 @@ from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Weight
 from hf_frmerge.calibration.blocks.layers import find_layers
 from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.blocks.weights import UnreadWeights, WeightReader
-from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions, SweepState
+from hf_frmerge.calibration.fits.block_fit import BlockFit
 from hf_frmerge.calibration.fits.coefficient_rows import combined
 from hf_frmerge.calibration.fits.head_fit import find_head, fit_head
+from hf_frmerge.calibration.fits.sweep_state import SweepOptions, SweepState
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.merging.engine.processes import Processes
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hf_frmerge.checkpoints.names.model_names import StackedRows
     from hf_frmerge.checkpoints.source import Source
 
 FORMAT = 2
@@ -85,15 +86,22 @@ class EstimateOptions:
 
 @dataclass(frozen=True)
 class DiagonalFile:
-    """Diagonal Fisher information of a model, in a safetensors file."""
+    """
+    Diagonal Fisher information of a model, in a safetensors file.
+
+    Attributes:
+        rows: what checkpoints store as matrices and models have in one tensor: matrix -> where it is.
+    """
 
     path: Path
     record: FisherRecord
+    rows: Mapping[str, StackedRows] = field(default_factory=dict)
 
     def __contains__(self, parameter: str) -> bool:
         """Whether there is information of a parameter."""
         with safe_open(self.path, "pt") as stored:
-            return parameter in stored.keys()  # noqa: SIM118  # it is no mapping
+            name = self.rows[parameter].stack if parameter in self.rows else parameter
+            return name in stored.keys()  # noqa: SIM118  # it is no mapping
 
     def read(self, parameter: str) -> Tensor:
         """
@@ -101,7 +109,13 @@ class DiagonalFile:
 
         Experts have different scales of information: one that is unsure of everything would else count most.
         """
-        return _read(self.path, parameter).float() / (self.record.norm or 1.0)
+        if (rows := self.rows.get(parameter)) is None:
+            values = _read(self.path, parameter)
+        else:
+            with safe_open(self.path, "pt") as stored:
+                one = stored.get_slice(rows.stack)[rows.place : rows.place + 1]
+            values = one[0, rows.first : rows.first + rows.n_rows].clone()
+        return values.float() / (self.record.norm or 1.0)
 
 
 @dataclass(frozen=True)

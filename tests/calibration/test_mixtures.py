@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,7 +14,19 @@ from transformers import AutoModelForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+from hf_frmerge.calibration.blocks.layers import find_layers
+from hf_frmerge.calibration.blocks.streams import in_batches
+from hf_frmerge.calibration.blocks.weights import WeightReader
+from hf_frmerge.calibration.fits import block_fit
+from hf_frmerge.calibration.fits.equations import diagonal_files
+from hf_frmerge.calibration.fits.sweep_state import SweepOptions
+from hf_frmerge.calibration.inputs import open_model
+from hf_frmerge.calibration.prompts.read_prompts import Prompts
+from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.checkpoints.names.model_names import names_of
+from hf_frmerge.fisher.diagonal import diagonal_fisher
+from hf_frmerge.kernels.load import load_kernels
+from hf_frmerge.merging.planning.build_plan import build_plan
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.merge_again import reproduce
 from hf_frmerge.provenance.verify import verify
@@ -75,7 +88,9 @@ def family(folder: Path, name: str) -> tuple[str, list[str]]:
 
 
 def merge(base: str, experts: list[str], out: Path, **options: Any) -> None:
-    args = MergingArguments(output_dir=str(out), space="deltas", max_calibration_length=LENGTH, **options)
+    args = MergingArguments(
+        output_dir=str(out), space="deltas", max_calibration_length=LENGTH, disable_tqdm=True, **options
+    )
     data = {expert: [{"input_ids": ids} for ids in prompts(i)] for i, expert in enumerate(experts)}
     FisherRaoMerger(experts, args, base_model=base, calibration_dataset=data).merge()
 
@@ -131,3 +146,145 @@ def test_a_mixture_is_fitted_and_can_be_checked(tmp_path: Path, name: str, form:
     assert after < before
     assert verify(str(tmp_path / "out")).ok
     assert not reproduce(str(tmp_path / "out")).differences
+
+
+def float64_fit(
+    inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, start: torch.Tensor
+) -> torch.Tensor:
+    """Return the ridge solution around the start, with a weight for each token, from all tokens at once."""
+    x, target, d, w = inputs.double(), targets.double(), weights.double()[:, None], start.double()
+    gram = x.T @ (d * x)
+    ridge = 0.03 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return w + torch.linalg.solve(gram + ridge, x.T @ (d * (target - x @ w.T))).T
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_an_expert_of_a_mixture_is_fitted_to_the_tokens_that_the_merge_sends_to_it(tmp_path: Path, name: str) -> None:
+    base, experts = family(tmp_path, name)
+    plan = build_plan(experts, MergingArguments(method="linear", space="deltas"), None, base)
+    class_, config = getattr(transformers, MODELS[name][0]), MODELS[name][1]
+    shapes = {step.name: step.shape for step in plan.steps}
+    model = BlockwiseModel(class_, config, torch.device("cpu"), torch.float32, shapes)
+    reader = WeightReader(plan, load_kernels("cpu"), model)
+    batches = [
+        batch
+        for number in range(2)
+        for batch in in_batches(
+            [np.array(ids) for ids in prompts(number)], number, 8, 0, is_held_out=False, device=model.device
+        )
+    ]
+    sweep = Sweep(model, reader, batches, [0.3, 0.7], SweepOptions(), is_full=False)
+    sweep.begin()
+    entered = [hidden.clone() for hidden in sweep.state.merged], [hidden.clone() for hidden in sweep.state.expert]
+    found = sweep.fit_block(0)
+
+    block = model.blocks[0]
+    keys = model.block_parameters(block)
+    of_experts = [{key: reader.expert(i, f"{block}.{key}") for key in keys} for i in range(2)]
+    start = {key: reader.start(f"{block}.{key}") for key in keys}
+    fitted = {key: value + found.corrections.get(key, 0) for key, value in start.items()}
+    mixture = model.block(block).get_submodule("mlp.experts")
+    (step,) = find_layers(model, block, model.computed(start), entered[0][0], batches[0].calls[0]).mixtures
+
+    def entering(weights: dict[str, torch.Tensor], hidden: torch.Tensor, b: int) -> list[torch.Tensor]:
+        called: list[Any] = []
+        handle = mixture.register_forward_pre_hook(lambda _, args: called.append(args))
+        model.run_block(block, weights, hidden, batches[b].calls[0])
+        handle.remove()
+        return called[0]
+
+    tokens: list[list[torch.Tensor]] = []
+    for b, batch in enumerate(batches):
+        x, places, shares = entering(fitted, entered[0][b], b)
+        x_e, *_ = entering(of_experts[batch.expert], entered[1][b], b)
+        whose = torch.full((len(x),), batch.expert)
+        tokens.append([x, x_e, places, shares, whose])
+    x, x_e, places, shares, whose = (torch.cat(part) for part in zip(*tokens))
+    per_token = torch.tensor([0.3, 0.7])[whose] / torch.bincount(whose)[whose]
+    assert len(step.experts) > 2
+    for place, (gate, up, down) in enumerate(step.experts):
+        at = (places == place).any(1)
+        assert at.sum() >= 32
+        weights = per_token[at] * shares[places == place] ** 2
+        for layer in (gate, up):
+            key = f"{layer}.weight"
+            theirs = torch.stack([of_experts[int(i)][key] for i in whose[at]])
+            target = torch.einsum("toi,ti->to", theirs, 0.5 * x[at] + 0.5 * x_e[at])
+            expected = float64_fit(x[at], target, weights, start[key])
+            torch.testing.assert_close(fitted[key].double(), expected, rtol=1e-3, atol=1e-4)
+        silu = torch.nn.functional.silu
+        inner = [
+            torch.stack([silu(w[f"{gate}.weight"] @ row) * (w[f"{up}.weight"] @ row) for w, row in pairs])
+            for pairs in (
+                [(fitted, row) for row in x[at]],
+                [(of_experts[int(i)], row) for i, row in zip(whose[at], x_e[at])],
+            )
+        ]
+        key = f"{down}.weight"
+        theirs = torch.stack([of_experts[int(i)][key] for i in whose[at]])
+        target = torch.einsum("toi,ti->to", theirs, 0.5 * inner[0] + 0.5 * inner[1])
+        expected = float64_fit(inner[0], target, weights, start[key])
+        torch.testing.assert_close(fitted[key].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_expert_of_a_mixture_that_few_tokens_reach_stays_as_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_fit, "_FEWEST_TOKENS", 1000)  # all prompts have fewer
+    base, experts = family(tmp_path, "Mixtral")
+    merge(base, experts, tmp_path / "few", calibration_form="dense")
+    corrections = load_file(tmp_path / "few" / "merge_corrections.safetensors")
+    assert any("self_attn" in name for name in corrections)
+    assert not any("experts" in name for name in corrections)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "regmean"},
+        {"method": "fisher"},
+        {"method": "mats", "max_iter": 2},
+        {"fisher": "diagonal"},
+        {"refine_steps": 2, "refine_lmbda": 0.5},
+        {"refine_steps": 2, "calibration_form": "table"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek"])
+def test_whatever_is_made_of_prompts_can_be_made_of_a_mixture(
+    tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    base, experts = family(tmp_path, name)
+    merge(base, experts, tmp_path / "out", **options)
+    assert verify(str(tmp_path / "out")).ok
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "DeepSeek"])
+def test_fisher_information_of_an_expert_of_a_mixture_is_its_part_of_the_stack(tmp_path: Path, name: str) -> None:
+    base, experts = family(tmp_path, name)
+    plan = build_plan(experts, MergingArguments(method="fisher"), None, base, has_prompts=True)
+    token_ids = tuple(np.array(ids) for ids in prompts(0))
+    (file,) = diagonal_files(plan, open_model(plan), [Prompts(0, token_ids, "dataset")], is_silent=True)
+    model = AutoModelForCausalLM.from_pretrained(experts[0], dtype=torch.float32)
+    stacks = {key: value for key, value in model.named_parameters() if value.ndim == 3}
+    found, _ = diagonal_fisher(model, token_ids, list(stacks), labels="sampled", seed=plan.args.seed)
+    stored = load_file(Path(experts[0]) / "model.safetensors")
+    n_parts = 0
+    for key, stack in stacks.items():
+        for step in plan.steps:
+            # Which part it is, is known by its values.
+            part = stored[step.name]
+            same = [
+                (place, first)
+                for place in range(len(stack))
+                for first in (0, stack.shape[1] // 2)
+                if torch.equal(stack[place, first : first + len(part)], part)
+            ]
+            if part.ndim == 2 and same:
+                (place, first), *_ = same
+                expected = found[key][place, first : first + len(part)]
+                actual = file.read(step.name.replace("block_sparse_moe", "mlp")) * file.record.norm
+                torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-8)
+                n_parts += 1
+    assert n_parts == 3 * sum(len(stack) for stack in stacks.values()) / 2

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_frmerge.checkpoints.names.model_names import ModelNames, Shape, StackRun, names_of
+from hf_frmerge.calibration.blocks.stacks import Stacks
+from hf_frmerge.checkpoints.names.model_names import Shape, names_of
 from hf_frmerge.errors import ArgumentError
 
 Weights = Mapping[str, Tensor]
@@ -44,18 +45,6 @@ class Outputs:
     is_logits: bool
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """A parameter that is joined of rows of other tensors."""
-
-    shape: Shape
-    runs: Sequence[StackRun]
-
-    def join(self, weights: Weights) -> Tensor:
-        rows = [weights[r.name].flatten(0, -2)[r.first : r.first + r.n_rows] for r in self.runs]
-        return torch.cat(rows).reshape(self.shape)
-
-
 class BlockwiseModel:
     """
     Modules of a transformers model without its weights, and the transformer blocks among them.
@@ -76,6 +65,7 @@ class BlockwiseModel:
 
     Attributes:
         blocks: name of every transformer block, in the order of the forward pass.
+        stacks: what is stored in parts and joined to run.
 
     Raises:
         ArgumentError: If no blocks are found, or the model has an encoder and a decoder.
@@ -110,7 +100,7 @@ class BlockwiseModel:
             self.model.get_submodule(owner)._buffers[last] = buffer.to(device)
         self._makes_tuple: bool | None = None  # known once a block has run
         names = names_of(self.model) if stored else None
-        self._stacks = self._find_stacks(names, stored) if names and stored else {}
+        self.stacks = Stacks(self.model, self.blocks, names, stored or {})
         # Buffers with values of their own, as the bias by which DeepSeek's routers choose.
         in_checkpoint = {names.rename(name) for name in stored} if names and stored else set()
         self._stored_buffers = in_checkpoint & {n for n, b in self.model.named_buffers() if b.is_floating_point()}
@@ -127,7 +117,7 @@ class BlockwiseModel:
     def block_parameters(self, name: str) -> list[str]:
         """Return the names of a block's parameters, relative to the block."""
         own = self._own_names(self.block(name), f"{name}.")
-        return [part for parameter in own for part in self._parts_of(name, parameter)]
+        return [part for parameter in own for part in self.stacks.parts_of(name, parameter)]
 
     def parameters(self) -> list[str]:
         """Return the names of all parameters."""
@@ -139,7 +129,7 @@ class BlockwiseModel:
 
         Matrices are in the dtype of the products, to which autocast would convert them, and stacks are joined.
         """
-        return self._joined(
+        return self.stacks.join(
             {
                 name: value.to(self.dtype) if value.ndim > 1 and "embed" not in name else value
                 for name, value in weights.items()
@@ -170,7 +160,7 @@ class BlockwiseModel:
         def enter_first(*args: Any, **kwargs: Any) -> Any:
             # What a block returns, the hidden states or a tuple that begins with them, has changed between versions.
             with other_forwards(self._modules.values(), None):
-                result = functional_call(self.block(self.blocks[0]), self._joined(first_block), args, kwargs)
+                result = functional_call(self.block(self.blocks[0]), self.stacks.join(first_block), args, kwargs)
             self._makes_tuple = isinstance(result, tuple)
             return enter(*args, **kwargs)
 
@@ -188,7 +178,7 @@ class BlockwiseModel:
     def run_block(self, name: str, weights: Weights, hidden_TH: Tensor, call: Call) -> Tensor:
         """Return the hidden states `(B, T, H)` after a block, float32."""
         with self._computing():
-            result = functional_call(self.block(name), self._joined(weights), (hidden_TH, *call.args), call.kwargs)
+            result = functional_call(self.block(name), self.stacks.join(weights), (hidden_TH, *call.args), call.kwargs)
         return (result[0] if isinstance(result, tuple) else result).float()
 
     def finish(self, outer: Weights, hidden_TH: Tensor, inputs: Mapping[str, Tensor]) -> Outputs:
@@ -216,42 +206,12 @@ class BlockwiseModel:
     def run_whole(self, weights: Weights, **inputs: Any) -> Any:
         """Return what transformers' whole model gives, with its arguments; all weights are in memory."""
         with self._computing():
-            return functional_call(self.model, self._joined(weights), (), inputs)
+            return functional_call(self.model, self.stacks.join(weights), (), inputs)
 
     def _own_names(self, module: nn.Module, prefix: str = "") -> list[str]:
         """Return the names of a module's parameters and stored buffers; `prefix` is its own with a dot."""
         buffers = [name for name, _ in module.named_buffers() if f"{prefix}{name}" in self._stored_buffers]
         return [name for name, _ in module.named_parameters()] + buffers
-
-    def _find_stacks(self, names: ModelNames, stored: Mapping[str, Shape]) -> dict[str, _Stack]:
-        """Return what is joined of several stored tensors, by its name and by that within its block."""
-        stacks = {}
-        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        for parameter, runs in names.stack(stored).items():
-            block = next((b for b in self.blocks if parameter.startswith(f"{b}.")), None)
-            if block is None or parameter not in shapes:
-                continue
-            whole = [run._replace(name=names.rename(run.name)) for run in runs]
-            stacks[parameter] = _Stack(shapes[parameter], whole)
-            within = [run._replace(name=run.name.removeprefix(f"{block}.")) for run in whole]
-            stacks[parameter.removeprefix(f"{block}.")] = _Stack(shapes[parameter], within)
-        return stacks
-
-    def _parts_of(self, block: str, parameter: str) -> list[str]:
-        """Return the tensors, named within the block, of which a parameter is joined: most are alone."""
-        if f"{block}.{parameter}" not in self._stacks:
-            return [parameter]
-        return list(dict.fromkeys(run.name for run in self._stacks[parameter].runs))
-
-    def _joined(self, weights: Weights) -> dict[str, Tensor]:
-        """Return weights with the stacks of which they have the parts."""
-        joined = dict(weights)
-        for name, stack in self._stacks.items():
-            if stack.runs[0].name in weights:
-                joined[name] = stack.join(weights)
-                for run in stack.runs:
-                    joined.pop(run.name, None)
-        return joined
 
     def _computing(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)

@@ -30,15 +30,44 @@ class LinearGroup:
 
 
 @dataclass(frozen=True)
-class BlockLayers:
-    """Layers of a block to fit, in the order of the forward pass: norms by name, and groups of linear layers."""
+class RoutedExperts:
+    """
+    Experts of a mixture, each of which sees the tokens that are sent to it.
 
-    steps: tuple[LinearGroup | str, ...]
+    Attributes:
+        name: the module that has them all, named within the block.
+        experts: the layers of each, named within the block: what the gate is, what goes through it, and what is last.
+    """
+
+    name: str
+    experts: tuple[tuple[str, str, str], ...]
+
+
+Step = LinearGroup | RoutedExperts | str
+
+
+def names_of_step(step: Step) -> tuple[str, ...]:
+    """Return the modules of a step, named within the block."""
+    if isinstance(step, LinearGroup):
+        return step.names
+    return (step.name,) if isinstance(step, RoutedExperts) else (step,)
+
+
+@dataclass(frozen=True)
+class BlockLayers:
+    """Layers of a block to fit, in the order of the forward pass: norms by name, linear layers, and mixtures."""
+
+    steps: tuple[Step, ...]
 
     @property
     def groups(self) -> list[LinearGroup]:
         """The groups of linear layers."""
         return [step for step in self.steps if isinstance(step, LinearGroup)]
+
+    @property
+    def mixtures(self) -> list[RoutedExperts]:
+        """The experts of mixtures."""
+        return [step for step in self.steps if isinstance(step, RoutedExperts)]
 
     @property
     def norms(self) -> list[str]:
@@ -67,15 +96,16 @@ def find_layers(model: BlockwiseModel, block: str, weights: Weights, hidden_TH: 
     Run a block once, and group its layers by the tensors that enter them.
 
     Left out, so that they stay as merged, are layers that run twice (shared weights), and those that see only some of
-    the tokens, as routed experts do: their inputs in two models are not of the same tokens.
+    the tokens, as experts of a mixture do where these are modules of their own.
     """
     module = model.block(block)
+    mixtures = {name: found for name, _ in module.named_modules() if (found := _routed_experts(model, block, name))}
     # The inputs are kept, so that no two of them can have the same identity.
     events: list[tuple[str, Tensor]] = []
     handles = [
         child.register_forward_pre_hook(lambda _, args, name=name: events.append((name, args[0])))
         for name, child in module.named_modules()
-        if is_linear(child) or is_norm(child)
+        if is_linear(child) or is_norm(child) or name in mixtures
     ]
     try:
         model.run_block(block, weights, hidden_TH, call)
@@ -85,10 +115,29 @@ def find_layers(model: BlockwiseModel, block: str, weights: Weights, hidden_TH: 
     names = [name for name, _ in events]
     places = hidden_TH.shape[:-1]
     events = [(n, x) for n, x in events if names.count(n) == 1 and x.shape[:-1].numel() == places.numel()]
-    return BlockLayers(tuple(_in_steps(module, events, hidden_TH.shape[-1])))
+    return BlockLayers(tuple(_in_steps(module, events, mixtures, hidden_TH.shape[-1])))
 
 
-def _in_steps(module: nn.Module, events: list[tuple[str, Tensor]], hidden_size: int) -> list[LinearGroup | str]:
+def _routed_experts(model: BlockwiseModel, block: str, name: str) -> RoutedExperts | None:
+    """Return the experts of a mixture, if a module has them in the layout that most classes of transformers have."""
+    module = model.block(block).get_submodule(name)
+    layout = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    if any(getattr(module, flag, None) is not value for flag, value in layout.items()):
+        return None
+    if getattr(module, "has_post_expert_norm", False):
+        return None
+    gate_up, down = (
+        [part.removesuffix(".weight") for part in model.stacks.matrices(block, f"{name}.{stack}")]
+        for stack in ("gate_up_proj", "down_proj")
+    )
+    if not down or len(gate_up) != 2 * len(down):
+        return None
+    return RoutedExperts(name, tuple(zip(gate_up[::2], gate_up[1::2], down)))
+
+
+def _in_steps(
+    module: nn.Module, events: list[tuple[str, Tensor]], mixtures: dict[str, RoutedExperts], hidden_size: int
+) -> list[Step]:
     runs: list[list[tuple[str, Tensor]]] = []
     for name, entering in events:
         linear = is_linear(module.get_submodule(name))
@@ -96,11 +145,14 @@ def _in_steps(module: nn.Module, events: list[tuple[str, Tensor]], hidden_size: 
             runs[-1].append((name, entering))
         else:
             runs.append([(name, entering)])
-    steps: list[LinearGroup | str] = []
+    steps: list[Step] = []
     for position, run in enumerate(runs):
         name = run[0][0]
         if is_norm(module.get_submodule(name)):
             steps.append(name)
+            continue
+        if name in mixtures:
+            steps.append(mixtures[name])
             continue
         # The first layers read the stream; of those after them, one that is alone and as wide as the stream writes.
         writes = len(run) == 1 and _n_out(module.get_submodule(name)) == hidden_size and position > 0
@@ -133,7 +185,10 @@ def _n_out(module: nn.Module) -> int:
 
 def is_flipped(module: nn.Module, name: str) -> bool:
     """Whether a linear layer stores its weight as `(in, out)`, as GPT-2 does."""
-    return isinstance(module.get_submodule(name), Conv1D)
+    try:
+        return isinstance(module.get_submodule(name), Conv1D)
+    except AttributeError:  # of an expert of a mixture, which is no module of its own
+        return False
 
 
 def matrix_of(module: nn.Module, weights: Weights, name: str, *, with_bias: bool) -> Tensor:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hf_frmerge.calibration.blocks.blockwise_model import other_forwards
-from hf_frmerge.calibration.blocks.layers import LinearGroup
+from hf_frmerge.calibration.blocks.layers import names_of_step
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from hf_frmerge.calibration.blocks.layers import BlockLayers
+    from hf_frmerge.calibration.blocks.layers import BlockLayers, Step
 
 
 class Replay:
@@ -33,21 +33,21 @@ class Replay:
         self._block, self._steps = block, layers.steps
         self._known: dict[tuple[int, str], Any] = {}
 
-    def fitted_before(self, step: LinearGroup | str) -> list[str]:
+    def fitted_before(self, step: Step) -> list[str]:
         """Return the children of the block that have linear layers, all fitted before a step; by name."""
         last: dict[str, int] = {}
         with_linear = set()
         for position, other in enumerate(self._steps):
-            for name in other.names if isinstance(other, LinearGroup) else [other]:
+            for name in names_of_step(other):
                 child = name.partition(".")[0]
                 last[child] = position
-                if isinstance(other, LinearGroup):
+                if not isinstance(other, str):
                     with_linear.add(child)
         now = self._steps.index(step)
         return [child for child in with_linear if last[child] < now]
 
     @contextmanager
-    def running(self, batch: int, step: LinearGroup | str) -> Iterator[None]:
+    def running(self, batch: int, step: Step) -> Iterator[None]:
         """While the block runs on a batch for a step, take what is known, and keep what changes no more."""
         with ExitStack() as stack:
             for child in self.fitted_before(step):

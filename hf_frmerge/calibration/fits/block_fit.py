@@ -4,21 +4,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Taps, Weights
-from hf_frmerge.calibration.blocks.layers import BlockLayers, LinearGroup, is_flipped, matrix_of, n_in, put_matrix
+from hf_frmerge.calibration.blocks.blockwise_model import Taps, Weights
+from hf_frmerge.calibration.blocks.layers import (
+    BlockLayers,
+    LinearGroup,
+    RoutedExperts,
+    Step,
+    is_flipped,
+    matrix_of,
+    n_in,
+    put_matrix,
+)
 from hf_frmerge.calibration.blocks.replay import Replay
-from hf_frmerge.calibration.blocks.streams import Batch
-from hf_frmerge.calibration.blocks.weights import WeightReader
+from hf_frmerge.calibration.blocks.routed import Routed, Routes, gated, listening
 from hf_frmerge.calibration.fits.coefficient_rows import TableEquations
 from hf_frmerge.calibration.fits.least_squares import (
     Fit,
-    FitOptions,
     Moments,
     NormFit,
     System,
@@ -29,87 +36,18 @@ from hf_frmerge.calibration.fits.least_squares import (
     low_rank,
     norm_sums,
 )
+from hf_frmerge.calibration.fits.sweep_state import SweepState
 from hf_frmerge.calibration.memory import give_back
 from hf_frmerge.errors import NonFiniteError
-from hf_frmerge.merging.engine.processes import Processes
 
 _SAME = 1e-12
 """Squared relative change below which an expert's norm counts as the merge's: there is nothing to fit."""
 
+_FEWEST_TOKENS = 32
+"""Tokens below which an expert of a mixture stays as merged."""
 
 _LEAST_WEIGHT = 0.03
 """Least weight of a token, where the mean is 1: without it tokens with huge activations hardly count, and shrink."""
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """
-    Settings of a sweep.
-
-    Attributes:
-        fit: settings of every layer's fit; `residual` is for blocks that begin with a norm.
-        post_norm_residual: `residual` for blocks that end with a norm, which bounds the drift of the stream.
-        rank: rank of the low-rank form.
-        fits_head: whether a head that is merged is fitted, too.
-    """
-
-    fit: FitOptions = field(default_factory=FitOptions)
-    post_norm_residual: float = 1.0
-    rank: int = 32
-    fits_head: bool = False
-
-
-@dataclass
-class SweepState:
-    """
-    What a sweep carries through the blocks.
-
-    Attributes:
-        model: the model's modules.
-        reader: reads the weights of experts, base and start.
-        batches: prompts of all experts.
-        shares: weights of the experts, summing to 1.
-        options: settings.
-        is_full: whether the experts are full fine-tunes, whose updates serve as a prior.
-        processes: processes that share the prompts: each has batches of its own, and what is summed over tokens or
-            experts is added up over all of them.
-        offers_table: whether coefficients of the experts are looked for, too.
-        expert, merged: hidden states `(B, T, H)` of every batch, float32, after the blocks run so far.
-        n_tokens: tokens of every expert that take part in the fit, in all processes.
-        summed: experts of which this process adds what depends on their weights alone to sums over all experts.
-    """
-
-    model: BlockwiseModel
-    reader: WeightReader
-    batches: Sequence[Batch]
-    shares: list[float]
-    options: SweepOptions
-    is_full: bool
-    processes: Processes
-    offers_table: bool = False
-    expert: list[Tensor] = field(default_factory=list)
-    merged: list[Tensor] = field(default_factory=list)
-    n_tokens: list[int] = field(default_factory=list)
-    summed: list[int] = field(default_factory=list)
-
-    @property
-    def n_experts(self) -> int:
-        """Number of experts."""
-        return len(self.shares)
-
-    @property
-    def own(self) -> list[int]:
-        """Experts of which this process has prompts: it holds the weights of these alone."""
-        return sorted({batch.expert for batch in self.batches})
-
-    def computed(self, weights: Weights) -> dict[str, Tensor]:
-        """Return matrices in the dtype of the products: autocast would convert them for every batch."""
-        return self.model.computed(weights)
-
-    def origin(self, parameter: str, start: Tensor) -> Tensor:
-        """Return what experts' updates are differences to: the base, or zeros if only experts have the tensor."""
-        base = self.reader.base(parameter)
-        return torch.zeros_like(start) if base is None else base.to(start.device)
 
 
 class BlockFit:
@@ -163,7 +101,8 @@ class BlockFit:
         """Run the experts' blocks, and keep what enters their layers."""
         sweep, groups = self._sweep, self._layers.groups
         sums = [group.norm_after for group in groups if group.norm_after]  # read what writing layers add up
-        names = [*dict.fromkeys([*(group.names[0] for group in groups), *sums, *self._norms])]
+        mixtures = [mixture.name for mixture in self._layers.mixtures]
+        names = [*dict.fromkeys([*(group.names[0] for group in groups), *mixtures, *sums, *self._norms])]
         for expert in sweep.own:
             computed = sweep.computed(self._experts[expert])
             for b, batch in enumerate(sweep.batches):
@@ -184,6 +123,8 @@ class BlockFit:
         for step in self._layers.steps:
             if isinstance(step, LinearGroup):
                 self._fit_group(step)
+            elif isinstance(step, RoutedExperts):
+                self._fit_mixture(step)
             elif step in self._norms:
                 self._fit_norm(step)
             give_back()  # what the step had of all tokens
@@ -197,6 +138,64 @@ class BlockFit:
         systems = self._systems(group, is_biased)
         for name, biased in is_biased.items():
             self._keep(name, self._fit_layer(name, systems.pop(name), biased), biased)
+
+    def _fit_mixture(self, mixture: RoutedExperts) -> None:
+        """
+        Fit the experts of a mixture, each to the tokens that the merge sends to it.
+
+        A token counts by the square of the share that it has in what leaves the mixture. Experts with too few tokens
+        stay as merged.
+        """
+        sweep, routes = self._sweep, self._routes(mixture)
+        counts = routes.counts(len(mixture.experts))
+        sweep.processes.add_up([counts])
+        for place, (gate, up, down) in enumerate(mixture.experts):
+            if counts[place] >= _FEWEST_TOKENS:
+                self._fit_routed([gate, up], self._moments_at(place, mixture, routes, through=()))
+                self._fit_routed([down], self._moments_at(place, mixture, routes, through=(gate, up)))
+
+    def _fit_routed(self, names: Sequence[str], moments: Iterable[tuple[int, Moments]]) -> None:
+        """Fit layers of one expert of a mixture that share an input."""
+        sweep, systems = self._sweep, {}
+        is_biased = {name: False for name in names if self._is_merged(f"{name}.weight")}
+        for name in is_biased:
+            n_out, width = self._start[f"{name}.weight"].shape
+            systems[name] = System.zeros(width, n_out, self._model.device)
+        for expert, own in moments:
+            self._add(systems, is_biased, expert, own)
+        sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
+        for name in is_biased:
+            self._keep(name, self._fit_layer(name, systems.pop(name), False), False)
+
+    def _routes(self, mixture: RoutedExperts) -> Routes:
+        """Return what enters a mixture in the merge as fitted so far, and where it is sent."""
+        computed, routes = self._sweep.computed(self.weights), Routes()
+        for b in self._fitted:
+            batch = self._sweep.batches[b]
+            with listening(self._module.get_submodule(mixture.name)) as called:
+                self._enter(computed, b, mixture.name, mixture)
+            (hidden_TH, places_TK, shares_TK), *_ = called
+            merged_TH, places_TK, shares_TK = map(batch.tokens, (hidden_TH, places_TK, shares_TK.float()))
+            expert_TH = self._inputs.pop((b, mixture.name))
+            routes.add(batch.expert, Routed(merged_TH.to(self._model.dtype), expert_TH, places_TK, shares_TK))
+        return routes
+
+    def _moments_at(
+        self, place: int, mixture: RoutedExperts, routes: Routes, through: Sequence[str]
+    ) -> Iterator[tuple[int, Moments]]:
+        """Yield each model, and the moments of its tokens as they enter an expert of a mixture, or behind its gate."""
+        module = self._module.get_submodule(mixture.name)
+        for expert in routes.by_expert:
+            merged_TI, expert_TI, shares_T = routes.at(expert, place)
+            if through:
+                merged_TI, expert_TI = (
+                    gated(self._model, module, x_TH, *(weights[f"{name}.weight"] for name in through))
+                    for x_TH, weights in ((merged_TI, self.weights), (expert_TI, self._experts[expert]))
+                )
+            moments = Moments.zeros(merged_TI.shape[1], self._model.device)
+            moments.add(merged_TI.float() * shares_T, expert_TI.float() * shares_T)
+            moments.n_tokens = self._sweep.n_tokens[expert]  # of all: a token counts alike wherever it is sent
+            yield expert, moments
 
     def _keep(self, name: str, fit: Fit, biased: bool) -> None:
         """Keep a fitted layer, whole, as factors and as coefficients."""
@@ -277,6 +276,9 @@ class BlockFit:
                 sum_TH = batch.tokens(self._sum_after(group, taps, after_BTH)).float()
                 self._streams[key] = sum_TH - batch.tokens(taps.outputs[group.names[0]]).float()
                 self._token_weights[key] = 1 / sum_TH.square().mean(1)
+
+        for mixture in self._layers.mixtures:
+            self._inputs[b, mixture.name] = batch.tokens(taps.inputs[mixture.name]).to(dtype)
 
     def _is_changed(self, norm: str) -> bool:
         """Whether the experts have another gain than the merge: else there is nothing to fit."""
@@ -365,7 +367,7 @@ class BlockFit:
         both = self._sweep.batches[b].tokens(entering).float(), self._inputs.pop((b, name)).float()
         return (_with_one(both[0]), _with_one(both[1])) if has_bias else both
 
-    def _enter(self, merged: dict[str, Tensor], b: int, name: str, step: LinearGroup | str) -> Tensor:
+    def _enter(self, merged: dict[str, Tensor], b: int, name: str, step: Step) -> Tensor:
         """Return what enters a layer of a step in the merge as fitted so far."""
         with self._replay.running(b, step), Taps(self._module, [name], last=name) as taps:
             self._run(merged, b, self._sweep.merged[b])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_frmerge.calibration.blocks.layers import is_linear
-from hf_frmerge.calibration.fits.block_fit import BlockFit, SweepOptions
+from hf_frmerge.calibration.fits.block_fit import BlockFit
 from hf_frmerge.calibration.fits.fisher_fit import FisherFit
 from hf_frmerge.calibration.fits.mats import MatsFit
 from hf_frmerge.calibration.fits.regmean import RegMeanFit, RegMeanOptions
+from hf_frmerge.calibration.fits.sweep_state import SweepOptions
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.fisher.average import FLOOR
@@ -112,11 +113,12 @@ def diagonal_files(
     plan: MergePlan, model: BlockwiseModel, prompts: Sequence[Prompts], is_silent: bool | None
 ) -> list[DiagonalFile]:
     """Estimate the diagonal Fisher information of the blocks' parameters; arguments as for `equations_of`."""
-    parameters = [f"{block}.{name}" for block in model.blocks for name in model.block_parameters(block)]
-    options, base = _estimate_options(plan, is_silent), _base_of(plan)
-    return [
+    parameters = [f"{block}.{name}" for block in model.blocks for name, _ in model.block(block).named_parameters()]
+    options, base, rows = _estimate_options(plan, is_silent), _base_of(plan), model.stacks.rows()
+    files = (
         estimate_diagonal(plan.experts[own.expert].source, base, own.token_ids, parameters, options) for own in prompts
-    ]
+    )
+    return [replace(file, rows=rows) for file in files]
 
 
 def kronecker_files(

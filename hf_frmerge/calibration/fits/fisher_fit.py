@@ -13,7 +13,7 @@ from hf_frmerge.fisher.average import fisher_average
 if TYPE_CHECKING:
     from hf_frmerge.calibration.blocks.blockwise_model import Weights
     from hf_frmerge.calibration.blocks.layers import BlockLayers
-    from hf_frmerge.calibration.fits.block_fit import SweepState
+    from hf_frmerge.calibration.fits.sweep_state import SweepState
     from hf_frmerge.fisher.files import DiagonalFile
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class FisherFit(InformedFit):
         at_floor = []
         for key, start in self.weights.items():
             parameter = f"{self._name}.{key}"
-            if not reader.is_merged(parameter):
-                continue
+            if not reader.is_merged(parameter) or any(parameter not in file for file in self._files):
+                continue  # of a buffer, as routers may have one, there is no information
             merged, share = fisher_average(
                 [weights[key] for weights in self._experts],
                 [file.read(parameter).to(start.device) for file in self._files],

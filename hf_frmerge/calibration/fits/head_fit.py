@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Taps, Weights
 from hf_frmerge.calibration.blocks.forward import run_forward, squared_distances
 from hf_frmerge.calibration.blocks.streams import Batch
-from hf_frmerge.calibration.fits.block_fit import SweepState
 from hf_frmerge.calibration.fits.coefficient_rows import TableEquations
 from hf_frmerge.calibration.fits.least_squares import Fit, FitOptions, System, fit_linear
+from hf_frmerge.calibration.fits.sweep_state import SweepState
 from hf_frmerge.errors import NonFiniteError
 
 _ENOUGH = 0.8

@@ -27,7 +27,7 @@ from hf_frmerge.calibration.fits.fisher_fit import InformedFit
 if TYPE_CHECKING:
     from hf_frmerge.calibration.blocks.blockwise_model import Weights
     from hf_frmerge.calibration.blocks.layers import BlockLayers
-    from hf_frmerge.calibration.fits.block_fit import SweepState
+    from hf_frmerge.calibration.fits.sweep_state import SweepState
     from hf_frmerge.fisher.files import KroneckerFile
 
 _SOLVED = 1e-6

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_frmerge.calibration.blocks.blockwise_model import Call, Weights
-from hf_frmerge.calibration.fits.block_fit import SweepState
+from hf_frmerge.calibration.fits.sweep_state import SweepState
 from hf_frmerge.calibration.refinement.expert_updates import COEFFICIENTS, ExpertUpdates
 from hf_frmerge.calibration.sweep import FittedBlock, by_parameter
 from hf_frmerge.merging.planning.corrections import Form
@@ -81,7 +81,8 @@ class CorrectedMerge:
             weights |= self._state.computed({name: self.weight(name)})
         # Of all that is predicted for a text so far only the last is of use; the rest would be the largest in memory.
         takes_number = "logits_to_keep" in signature(self._model.model.forward).parameters
-        return partial(self._model.run_whole, weights, **({"logits_to_keep": 1} if takes_number else {}))
+        whole = self._model.stacks.join(weights)
+        return partial(self._model.run_whole, whole, **({"logits_to_keep": 1} if takes_number else {}))
 
     def weight(self, name: str) -> Tensor:
         """Return the values of a parameter, float32."""

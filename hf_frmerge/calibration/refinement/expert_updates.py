@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.blocks.blockwise_model import Weights
-from hf_frmerge.calibration.fits.block_fit import SweepState
 from hf_frmerge.calibration.fits.coefficient_rows import combined
+from hf_frmerge.calibration.fits.sweep_state import SweepState
 from hf_frmerge.calibration.sweep import FittedBlock, by_parameter
 from hf_frmerge.merging.planning.coefficient_table import write_coefficients
 

@@ -101,6 +101,10 @@ def check_writes(model: BlockwiseModel) -> None:
             "language models can. Leave it out."
         )
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
-    zeros = {key: zero.expand(parameter.shape) for key, parameter in model.model.named_parameters()}
+    zeros = {
+        # Of stacked matrices one takes memory: products of groups need rows that are apart.
+        key: (zero if parameter.ndim < 3 else zero.new_zeros(parameter.shape[1:])).expand(parameter.shape)
+        for key, parameter in model.model.named_parameters()
+    }
     one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     write_behind(partial(model.run_whole, zeros), one, torch.zeros(1, 1, dtype=torch.float64), name)

@@ -31,6 +31,15 @@ class StackRun(NamedTuple):
     n_rows: int
 
 
+class StackedRows(NamedTuple):
+    """Rows `[first, first + n_rows)` of the matrix at `place` of a parameter that stacks matrices."""
+
+    stack: str
+    place: int
+    first: int
+    n_rows: int
+
+
 @dataclass(frozen=True)
 class ModelNames:
     """

@@ -12,8 +12,8 @@ from torch import Tensor
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.blocks.weights import WeightReader
-from hf_frmerge.calibration.fits.block_fit import SweepOptions, SweepState
 from hf_frmerge.calibration.fits.head_fit import find_head, fit_head
+from hf_frmerge.calibration.fits.sweep_state import SweepOptions, SweepState
 from hf_frmerge.calibration.sweep import Sweep
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
