@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.provenance.verify import verify
@@ -23,20 +23,26 @@ SCRIPT = Path(__file__).with_name("two_process_fits.py")
 
 
 def write_family(root: Path) -> None:
-    """A base and its fine-tunes, of which weights, biases and norms differ."""
+    """A base and its fine-tunes, of which weights, biases and norms differ; and the same of a mixture of experts."""
     words = word_tokenizer([f"w{number}" for number in range(VOCABULARY)], eos_token="<|endoftext|>")
-    config = Qwen2Config(
-        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.1, tie_word_embeddings=True,
-    )  # fmt: skip
-    for number, name in enumerate(["base", *(f"e{expert}" for expert in range(N_EXPERTS))]):
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config)
-        generator = torch.Generator().manual_seed(number)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * bool(number) * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(root / name)
-        words.save_pretrained(root / name)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True,
+    }  # fmt: skip
+    dense = Qwen2Config(**sizes, initializer_range=0.1)
+    mixture = MixtralConfig(**sizes, initializer_range=0.3, num_local_experts=3, num_experts_per_tok=2)
+    for family, model_class, config in (
+        ("dense", Qwen2ForCausalLM, dense),
+        ("mixture", MixtralForCausalLM, mixture),
+    ):
+        for number, name in enumerate(["base", *(f"e{expert}" for expert in range(N_EXPERTS))]):
+            torch.manual_seed(0)
+            model = model_class(config)
+            generator = torch.Generator().manual_seed(number)
+            for parameter in model.parameters():
+                parameter.data += 0.1 * bool(number) * torch.randn(parameter.shape, generator=generator)
+            model.save_pretrained(root / family / name)
+            words.save_pretrained(root / family / name)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ VOCABULARY, LENGTH, N_PROMPTS, N_EXPERTS = 40, 12, 20, 3
 FITS: dict[str, dict[str, Any]] = {
     "fit": {"method": "linear"},
     "one-fits": {"method": "linear", "n_prompts": (4, 0, 0)},  # the other process has only what is held out
+    "mixture": {"method": "linear", "family": "mixture"},
     "regmean": {"method": "regmean"},
     "regmean++": {"method": "regmean++"},
     "fisher": {"method": "fisher"},
@@ -55,17 +56,20 @@ def fit(
     *,
     n_prompts: tuple[int, ...] = (N_PROMPTS,) * N_EXPERTS,
     calibration: Any = None,
+    family: str = "dense",
     **options: Any,
 ) -> None:
     """Merge the family below `root`, with products in float32: rounded to bfloat16, a last digit becomes a third."""
-    experts = [str(root / f"e{number}") for number in range(N_EXPERTS)]
+    experts = [str(root / family / f"e{number}") for number in range(N_EXPERTS)]
     own = {expert: prompts(number, n) for number, (expert, n) in enumerate(zip(experts, n_prompts)) if n}
     args = MergingArguments(
         output_dir=str(out), max_calibration_length=LENGTH, num_calibration_samples=N_PROMPTS, disable_tqdm=True,
         calibration_batch_size=4, report_to="none", **({"calibration_form": "dense"} | options),
     )  # fmt: skip
     with patch("hf_frmerge.calibration.inputs._compute_dtype", lambda _: torch.float32):
-        FisherRaoMerger(experts, args, base_model=str(root / "base"), calibration_dataset=calibration or own).merge()
+        FisherRaoMerger(
+            experts, args, base_model=str(root / family / "base"), calibration_dataset=calibration or own
+        ).merge()
 
 
 def fit_interrupted(root: Path, out: Path) -> list[list[int]]:
