@@ -18,6 +18,7 @@ from hf_frmerge.calibration.blocks.dealing import own_batches
 from hf_frmerge.calibration.blocks.layers import is_linear, n_in
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.choose_start import start_distances
+from hf_frmerge.calibration.fits.block_fit import FEWEST_TOKENS
 from hf_frmerge.calibration.fits.equations import check_form, equations_of, settings_of, why_no_table
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.fits.sweep_state import SweepOptions
@@ -43,6 +44,7 @@ from hf_frmerge.calibration.refinement.rollouts import check_writes
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep, by_parameter
 from hf_frmerge.calibration.whitening import whiten
 from hf_frmerge.checkpoints.disk import remove_file
+from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.engine.journal import fingerprint
@@ -142,6 +144,7 @@ def calibrate(
         processes = Processes(alone=True)
     if processes.is_main and not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
+        _warn_of_stored_stacks(model)
     options, is_full = fit_settings(plan)
     settings = settings_of(plan, options)
     kernels = load_kernels(plan.args.device)
@@ -173,6 +176,11 @@ def calibrate(
         processes=processes,
     )
     _fit_blocks(sweep, files, is_main=processes.is_main, is_silent=silent)
+    if processes.is_main and sweep.state.n_unreached:
+        logger.warning(
+            "%d experts of mixtures got fewer than %d tokens of the prompts and stay as merged. More prompts would "
+            "reach them.", sweep.state.n_unreached, FEWEST_TOKENS,
+        )  # fmt: skip
     by_form = distances(sweep, forms_of(sweep))
     seconds_of_others = processes.gather([] if processes.is_main else [time.process_time() - started])
     if not processes.is_main:
@@ -280,3 +288,14 @@ def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> No
             "changes will stay small.",
             n_tokens, widest, widest - n_tokens,
         )  # fmt: skip
+
+
+def _warn_of_stored_stacks(model: BlockwiseModel) -> None:
+    stacks = [
+        f"{block}.{name}"
+        for block in model.blocks
+        for name, parameter in model.block(block).named_parameters()
+        if "expert" in name and parameter.ndim == 3 and not model.stacks.matrices(block, name)
+    ]
+    if stacks:
+        logger.warning("The experts of mixtures are stored in one tensor (%s): these stay as merged.", some(stacks))

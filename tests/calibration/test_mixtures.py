@@ -228,14 +228,25 @@ def test_an_expert_of_a_mixture_is_fitted_to_the_tokens_that_the_merge_sends_to_
 
 
 def test_an_expert_of_a_mixture_that_few_tokens_reach_stays_as_merged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(block_fit, "_FEWEST_TOKENS", 1000)  # all prompts have fewer
+    monkeypatch.setattr(block_fit, "FEWEST_TOKENS", 1000)  # all prompts have fewer
     base, experts = family(tmp_path, "Mixtral")
     merge(base, experts, tmp_path / "few", calibration_form="dense")
     corrections = load_file(tmp_path / "few" / "merge_corrections.safetensors")
     assert any("self_attn" in name for name in corrections)
     assert not any("experts" in name for name in corrections)
+    assert any("6 experts of mixtures got fewer than" in record.getMessage() for record in caplog.records)
+
+
+def test_experts_that_are_stored_in_one_tensor_are_said_to_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, experts = family(tmp_path, "gpt-oss")
+    merge(base, experts, tmp_path / "out", calibration_form="dense")
+    (said,) = (r.getMessage() for r in caplog.records if "stored in one tensor" in r.getMessage())
+    assert "model.layers.0.mlp.experts.gate_up_proj" in said
+    assert not any(".experts." in name for name in load_file(tmp_path / "out" / "merge_corrections.safetensors"))
 
 
 @pytest.mark.parametrize(

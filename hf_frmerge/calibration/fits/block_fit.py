@@ -43,7 +43,7 @@ from hf_frmerge.errors import NonFiniteError
 _SAME = 1e-12
 """Squared relative change below which an expert's norm counts as the merge's: there is nothing to fit."""
 
-_FEWEST_TOKENS = 32
+FEWEST_TOKENS = 32
 """Tokens below which an expert of a mixture stays as merged."""
 
 _LEAST_WEIGHT = 0.03
@@ -149,8 +149,9 @@ class BlockFit:
         sweep, routes = self._sweep, self._routes(mixture)
         counts = routes.counts(len(mixture.experts))
         sweep.processes.add_up([counts])
+        sweep.n_unreached += int((counts < FEWEST_TOKENS).sum())
         for place, (gate, up, down) in enumerate(mixture.experts):
-            if counts[place] >= _FEWEST_TOKENS:
+            if counts[place] >= FEWEST_TOKENS:
                 self._fit_routed([gate, up], self._moments_at(place, mixture, routes, through=()))
                 self._fit_routed([down], self._moments_at(place, mixture, routes, through=(gate, up)))
 

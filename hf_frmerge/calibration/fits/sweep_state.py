@@ -53,6 +53,7 @@ class SweepState:
         expert, merged: hidden states `(B, T, H)` of every batch, float32, after the blocks run so far.
         n_tokens: tokens of every expert that take part in the fit, in all processes.
         summed: experts of which this process adds what depends on their weights alone to sums over all experts.
+        n_unreached: experts of mixtures that stayed as merged, as too few tokens were sent to them.
     """
 
     model: BlockwiseModel
@@ -67,6 +68,7 @@ class SweepState:
     merged: list[Tensor] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
     summed: list[int] = field(default_factory=list)
+    n_unreached: int = 0
 
     @property
     def n_experts(self) -> int:
