@@ -144,7 +144,7 @@ def calibrate(
         processes = Processes(alone=True)
     if processes.is_main and not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
-        _warn_of_stored_stacks(model)
+        _warn_of_what_stays(model)
     options, is_full = fit_settings(plan)
     settings = settings_of(plan, options)
     kernels = load_kernels(plan.args.device)
@@ -290,12 +290,15 @@ def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> No
         )  # fmt: skip
 
 
-def _warn_of_stored_stacks(model: BlockwiseModel) -> None:
-    stacks = [
+def _warn_of_what_stays(model: BlockwiseModel) -> None:
+    """Name the weights that no layer of a fit has as they are stored: experts in one tensor, or halves of a matrix."""
+    stacks = model.stacks
+    stays = [
         f"{block}.{name}"
         for block in model.blocks
         for name, parameter in model.block(block).named_parameters()
-        if "expert" in name and parameter.ndim == 3 and not model.stacks.matrices(block, name)
+        if (parameter.ndim == 3 and "expert" in name and not stacks.matrices(block, name))
+        or (parameter.ndim == 2 and stacks.parts_of(block, name) != [name])
     ]
-    if stacks:
-        logger.warning("The experts of mixtures are stored in one tensor (%s): these stay as merged.", some(stacks))
+    if stays:
+        logger.warning("A fit solves for stored matrices. What is stored otherwise stays as merged: %s.", some(stays))
