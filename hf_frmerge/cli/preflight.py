@@ -92,7 +92,7 @@ def _fit_note(merge_plan: MergePlan, calibration: Any) -> str:
     from hf_frmerge.calibration.calibrate import prepare
 
     prepare(merge_plan, calibration)
-    return "Prompts and models were checked: the merge can be run on them."
+    return "Prompts and models were checked: the models can be run on them."
 
 
 def _licences(merge_plan: MergePlan) -> dict[str, Any]:
