@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_frmerge.calibration.blocks.block_files import BlockFiles
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.blocks.dealing import own_batches
-from hf_frmerge.calibration.blocks.layers import is_linear, n_in
+from hf_frmerge.calibration.blocks.layers import is_linear, n_in, routed_experts
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.choose_start import start_distances
 from hf_frmerge.calibration.fits.block_fit import FEWEST_TOKENS
@@ -292,13 +292,12 @@ def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> No
 
 def _warn_of_what_stays(model: BlockwiseModel) -> None:
     """Name the weights that no layer of a fit has as they are stored: experts in one tensor, or halves of a matrix."""
-    stacks = model.stacks
     stays = [
         f"{block}.{name}"
         for block in model.blocks
         for name, parameter in model.block(block).named_parameters()
-        if (parameter.ndim == 3 and "expert" in name and not stacks.matrices(block, name))
-        or (parameter.ndim == 2 and stacks.parts_of(block, name) != [name])
+        if (parameter.ndim == 3 and "expert" in name and not routed_experts(model, block, name.rpartition(".")[0]))
+        or (parameter.ndim == 2 and model.stacks.parts_of(block, name) != [name])
     ]
     if stays:
         logger.warning("A fit solves for stored matrices. What is stored otherwise stays as merged: %s.", some(stays))

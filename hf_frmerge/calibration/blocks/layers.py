@@ -99,7 +99,7 @@ def find_layers(model: BlockwiseModel, block: str, weights: Weights, hidden_TH: 
     the tokens, as experts of a mixture do where these are modules of their own.
     """
     module = model.block(block)
-    mixtures = {name: found for name, _ in module.named_modules() if (found := _routed_experts(model, block, name))}
+    mixtures = {name: found for name, _ in module.named_modules() if (found := routed_experts(model, block, name))}
     # The inputs are kept, so that no two of them can have the same identity.
     events: list[tuple[str, Tensor]] = []
     handles = [
@@ -118,13 +118,13 @@ def find_layers(model: BlockwiseModel, block: str, weights: Weights, hidden_TH: 
     return BlockLayers(tuple(_in_steps(module, events, mixtures, hidden_TH.shape[-1])))
 
 
-def _routed_experts(model: BlockwiseModel, block: str, name: str) -> RoutedExperts | None:
+def routed_experts(model: BlockwiseModel, block: str, name: str) -> RoutedExperts | None:
     """Return the experts of a mixture, if a module has them in the layout that most classes of transformers have."""
     module = model.block(block).get_submodule(name)
-    layout = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    if any(getattr(module, flag, None) is not value for flag, value in layout.items()):
-        return None
-    if getattr(module, "has_post_expert_norm", False):
+    # Versions of transformers that lack a flag have no class of the other kind.
+    plain = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    plain |= {"has_post_expert_norm": False}
+    if not hasattr(module, "_apply_gate") or any(getattr(module, f, value) != value for f, value in plain.items()):
         return None
     gate_up, down = (
         [part.removesuffix(".weight") for part in model.stacks.matrices(block, f"{name}.{stack}")]
