@@ -142,7 +142,8 @@ class FisherRaoMerger(CallbackHost):
         """
         if self.eval_dataset is None and (self.args.do_eval or self.args.eval_on_start):
             raise ArgumentError("do_eval and eval_on_start need eval_dataset: pass one to FisherRaoMerger.")
-        check_calls_for_prompts(self.args, has_prompts=self.calibration_dataset is not None)
+        args, has_prompts = self.args, self.calibration_dataset is not None
+        check_calls_for_prompts(args.method, args.fisher, args.refine_steps, has_prompts=has_prompts)
         with self.processes.sharing_errors():
             if self.processes.is_main:
                 refuse_while_merging(self.args.output_dir)

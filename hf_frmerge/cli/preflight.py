@@ -47,7 +47,8 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
         from hf_frmerge.weighting.plan_merge import plan_merge
 
         calibration = expert_arguments.calibration_dataset
-        check_calls_for_prompts(args, has_prompts=calibration is not None)
+        has_prompts = calibration is not None
+        check_calls_for_prompts(args.method, args.fisher, args.refine_steps, has_prompts=has_prompts)
         refuse_while_merging(args.output_dir)
         merge_plan = plan_merge(
             expert_arguments.experts,
@@ -55,7 +56,7 @@ def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options:
             expert_arguments.weights,
             expert_arguments.base_model,
             download=False,
-            has_prompts=calibration is not None,
+            has_prompts=has_prompts,
         )
     with closing(merge_plan):
         # Not for `inspect`, which writes nothing and so accepts any folder.

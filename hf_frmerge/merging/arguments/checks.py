@@ -15,7 +15,6 @@ from hf_frmerge.methods.table import CHOICES, METHODS
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
     from hf_frmerge.methods.method import Method
 
 # Field -> (test of a value that is not None, what the test asks for).
@@ -151,24 +150,23 @@ def check_prompts(method: Method, fisher: str | None, *, has_prompts: bool) -> N
         )
 
 
-def check_calls_for_prompts(args: MergingArguments, *, has_prompts: bool) -> None:
+def check_calls_for_prompts(method: str, fisher: str | None, refine_steps: int, *, has_prompts: bool) -> None:
     """
     Check that there are prompts for whatever the options do with some.
 
     Not done when a recorded merge is made again: what the prompts said is in its record.
     """
-    method = CHOICES[args.method]
-    check_prompts(method, args.fisher, has_prompts=has_prompts)
-    if not args.refine_steps:
+    check_prompts(CHOICES[method], fisher, has_prompts=has_prompts)
+    if not refine_steps:
         return
     if not has_prompts:
         raise ArgumentError(
             "refine_steps (--refine) refines a merge that is fitted to prompts, and there are none. Pass "
             "calibration_dataset (--calibration), or leave it out."
         )
-    if method.needs_prompts:
+    if CHOICES[method].needs_prompts:
         raise ArgumentError(
-            f"refine_steps (--refine) refines a merge that is fitted to its experts, and `method={method.name!r}` "
+            f"refine_steps (--refine) refines a merge that is fitted to its experts, and `method={method!r}` "
             "computes a merge of its own from the prompts. Leave out one of them."
         )
 
