@@ -133,6 +133,15 @@ def test_blocks_run_with_experts_as_they_are_stored(tmp_path: Path, name: str) -
         torch.testing.assert_close(logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_buffers_are_weights_only_where_transformers_loads_them() -> None:
+    class_name, config = MODELS["DeepSeek"]
+    bias, frequencies = "model.layers.1.mlp.gate.e_score_correction_bias", "model.rotary_emb.inv_freq"
+    stored = {bias: (4,), frequencies: (2,)}
+    model = BlockwiseModel(getattr(transformers, class_name), config, torch.device("cpu"), torch.float32, stored)
+    assert {bias, frequencies} <= {name for name, _ in model.model.named_buffers()}
+    assert bias in model.parameters() and frequencies not in model.parameters()
+
+
 @pytest.mark.parametrize("form", ["table", "low_rank", "dense"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_mixture_is_fitted_and_can_be_checked(tmp_path: Path, name: str, form: str) -> None:

@@ -101,9 +101,10 @@ class BlockwiseModel:
         self._makes_tuple: bool | None = None  # known once a block has run
         names = names_of(self.model) if stored else None
         self.stacks = Stacks(self.model, self.blocks, names, stored or {})
-        # Buffers with values of their own, as the bias by which DeepSeek's routers choose.
-        in_checkpoint = {names.rename(name) for name in stored} if names and stored else set()
-        self._stored_buffers = in_checkpoint & {n for n, b in self.model.named_buffers() if b.is_floating_point()}
+        # Buffers with values of their own, as the bias by which DeepSeek's routers choose. What old files have of
+        # others, such as frequencies, transformers does not load.
+        loaded = names.in_memory & {names.rename(name) for name in stored} if names and stored else frozenset()
+        self._stored_buffers = loaded & {n for n, b in self.model.named_buffers() if b.is_floating_point()}
 
     def block(self, name: str) -> nn.Module:
         """Return a block; its parameters are on the meta device."""
