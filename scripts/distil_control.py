@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_frmerge import MergingArguments
 from hf_frmerge.calibration.blocks.blockwise_model import Outputs
-from hf_frmerge.calibration.blocks.layers import is_linear
+from hf_frmerge.calibration.blocks.matrices import is_linear
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.calibrate import fit_settings
 from hf_frmerge.calibration.fits.sweep_state import SweepState

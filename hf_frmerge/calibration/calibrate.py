@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from hf_frmerge.calibration.blocks.block_files import BlockFiles
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.blocks.dealing import own_batches
-from hf_frmerge.calibration.blocks.layers import is_linear, n_in, routed_experts
+from hf_frmerge.calibration.blocks.layers import routed_experts
+from hf_frmerge.calibration.blocks.matrices import is_linear, n_in
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.choose_start import start_distances
 from hf_frmerge.calibration.fits.block_fit import FEWEST_TOKENS

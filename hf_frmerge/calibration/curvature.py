@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blocks.layers import is_linear, matrix_of
+from hf_frmerge.calibration.blocks.matrices import is_linear, layer_matrix
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits.equations import kronecker_files
 from hf_frmerge.calibration.fits.mats import conjugate_gradients
@@ -126,10 +126,8 @@ def measure_curvature(plan: MergePlan, calibration: Any, processing_class: Any =
             traces = [total + float(a.trace() * g.trace()) for total, (a, g) in zip(traces, factors)]
             if reader.is_merged(weight):
                 read = [reader.base(weight), *(reader.expert(index, weight) for index in range(len(files)))]
-                base, *experts = [
-                    None if one is None else matrix_of(module, {f"{name}.weight": one}, name, with_bias=False)
-                    for one in read
-                ]
+                matrix = layer_matrix(module, name)
+                base, *experts = [None if one is None else matrix.read({matrix.weight: one}) for one in read]
                 shares = reader.weights(weight)
                 of_layer = layer_curvature([one for one in experts if one is not None], base, factors, shares)
                 cost, eta = cost + of_layer[0], eta + of_layer[1]

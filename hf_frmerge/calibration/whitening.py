@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_frmerge.calibration.blocks.block_files import BlockFiles
 from hf_frmerge.calibration.blocks.forward import merge_distances
-from hf_frmerge.calibration.blocks.layers import is_flipped
+from hf_frmerge.calibration.blocks.matrices import layer_matrix
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits.equations import diagonal_files, kronecker_files
 from hf_frmerge.calibration.inputs import batches_of, counts_of, digest_of, fitted_and_held_out, is_silent
@@ -153,7 +153,8 @@ def _kronecker(
     if kind != "weight" or not all(layer in file.record.owner for file in files):
         return None
     step, factors = reader.step(parameter), [file.read_relative(layer) for file in files]
-    return kronecker_metric(factors, step.weights, step.n_blocks, is_flipped=is_flipped(model.model, layer))
+    is_flipped = layer_matrix(model.model, layer).is_flipped
+    return kronecker_metric(factors, step.weights, step.n_blocks, is_flipped=is_flipped)
 
 
 def _solve(whole: MergePlan, reader: WeightReader, parameter: str, metric: Metric) -> Solution:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Call, Weights
+from hf_frmerge.calibration.blocks.matrices import StoredMatrix, is_linear, n_out
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,31 @@ class LinearGroup:
 
 
 @dataclass(frozen=True)
+class RoutedExpert:
+    """
+    Matrices of one expert of a mixture.
+
+    Attributes:
+        gate_up: what the gate is and what goes through it, in this order if they are stored as two.
+        down: what is last.
+    """
+
+    gate_up: tuple[StoredMatrix, ...]
+    down: StoredMatrix
+
+
+@dataclass(frozen=True)
 class RoutedExperts:
     """
     Experts of a mixture, each of which sees the tokens that are sent to it.
 
     Attributes:
         name: the module that has them all, named within the block.
-        experts: the layers of each, named within the block: what the gate is, what goes through it, and what is last.
+        experts: each of them.
     """
 
     name: str
-    experts: tuple[tuple[str, str, str], ...]
+    experts: tuple[RoutedExpert, ...]
 
 
 Step = LinearGroup | RoutedExperts | str
@@ -80,11 +93,6 @@ class BlockLayers:
         return any(group.is_last and group.norm_after for group in self.groups)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies its input by one matrix."""
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
 def is_norm(module: nn.Module) -> bool:
     """Whether a module scales every channel by a factor of its own, and may shift it."""
     vectors = [parameter.ndim == 1 for parameter in module.parameters(recurse=False)]
@@ -119,20 +127,32 @@ def find_layers(model: BlockwiseModel, block: str, weights: Weights, hidden_TH: 
 
 
 def routed_experts(model: BlockwiseModel, block: str, name: str) -> RoutedExperts | None:
-    """Return the experts of a mixture, if a module has them in the layout that most classes of transformers have."""
+    """Return the experts of a mixture, if a module has them in a layout that classes of transformers share."""
     module = model.block(block).get_submodule(name)
     # Versions of transformers that lack a flag have no class of the other kind.
-    plain = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    plain |= {"has_post_expert_norm": False}
-    if not hasattr(module, "_apply_gate") or any(getattr(module, f, value) != value for f, value in plain.items()):
+    is_gated = hasattr(module, "_apply_gate") and _flag(module, "has_gate", True)
+    if not is_gated or _flag(module, "has_post_expert_norm"):
         return None
-    gate_up, down = (
-        [part.removesuffix(".weight") for part in model.stacks.matrices(block, f"{name}.{stack}")]
-        for stack in ("gate_up_proj", "down_proj")
-    )
-    if not down or len(gate_up) != 2 * len(down):
+    gate_up, down = f"{name}.gate_up_proj", f"{name}.down_proj"
+    if all(model.stacks.parts_of(block, stack) == [stack] for stack in (gate_up, down)):
+        places = range(len(module.get_parameter("down_proj")))
+        found = [RoutedExpert((_in_stack(module, gate_up, e),), _in_stack(module, down, e)) for e in places]
+        return RoutedExperts(name, tuple(found))
+    if not _flag(module, "is_concatenated", True) or _flag(module, "is_transposed") or _flag(module, "has_bias"):
         return None
-    return RoutedExperts(name, tuple(zip(gate_up[::2], gate_up[1::2], down)))
+    both = [[StoredMatrix(part, "") for part in model.stacks.matrices(block, stack)] for stack in (gate_up, down)]
+    parts, last = both
+    if not last or len(parts) != 2 * len(last):
+        return None
+    return RoutedExperts(name, tuple(map(RoutedExpert, zip(parts[::2], parts[1::2]), last)))
+
+
+def _in_stack(module: nn.Module, stack: str, place: int) -> StoredMatrix:
+    return StoredMatrix(stack, f"{stack}_bias", place, _flag(module, "is_transposed"))
+
+
+def _flag(module: nn.Module, name: str, default: bool = False) -> bool:
+    return bool(getattr(module, name, default))
 
 
 def _in_steps(
@@ -155,7 +175,7 @@ def _in_steps(
             steps.append(mixtures[name])
             continue
         # The first layers read the stream; of those after them, one that is alone and as wide as the stream writes.
-        writes = len(run) == 1 and _n_out(module.get_submodule(name)) == hidden_size and position > 0
+        writes = len(run) == 1 and n_out(module.get_submodule(name)) == hidden_size and position > 0
         after = runs[position + 1][0] if position + 1 < len(runs) else None
         takes_sum = after is not None and is_norm(module.get_submodule(after[0])) and after[1].shape[-1] == hidden_size
         steps.append(
@@ -167,39 +187,3 @@ def _in_steps(
         assert isinstance(last, LinearGroup)
         steps[writers[-1]] = LinearGroup(last.names, True, last.norm_after, is_last=True)
     return steps
-
-
-def _is_norm_of(module: nn.Module, event: tuple[str, Tensor], hidden_size: int) -> bool:
-    name, entering = event
-    return is_norm(module.get_submodule(name)) and entering.shape[-1] == hidden_size
-
-
-def n_in(module: nn.Module) -> int:
-    """Return the number of inputs of a linear layer."""
-    return int(module.get_parameter("weight").shape[0 if isinstance(module, Conv1D) else 1])
-
-
-def _n_out(module: nn.Module) -> int:
-    return int(module.get_parameter("weight").shape[1 if isinstance(module, Conv1D) else 0])
-
-
-def is_flipped(module: nn.Module, name: str) -> bool:
-    """Whether a linear layer stores its weight as `(in, out)`, as GPT-2 does."""
-    try:
-        return isinstance(module.get_submodule(name), Conv1D)
-    except AttributeError:  # of an expert of a mixture, which is no module of its own
-        return False
-
-
-def matrix_of(module: nn.Module, weights: Weights, name: str, *, with_bias: bool) -> Tensor:
-    """Return the weight of a linear layer as `(out, in)`; `with_bias` appends the bias as a last column."""
-    matrix = weights[f"{name}.weight"]
-    matrix = matrix.T if is_flipped(module, name) else matrix
-    return torch.cat([matrix, weights[f"{name}.bias"][:, None]], dim=1) if with_bias else matrix
-
-
-def put_matrix(module: nn.Module, weights: dict[str, Tensor], name: str, matrix: Tensor, *, with_bias: bool) -> None:
-    """Store what `matrix_of` returns as the weights of a layer."""
-    if with_bias:
-        matrix, weights[f"{name}.bias"] = matrix[:, :-1], matrix[:, -1].contiguous()
-    weights[f"{name}.weight"] = (matrix.T if is_flipped(module, name) else matrix).contiguous()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
+    from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Weights
+    from hf_frmerge.calibration.blocks.matrices import StoredMatrix
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,13 @@ def listening(module: nn.Module) -> Iterator[list[Sequence[Any]]]:
         handle.remove()
 
 
-def gated(model: BlockwiseModel, mixture: nn.Module, x_TH: Tensor, gate_IH: Tensor, up_IH: Tensor) -> Tensor:
+def gated(
+    model: BlockwiseModel, mixture: nn.Module, x_TH: Tensor, weights: Weights, gate_up: Sequence[StoredMatrix]
+) -> Tensor:
     """Return what enters the last layer of an expert of a mixture, `(T, I)`, as its class computes it."""
-    both = torch.cat([gate_IH, up_IH]).to(model.dtype)
+    has_bias = all(matrix.bias in weights for matrix in gate_up)
+    both = torch.cat([matrix.read(weights, with_bias=has_bias) for matrix in gate_up])
+    both_OH, bias_O = (both[:, :-1], both[:, -1].to(model.dtype)) if has_bias else (both, None)
     apply_gate: Any = mixture._apply_gate
-    found: Tensor = apply_gate(nn.functional.linear(x_TH.to(model.dtype), both))
+    found: Tensor = apply_gate(nn.functional.linear(x_TH.to(model.dtype), both_OH.to(model.dtype), bias_O))
     return found

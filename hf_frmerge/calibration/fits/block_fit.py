@@ -8,22 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_frmerge.calibration.blocks.blockwise_model import Taps, Weights
-from hf_frmerge.calibration.blocks.layers import (
-    BlockLayers,
-    LinearGroup,
-    RoutedExperts,
-    Step,
-    is_flipped,
-    matrix_of,
-    n_in,
-    put_matrix,
-)
+from hf_frmerge.calibration.blocks.layers import BlockLayers, LinearGroup, RoutedExperts, Step
+from hf_frmerge.calibration.blocks.matrices import StoredMatrix, layer_matrix, n_in
 from hf_frmerge.calibration.blocks.replay import Replay
 from hf_frmerge.calibration.blocks.routed import Routed, Routes, gated, listening
 from hf_frmerge.calibration.fits.coefficient_rows import TableEquations
+from hf_frmerge.calibration.fits.expert_inputs import ExpertInputs, sum_after
 from hf_frmerge.calibration.fits.least_squares import (
     Fit,
     Moments,
@@ -46,8 +39,9 @@ _SAME = 1e-12
 FEWEST_TOKENS = 32
 """Tokens below which an expert of a mixture stays as merged."""
 
-_LEAST_WEIGHT = 0.03
-"""Least weight of a token, where the mean is 1: without it tokens with huge activations hardly count, and shrink."""
+
+Merged = dict[StoredMatrix, bool]
+"""Matrices that are merged, and whether a bias of them is."""
 
 
 class BlockFit:
@@ -87,36 +81,14 @@ class BlockFit:
         kappa = options.fit.update_prior if sweep.is_full else 0.0
         residual = options.post_norm_residual if layers.is_post_norm else options.fit.residual
         self._fit = replace(options.fit, update_prior=kappa, residual=residual)
-        self._fitted = [b for b, batch in enumerate(sweep.batches) if not batch.is_held_out]
         self._norms = [n for n in layers.norms if self._is_merged(f"{n}.weight") and self._is_changed(n)]
-        # Of the experts, by batch and layer: what enters a group, what a norm gives (both as the products are taken),
-        # the stream before a layer writes.
-        self._inputs: dict[tuple[int, str], Tensor] = {}
-        self._norm_outputs: dict[tuple[int, str], Tensor] = {}
-        self._streams: dict[tuple[int, str], Tensor] = {}
-        self._token_weights: dict[tuple[int, str], Tensor] = {}
+        self._of_experts = ExpertInputs(sweep, index, layers, self._norms)
         self._replay = Replay(self._module, layers)
+        self._origins: dict[str, Tensor] = {}  # of stacks, which are read once for all matrices in them
 
     def run_experts(self) -> None:
         """Run the experts' blocks, and keep what enters their layers."""
-        sweep, groups = self._sweep, self._layers.groups
-        sums = [group.norm_after for group in groups if group.norm_after]  # read what writing layers add up
-        mixtures = [mixture.name for mixture in self._layers.mixtures]
-        names = [*dict.fromkeys([*(group.names[0] for group in groups), *mixtures, *sums, *self._norms])]
-        for expert in sweep.own:
-            computed = sweep.computed(self._experts[expert])
-            for b, batch in enumerate(sweep.batches):
-                if batch.expert != expert:
-                    continue
-                with Taps(self._module, [] if batch.is_held_out else names) as taps:
-                    after_BTH = self._run(computed, b, sweep.expert[b])
-                if not batch.is_held_out:
-                    self._capture(b, taps, after_BTH)
-                sweep.expert[b] = after_BTH
-            give_back()
-        for group in groups:
-            if group.writes:
-                self._normalise(group.names[0])
+        self._of_experts.run(self._experts)
 
     def fit(self) -> None:
         """Fit all layers, in the order of the forward pass."""
@@ -131,13 +103,12 @@ class BlockFit:
 
     def _fit_group(self, group: LinearGroup) -> None:
         # What no expert changes is copied from the base, without corrections.
-        merged = [name for name in group.names if self._is_merged(f"{name}.weight")]
+        merged = self._merged([layer_matrix(self._module, name) for name in group.names])
         if not merged:
             return
-        is_biased = {name: self._is_merged(f"{name}.bias") for name in merged}
-        systems = self._systems(group, is_biased)
-        for name, biased in is_biased.items():
-            self._keep(name, self._fit_layer(name, systems.pop(name), biased), biased)
+        systems = self._systems(group, merged)
+        for matrix, biased in merged.items():
+            self._keep(matrix, self._fit_layer(matrix, systems.pop(matrix), biased), biased)
 
     def _fit_mixture(self, mixture: RoutedExperts) -> None:
         """
@@ -150,39 +121,36 @@ class BlockFit:
         counts = routes.counts(len(mixture.experts))
         sweep.processes.add_up([counts])
         sweep.n_unreached += int((counts < FEWEST_TOKENS).sum())
-        for place, (gate, up, down) in enumerate(mixture.experts):
+        for place, expert in enumerate(mixture.experts):
             if counts[place] >= FEWEST_TOKENS:
-                self._fit_routed([gate, up], self._moments_at(place, mixture, routes, through=()))
-                self._fit_routed([down], self._moments_at(place, mixture, routes, through=(gate, up)))
+                for matrices, through in ((expert.gate_up, ()), ((expert.down,), expert.gate_up)):
+                    merged = self._merged(matrices)
+                    self._fit_routed(merged, self._moments_at(place, mixture, routes, through, any(merged.values())))
 
-    def _fit_routed(self, names: Sequence[str], moments: Iterable[tuple[int, Moments]]) -> None:
+    def _fit_routed(self, merged: Merged, moments: Iterable[tuple[int, Moments]]) -> None:
         """Fit layers of one expert of a mixture that share an input."""
-        sweep, systems = self._sweep, {}
-        is_biased = {name: False for name in names if self._is_merged(f"{name}.weight")}
-        for name in is_biased:
-            n_out, width = self._start[f"{name}.weight"].shape
-            systems[name] = System.zeros(width, n_out, self._model.device)
+        systems = self._no_equations(merged)
         for expert, own in moments:
-            self._add(systems, is_biased, expert, own)
-        sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
-        for name in is_biased:
-            self._keep(name, self._fit_layer(name, systems.pop(name), False), False)
+            self._add(systems, merged, expert, own)
+        self._add_up(systems)
+        for matrix, biased in merged.items():
+            self._keep(matrix, self._fit_layer(matrix, systems.pop(matrix), biased), biased)
 
     def _routes(self, mixture: RoutedExperts) -> Routes:
         """Return what enters a mixture in the merge as fitted so far, and where it is sent."""
         computed, routes = self._sweep.computed(self.weights), Routes()
-        for b in self._fitted:
+        for b in self._sweep.fitted:
             batch = self._sweep.batches[b]
             with listening(self._module.get_submodule(mixture.name)) as called:
                 self._enter(computed, b, mixture.name, mixture)
             (hidden_TH, places_TK, shares_TK), *_ = called
             merged_TH, places_TK, shares_TK = map(batch.tokens, (hidden_TH, places_TK, shares_TK.float()))
-            expert_TH = self._inputs.pop((b, mixture.name))
+            expert_TH = self._of_experts.inputs.pop((b, mixture.name))
             routes.add(batch.expert, Routed(merged_TH.to(self._model.dtype), expert_TH, places_TK, shares_TK))
         return routes
 
     def _moments_at(
-        self, place: int, mixture: RoutedExperts, routes: Routes, through: Sequence[str]
+        self, place: int, mixture: RoutedExperts, routes: Routes, through: Sequence[StoredMatrix], has_bias: bool
     ) -> Iterator[tuple[int, Moments]]:
         """Yield each model, and the moments of its tokens as they enter an expert of a mixture, or behind its gate."""
         module = self._module.get_submodule(mixture.name)
@@ -190,38 +158,58 @@ class BlockFit:
             merged_TI, expert_TI, shares_T = routes.at(expert, place)
             if through:
                 merged_TI, expert_TI = (
-                    gated(self._model, module, x_TH, *(weights[f"{name}.weight"] for name in through))
+                    gated(self._model, module, x_TH, weights, through)
                     for x_TH, weights in ((merged_TI, self.weights), (expert_TI, self._experts[expert]))
                 )
+            both = merged_TI.float(), expert_TI.float()
+            merged_TI, expert_TI = map(_with_one, both) if has_bias else both
             moments = Moments.zeros(merged_TI.shape[1], self._model.device)
-            moments.add(merged_TI.float() * shares_T, expert_TI.float() * shares_T)
+            moments.add(merged_TI * shares_T, expert_TI * shares_T)
             moments.n_tokens = self._sweep.n_tokens[expert]  # of all: a token counts alike wherever it is sent
             yield expert, moments
 
-    def _keep(self, name: str, fit: Fit, biased: bool) -> None:
+    def _keep(self, matrix: StoredMatrix, fit: Fit, biased: bool) -> None:
         """Keep a fitted layer, whole, as factors and as coefficients."""
-        put_matrix(self._module, self.weights, name, fit.weight_OI.float(), with_bias=biased)
-        start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
-        n_in = start_OI.shape[1] - biased
+        keys = [matrix.weight, *([matrix.bias] if biased else [])]
+        for key in keys:
+            if matrix.place is not None and self.weights[key] is self._start[key]:
+                self.weights[key] = self._start[key].clone()  # written place by place
+        matrix.write(self.weights, fit.weight_OI.float(), with_bias=biased)
+        start_OI = matrix.read(self._start, with_bias=biased)
+        width = start_OI.shape[1] - biased
         # A correction of the bias is kept as it is; the metric of the other inputs is the system without it.
-        metric = fit.metric_II if not biased else fit.metric_II[:n_in, :n_in]
-        correction_OI, rank = fit.weight_OI - start_OI, min(self._sweep.options.rank, n_in)
-        self.factors[f"{name}.weight"] = as_factors(self._module, name, correction_OI[:, :n_in], metric, rank)
+        metric = fit.metric_II if not biased else fit.metric_II[:width, :width]
+        correction_OI, rank = fit.weight_OI - start_OI, min(self._sweep.options.rank, width)
+        if matrix.place is None:  # a stack would need factors of the rank of all its matrices together
+            self.factors[matrix.weight] = as_factors(matrix, correction_OI[:, :width], metric, rank)
         if self._sweep.offers_table:
-            # The bias of a row has the coefficients of the row. Rows of a flipped weight are inputs, not outputs.
-            keys = [f"{name}.weight", *([f"{name}.bias"] if biased else [])]
-            origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in keys}
-            origin_OI = matrix_of(self._module, origins, name, with_bias=biased)
-            equations = TableEquations.of(
-                correction_OI,
-                lambda e: matrix_of(self._module, self._experts[e], name, with_bias=biased) - origin_OI,
-                self._sweep.n_experts,
-                fit.system_II,
-                self._sweep.summed,
-            )
-            self._sweep.processes.add_up([equations.gram_ONN, equations.pull_ON])
-            found = equations.solve(by_row=not is_flipped(self._module, name))
-            self.coefficients |= {key: found.clone() for key in keys}  # files hold no tensor twice
+            self._keep_coefficients(matrix, keys, correction_OI, fit.system_II)
+
+    def _keep_coefficients(
+        self, matrix: StoredMatrix, keys: Sequence[str], correction_OI: Tensor, system_II: Tensor
+    ) -> None:
+        """Keep coefficients for every row of a matrix and its bias, or for a whole one where rows are inputs."""
+        sweep, biased = self._sweep, len(keys) > 1
+        origin_OI = matrix.read({key: self._origin(key) for key in keys}, with_bias=biased)
+        equations = TableEquations.of(
+            correction_OI,
+            lambda e: matrix.read(self._experts[e], with_bias=biased) - origin_OI,
+            sweep.n_experts,
+            system_II,
+            sweep.summed,
+        )
+        sweep.processes.add_up([equations.gram_ONN, equations.pull_ON])
+        # The bias of a row has the coefficients of the row; in a stack that of a whole matrix is one row.
+        is_stacked = matrix.place is not None
+        found_RN = equations.solve(by_row=not matrix.is_flipped and not (is_stacked and biased))
+        for key in keys:
+            if matrix.place is None:
+                self.coefficients[key] = found_RN.clone()  # files hold no tensor twice
+                continue
+            n_rows = len(found_RN)
+            none_RN = found_RN.new_zeros(len(self._start[key]) * n_rows, sweep.n_experts)
+            of_stack_RN = self.coefficients.setdefault(key, none_RN)
+            of_stack_RN[matrix.place * n_rows : (matrix.place + 1) * n_rows] = found_RN
 
     def _fit_norm(self, norm: str) -> None:
         """Fit gain and shift of a norm."""
@@ -231,7 +219,7 @@ class BlockFit:
         shifts = {} if shift is None else {"bias": zero}
         sums = torch.zeros(sweep.n_experts, 4, len(gain), dtype=torch.float64, device=gain.device)
         computed = sweep.computed(self.weights)
-        for b in self._fitted:
+        for b in sweep.fitted:
             batch = sweep.batches[b]
             entering = self._enter(computed, b, norm, norm)
             with torch.no_grad():
@@ -240,7 +228,7 @@ class BlockFit:
             x_BTH = at_one - at_zero
             # Some norms scale by 1 + gain: what is left at a gain of zero, as a share of the normalised input.
             offset_H = (at_zero * x_BTH).sum() / x_BTH.square().sum().clamp_min(1e-30) * unit
-            target_TH = self._norm_outputs.pop((b, norm))
+            target_TH = self._of_experts.norm_outputs.pop((b, norm))
             sums[batch.expert] += norm_sums(batch.tokens(x_BTH), target_TH, (gain, shift), offset_H)
         sweep.processes.add_up([sums])
         fitted = fit_norm(list(sums), sweep.n_tokens, sweep.shares, (gain, shift))
@@ -253,7 +241,7 @@ class BlockFit:
     def _keep_norm_coefficients(self, norm: str, fit: NormFit) -> None:
         """Keep coefficients for a whole norm: in a channel alone, gain and shift are fewer numbers than experts."""
         fitted = {f"{norm}.weight": fit.gain_H} | ({} if fit.shift_H is None else {f"{norm}.bias": fit.shift_H})
-        origins = {key: self._sweep.origin(f"{self._name}.{key}", self._start[key]) for key in fitted}
+        origins = {key: self._origin(key) for key in fitted}
         updates_HC = [torch.stack([e[key] - origins[key] for key in fitted], dim=1) for e in self._experts]
         correction_HC = torch.stack([values - self._start[key] for key, values in fitted.items()], dim=1)
         equations = TableEquations.of(correction_HC, updates_HC.__getitem__, len(updates_HC), fit.system_HCC)
@@ -262,77 +250,64 @@ class BlockFit:
 
     # Parts
 
-    def _capture(self, b: int, taps: Taps, after_BTH: Tensor) -> None:
-        """Keep of a batch what enters an expert's layers."""
-        batch, dtype = self._sweep.batches[b], self._model.dtype
-        of_norms: dict[int, Tensor] = {}  # most of what norms give enters a group: it is kept once
-        for norm in self._norms:
-            values = batch.tokens(taps.outputs[norm]).to(dtype)
-            self._norm_outputs[b, norm] = of_norms[id(taps.outputs[norm])] = values
-        for group in self._layers.groups:
-            key, entering = (b, group.names[0]), taps.inputs[group.names[0]]
-            of_norm = of_norms.get(id(entering))
-            self._inputs[key] = batch.tokens(entering).to(dtype) if of_norm is None else of_norm
-            if group.writes:
-                sum_TH = batch.tokens(self._sum_after(group, taps, after_BTH)).float()
-                self._streams[key] = sum_TH - batch.tokens(taps.outputs[group.names[0]]).float()
-                self._token_weights[key] = 1 / sum_TH.square().mean(1)
-
-        for mixture in self._layers.mixtures:
-            self._inputs[b, mixture.name] = batch.tokens(taps.inputs[mixture.name]).to(dtype)
-
     def _is_changed(self, norm: str) -> bool:
         """Whether the experts have another gain than the merge: else there is nothing to fit."""
         gain = self._start[f"{norm}.weight"]
         changes = [(e[f"{norm}.weight"] - gain).square().sum() / gain.square().sum() for e in self._experts]
         return max(float(change) for change in changes) >= _SAME
 
-    def _systems(self, group: LinearGroup, is_biased: dict[str, bool]) -> dict[str, System]:
+    def _merged(self, matrices: Iterable[StoredMatrix]) -> Merged:
+        return {matrix: self._is_merged(matrix.bias) for matrix in matrices if self._is_merged(matrix.weight)}
+
+    def _no_equations(self, merged: Merged) -> dict[StoredMatrix, System]:
+        shapes = {matrix: matrix.read(self._start).shape for matrix in merged}
+        return {
+            matrix: System.zeros(width + merged[matrix], n_out, self._model.device)
+            for matrix, (n_out, width) in shapes.items()
+        }
+
+    def _systems(self, group: LinearGroup, merged: Merged) -> dict[StoredMatrix, System]:
         """Return the equations of a group's layers, from the prompts of all experts and processes."""
-        sweep, systems = self._sweep, {}
-        for name, biased in is_biased.items():
-            n_out, width = matrix_of(self._module, self._start, name, with_bias=False).shape
-            systems[name] = System.zeros(width + biased, n_out, self._model.device)
-        computed, has_bias = sweep.computed(self.weights), any(is_biased.values())
+        systems = self._no_equations(merged)
+        computed, has_bias = self._sweep.computed(self.weights), any(merged.values())
         moments_of = self._moments_of_writer if group.writes else self._moments
-        for expert in sweep.own:
+        for expert in self._sweep.own:
             # Not kept in a variable: they would be in memory while the next expert's are summed.
-            self._add(systems, is_biased, expert, moments_of(computed, group, expert, has_bias))
+            self._add(systems, merged, expert, moments_of(computed, group, expert, has_bias))
         # Not moment by moment: these are of every expert, and larger.
-        sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
+        self._add_up(systems)
         return systems
 
+    def _add_up(self, systems: dict[StoredMatrix, System]) -> None:
+        """Add up the equations of all processes."""
+        self._sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
+
     def _add(
-        self, systems: dict[str, System], is_biased: dict[str, bool], expert: int, moments: Moments | WriterMoments
+        self, systems: dict[StoredMatrix, System], merged: Merged, expert: int, moments: Moments | WriterMoments
     ) -> None:
         """Add an expert's prompts to equations."""
-        for name, system in systems.items():
-            expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=is_biased[name])
+        for matrix, system in systems.items():
+            expert_OI = matrix.read(self._experts[expert], with_bias=merged[matrix])
             of_layer = moments
             if isinstance(moments, Moments) and len(moments.merged_II) > len(system.gram_II):
                 of_layer = moments.without_bias()  # another layer of the group has one
             system.add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
 
-    def _fit_layer(self, name: str, system: System, biased: bool) -> Fit:
-        start_OI = matrix_of(self._module, self._start, name, with_bias=biased)
+    def _fit_layer(self, matrix: StoredMatrix, system: System, biased: bool) -> Fit:
+        start_OI = matrix.read(self._start, with_bias=biased)
         sweep, prior = self._sweep, None
         if self._fit.update_prior:
-            own = [self._experts[expert] for expert in sweep.summed]
-            experts_OI = (matrix_of(self._module, expert, name, with_bias=False) for expert in own)
-            prior = UpdatePrior.of(self._base_matrix(name), experts_OI, sweep.n_experts)
+            base_OI = matrix.read({matrix.weight: self._origin(matrix.weight)})
+            experts_OI = (matrix.read(self._experts[expert]) for expert in sweep.summed)
+            prior = UpdatePrior.of(base_OI, experts_OI, sweep.n_experts)
             sweep.processes.add_up([prior.gram_II, prior.pull_IO])
             start_OI = start_OI.clone()
-            start_OI[:, : prior.base_OI.shape[1]] = prior.merge()
+            start_OI[:, : base_OI.shape[1]] = prior.merge()
         try:
             return fit_linear(system, start_OI, self._fit, has_bias=biased, prior=prior)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{self._name}.{name}: {error}. Leave out the prompts that cause it.") from error
-
-    def _base_matrix(self, name: str) -> Tensor:
-        base = self._sweep.reader.base(f"{self._name}.{name}.weight")
-        assert base is not None
-        weights = {f"{name}.weight": base.to(self._model.device)}
-        return matrix_of(self._module, weights, name, with_bias=False)
+            layer = f"{self._name}.{matrix.weight.removesuffix('.weight')}"
+            raise NonFiniteError(f"{layer}: {error}. Leave out the prompts that cause it.") from error
 
     def _moments(self, computed: dict[str, Tensor], group: LinearGroup, expert: int, has_bias: bool) -> Moments:
         """Return the moments of an expert's prompts, from the merge as fitted so far."""
@@ -349,29 +324,29 @@ class BlockFit:
     ) -> WriterMoments:
         """Return the moments of an expert's prompts where a layer writes to the residual stream."""
         (name,) = group.names
-        expert_OI = matrix_of(self._module, self._experts[expert], name, with_bias=has_bias)
+        expert_OI = layer_matrix(self._module, name).read(self._experts[expert], with_bias=has_bias)
         n_out, width = expert_OI.shape
         moments = WriterMoments.zeros(width, n_out, self._model.device)
         for b in self._fitted_of(expert):
             entering, stream_TH = self._enter_writer(computed, b, group)
             merged_TI, expert_TI = self._with_expert(b, name, entering, has_bias)
-            drift_TH = self._streams.pop((b, name)) - stream_TH
-            moments.add(merged_TI, expert_TI, self._token_weights[b, name], drift_TH, expert_OI, self._fit)
+            drift_TH = self._of_experts.streams.pop((b, name)) - stream_TH
+            moments.add(merged_TI, expert_TI, self._of_experts.token_weights[b, name], drift_TH, expert_OI, self._fit)
         moments.n_tokens = self._sweep.n_tokens[expert]
         return moments
 
     def _fitted_of(self, expert: int) -> list[int]:
-        return [b for b in self._fitted if self._sweep.batches[b].expert == expert]
+        return [b for b in self._sweep.fitted if self._sweep.batches[b].expert == expert]
 
     def _with_expert(self, b: int, name: str, entering: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
         """Return what enters a layer in the merge and in the expert, `(tokens, I)` each, float32."""
-        both = self._sweep.batches[b].tokens(entering).float(), self._inputs.pop((b, name)).float()
+        both = self._sweep.batches[b].tokens(entering).float(), self._of_experts.inputs.pop((b, name)).float()
         return (_with_one(both[0]), _with_one(both[1])) if has_bias else both
 
     def _enter(self, merged: dict[str, Tensor], b: int, name: str, step: Step) -> Tensor:
         """Return what enters a layer of a step in the merge as fitted so far."""
         with self._replay.running(b, step), Taps(self._module, [name], last=name) as taps:
-            self._run(merged, b, self._sweep.merged[b])
+            self._sweep.run_block(self._index, merged, b, self._sweep.merged[b])
         return taps.inputs[name]
 
     def _enter_writer(self, merged: dict[str, Tensor], b: int, group: LinearGroup) -> tuple[Tensor, Tensor]:
@@ -380,38 +355,28 @@ class BlockFit:
         names = [first, *([group.norm_after] if group.norm_after else [])]
         after = torch.zeros(0)
         with self._replay.running(b, group), Taps(self._module, names, last=group.norm_after) as taps:
-            after = self._run(merged, b, self._sweep.merged[b])
-        sum_TH = batch.tokens(self._sum_after(group, taps, after)).float()
+            after = self._sweep.run_block(self._index, merged, b, self._sweep.merged[b])
+        sum_TH = batch.tokens(sum_after(group, taps, after)).float()
         return taps.inputs[first], sum_TH - batch.tokens(taps.outputs[first]).float()
 
-    def _sum_after(self, group: LinearGroup, taps: Taps, after_BTH: Tensor) -> Tensor:
-        return taps.inputs[group.norm_after] if group.norm_after else after_BTH
-
-    def _run(self, weights: dict[str, Tensor], b: int, hidden_BTH: Tensor) -> Tensor:
-        return self._model.run_block(self._name, weights, hidden_BTH, self._sweep.batches[b].calls[self._index])
-
-    def _normalise(self, first: str) -> None:
-        """Scale the weights of each expert's tokens to a mean of 1, and none to less than the floor."""
-        sweep = self._sweep
-        sums = torch.zeros(sweep.n_experts, dtype=torch.float64)
-        for b in self._fitted:
-            sums[sweep.batches[b].expert] += float(self._token_weights[b, first].sum(dtype=torch.float64))
-        sweep.processes.add_up([sums])
-        for b in self._fitted:
-            expert = sweep.batches[b].expert
-            mean = float(sums[expert]) / sweep.n_tokens[expert]
-            self._token_weights[b, first] = (self._token_weights[b, first] / mean).clamp(min=_LEAST_WEIGHT)
+    def _origin(self, parameter: str) -> Tensor:
+        """Return what the experts' updates of a parameter are differences to."""
+        if parameter in self._origins:
+            return self._origins[parameter]
+        start = self._start[parameter]
+        values = self._sweep.origin(f"{self._name}.{parameter}", start)
+        if start.ndim > 2:
+            self._origins[parameter] = values
+        return values
 
     def _is_merged(self, parameter: str) -> bool:
         return parameter in self._start and self._sweep.reader.is_merged(f"{self._name}.{parameter}")
 
 
-def as_factors(
-    module: nn.Module, name: str, correction_OI: Tensor, metric_II: Tensor, rank: int
-) -> tuple[Tensor, Tensor]:
+def as_factors(matrix: StoredMatrix, correction_OI: Tensor, metric_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the correction of a linear layer as `low_rank` gives it, in the order in which the weight is stored."""
     up, down = low_rank(correction_OI, metric_II, rank)
-    return (down.T.contiguous(), up.T.contiguous()) if is_flipped(module, name) else (up, down)
+    return (down.T.contiguous(), up.T.contiguous()) if matrix.is_flipped else (up, down)
 
 
 def _with_one(values_TI: Tensor) -> Tensor:

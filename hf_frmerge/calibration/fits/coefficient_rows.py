@@ -92,7 +92,8 @@ class TableEquations:
 
 
 def combined(start: Tensor, updates: Iterable[Tensor], coefficients_RN: Tensor) -> Tensor:
-    """Return a tensor plus the sum of updates by the coefficients of a table, in the tensor's dtype."""
+    """Return a tensor plus the sum of updates by the coefficients of equal runs of its rows, in the tensor's dtype."""
+    runs = start.reshape(len(coefficients_RN), -1)
     for update, column_R in zip(updates, coefficients_RN.to(start).T):
-        start = torch.addcmul(start, column_R.reshape(-1, *[1] * (start.ndim - 1)), update)
-    return start
+        runs = torch.addcmul(runs, column_R[:, None], update.reshape(runs.shape))
+    return runs.reshape(start.shape)

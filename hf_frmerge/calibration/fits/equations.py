@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hf_frmerge.calibration.blocks.layers import is_linear
+from hf_frmerge.calibration.blocks.matrices import is_linear
 from hf_frmerge.calibration.fits.block_fit import BlockFit
 from hf_frmerge.calibration.fits.fisher_fit import FisherFit
 from hf_frmerge.calibration.fits.mats import MatsFit

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_frmerge.calibration.blocks.layers import matrix_of, put_matrix
+from hf_frmerge.calibration.blocks.matrices import layer_matrix
 from hf_frmerge.calibration.fits.fisher_fit import InformedFit
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class MatsFit(InformedFit):
             key, tensor = f"{name}.weight", f"{self._name}.{name}.weight"
             if not reader.is_merged(tensor):
                 continue
-            matrices = [matrix_of(self._module, expert, name, with_bias=False) for expert in self._experts]
+            matrix = layer_matrix(self._module, name)
+            matrices = [matrix.read(expert) for expert in self._experts]
             shares = reader.weights(tensor)
             average_OI = torch.stack([share * each for share, each in zip(shares, matrices)]).sum(0)
             terms = list(zip(shares, self._factors(f"{self._name}.{name}")))
@@ -80,7 +81,7 @@ class MatsFit(InformedFit):
                 return torch.stack(parts).sum(0)
 
             solved_OI = average_OI + conjugate_gradients(apply, pull_OI, self._max_iter)
-            put_matrix(self._module, self.weights, name, solved_OI, with_bias=False)
+            matrix.write(self.weights, solved_OI)
             self.weights[key] = reader.scaled(tensor, self.weights[key])
 
     def _factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:

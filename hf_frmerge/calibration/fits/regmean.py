@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from hf_frmerge.calibration.blocks.blockwise_model import Taps, Weights
-from hf_frmerge.calibration.blocks.layers import BlockLayers, matrix_of, n_in, put_matrix
+from hf_frmerge.calibration.blocks.layers import BlockLayers
+from hf_frmerge.calibration.blocks.matrices import layer_matrix, n_in
 from hf_frmerge.calibration.fits.block_fit import as_factors
 from hf_frmerge.calibration.fits.least_squares import FitOptions, System, fit_linear
 from hf_frmerge.calibration.fits.sweep_state import SweepState
@@ -119,11 +120,12 @@ class RegMeanFit:
             except NonFiniteError as error:
                 raise NonFiniteError(f"{self._name}.{name}: {error}. Leave out the prompts that cause it.") from error
             weight_OI, key = average_OI + solved.weight_OI.float(), f"{name}.weight"
-            put_matrix(self._module, self.weights, name, weight_OI, with_bias=False)
+            matrix = layer_matrix(self._module, name)
+            matrix.write(self.weights, weight_OI)
             self.weights[key] = self._sweep.reader.scaled(self._tensor(name), self.weights[key])
-            correction_OI = self._matrix(self.weights, name) - self._matrix(self._start, name)
+            correction_OI = matrix.read(self.weights) - matrix.read(self._start)
             rank = min(self._sweep.options.rank, correction_OI.shape[1])
-            self.factors[key] = as_factors(self._module, name, correction_OI, solved.metric_II, rank)
+            self.factors[key] = as_factors(matrix, correction_OI, solved.metric_II, rank)
 
     # Parts
 
@@ -139,7 +141,7 @@ class RegMeanFit:
         return torch.stack(parts).sum(0)
 
     def _matrix(self, weights: Weights, name: str) -> Tensor:
-        return matrix_of(self._module, weights, name, with_bias=False)
+        return layer_matrix(self._module, name).read(weights)
 
     def _tensor(self, name: str) -> str:
         return f"{self._name}.{name}.weight"

@@ -80,6 +80,15 @@ class SweepState:
         """Experts of which this process has prompts: it holds the weights of these alone."""
         return sorted({batch.expert for batch in self.batches})
 
+    @property
+    def fitted(self) -> list[int]:
+        """Batches that take part in the fit."""
+        return [b for b, batch in enumerate(self.batches) if not batch.is_held_out]
+
+    def run_block(self, index: int, weights: Weights, b: int, hidden_BTH: Tensor) -> Tensor:
+        """Return the hidden states of a batch `(B, T, H)` after a block, float32."""
+        return self.model.run_block(self.model.blocks[index], weights, hidden_BTH, self.batches[b].calls[index])
+
     def computed(self, weights: Weights) -> dict[str, Tensor]:
         """Return matrices in the dtype of the products: autocast would convert them for every batch."""
         return self.model.computed(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,7 +139,9 @@ def _cut(step: TensorStep, table: CoefficientTable, n_experts: int) -> TensorSte
         raise ArgumentError(
             f"{table.origin}: {step.name!r} has coefficients for {n_columns} experts, but {n_experts} are given."
         )
-    if n_blocks > 1 and (not step.shape or step.shape[0] % n_blocks):
+    # Of a tensor that stacks matrices the rows of each count, too.
+    n_rows = math.prod(step.shape[:-1] or step.shape)
+    if n_blocks > 1 and n_rows % n_blocks:
         raise ArgumentError(
             f"{table.origin}: {step.name!r} has {n_blocks} rows of coefficients, but a tensor of shape "
             f"{list(step.shape)} cannot be cut into that many blocks of whole rows. Give one, or as many as divide it."

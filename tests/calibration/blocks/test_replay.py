@@ -11,7 +11,7 @@ import torch
 from blockwise_models import MODELS, inputs, inside, opened
 
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Taps
-from hf_frmerge.calibration.blocks.layers import BlockLayers, LinearGroup, find_layers
+from hf_frmerge.calibration.blocks.layers import BlockLayers, find_layers, names_of_step
 from hf_frmerge.calibration.blocks.replay import Replay
 
 
@@ -43,22 +43,20 @@ def second_block(name: str) -> Block:
     return Block(model, second, inside(weights, second), hidden, calls[1])
 
 
-def names_of(step: LinearGroup | str) -> tuple[str, ...]:
-    return step.names if isinstance(step, LinearGroup) else (step,)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_what_enters_every_layer_is_the_same_while_those_before_it_change(name: str) -> None:
     block = second_block(name)
     replay = Replay(block.model.block(block.name), block.layers)
     for step in block.layers.steps:
-        entered = names_of(step)[0]
+        entered = names_of_step(step)[0]
         for _ in range(2):  # the first time some is kept, the second it is taken
             with replay.running(7, step):
                 actual = block.entering(entered)
             assert torch.equal(actual, block.entering(entered)), entered
-        for fitted in names_of(step):  # as a fit changes them
-            block.weights[f"{fitted}.weight"] = block.weights[f"{fitted}.weight"] + 0.1
+        for fitted in names_of_step(step):  # as a fit changes them
+            changed = {key: w + 0.1 for key, w in block.weights.items() if key.startswith(f"{fitted}.")}
+            assert changed
+            block.weights |= changed
 
 
 def test_attention_runs_once_for_all_layers_behind_it() -> None:
