@@ -3,9 +3,9 @@ Measure how much of what language-model experts learned is left in a merge: with
 
     python scripts/bench_function_space.py --base BASE --suite FOLDER --texts FOLDER [--prompts 16 64] [--self 64] ...
 
-A suite is a folder with one expert per domain (full checkpoints or adapters); the texts' folder has for every domain
-`DOMAIN.calibration.jsonl`, of which the prompts are taken, and `DOMAIN.test.jsonl`, which is measured. Both hold a
-column `text`. `scripts/train_experts.py` makes both.
+A suite is a folder with one expert per domain (full checkpoints or adapters), and maybe their base; the texts' folder
+has for every domain `DOMAIN.calibration.jsonl`, of which the prompts are taken, and `DOMAIN.test.jsonl`, which is
+measured. Both hold a column `text`. `scripts/train_experts.py` makes both.
 
 Recovery of an expert is (base - merged) / (base - expert) in nats a token on its own domain: 1 keeps all that the
 expert learned, 0 none of it. Its standard error comes from the blocks of the text, merged and expert measured on the
@@ -103,7 +103,8 @@ class Cost:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    domains = sorted(path.name for path in args.suite.iterdir() if path.is_dir())
+    base_dir = Path(args.base).resolve()
+    domains = sorted(path.name for path in args.suite.iterdir() if path.is_dir() and path.resolve() != base_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     blocks = {domain: blocks_of(tokenizer, args.texts / f"{domain}.test.jsonl", args.tokens) for domain in domains}
     n_tokens = min(map(len, blocks.values())) * (BLOCK - 1)
