@@ -36,6 +36,9 @@ from hf_frmerge.errors import NonFiniteError
 _SAME = 1e-12
 """Squared relative change below which an expert's norm counts as the merge's: there is nothing to fit."""
 
+_UPDATE_RIDGE = 0.3
+"""Pull to the base of what the updates of full fine-tunes say alone, where the pull to every expert is 1 / N."""
+
 FEWEST_TOKENS = 32
 """Tokens below which an expert of a mixture stays as merged."""
 
@@ -78,9 +81,8 @@ class BlockFit:
         self._model = sweep.model
         self._module = self._model.block(self._name)
         options = sweep.options
-        kappa = options.fit.update_prior if sweep.is_full else 0.0
         residual = options.post_norm_residual if layers.is_post_norm else options.fit.residual
-        self._fit = replace(options.fit, update_prior=kappa, residual=residual)
+        self._fit = replace(options.fit, residual=residual)
         self._norms = [n for n in layers.norms if self._is_merged(f"{n}.weight") and self._is_changed(n)]
         self._of_experts = ExpertInputs(sweep, index, layers, self._norms)
         self._replay = Replay(self._module, layers)
@@ -294,20 +296,34 @@ class BlockFit:
             system.add(of_layer, self._sweep.shares[expert], expert_OI, self._fit)
 
     def _fit_layer(self, matrix: StoredMatrix, system: System, biased: bool) -> Fit:
-        start_OI = matrix.read(self._start, with_bias=biased)
-        sweep, prior = self._sweep, None
-        if self._fit.update_prior:
-            base_OI = matrix.read({matrix.weight: self._origin(matrix.weight)})
-            experts_OI = (matrix.read(self._experts[expert]) for expert in sweep.summed)
-            prior = UpdatePrior.of(base_OI, experts_OI, sweep.n_experts)
-            sweep.processes.add_up([prior.gram_II, prior.pull_IO])
+        start_OI, prior = matrix.read(self._start, with_bias=biased), self._prior(matrix)
+        if prior is not None and self._sweep.is_full:
             start_OI = start_OI.clone()
-            start_OI[:, : base_OI.shape[1]] = prior.merge()
+            ridge = _UPDATE_RIDGE * self._fit.update_prior / self._sweep.n_experts
+            start_OI[:, : prior.base_OI.shape[1]] = prior.merge(ridge)
         try:
             return fit_linear(system, start_OI, self._fit, has_bias=biased, prior=prior)
         except NonFiniteError as error:
             layer = f"{self._name}.{matrix.weight.removesuffix('.weight')}"
             raise NonFiniteError(f"{layer}: {error}. Leave out the prompts that cause it.") from error
+
+    def _prior(self, matrix: StoredMatrix) -> UpdatePrior | None:
+        """Return what the updates of all experts say."""
+        fit, sweep = self._fit, self._sweep
+        if not fit.update_prior and not fit.adapter_prior:
+            return None
+        prior = UpdatePrior.zeros(matrix.read({matrix.weight: self._origin(matrix.weight)}))
+        for expert in sweep.summed:
+            factors = sweep.reader.factors(expert, f"{self._name}.{matrix.weight}")
+            if factors is None:
+                delta_OI = matrix.read(self._experts[expert]) - prior.base_OI
+                prior.add(delta_OI, fit.update_prior / sweep.n_experts)
+            else:
+                rows, columns = (factor.to(self._model.device) for factor in factors)
+                both = (columns.T, rows.T) if matrix.is_flipped else (rows, columns)
+                prior.add_factors(*both, fit.adapter_prior / sweep.n_experts)
+        sweep.processes.add_up([prior.gram_II, prior.pull_IO])
+        return prior
 
     def _moments(self, computed: dict[str, Tensor], group: LinearGroup, expert: int, has_bias: bool) -> Moments:
         """Return the moments of an expert's prompts, from the merge as fitted so far."""

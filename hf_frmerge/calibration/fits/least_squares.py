@@ -11,14 +11,14 @@ and the fitted weight is the ridge solution around a start W_s
     W = W_s + [(G + lambda mu I + sum_i P_i)^-1 (R + sum_i P_i (W_i - W_s)^T)]^T
     G = sum_i alpha_i X_i^T D X_i,   R = sum_i alpha_i X_i^T D (T_i - X_i W_s^T),   mu = mean(diag G)
 
-where D holds weights of tokens, and P_i a prior (see `UpdatePrior`).
+where D holds weights of tokens, and P_i = mu k_i C_i a prior (see `UpdatePrior`).
 """
 
 # Shape suffixes: T = tokens, I = inputs of a layer (one more with a bias), O = outputs, K = rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,10 @@ _JITTER = 1e-9
 # take 3.9 ms instead of 6.5, and 1,536 take 27 instead of 45 (900 tokens); with 16 no less.
 _STRIPS = 8
 
+# Squared norm of an adapter's update, relative to the weight, from which on the pull along it weakens. Those of real
+# adapters are 1e-5 to 4e-3; where they are as large as the weights the pull made fits worse than none did.
+_LARGE = 1e-2
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -44,13 +48,15 @@ class FitOptions:
         expert_inputs: rho, the share of the targets that is computed from the experts' own inputs: 1 asks the layer to
             undo the drift of its inputs, 0 takes the drift as it is.
         residual: r, the share of the drift of the residual stream to undo in a layer that writes to it.
-        update_prior: kappa, the pull to each expert along its own update.
+        update_prior: kappa, the pull to each full fine-tune along its own update.
+        adapter_prior: the same of adapters.
     """
 
     ridge: float = 0.03
     expert_inputs: float = 0.5
     residual: float = 0.25
     update_prior: float = 0.0
+    adapter_prior: float = 0.0
 
 
 @dataclass
@@ -179,43 +185,50 @@ class System:
         self.pull_IO.add_(moments.pull_IO(expert_OI, options), alpha=factor)
 
 
-@dataclass(frozen=True)
+@dataclass
 class UpdatePrior:
     """
-    What the updates of full fine-tunes say without prompts, float32.
+    What the experts' updates say without prompts, float32.
 
     Gradients are sums of outer products with the inputs, so the update D_i of a layer spans the inputs that it was
-    trained on: its Gram matrix `C_i = D_i^T D_i`, scaled to a mean diagonal of 1, stands in for theirs.
+    trained on: its Gram matrix `C_i = D_i^T D_i`, scaled to a mean diagonal of 1, stands in for theirs. That of an
+    adapter spans what it reads: along these few directions nobody but this expert changed the layer.
 
     Attributes:
         base_OI: weight of the base.
-        gram_II: `sum_i C_i`.
-        pull_IO: `sum_i C_i D_i^T`.
-        n_experts: number of experts, of which several processes have summed some each.
+        gram_II: `sum_i k_i C_i`, with k_i = kappa / N.
+        pull_IO: `sum_i k_i C_i D_i^T`.
     """
 
     base_OI: Tensor
     gram_II: Tensor
     pull_IO: Tensor
-    n_experts: int
 
     @staticmethod
-    def of(base_OI: Tensor, experts_OI: Iterable[Tensor], n_experts: int) -> UpdatePrior:
-        """Sum some experts' updates; one of zeros counts for nothing."""
-        n_in = base_OI.shape[1]
-        gram_II, pull_IO = base_OI.new_zeros(n_in, n_in), base_OI.new_zeros(n_in, len(base_OI))
-        for expert_OI in experts_OI:
-            delta_OI = expert_OI - base_OI
-            own_II = delta_OI.T @ delta_OI
-            if (mean := own_II.diagonal().mean()) > 0:
-                own_II /= mean
-                gram_II += own_II
-                pull_IO += own_II @ delta_OI.T
-        return UpdatePrior(base_OI, gram_II, pull_IO, n_experts)
+    def zeros(base_OI: Tensor) -> UpdatePrior:
+        """Return what no expert says."""
+        n_out, n_in = base_OI.shape
+        return UpdatePrior(base_OI, base_OI.new_zeros(n_in, n_in), base_OI.new_zeros(n_in, n_out))
 
-    def merge(self, ridge: float = 0.3) -> Tensor:
+    def add(self, delta_OI: Tensor, strength: float) -> None:
+        """Add the update of a full fine-tune; one of zeros counts for nothing."""
+        self._add(delta_OI.T @ delta_OI, delta_OI.T, strength)
+
+    def add_factors(self, up_OK: Tensor, down_KI: Tensor, strength: float) -> None:
+        """Add the update of an adapter, `up @ down`; the larger it is against the weight, the less it counts."""
+        own_II = down_KI.T @ (up_OK.T @ up_OK) @ down_KI
+        relative = own_II.trace() / self.base_OI.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        self._add(own_II, down_KI.T @ up_OK.T, strength / (1 + float(relative) / _LARGE))
+
+    def _add(self, own_II: Tensor, delta_IO: Tensor, strength: float) -> None:
+        if (mean := own_II.diagonal().mean()) > 0:
+            own_II *= strength / mean
+            self.gram_II += own_II
+            self.pull_IO += own_II @ delta_IO
+
+    def merge(self, ridge: float) -> Tensor:
         """
-        Return the merge without prompts, `W_0 + (sum_i D_i C_i) (sum_i C_i + ridge I)^-1`.
+        Return the merge without prompts, `W_0 + (sum_i k_i D_i C_i) (sum_i k_i C_i + ridge I)^-1`.
 
         The closed form that WUDI-Merging (arXiv 2503.08099) descends to, with a ridge to the base in place of early
         stopping: every expert counts along the inputs that its update spans.
@@ -251,7 +264,7 @@ def fit_linear(
         start_OI: Start, with the bias as a last column if `has_bias`; float32.
         options: Settings.
         has_bias: Whether the last input is the constant 1 of a bias; it has a ridge of its own.
-        prior: Of the weight without the bias; `options.update_prior` says how strong it is.
+        prior: Of the weight without the bias.
 
     Raises:
         NonFiniteError: If an activation is not finite.
@@ -268,11 +281,10 @@ def fit_linear(
         ridge_I[-1] = (options.ridge + _JITTER) * (float(diagonal_I[-1]) or 1.0)
     system_II.diagonal().add_(ridge_I)
     if prior is not None:
-        strength = options.update_prior * mean / prior.n_experts
-        system_II[:n_in, :n_in] += strength * prior.gram_II
-        # sum_i C_i (W_i - W_s)^T, with W_i = W_0 + D_i.
+        system_II[:n_in, :n_in] += mean * prior.gram_II
+        # sum_i k_i C_i (W_i - W_s)^T, with W_i = W_0 + D_i.
         to_start_IO = prior.gram_II @ (prior.base_OI - start_OI[:, :n_in]).T
-        pull_IO[:n_in] += strength * (prior.pull_IO + to_start_IO)
+        pull_IO[:n_in] += mean * (prior.pull_IO + to_start_IO)
     metric_II = _factor(system_II)
     return Fit(_solve(metric_II, pull_IO).T.add_(start_OI), metric_II, system_II)
 

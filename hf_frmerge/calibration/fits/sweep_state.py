@@ -46,7 +46,7 @@ class SweepState:
         batches: prompts of all experts.
         shares: weights of the experts, summing to 1.
         options: settings.
-        is_full: whether the experts are full fine-tunes, whose updates serve as a prior.
+        is_full: whether all experts are full fine-tunes: then a fit starts from what their updates say.
         processes: processes that share the prompts: each has batches of its own, and what is summed over tokens or
             experts is added up over all of them.
         offers_table: whether coefficients of the experts are looked for, too.

@@ -78,7 +78,7 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(writes: bool, has_bias: boo
     base = torch.randn(N_OUT, N_IN)
     deltas = [(w[:, :N_IN] - base).double() for w in weights]
     priors = [d.T @ d / torch.trace(d.T @ d) * N_IN for d in deltas]
-    options = FitOptions(ridge=0.05, expert_inputs=0.7, residual=0.4, update_prior=kappa)
+    options = FitOptions(ridge=0.05, expert_inputs=0.7, residual=0.4)
 
     moments: Sequence[Moments | WriterMoments] = moments_of(merged, experts)
     if writes:
@@ -87,13 +87,10 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(writes: bool, has_bias: boo
             for part in PORTIONS:
                 found.add(*(values[part] for values in tokens), weight, options)
 
-    fit = fit_linear(
-        system_of(moments, weights, options),
-        start,
-        options,
-        has_bias=has_bias,
-        prior=UpdatePrior.of(base, [w[:, :N_IN] for w in weights], len(weights)),
-    )
+    prior = UpdatePrior.zeros(base)
+    for w in weights:
+        prior.add(w[:, :N_IN] - base, kappa / 3)
+    fit = fit_linear(system_of(moments, weights, options), start, options, has_bias=has_bias, prior=prior)
 
     # One row per token, scaled by the square root of its weight; the priors are rows of their own.
     rows, targets = [], []
@@ -112,8 +109,8 @@ def test_a_layer_is_the_ridge_solution_on_all_tokens(writes: bool, has_bias: boo
         ridge[-1] = 0.05 * float(gram[-1, -1])
     rows.append(torch.diag(ridge.sqrt()))
     targets.append(torch.zeros(N_IN + has_bias, N_OUT, dtype=torch.float64))
-    for prior, w in zip(priors, weights):
-        root = torch.linalg.cholesky(kappa * mean / 3 * prior.double() + 1e-7 * torch.eye(N_IN).double()).T
+    for own, w in zip(priors, weights):
+        root = torch.linalg.cholesky(kappa * mean / 3 * own.double() + 1e-7 * torch.eye(N_IN).double()).T
         padded = torch.cat([root, torch.zeros(N_IN, int(has_bias))], dim=1).double()
         rows.append(padded)
         targets.append(padded @ (w.double() - expected_start).T)
@@ -131,11 +128,34 @@ def test_an_expert_without_prompts_counts_by_its_prior_alone() -> None:
     # An orthogonal update says as much about every input, so a strong prior alone gives the mean of the experts.
     base = torch.zeros(N_IN, N_IN)
     rotations = [torch.linalg.qr(torch.randn(N_IN, N_IN))[0] for _ in range(3)]
-    pulled = fit_linear(
-        System.zeros(N_IN, N_IN, base.device), base, FitOptions(update_prior=1e6), has_bias=False,
-        prior=UpdatePrior.of(base, rotations, len(rotations)),
-    )  # fmt: skip
+    prior = UpdatePrior.zeros(base)
+    for rotation in rotations:
+        prior.add(rotation, 1e6)
+    pulled = fit_linear(System.zeros(N_IN, N_IN, base.device), base, FitOptions(), has_bias=False, prior=prior)
     torch.testing.assert_close(pulled.weight_OI, torch.stack(rotations).mean(0).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_update_of_an_adapter_says_what_its_product_does() -> None:
+    up, down, base = torch.randn(N_OUT, 2), torch.randn(2, N_IN), torch.randn(N_OUT, N_IN)
+    base *= 20 * torch.linalg.norm(up @ down) / torch.linalg.norm(base)
+    of_factors, of_product = UpdatePrior.zeros(base), UpdatePrior.zeros(base)
+    of_factors.add_factors(up, down, 0.7)
+    of_factors.add_factors(torch.zeros(N_OUT, 0), torch.zeros(0, N_IN), 0.7)  # an adapter that leaves the layer alone
+    of_product.add(up @ down, 0.7 / 1.25)  # 1 + (|update| / 0.1 |weight|)^2
+    torch.testing.assert_close(of_factors.gram_II, of_product.gram_II)
+    torch.testing.assert_close(of_factors.pull_IO, of_product.pull_IO)
+    # Along what the adapter reads the pull gives its weight, and across it the start.
+    start = torch.randn(N_OUT, N_IN)
+    system = System.zeros(N_IN, N_OUT, start.device)
+    fitted = fit_linear(system, start, FitOptions(), has_bias=False, prior=of_factors).weight_OI
+    delta = (up @ down).double()
+    gram = delta.T @ delta
+    pull = 0.7 / 1.25 * N_IN * gram / gram.trace()
+    share = pull @ torch.linalg.inv(pull + 0.03 * torch.eye(N_IN))
+    expected = start + (of_factors.base_OI + delta - start) @ share
+    torch.testing.assert_close(fitted, expected, rtol=1e-3, atol=1e-3)
+    across = torch.linalg.qr(down.T.double(), mode="complete")[0][:, 2:]
+    torch.testing.assert_close(fitted @ across, start.double() @ across, rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_that_are_all_zero_keep_the_start() -> None:
@@ -168,11 +188,14 @@ def test_low_rank_is_the_best_in_the_metric_of_the_inputs(shape: tuple[int, int]
 
 def test_the_start_of_full_fine_tunes_is_the_ridge_formula() -> None:
     base, deltas = torch.randn(N_OUT, N_IN).double(), [torch.randn(N_OUT, N_IN).double() for _ in range(3)]
-    experts = [base + delta for delta in deltas]
     grams = [d.T @ d / torch.trace(d.T @ d) * N_IN for d in deltas]
     expected = base + sum(d @ c for d, c in zip(deltas, grams)) @ torch.linalg.inv(sum(grams) + 0.3 * torch.eye(N_IN))
-    torch.testing.assert_close(UpdatePrior.of(base, experts, len(experts)).merge(), expected)
-    assert torch.equal(UpdatePrior.of(base, [base] * 3, 3).merge(), base)
+    prior, nothing = UpdatePrior.zeros(base), UpdatePrior.zeros(base)
+    for delta in deltas:
+        prior.add(delta, 2.0)
+        nothing.add(torch.zeros_like(delta), 2.0)
+    torch.testing.assert_close(prior.merge(2.0 * 0.3), expected)
+    assert torch.equal(nothing.merge(0.6), base)
 
 
 @pytest.mark.parametrize("has_shift", [False, True])
