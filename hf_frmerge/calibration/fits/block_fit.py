@@ -37,7 +37,7 @@ _SAME = 1e-12
 """Squared relative change below which an expert's norm counts as the merge's: there is nothing to fit."""
 
 _UPDATE_RIDGE = 0.3
-"""Pull to the base of what the updates of full fine-tunes say alone, where the pull to every expert is 1 / N."""
+"""Pull to the base in what the updates of full fine-tunes say alone, relative to the mean pull to an expert."""
 
 FEWEST_TOKENS = 32
 """Tokens below which an expert of a mixture stays as merged."""
@@ -314,14 +314,15 @@ class BlockFit:
             return None
         prior = UpdatePrior.zeros(matrix.read({matrix.weight: self._origin(matrix.weight)}))
         for expert in sweep.summed:
+            share = sweep.shares[expert]
             factors = sweep.reader.factors(expert, f"{self._name}.{matrix.weight}")
             if factors is None:
                 delta_OI = matrix.read(self._experts[expert]) - prior.base_OI
-                prior.add(delta_OI, fit.update_prior / sweep.n_experts)
+                prior.add(delta_OI, share * fit.update_prior)
             else:
                 rows, columns = (factor.to(self._model.device) for factor in factors)
                 both = (columns.T, rows.T) if matrix.is_flipped else (rows, columns)
-                prior.add_factors(*both, fit.adapter_prior / sweep.n_experts)
+                prior.add_factors(*both, share * fit.adapter_prior)
         sweep.processes.add_up([prior.gram_II, prior.pull_IO])
         return prior
 

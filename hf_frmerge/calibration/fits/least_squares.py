@@ -196,7 +196,7 @@ class UpdatePrior:
 
     Attributes:
         base_OI: weight of the base.
-        gram_II: `sum_i k_i C_i`, with k_i = kappa / N.
+        gram_II: `sum_i k_i C_i`, with k_i = kappa times the expert's share.
         pull_IO: `sum_i k_i C_i D_i^T`.
     """
 

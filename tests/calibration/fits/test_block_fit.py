@@ -119,9 +119,9 @@ def test_every_expert_pulls_the_fit_along_its_own_update(tmp_path: Path, name: s
     deltas = [matrix(of.get_parameter(key)) - w_base for of in models]
     grams = [d.T @ d / torch.trace(d.T @ d) * n_in for d in deltas]
     if is_full:  # a fit of full fine-tunes starts from what their updates say
-        of_updates = torch.linalg.solve(
-            sum(grams) + 0.3 * torch.eye(n_in), sum(c @ d.T for c, d in zip(grams, deltas))
-        )
+        weighted = [2 * share * c for share, c in zip(SHARES, grams)]
+        pulls = sum(c @ d.T for c, d in zip(weighted, deltas))
+        of_updates = torch.linalg.solve(sum(weighted) + 0.3 * torch.eye(n_in), pulls)
         w_start = w_base + of_updates.T
     else:
         w_start = matrix(start)
@@ -141,10 +141,10 @@ def test_every_expert_pulls_the_fit_along_its_own_update(tmp_path: Path, name: s
     system.diagonal()[:n_in] += 0.03 * mean
     if has_bias:
         system[-1, -1] *= 1.03
-    for kind, c, d in zip(kinds, grams, deltas):
+    for kind, share, c, d in zip(kinds, SHARES, grams, deltas):
         # The pull to an adapter is half as strong where its update has a tenth of the weight's norm.
         kappa = KAPPA[kind] / (1 if kind == "full" else 1 + d.square().sum() / (0.1**2 * w_base.square().sum()))
-        system[:n_in, :n_in] += kappa / 2 * mean * c
-        pull[:n_in] += kappa / 2 * mean * c @ (w_base + d - w_start).T
+        system[:n_in, :n_in] += share * kappa * mean * c
+        pull[:n_in] += share * kappa * mean * c @ (w_base + d - w_start).T
     expected = whole_start + torch.linalg.solve(system, pull).T
     torch.testing.assert_close(matrix(fitted), expected[:, :n_in], rtol=1e-3, atol=2e-4)
