@@ -3,8 +3,8 @@ Make a control for a benchmark of fitted merges: training on the same prompts, w
 
     python scripts/distil_control.py KIND --base BASE --output-dir OUT --calibration EXPERT=FILE ... --steps 100
 
-`all` trains all weights that the experts changed, from their linear merge; `lora` a new LoRA of the base, with factors
-drawn as PEFT draws them. Both lower KL(expert || merge).
+`all` trains all weights that the experts changed, from their linear merge or another model (`--start`); `lora` a new
+LoRA of the base, with factors drawn as PEFT draws them. Both lower KL(expert || merge).
 
 `adamerging` and `samerging` train one coefficient for every expert and tensor, from the linear merge: as AdaMerging
 (2310.02575) for predictions of little entropy, without asking the experts; as SAMerging (2512.21288) for KL at a
@@ -55,7 +55,7 @@ RHO = 0.07  # of SAMerging
 def main() -> None:
     args = parse_args()
     sweep = run_experts(args)
-    start = read_start(sweep.state)
+    start = read_start(sweep.state) if args.start is None else read_model(args.start)
     blocks = [FittedBlock({}, {}) for _ in sweep.state.model.blocks]
     if args.kind == "all":
         corrections = corrections_to_refine(sweep.state, start, blocks, "dense")
@@ -89,12 +89,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--calibration", nargs="+", required=True, metavar="EXPERT=FILE", help="experts and prompts")
     parser.add_argument("--prompts", type=int, default=64, help="prompts an expert")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--start", type=Path, help="all: model to begin with, as a fitted merge")
     parser.add_argument("--learning-rate", type=float, help=f"default: {LEARNING_RATES}")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts a step")
     parser.add_argument("--rank", type=int, default=16, help="of the fresh LoRA")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output-dir", type=Path, required=True)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.start is not None and args.kind != "all":
+        parser.error("--start goes with `all`: the other kinds count from the base or the linear merge.")
+    return args
 
 
 def run_experts(args: argparse.Namespace) -> Sweep:
@@ -122,6 +126,12 @@ def begin_sweep(args: argparse.Namespace, *, method: str, scale: float = 1.0) ->
     sweep = Sweep(model, reader, batches, as_shares(plan.weights), options, is_full=is_full)
     sweep.begin()
     return sweep
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a model, by parameters, float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def loss_of(kind: str) -> Callable[[Outputs, Outputs], Tensor]:

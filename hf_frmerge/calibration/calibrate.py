@@ -147,10 +147,9 @@ def calibrate(
     if processes.is_main and not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
         _warn_of_what_stays(model)
-    options, is_full = fit_settings(plan)
-    settings = settings_of(plan, options)
+    settings = settings_of(plan, fit_settings(plan)[0])
     kernels = load_kernels(plan.args.device)
-    reader = WeightReader(whole, kernels, model)
+    reader = WeightReader(whole, kernels, model)  # refuses blocks that it cannot read, before anything is written
     key = {
         **fingerprint(plan, kernels.name),
         "prompts": [p.digest for p in prompts],
@@ -162,27 +161,10 @@ def calibrate(
     done = staging / RECORD_FILE
     if done.exists():  # the merge died after the fit
         return replace(read_record(done), starts=starts) if processes.is_main else None
-    batches = own_batches(batches_of(plan, model, fitted, held_out), processes)
-    silent = is_silent(plan) if processes.is_main else True
-    with processes.main_first():  # what it estimates is kept for the others
-        fit_of = equations_of(plan, model, fitted, is_silent=silent)
-    sweep = Sweep(
-        model,
-        reader,
-        batches,
-        as_shares(plan.weights),
-        options,
-        is_full=is_full,
-        offers_table=plan.args.calibration_form in ("auto", "table") and why_no_table(plan) is None,
-        fit_of=fit_of,
-        processes=processes,
-    )
-    _fit_blocks(sweep, files, is_main=processes.is_main, is_silent=silent)
-    if processes.is_main and sweep.state.n_unreached:
-        logger.warning(
-            "%d experts of mixtures got fewer than %d tokens of the prompts and stay as merged. More prompts would "
-            "reach them.", sweep.state.n_unreached, FEWEST_TOKENS,
-        )  # fmt: skip
+    sweep = _open_sweep(plan, model, reader, fitted, held_out, processes)
+    _fit_blocks(sweep, files, is_main=processes.is_main, is_silent=not processes.is_main or is_silent(plan))
+    if processes.is_main:
+        _warn_of_unreached(sweep)
     by_form = distances(sweep, forms_of(sweep))
     seconds_of_others = processes.gather([] if processes.is_main else [time.process_time() - started])
     if not processes.is_main:
@@ -211,6 +193,32 @@ def calibrate(
     )
     write_record(done, record)
     return record
+
+
+def _open_sweep(
+    plan: MergePlan,
+    model: BlockwiseModel,
+    reader: WeightReader,
+    fitted: Sequence[Prompts],
+    held_out: Sequence[Prompts],
+    processes: Processes,
+) -> Sweep:
+    """Return the sweep over this process's share of the prompts, before its first block."""
+    options, is_full = fit_settings(plan)
+    batches = own_batches(batches_of(plan, model, fitted, held_out), processes)
+    with processes.main_first():  # what it estimates is kept for the others
+        fit_of = equations_of(plan, model, fitted, is_silent=not processes.is_main or is_silent(plan))
+    return Sweep(
+        model,
+        reader,
+        batches,
+        as_shares(plan.weights),
+        options,
+        is_full=is_full,
+        offers_table=plan.args.calibration_form in ("auto", "table") and why_no_table(plan) is None,
+        fit_of=fit_of,
+        processes=processes,
+    )
 
 
 def _choose_start(
@@ -291,6 +299,14 @@ def _warn_of_few_tokens(model: BlockwiseModel, prompts: Sequence[Prompts]) -> No
             "The prompts have %d tokens, fewer than the widest layer has inputs (%d). Give %d more, or what the fit "
             "changes will stay small.",
             n_tokens, widest, widest - n_tokens,
+        )  # fmt: skip
+
+
+def _warn_of_unreached(sweep: Sweep) -> None:
+    if sweep.state.n_unreached:
+        logger.warning(
+            "%d experts of mixtures got fewer than %d tokens of the prompts and stay as merged. More prompts would "
+            "reach them.", sweep.state.n_unreached, FEWEST_TOKENS,
         )  # fmt: skip
 
 

@@ -112,6 +112,25 @@ def test_a_control_comes_nearer_to_the_experts(
         check_span(folder, out)
 
 
+def test_all_weights_are_trained_from_the_model_that_is_named(
+    folder: Path, tmp_path: Path, scripts: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, control = scripts
+    start = folder / "experts" / "math"
+    given = [f"{folder / 'experts' / name}={folder / f'{name}.calibration.jsonl'}" for name in DOMAINS]
+    options = ["--base", str(folder / "base"), "--prompts", "16", "--calibration", *given, "--start", str(start)]
+    options += ["--steps", "1", "--learning-rate", "1e-4", "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["control", "all", *options])
+    control.main()
+    began, ended = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (start, tmp_path / "out"))
+    assert any(not torch.equal(began[name], ended[name]) for name in began)
+    for name, values in began.items():  # a step of Adam is as long as the learning rate; the rest is rounding
+        torch.testing.assert_close(ended[name].float(), values.float(), rtol=2**-8, atol=1.1e-4)
+    monkeypatch.setattr(sys, "argv", ["control", "lora", *options])
+    with pytest.raises(SystemExit):
+        control.parse_args()
+
+
 def check_span(folder: Path, out: Any) -> None:
     """Check that every tensor is the base plus a sum of the experts' updates, by one number for each."""
     load = AutoModelForCausalLM.from_pretrained
