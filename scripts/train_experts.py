@@ -65,6 +65,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -178,11 +179,17 @@ def train_from_demo_base(recipe: Recipe, root: Path, folder: Path, args: argpars
 
 
 def train_from_nothing(recipe: Recipe, root: Path, folder: Path, args: argparse.Namespace) -> None:
-    """Make a base of the size that the folder is named after, on a mix of domains, and train experts from it."""
-    texts = [split_domain(name, root, args.seed)[0][:MIX_CHARS] for name in MIX]
-    base_dir = folder / "base"
-    save_untrained(SIZES[folder.name], texts, base_dir, args.seed)
-    train_language_model("base", "\n\n".join(texts), MIX_RECIPE, base_dir, base_dir, args.seed)
+    """
+    Make a base of the size that the folder is named after, on a mix of domains, and train experts from it.
+
+    With `--names` a base that is there is kept: the experts that are not named are fine-tunes of it.
+    """
+    base_dir, untrained_dir = folder / "base", folder / "untrained"
+    if not args.names or not base_dir.is_dir():
+        texts = [split_domain(name, root, args.seed)[0][:MIX_CHARS] for name in MIX]
+        save_untrained(SIZES[folder.name], texts, untrained_dir, args.seed)
+        train_language_model("base", "\n\n".join(texts), MIX_RECIPE, untrained_dir, base_dir, args.seed)
+        shutil.rmtree(untrained_dir)
     train_language_models(recipe, root, folder, args, base_dir)
 
 

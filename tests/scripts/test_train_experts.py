@@ -87,6 +87,13 @@ def test_a_model_from_nothing_learns_its_mix_and_an_expert_more_of_its_own(
         return model(input_ids=tokens, labels=tokens).loss.item()
 
     assert loss_of(tmp_path / "tiny" / "one") < loss_of(tmp_path / "tiny" / "base") < 0.8 * math.log(300)
+    # One more expert of the suite gets the base of the others, even where training it again would not give the same.
+    base, others = (tmp_path / "tiny" / name / "model.safetensors" for name in ("base", "one"))
+    kept, args = base.read_bytes(), argparse.Namespace(seed=1, names=["two"], output_dir=tmp_path)
+    train_experts.train_from_nothing(recipe, tmp_path, tmp_path / "tiny", args)
+    assert base.read_bytes() == kept
+    assert (tmp_path / "tiny" / "two" / "model.safetensors").read_bytes() != others.read_bytes()
+    assert not (tmp_path / "tiny" / "untrained").exists()
 
 
 def test_sizes_are_what_they_are_called(scripts: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
