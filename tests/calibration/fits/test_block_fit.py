@@ -114,7 +114,6 @@ def test_every_expert_pulls_the_fit_along_its_own_update(tmp_path: Path, name: s
         return seen[0].flatten(0, 1).double()
 
     has_bias = f"{layer}.bias" in found.corrections
-    bias = {id(of): of.get_parameter(f"{block}.{layer}.bias").detach().double() for of in models} if has_bias else {}
     n_in, w_base = matrix(start).shape[1], matrix(class_.from_pretrained(base).get_parameter(key))
     deltas = [matrix(of.get_parameter(key)) - w_base for of in models]
     grams = [d.T @ d / torch.trace(d.T @ d) * n_in for d in deltas]
@@ -133,7 +132,7 @@ def test_every_expert_pulls_the_fit_along_its_own_update(tmp_path: Path, name: s
         x, x_e, w = entering(merged, ids), entering(of, ids), matrix(of.get_parameter(key))
         if has_bias:
             x, x_e = (torch.cat([each, torch.ones(len(each), 1)], dim=1) for each in (x, x_e))
-            w = torch.cat([w, bias[id(of)][:, None]], dim=1)
+            w = torch.cat([w, of.get_parameter(f"{block}.{layer}.bias").detach().double()[:, None]], dim=1)
         target = 0.5 * x_e @ w.T + 0.5 * x @ w.T
         system += share / len(x) * x.T @ x
         pull += share / len(x) * x.T @ (target - x @ whole_start.T)
