@@ -162,7 +162,7 @@ def calibrate(
     if done.exists():  # the merge died after the fit
         return replace(read_record(done), starts=starts) if processes.is_main else None
     sweep = _open_sweep(plan, model, reader, fitted, held_out, processes)
-    _fit_blocks(sweep, files, is_main=processes.is_main, is_silent=not processes.is_main or is_silent(plan))
+    _fit_blocks(sweep, files, is_main=processes.is_main, is_silent=is_silent(plan, is_main=processes.is_main))
     if processes.is_main:
         _warn_of_unreached(sweep)
     by_form = distances(sweep, forms_of(sweep))
@@ -207,7 +207,7 @@ def _open_sweep(
     options, is_full = fit_settings(plan)
     batches = own_batches(batches_of(plan, model, fitted, held_out), processes)
     with processes.main_first():  # what it estimates is kept for the others
-        fit_of = equations_of(plan, model, fitted, is_silent=not processes.is_main or is_silent(plan))
+        fit_of = equations_of(plan, model, fitted, is_silent=is_silent(plan, is_main=processes.is_main))
     return Sweep(
         model,
         reader,

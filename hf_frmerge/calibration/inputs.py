@@ -212,6 +212,6 @@ def batches_of(
     ]
 
 
-def is_silent(plan: MergePlan) -> bool | None:
-    """None, on which tqdm shows a bar only on a terminal."""
-    return True if plan.args.disable_tqdm else None
+def is_silent(plan: MergePlan, *, is_main: bool = True) -> bool | None:
+    """True, also in all processes but the main one; or None, on which tqdm shows a bar only on a terminal."""
+    return True if plan.args.disable_tqdm or not is_main else None
