@@ -26,7 +26,7 @@ class Candidate:
     A model to judge.
 
     Attributes:
-        outer: its weights outside the blocks.
+        outer: its weights outside the blocks, as what follows them computes with them.
         hidden: index of a held-out batch -> its hidden states `(B, T, H)` after the last block.
     """
 
@@ -36,13 +36,14 @@ class Candidate:
 
 def forms_of(sweep: Sweep) -> dict[str, Candidate]:
     """Return the merge without data and the forms of the fit, after the last block of a sweep."""
-    outer = sweep.outer(None)
-    whole = outer | sweep.fitted_outer()
+    behind_blocks = sweep.state.model.behind_blocks
+    outer = behind_blocks(sweep.outer(None))
+    whole = outer | behind_blocks(sweep.fitted_outer())
     fitted = {index: sweep.state.merged[index] for index in sweep.start}
     hidden = dict(zip(FORMS, (sweep.start, sweep.table, sweep.low_rank, fitted)))
     outers = {"start": outer, "low_rank": whole, "dense": whole}
     if sweep.state.offers_table:
-        outers["table"] = outer | sweep.fitted_outer(as_table=True)
+        outers["table"] = outer | behind_blocks(sweep.fitted_outer(as_table=True))
     return {form: Candidate(outers[form], hidden[form]) for form in FORMS if form in outers}
 
 
@@ -58,7 +59,7 @@ def distances(sweep: Sweep, candidates: Mapping[str, Candidate]) -> dict[str, tu
     totals = {key: [0.0] * state.n_experts for key in candidates}
     counts = [0] * state.n_experts
     for expert in state.own:
-        expert_weights = sweep.outer(expert)
+        expert_weights = state.model.behind_blocks(sweep.outer(expert))
         for index, batch in enumerate(state.batches):
             if batch.expert != expert or not batch.is_held_out:
                 continue

@@ -137,6 +137,14 @@ class BlockwiseModel:
             }
         )
 
+    def behind_blocks(self, outer: Weights) -> dict[str, Tensor]:
+        """
+        Return weights outside the blocks as `finish` computes with them, so that this is not done for every prompt.
+
+        A head that is the embedding as well is in the dtype of the products, too; what it embeds, `finish` replaces.
+        """
+        return {name: value.to(self.dtype) if value.ndim > 1 else value for name, value in outer.items()}
+
     def begin(self, outer: Weights, first_block: Weights, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
         """
         Embed a batch.

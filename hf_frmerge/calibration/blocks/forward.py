@@ -30,7 +30,7 @@ class ForwardPass:
     Attributes:
         model: its modules.
         batches: what it ran over.
-        outer: its weights outside the blocks.
+        outer: its weights outside the blocks, as what follows them computes with them.
         hidden: its hidden states `(B, T, H)` after the last block, by batch.
     """
 
@@ -73,7 +73,7 @@ def run_forward(model: BlockwiseModel, read: Callable[[str], Tensor], batches: S
     for index, name in enumerate(others, start=1):
         block = weights(model.block_parameters(name), f"{name}.")
         hidden = [model.run_block(name, block, hidden_BTH, own[index]) for hidden_BTH, own in zip(hidden, calls)]
-    return ForwardPass(model, batches, outer, hidden)
+    return ForwardPass(model, batches, model.behind_blocks(outer), hidden)
 
 
 def squared_distances(one: ForwardPass, other: ForwardPass) -> Tensor:

@@ -21,8 +21,9 @@ def outputs_of(
     if outputs.values.ndim == 2:
         return outputs
     mask = inputs.get("attention_mask")
-    kept = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-    return Outputs(outputs.values[kept], outputs.is_logits)
+    # Picking rows copies them, and logits are large.
+    rows = outputs.values.flatten(0, 1) if mask is None else outputs.values[mask.bool()]
+    return Outputs(rows, outputs.is_logits)
 
 
 def squared_distance(merged: Outputs, expert: Outputs) -> Tensor:

@@ -113,6 +113,7 @@ class Refinement:
         self._updates = ExpertUpdates(sweep.state)
         self._merge = CorrectedMerge(sweep.state, start, self.values, self._updates)
         self._teachers = Teachers(sweep, is_barycentre=options.is_barycentre)
+        self._longest = max(b.inputs["input_ids"].shape[1] for b in sweep.state.batches if not b.is_held_out)
         self._chunks = self._cut()
         self._rollouts: dict[Place, Chunk] = {}
 
@@ -185,10 +186,15 @@ class Refinement:
         chunks = [self._rollouts.get((expert, step)) or self._chunk(expert, step) for expert in self._chunks]
         outer = self._merge.outer()
         hidden = self._merge.hidden(outer, [chunk.inputs for chunk in chunks])
+        # Gradients are summed here over all prompts before they go on: the head's would else be converted for each.
+        behind_blocks = self._sweep.state.model.behind_blocks(outer)
         leaves = [hidden_BTH.detach().requires_grad_() for hidden_BTH in hidden]
-        total = sum(self._backward_head(chunk, outer, leaf_BTH) for chunk, leaf_BTH in zip(chunks, leaves))
-        if hidden[0].requires_grad:
-            torch.autograd.backward(hidden, [leaf_BTH.grad for leaf_BTH in leaves])
+        outer_leaves = {n: value.detach().requires_grad_(value.requires_grad) for n, value in behind_blocks.items()}
+        total = sum(self._backward_head(chunk, outer_leaves, leaf_BTH) for chunk, leaf_BTH in zip(chunks, leaves))
+        ends = [*zip(hidden, leaves), *zip(behind_blocks.values(), outer_leaves.values())]
+        trained = [(end, leaf.grad) for end, leaf in ends if end.requires_grad and leaf.grad is not None]
+        if trained:
+            torch.autograd.backward([end for end, _ in trained], [gradient for _, gradient in trained])
         return total
 
     def _chunk(self, expert: int, step: int) -> Chunk:
@@ -218,17 +224,18 @@ class Refinement:
                 tensor.copy_(before[name])
 
     def _backward_head(self, chunk: Chunk, outer: Weights, leaf_BTH: Tensor) -> float:
-        """Add the gradients of the hidden states behind the blocks, and of the head; return the loss."""
+        """Add the gradients of the hidden states behind the blocks, and of weights there; return the loss."""
         model, total = self._sweep.state.model, 0.0
-        # Prompt by prompt: the logits of all, and their gradients, would be the largest thing in memory.
-        for row in range(len(leaf_BTH)):
-            one = {name: values[row : row + 1] for name, values in chunk.inputs.items()}
+        # No more than the longest prompt at once: logits, and their gradients, would be the largest thing in memory.
+        # Of a text that the merge wrote only the end counts, so it is taken by itself.
+        for rows in _slices(chunk.inputs["input_ids"], 0 if chunk.first else self._longest):
+            part = {name: values[rows] for name, values in chunk.inputs.items()}
             with torch.no_grad():
-                taught = {teacher: hidden_BTH[row : row + 1] for teacher, hidden_BTH in chunk.taught.items()}
-                target = self._teachers.outputs(taught, one)
-            merged = outputs_of(model, outer, leaf_BTH[row : row + 1], one)
+                taught = {teacher: hidden_BTH[rows] for teacher, hidden_BTH in chunk.taught.items()}
+                target = self._teachers.outputs(taught, part)
+            merged = outputs_of(model, outer, leaf_BTH[rows], part)
             loss = chunk.factor * self._options.loss(merged, target)[chunk.first :].sum()
-            loss.backward(retain_graph=True)  # what leads from the corrections to `outer` serves the next prompt too
+            loss.backward()
             total += float(loss.detach())
         return total
 
@@ -241,9 +248,10 @@ class Refinement:
         with torch.no_grad():
             merge = CorrectedMerge(state, self._start, stored, self._updates)
             outer = merge.outer()
+            behind_blocks = state.model.behind_blocks(outer)
             held_out = {b: batch.inputs for b, batch in enumerate(state.batches) if batch.is_held_out}
             hidden = dict(zip(held_out, merge.hidden(outer, list(held_out.values()))))
-            found = distances(self._sweep, {"refined": Candidate(outer, hidden)})["refined"]
+            found = distances(self._sweep, {"refined": Candidate(behind_blocks, hidden)})["refined"]
         return Best(stored, found, step)
 
     def _progress(self, step: int, optimizer: torch.optim.Optimizer, best: Best) -> Progress:
@@ -269,8 +277,7 @@ class Refinement:
         batches = [state.batches[b] for b in fitted]
         taught = self._teachers.hidden(batches, own=[state.expert[b] for b in fitted])
         experts = sorted({batch.expert for batch in batches})
-        longest = max(batch.inputs["input_ids"].shape[1] for batch in batches)
-        n_tokens = max(1, self._options.batch_size // len(experts)) * longest
+        n_tokens = max(1, self._options.batch_size // len(experts)) * self._longest
         share = sum(state.shares[expert] for expert in experts)
         by_expert: dict[int, list[Chunk]] = {}
         for expert in experts:

@@ -34,10 +34,11 @@ class Teachers:
     def __init__(self, sweep: Sweep, *, is_barycentre: bool) -> None:
         self._state, self._is_barycentre = sweep.state, is_barycentre
         # Their weights outside the blocks: one and the same for all where these are not merged.
+        behind_blocks = self._state.model.behind_blocks
         if any(map(self._state.reader.is_merged, self._state.model.outer_parameters())):
-            self._outer = [sweep.outer(expert) for expert in range(self._state.n_experts)]
+            self._outer = [behind_blocks(sweep.outer(expert)) for expert in range(self._state.n_experts)]
         else:
-            self._outer = [sweep.outer(None)] * self._state.n_experts
+            self._outer = [behind_blocks(sweep.outer(None))] * self._state.n_experts
 
     def hidden(self, batches: Sequence[Batch], own: Sequence[Tensor] | None = None) -> list[dict[int, Tensor]]:
         """
