@@ -1,6 +1,6 @@
 """What models give, token by token or prompt by prompt, and how far two of them are apart."""
 
-# Shape suffixes: B = prompts, T = tokens, H = hidden size.
+# Shape suffixes: B = prompts, T = tokens, H = hidden size, R = rows (tokens, or prompts), V = outcomes or hidden size.
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def squared_distance(merged: Outputs, expert: Outputs) -> Tensor:
     Of logits the squared Fisher–Rao distance of the predictions, `(2 arccos sum_v sqrt(p_v q_v))²`; of hidden states
     the squared angle between them. Both from the chord, as arccos of a number near 1 loses half its digits.
     """
-    points = [_on_sphere(outputs) for outputs in (merged, expert)]
-    squared_chord = (points[0] - points[1]).square().sum(dim=-1)
+    one_RV, other_RV = (_on_sphere(outputs) for outputs in (merged, expert))
+    squared_chord = one_RV.sub_(other_RV).square_().sum(dim=-1)
     if merged.is_logits:
         return torch.from_numpy(chord_to_distance(squared_chord.cpu().numpy())).square()
     return (2 * torch.arcsin((squared_chord.sqrt() / 2).clamp(max=1))).square().cpu()
 
 
 def _on_sphere(outputs: Outputs) -> Tensor:
-    values = outputs.values.double()
-    return torch.softmax(values, dim=-1).sqrt() if outputs.is_logits else torch.nn.functional.normalize(values, dim=-1)
+    """Return new unit vectors `(R, V)`, float64. What they take is much of the time, so no copy is made on the way."""
+    if outputs.is_logits:
+        return torch.softmax(outputs.values, dim=-1, dtype=torch.float64).sqrt_()
+    return torch.nn.functional.normalize(outputs.values.double(), dim=-1)
