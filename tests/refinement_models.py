@@ -37,34 +37,39 @@ from hf_frmerge.merging.planning.build_plan import build_plan
 VOCABULARY, N_EXPERTS = 40, 2
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 MODELS: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_attention_heads=2, initializer_range=0.2)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_attention_heads=2)),
     "tied": (
         LlamaForCausalLM,
-        LlamaConfig(**SIZES, num_attention_heads=2, initializer_range=0.2, tie_word_embeddings=True),
+        LlamaConfig(**SIZES, num_attention_heads=2, tie_word_embeddings=True),
     ),
     "gpt2": (
         GPT2LMHeadModel,
-        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.2),
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16),
     ),
     "classifier": (
         BertForSequenceClassification,
-        BertConfig(**SIZES, num_attention_heads=2, num_labels=3, initializer_range=0.2),
+        BertConfig(**SIZES, num_attention_heads=2, num_labels=3),
     ),
-    "headless": (transformers.BertModel, BertConfig(**SIZES, num_attention_heads=2, initializer_range=0.2)),
+    "headless": (transformers.BertModel, BertConfig(**SIZES, num_attention_heads=2)),
 }
 
 
 def save_models(folder: Path) -> None:
     """Save of every kind a base, and experts that differ from it at random; of the first LoRA experts, one of each."""
     for kind, (model_class, config) in MODELS.items():
-        torch.manual_seed(0)
-        model_class(config).save_pretrained(folder / kind / "base")
+        # Numbers are drawn here: what models begin with, and whether loading draws as well, depends on the version.
+        draw, model = torch.Generator().manual_seed(0), model_class(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.2)
+        model.save_pretrained(folder / kind / "base")
         for number in range(N_EXPERTS):
-            torch.manual_seed(number + 1)
             model = model_class.from_pretrained(folder / kind / "base")
+            draw = torch.Generator().manual_seed(number + 1)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                    parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
             model.save_pretrained(folder / kind / f"full{number}")
     for number in range(N_EXPERTS):
         torch.manual_seed(number + 1)

@@ -129,7 +129,7 @@ class FileAttack:
         """Report what this process opens outside of the folders it was given."""
         os.chdir(self.site.root)
         root, temporary = self.site.root, Path(tempfile.gettempdir())
-        allowed = [root / name for name in ("work", "out", "in", "log")]
+        allowed = [*(root / name for name in ("work", "out", "in", "log")), Path(os.devnull)]
         allowed.append(temporary / "frmerge-verify-")  # where `verify` merges adapters again
         if command[-1] == "work/options.json":  # whoever writes this names the inputs, and where the output goes
             allowed += [root, Path(constants.HF_HOME)]

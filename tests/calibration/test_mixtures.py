@@ -58,13 +58,6 @@ MODELS = {
             first_k_dense_replace=1,
         ),
     ),
-    "Qwen3.5-MoE": (
-        "Qwen3_5MoeForCausalLM",
-        transformers.Qwen3_5MoeTextConfig(
-            **SIZES, head_dim=8, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4,
-            layer_types=["full_attention"] * 2,
-        ),
-    ),
     "Granite-MoE": ("GraniteMoeForCausalLM", transformers.GraniteMoeConfig(**SIZES, num_local_experts=4)),
     "Llama 4": (
         "Llama4ForCausalLM",
@@ -74,6 +67,14 @@ MODELS = {
     ),
     "gpt-oss": ("GptOssForCausalLM", transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=4)),
 }  # fmt: skip
+if hasattr(transformers, "Qwen3_5MoeTextConfig"):  # not in the lowest version
+    MODELS["Qwen3.5-MoE"] = (
+        "Qwen3_5MoeForCausalLM",
+        transformers.Qwen3_5MoeTextConfig(
+            **SIZES, head_dim=8, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4,
+            layer_types=["full_attention"] * 2,
+        ),
+    )  # fmt: skip
 LENGTH, N_PROMPTS = 12, 32
 
 
@@ -145,7 +146,7 @@ def test_blocks_run_with_experts_as_they_are_stored(tmp_path: Path, name: str) -
         hidden = model.run_block(block, model.computed(own), hidden, call)
     logits = model.finish({key: weights[key] for key in model.outer_parameters()}, hidden, {"input_ids": ids}).values
     with torch.no_grad():
-        torch.testing.assert_close(logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, whole(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_buffers_are_weights_only_where_transformers_loads_them() -> None:
@@ -265,7 +266,10 @@ def test_an_expert_of_a_mixture_is_fitted_to_the_tokens_that_the_merge_sends_to_
     of_experts = [{key: reader.expert(i, f"{block}.{key}") for key in keys} for i in range(2)]
     start = {key: reader.start(f"{block}.{key}") for key in keys}
     fitted = {key: value + found.corrections.get(key, 0) for key, value in start.items()}
-    (mixture,) = (module for module in model.block(block).modules() if hasattr(module, "_apply_gate"))
+    mixtures = [module for module in model.block(block).modules() if hasattr(module, "_apply_gate")]
+    if not mixtures:
+        pytest.skip("the lowest version runs it by code of its own")
+    (mixture,) = mixtures
 
     def entering(weights: dict[str, torch.Tensor], hidden: torch.Tensor, b: int) -> list[torch.Tensor]:
         called: list[Any] = []

@@ -134,5 +134,5 @@ def test_models_that_predict_nothing_are_refused_with_what_measures_them(tmp_pat
     experts = [str(tmp_path / "a"), str(tmp_path / "b")]
     result = click_runner().invoke(main, [command, *experts, "--data", str(data), "--output-dir", str(tmp_path / "o")])
     assert result.exit_code == 2
-    assert "The experts are BertModel, which predicts neither a next token nor a label" in result.output
-    assert "`frmerge evaluate` says" in " ".join(result.output.split())
+    assert "The experts are BertModel, which predicts neither a next token nor a label" in result.stderr
+    assert "`frmerge evaluate` says" in " ".join(result.stderr.split())

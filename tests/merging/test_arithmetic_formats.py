@@ -212,7 +212,9 @@ def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
         assert checkpoint.tensors.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert checkpoint.tensors[name].shape == tuple(tensor.shape)
-            assert checkpoint.read(name).tobytes() == tensor.contiguous().view(torch.uint8).numpy().tobytes(), name
+            # The lowest version leaves what is not quantised in float32.
+            rounded = tensor.to(torch.bfloat16).contiguous()
+            assert checkpoint.read(name).tobytes() == rounded.view(torch.uint8).numpy().tobytes(), name
     stored = load_file(tmp_path / "a/model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj"
     block, scale = stored[f"{name}_blocks"][1, 7, 0], int(stored[f"{name}_scales"][1, 7, 0])

@@ -141,7 +141,7 @@ def check_span(folder: Path, out: Any) -> None:
         target = (values - base[name]).flatten()[:, None]
         found = torch.linalg.lstsq(updates, target).solution
         rounding = 2**-9 * float(values.abs().max())  # models are in bfloat16
-        torch.testing.assert_close(updates @ found, target, rtol=0, atol=2 * rounding)
+        torch.testing.assert_close(updates @ found, target, rtol=0, atol=3 * rounding)
 
 
 def test_what_is_lowered_instead_of_the_divergence(scripts: tuple[ModuleType, ModuleType]) -> None:
