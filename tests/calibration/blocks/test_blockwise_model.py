@@ -32,6 +32,20 @@ def test_blocks_give_what_the_whole_model_gives(name: str, padded: bool) -> None
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_follows_the_blocks_is_the_same_to_the_bit_with_its_weights_converted_before(name: str) -> None:
+    class_name, config = MODELS[name]
+    weights = opened(name)[2]
+    model = BlockwiseModel(getattr(transformers, class_name), config, torch.device("cpu"), torch.bfloat16)
+    outer = model.computed({key: weights[key] for key in model.outer_parameters()})
+    hidden, _ = model.begin(outer, model.computed(inside(weights, model.blocks[0])), inputs(False))
+    converted = model.behind_blocks(outer)
+    assert {value.dtype for value in converted.values() if value.ndim > 1} == {torch.bfloat16}
+    assert torch.equal(
+        model.finish(converted, hidden, inputs(False)).values, model.finish(outer, hidden, inputs(False)).values
+    )
+
+
 def layers_of(name: str) -> BlockLayers:
     _, model, weights = opened(name)
     first = model.blocks[0]
