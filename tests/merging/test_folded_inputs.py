@@ -11,13 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from click.testing import Result
 from click_runner import click_runner
 from jsonschema import Draft202012Validator
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, TinyLoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -291,9 +290,7 @@ def test_other_commands_say_how_to_make_one_model_of_a_pair(base: str, tmp_path:
 
 def test_what_peft_takes_of_the_base_is_refused_with_advice_that_works(base: str, tmp_path: Path) -> None:
     """TinyLoRA's factors are singular vectors of the base, found when it is put on."""
-    if not hasattr(peft, "TinyLoraConfig"):
-        pytest.skip("not in the lowest version of PEFT")
-    adapter = save_adapter(base, peft.TinyLoraConfig(target_modules=TARGETS), tmp_path / "tiny")
+    adapter = save_adapter(base, TinyLoraConfig(target_modules=TARGETS), tmp_path / "tiny")
     arguments = ["merge", adapter, "--base-model", base, "--output-dir", str(tmp_path / "out")]
     result = click_runner().invoke(main, arguments)
     assert result.exit_code != 0 and "If PEFT can fold it into its base as a whole" in result.stderr

@@ -140,8 +140,9 @@ def check_span(folder: Path, out: Any) -> None:
         updates = torch.stack([(expert[name] - base[name]).flatten() for expert in experts], dim=1)
         target = (values - base[name]).flatten()[:, None]
         found = torch.linalg.lstsq(updates, target).solution
-        rounding = 2**-9 * float(values.abs().max())  # models are in bfloat16
-        torch.testing.assert_close(updates @ found, target, rtol=0, atol=3 * rounding)
+        # The merge that training starts from and what comes of it are rounded to bfloat16. Least squares makes the
+        # norm of what is left no larger than that of both errors; a single element of it may be.
+        assert float((updates @ found - target).norm()) <= 2 * 2**-9 * float(values.norm()), name
 
 
 def test_what_is_lowered_instead_of_the_divergence(scripts: tuple[ModuleType, ModuleType]) -> None:
