@@ -233,13 +233,15 @@ def _choose_start(
 
 
 def _fit_blocks(sweep: Sweep, files: BlockFiles, *, is_main: bool, is_silent: bool | None) -> None:
-    """Fit head and blocks, those that are kept already from their files; the main process keeps the others."""
+    """Fit all parts in turn, those that are kept already from their files; the main process keeps the others."""
     sweep.begin()
     blocks = range(len(sweep.state.model.blocks))
     parts: list[tuple[int, Callable[[FittedBlock | None], FittedBlock]]]
     parts = [(index, partial(sweep.fit_block, index)) for index in blocks]
     if sweep.head is not None:
         parts.insert(0, (len(blocks), sweep.fit_head))
+    elif sweep.state.options.fits_outer:
+        parts.append((len(blocks), sweep.fit_last_layers))
     for index, fit in tqdm(parts, "Calibrating", unit="block", disable=is_silent):
         known = files.read(index, sweep.tensors(index))
         found = fit(known)
@@ -255,7 +257,7 @@ def fit_settings(plan: MergePlan) -> tuple[SweepOptions, bool]:
         if plan.base is not None
         else FitOptions(),
         rank=correction_rank(plan),
-        fits_head=plan.layout is not None and not METHODS[plan.args.method].needs_prompts,
+        fits_outer=plan.layout is not None and not METHODS[plan.args.method].needs_prompts,
     )
     return options, is_full
 

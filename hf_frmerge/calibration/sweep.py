@@ -25,6 +25,8 @@ from hf_frmerge.calibration.blocks.weights import UnreadWeights, WeightReader
 from hf_frmerge.calibration.fits.block_fit import BlockFit
 from hf_frmerge.calibration.fits.coefficient_rows import combined
 from hf_frmerge.calibration.fits.head_fit import find_head, fit_head
+from hf_frmerge.calibration.fits.last_layers import LastLayersFit, find_last_layers
+from hf_frmerge.calibration.fits.layers_fit import LayersFit
 from hf_frmerge.calibration.fits.sweep_state import SweepOptions, SweepState
 from hf_frmerge.errors import NonFiniteError
 from hf_frmerge.merging.engine.processes import Processes
@@ -47,7 +49,7 @@ class FittedBlock:
 
 
 def by_parameter(model: BlockwiseModel, found: Sequence[FittedBlock]) -> FittedBlock:
-    """Join what was found for all blocks, and behind them for the head, by the names of the model's parameters."""
+    """Join what was found for all blocks, and for what is behind them, by the names of the model's parameters."""
     joined = FittedBlock({}, {})
     for prefix, block in zip([*(f"{name}." for name in model.blocks), ""], found):
         joined.corrections.update({f"{prefix}{name}": values for name, values in block.corrections.items()})
@@ -112,9 +114,9 @@ class Sweep:
         processes = processes or Processes(alone=True)
         self.state = SweepState(model, reader, batches, list(shares), options, is_full, processes, offers_table)
         self._fit_of = fit_of
-        head = find_head(model.model) if options.fits_head else None
+        head = find_head(model.model) if options.fits_outer else None
         self.head = head if head is not None and reader.is_merged(head.parameter) else None
-        self._head_found = FittedBlock({}, {})
+        self._outer_found = FittedBlock({}, {})
         self._held_out = [index for index, batch in enumerate(batches) if batch.is_held_out]
         self.start: dict[int, Tensor] = {}
         self.table: dict[int, Tensor] = {}
@@ -171,8 +173,8 @@ class Sweep:
 
     @property
     def n_parts(self) -> int:
-        """Number of blocks, and one more if the head is fitted behind them."""
-        return len(self.state.model.blocks) + (self.head is not None)
+        """Number of blocks, and one more if what lies behind them is fitted."""
+        return len(self.state.model.blocks) + self.state.options.fits_outer
 
     def tensors(self, index: int) -> dict[str, str]:
         """Return parameter of a block -> its tensor; those outside of all blocks behind the last one."""
@@ -204,7 +206,7 @@ class Sweep:
         fit.run_experts()
         if known is None:
             fit.fit()
-            known = self._stored(name, start, fit)
+            known = self._stored(f"{name}.", start, fit)
         self._carry(index, range(len(state.batches)), state.merged, _corrected(start, known))
         self._carry(index, self._held_out, self.start, start)
         self._carry(index, self._held_out, self.low_rank, _with_factors(start, known))
@@ -229,7 +231,7 @@ class Sweep:
                 known.corrections[head.parameter] = found.correction_VI
             if found is not None and found.coefficients_VN is not None:
                 known.coefficients[head.parameter] = found.coefficients_VN
-        self._head_found = known
+        self._outer_found = known
         if head.is_embedding and known.corrections:
             self._embed(state.merged, range(len(state.batches)), self.fitted_outer())
             self.low_rank = {b: state.merged[b] for b in self._held_out}
@@ -237,14 +239,32 @@ class Sweep:
                 self._embed(self.table, self._held_out, self.fitted_outer(as_table=True))
         return known
 
+    def fit_last_layers(self, known: FittedBlock | None = None) -> FittedBlock:
+        """
+        Fit what is behind the last block of a model without a head to fit: a pooler, the head of a classifier.
+
+        Args:
+            known: What an earlier run found for it.
+        """
+        state, names = self.state, self.state.model.outer_parameters()
+        if known is None:
+            start = {name: self._read(None, name) for name in names}
+            experts = [UnreadWeights(names, partial(self._read, expert)) for expert in range(state.n_experts)]
+            prompt = state.merged[0][:1], state.batches[0].prompt(0)
+            fit = LastLayersFit(state, find_last_layers(state.model, state.computed(start), *prompt), start, experts)
+            fit.fit()
+            known = self._stored("", start, fit)
+        self._outer_found = known
+        return known
+
     def fitted_outer(self, *, as_table: bool = False) -> dict[str, Tensor]:
         """Return the fitted weights outside the blocks, whole or in the table form."""
-        names = list(self._head_found.corrections)
+        names = list(self._outer_found.corrections)
         start = {name: self._read(None, name) for name in names}
         if as_table:
             experts = [UnreadWeights(names, partial(self._read, expert)) for expert in range(self.state.n_experts)]
-            return self.state.computed(self._table("", self._head_found, start, experts))
-        return self.state.computed(_corrected(start, self._head_found))
+            return self.state.computed(self._table("", self._outer_found, start, experts))
+        return self.state.computed(_corrected(start, self._outer_found))
 
     def _embed(self, hidden: list[Tensor] | dict[int, Tensor], held: Iterable[int], fitted: Weights) -> None:
         """Embed some batches of the merge, with weights that were fitted."""
@@ -276,9 +296,9 @@ class Sweep:
                     f"{state.batches[b].expert + 1}. Leave out such prompts, or merge without calibration."
                 )
 
-    def _stored(self, name: str, start: dict[str, Tensor], fit: LayerFit) -> FittedBlock:
+    def _stored(self, prefix: str, start: dict[str, Tensor], fit: LayersFit | LayerFit) -> FittedBlock:
         """Return what was found in the dtypes of the output, so that the sweep goes on with what will be written."""
-        dtypes = {key: self.state.reader.torch_dtype(f"{name}.{key}") for key in start}
+        dtypes = {key: self.state.reader.torch_dtype(f"{prefix}{key}") for key in start}
         corrections = {
             key: (fit.weights[key] - start[key]).to(dtypes[key]) for key in start if fit.weights[key] is not start[key]
         }

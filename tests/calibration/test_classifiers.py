@@ -204,10 +204,13 @@ def test_biases_norms_and_flipped_weights_have_coefficients_too(models: tuple[An
     fitted = {name for name, tensor in manifest.tensors.items() if tensor.is_fitted}
     is_bert = model_class is BertForSequenceClassification
     in_blocks = {name for name in merged if ("encoder.layer." if is_bert else ".h.") in name and merged[name].ndim}
-    assert fitted == {name for name in in_blocks if not name.endswith((".attn.bias", "masked_bias"))}
+    behind = ("bert.pooler.", "classifier.") if is_bert else ("transformer.ln_f.", "score.")
+    assert fitted == {name for name in in_blocks if not name.endswith((".attn.bias", "masked_bias"))} | {
+        name for name in merged if name.startswith(behind)
+    }
     for name in fitted:
-        norm = "LayerNorm" in name or ".ln_" in name
-        assert len(table[name]) == (1 if norm or not is_bert else len(merged[name]))
+        is_whole = "LayerNorm" in name or ".ln_" in name or ".h." in name
+        assert len(table[name]) == (1 if is_whole else len(merged[name]))
         origin = base[name].double()
         columns = table[name].T.reshape(3, -1, *[1] * (merged[name].ndim - 1))
         expected = origin + sum(c * (expert[name] - origin) for c, expert in zip(columns, others))

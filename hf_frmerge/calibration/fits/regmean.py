@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_frmerge.calibration.blocks.blockwise_model import Taps, Weights
 from hf_frmerge.calibration.blocks.layers import BlockLayers
 from hf_frmerge.calibration.blocks.matrices import layer_matrix, n_in
-from hf_frmerge.calibration.fits.block_fit import as_factors
+from hf_frmerge.calibration.fits.layers_fit import as_factors
 from hf_frmerge.calibration.fits.least_squares import FitOptions, System, fit_linear
 from hf_frmerge.calibration.fits.sweep_state import SweepState
 from hf_frmerge.errors import NonFiniteError

@@ -26,13 +26,13 @@ class SweepOptions:
         fit: settings of every layer's fit; `residual` is for blocks that begin with a norm.
         post_norm_residual: `residual` for blocks that end with a norm, which bounds the drift of the stream.
         rank: rank of the low-rank form.
-        fits_head: whether a head that is merged is fitted, too.
+        fits_outer: whether the head of a language model, or what else lies behind the blocks, is fitted, too.
     """
 
     fit: FitOptions = field(default_factory=FitOptions)
     post_norm_residual: float = 1.0
     rank: int = 32
-    fits_head: bool = False
+    fits_outer: bool = False
 
 
 @dataclass

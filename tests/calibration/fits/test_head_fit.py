@@ -40,7 +40,7 @@ def state_of(models: Path, kind: str) -> SweepState:
         for is_held_out, rows in ((False, slice(0, 12)), (True, slice(12, 16)))
     ]
     reader = WeightReader(plan, load_kernels("cpu"), model)
-    options = SweepOptions(fits_head=True)
+    options = SweepOptions(fits_outer=True)
     sweep = Sweep(model, reader, batches, SHARES, options, is_full=True, offers_table=True)
     sweep.begin()
     assert sweep.head == find_head(model.model)
