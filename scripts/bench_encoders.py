@@ -8,7 +8,10 @@ folder has for every task `TASK.calibration.jsonl` (a column `text`) and `TASK.t
 `scripts/train_experts.py` makes both. The heads have different labels, so the encoders alone are merged, and every
 task is judged with its own head on the merged encoder.
 
-Recovery of a task is (merged - base) / (expert - base) in accuracy, with the expert's head on each.
+Recovery of a task is (merged - base) / (expert - base) in accuracy, with the expert's head on each. BERT's pooler, a
+layer between the first token and the head, is part of the encoder and merged with it. Other architectures have it in
+the head (as RoBERTa), where it stays each expert's own; the last two columns are measured so, on base, experts and
+merges alike.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 LENGTH = 64
 """Tokens of a text at most, as in the training."""
 
+HEADS = (False, True)
+"""Whether the pooler is that of the encoder, or each expert's own."""
+
 
 def main() -> None:
     args = parse_args()
@@ -39,12 +45,16 @@ def main() -> None:
     tests = {task: read(args.texts / f"{task}.test.jsonl", args.tests) for task in tasks}
     n_tests = min(len(rows) for rows in tests.values())
     print(f"{', '.join(tasks)}; {n_tests} test texts or more a task")
-    base = {task: errors(args.suite, task, str(args.base), tests[task]) for task in tasks}
+    base = {
+        (task, own): errors(args.suite, task, str(args.base), tests[task], own_pooler=own)
+        for task, own in product(tasks, HEADS)
+    }
     expert = {task: errors(args.suite, task, None, tests[task]) for task in tasks}
     for task in tasks:
-        print(f"  {task}: base {1 - base[task].mean():.3f}, expert {1 - expert[task].mean():.3f}")
-    print(f"| merge | {' | '.join(tasks)} | mean | worst | CPU s |")
-    print("|---|" + "---:|" * (len(tasks) + 3), flush=True)
+        of_base = ", with the expert's pooler ".join(f"{1 - base[task, own].mean():.3f}" for own in HEADS)
+        print(f"  {task}: base {of_base}, expert {1 - expert[task].mean():.3f}")
+    print(f"| merge | {' | '.join(tasks)} | mean | worst | CPU s | mean, own pooler | worst, own pooler |")
+    print("|---|" + "---:|" * (len(tasks) + 5), flush=True)
     given = [f"--calibration={args.suite / task}={args.texts / f'{task}.calibration.jsonl'}" for task in tasks]
     rows = [(method, ["--method", method]) for method in args.methods]
     for count, seed in product(args.prompts, args.seeds):
@@ -54,14 +64,20 @@ def main() -> None:
     by_name: dict[str, list[list[float]]] = {}
     for name, options in rows:
         seconds = merge(args, tasks, options)
-        found = [
-            recovery(base[task], expert[task], errors(args.suite, task, str(args.workdir), tests[task]))
-            for task in tasks
-        ]
-        cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in found)
-        values = [value for value, _ in found]
-        print(f"| {name} | {cells} | {np.mean(values):.3f} | {min(values):.3f} | {seconds:.0f} |", flush=True)
-        by_name.setdefault(name, []).append(values)
+        found = {
+            own: [
+                recovery(
+                    base[task, own],
+                    expert[task],
+                    errors(args.suite, task, str(args.workdir), tests[task], own_pooler=own),
+                )
+                for task in tasks
+            ]
+            for own in HEADS
+        }
+        print(row(name, seconds, found), flush=True)
+        for own, suffix in zip(HEADS, ("", ", own pooler")):
+            by_name.setdefault(name + suffix, []).append([value for value, _ in found[own]])
     print_spreads(by_name)
 
 
@@ -77,6 +93,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tests", type=int, default=2000, help="test texts a task at most")
     parser.add_argument("--workdir", type=Path, default=Path("bench-encoders"))
     return parser.parse_args()
+
+
+def row(name: str, seconds: float, found: dict[bool, list[tuple[float, float]]]) -> str:
+    """Return a row of the table; `found` has recovery and standard error of every task, for both kinds of heads."""
+    cells = " | ".join(f"{value:.3f} ± {error:.3f}" for value, error in found[False])
+    values = {own: [value for value, _ in found[own]] for own in HEADS}
+    summary, own_summary = (f"{np.mean(values[own]):.3f} | {min(values[own]):.3f}" for own in HEADS)
+    return f"| {name} | {cells} | {summary} | {seconds:.0f} | {own_summary} |"
 
 
 def merge(args: argparse.Namespace, tasks: list[str], options: list[str]) -> float:
@@ -102,15 +126,23 @@ def read(file: Path, n_rows: int) -> list[dict]:
         return [json.loads(line) for line in islice(lines, n_rows)]
 
 
-def errors(suite: Path, task: str, encoder: str | None, rows: list[dict]) -> NDArray[np.float64]:
-    """Return 1 for every text the task's head is wrong about, on another encoder if one is given; `(texts, 1)`."""
+def errors(
+    suite: Path, task: str, encoder: str | None, rows: list[dict], *, own_pooler: bool = False
+) -> NDArray[np.float64]:
+    """
+    Return 1 for every text the task's head is wrong about, on another encoder if one is given; `(texts, 1)`.
+
+    With `own_pooler` the pooler stays that of the task, as its head does.
+    """
     folder = suite / task / "classifier"
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if encoder is not None:
         own = model.base_model.state_dict()
         other = AutoModel.from_pretrained(encoder).state_dict()
-        model.base_model.load_state_dict({name: other[name] for name in own})
+        model.base_model.load_state_dict(
+            {name: own[name] if own_pooler and name.startswith("pooler.") else other[name] for name in own}
+        )
     found = []
     with torch.inference_mode():
         for start in range(0, len(rows), 32):
