@@ -34,6 +34,7 @@ from hf_frmerge.calibration.inputs import (
     open_runnable,
     prompts_of,
     tokenizer_of,
+    written_batches,
 )
 from hf_frmerge.calibration.into_adapter import correction_rank, transposed_tensors
 from hf_frmerge.calibration.kept_files import RECORD_FILE, read_record, write_record
@@ -84,8 +85,9 @@ def prepare(
     """
     whole, model = open_runnable(plan)
     check_form(plan)
-    if plan.args.refine_steps and plan.args.refine_lmbda:
-        check_writes(model)
+    for option, writer in (("refine_lmbda", "the merge"), ("refine_written_samples", "the experts")):
+        if plan.args.refine_steps and getattr(plan.args, option):
+            check_writes(model, option, writer)
     tokenizer = tokenizer_of(plan, whole, processing_class)
     read = prompts_of(plan, model, calibration, tokenizer)
     if not are_self_written(calibration):
@@ -169,7 +171,7 @@ def calibrate(
     seconds_of_others = processes.gather([] if processes.is_main else [time.process_time() - started])
     if not processes.is_main:
         return None
-    form, refinement = _write_best(plan, whole, sweep, files, by_form, staging)
+    form, refinement = _write_best(plan, whole, sweep, files, by_form, staging, fitted)
     # Of what an adapter stores the other way round, the file for it cannot be added to the whole model.
     is_readable = plan is whole or not transposed_tensors(whole)
     neutral = measure_neutral(whole, model, tokenizer, staging) if is_readable else None
@@ -269,6 +271,7 @@ def _write_best(
     files: BlockFiles,
     by_form: dict[str, tuple[float | None, ...]],
     staging: Path,
+    fitted: Sequence[Prompts],
 ) -> tuple[Form, RefinementRecord | None]:
     """Write the form that is best, or its refinement, and add the distances of that; remove what is unfinished."""
     wanted = plan.args.calibration_form if plan is whole else "low_rank"
@@ -280,7 +283,8 @@ def _write_best(
         blocks = [files.read(index, sweep.tensors(index)) for index in range(n_parts)]
         found = [block for block in blocks if block is not None]
     if plan.args.refine_steps:
-        form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed)
+        written = written_batches(plan, sweep.state.model, fitted)
+        form, refinement = refine_fit(plan.args, sweep, found, by_form, form, staging, transposed, written)
     if refinement is None or not refinement.best_step:
         if form == "table":
             write_table(sweep.state, by_parameter(sweep.state.model, found).coefficients, staging)

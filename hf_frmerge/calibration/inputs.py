@@ -14,6 +14,7 @@ from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.blocks.streams import Batch, in_batches
 from hf_frmerge.calibration.fits.equations import check_experts
 from hf_frmerge.calibration.into_adapter import as_whole_model
+from hf_frmerge.calibration.prompts.continued import continued_prompts
 from hf_frmerge.calibration.prompts.read_prompts import (
     Prompts,
     leading_tokens,
@@ -210,6 +211,23 @@ def batches_of(
         for one in prompts
         for batch in in_batches(one.token_ids, one.expert, size, pad, is_held_out=is_held_out, device=model.device)
     ]
+
+
+def written_batches(plan: MergePlan, model: BlockwiseModel, fitted: Sequence[Prompts]) -> list[Batch]:
+    """Return the further prompts that experts write for a refinement, with more beginnings, in batches."""
+    args = plan.args
+    if not args.refine_written_samples:
+        return []
+    written = continued_prompts(
+        fitted,
+        [expert.source for expert in plan.experts],
+        plan.base.source if plan.base is not None else None,
+        n_samples=args.refine_written_samples,
+        max_length=args.max_calibration_length,
+        seed=args.seed,
+        device=args.device,
+    )
+    return batches_of(plan, model, written, ())
 
 
 def is_silent(plan: MergePlan, *, is_main: bool = True) -> bool | None:

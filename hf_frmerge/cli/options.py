@@ -61,6 +61,7 @@ CALIBRATION = {
         "refine_loss",
         "refine_teacher",
         "refine_lmbda",
+        "refine_written_samples",
         "refine_learning_rate",
         "refine_beta",
         "refine_rho",

@@ -72,6 +72,7 @@ OPTIONS = [
         "--refine 30 --refine-teacher barycentre --refine-lmbda 0.5",
         {"refine_steps": 30, "refine_teacher": "barycentre", "refine_lmbda": 0.5},
     ),
+    ("--refine 30 --refine-written-samples 192", {"refine_steps": 30, "refine_written_samples": 192}),
     ("--refine 30 --refine-rho 0.05", {"refine_steps": 30, "refine_rho": 0.05}),
     (
         "--max-calibration-length 64 --calibration-batch-size 2",

@@ -125,39 +125,80 @@ def self_written_prompts(
         ArgumentError, NonFiniteError: As `write_prompts` does, with the name of the expert.
         MergeError: If the cache cannot be written.
     """
+    loader, prompts = ModelLoader(base, dtype, device), []
+    for number, source in enumerate(experts):
+        identities = identities_of(source, base)
+        own_seed = seed_of(identities, seed)
+
+        def write(model: Any, numbers: Sequence[int], own_seed: int = own_seed) -> NDArray[np.int64]:
+            length = max_length + len(prefix) - len(leading)
+            texts = write_prompts(model, numbers, length, prefix=prefix, seed=own_seed)
+            begin = np.tile(np.array(leading, np.int64), (len(numbers), 1))
+            return np.concatenate([begin, texts[:, len(prefix) :]], axis=1)
+
+        key = [identities, [list(prefix), list(leading), max_length, own_seed, dtype, device]]
+        written = kept_prompts(loader, source, key, n_samples, write, cache_dir)
+        prompts.append(Prompts(number, written, SELF, tuple(leading)))
+    return tuple(prompts)
+
+
+def identities_of(source: Source, base: Source | None) -> list[Any]:
+    """Return what tells an expert's content from that of others: its own, and for adapters the base's."""
+    models = [source, *([base] if base is not None and source.kind == "adapter" else [])]
+    return [model_identity(model) for model in models]
+
+
+def seed_of(identities: Sequence[Any], seed: int) -> int:
+    """Return the seed of what an expert writes, which depends on its content."""
+    return int(key_of([seed, identities])[:16], 16)
+
+
+def kept_prompts(
+    loader: ModelLoader,
+    source: Source,
+    key: Sequence[Any],
+    n_samples: int,
+    write: Callable[[Any, Sequence[int]], NDArray[np.int64]],
+    cache_dir: Path | None = None,
+) -> tuple[NDArray[np.int64], ...]:
+    """
+    Return what an expert writes: from the cache, or written by `BATCH` and kept there.
+
+    Args:
+        loader: Loads the expert, if there is something to write.
+        source: The expert.
+        key: All that the prompts depend on, beside their numbers and the versions of libraries.
+        n_samples: Number of prompts.
+        write: Returns the prompts of some numbers, `(len(numbers), T)`.
+        cache_dir: By default `prompts` in the user's cache.
+
+    Raises:
+        ArgumentError, NonFiniteError: As `write` does, with the name of the expert.
+        MergeError: If the cache cannot be written.
+    """
     folder = cache_dir if cache_dir is not None else default_cache_dir().parent / "prompts"
     make_folder(folder)
-    loader = ModelLoader(base, dtype, device)
-    prompts = []
-    for number, source in enumerate(experts):
-        models = [source, *([base] if base is not None and source.kind == "adapter" else [])]
-        identities = [model_identity(model) for model in models]
-        own_seed = int(key_of([seed, identities])[:16], 16)
-        versions = [FORMAT, torch.__version__, transformers.__version__]
-        key = [versions, identities, [list(prefix), list(leading), max_length, own_seed, dtype, device]]
-        written, model = [], None
-        for start in range(0, n_samples, BATCH):
-            numbers = range(start, min(start + BATCH, n_samples))
-            # How many are written at once may decide about last digits, and so about a token.
-            file = folder / f"{key_of([*key, start, len(numbers)])}.npy"
-            batch = _kept(file)
-            if batch is None:
-                model = model if model is not None else loader.load(source)
-                try:
-                    length = max_length + len(prefix) - len(leading)
-                    texts = write_prompts(model, numbers, length, prefix=prefix, seed=own_seed)
-                except MergeError as error:
-                    raise type(error)(f"The expert {source.spec!r} gives no prompts. {error}") from error
-                begin = np.tile(np.array(leading, np.int64), (len(numbers), 1))
-                batch = np.concatenate([begin, texts[:, len(prefix) :]], axis=1)
-                content = io.BytesIO()
-                np.save(content, batch)
-                write_file(file, content.getvalue())
-            written += list(batch)
-        if model is not None:
-            loader.release(model)
-        prompts.append(Prompts(number, tuple(written), SELF, tuple(leading)))
-    return tuple(prompts)
+    versions = [FORMAT, torch.__version__, transformers.__version__]
+    written: list[NDArray[np.int64]] = []
+    model = None
+    for start in range(0, n_samples, BATCH):
+        numbers = range(start, min(start + BATCH, n_samples))
+        # How many are written at once may decide about last digits, and so about a token.
+        file = folder / f"{key_of([versions, *key, start, len(numbers)])}.npy"
+        batch = _kept(file)
+        if batch is None:
+            model = model if model is not None else loader.load(source)
+            try:
+                batch = write(model, numbers)
+            except MergeError as error:
+                raise type(error)(f"The expert {source.spec!r} gives no prompts. {error}") from error
+            content = io.BytesIO()
+            np.save(content, batch)
+            write_file(file, content.getvalue())
+        written += list(batch)
+    if model is not None:
+        loader.release(model)
+    return tuple(written)
 
 
 def _kept(file: Path) -> NDArray[np.int64] | None:
@@ -202,15 +243,21 @@ def write_prompts(
             f"Prompts of {max_length} tokens are to begin with {len(prefix)} given ones, which leaves nothing to "
             f"write. Raise max_calibration_length above {len(prefix)}."
         )
-    model_any: Any = model
     n_drawn = max_length - len(prefix)
-    uniform_BT = torch.from_numpy(np.stack([np.random.default_rng([seed, n]).random(n_drawn) for n in numbers]))
+    uniform_BT = np.stack([np.random.default_rng([seed, n]).random(n_drawn) for n in numbers])
+    return go_on(model, np.tile(np.array(prefix, np.int64), (len(numbers), 1)), uniform_BT)
+
+
+def go_on(model: torch.nn.Module, begun_BT: NDArray[np.int64], uniform_BT: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Let a language model go on with texts, as `write_behind` does, and leave it as it was."""
+    model_any: Any = model
     was_training = model.training
     model.eval()
-    begun_BT = torch.tensor([list(prefix)] * len(numbers), device=model_any.device)
-    written: NDArray[np.int64] = write_behind(model, begun_BT, uniform_BT, type(model).__name__).cpu().numpy()
+    begun = torch.from_numpy(begun_BT).to(model_any.device)
+    written = write_behind(model, begun, torch.from_numpy(uniform_BT), type(model).__name__)
     model.train(was_training)
-    return written
+    found: NDArray[np.int64] = written.cpu().numpy()
+    return found
 
 
 def write_behind(
@@ -248,7 +295,7 @@ def _cache(output: Any, class_name: str) -> dict[str, Any]:
     if cache is None:
         raise ArgumentError(
             f"{class_name} keeps no past_key_values, so it cannot write text. Give prompts from a file, and leave out "
-            "refine_lmbda (--refine-lmbda)."
+            "refine_lmbda (--refine-lmbda) and refine_written_samples (--refine-written-samples)."
         )
     return {"past_key_values": cache}
 

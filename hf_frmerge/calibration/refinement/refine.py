@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,12 +100,20 @@ class Refinement:
         start: The merge without data, by parameters, float32.
         corrections: What is added to it, to begin with; see `CorrectedMerge`. They are what is trained.
         options: Settings.
+        written: Further prompts, which the sweep did not have.
 
     Attributes:
         values: the corrections as trained so far.
     """
 
-    def __init__(self, sweep: Sweep, start: Weights, corrections: Weights, options: RefineOptions) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        start: Weights,
+        corrections: Weights,
+        options: RefineOptions,
+        written: Sequence[Batch] = (),
+    ) -> None:
         self.values = {name: tensor.clone().requires_grad_() for name, tensor in corrections.items()}
         for tensor in self.values.values():  # of what no prompt reaches too, so that the optimiser has a state for all
             tensor.grad = torch.zeros_like(tensor)
@@ -113,8 +121,9 @@ class Refinement:
         self._updates = ExpertUpdates(sweep.state)
         self._merge = CorrectedMerge(sweep.state, start, self.values, self._updates)
         self._teachers = Teachers(sweep, is_barycentre=options.is_barycentre)
-        self._longest = max(b.inputs["input_ids"].shape[1] for b in sweep.state.batches if not b.is_held_out)
-        self._chunks = self._cut()
+        fitted = [batch for batch in sweep.state.batches if not batch.is_held_out]
+        self._longest = max(batch.inputs["input_ids"].shape[1] for batch in [*fitted, *written])
+        self._chunks = self._cut(written)
         self._rollouts: dict[Place, Chunk] = {}
 
     def run(self, file: Path, *, silent: bool | None = None) -> Best | None:
@@ -270,12 +279,13 @@ class Refinement:
                 }
         return done.best
 
-    def _cut(self) -> dict[int, list[Chunk]]:
-        """Cut the batches to fit into parts that share a step; expert -> its parts."""
+    def _cut(self, written: Sequence[Batch]) -> dict[int, list[Chunk]]:
+        """Cut the batches to fit, and those that were written, into parts that share a step; expert -> its parts."""
         state = self._sweep.state
         fitted = [b for b, batch in enumerate(state.batches) if not batch.is_held_out]
-        batches = [state.batches[b] for b in fitted]
-        taught = self._teachers.hidden(batches, own=[state.expert[b] for b in fitted])
+        given = [state.batches[b] for b in fitted]
+        taught = self._teachers.hidden(given, own=[state.expert[b] for b in fitted]) + self._teachers.hidden(written)
+        batches = [*given, *written]
         experts = sorted({batch.expert for batch in batches})
         n_tokens = max(1, self._options.batch_size // len(experts)) * self._longest
         share = sum(state.shares[expert] for expert in experts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_frmerge.calibration.blocks.block_files import factors_for_adapter
+from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, parameter_of, read_start
 from hf_frmerge.calibration.refinement.expert_updates import coefficients_to_refine, write_table
 from hf_frmerge.calibration.refinement.losses import row_losses
@@ -32,6 +33,7 @@ def refine_fit(
     form: Form,
     staging: Path,
     transposed: Collection[str] | None,
+    written: Sequence[Batch] = (),
 ) -> tuple[Form, RefinementRecord]:
     """
     Refine a fit, and write what comes of it if that is nearer to the experts than what the fit found.
@@ -45,6 +47,7 @@ def refine_fit(
             that was asked for, or a number for every weight, if that may be written.
         staging: Folder of unfinished files.
         transposed: Where the output is an adapter, the tensors that the model stores as `(n_in, n_out)`; else `None`.
+        written: Further prompts, which experts wrote.
 
     Returns:
         The form to write, and how it was refined.
@@ -69,7 +72,7 @@ def refine_fit(
         is_barycentre=args.refine_teacher == "barycentre",
         lmbda=args.refine_lmbda,
     )
-    best = Refinement(sweep, start, corrections, options).run(
+    best = Refinement(sweep, start, corrections, options, written).run(
         staging / PROGRESS_FILE, silent=args.disable_tqdm or None
     )
     best_step = 0

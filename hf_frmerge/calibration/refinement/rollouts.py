@@ -87,9 +87,14 @@ def _n_given(inputs: Mapping[str, Tensor]) -> int:
     return max(1, shortest // 2)
 
 
-def check_writes(model: BlockwiseModel) -> None:
+def check_writes(model: BlockwiseModel, option: str, writer: str) -> None:
     """
-    Check that a merge can write texts, with weights of zeros: before long work.
+    Check that models of a kind can write texts, with weights of zeros: before long work.
+
+    Args:
+        model: The modules.
+        option: The argument that asks for it.
+        writer: Who is to write: `"the merge"`, or `"the experts"`.
 
     Raises:
         ArgumentError: If it is no causal language model, or keeps no cache of keys and values.
@@ -97,8 +102,8 @@ def check_writes(model: BlockwiseModel) -> None:
     name = type(model.model).__name__
     if not predicts_next_token(model.model):
         raise ArgumentError(
-            f"{name} does not write text, as refine_lmbda (--refine-lmbda) would have the merge do: only causal "
-            "language models can. Leave it out."
+            f"{name} does not write text, as {option} (--{option.replace('_', '-')}) would have {writer} do: only "
+            "causal language models can. Leave it out."
         )
     zero = torch.zeros((), dtype=model.dtype, device=model.device)
     zeros = {

@@ -42,6 +42,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "refine_steps": (lambda v: v >= 0, "at least 0 (0 does not refine)"),
     "refine_learning_rate": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "refine_lmbda": (lambda v: 0 <= v <= 1, "from 0 to 1 (share of the steps)"),
+    "refine_written_samples": (lambda v: v >= 0, "at least 0 (0 takes the given prompts alone)"),
     "refine_beta": (lambda v: 0 < v < 1, "between 0 and 1"),
     "refine_rho": (lambda v: 0 <= v < math.inf, "at least 0 and finite (0 takes plain steps)"),
     "adapter_rank": (lambda v: v >= 1, "at least 1"),

@@ -307,6 +307,13 @@ class MergingArguments:
             "halves (language models only), as lmbda in trl; refine_loss=reverse_kl fits it."
         ),
     )
+    refine_written_samples: int = field(
+        default=0,
+        metadata=described(
+            "Further prompts for the refinement that every expert writes, each behind a piece of one of its own "
+            "prompts (language models only)."
+        ),
+    )
     refine_learning_rate: float | None = field(
         default=None,
         metadata=described(

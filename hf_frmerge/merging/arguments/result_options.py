@@ -48,6 +48,7 @@ RESULT_OPTIONS = (
     "refine_loss",
     "refine_teacher",
     "refine_lmbda",
+    "refine_written_samples",
     "refine_learning_rate",
     "refine_beta",
     "refine_rho",

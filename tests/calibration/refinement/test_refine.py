@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from hf_frmerge.calibration import calibrate
 from hf_frmerge.calibration.blocks.blockwise_model import Outputs
+from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.held_out import distances, forms_of
 from hf_frmerge.calibration.prompts.read_prompts import read_prompts, split_prompts
 from hf_frmerge.calibration.refinement.corrected_merge import corrections_to_refine, read_start
@@ -92,6 +93,42 @@ def test_loss_and_gradient_are_those_of_the_whole_models(
         assert gradient is not None
         scale = float(reference.abs().max())
         torch.testing.assert_close(gradient.double() / n_steps, reference, rtol=1e-3, atol=1e-3 * scale + 1e-8)
+
+
+@pytest.mark.parametrize("teacher", ["expert", "barycentre"])
+def test_prompts_that_were_written_count_token_by_token_as_the_given_ones(models: Path, teacher: str) -> None:
+    sweep = swept(models, "llama")
+    written = [
+        Batch(number, padded(prompts(number, 24)[16:]), is_held_out=False) for number in range(N_EXPERTS)
+    ]  # fmt: skip
+    options = RefineOptions(
+        1, partial(row_losses, loss="kl"), 1e-3, batch_size=1000, seed=0, is_barycentre=teacher == "barycentre"
+    )
+    corrections = some_corrections(sweep, "dense")
+    refinement = Refinement(sweep, read_start(sweep.state), corrections, options, written)
+    n_steps = 4  # three batches of given prompts, and one of written ones
+    value = sum(refinement.take_gradients(step) for step in range(n_steps)) / n_steps
+
+    model = load_whole(models, models / "llama" / "base", "llama").double()
+    experts = [expert_weights(models, "llama", "full", number) for number in range(N_EXPERTS)]
+    start = read_start(sweep.state)
+    merged = {name: values.double() + corrections.get(name, torch.zeros(())) for name, values in start.items()}
+    expected = 0.0
+    for number, share in enumerate((0.25, 0.75)):
+        inputs = padded([*prompts(number)[:12], *prompts(number, 24)[16:]])
+        mask = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            q, *ps = (functional_call(model, w, (), inputs).logits[mask].softmax(-1) for w in (merged, *experts))
+        p = ps[number] if teacher == "expert" else barycentre(ps, (0.25, 0.75))
+        expected += share * float((p * (p / q).log()).sum(-1).mean())
+    assert value == pytest.approx(expected, rel=1e-4)
+
+
+def barycentre(predictions: list[torch.Tensor], shares: tuple[float, float]) -> torch.Tensor:
+    """Of two predictions: the point of the great circle between their square roots at the second one's share."""
+    one, other = (p.sqrt() for p in predictions)
+    angle = torch.arccos((one * other).sum(-1, keepdim=True).clamp(max=1))
+    return ((torch.sin(shares[0] * angle) * one + torch.sin(shares[1] * angle) * other) / torch.sin(angle)).square()
 
 
 def test_what_begins_at_the_start_is_the_start(models: Path, tmp_path: Path) -> None:
@@ -200,6 +237,7 @@ def test_the_learning_rate_is_that_of_transformers_one_step_earlier_in_the_warm_
             "low_rank",
             {"refine_loss": "reverse_kl", "refine_lmbda": 0.5, "refine_learning_rate": 3e-3},
         ),
+        ("llama", "lora", "dense", {"adapter_output": "merged", "refine_written_samples": 40}),
     ],
 )
 def test_a_refined_merge_is_closer_and_its_record_checks(
@@ -296,6 +334,7 @@ class Killed(Exception):
         ("dense", {}),
         ("low_rank", {"refine_lmbda": 0.5, "refine_loss": "reverse_kl"}),
         ("table", {"refine_teacher": "barycentre"}),
+        ("dense", {"refine_written_samples": 20}),
     ],
 )
 def test_an_interrupted_refinement_goes_on_to_the_same_bits(

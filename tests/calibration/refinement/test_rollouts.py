@@ -125,8 +125,9 @@ def test_each_round_is_written_by_the_merge_as_it_is_then(models: Path, tmp_path
 @pytest.mark.parametrize("kind", ["classifier", "headless"])
 def test_what_writes_no_text_is_refused_before_anything_is_done(models: Path, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"refine_steps": 2, "refine_learning_rate": 1e-3}
-    with pytest.raises(ArgumentError, match=r"Bert\w+ does not write text, as refine_lmbda .* Leave it out"):
-        merger(models, tmp_path / "out", kind, refine_lmbda=0.5, **options).merge()
+    for option, value, writer in (("refine_lmbda", 0.5, "the merge"), ("refine_written_samples", 4, "the experts")):
+        with pytest.raises(ArgumentError, match=rf"Bert\w+ does not write text, as {option} .* {writer} do.* Leave"):
+            merger(models, tmp_path / "out", kind, **{option: value}, **options).merge()
     assert not (tmp_path / "out").exists()
     merger(models, tmp_path / "out", kind, **options).merge()
     record = read_manifest(tmp_path / "out").calibration
@@ -137,13 +138,13 @@ def test_a_model_that_remembers_in_another_way_is_refused() -> None:
     config = MambaConfig(vocab_size=41, hidden_size=16, num_hidden_layers=1, state_size=4)
     model = BlockwiseModel(MambaForCausalLM, config, torch.device("cpu"), torch.float32)
     with pytest.raises(ArgumentError, match=r"MambaForCausalLM keeps no past_key_values.* leave out refine_lmbda"):
-        check_writes(model)
+        check_writes(model, "refine_lmbda", "the merge")
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_writes_passes(kind: str, dtype: torch.dtype) -> None:
-    check_writes(BlockwiseModel(*MODELS[kind], torch.device("cpu"), dtype))
+    check_writes(BlockwiseModel(*MODELS[kind], torch.device("cpu"), dtype), "refine_lmbda", "the merge")
 
 
 @pytest.mark.parametrize("lmbda", [-0.1, 1.5])

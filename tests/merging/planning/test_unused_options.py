@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "refine_loss": "jsd",
     "refine_teacher": "barycentre",
     "refine_lmbda": 0.5,
+    "refine_written_samples": 8,
     "refine_beta": 0.2,
     "refine_rho": 0.1,
     "refine_learning_rate": 1e-3,
