@@ -30,7 +30,7 @@ import torch
 from agreement import Row, by_rule, print_table
 from torch import Tensor, nn
 
-from hf_frmerge.calibration.fits.mats import conjugate_gradients
+from hf_frmerge.calibration.baselines.mats import conjugate_gradients
 from hf_frmerge.geometry.lowrank import Factors
 from hf_frmerge.methods.spectral.decision import Spectral
 from hf_frmerge.methods.spectral.inputs import SpectralOptions

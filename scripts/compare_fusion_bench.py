@@ -25,8 +25,8 @@ from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_an
 from fusion_bench.method.ties_merging.ties_merging_utils import ties_merging
 from torch import Tensor
 
+from hf_frmerge.calibration.baselines.regmean import shrunk
 from hf_frmerge.calibration.fits.least_squares import FitOptions, System, fit_linear
-from hf_frmerge.calibration.fits.regmean import shrunk
 from hf_frmerge.fisher.average import fisher_average
 from hf_frmerge.methods.post_steps import SingularValueCalibration
 

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_frmerge.calibration.baselines.mats import conjugate_gradients
 from hf_frmerge.calibration.blocks.matrices import is_linear, layer_matrix
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits.equations import kronecker_files
-from hf_frmerge.calibration.fits.mats import conjugate_gradients
 from hf_frmerge.calibration.inputs import HELD_OUT, is_silent, open_runnable, prompts_of, tokenizer_of
 from hf_frmerge.calibration.prompts.read_prompts import split_prompts
 from hf_frmerge.checkpoints.tensors.reader import some

@@ -1,1 +1,1 @@
-"""What is fitted in a block: its layers to the experts, or what a method with prompts asks for."""
+"""What is fitted in a block and behind the blocks: layers to what they give in the experts."""

@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hf_frmerge.calibration.baselines.fisher_fit import FisherFit
+from hf_frmerge.calibration.baselines.mats import MatsFit
+from hf_frmerge.calibration.baselines.regmean import RegMeanFit, RegMeanOptions
 from hf_frmerge.calibration.blocks.matrices import is_linear
 from hf_frmerge.calibration.fits.block_fit import BlockFit
-from hf_frmerge.calibration.fits.fisher_fit import FisherFit
-from hf_frmerge.calibration.fits.mats import MatsFit
-from hf_frmerge.calibration.fits.regmean import RegMeanFit, RegMeanOptions
 from hf_frmerge.calibration.fits.sweep_state import SweepOptions
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_frmerge.calibration.baselines.fisher_fit import InformedFit
 from hf_frmerge.calibration.blocks.matrices import layer_matrix
-from hf_frmerge.calibration.fits.fisher_fit import InformedFit
 
 if TYPE_CHECKING:
     from hf_frmerge.calibration.blocks.blockwise_model import Weights

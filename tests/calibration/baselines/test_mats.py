@@ -15,7 +15,7 @@ from scipy.sparse.linalg import cg
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
-from hf_frmerge.calibration.fits.mats import conjugate_gradients
+from hf_frmerge.calibration.baselines.mats import conjugate_gradients
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.identity import model_identity

@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_frmerge import FisherRaoMerger, MergingArguments
 from hf_frmerge.calibration import inputs
-from hf_frmerge.calibration.fits.regmean import shrunk
+from hf_frmerge.calibration.baselines.regmean import shrunk
 from hf_frmerge.calibration.prompts.read_prompts import read_prompts, split_prompts
 from hf_frmerge.cli.main import main
 from hf_frmerge.comparison.candidates import parse_candidate
