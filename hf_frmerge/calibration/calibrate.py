@@ -58,6 +58,7 @@ from hf_frmerge.methods.table import METHODS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hf_frmerge.kernels.interface import Kernels
     from hf_frmerge.merging.planning.plan import MergePlan
     from hf_frmerge.merging.run import Calibrate
 
@@ -149,17 +150,10 @@ def calibrate(
     if processes.is_main and not METHODS[plan.args.method].needs_prompts:
         _warn_of_few_tokens(model, fitted)
         _warn_of_what_stays(model)
-    settings = settings_of(plan, fit_settings(plan)[0])
     kernels = load_kernels(plan.args.device)
     reader = WeightReader(whole, kernels, model)  # refuses blocks that it cannot read, before anything is written
-    key = {
-        **fingerprint(plan, kernels.name),
-        "prompts": [p.digest for p in prompts],
-        "fit": settings,
-        "dtype": str(model.dtype),
-    }
     with processes.main_first():
-        files = BlockFiles(staging, key)
+        files = BlockFiles(staging, _key(plan, kernels, model, prompts))
     done = staging / RECORD_FILE
     if done.exists():  # the merge died after the fit
         return replace(read_record(done), starts=starts) if processes.is_main else None
@@ -182,7 +176,7 @@ def calibrate(
         source=prompts[0].source,
         digest=digest_of(prompts),
         options={
-            **settings,
+            **settings_of(plan, sweep.state.options),
             "dtype": str(model.dtype).removeprefix("torch."),
             "judged_by": "predictions" if sweep.gives_logits else "hidden_states",
         },
@@ -195,6 +189,16 @@ def calibrate(
     )
     write_record(done, record)
     return record
+
+
+def _key(plan: MergePlan, kernels: Kernels, model: BlockwiseModel, prompts: Sequence[Prompts]) -> dict[str, Any]:
+    """Return all that a fit depends on: one that goes on must have begun with the same."""
+    return {
+        **fingerprint(plan, kernels.name),
+        "prompts": [p.digest for p in prompts],
+        "fit": settings_of(plan, fit_settings(plan)[0]),
+        "dtype": str(model.dtype),
+    }
 
 
 def _open_sweep(
