@@ -18,7 +18,8 @@ from hf_frmerge.calibration.blocks.replay import Replay
 from hf_frmerge.calibration.blocks.routed import Routed, Routes, gated, listening
 from hf_frmerge.calibration.fits.expert_inputs import ExpertInputs, sum_after
 from hf_frmerge.calibration.fits.layers_fit import LayersFit, with_one
-from hf_frmerge.calibration.fits.least_squares import Moments, WriterMoments, norm_sums
+from hf_frmerge.calibration.fits.least_squares import Moments, WriterMoments
+from hf_frmerge.calibration.fits.norms import norm_sums
 from hf_frmerge.calibration.fits.sweep_state import SweepState
 from hf_frmerge.calibration.memory import give_back
 

@@ -24,7 +24,8 @@ from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Taps, 
 from hf_frmerge.calibration.blocks.layers import is_norm
 from hf_frmerge.calibration.blocks.matrices import is_linear, layer_matrix, n_in
 from hf_frmerge.calibration.fits.layers_fit import LayersFit, with_one
-from hf_frmerge.calibration.fits.least_squares import Moments, norm_sums
+from hf_frmerge.calibration.fits.least_squares import Moments
+from hf_frmerge.calibration.fits.norms import norm_sums
 from hf_frmerge.calibration.fits.sweep_state import SweepState
 
 _RIDGE = 0.3

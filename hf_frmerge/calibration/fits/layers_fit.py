@@ -16,14 +16,13 @@ from hf_frmerge.calibration.fits.least_squares import (
     Fit,
     FitOptions,
     Moments,
-    NormFit,
     System,
     UpdatePrior,
     WriterMoments,
     fit_linear,
-    fit_norm,
     low_rank,
 )
+from hf_frmerge.calibration.fits.norms import NormFit, fit_norm
 from hf_frmerge.calibration.fits.sweep_state import SweepState
 from hf_frmerge.errors import NonFiniteError
 
