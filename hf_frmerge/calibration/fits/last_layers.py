@@ -103,8 +103,7 @@ def token_factors(
         with Taps(model.model, names) as taps:
             outputs = model.finish(outer, hidden_1TH, inputs)
         read = [*taps.inputs.values(), *([outputs.values] if outputs.values.ndim == 2 else [])]
-        mask = inputs.get("attention_mask")
-        is_token_T = torch.ones(hidden_1TH.shape[1], dtype=torch.bool) if mask is None else mask[0].bool()
+        is_token_T = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[0].bool()
         factor_T = torch.ones(len(is_token_T), device=hidden_BTH.device)
         if read:
             # Not a plain sum: that of what leaves a norm is a constant.
