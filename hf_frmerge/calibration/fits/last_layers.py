@@ -14,11 +14,11 @@ give; a last norm that was fitted as well changed nothing for three real fine-tu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Taps, Weights
 from hf_frmerge.calibration.blocks.layers import is_norm
@@ -63,11 +63,15 @@ def find_last_layers(
         inputs: The prompt.
     """
     n_rows: list[tuple[str, int]] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: n_rows.append((name, args[0].shape[:-1].numel())))
-        for name, module in model.model.named_modules()
-        if is_linear(module) or is_norm(module)
-    ]
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            n_rows.extend((name, entering.shape[:-1].numel()) for entering in args[:1])  # by keyword there is none
+
+        return hook
+
+    modules = [(name, module) for name, module in model.model.named_modules() if is_linear(module) or is_norm(module)]
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules]
     # What has run by then lies before the blocks or inside.
     handles.append(model.block(model.blocks[-1]).register_forward_pre_hook(lambda *_: n_rows.clear()))
     try:

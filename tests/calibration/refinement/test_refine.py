@@ -237,7 +237,7 @@ def test_the_learning_rate_is_that_of_transformers_one_step_earlier_in_the_warm_
             "low_rank",
             {"refine_loss": "reverse_kl", "refine_lmbda": 0.5, "refine_learning_rate": 3e-3},
         ),
-        ("llama", "lora", "dense", {"adapter_output": "merged", "refine_written_samples": 40}),
+        ("llama", "full", "dense", {"refine_written_samples": 40, "refine_learning_rate": 1e-3}),
     ],
 )
 def test_a_refined_merge_is_closer_and_its_record_checks(
