@@ -25,7 +25,7 @@ from hf_frmerge.calibration.blocks.weights import UnreadWeights, WeightReader
 from hf_frmerge.calibration.fits.block_fit import BlockFit
 from hf_frmerge.calibration.fits.coefficient_rows import combined
 from hf_frmerge.calibration.fits.head_fit import find_head, fit_head
-from hf_frmerge.calibration.fits.last_layers import LastLayersFit, find_last_layers, token_factors
+from hf_frmerge.calibration.fits.last_layers import LastLayersFit, find_last_layers
 from hf_frmerge.calibration.fits.layers_fit import LayersFit
 from hf_frmerge.calibration.fits.sweep_state import SweepOptions, SweepState
 from hf_frmerge.errors import NonFiniteError
@@ -139,12 +139,6 @@ class Sweep:
             state.merged.append(hidden_BTH)
         outputs = state.model.finish(outer, state.merged[0][:1], state.batches[0].prompt(0))
         self.gives_logits, self.predicts_tokens = outputs.is_logits, outputs.values.ndim > 2
-        if not (self.gives_logits and self.predicts_tokens):
-            layers = find_last_layers(state.model, outer, state.merged[0][:1], state.batches[0].prompt(0))
-            state.token_factors = [
-                token_factors(state.model, outer, hidden_BTH, batch, layers)
-                for hidden_BTH, batch in zip(state.merged, state.batches)
-            ]
         of_experts: dict[int, Tensor] = {}
         for expert in state.own:
             outer = self.outer(expert)

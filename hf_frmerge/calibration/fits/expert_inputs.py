@@ -94,8 +94,6 @@ class ExpertInputs:
             expert = sweep.batches[b].expert
             mean = float(sums[expert]) / sweep.n_tokens[expert]
             self.token_weights[b, first] = (self.token_weights[b, first] / mean).clamp(min=_LEAST_WEIGHT)
-            if sweep.token_factors:
-                self.token_weights[b, first] *= sweep.token_factors[b]
 
 
 def sum_after(group: LinearGroup, taps: Taps, after_BTH: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel, Taps, Weights
 from hf_frmerge.calibration.blocks.layers import is_norm
 from hf_frmerge.calibration.blocks.matrices import is_linear, layer_matrix, n_in
-from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.fits.layers_fit import LayersFit, with_one
 from hf_frmerge.calibration.fits.least_squares import Moments
 from hf_frmerge.calibration.fits.norms import norm_sums
@@ -81,42 +80,6 @@ def find_last_layers(
             handle.remove()
     names, n_tokens = [name for name, _ in n_rows], inputs["input_ids"].numel()
     return [LastLayer(name, n == n_tokens) for name, n in n_rows if names.count(name) == 1 and n in (1, n_tokens)]
-
-
-def token_factors(
-    model: BlockwiseModel, outer: Weights, hidden_BTH: Tensor, batch: Batch, layers: Sequence[LastLayer]
-) -> Tensor:
-    """
-    Return how often each token of a batch counts where layers write to the residual stream, `(tokens,)`.
-
-    A classifier may look at one token alone, and so does a pooler; what the blocks make of the others matters there
-    only by way of this one. It counts once more for every token of its prompt. Which tokens are read is found by the
-    gradient of what reads them.
-
-    Args:
-        model: The modules.
-        outer: Weights outside the blocks.
-        hidden_BTH: Any hidden states of the batch.
-        batch: The batch.
-        layers: What `find_last_layers` found.
-    """
-    names = [layer.name for layer in layers if not layer.is_by_token]
-    factors = []
-    for row in range(len(hidden_BTH)):
-        inputs, hidden_1TH = batch.prompt(row), hidden_BTH[row : row + 1].detach().requires_grad_()
-        with Taps(model.model, names) as taps:
-            outputs = model.finish(outer, hidden_1TH, inputs)
-        read = [*taps.inputs.values(), *([outputs.values] if outputs.values.ndim == 2 else [])]
-        is_token_T = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[0].bool()
-        factor_T = torch.ones(len(is_token_T), device=hidden_BTH.device)
-        if read:
-            # Not a plain sum: that of what leaves a norm is a constant.
-            seen = torch.stack([(x.float() @ torch.linspace(1, 2, x.shape[-1], device=x.device)).sum() for x in read])
-            (gradient_1TH,) = torch.autograd.grad(seen.sum(), hidden_1TH)
-            is_read_T = gradient_1TH[0].abs().sum(-1) > 0
-            factor_T += is_read_T * (is_token_T.sum() / is_read_T.sum())
-        factors.append(factor_T[is_token_T])
-    return torch.cat(factors)
 
 
 class LastLayersFit(LayersFit):

@@ -51,7 +51,6 @@ class SweepState:
             experts is added up over all of them.
         offers_table: whether coefficients of the experts are looked for, too.
         expert, merged: hidden states `(B, T, H)` of every batch, float32, after the blocks run so far.
-        token_factors: by batch how often each token counts where layers write to the stream; empty if all do once.
         n_tokens: tokens of every expert that take part in the fit, in all processes.
         summed: experts of which this process adds what depends on their weights alone to sums over all experts.
         n_unreached: experts of mixtures that stayed as merged, as too few tokens were sent to them.
@@ -67,7 +66,6 @@ class SweepState:
     offers_table: bool = False
     expert: list[Tensor] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
-    token_factors: list[Tensor] = field(default_factory=list)
     n_tokens: list[int] = field(default_factory=list)
     summed: list[int] = field(default_factory=list)
     n_unreached: int = 0

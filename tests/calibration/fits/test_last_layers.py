@@ -12,12 +12,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
-from hf_frmerge.calibration.blocks.layers import find_layers
 from hf_frmerge.calibration.blocks.streams import Batch
 from hf_frmerge.calibration.blocks.weights import WeightReader
 from hf_frmerge.calibration.fits import last_layers
-from hf_frmerge.calibration.fits.expert_inputs import ExpertInputs
-from hf_frmerge.calibration.fits.last_layers import LastLayer, find_last_layers, token_factors
+from hf_frmerge.calibration.fits.last_layers import LastLayer, find_last_layers
 from hf_frmerge.calibration.fits.least_squares import FitOptions
 from hf_frmerge.calibration.fits.sweep_state import SweepOptions
 from hf_frmerge.calibration.sweep import FittedBlock, Sweep
@@ -36,8 +34,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begun(models: Path, kind: str, held_out: slice = HELD_OUT) -> Sweep:
-    """A sweep over a linear merge of two experts, before its first block, in float32."""
+def swept(models: Path, kind: str, held_out: slice = HELD_OUT) -> Sweep:
+    """A sweep over a linear merge of two experts that fits no block, in float32."""
     experts = [str(models / kind / f"full{number}") for number in range(N_EXPERTS)]
     plan = build_plan(experts, MergingArguments(method="linear", space="deltas"), SHARES, str(models / kind / "base"))
     model = BlockwiseModel(*MODELS[kind], torch.device("cpu"), torch.float32)
@@ -50,13 +48,7 @@ def begun(models: Path, kind: str, held_out: slice = HELD_OUT) -> Sweep:
     reader = WeightReader(plan, load_kernels("cpu"), model)
     sweep = Sweep(model, reader, batches, SHARES, options, is_full=True, offers_table=True)
     sweep.begin()
-    return sweep
-
-
-def swept(models: Path, kind: str, held_out: slice = HELD_OUT) -> Sweep:
-    """The same after its last block; it fits none."""
-    sweep = begun(models, kind, held_out)
-    for index in range(len(sweep.state.model.blocks)):
+    for index in range(len(model.blocks)):
         sweep.fit_block(index, FittedBlock({}, {}))
     return sweep
 
@@ -188,42 +180,3 @@ def test_layers_are_found_by_running_them(models: Path) -> None:
         LastLayer("transformer.ln_f", True),
         LastLayer("score", True),
     ]
-
-
-@pytest.mark.parametrize("kind", ["classifier", "headless"])
-def test_a_token_that_is_read_alone_counts_once_more_for_every_token_of_its_prompt(models: Path, kind: str) -> None:
-    state = begun(models, kind).state
-    for factors, batch in zip(state.token_factors, state.batches, strict=True):
-        lengths = batch.inputs["attention_mask"].sum(1).tolist()
-        assert factors.tolist() == [count for n in lengths for count in [1 + n, *[1] * (n - 1)]]
-    assert not begun(models, "llama").state.token_factors  # every prediction of a language model counts
-
-
-def test_the_last_token_of_a_classifier_that_reads_it_counts_more() -> None:
-    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, num_labels=3, pad_token_id=0)
-    model = BlockwiseModel(GPT2ForSequenceClassification, config, torch.device("cpu"), torch.float32)
-    weights = dict(GPT2ForSequenceClassification(config).named_parameters())
-    outer = {name: weights[name].detach() for name in model.outer_parameters()}
-    batch = Batch(0, padded([[5, 6, 7, 8], [9, 4]]), is_held_out=False)
-    layers = [LastLayer("transformer.ln_f", True), LastLayer("score", True)]
-    assert token_factors(model, outer, torch.randn(2, 4, 16), batch, layers).tolist() == [1, 1, 1, 5, 1, 3]
-
-
-def test_tokens_count_by_the_stream_and_by_what_reads_them(models: Path) -> None:
-    """The weights of tokens where layers write, from what transformers adds up there."""
-    state = begun(models, "classifier").state
-    block = state.model.blocks[0]
-    start = {name: state.reader.start(f"{block}.{name}") for name in state.model.block_parameters(block)}
-    experts = [{name: state.reader.expert(e, f"{block}.{name}") for name in start} for e in range(N_EXPERTS)]
-    layers = find_layers(state.model, block, start, state.merged[0], state.batches[0].calls[0])
-    found = ExpertInputs(state, 0, layers, [])
-    found.run(experts)
-    for writer in ("attention.output", "output"):
-        for number in range(N_EXPERTS):
-            expert = model_of(models, "classifier", f"full{number}")
-            sums = entering(expert, f"{block}.{writer}.LayerNorm", number, FITTED, by_token=True)
-            weights = 1 / sums.square().mean(1)
-            weights = (weights / weights.mean()).clamp(min=0.03)
-            ((b, factors),) = ((b, state.token_factors[b]) for b in state.fitted if state.batches[b].expert == number)
-            expected = weights * factors
-            torch.testing.assert_close(found.token_weights[b, f"{writer}.dense"].double(), expected, rtol=1e-4, atol=0)
