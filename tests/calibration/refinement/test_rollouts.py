@@ -126,7 +126,8 @@ def test_each_round_is_written_by_the_merge_as_it_is_then(models: Path, tmp_path
 def test_what_writes_no_text_is_refused_before_anything_is_done(models: Path, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"refine_steps": 2, "refine_learning_rate": 1e-3}
     for option, value, writer in (("refine_lmbda", 0.5, "the merge"), ("refine_written_samples", 4, "the experts")):
-        with pytest.raises(ArgumentError, match=rf"Bert\w+ does not write text, as {option} .* {writer} do.* Leave it out"):
+        refused = rf"Bert\w+ does not write text, as {option} .* {writer} do.* Leave it out"
+        with pytest.raises(ArgumentError, match=refused):
             merger(models, tmp_path / "out", kind, **{option: value}, **options).merge()
     assert not (tmp_path / "out").exists()
     merger(models, tmp_path / "out", kind, **options).merge()
