@@ -12,6 +12,7 @@ from xxhash import xxh3_128_hexdigest
 
 from hf_frmerge.calibration.blocks.blockwise_model import BlockwiseModel
 from hf_frmerge.calibration.blocks.streams import Batch, in_batches
+from hf_frmerge.calibration.blocks.weights import tensors_by_parameter
 from hf_frmerge.calibration.fits.equations import check_experts
 from hf_frmerge.calibration.into_adapter import as_whole_model
 from hf_frmerge.calibration.prompts.continued import continued_prompts
@@ -73,7 +74,9 @@ def open_runnable(plan: MergePlan) -> tuple[MergePlan, BlockwiseModel]:
             "be subtracted. Leave out the calibration, or give no negative weights."
         )
     whole = plan if plan.layout is not None else as_whole_model(plan)
-    return whole, open_model(whole)
+    model = open_model(whole)
+    tensors_by_parameter(whole, model)  # refuses what could not be run
+    return whole, model
 
 
 def open_model(plan: MergePlan) -> BlockwiseModel:

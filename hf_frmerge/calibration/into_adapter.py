@@ -35,7 +35,7 @@ def as_whole_model(plan: MergePlan) -> MergePlan:
             "A calibrated adapter holds its experts' factors and beside them the corrections, so its rank is more "
             f"than {most} here. Leave out adapter_energy, and set adapter_rank above {most} or leave it out."
         )
-    args = replace(args, adapter_output="merged", adapter_rank=None, adapter_energy=None)
+    args = replace(args, adapter_output="merged", adapter_rank=None, adapter_energy=None, adapter_rank_pattern="auto")
     specs = [expert.spec for expert in plan.experts]
     return build_plan(specs, args, plan.weights, plan.base.spec, has_prompts=True)
 

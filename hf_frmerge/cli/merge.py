@@ -15,6 +15,7 @@ from hf_frmerge.cli.options import (
     HUB,
     MEAN,
     OUTPUT,
+    PROGRESS,
     RUNNING,
     VOCABULARY,
     arguments_from,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
 @click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
-@options_from(EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT, RUNNING, HUB)
+@options_from(EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT, RUNNING, PROGRESS, HUB)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options: Any) -> None:
     """
@@ -67,7 +68,7 @@ def merge(experts: tuple[str, ...], config: str | None, as_json: bool, **options
 )
 @click.argument("merged")
 @click.argument("expert")
-@options_from({"What is merged": ("method", "base_model")}, CALIBRATION, OUTPUT, RUNNING, HUB)
+@options_from({"What is merged": ("method", "base_model")}, CALIBRATION, OUTPUT, RUNNING, PROGRESS, HUB)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def add(
     merged: str, expert: str, base_model: str | None, calibration: tuple[str, ...], as_json: bool, **options: Any

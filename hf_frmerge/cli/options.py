@@ -82,8 +82,8 @@ OUTPUT = {
     "What is accepted": ("strict", "allow_license"),
     "Merged adapters": ("adapter_output", "adapter_rank", "adapter_energy", "adapter_rank_pattern"),
 }
-RUNNING = {
-    "Running": ("memory_budget", "num_workers", "device"),
+RUNNING = {"Running": ("memory_budget", "num_workers", "device")}
+PROGRESS = {
     "Progress and reports": (
         "disable_tqdm",
         "log_level",

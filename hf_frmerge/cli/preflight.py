@@ -16,6 +16,7 @@ from hf_frmerge.cli.options import (
     EXPERTS,
     MEAN,
     OUTPUT,
+    RUNNING,
     VOCABULARY,
     arguments_from,
     options_from,
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
 @click.command("plan", cls=FrmergeCommand)
 @click.argument("experts", nargs=-1, metavar="EXPERT EXPERT ... | CONFIG")
 @click.option("--config", metavar="FILE", help="YAML or JSON file with options; the command line overrides it.")
-@options_from(EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT)
+@options_from(EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT, RUNNING)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(experts: tuple[str, ...], config: str | None, as_json: bool, **options: Any) -> None:
     """
     Show what a merge would do, from file headers alone.
 
-    Takes the options of `frmerge merge`, makes all its checks, and neither writes nor downloads anything.
+    Takes the options of `frmerge merge`, but for those of progress and the Hub, makes all its checks, and neither
+    writes nor downloads anything.
     """
     expert_arguments, args = arguments_from(experts, config, options)
     with results_only():

@@ -293,10 +293,10 @@ def test_a_record_whose_fitted_coefficients_are_gone_is_refused(models: Path, tm
         reproduce(str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("options", [{}, {"adapter_rank": 8}])
+@pytest.mark.parametrize("options", [{}, {"adapter_rank": 8}, {"adapter_rank_pattern": "uniform"}])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_adapters_are_fitted_into_an_adapter(
-    models: Path, tmp_path: Path, architecture: str, options: dict[str, int]
+    models: Path, tmp_path: Path, architecture: str, options: dict[str, Any]
 ) -> None:
     """What PEFT makes of it is the fitted whole model. GPT-2 stores its weights the other way round."""
     if architecture == "gpt2":
@@ -316,7 +316,8 @@ def test_adapters_are_fitted_into_an_adapter(
 
     record = read_manifest(tmp_path / "adapter").calibration
     assert record is not None and record.form == "low_rank" and record.options["rank"] == rank
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 6 + rank
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 6 + rank and not (options.get("adapter_rank_pattern") and config["rank_pattern"])
     base = AutoModelForCausalLM.from_pretrained(models / "base")
     merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
@@ -429,6 +430,8 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(models:
         merger(models, out, calibration={"nobody": prompts(0)}).merge()
     with pytest.raises(ArgumentError, match="block='tensor', 'row' or 'head'"):
         merger(models, out, "full", block="layer").merge()
+    with pytest.raises(ArgumentError, match=r"without model.norm.weight \(leave_out\) it is not whole"):
+        merger(models, out, "full", leave_out=[r"model\.norm"]).merge()
     with pytest.raises(ArgumentError, match="four prompts or more"):
         merger(models, out, calibration=prompts(0)[:2]).merge()
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8)

@@ -72,6 +72,7 @@ def test_plan_reads_headers_and_writes_nothing(frmerge: Frmerge, models, tmp_pat
     assert plan["output_bytes"] == sum(sizes) and plan["n_merge"] == len(sizes)
     assert [expert["spec"] for expert in plan["experts"]] == models.experts
     assert plan["base"]["spec"] == models.base
+    assert frmerge(*arguments, "--memory-budget", "64MiB", "--num-workers", "1", "--device", "cpu").exit_code == 0
     assert not output.exists()
     for_people = frmerge(*arguments).stdout
     assert f"{len(sizes)} tensors to merge" in for_people and "model.safetensors" in for_people
@@ -108,6 +109,9 @@ def test_plan_checks_the_prompts_that_a_merge_would_be_fitted_to(frmerge: Frmerg
         without = frmerge(*plan, *asking)
         assert without.exit_code == 2 and "there are none" in " ".join(without.stderr.split()), asking
         assert frmerge(*plan, *asking, *prompts).exit_code == 0, asking
+    for options, why in ((["--block", "layer"], "merged one by one"), (["--leave-out", "norm"], "it is not whole")):
+        refused = frmerge(*plan, *prompts, *options)
+        assert refused.exit_code == 2 and why in " ".join(refused.stderr.split()), options
     named = frmerge(*plan, "--calibration-rank", "4").stdout
     assert "`calibration_rank` changes nothing without prompts" in " ".join(named.split())
 

@@ -20,6 +20,7 @@ from hf_frmerge.cli.options import (
     HUB,
     MEAN,
     OUTPUT,
+    PROGRESS,
     RUNNING,
     VOCABULARY,
     arguments_from,
@@ -29,7 +30,7 @@ from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
-GROUPS = (EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT, RUNNING, HUB)
+GROUPS = (EXPERTS, VOCABULARY, MEAN, CALIBRATION, OUTPUT, RUNNING, PROGRESS, HUB)
 Arguments = tuple[ExpertArguments, MergingArguments]
 
 

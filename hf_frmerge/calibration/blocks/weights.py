@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,41 @@ class UnreadWeights(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def tensors_by_parameter(plan: MergePlan, model: BlockwiseModel) -> dict[str, str]:
+    """
+    Return the tensor of every parameter of a model: parameter -> name in the plan.
+
+    Raises:
+        ArgumentError: If a parameter has no tensor, or several tensors are decided together.
+    """
+    table, stored = names_of(model.model), [step.name for step in plan.steps]
+
+    def in_memory(names: Iterable[str]) -> dict[str, str]:
+        return table.canonical(names) if table is not None else {name: name for name in names}
+
+    by_parameter = {name: tensor for tensor, name in in_memory(stored).items()}
+    missing = [name for name in model.parameters() if name not in by_parameter]
+    left_out = sorted(set(missing) & set(in_memory(plan.left_out).values()))
+    if left_out:
+        raise ArgumentError(
+            f"A calibrated merge runs the merged model, and without {some(left_out)} (leave_out) it is not whole. "
+            "Merge without calibration, or leave nothing out that the model computes with."
+        )
+    if missing:
+        raise ArgumentError(
+            f"The model has parameters {some(missing)} that are no tensors of these checkpoints under that name, "
+            "so it cannot be calibrated. Load the experts with transformers: if it reports none of these as "
+            "missing, save them, and they have its names."
+        )
+    groups = [step.group for step in plan.steps if step.action == "merge"]
+    if len(set(groups)) < len(groups):
+        raise ArgumentError(
+            f"block={plan.args.block!r} decides several tensors together; a calibrated merge starts from tensors "
+            "that are merged one by one. Use block='tensor', 'row' or 'head'."
+        )
+    return {name: by_parameter[name] for name in model.parameters()}
+
+
 class WeightReader:
     """
     Weights of one plan by the names of the model's parameters, float32.
@@ -82,24 +117,8 @@ class WeightReader:
         self._plan, self._kernels = plan, kernels
         self._rule = rule_for(plan)
         steps = {step.name: step for step in plan.steps}
-        table = names_of(model.model)
-        in_memory = table.canonical(steps) if table is not None else {name: name for name in steps}
-        stored = {name: tensor for tensor, name in in_memory.items()}
-        self.tensors = {name: stored.get(name, "") for name in model.parameters()}
-        missing = [name for name, tensor in self.tensors.items() if not tensor]
-        if missing:
-            raise ArgumentError(
-                f"The model has parameters {some(missing)} that are no tensors of these checkpoints under that name, "
-                "so it cannot be calibrated. Load the experts with transformers: if it reports none of these as "
-                "missing, save them, and they have its names."
-            )
+        self.tensors = tensors_by_parameter(plan, model)
         self._steps = {name: steps[tensor] for name, tensor in self.tensors.items()}
-        groups = [step.group for step in plan.steps if step.action == "merge"]
-        if len(set(groups)) < len(groups):
-            raise ArgumentError(
-                f"block={plan.args.block!r} decides several tensors together; a calibrated merge starts from tensors "
-                "that are merged one by one. Use block='tensor', 'row' or 'head'."
-            )
 
     def is_merged(self, parameter: str) -> bool:
         """Whether the tensor is merged, and not copied from one model."""

@@ -162,7 +162,7 @@ def _plan(
         planned = full_model_steps(args, experts, base, weights, rules, choice)
     refuse_without_factors(args, experts, planned.steps)
     notes = [*planned.notes, *notes_of_inputs, *_method_notes(planned.steps, args)]
-    notes += unused_options(args, has_prompts=has_prompts)
+    notes += unused_options(args, has_prompts=has_prompts, makes_adapter=to_adapter)
     steps = cut_as_given(planned.steps, table, len(experts)) if table is not None else planned.steps
     layout = None
     if not to_adapter:

@@ -12,15 +12,16 @@ if TYPE_CHECKING:
     from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 
-def unused_options(args: MergingArguments, *, has_prompts: bool) -> list[str]:
+def unused_options(args: MergingArguments, *, has_prompts: bool, makes_adapter: bool = False) -> list[str]:
     """
-    Return a sentence for each option that was changed and that nothing reads: of another method, or of no fit.
+    Return a sentence for each option that was changed and that nothing reads: of another method, of no fit or adapter.
 
     They are named and not refused, so that one set of options can serve several methods.
 
     Args:
         args: Options.
         has_prompts: Whether there are prompts of the experts.
+        makes_adapter: Whether the output is an adapter.
     """
     changed = [option.name for option in fields(args) if getattr(args, option.name) != option.default]
     of_methods = {name for method in METHODS.values() for name in method.options if name != "seed"} | {"svc_floor"}
@@ -41,4 +42,10 @@ def unused_options(args: MergingArguments, *, has_prompts: bool) -> list[str]:
         why["calibration_rank"] = f"with fisher={args.fisher!r}"
     elif METHODS[args.method].needs_prompts and not METHODS[args.method].fits_adapter:  # nothing of low rank
         why["calibration_rank"] = f"with method={args.method!r}"
+    elif args.calibration_form in ("table", "dense"):
+        why["calibration_rank"] = f"with calibration_form={args.calibration_form!r}"
+    if not makes_adapter:
+        why |= dict.fromkeys(
+            ("adapter_rank", "adapter_energy", "adapter_rank_pattern"), "where a full model is written"
+        )
     return [f"`{name}` changes nothing {why[name]}." for name in changed if name in why]

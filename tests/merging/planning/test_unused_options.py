@@ -94,7 +94,17 @@ def test_options_of_a_fit_are_named_where_there_are_no_prompts() -> None:
     ]
 
 
-@pytest.mark.parametrize("options", [{"method": "mats"}, {"fisher": "kfac"}])
+def test_options_of_an_adapter_are_named_where_a_full_model_is_written(tmp_path: Path) -> None:
+    shaped = MergingArguments(adapter_rank=4, adapter_rank_pattern="uniform")
+    assert unused_options(shaped, has_prompts=False, makes_adapter=True) == []
+    base, experts = write_family(tmp_path)
+    plan = FisherRaoMerger(experts, shaped, base_model=base).plan()
+    assert [note for note in plan.notes if "changes nothing" in note] == [
+        f"`{name}` changes nothing where a full model is written." for name in ("adapter_rank", "adapter_rank_pattern")
+    ]
+
+
+@pytest.mark.parametrize("options", [{"method": "mats"}, {"fisher": "kfac"}, {"calibration_form": "dense"}])
 def test_a_rank_is_named_where_nothing_of_low_rank_is_made(options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     assert unused_options(MergingArguments(calibration_rank=2, **options), has_prompts=True) == [
