@@ -2,11 +2,13 @@
 Kill merges with SIGKILL at random moments, resume them, and count what came out.
 
     python scripts/stress_resume.py --kills 200 --seed 0
+    python scripts/stress_resume.py --kills 100 --fitted --layers 1
 
 A warm process forks a child that merges; the child is killed at a random moment of its merge, and every fifth time
 just when it gives its files their names. What it leaves is looked at as a loader would, then resumed in a new child,
 which may be killed in turn. In the end every byte is compared with a merge that nobody disturbed. The exit code is 1
-if any resumed merge differs, or if an unfinished folder could be taken for a model.
+if any resumed merge differs, or if an unfinished folder could be taken for a model. With `--fitted` the merges are
+fitted to prompts and refined, and what the experts write for that is not in the cache.
 """
 
 from __future__ import annotations
@@ -41,6 +43,16 @@ WAYS: list[dict[str, Any]] = [
     {"block": "row", "num_workers": 1},
     {"block": "model", "max_shard_size": "5MB"},
 ]
+FITTED_WAYS: list[dict[str, Any]] = [
+    {"calibration_form": "auto"},
+    {"method": "linear", "calibration_form": "low_rank", "refine_steps": 12},
+    {"calibration_form": "dense", "refine_steps": 12, "refine_written_samples": 4},
+    {"calibration_form": "table", "refine_steps": 12, "refine_loss": "reverse_kl", "refine_lmbda": 0.5},
+    {"method": "regmean", "space": "deltas"},
+]
+FITTED_OPTIONS: dict[str, Any] = {
+    "num_calibration_samples": 8, "max_calibration_length": 32, "calibration_rank": 4, "space": "deltas",
+}  # fmt: skip
 STATES = (
     "no file yet",
     "files laid out, no tensor finished",
@@ -67,14 +79,17 @@ class Counts:
 class Stress:
     """Merges of one family of models, and the outputs they should have."""
 
-    def __init__(self, work: Path, seed: int) -> None:
-        self.out = work / "out"
+    def __init__(self, work: Path, seed: int, *, fitted: bool) -> None:
+        self.out, self.cache = work / "out", work / "cache"
         self.random = random.Random(seed)
         self.counts = Counts()
-        _, experts = bench_models.ensure_models(work / "models", "stress", 3)
+        base, experts = bench_models.ensure_models(work / "models", "stress", 3)
         self.experts = [str(path) for path in experts]
+        self.ways = [FITTED_OPTIONS | way for way in FITTED_WAYS] if fitted else WAYS
+        self.inputs: dict[str, Any] = {"base_model": str(base), "calibration_dataset": prompts()} if fitted else {}
+        os.environ["HF_FRMERGE_CACHE"] = str(self.cache)
         self.expected, self.seconds = [], []
-        for index, way in enumerate(WAYS):
+        for index, way in enumerate(self.ways):
             child, started = self._start(way, work / f"whole-{index}", resume=False), time.perf_counter()
             if os.waitpid(child, 0)[1]:
                 raise SystemExit("A merge that was not disturbed failed.")
@@ -85,11 +100,12 @@ class Stress:
 
     def run_one(self) -> None:
         """Kill one merge, perhaps more than once, and resume it to its end."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        number = self.random.randrange(len(WAYS))
+        for folder in (self.out, self.cache):
+            shutil.rmtree(folder, ignore_errors=True)
+        number = self.random.randrange(len(self.ways))
         resume, killed = False, False
         while not self._is_complete():
-            child = self._start(WAYS[number], self.out, resume=resume)
+            child = self._start(self.ways[number], self.out, resume=resume)
             if not resume or self.random.random() < 0.4:
                 killed |= self._kill(child, self.seconds[number])
             elif os.waitpid(child, 0)[1]:
@@ -113,7 +129,7 @@ class Stress:
                 arguments = MergingArguments(
                     output_dir=str(out), resume_from_checkpoint=resume, disable_tqdm=True, logging_steps=10**9, **way
                 )
-                merger = FisherRaoMerger(self.experts, arguments)
+                merger = FisherRaoMerger(self.experts, arguments, **self.inputs)
                 for callback in list(merger.callback_handler.callbacks):
                     merger.remove_callback(callback)  # nothing to print
                 merger.merge()
@@ -173,6 +189,12 @@ class Stress:
         return STATES[2 if len(finished) < len(bench_models.shapes("stress")) else 3]
 
 
+def prompts() -> list[dict[str, list[int]]]:
+    """Tokens for experts to be fitted on: what they are does not matter to the bits."""
+    draw = random.Random(0)
+    return [{"input_ids": [draw.randrange(bench_models.SIZES["stress"][4]) for _ in range(32)]} for _ in range(8)]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Weights, index, config and coefficients: all that must be the same."""
     return {
@@ -219,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="stop after the merge in which this many is reached")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fitted", action="store_true", help="fit the merges to prompts, and refine some of them")
     parser.add_argument("--layers", type=int, default=8, help="size of the models: 3 million parameters a layer")
     parser.add_argument("--work-dir", type=Path, help="where models and outputs go; by default a temporary folder")
     options = parser.parse_args()
@@ -226,7 +249,7 @@ def main() -> None:
     torch.set_num_threads(1)  # its threads would not survive the fork
     bench_models.SIZES["stress"] = (512, 1376, options.layers, 512, 4000)
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
-        stress, started = Stress(Path(folder), options.seed), time.perf_counter()
+        stress, started = Stress(Path(folder), options.seed, fitted=options.fitted), time.perf_counter()
         slowest, fastest = max(stress.seconds), min(stress.seconds)
         print(f"An undisturbed merge takes {fastest:.2f} to {slowest:.2f} s; seed {options.seed}.", flush=True)
         while stress.counts.kills < options.kills:
