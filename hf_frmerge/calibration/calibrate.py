@@ -47,6 +47,7 @@ from hf_frmerge.calibration.sweep import FittedBlock, Sweep, by_parameter
 from hf_frmerge.calibration.whitening import whiten
 from hf_frmerge.checkpoints.disk import remove_file
 from hf_frmerge.checkpoints.tensors.reader import some
+from hf_frmerge.fisher.scores import check_scores
 from hf_frmerge.kernels.load import load_kernels
 from hf_frmerge.merging.arguments.values import as_shares
 from hf_frmerge.merging.engine.journal import fingerprint
@@ -86,6 +87,8 @@ def prepare(
     """
     whole, model = open_runnable(plan)
     check_form(plan)
+    if plan.args.fisher is not None or "fisher_labels" in METHODS[plan.args.method].options:
+        check_scores(model.model, plan.args.fisher_labels)
     for option, writer in (("refine_lmbda", "the merge"), ("refine_written_samples", "the experts")):
         if plan.args.refine_steps and getattr(plan.args, option):
             check_writes(model, option, writer)

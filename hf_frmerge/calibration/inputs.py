@@ -23,7 +23,12 @@ from hf_frmerge.calibration.prompts.read_prompts import (
     split_prompts,
     with_more_beginnings,
 )
-from hf_frmerge.calibration.prompts.self_written import chat_prefix, document_prefix, self_written_prompts
+from hf_frmerge.calibration.prompts.self_written import (
+    chat_prefix,
+    check_can_write,
+    document_prefix,
+    self_written_prompts,
+)
 from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.reader import some
 from hf_frmerge.errors import ArgumentError
@@ -122,6 +127,7 @@ def prompts_of(
     """Read the prompts and return a function that gives them; of experts that write their own it does the work."""
     args = plan.args
     if are_self_written(calibration):
+        check_can_write(model.model)
         prefix, leading = _prefixes(plan, tokenizer, is_chat=calibration == SELF_CHAT)
         return lambda processes: _self_written(plan, calibration, prefix, leading, processes)
     prompts = read_prompts(

@@ -22,7 +22,7 @@ exactly or in the mean. There are three kinds:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from torch import Tensor
 
 from hf_frmerge.errors import ArgumentError, NonFiniteError
 from hf_frmerge.evaluation.models.loading import predicts_next_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_LABELS = 256
 """Size of the largest vocabulary that is summed over exactly: every label is a backward pass."""
@@ -82,10 +85,7 @@ def _scores(
     if labels == "exact":
         n_labels = log_probs_TV.shape[1]
         if n_labels > MOST_LABELS:
-            raise ArgumentError(
-                f"fisher_labels='exact' runs backwards once for every label of every prediction, and there are "
-                f"{n_labels:,} labels: more than {MOST_LABELS}. Leave it out: labels are then drawn."
-            )
+            raise _too_many(n_labels)
         roots_M = (log_probs_TV.detach().exp().sqrt() * log_probs_TV).flatten()
         for place, score in enumerate(roots_M):
             yield score, place == len(roots_M) - 1
@@ -101,11 +101,38 @@ def _logits(model: torch.nn.Module, output: Any) -> Tensor:
     """Return the logits of all predictions."""
     logits: Tensor | None = getattr(output, "logits", None)
     if logits is None or logits.shape[-1] < 2:
-        raise ArgumentError(
-            f"{type(model).__name__} gives no probabilities, and Fisher information is about these. Choose another "
-            "method, such as regmean."
-        )
+        raise _no_probabilities(model)
     if not logits.isfinite().all():
         raise NonFiniteError(f"{type(model).__name__} predicts values that are not finite for a prompt. Leave it out.")
     # In float32 at least.
     return logits.float() if logits.dtype != torch.float64 else logits
+
+
+def check_scores(model: PreTrainedModel, labels: str) -> None:
+    """
+    Raise `ArgumentError` for what can be told of a model without running it: `run_scores` would find it, but later.
+
+    Args:
+        model: Modules of the model, without weights if need be.
+        labels: As for `run_scores`.
+    """
+    if model.base_model is model:  # it has no head
+        raise _no_probabilities(model)
+    if labels == "exact" and predicts_next_token(model):
+        n_labels = model.config.get_text_config().vocab_size
+        if n_labels > MOST_LABELS:
+            raise _too_many(n_labels)
+
+
+def _no_probabilities(model: torch.nn.Module) -> ArgumentError:
+    return ArgumentError(
+        f"{type(model).__name__} gives no probabilities, and Fisher information is about these. Choose a method that "
+        "needs none, such as regmean, and leave out fisher (--fisher)."
+    )
+
+
+def _too_many(n_labels: int) -> ArgumentError:
+    return ArgumentError(
+        f"fisher_labels='exact' runs backwards once for every label of every prediction, and there are {n_labels:,} "
+        f"labels: more than {MOST_LABELS}. Leave it out: labels are then drawn."
+    )

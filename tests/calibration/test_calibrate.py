@@ -409,6 +409,21 @@ def test_an_interrupted_calibration_goes_on_to_the_same_bits(
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_prompts_may_begin_with_a_token_that_is_embedded_as_zeros(models: Path, tmp_path: Path) -> None:
+    """As padding mostly is. It stays zero through all blocks, so by its size nothing else would count."""
+    zero = VOCABULARY - 1
+    for name in ("base", "full0", "full1", "full2"):
+        model = LlamaForCausalLM.from_pretrained(models / name)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[zero] = 0
+        model.save_pretrained(tmp_path / name)
+    calibration = {str(tmp_path / f"full{number}"): [[zero, *ids] for ids in prompts(number)] for number in range(3)}
+    merger(tmp_path, tmp_path / "without", "full").merge()
+    merger(tmp_path, tmp_path / "with", "full", calibration=calibration).merge()
+    fitted, expected = (distance_to_experts(tmp_path, tmp_path / name, "full") for name in ("with", "without"))
+    assert fitted < 1.1 * expected
+
+
 def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ArgumentError, match="calibration_form='low_rank', or adapter_output='merged'"):

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from hf_frmerge.errors import ArgumentError, NonFiniteError
 from hf_frmerge.fisher.diagonal import diagonal_fisher
+from hf_frmerge.fisher.scores import check_scores
 
 
 class SoftmaxRegression(torch.nn.Module):
@@ -125,6 +126,17 @@ def test_what_has_no_information_is_refused() -> None:
         ArgumentError, match=r"'exact' runs backwards once for every label.* 300 labels: more than 256"
     ):
         diagonal_fisher(SoftmaxRegression(300), prompts, ["head.weight"], labels="exact", seed=0)
+    # Of models of transformers it is told before they are run.
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with torch.device("meta"):
+        model, bare = LlamaForCausalLM(config), LlamaModel(config)
+    with pytest.raises(ArgumentError, match="300 labels: more than 256"):
+        check_scores(model, "exact")
+    check_scores(model, "sampled")
+    with pytest.raises(ArgumentError, match="LlamaModel gives no probabilities"):
+        check_scores(bare, "sampled")
     with pytest.raises(
         ArgumentError, match=r"'empirical' takes the next tokens.*SoftmaxRegression predicts something"
     ):

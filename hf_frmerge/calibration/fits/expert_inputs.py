@@ -17,6 +17,9 @@ from hf_frmerge.calibration.memory import give_back
 _LEAST_WEIGHT = 0.03
 """Least weight of a token, where the mean is 1: without it tokens with huge activations hardly count, and shrink."""
 
+_NOTHING = 1e-4
+"""Share of the median mean square below which a token is as good as zero, and gets the least weight, not the most."""
+
 
 class ExpertInputs:
     """
@@ -79,7 +82,7 @@ class ExpertInputs:
             if group.writes:
                 sum_TH = batch.tokens(sum_after(group, taps, after_BTH)).float()
                 self.streams[key] = sum_TH - batch.tokens(taps.outputs[group.names[0]]).float()
-                self.token_weights[key] = 1 / sum_TH.square().mean(1)
+                self.token_weights[key] = _inverse_sizes(sum_TH)
         for mixture in self._layers.mixtures:
             self.inputs[b, mixture.name] = batch.tokens(taps.inputs[mixture.name]).to(dtype)
 
@@ -94,6 +97,13 @@ class ExpertInputs:
             expert = sweep.batches[b].expert
             mean = float(sums[expert]) / sweep.n_tokens[expert]
             self.token_weights[b, first] = (self.token_weights[b, first] / mean).clamp(min=_LEAST_WEIGHT)
+
+
+def _inverse_sizes(stream_TH: Tensor) -> Tensor:
+    """Return 1 / mean(h²) for every token; 0 for those that are as good as zero: rows of padding often are."""
+    mean_square_T = stream_TH.square().mean(1)
+    is_nothing_T = mean_square_T <= _NOTHING * mean_square_T.median()
+    return torch.where(is_nothing_T, 0, 1 / mean_square_T)
 
 
 def sum_after(group: LinearGroup, taps: Taps, after_BTH: Tensor) -> Tensor:

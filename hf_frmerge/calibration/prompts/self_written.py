@@ -233,11 +233,7 @@ def write_prompts(
             prefix leaves no room for one.
         NonFiniteError: If the model predicts NaN or infinity.
     """
-    if not predicts_next_token(model):
-        raise ArgumentError(
-            f"{type(model).__name__} does not write text, so it cannot write prompts of its own: only causal language "
-            "models can. Give prompts from a file."
-        )
+    check_can_write(model)
     if not 0 < len(prefix) < max_length:
         raise ArgumentError(
             f"Prompts of {max_length} tokens are to begin with {len(prefix)} given ones, which leaves nothing to "
@@ -246,6 +242,15 @@ def write_prompts(
     n_drawn = max_length - len(prefix)
     uniform_BT = np.stack([np.random.default_rng([seed, n]).random(n_drawn) for n in numbers])
     return go_on(model, np.tile(np.array(prefix, np.int64), (len(numbers), 1)), uniform_BT)
+
+
+def check_can_write(model: torch.nn.Module) -> None:
+    """Raise `ArgumentError` if a model, which needs no weights for this, does not write text."""
+    if not predicts_next_token(model):
+        raise ArgumentError(
+            f"{type(model).__name__} does not write text, so it cannot write prompts of its own: only causal language "
+            "models can. Give prompts from a file."
+        )
 
 
 def go_on(model: torch.nn.Module, begun_BT: NDArray[np.int64], uniform_BT: NDArray[np.float64]) -> NDArray[np.int64]:
