@@ -1,7 +1,8 @@
 """
-Attack the commands with damaged files, failing calls to the system, kills and concurrent merges, and print what held.
+Attack the commands with damaged files, failing calls to the system, kills, concurrent merges and random options, and
+print what held.
 
-    python scripts/attack.py --doors 1000000 --files 10000 --faults 1000 --kills 200 --pairs 100 --seed 0
+    python scripts/attack.py --doors 1000000 --files 10000 --faults 1000 --kills 200 --pairs 100 --options 500 --seed 0
 
 Everything happens in a temporary folder; the attacks themselves, and what counts as a failure, are in `tests/attacks`.
 Some of what failed is kept there, and the folder with it. The exit code is 1 if anything failed.
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200, help="calls to the system that fail")
     parser.add_argument("--kills", type=int, default=50, help="merges killed")
     parser.add_argument("--pairs", type=int, default=20, help="pairs of merges into one folder")
+    parser.add_argument("--options", type=int, default=50, help="sets of options, planned, merged and verified")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="most seconds for each kind of attack")
     parser.add_argument("--seed", type=int, default=0, help="seed of all choices")
     options = parser.parse_args()
@@ -48,6 +50,13 @@ def main() -> int:
     logging.getLogger("hf_frmerge").setLevel(logging.ERROR)  # thousands of notes otherwise
     names, targets = list(site.merges), list(TARGETS)
     file_attack, door_attack = cache(lambda: FileAttack(site)), cache(lambda: DoorAttack(site))
+    os.environ["HF_FRMERGE_CACHE"] = str(root / "cache")
+
+    @cache
+    def option_attack() -> Callable[[random.Random, Tally], None]:
+        from attacks.options import OptionAttack  # imports torch
+
+        return OptionAttack(root / "options")
 
     def damage_file(number: int, tally: Tally) -> None:
         file_attack()(targets[number % len(targets)], rng, tally)
@@ -72,6 +81,7 @@ def main() -> int:
         ("pairs of merges", options.pairs, lambda _, tally: attack_with_another(site, rng, 0.2, tally)),
         ("damaged files", options.files, damage_file),
         ("hostile bytes", options.doors, open_door),
+        ("random options", options.options, lambda _, tally: option_attack()(rng, tally)),
     ]
     print(f"{'attack':16} {'tried':>7} {'held':>7} {'failed':>7}  seen")
     failures = []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from attacks.disturbances import Tally, attack_with_another, attack_with_fault, attack_with_kill
 from attacks.doors import Door, DoorAttack
 from attacks.files import TARGETS, FileAttack
+from attacks.options import OptionAttack
 from attacks.site import Site, build_site
 
 
@@ -70,3 +72,14 @@ def test_of_two_merges_in_a_folder_one_is_refused(site: Site) -> None:
     for _ in range(5):
         attack_with_another(site, rng, 0.05, tally)
     assert not tally.failures
+
+
+def test_what_a_plan_accepts_is_merged_and_can_be_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_FRMERGE_CACHE", str(tmp_path / "cache"))
+    tally, rng, attack = Tally(), random.Random("options"), OptionAttack(tmp_path)
+    for _ in range(40):
+        attack(rng, tally)
+    assert not tally.failures
+    assert tally.seen["merged"] > 10 and tally.seen["fitted"] > 3 and tally.seen["refused"] > 10
