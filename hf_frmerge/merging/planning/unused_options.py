@@ -42,8 +42,6 @@ def unused_options(args: MergingArguments, *, has_prompts: bool, makes_adapter: 
         why["calibration_rank"] = f"with fisher={args.fisher!r}"
     elif METHODS[args.method].needs_prompts and not METHODS[args.method].fits_adapter:  # nothing of low rank
         why["calibration_rank"] = f"with method={args.method!r}"
-    elif args.calibration_form in ("table", "dense"):
-        why["calibration_rank"] = f"with calibration_form={args.calibration_form!r}"
     if not makes_adapter:
         why |= dict.fromkeys(
             ("adapter_rank", "adapter_energy", "adapter_rank_pattern"), "where a full model is written"

@@ -104,7 +104,7 @@ def test_options_of_an_adapter_are_named_where_a_full_model_is_written(tmp_path:
     ]
 
 
-@pytest.mark.parametrize("options", [{"method": "mats"}, {"fisher": "kfac"}, {"calibration_form": "dense"}])
+@pytest.mark.parametrize("options", [{"method": "mats"}, {"fisher": "kfac"}])
 def test_a_rank_is_named_where_nothing_of_low_rank_is_made(options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     assert unused_options(MergingArguments(calibration_rank=2, **options), has_prompts=True) == [
