@@ -82,8 +82,8 @@ def prepare(
         measures_base_text: Whether the record is to say how far the merge goes from the base on text of the base.
 
     Raises:
-        ArgumentError: If its models cannot be run block by block, an adapter is to be made that cannot hold the
-            corrections, or the prompts cannot be used.
+        ArgumentError: If its models cannot be run block by block or do not give what is asked of them (text, or
+            probabilities), an adapter is to be made that cannot hold the corrections, or the prompts cannot be used.
     """
     whole, model = open_runnable(plan)
     check_form(plan)
@@ -154,7 +154,7 @@ def calibrate(
         _warn_of_few_tokens(model, fitted)
         _warn_of_what_stays(model)
     kernels = load_kernels(plan.args.device)
-    reader = WeightReader(whole, kernels, model)  # refuses blocks that it cannot read, before anything is written
+    reader = WeightReader(whole, kernels, model)
     with processes.main_first():
         files = BlockFiles(staging, _key(plan, kernels, model, prompts))
     done = staging / RECORD_FILE

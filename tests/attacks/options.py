@@ -55,12 +55,6 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 """Options that decide about the result, or about what fits into memory -> values other than the default."""
 
-_PROMPTS = (
-    (),
-    ("--calibration", "self"),
-    ("--calibration", "prompts.txt"),
-)
-
 
 class OptionAttack:
     """
@@ -86,9 +80,9 @@ class OptionAttack:
         experts = rng.choice((("math", "code"), ("lora-a", "lora-b"), ("math", "lora-b"), ("math", "code", "lora-a")))
         drawn = rng.sample(sorted(VALUES), rng.randint(1, 5))
         options = [word for name in drawn for word in (f"--{name}", rng.choice(VALUES[name]))]
-        prompts = [word.replace("prompts", str(self.root / "prompts")) for word in rng.choice(_PROMPTS)]
-        if prompts:
-            prompts += ["--num-calibration-samples", "8", "--max-calibration-length", "16"]
+        source = rng.choice((None, "self", str(self.root / "prompts.txt")))
+        few = ("--num-calibration-samples", "8", "--max-calibration-length", "16")
+        prompts = ["--calibration", source, *few] if source is not None else []
         models = [str(self.root / name) for name in (*experts, "base")]
         command = [*models[:-1], "--base-model", models[-1], *prompts, *options]
         tally.add(" ".join(command), self._troubles(command, tally))
