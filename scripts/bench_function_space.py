@@ -333,11 +333,15 @@ def mixture(of_experts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
 def recovery(
     base: NDArray[np.float64], expert: NDArray[np.float64], merged: NDArray[np.float64]
 ) -> tuple[float, float]:
-    """Return the recovery and its standard error over blocks (of a ratio of means, to first order)."""
-    gain, full = (base - merged).mean(1), (base - expert).mean(1)
-    ratio = gain.mean() / full.mean()
-    residual = gain - ratio * full
-    return float(ratio), float(residual.std(ddof=1) / math.sqrt(len(base)) / abs(full.mean()))
+    """Return the recovery and its standard error over blocks."""
+    return ratio_of_means((base - merged).mean(1), (base - expert).mean(1))
+
+
+def ratio_of_means(part: NDArray[np.float64], whole: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean of one over that of the other, both of `(blocks,)`, and its standard error, to first order."""
+    ratio = part.mean() / whole.mean()
+    residual = part - ratio * whole
+    return float(ratio), float(residual.std(ddof=1) / math.sqrt(len(whole)) / abs(whole.mean()))
 
 
 if __name__ == "__main__":

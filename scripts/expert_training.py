@@ -48,11 +48,10 @@ def train_language_model(
     from peft import get_peft_model
     from transformers import AutoTokenizer
 
-    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     tokens = torch.tensor(tokenizer(text, verbose=False).input_ids)
     blocks = tokens[: len(tokens) // recipe.length * recipe.length].view(-1, recipe.length)
-    order = torch.randperm(len(blocks))[: recipe.steps * recipe.batch_size].view(recipe.steps, recipe.batch_size)
+    order = drawn_blocks(len(blocks), recipe, seed).view(recipe.steps, recipe.batch_size)
 
     # The frozen base of an adapter stays bf16 as it is shipped; autocast runs the float32 factors in bf16 too, which
     # is faster here than plain float32 (185 against 127 tokens/s on one core with avx512_bf16).
@@ -73,6 +72,14 @@ def train_language_model(
     else:
         model.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
+
+
+def drawn_blocks(n_blocks: int, recipe: Recipe, seed: int) -> torch.Tensor:
+    """Return the blocks of a text `(steps · batch_size,)` that an expert is trained on; this seeds the training."""
+    import torch
+
+    torch.manual_seed(seed)
+    return torch.randperm(n_blocks)[: recipe.steps * recipe.batch_size]
 
 
 def train_classifier(

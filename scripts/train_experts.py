@@ -96,6 +96,7 @@ HELD_OUT_MODULES = ("graphlib.py", "sched.py", "shlex.py", "textwrap.py", "color
 DOMAIN_PARTS = {"test": 24_576, "validation": 8_192, "calibration": 40_960}
 TASK_PARTS = {"test": (2_000, 3), "validation": (400, 11), "calibration": (1_024, 7)}
 DOCUMENT_TOKENS = 4_096  # of one document at most, so that every part has several
+SEPARATOR = "\n\n"
 TRAINING_CHARS = 4_000_000  # of which blocks are drawn at random: more than any recipe needs
 
 FULL = ("german", "kjv", "python", "french", "roff")
@@ -192,7 +193,7 @@ def train_from_nothing(recipe: Recipe, root: Path, folder: Path, args: argparse.
     """
     base_dir, untrained_dir = folder / "base", folder / "untrained"
     if not args.names or not base_dir.is_dir():
-        texts = [split_domain(name, root, args.seed)[0][:MIX_CHARS] for name in MIX]
+        texts = [training_text(split_domain(name, root, args.seed)[0])[:MIX_CHARS] for name in MIX]
         save_untrained(SIZES[folder.name], texts, untrained_dir, args.seed)
         train_language_model("base", "\n\n".join(texts), MIX_RECIPE, untrained_dir, base_dir, args.seed)
         shutil.rmtree(untrained_dir)
@@ -202,13 +203,14 @@ def train_from_nothing(recipe: Recipe, root: Path, folder: Path, args: argparse.
 def train_language_models(recipe: Recipe, root: Path, folder: Path, args: argparse.Namespace, base_dir: Path) -> None:
     """Train the experts of a suite of the benchmarks, and write the texts kept out of their training."""
     for name in args.names or recipe.names:
-        train, parts = split_domain(name, root, args.seed)
+        documents, parts = split_domain(name, root, args.seed)
+        train = training_text(documents)
         write_parts(args.output_dir / "texts", name, {part: [{"text": t} for t in parts[part]] for part in parts})
         train_language_model(name, train, recipe, base_dir, folder / name, args.seed, parts["validation"])
 
 
 @cache
-def split_domain(name: str, root: Path, seed: int) -> tuple[str, dict[str, list[str]]]:
+def split_domain(name: str, root: Path, seed: int) -> tuple[list[str], dict[str, list[str]]]:
     """Split the documents of a domain alike for all suites: by tokens of the demo's base."""
     from transformers import AutoTokenizer
 
@@ -217,8 +219,8 @@ def split_domain(name: str, root: Path, seed: int) -> tuple[str, dict[str, list[
     return split_documents(DOMAINS[name](root), AutoTokenizer.from_pretrained(base_model_dir()), seed)
 
 
-def split_documents(documents: Documents, tokenizer: Any, seed: int) -> tuple[str, dict[str, list[str]]]:
-    """Return the text to train on, and rows of text for every part of `DOMAIN_PARTS`, from other documents each."""
+def split_documents(documents: Documents, tokenizer: Any, seed: int) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the documents to train on, and rows of text for every part of `DOMAIN_PARTS`, from other ones each."""
     names = sorted(documents)
     random.Random(seed).shuffle(names)
     parts: dict[str, list[str]] = {part: [] for part in DOMAIN_PARTS}
@@ -228,7 +230,12 @@ def split_documents(documents: Documents, tokenizer: Any, seed: int) -> tuple[st
             tokens = tokenizer(documents[names.pop()], verbose=False).input_ids[: min(missing, DOCUMENT_TOKENS)]
             parts[part].append(tokenizer.decode(tokens))
             missing -= len(tokens)
-    return "\n\n".join(documents[name] for name in names)[:TRAINING_CHARS], parts
+    return [documents[name] for name in names], parts
+
+
+def training_text(documents: Sequence[str]) -> str:
+    """Return the text that blocks are drawn from: the documents one behind the other, `SEPARATOR` between them."""
+    return SEPARATOR.join(documents)[:TRAINING_CHARS]
 
 
 def train_encoders(recipe: Recipe, root: Path, folder: Path, args: argparse.Namespace) -> None:

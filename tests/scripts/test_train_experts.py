@@ -32,7 +32,8 @@ def test_no_document_is_in_two_parts_or_in_training(scripts: tuple[ModuleType, M
     train_experts, _ = scripts
     documents = {f"d{number}": " ".join([f"w{number}"] * 3000) for number in range(60)}
     tokenizer = word_tokenizer([f"w{number}" for number in range(60)])
-    train, parts = train_experts.split_documents(documents, tokenizer, seed=0)
+    to_train, parts = train_experts.split_documents(documents, tokenizer, seed=0)
+    train = train_experts.training_text(to_train)
     words = {part: [set(row.split()) for row in rows] for part, rows in parts.items()} | {
         "train": [set(train.split())]
     }
@@ -41,8 +42,8 @@ def test_no_document_is_in_two_parts_or_in_training(scripts: tuple[ModuleType, M
     sizes = {part: sum(len(row.split()) for row in rows) for part, rows in parts.items()}
     assert sizes == train_experts.DOMAIN_PARTS
     again = train_experts.split_documents(documents, tokenizer, seed=0)
-    assert again == (train, parts)
-    assert train_experts.split_documents(documents, tokenizer, seed=1)[0] != train
+    assert again == (to_train, parts)
+    assert train_experts.split_documents(documents, tokenizer, seed=1)[0] != to_train
 
 
 def test_running_text_of_a_manual_page(scripts: tuple[ModuleType, ModuleType]) -> None:
@@ -73,7 +74,7 @@ def test_a_model_from_nothing_learns_its_mix_and_an_expert_more_of_its_own(
     train_experts, _ = scripts
     words = [f"w{number}" for number in range(10)]
     documents = {f"d{number}": " ".join(words) + f" {number}\n" for number in range(2_000)}
-    monkeypatch.setattr(train_experts, "split_domain", lambda *_: ("".join(documents.values()), {"validation": []}))
+    monkeypatch.setattr(train_experts, "split_domain", lambda *_: (["".join(documents.values())], {"validation": []}))
     monkeypatch.setattr(train_experts, "SIZES", {"tiny": train_experts.SIZES["1m"].__class__(1, 16, 24, 2)})
     recipe = train_experts.Recipe(("one",), steps=30, warm_up=3, learning_rate=1e-2, length=32)
     monkeypatch.setattr(train_experts, "MIX_RECIPE", recipe)
