@@ -53,7 +53,8 @@ _SHARED = {
     "methods",
     multiple=True,
     metavar="NAME[,OPTION=VALUE...]",
-    help="Method to try: ties,density=0.3 or karcher,space=weights, say; once per method. Default: about ten.",
+    help="Method to try: ties,density=0.3 or karcher,space=weights, say; once per method. With --calibration also "
+    "those that need prompts, as regmean. Default: about ten.",
 )
 @option(
     _TRIED,

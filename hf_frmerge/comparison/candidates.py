@@ -65,6 +65,11 @@ class Cell:
         return self.candidate.label + (", fitted" if self.fit is not None else "")
 
     @property
+    def is_refined(self) -> bool:
+        """Whether a refinement that is asked for goes on from it: from the fit, not from methods that need prompts."""
+        return self.fit is not None and not METHODS[self.candidate.method].needs_prompts
+
+    @property
     def key(self) -> str:
         """What it is known by in the file of finished cells."""
         fit = [] if self.fit is None else [self.fit]
@@ -149,4 +154,4 @@ def arguments_of(cell: Cell) -> dict[str, Any]:
 
 
 def _comparable() -> list[str]:
-    return [method.name for method in METHODS.values() if method.kind not in ("calibrated", "given")]
+    return [method.name for method in METHODS.values() if method.kind != "given"]

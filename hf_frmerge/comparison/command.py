@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_frmerge.comparison.candidates import Cell, arguments_of
-from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, REFINE_OPTIONS
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.result_options import is_about_the_result
 
@@ -31,7 +31,11 @@ def merge_command(
         output_dir: Folder for the model.
         calibration: What merges are fitted to. Data that is not in files has a placeholder in the command.
     """
-    left_out = ("method", *(() if cell.fit is not None else FIT_OPTIONS))
+    left_out = ["method"]
+    if cell.fit is None:
+        left_out += FIT_OPTIONS
+    if not cell.is_refined:
+        left_out += REFINE_OPTIONS
     defaults = {one.name: one.default for one in fields(MergingArguments)}
     shared = {
         name: value

@@ -48,9 +48,11 @@ from hf_frmerge.evaluation.models.names import BASE, models_of_merge
 from hf_frmerge.evaluation.record import MERGED
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
 from hf_frmerge.hub.card.licences import licences_of_plan
-from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, REFINE_OPTIONS
+from hf_frmerge.merging.arguments.checks import check_calls_for_prompts, check_prompts
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.result_options import RESULT_OPTIONS
+from hf_frmerge.methods.table import METHODS
 from hf_frmerge.weighting.plan_merge import plan_merge
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class MergeComparison:
             comparison, `seed` draws texts and resamples, too.
         calibration_dataset (*optional*):
             Prompts without labels, as for `FisherRaoMerger`: a merge by `args.method` that is fitted to what its
-            experts compute on them is compared with the others.
+            experts compute on them is compared with the others, and so can be methods that need prompts.
         also (`Sequence[str]`, *optional*):
             Merges that are there already, whatever made them: local folders or Hub ids. They are compared as they are.
         n_seeds (`int`, *optional*, defaults to `1`):
@@ -149,6 +151,10 @@ class MergeComparison:
                 f"fisher={self.args.fisher!r} is for a single merge, and a comparison tries many. Leave it out; to "
                 "compare a merge that was made with it, name its folder: also (--also)."
             )
+        has_prompts = calibration_dataset is not None
+        check_calls_for_prompts(self.args.method, None, self.args.refine_steps, has_prompts=has_prompts)
+        for candidate in self.methods or ():
+            check_prompts(METHODS[candidate.method], None, has_prompts=has_prompts)
         self.base_model, self.max_tokens, self.eval_dtype = base_model, max_tokens, eval_dtype
         self.cache_dir, self.on_prediction_step = cache_dir, on_prediction_step
         self.on_progress = on_progress if on_progress is not None else lambda name: None
@@ -230,24 +236,31 @@ class MergeComparison:
         has_base = self.base_model is not None
         weights = [self._numbers(one) for one in self.weights]
         chosen = self.methods or default_candidates(len(self.experts), has_base=has_base)
+        without_data = [candidate for candidate in chosen if not METHODS[candidate.method].needs_prompts]
         cells = []
-        for candidate in chosen:
+        for candidate in without_data:
             own = cells_of(candidate, self.scales, weights, has_base=has_base)
             try:
                 self._plan(own[0]).close()
             except ArgumentError as error:
-                if self.methods or candidate is chosen[0]:  # asked for, or wrong for all methods
+                if self.methods or candidate is without_data[0]:  # asked for, or wrong for all methods
                     raise
                 self.notes.append(f"{candidate.label} was left out: {error}")
             else:
                 cells.append(own)
-        if fitter is not None:
-            fitted = Cell(Candidate(self.args.method), 1.0 if has_base else None, weights[0], fitter.digest)
-            with closing(self._plan(fitted)) as plan:
+        if fitter is None:
+            return cells
+        # The first to be run: what only a fit can find should not come after all others.
+        return [*([cell] for cell in self._fitted(chosen, weights[0], fitter)), *cells]
+
+    def _fitted(self, chosen: Sequence[Candidate], weights: tuple[float, ...] | None, fitter: Fitter) -> list[Cell]:
+        """Return the merges that prompts decide: that by `args.method`, fitted, and the methods that need prompts."""
+        methods = [Candidate(self.args.method), *(one for one in chosen if METHODS[one.method].needs_prompts)]
+        scale = 1.0 if self.base_model is not None else None
+        cells = [Cell(candidate, scale, weights, fitter.digest) for candidate in dict.fromkeys(methods)]
+        for cell in cells:
+            with closing(self._plan(cell)) as plan:
                 fitter.check(plan)
-            cells.insert(
-                0, [fitted]
-            )  # the first to be run: what only the fit can find should not come after all others
         return cells
 
     def _numbers(self, weights: Sequence[float] | str | None) -> tuple[float, ...] | None:
@@ -260,6 +273,8 @@ class MergeComparison:
 
     def _plan(self, cell: Cell) -> MergePlan:
         args = replace(self.args, **arguments_of(cell))
+        if not cell.is_refined:
+            args = replace(args, refine_steps=0)
         return plan_merge(
             self.experts,
             args,
@@ -327,7 +342,11 @@ class MergeComparison:
             "base model": model_identity(plan.base.source) if plan.base is not None else None,
             "texts": {split: digest_of(evaluator.texts[split]) for split in SPLITS},
             "evaluation": {"dtype": self.eval_dtype, "block_size": self.args.eval_block_size},
-            "options": {name: options[name] for name in RESULT_OPTIONS if name not in (*of_cells, *FIT_OPTIONS)},
+            "options": {
+                name: options[name]
+                for name in RESULT_OPTIONS
+                if name not in (*of_cells, *FIT_OPTIONS, *REFINE_OPTIONS)
+            },
             "versions": [torch.__version__, transformers.__version__],
         }
 

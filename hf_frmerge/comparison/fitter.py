@@ -13,7 +13,7 @@ from hf_frmerge.calibration.calibrate import prepare
 from hf_frmerge.checkpoints.disk import remove_folder
 from hf_frmerge.errors import MergeError
 from hf_frmerge.evaluation.text.datasets import read_texts
-from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, SELF_WRITTEN
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, REFINE_OPTIONS, SELF_WRITTEN
 from hf_frmerge.merging.engine.processes import Processes
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Fitter:
     def __init__(self, calibration: Any, args: MergingArguments, folder: Path) -> None:
         self._calibration, self._folder = calibration, folder / ".fits"
         options = args.to_dict()
-        state = xxh3_128(json.dumps({name: options[name] for name in FIT_OPTIONS}).encode())
+        state = xxh3_128(json.dumps({name: options[name] for name in (*FIT_OPTIONS, *REFINE_OPTIONS)}).encode())
         by_expert = calibration.items() if isinstance(calibration, Mapping) else [("", calibration)]
         for expert, data in by_expert:
             is_named = isinstance(data, (str, Path))

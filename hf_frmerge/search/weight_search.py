@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hf_frmerge.comparison.candidates import SCALES
+from hf_frmerge.comparison.candidates import SCALES, parse_candidate
 from hf_frmerge.comparison.comparison import MergeComparison
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.evaluation.models.names import models_of_merge
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.values import did_you_mean
+from hf_frmerge.methods.table import METHODS
 from hf_frmerge.search.figure import save_figure
 from hf_frmerge.search.merges import Choice, Merges
 from hf_frmerge.search.record import SearchRecord, Tried, finite, save_record, save_table
@@ -102,6 +103,12 @@ class WeightSearch:
             raise ArgumentError(f"There is no search by {by!r}: expected one of {WAYS}.{did_you_mean(by, WAYS)}")
         if len(experts) < 2:
             raise ArgumentError(f"Weights are chosen for two or more experts, but got {len(experts)}.")
+        name = parse_candidate(method).method
+        if METHODS[name].needs_prompts:
+            raise ArgumentError(
+                f"`method={name!r}` asks what the experts do on prompts, which a search does not have. Choose another "
+                "one; `frmerge compare --calibration` has it beside others."
+            )
         self.by, self.n_evaluations = by, n_evaluations
         self.scales = _checked_scales(scales, by)
         self.comparison = MergeComparison(

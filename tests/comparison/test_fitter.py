@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from comparison_family import Family, text_of
 
+from hf_frmerge.comparison.command import merge_command
 from hf_frmerge.comparison.comparison import MergeComparison
 from hf_frmerge.comparison.texts import split_texts
 from hf_frmerge.errors import ArgumentError
-from hf_frmerge.evaluation.comparison_record import ComparisonRecord
+from hf_frmerge.evaluation.comparison_record import ComparisonRecord, MethodResult
 from hf_frmerge.evaluation.models.merged import tokenizer_of
 from hf_frmerge.evaluation.record import MERGED
 from hf_frmerge.evaluation.suite.merge_evaluation import evaluate_merge, models_to_measure
@@ -38,15 +39,11 @@ def compared(family: Family, folder: Path, cache: Path, form: str = "auto", **ch
     ).run()
 
 
-@pytest.mark.parametrize("form", ["auto", "table"])
-def test_its_row_is_what_a_calibrated_merge_does(family: Family, cache: Path, tmp_path: Path, form: str) -> None:
-    ran: list[str] = []
-    record = compared(family, tmp_path / "c", cache, form, on_progress=ran.append)
-    (row,) = [row for row in record.methods if row.n_prompts]
-    assert row.n_prompts == 2 * N_PROMPTS * 7 // 8  # the others are held out from the fit
-    assert row.label == f"karcher, fitted to {row.n_prompts} prompts" and row.memory is None
-    assert record.best is row
-    args = MergingArguments(output_dir=str(tmp_path / "merged"), space="deltas", calibration_form=form, **FIT)
+def is_what_a_calibrated_merge_does(
+    row: MethodResult, family: Family, cache: Path, tmp_path: Path, **options: str
+) -> None:
+    """Assert that a row says of a merge what an evaluation says of the same merge once it is written."""
+    args = MergingArguments(output_dir=str(tmp_path / "merged"), space="deltas", **FIT, **options)
     FisherRaoMerger(family.experts, args, base_model=family.base, calibration_dataset=prompts_of(family)).merge()
     tokenizer = tokenizer_of(family.base)
     texts = {
@@ -57,6 +54,17 @@ def test_its_row_is_what_a_calibrated_merge_does(family: Family, cache: Path, tm
     expected = evaluate_merge(models, texts, SuiteOptions(), RunSettings(cache_dir=cache))
     kept = {one.expert: one.share for one in expected.recovery if one.model == MERGED}
     assert row.by_place == pytest.approx(kept, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["auto", "table"])
+def test_its_row_is_what_a_calibrated_merge_does(family: Family, cache: Path, tmp_path: Path, form: str) -> None:
+    ran: list[str] = []
+    record = compared(family, tmp_path / "c", cache, form, on_progress=ran.append)
+    (row,) = [row for row in record.methods if row.n_prompts]
+    assert row.n_prompts == 2 * N_PROMPTS * 7 // 8  # the others are held out from the fit
+    assert row.label == f"karcher, fitted to {row.n_prompts} prompts" and row.memory is None
+    assert record.best is row
+    is_what_a_calibrated_merge_does(row, family, cache, tmp_path, calibration_form=form)
     assert not (tmp_path / "c" / ".fits").exists()
 
     ran.clear()
@@ -65,6 +73,53 @@ def test_its_row_is_what_a_calibrated_merge_does(family: Family, cache: Path, tm
     other = {expert: rows[:8] for expert, rows in prompts_of(family).items()}
     compared(family, tmp_path / "c", cache, calibration_dataset=other, on_progress=ran.append)
     assert ran == ["karcher, fitted × 1 (validation)", "karcher, fitted × 1 (test)"]
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_methods_that_need_prompts_are_rows_beside_the_fit(
+    family: Family, cache: Path, tmp_path: Path, method: str
+) -> None:
+    record = compared(family, tmp_path / "c", cache, methods=["linear", method])
+    rows = {row.method: row for row in record.methods}
+    assert rows.keys() == {"linear", "karcher", method}
+    assert rows[method].label == f"{method}, fitted to {rows['karcher'].n_prompts} prompts"
+    is_what_a_calibrated_merge_does(rows[method], family, cache, tmp_path, method=method)
+
+
+def test_only_the_fit_is_refined(family: Family, cache: Path, tmp_path: Path) -> None:
+    args = MergingArguments(output_dir=str(tmp_path / "c"), refine_steps=2, **FIT)
+    with pytest.raises(ArgumentError, match="refines a merge that is fitted to prompts, and there are none"):
+        MergeComparison(family.experts, family.texts, family.base, args=args)
+    comparison = MergeComparison(
+        family.experts,
+        family.texts,
+        family.base,
+        args=args,
+        methods=["linear", "regmean"],
+        scales=(1.0,),
+        calibration_dataset=prompts_of(family),
+        cache_dir=str(cache),
+    )
+    comparison.run()
+    with comparison.bench() as (bench, candidates):
+        results = {cell.candidate.method: bench.result(cell, "test") for (cell,) in candidates}
+        commands = {
+            cell.candidate.method: shlex.join(
+                merge_command(
+                    cell, family.experts, family.base, comparison.args, "out", comparison.calibration_dataset
+                )
+            )
+            for (cell,) in candidates
+        }
+    assert all(result.failure is None for result in results.values())
+    assert "--refine-steps 2" in commands["karcher"] and "--calibration" in commands["karcher"]
+    assert "--refine" not in commands["regmean"] and "--calibration" in commands["regmean"]
+    assert "--refine" not in commands["linear"] and "calibration" not in commands["linear"]
+
+
+def test_methods_that_need_prompts_are_refused_without(family: Family) -> None:
+    with pytest.raises(ArgumentError, match="method='regmean'` asks what the experts do on prompts"):
+        MergeComparison(family.experts, family.texts, family.base, methods=["regmean"])
 
 
 def test_the_command_names_the_prompts(family: Family, cache: Path, tmp_path: Path) -> None:

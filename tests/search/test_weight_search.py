@@ -229,6 +229,10 @@ WRONG = {
     "a negative scale": ({"scales": [-1, 2]}, "the smallest and the largest; got"),
     "too few evaluations": ({"n_evaluations": 5}, "2 weights and the scale is described by 6 numbers, which 5 merges"),
     "evaluations of a soup": ({"by": "greedy", "n_evaluations": 9}, "leave evaluations out"),
+    "a method that needs prompts": (
+        {"method": "mats"},
+        "asks what the experts do on prompts, which a search does not",
+    ),
     "no text": ({"texts": {}}, "give a text"),
 }
 

@@ -25,6 +25,18 @@ FIT_OPTIONS = (
 )
 """Arguments of a merge that matter only if there are prompts."""
 
+REFINE_OPTIONS = (
+    "refine_steps",
+    "refine_loss",
+    "refine_teacher",
+    "refine_lmbda",
+    "refine_written_samples",
+    "refine_learning_rate",
+    "refine_beta",
+    "refine_rho",
+)
+"""Arguments of a merge that matter only if it is fitted to its experts, and the fit refined."""
+
 
 def parse_calibration(items: Sequence[str], experts: Sequence[str]) -> Mapping[str, str] | str:
     """
