@@ -119,6 +119,8 @@ class _Group:
 
     def go_on(self, gather: Gather | None) -> bool:
         """Send the method the answer of all processes; return whether it has another wish."""
+        if self.decision is not None:  # other groups of its batch take more rounds
+            return False
         sums, counts = joined(gather, self._sums), self._counts
         if gather is not None:
             parts = [part for part in gather([counts]) if part is not None]  # None: a process with nothing to merge
