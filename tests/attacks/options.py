@@ -9,6 +9,7 @@ import torch
 from click.testing import Result
 from click_runner import click_runner
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import save_llama_family
 from transformers import AutoModelForCausalLM
 
@@ -67,6 +68,7 @@ class OptionAttack:
     def __init__(self, root: Path) -> None:
         self.root = root
         save_llama_family(root, WORDS, 0.1, eos_token="<eos>")
+        _share_tensors(root)
         for seed, name in enumerate(("lora-a", "lora-b")):
             torch.manual_seed(seed)
             base = AutoModelForCausalLM.from_pretrained(root / "base")
@@ -99,6 +101,15 @@ class OptionAttack:
         tally.seen["fitted"] += (out / "merge_corrections.safetensors").exists()
         verified = _run("verify", str(out))
         return [] if verified.exit_code == 0 else [f"not verified: {verified.stdout[-300:]}"]
+
+
+def _share_tensors(root: Path) -> None:
+    """Let the full experts have some tensors alike, as fine-tunes do: one is the base's, and one is not."""
+    base, math, code = (root / name / "model.safetensors" for name in ("base", "math", "code"))
+    norm, up = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+    alike = {norm: load_file(base)[norm], up: load_file(math)[up]}
+    for file in (math, code):
+        save_file(load_file(file) | alike, file, {"format": "pt"})
 
 
 def _run(*words: str) -> Result:
