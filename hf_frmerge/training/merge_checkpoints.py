@@ -45,7 +45,7 @@ class MergeCheckpointsCallback(TrainerCallback):
             the run. The folder is overwritten by every merge.
 
     Raises:
-        ArgumentError: If `last` is below 2, `weights` is no such name, or the method needs a base model.
+        ArgumentError: If `last` is below 2, `weights` is no such name, or the merge needs a base model or prompts.
     """
 
     def __init__(self, last: int = 5, weights: str = "uniform", args: MergingArguments | None = None) -> None:
@@ -62,6 +62,12 @@ class MergeCheckpointsCallback(TrainerCallback):
             raise ArgumentError(
                 f"method={args.method!r} is made of differences to a base model, which checkpoints of one run do not "
                 "have. Choose 'karcher', 'linear' or another method that takes the models as they are."
+            )
+        if args is not None and (CHOICES[args.method].needs_prompts or args.fisher or args.refine_steps):
+            option = f"method={args.method!r}" if CHOICES[args.method].needs_prompts else "fisher or refine_steps"
+            raise ArgumentError(
+                f"{option} asks what models do on prompts, which a merge during training does not. Leave it out here, "
+                "and merge the checkpoints afterwards, with `frmerge merge --calibration`."
             )
         self.last, self.weights, self.args = last, weights, args
 

@@ -125,6 +125,8 @@ def test_what_would_leave_too_few_checkpoints_is_refused_before_the_training(tmp
         ({"weights": "nan"}, "'uniform', 'linear', '1-sqrt'"),
         ({"weights": "0.5,0.5"}, "'uniform', 'linear', '1-sqrt'"),
         ({"args": MergingArguments(method="task_arithmetic")}, "differences to a base model"),
+        ({"args": MergingArguments(method="mats")}, "method='mats' asks what models do on prompts"),
+        ({"args": MergingArguments(refine_steps=2)}, "fisher or refine_steps asks what models do on prompts"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
