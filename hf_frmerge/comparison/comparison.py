@@ -152,6 +152,11 @@ class MergeComparison:
                 "compare a merge that was made with it, name its folder: also (--also)."
             )
         has_prompts = calibration_dataset is not None
+        if has_prompts and self.args.method not in METHODS:
+            raise ArgumentError(
+                f"method={self.args.method!r} leaves the method of the fit to be chosen, and a comparison has to name "
+                "what it compares. Leave it out (karcher), or name one."
+            )
         check_calls_for_prompts(self.args.method, None, self.args.refine_steps, has_prompts=has_prompts)
         for candidate in self.methods or ():
             check_prompts(METHODS[candidate.method], None, has_prompts=has_prompts)

@@ -117,6 +117,12 @@ def test_only_the_fit_is_refined(family: Family, cache: Path, tmp_path: Path) ->
     assert "--refine" not in commands["linear"] and "calibration" not in commands["linear"]
 
 
+def test_the_method_of_the_fit_is_named(family: Family) -> None:
+    args = MergingArguments(output_dir="unused", method="auto")
+    with pytest.raises(ArgumentError, match="method='auto' leaves the method of the fit to be chosen"):
+        MergeComparison(family.experts, family.texts, family.base, args=args, calibration_dataset="self")
+
+
 def test_methods_that_need_prompts_are_refused_without(family: Family) -> None:
     with pytest.raises(ArgumentError, match="method='regmean'` asks what the experts do on prompts"):
         MergeComparison(family.experts, family.texts, family.base, methods=["regmean"])

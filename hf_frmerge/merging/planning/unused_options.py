@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, REFINE_OPTIONS
 from hf_frmerge.methods.table import METHODS
 
 if TYPE_CHECKING:
@@ -31,17 +31,16 @@ def unused_options(args: MergingArguments, *, has_prompts: bool, makes_adapter: 
     if args.fisher is not None:
         used.add("fisher_labels")
     why = dict.fromkeys(of_methods - used, f"with method={args.method!r}")
+    if not args.refine_steps:
+        why |= dict.fromkeys(REFINE_OPTIONS, "without refine_steps (--refine)")
+    elif args.refine_loss != "jsd":
+        why["refine_beta"] = f"with refine_loss={args.refine_loss!r}"
     if not has_prompts:
         why |= dict.fromkeys(FIT_OPTIONS, "without prompts (--calibration)")
     elif args.fisher is not None:
         why["calibration_rank"] = f"with fisher={args.fisher!r}"
     elif METHODS[args.method].needs_prompts and not METHODS[args.method].fits_adapter:  # nothing of low rank
         why["calibration_rank"] = f"with method={args.method!r}"
-    if not args.refine_steps:
-        refining = [option.name for option in fields(args) if option.name.startswith("refine_")]
-        why |= dict.fromkeys(refining, "without refine_steps (--refine)")
-    elif args.refine_loss != "jsd":
-        why["refine_beta"] = f"with refine_loss={args.refine_loss!r}"
     if not makes_adapter:
         why |= dict.fromkeys(
             ("adapter_rank", "adapter_energy", "adapter_rank_pattern"), "where a full model is written"
