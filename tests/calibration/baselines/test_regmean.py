@@ -30,7 +30,6 @@ from hf_frmerge.calibration import inputs
 from hf_frmerge.calibration.baselines.regmean import shrunk
 from hf_frmerge.calibration.prompts.read_prompts import read_prompts, split_prompts
 from hf_frmerge.cli.main import main
-from hf_frmerge.comparison.candidates import parse_candidate
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
@@ -290,8 +289,6 @@ def test_without_prompts_it_is_refused_before_anything_is_written(models: Path, 
         MergingArguments(method="regmean", post_step="svc")
     with pytest.raises(ArgumentError, match="`off_diagonal` must be at least 0 and below 1"):
         MergingArguments(method="regmean", off_diagonal=1.0)
-    with pytest.raises(ArgumentError, match=r"no method 'regmean' to compare"):
-        parse_candidate("regmean")
     assert not out.exists()
 
 
