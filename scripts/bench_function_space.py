@@ -111,7 +111,7 @@ def main() -> None:
     print(f"{args.suite.name}: {', '.join(domains)}; {n_tokens:,} test tokens or more a domain")
     args.workdir.mkdir(parents=True, exist_ok=True)
     base = kept_losses(args, "base", lambda: load(args.base), blocks)
-    of_experts = [kept_losses(args, e, lambda e=e: load_expert(args, e), blocks) for e in domains]
+    of_experts = [kept_losses(args, e, lambda e=e: load_expert(args.suite / e, args.base), blocks) for e in domains]
     experts = {domain: losses[domain] for domain, losses in zip(domains, of_experts)}
     for domain in domains:
         print(f"  {domain}: base {base[domain].mean():.3f}, expert {experts[domain].mean():.3f} nats a token")
@@ -289,13 +289,12 @@ def load(path: str | Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
 
-def load_expert(args: argparse.Namespace, domain: str) -> torch.nn.Module:
-    folder = args.suite / domain
+def load_expert(folder: Path, base: str | Path) -> torch.nn.Module:
     if not (folder / "adapter_config.json").exists():
         return load(folder)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load(args.base), folder).merge_and_unload().eval()
+    return PeftModel.from_pretrained(load(base), folder).merge_and_unload().eval()
 
 
 def kept_losses(

@@ -26,10 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_function_space import Losses, blocks_of, load, nats, ratio_of_means
+from bench_function_space import Losses, blocks_of, load, load_expert, nats, ratio_of_means
 from expert_training import Recipe, drawn_blocks
 from numpy.typing import NDArray
-from peft import PeftModel
 from train_experts import DOCUMENT_TOKENS, SEPARATOR, SUITES, split_domain, training_text
 from transformers import AutoTokenizer
 
@@ -128,15 +127,9 @@ def references(args: argparse.Namespace, blocks: Mapping[str, NDArray[np.int64]]
     base = kept(args, f"base-{part}", lambda: load(base_model_dir()), blocks)
     experts = {}
     for name in args.names:
-        experts |= kept(args, f"{name}-{part}", lambda name=name: load_expert(args, name), {name: blocks[name]})
+        folder, own = args.experts / name, {name: blocks[name]}
+        experts |= kept(args, f"{name}-{part}", lambda folder=folder: load_expert(folder, base_model_dir()), own)
     return base, experts
-
-
-def load_expert(args: argparse.Namespace, name: str) -> torch.nn.Module:
-    folder = args.experts / name
-    if not (folder / "adapter_config.json").exists():
-        return load(folder)
-    return PeftModel.from_pretrained(load(base_model_dir()), folder).merge_and_unload().eval()
 
 
 def merge(args: argparse.Namespace, method: str, scale: float) -> torch.nn.Module:

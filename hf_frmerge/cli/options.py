@@ -13,6 +13,7 @@ import click
 
 from hf_frmerge.cli.command import SectionOption, warn_of_token
 from hf_frmerge.errors import ArgumentError
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, REFINE_OPTIONS
 from hf_frmerge.merging.arguments.config_file import read_config
 from hf_frmerge.merging.arguments.expert_arguments import ExpertArguments
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
@@ -50,22 +51,7 @@ MEAN = {
     "Tensors that are not merged": ("leave_out", "take"),
 }
 CALIBRATION = {
-    "Fitting to what the experts compute": (
-        "calibration",
-        "num_calibration_samples",
-        "max_calibration_length",
-        "calibration_batch_size",
-        "calibration_form",
-        "calibration_rank",
-        "refine_steps",
-        "refine_loss",
-        "refine_teacher",
-        "refine_lmbda",
-        "refine_written_samples",
-        "refine_learning_rate",
-        "refine_beta",
-        "refine_rho",
-    )
+    "Fitting to what the experts compute": ("calibration", *FIT_OPTIONS, *REFINE_OPTIONS),
 }
 CURVATURE = {
     "Curvature of the experts' predictions, on prompts": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, REFINE_OPTIONS
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 
 # A resume may not change these, and a card shows them. tests/merging/arguments/test_result_options.py asks of every
@@ -39,19 +40,8 @@ RESULT_OPTIONS = (
     "tokenizer_source",
     "pad_to_multiple_of",
     "settings_from",
-    "num_calibration_samples",
-    "max_calibration_length",
-    "calibration_batch_size",
-    "calibration_form",
-    "calibration_rank",
-    "refine_steps",
-    "refine_loss",
-    "refine_teacher",
-    "refine_lmbda",
-    "refine_written_samples",
-    "refine_learning_rate",
-    "refine_beta",
-    "refine_rho",
+    *FIT_OPTIONS,
+    *REFINE_OPTIONS,
     "dtype",
     "on_overflow",
     "max_shard_size",
