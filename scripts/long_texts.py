@@ -43,6 +43,8 @@ NAMES = ("dialogue", "french", "mail", "roff")
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
+    # A folder for each setting, so that nothing is taken for a result of another one.
+    args.workdir /= "-".join([args.experts.name, *args.names, *map(str, (args.tokens, args.validation, args.seed))])
     args.workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(base_model_dir())
     test = {name: test_blocks(args, tokenizer, name) for name in args.names}
@@ -101,7 +103,7 @@ def untouched(documents: Sequence[str], tokenizer: Any, recipe: Recipe, seed: in
     spans = tokenizer(training_text(documents), return_offsets_mapping=True, verbose=False)["offset_mapping"]
     blocks = drawn_blocks(len(spans) // recipe.length, recipe, seed).sort().values.tolist()
     begins = np.cumsum([0, *(len(document) + len(SEPARATOR) for document in documents)])
-    touched = set()
+    touched: set[int] = set()
     for block in blocks:
         first, last = spans[block * recipe.length][0], spans[(block + 1) * recipe.length - 1][1]
         touched.update(range(*np.searchsorted(begins, (first, last), side="right") - (1, 0)))
@@ -177,7 +179,7 @@ def print_table(scales: Mapping[str, float], base: Losses, experts: Losses, merg
         shares = [share(base[name], losses[name], base[name], experts[name]) for name in base]
         leads = [share(losses[name], merged[leader][name], base[name], experts[name]) for name in base]
         cells = [percent(each) for each in (*shares, mean_of(shares))]
-        lead = "" if method == leader else percent(mean_of(leads), "+")
+        lead = "" if method == leader else percent(mean_of(leads), "+.2f")
         print(f"| {method} | {scales[method]:g} | {' | '.join(cells)} | {lead} |")
 
 
@@ -194,8 +196,8 @@ def mean_of(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(np.mean(found)), math.hypot(*errors) / len(errors)
 
 
-def percent(value: tuple[float, float], sign: str = "") -> str:
-    return f"{value[0] * 100:{sign}.1f} ± {value[1] * 100:.1f}"
+def percent(value: tuple[float, float], form: str = ".1f") -> str:
+    return f"{value[0] * 100:{form}} ± {value[1] * 100:{form.removeprefix('+')}}"
 
 
 if __name__ == "__main__":
