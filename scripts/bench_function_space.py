@@ -41,6 +41,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,11 @@ def main() -> None:
     n_tokens = min(map(len, blocks.values())) * (BLOCK - 1)
     print(f"{args.suite.name}: {', '.join(domains)}; {n_tokens:,} test tokens or more a domain")
     args.workdir.mkdir(parents=True, exist_ok=True)
-    base = kept_losses(args, "base", lambda: load(args.base), blocks)
-    of_experts = [kept_losses(args, e, lambda e=e: load_expert(args.suite / e, args.base), blocks) for e in domains]
+    kept = partial(kept_losses, args.workdir)
+    base = kept(f"{args.suite.name}-base", lambda: load(args.base), blocks)
+    of_experts = [
+        kept(f"{args.suite.name}-{e}", lambda e=e: load_expert(args.suite / e, args.base), blocks) for e in domains
+    ]
     experts = {domain: losses[domain] for domain, losses in zip(domains, of_experts)}
     for domain in domains:
         print(f"  {domain}: base {base[domain].mean():.3f}, expert {experts[domain].mean():.3f} nats a token")
@@ -298,11 +302,11 @@ def load_expert(folder: Path, base: str | Path) -> torch.nn.Module:
 
 
 def kept_losses(
-    args: argparse.Namespace, name: str, load_it: Callable[[], torch.nn.Module], blocks: dict[str, NDArray[np.int64]]
+    folder: Path, name: str, load_it: Callable[[], torch.nn.Module], blocks: dict[str, NDArray[np.int64]]
 ) -> Losses:
-    """Return the losses of the base or an expert on all domains; they are kept for the next call."""
+    """Return the losses of a model on some domains; they are kept under its name and the content of the blocks."""
     digest = hashlib.sha256(b"".join(blocks[domain].tobytes() for domain in sorted(blocks))).hexdigest()[:16]
-    file = args.workdir / f"losses-{args.suite.name}-{name}-{digest}.npz"
+    file = folder / f"losses-{name}-{digest}.npz"
     if not file.exists():
         model = load_it()
         np.savez(file, **{domain: nats(model, of_domain) for domain, of_domain in blocks.items()})

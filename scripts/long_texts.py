@@ -10,8 +10,8 @@ James Bible has too few (its documents are books), so it cannot be measured so.
 
 Every method gets the same scales, the best of which is chosen on `--validation` tokens of the texts that
 `train_experts.py` keeps for that. Printed are recovery and its standard error over blocks, and the lead of the first
-method over the others, paired block by block. What was measured is kept in `--workdir`: the same command goes on, and
-`--methods` of several calls come together in one table.
+method over the others, paired block by block. What was measured is kept in `--workdir` under names and texts: the same
+command goes on, and experts that were trained again need another folder.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_function_space import Losses, blocks_of, load, load_expert, nats, ratio_of_means
+from bench_function_space import Losses, blocks_of, kept_losses, load, load_expert, ratio_of_means
 from expert_training import Recipe, drawn_blocks
 from numpy.typing import NDArray
 from train_experts import DOCUMENT_TOKENS, SEPARATOR, SUITES, split_domain, training_text
@@ -43,8 +44,6 @@ NAMES = ("dialogue", "french", "mail", "roff")
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
-    # A folder for each setting, so that nothing is taken for a result of another one.
-    args.workdir /= "-".join([args.experts.name, *args.names, *map(str, (args.tokens, args.validation, args.seed))])
     args.workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(base_model_dir())
     test = {name: test_blocks(args, tokenizer, name) for name in args.names}
@@ -53,11 +52,8 @@ def main() -> None:
         name: blocks_of(tokenizer, folder / f"{name}.validation.jsonl", args.validation) for name in args.names
     }
     scales = {method: best_scale(args, method, validation) for method in args.methods}
-    merged = {
-        method: kept(args, f"{method}-{scale:g}-test", lambda m=method, s=scale: merge(args, m, s), test)
-        for method, scale in scales.items()
-    }
-    base, experts = references(args, test, "test")
+    merged = {method: of_merge(args, method, scale, test) for method, scale in scales.items()}
+    base, experts = references(args, test)
     for name in args.names:
         print(f"{name}: {test[name].size:,} tokens, base {base[name].mean():.4f}, expert {experts[name].mean():.4f}")
     print_table(scales, base, experts, merged)
@@ -82,7 +78,7 @@ def parse_args() -> argparse.Namespace:
 
 def test_blocks(args: argparse.Namespace, tokenizer: Any, name: str) -> NDArray[np.int64]:
     """Return blocks of tokens from documents without a word that the expert was trained on; they are kept."""
-    file = args.workdir / f"{name}.test.jsonl"
+    file = args.workdir / f"{args.experts.name}-{name}-{args.tokens}-{args.seed}.jsonl"
     if not file.exists():
         documents, _ = split_domain(name, args.texts, args.seed)
         unseen = untouched(documents, tokenizer, SUITES[args.experts.name], args.seed)
@@ -113,25 +109,32 @@ def untouched(documents: Sequence[str], tokenizer: Any, recipe: Recipe, seed: in
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def best_scale(args: argparse.Namespace, method: str, blocks: Mapping[str, NDArray[np.int64]]) -> float:
+def best_scale(args: argparse.Namespace, method: str, blocks: dict[str, NDArray[np.int64]]) -> float:
     """Return the scale whose merge keeps most in the mean on the texts for validation."""
-    base, experts = references(args, blocks, "validation")
+    base, experts = references(args, blocks)
 
     def kept_in_the_mean(scale: float) -> float:
-        losses = kept(args, f"{method}-{scale:g}-validation", lambda: merge(args, method, scale), blocks)
+        losses = of_merge(args, method, scale, blocks)
         return float(np.mean([share(base[name], losses[name], base[name], experts[name])[0] for name in args.names]))
 
     return max(args.scales, key=kept_in_the_mean)
 
 
-def references(args: argparse.Namespace, blocks: Mapping[str, NDArray[np.int64]], part: str) -> tuple[Losses, Losses]:
+def references(args: argparse.Namespace, blocks: dict[str, NDArray[np.int64]]) -> tuple[Losses, Losses]:
     """Return the losses of the base, and on every domain those of its expert."""
-    base = kept(args, f"base-{part}", lambda: load(base_model_dir()), blocks)
+    kept, suite = partial(kept_losses, args.workdir), args.experts.name
+    base = kept("base", lambda: load(base_model_dir()), blocks)
     experts = {}
     for name in args.names:
         folder, own = args.experts / name, {name: blocks[name]}
-        experts |= kept(args, f"{name}-{part}", lambda folder=folder: load_expert(folder, base_model_dir()), own)
+        experts |= kept(f"{suite}-{name}", lambda folder=folder: load_expert(folder, base_model_dir()), own)
     return base, experts
+
+
+def of_merge(args: argparse.Namespace, method: str, scale: float, blocks: dict[str, NDArray[np.int64]]) -> Losses:
+    """Return the losses of a merge of the experts of these domains."""
+    name = f"{args.experts.name}-{method}-{scale:g}"
+    return kept_losses(args.workdir, name, lambda: merge(args, method, scale), blocks)
 
 
 def merge(args: argparse.Namespace, method: str, scale: float) -> torch.nn.Module:
@@ -150,21 +153,6 @@ def merge(args: argparse.Namespace, method: str, scale: float) -> torch.nn.Modul
     )
     merger.merge()
     return load(merging.output_dir)
-
-
-def kept(
-    args: argparse.Namespace,
-    name: str,
-    load_it: Callable[[], torch.nn.Module],
-    blocks: Mapping[str, NDArray[np.int64]],
-) -> Losses:
-    """Return the losses of a model on every token of some domains; they are kept for the next call."""
-    file = args.workdir / f"{name}.npz"
-    if not file.exists():
-        model = load_it()
-        np.savez(file, **{domain: nats(model, of_domain) for domain, of_domain in blocks.items()})
-    with np.load(file) as losses:
-        return dict(losses)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
