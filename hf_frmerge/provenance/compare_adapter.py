@@ -20,7 +20,7 @@ from hf_frmerge.kernels.product import product
 from hf_frmerge.merging.engine.outcomes import StepObserver
 from hf_frmerge.merging.engine.processes import Processes
 from hf_frmerge.merging.run import run_merge
-from hf_frmerge.methods.spectral.decision import TOLERANCE
+from hf_frmerge.methods.spectral.decision import tolerance
 
 if TYPE_CHECKING:
     from hf_frmerge.checkpoints.adapters.factors import LowRankDelta
@@ -35,7 +35,7 @@ def compare_adapter(merged: Checkpoint, manifest: Manifest, plan: MergePlan) -> 
 
     Sums of the experts are compared factor by factor and bit for bit. What a spectral method made went through LAPACK,
     which may find other factors of the same product on another machine: factors are compared with their digest in
-    the record, and the product with that found here, to `methods.spectral.decision.TOLERANCE` of its norm.
+    the record, and the product with that found here, to `methods.spectral.decision.tolerance` of its norm.
 
     Returns:
         Number of tensors compared, and a sentence for every problem.
@@ -73,7 +73,7 @@ def _compare_modules(merged: Source, again: Source, manifest: Manifest, plan: Me
     expected = open_adapter(again)
     recorded = {f"{_module_of(step.name, plan)}.weight": manifest.tensors.get(step.name) for step in plan.steps}
     names = sorted(actual.deltas.keys() | expected.deltas.keys())
-    problems = []
+    problems, allowed = [], tolerance(plan.args.method)
     with closing(actual.checkpoint), closing(expected.checkpoint):
         for name in names:
             entry = recorded.get(name)
@@ -81,9 +81,9 @@ def _compare_modules(merged: Source, again: Source, manifest: Manifest, plan: Me
                 problems.append(f"The delta of {name!r} is only in one of the merged adapter and its derivation.")
             elif entry is None or _digest_of(actual.deltas[name]) != entry.output:
                 problems.append(f"The delta of {name!r} was changed after the merge.")
-            elif not _are_near(expected.deltas[name], actual.deltas[name]):
+            elif not _are_near(expected.deltas[name], actual.deltas[name], allowed):
                 problems.append(
-                    f"The delta of {name!r} is farther than {TOLERANCE:g} of its norm from what its experts and "
+                    f"The delta of {name!r} is farther than {allowed:g} of its norm from what its experts and "
                     "options give."
                 )
     return 2 * len(names), problems
@@ -101,8 +101,8 @@ def _digest_of(delta: LowRankDelta) -> str:
     return xxh3_128_hexdigest(b"".join(part.data for part in parts))
 
 
-def _are_near(expected: LowRankDelta, actual: LowRankDelta) -> bool:
-    """Whether two products are what they would be on two machines, after their factors were rounded."""
+def _are_near(expected: LowRankDelta, actual: LowRankDelta, allowed: float) -> bool:
+    """Whether two products are the same to `allowed` of their norm, after their factors were rounded."""
     here, there = (Factors(*delta.read(), delta.scale) for delta in (expected, actual))
     difference = _norm(concatenate([here, there], np.array([1.0, -1.0])))
     rounding = sum(
@@ -112,7 +112,7 @@ def _are_near(expected: LowRankDelta, actual: LowRankDelta) -> bool:
         * (np.linalg.norm(B) * np.linalg.norm(A, 2) + np.linalg.norm(B, 2) * np.linalg.norm(A))
         for delta, (B, A, scale) in ((expected, here), (actual, there))
     )
-    return bool(difference <= TOLERANCE * _norm(here) + rounding)
+    return bool(difference <= allowed * _norm(here) + rounding)
 
 
 def _norm(pair: Factors) -> float:

@@ -28,7 +28,7 @@ from hf_frmerge.merging.record.checksums import header_digest, sha256_of
 from hf_frmerge.merging.record.find_models import find_models
 from hf_frmerge.merging.record.manifest import read_manifest
 from hf_frmerge.merging.record.write_manifest import record_checksums
-from hf_frmerge.methods.spectral.decision import RULES, TOLERANCE, Spectral
+from hf_frmerge.methods.spectral.decision import RULES, Spectral, tolerance
 from hf_frmerge.provenance.compare_adapter import compare_adapter
 from hf_frmerge.provenance.plan_again import plan_again
 
@@ -84,7 +84,7 @@ def verify(
     Small files are compared by SHA-256, weight files by header and tensors. Every merged tensor is recomputed from the
     experts and the recorded decision, and compared bit for bit. The decision itself is not made again. What went
     through LAPACK, which differs in its last digits from machine to machine, is compared with the digest of what was
-    written, and with what is computed here to `methods.spectral.decision.TOLERANCE` of the merged delta.
+    written, and with what is computed here to `methods.spectral.decision.tolerance` of the merged delta.
 
     Args:
         output_dir: Folder or Hub id of the merged model.
@@ -220,9 +220,10 @@ def _check_tensor(
         if step.is_matrix:  # through LAPACK
             if digest(actual) != entry.output:
                 return f"Tensor {step.name!r} was changed after the merge."
-            if not _is_near(expected, actual, inputs, piece, step.dtype):
+            allowed = tolerance(plan.args.method)
+            if not _is_near(expected, actual, inputs, piece, step.dtype, allowed):
                 return (
-                    f"Tensor {step.name!r} is farther than {TOLERANCE:g} of its delta from what its experts and "
+                    f"Tensor {step.name!r} is farther than {allowed:g} of its delta from what its experts and "
                     f"{_named(entry)} give."
                 )
         elif not np.array_equal(expected, actual):
@@ -243,15 +244,20 @@ def _check_tensor(
 
 
 def _is_near(
-    expected: NDArray[np.uint8], actual: NDArray[np.uint8], inputs: TensorInputs, piece: Piece, dtype: str
+    expected: NDArray[np.uint8],
+    actual: NDArray[np.uint8],
+    inputs: TensorInputs,
+    piece: Piece,
+    dtype: str,
+    allowed: float,
 ) -> bool:
-    """Whether a matrix is what it would be here: as LAPACK differs from machine to machine, and after rounding."""
+    """Whether a matrix is what it would be here, to `allowed` of its delta, and rounding."""
     assert inputs.base is not None
     operand = inputs.base.read(piece.start, piece.stop)
     origin = widen(operand.data, operand.dtype).astype(np.float64)
     here, there = (widen(data, dtype).astype(np.float64) for data in (expected, actual))
     rounding = 2.0 ** -SIGNIFICANT_BITS[dtype] * np.linalg.norm(here)
-    return bool(np.linalg.norm(here - there) <= TOLERANCE * np.linalg.norm(here - origin) + rounding)
+    return bool(np.linalg.norm(here - there) <= allowed * np.linalg.norm(here - origin) + rounding)
 
 
 def _changed_inputs(inputs: TensorInputs, step: TensorStep, recorded: dict[str, str]) -> list[str]:

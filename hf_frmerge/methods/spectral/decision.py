@@ -24,8 +24,17 @@ RULES: dict[str, SpectralMethod] = {
     for method in (tsv_m, iso_c, iso_cts, swudi, res_merge, knots, core_ties, dc_merge, ace, ortho_merge, opcm)
 }
 
-TOLERANCE = 1e-3
-"""Share of the merged delta's norm by which two machines may differ; see `provenance.verify`."""
+_VOTES = (knots.__name__, core_ties.__name__, dc_merge.__name__)
+
+
+def tolerance(method: str) -> float:
+    """
+    Return the share of a merged delta's norm by which two machines may differ; see `provenance.verify`.
+
+    Where elements are kept by their size and voted on, the one on the edge may fall to either side: in one of 24
+    matrices of KnOTS with real experts one element did, which changed the matrix by 3e-3.
+    """
+    return 3e-2 if method in _VOTES else 1e-3
 
 
 @dataclass(frozen=True)

@@ -80,16 +80,22 @@ def test_the_record_is_verified_and_the_merge_made_again(tmp_path: Path, method:
     assert reproduce(str(out)).identical
 
 
-def test_what_differs_is_found_by_verify(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "kept", "refused", "told"), [("tsv_m", 1.0005, 1.002, "0.001"), ("knots", 1.02, 1.05, "0.03")]
+)
+def test_what_differs_is_found_by_verify(tmp_path: Path, method: str, kept: float, refused: float, told: str) -> None:
     base, experts = write_family(tmp_path)
-    out = merge(experts, base, tmp_path / "out", "tsv_m")
+    out = merge(experts, base, tmp_path / "out", method)
     path = out / "merge_manifest.json"
     text = path.read_text()
     manifest = json.loads(text)
-    manifest["tensors"][MATRIX]["decision"]["scale"] = 1.002
+    manifest["tensors"][MATRIX]["decision"]["scale"] = kept
+    path.write_text(json.dumps(manifest))
+    assert verify(str(out)).problems == []
+    manifest["tensors"][MATRIX]["decision"]["scale"] = refused
     path.write_text(json.dumps(manifest))
     (problem,) = verify(str(out)).problems
-    assert problem == f"Tensor {MATRIX!r} is farther than 0.001 of its delta from what its experts and decision give."
+    assert problem == f"Tensor {MATRIX!r} is farther than {told} of its delta from what its experts and decision give."
     path.write_text(text)
     tensors = load_file(out / "model.safetensors")
     tensors[MATRIX][0, 0] += 1e-6

@@ -212,17 +212,22 @@ def test_the_record_is_checked_and_the_merge_made_again(adapters: list[Path], tm
     assert reproduce(str(tmp_path / "out")).identical
 
 
-def test_other_factors_of_one_product_are_verified_and_others_are_not(adapters: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "told"), [("iso_c", "0.001"), ("core_ties", "0.03")])
+def test_other_factors_of_one_product_are_verified_and_others_are_not(
+    adapters: list[Path], tmp_path: Path, method: str, told: str
+) -> None:
     # Another machine's LAPACK may turn the singular vectors of equal singular values, and flips signs.
-    merge(adapters, tmp_path / "out", method="iso_c", dtype="bfloat16")
+    merge(adapters, tmp_path / "out", method=method, dtype="bfloat16")
     assert problems_with(tmp_path / "out", lambda down, up: (-down, -up)) == []
     turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     turned = problems_with(
         tmp_path / "out", lambda down, up: ((turn.T @ down.double()).bfloat16(), (up.double() @ turn).bfloat16())
     )
     assert turned == []
-    (problem,) = problems_with(tmp_path / "out", lambda down, up: (down, 1.05 * up))
-    assert problem.endswith("q_proj.weight' is farther than 0.001 of its norm from what its experts and options give.")
+    (problem,) = problems_with(tmp_path / "out", lambda down, up: (down, 1.08 * up))
+    assert problem.endswith(
+        f"q_proj.weight' is farther than {told} of its norm from what its experts and options give."
+    )
 
 
 def problems_with(
