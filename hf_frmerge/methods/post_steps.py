@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.algebra import significant, svd
+from hf_frmerge.methods.spectral.algebra import svd
 from hf_frmerge.methods.spectral.inputs import Matrix
 
 
@@ -35,8 +35,6 @@ class SingularValueCalibration:
     def apply(self, merged_mn: Matrix, deltas_Nmn: Matrix) -> Matrix:
         """Return the corrected delta. Raises `np.linalg.LinAlgError` if LAPACK gives up."""
         left_mr, values_r, right_rn = svd(merged_mn)
-        kept = significant(values_r)  # the others' vectors are noise
-        left_mr, values_r, right_rn = left_mr[:, kept], values_r[kept], right_rn[kept]
         share_r = np.zeros(len(values_r))
         for weight, delta_mn in zip(self.weights, deltas_Nmn):
             own_rn = left_mr.T @ delta_mn

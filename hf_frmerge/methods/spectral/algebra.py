@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,12 @@ from hf_frmerge.methods.spectral.inputs import Matrix
 
 RANK_TOLERANCE = 1e-5
 """Singular values below this share of the largest are rounding errors, and their vectors arbitrary."""
+
+WEAK = 1e-3
+"""Singular values below this share of the largest are not taken from its squares, which have half of the digits."""
+
+
+Doubles = NDArray[np.float64]
 
 
 class Triplets(NamedTuple):
@@ -38,21 +45,55 @@ class Joined(NamedTuple):
     owner: NDArray[np.intp]  # (r,): which of the matrices a direction is of
 
 
-def svd(matrix_mn: Matrix) -> Triplets:
-    """
-    Return left singular vectors, singular values and right singular vectors, the largest first.
+def svd(matrix_mn: Matrix, most: int | None = None) -> Triplets:
+    r"""
+    Return singular vectors and values, the largest first, without those that are rounding errors.
 
-    NumPy computes them in float64. In float32 LAPACK takes half the time, but where singular values are close, which
+    They come from the eigenvectors of \(M M^T\) (of \(M^T M\) if M is tall), in two fifths of the time of an SVD for
+    a matrix three times as wide as tall. What squaring costs in digits is paid by small values: those below `WEAK` of
+    the largest, with all that is left of M in their directions, are taken apart once more by themselves.
+
+    All of it is computed in float64. In float32 LAPACK takes half the time, but where singular values are close, which
     direction is whose hangs on the last digits: a method that cuts between them, or treats each by itself, would
     merge otherwise on another machine (by 1e-3 with SVC after TSV-Merge), which `verify` would have to allow.
+
+    Args:
+        matrix_mn: float32.
+        most: How many are needed at most, from the largest on; all if `None`.
+
+    Returns:
+        As many as M has directions with more than `RANK_TOLERANCE` of its largest value; none of a matrix of zeros.
+
+    Raises:
+        numpy.linalg.LinAlgError: If LAPACK gives up.
     """
-    return Triplets(*np.linalg.svd(matrix_mn, full_matrices=False))
+    rows, cols = matrix_mn.shape
+    if rows > cols:
+        left, values, right = svd(matrix_mn.T, most)
+        return Triplets(right.T, values, left.T)
+    found = _svd_of_wide(matrix_mn.astype(np.float64), rows if most is None else most, 0.0)
+    return Triplets(*(part.astype(np.float32) for part in found))
 
 
-def significant(values_r: Matrix) -> NDArray[np.bool_]:
-    """Return which singular values, the largest first, are more than rounding errors; none of a zero matrix."""
-    kept: NDArray[np.bool_] = values_r > RANK_TOLERANCE * values_r[0]
-    return kept
+def _svd_of_wide(wide_mn: Doubles, most: int, least: float) -> tuple[Doubles, Doubles, Doubles]:
+    """Return at most `most` left vectors, values above `least` and right vectors of a matrix with m <= n."""
+    squares_m, vectors_mm = np.linalg.eigh(wide_mn @ wide_mn.T)  # ascending
+    largest = math.sqrt(max(float(squares_m[-1]), 0.0))
+    n_weak = int(np.searchsorted(squares_m, max(WEAK * largest, least) ** 2, side="right"))
+    left_mr = vectors_mm[:, n_weak:][:, ::-1][:, :most]
+    values_r = np.sqrt(squares_m[n_weak:][::-1][:most])
+    right_rn = left_mr.T @ wide_mn / values_r[:, None]
+    weak_mk = vectors_mm[:, :n_weak]
+    rest_kn = weak_mk.T @ wide_mn
+    least = max(least, RANK_TOLERANCE * largest)
+    if len(values_r) in (0, most) or np.linalg.norm(rest_kn) <= least:
+        return left_mr, values_r, right_rn
+    turn_kr, weak_values_r, weak_right_rn = _svd_of_wide(rest_kn, most - len(values_r), least)
+    return (
+        np.concatenate([left_mr, weak_mk @ turn_kr], axis=1),
+        np.concatenate([values_r, weak_values_r]),
+        np.concatenate([right_rn, weak_right_rn]),
+    )
 
 
 def join(parts: list[Triplets]) -> Joined | None:
@@ -78,7 +119,6 @@ def _polar(matrix: Matrix) -> Matrix:
     Of dependent columns there is no one nearest: they share what they span, as alike as they are. A vector that two
     experts have in common becomes one over the square root of two of it for each.
     """
-    left, values, right = svd(matrix)
-    kept = significant(values)
-    nearest: Matrix = left[:, kept] @ right[kept]
+    left, _, right = svd(matrix)
+    nearest: Matrix = left @ right
     return nearest

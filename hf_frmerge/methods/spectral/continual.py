@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.algebra import significant, svd
+from hf_frmerge.methods.spectral.algebra import svd
 from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralOptions
 
 
@@ -36,8 +36,6 @@ def without_disturbance(merged_mn: Matrix, new_mn: Matrix, share: float) -> Matr
     Directions without a singular value, of which there is no telling apart, are left as they are.
     """
     left_mr, values_r, right_rn = svd(merged_mn)
-    kept = significant(values_r)
-    left_mr, values_r, right_rn = left_mr[:, kept], values_r[kept], right_rn[kept]
     # With rounding, a share of 1 must be all.
     leading = int(np.count_nonzero(np.cumsum(values_r, dtype=np.float64) <= share * (1 + 1e-6) * values_r.sum()))
     block_rr = left_mr[:, :leading].T @ new_mn @ right_rn[:leading].T

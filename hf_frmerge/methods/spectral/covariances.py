@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.algebra import significant, svd
+from hf_frmerge.methods.spectral.algebra import svd
 from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralOptions
 
 _HETEROGENEITY = 0.3  # ACE-Merging, tau: above, experts have such different norms that these must be evened out
@@ -109,7 +109,5 @@ def _mean_row(delta_mn: Matrix) -> NDArray[np.float64]:
 
 def _evened_out(matrix_mn: Matrix, share: float) -> Matrix:
     """Return the leading directions of a matrix, this share of all it could have, with the mean of their values."""
-    triplets = svd(matrix_mn)
-    kept = int(np.count_nonzero(significant(triplets.values)))
-    left_mr, values_r, right_rn = triplets.leading(min(kept, max(1, int(share * len(triplets.values)))))
-    return np.float32(values_r.mean()) * (left_mr @ right_rn)
+    left_mr, values_r, right_rn = svd(matrix_mn, max(1, int(share * min(matrix_mn.shape))))
+    return np.float32(values_r.sum() / max(1, len(values_r))) * (left_mr @ right_rn)

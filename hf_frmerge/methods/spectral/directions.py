@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.algebra import join, significant, svd
+from hf_frmerge.methods.spectral.algebra import join, svd
 from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralOptions
 
 
@@ -19,9 +19,7 @@ def tsv_m(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOpt
     """
     n_experts = len(weights_N)
     rank = max(1, min(experts.full_shape) // n_experts)
-    joined = join(
-        [svd(delta).leading(rank).times(n_experts * weight) for delta, weight in zip(experts.deltas, weights_N)]
-    )
+    joined = join([svd(delta, rank).times(n_experts * weight) for delta, weight in zip(experts.deltas, weights_N)])
     if joined is None:
         return experts.zero()
     scaled: Matrix = np.multiply(joined.left, joined.values, dtype=np.float32)
@@ -36,10 +34,9 @@ def iso_c(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOpt
     would be noise.
     """
     left_mr, values_r, right_rn = svd(experts.sum(weights_N))
-    kept = significant(values_r)
-    if not kept.any():
+    if not len(values_r):
         return experts.zero()
-    return np.float32(values_r[kept].mean()) * (left_mr[:, kept] @ right_rn[kept])
+    return np.float32(values_r.mean()) * (left_mr @ right_rn)
 
 
 def iso_cts(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
@@ -52,13 +49,13 @@ def iso_cts(experts: Experts, weights_N: NDArray[np.float64], options: SpectralO
     """
     n_experts = len(weights_N)
     sums = svd(experts.sum(weights_N))
-    rank = int(np.count_nonzero(significant(sums.values)))
+    rank = len(sums.values)
     each = min(rank // n_experts, round((rank - int(options.density * rank)) / n_experts))
     common = sums.leading(rank - n_experts * each)
     parts = [common]
     for delta_mn, weight in zip(experts.deltas, weights_N):
         own_mn = delta_mn - common.left @ (common.left.T @ delta_mn)
-        parts.append(svd(own_mn).leading(each).times(n_experts * weight))
+        parts.append(svd(own_mn, each).times(n_experts * weight))
     joined = join(parts)
     if joined is None:
         return experts.zero()

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.algebra import significant, svd
+from hf_frmerge.methods.spectral.algebra import svd
 from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralOptions
 
 
@@ -24,9 +24,9 @@ def res_merge(experts: Experts, weights_N: NDArray[np.float64], options: Spectra
     n_experts, rows, cols = experts.deltas.shape
     heads, rests = np.empty_like(experts.deltas), np.empty_like(experts.deltas)
     for delta_mn, head_mn, rest_mn in zip(experts.deltas, heads, rests):
-        left_mr, values_r, right_rn = svd(delta_mn)
-        head_mn[:] = values_r[0] * np.outer(left_mr[:, 0], right_rn[0])
-        rest_mn[:] = delta_mn - head_mn if significant(values_r)[1:].any() else 0.0  # of rank 1: rounding errors
+        left_mr, values_r, right_rn = svd(delta_mn, 2)
+        head_mn[:] = (left_mr[:, :1] * values_r[:1]) @ right_rn[:1]
+        rest_mn[:] = delta_mn - head_mn if len(values_r) > 1 else 0.0  # of rank 1: rounding errors
     weights = weights_N.astype(np.float32)
     merged_mn = _on_sphere(rests.reshape(n_experts, -1), weights).reshape(rows, cols)
     mean_head = np.tensordot(weights, heads, axes=1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.algebra import RANK_TOLERANCE, Triplets, join, significant, svd
+from hf_frmerge.methods.spectral.algebra import RANK_TOLERANCE, Triplets, join, svd
 from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralOptions
 
 
@@ -21,14 +21,13 @@ def knots(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOpt
     """
     n_experts, _, cols = experts.deltas.shape
     left_mr, values_r, right = svd(np.concatenate(list(experts.deltas), axis=1))
-    kept_r = significant(values_r)
-    if not kept_r.any():
+    if not len(values_r):
         return experts.zero()
-    count = max(1, int(options.density * np.count_nonzero(kept_r) * cols))
-    parts = np.split(right[kept_r], n_experts, axis=1)  # views; trimmed in place
+    count = max(1, int(options.density * len(values_r) * cols))
+    parts = np.split(right, n_experts, axis=1)  # views; trimmed in place
     for part_rn in parts:
         _trim(part_rn, count)
-    shared: Matrix = np.multiply(left_mr[:, kept_r], values_r[kept_r], dtype=np.float32)
+    shared: Matrix = np.multiply(left_mr, values_r, dtype=np.float32)
     return shared @ _vote(parts, weights_N.astype(np.float32))
 
 
@@ -69,7 +68,7 @@ def dc_merge(experts: Experts, weights_N: NDArray[np.float64], options: Spectral
     """
     n_experts = len(weights_N)
     most = max(1, min(experts.full_shape) // n_experts)
-    parts = [_smoothed(svd(delta), most).times(n_experts * w) for delta, w in zip(experts.deltas, weights_N)]
+    parts = [_smoothed(svd(delta, most + 1), most).times(n_experts * w) for delta, w in zip(experts.deltas, weights_N)]
     joined = join(parts)
     if joined is None:
         return experts.zero()
@@ -86,9 +85,9 @@ def dc_merge(experts: Experts, weights_N: NDArray[np.float64], options: Spectral
 
 
 def _smoothed(triplets: Triplets, most: int) -> Triplets:
-    """Return at most `most` directions; with equal values if there are no more."""
-    rank = int(np.count_nonzero(significant(triplets.values)))
-    kept = triplets.leading(min(rank, most))
+    """Return at most `most` of one more directions; with equal values if there are no more."""
+    rank = len(triplets.values)
+    kept = triplets.leading(most)
     return kept._replace(values=np.full_like(kept.values, kept.values.mean())) if 0 < rank <= most else kept
 
 
