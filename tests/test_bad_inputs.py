@@ -639,7 +639,8 @@ ROWS: dict[str, Row] = {
         write("p.jsonl", "".join(json.dumps({"input_ids": [1, 2, 3]}) + "\n" for _ in range(3))),
         code=USAGE,
         says="No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 "
-        "an expert help already, 64 are better."),
+        "an expert help already, 64 are better. Short texts for a language model are joined; shorter prompts "
+        "(max_calibration_length) are more."),
     # After a merge
     "verify of what is no merge": row("verify math",
         says="math has no merge_manifest.json. Expected a folder that `frmerge merge` wrote, complete."),

@@ -190,7 +190,8 @@ def fitted_and_held_out(
     if not held_out:
         raise ArgumentError(
             "No expert has four prompts or more, so none can be held out to judge the fit. Pass more prompts: 16 an "
-            "expert help already, 64 are better."
+            "expert help already, 64 are better. Short texts for a language model are joined; shorter prompts "
+            "(max_calibration_length) are more."
         )
     return fitted, held_out
 

@@ -77,3 +77,21 @@ def test_mistakes_end_with_a_sentence(
     result = frmerge(*command(family), *wrong)
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())
     assert not (tmp_path / "search").exists()
+
+
+def test_a_method_that_needs_prompts_is_compared_as_the_message_says(
+    family: Family, frmerge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = frmerge(*command(family, "--method", "regmean"))
+    assert refused.exit_code != 0 and "`frmerge compare --calibration` has it beside others" in refused.output
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"text": f"the room of {word}"}) + "\n" for word in family.files for _ in range(32))
+    )
+    words = ["compare", *command(family)[1:], "--scales", "1", "--method", "linear", "--method", "regmean"]
+    words += ["--calibration", str(prompts), "--json"]
+    compared = frmerge(*words, "--max-calibration-length", "8")
+    assert compared.exit_code == 0, compared.output
+    labels = {row["method"] for row in json.loads(compared.stdout)["methods"]}
+    assert labels == {"karcher", "linear", "regmean"}

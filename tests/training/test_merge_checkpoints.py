@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click_runner import click_runner
 from merge_reference import naive_karcher
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_frmerge import MergeCheckpointsCallback, MergingArguments
+from hf_frmerge.cli.main import main
 from hf_frmerge.errors import ArgumentError
 from hf_frmerge.provenance.verify import verify
 
@@ -132,6 +134,23 @@ def test_what_would_leave_too_few_checkpoints_is_refused_before_the_training(tmp
 def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         MergeCheckpointsCallback(**options)
+
+
+def test_checkpoints_are_merged_with_prompts_after_the_training_as_the_message_says(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ArgumentError, match="Leave it out here, and merge the checkpoints afterwards, with `frmerge"):
+        MergeCheckpointsCallback(args=MergingArguments(method="regmean"))
+    run = train(tmp_path / "run", MergeCheckpointsCallback())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"input_ids": row["input_ids"]}) + "\n" for row in TEXT))
+    checkpoints = [str(run / f"checkpoint-{step}") for step in (4, 6)]
+    options = ["--method", "regmean", "--calibration", str(prompts), "--output-dir", str(tmp_path / "out")]
+    one_prompt = click_runner().invoke(main, ["merge", *checkpoints, *options])
+    assert one_prompt.exit_code != 0 and "shorter prompts (max_calibration_length) are more" in one_prompt.output
+    result = click_runner().invoke(main, ["merge", *checkpoints, *options, "--max-calibration-length", "8"])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "merge_manifest.json").read_text())["arguments"]["method"] == "regmean"
 
 
 def test_a_merge_that_fails_does_not_end_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

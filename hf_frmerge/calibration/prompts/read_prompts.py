@@ -112,8 +112,8 @@ def read_prompts(
         blocks = pieces[id(data)]
         if len(blocks) < n_samples:
             logger.warning(
-                "The expert %r has %d prompts of up to %d tokens, fewer than the %d asked for.",
-                name, len(blocks), max_length, n_samples,
+                "The expert %r has %d prompt%s of up to %d tokens, fewer than the %d asked for.",
+                name, len(blocks), "" if len(blocks) == 1 else "s", max_length, n_samples,
             )  # fmt: skip
         chosen = _spread(len(blocks), n_samples, np.random.default_rng([seed, number]))
         source = "file" if isinstance(data, (str, Path)) else "dataset"

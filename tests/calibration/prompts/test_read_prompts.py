@@ -184,7 +184,7 @@ def test_a_mapping_gives_experts_prompts_of_their_own(
         (only,) = read({"org/code": ["w1 w2"]}, tokenizer)
     assert only.expert == 1
     assert "'org/math' has no prompts" in caplog.text
-    assert "'org/code' has 1 prompts of up to 8 tokens, fewer than the 4 asked for" in caplog.text
+    assert "'org/code' has 1 prompt of up to 8 tokens, fewer than the 4 asked for" in caplog.text
 
 
 def test_a_long_dataset_is_not_read_to_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
