@@ -115,5 +115,7 @@ def memory_bytes(method: str, rows: int, cols: int, n_experts: int, core_rank: i
         cores = 4 * core_rank * (core_cols * (4 * n_experts + 8) + 14 * core_rank)
         return 2 * cores + 8 * 8 * (rows + cols) * core_rank + 8 * rows * cols
     needed = 4 * (rows * cols * (4 * n_experts + 8) + 8 * min(rows, cols) ** 2 + 6 * cols**2)
-    # Rotations of the columns, their singular vectors and the workspace of these, in float64.
-    return needed + (8 * 12 * cols**2 if method == ortho_merge.__name__ else 0)
+    if method == ortho_merge.__name__:
+        turned = min(cols, 2 * rows)  # rotations, their singular vectors and the workspace of these, in float64
+        needed += 8 * (12 * turned**2 + 4 * turned * cols + 3 * cols**2)
+    return needed

@@ -34,7 +34,7 @@ def test_rotations_at_right_angles_keep_their_mean_size() -> None:
     np.testing.assert_allclose(base + merge("ortho_merge", deltas, base=base), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(12, 8), (6, 10)])
+@pytest.mark.parametrize("shape", [(12, 8), (6, 10), (4, 10)])
 def test_equal_experts_come_back_but_for_the_sum_of_their_rests(shape: tuple[int, int]) -> None:
     base, delta = base_of(shape), experts(1, 1, *shape)[0]
     left, _, right = np.linalg.svd(base.T @ (base + delta) + 1e-9 * np.eye(shape[1]))

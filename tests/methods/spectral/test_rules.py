@@ -12,7 +12,7 @@ from hf_frmerge.methods.table import METHODS
 SPECTRAL = [m.name for m in METHODS.values() if m.kind == "spectral" and m.n_experts is None and not m.needs_factors]
 
 
-@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20)])
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20), (6, 20)])
 @pytest.mark.parametrize("name", SPECTRAL)
 def test_a_spectral_method_is_its_float64_version(name: str, shape: tuple[int, int]) -> None:
     deltas = experts(1, 3, *shape)
@@ -120,4 +120,6 @@ def test_more_experts_than_directions(name: str) -> None:
 def test_the_declared_memory_grows_with_experts_and_size() -> None:
     assert memory_bytes("tsv_m", 100, 200, 4) > 4 * (3 * 4) * 100 * 200
     assert memory_bytes("tsv_m", 100, 200, 8) > memory_bytes("tsv_m", 100, 200, 4)
-    assert memory_bytes("ortho_merge", 100, 200, 4) > memory_bytes("tsv_m", 100, 200, 4) + 8 * 8 * 200**2
+    for rows in (20, 100):  # rotations are of 2 * rows directions, or of all columns
+        least = memory_bytes("tsv_m", rows, 200, 4) + 8 * (8 * min(200, 2 * rows) ** 2 + 200**2)
+        assert memory_bytes("ortho_merge", rows, 200, 4) > least
