@@ -173,18 +173,42 @@ def _layers_of(
     checkpoint: Checkpoint, raw: dict[str, Any], model: Checkpoint
 ) -> tuple[list[_Layer], dict[str, TensorInfo]]:
     """Put the adapter on the empty model; return the layers that it changes, and what it has copies of."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
-    from safetensors.torch import load_file
 
     empty: Any = build_empty(model.config(), model.source.spec)
     table = names_of(empty)
-    whole = tuple(raw.get("modules_to_save") or ())
-    _make_placeholders(empty, whole)
+    _make_placeholders(empty, tuple(raw.get("modules_to_save") or ()))
     own = dict(empty.named_parameters(remove_duplicate=False))
     if table is not None and raw.get("target_parameters"):
         stack_experts(model, table, {name: tuple(each.shape) for name, each in own.items()})
+    peft_model, copies = _put_on(checkpoint, raw, empty)
+    layers: list[_Layer] = []
+    shapes = {name: info.shape for name, info in model.tensors.items()}
+    for path, module in peft_model.base_model.model.named_modules():
+        inside_another = layers and path.startswith(f"{layers[-1].path}.")
+        if inside_another or not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        inner = _own_of(path, own)
+        known = {f"{path}.{name}": tuple(each.shape) for name, each in inner.items()}
+        targets = find_targets(checkpoint.source.spec, known, shapes, lambda: table)
+        infos = {name: model.tensors[targets[f"{path}.{name}"]] for name in inner}
+        wrong = [info.name for name, info in infos.items() if info.shape != tuple(inner[name].shape)]
+        if wrong:
+            raise ValueError(f"{some(wrong)} of the base has another shape in memory")
+        layers.append(_Layer(path, cast("torch.nn.Module", module), inner, infos))
+    changed = [name for name, each in own.items() if each.dim() == 1 and not _is_empty(each)]
+    outside = [name for name in changed if not any(name.startswith(f"{layer.path}.") for layer in layers)]
+    if outside or not layers:
+        raise ValueError(f"it changes {some(outside) if outside else 'no layer'} beside its layers")
+    return layers, _originals(checkpoint, copies, layers)
+
+
+def _put_on(checkpoint: Checkpoint, raw: dict[str, Any], empty: torch.nn.Module) -> tuple[Any, list[str]]:
+    """Put the adapter on the empty model; return PEFT's model, and the tensors that are copies of the base's."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # A copy, since the adapter may be anywhere; without what is about other models.
@@ -196,7 +220,7 @@ def _layers_of(
         unknown = [key for key, value in raw.items() if value and key not in peft_config.to_dict()]
         if unknown:
             raise ValueError(f"this version does not know {some(unknown)} in {CONFIG_NAME}")
-        peft_model: Any = get_peft_model(empty, peft_config)
+        peft_model: Any = get_peft_model(cast("Any", empty), peft_config)
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         # A bias that the adapter trains has the name of a copy.
         copies = [name for name in stored if copied_from_base(name) and name not in expected]
@@ -205,34 +229,26 @@ def _layers_of(
     lost = [*result.unexpected_keys, *(expected.keys() - stored.keys())]
     if lost:
         raise ValueError(f"{some(sorted(lost))} of the adapter and the model do not fit together")
-    layers: list[_Layer] = []
-    shapes = {name: info.shape for name, info in model.tensors.items()}
-    for path, module in peft_model.base_model.model.named_modules():
-        inside_another = layers and path.startswith(f"{layers[-1].path}.")
-        if inside_another or not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            continue
-        inner = {name.removeprefix(f"{path}."): each for name, each in own.items() if name.startswith(f"{path}.")}
-        full = {name: f"{path}.{name}" for name in inner}
-        tied = [name for name in full.values() if sum(each is own[name] for each in own.values()) > 1]
-        if tied:
-            raise ValueError(f"the model ties {some(tied)} to another weight, and both would change")
-        known = {full[name]: tuple(each.shape) for name, each in inner.items()}
-        targets = find_targets(checkpoint.source.spec, known, shapes, lambda: table)
-        infos = {name: model.tensors[targets[full[name]]] for name in inner}
-        wrong = [info.name for name, info in infos.items() if info.shape != tuple(inner[name].shape)]
-        if wrong:
-            raise ValueError(f"{some(wrong)} of the base has another shape in memory")
-        layers.append(_Layer(path, cast("torch.nn.Module", module), inner, infos))
-    changed = [name for name, each in own.items() if each.dim() == 1 and not _is_empty(each)]
-    outside = [name for name in changed if not any(name.startswith(f"{layer.path}.") for layer in layers)]
-    if outside or not layers:
-        raise ValueError(f"it changes {some(outside) if outside else 'no layer'} beside its layers")
+    return peft_model, copies
+
+
+def _own_of(path: str, own: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of one layer by their names within it; another must not share them."""
+    inner = {name.removeprefix(f"{path}."): each for name, each in own.items() if name.startswith(f"{path}.")}
+    tied = [f"{path}.{name}" for name, each in inner.items() if sum(each is other for other in own.values()) > 1]
+    if tied:
+        raise ValueError(f"the model ties {some(tied)} to another weight, and both would change")
+    return inner
+
+
+def _originals(checkpoint: Checkpoint, copies: list[str], layers: list[_Layer]) -> dict[str, TensorInfo]:
+    """Return, by the names of an adapter's copies, where the base stores what they are copies of."""
     places = {f"{PEFT_PREFIX}{layer.path}.{name}": info for layer in layers for name, info in layer.infos.items()}
     originals = {name: places.get(str(copied_from_base(name))) for name in copies}
     found = {name: info for name, info in originals.items() if info and info.shape == checkpoint.tensors[name].shape}
     if len(found) < len(copies):
         raise ValueError(f"it carries {some(originals.keys() - found.keys())}, and changes no such layer of the model")
-    return layers, found
+    return found
 
 
 def _check_patterns(raw: dict[str, Any], spec: str) -> None:
