@@ -21,22 +21,14 @@ from hf_frmerge.checkpoints.resolve import resolve_all
 from hf_frmerge.checkpoints.source import refuse_gguf
 from hf_frmerge.checkpoints.tensors.small_files import read_json
 from hf_frmerge.comparison.bench import Bench, Trial
-from hf_frmerge.comparison.candidates import (
-    SCALES,
-    Candidate,
-    Cell,
-    arguments_of,
-    cells_of,
-    default_candidates,
-    parse_candidate,
-)
+from hf_frmerge.comparison.candidates import SCALES, Cell, parse_candidate
 from hf_frmerge.comparison.cell_file import CellFile
+from hf_frmerge.comparison.cells import CellPlanner, ready_cells
 from hf_frmerge.comparison.command import merge_command
 from hf_frmerge.comparison.evaluator import Evaluator
 from hf_frmerge.comparison.fitter import Fitter
 from hf_frmerge.comparison.merged_model import MergedModel
 from hf_frmerge.comparison.reading import find_processing_class, what_models_read
-from hf_frmerge.comparison.ready import ready_cells
 from hf_frmerge.comparison.record import method_result, save_table
 from hf_frmerge.comparison.texts import SPLITS, digest_of, split_texts
 from hf_frmerge.comparison.yardstick import standings
@@ -47,13 +39,11 @@ from hf_frmerge.evaluation.models.merged import architecture_of
 from hf_frmerge.evaluation.models.names import BASE, models_of_merge
 from hf_frmerge.evaluation.record import MERGED
 from hf_frmerge.evaluation.suite.settings import ModelSet, RunSettings, SuiteOptions
-from hf_frmerge.hub.card.licences import licences_of_plan
 from hf_frmerge.merging.arguments.calibration import FIT_OPTIONS, REFINE_OPTIONS
 from hf_frmerge.merging.arguments.checks import check_calls_for_prompts, check_prompts
 from hf_frmerge.merging.arguments.merging_arguments import MergingArguments
 from hf_frmerge.merging.arguments.result_options import RESULT_OPTIONS
 from hf_frmerge.methods.table import METHODS
-from hf_frmerge.weighting.plan_merge import plan_merge
 
 if TYPE_CHECKING:
     from hf_frmerge.merging.planning.plan import MergePlan
@@ -195,9 +185,10 @@ class MergeComparison:
         if self.calibration_dataset is not None:
             fitter = Fitter(self.calibration_dataset, self.args, folder)
         self._find_base()
-        candidates = self._candidates(fitter)
+        planner = CellPlanner(self.experts, self.base_model, self.args, self.notes)
+        candidates = planner.cells(self.methods, self.scales, self.weights, fitter)
         with sole_writer(folder), _scratch(folder) as scratch, _each_warning_once():
-            with closing(self._plan(candidates[0][0])) as plan:
+            with closing(planner.plan(candidates[0][0])) as plan:
                 refuse_gguf([model.source for model in plan.models])
                 for note in plan.notes:
                     logger.warning("%s", note)
@@ -207,7 +198,7 @@ class MergeComparison:
                 evaluator = self._evaluator(plan, merged)
                 cells = CellFile(folder, self._subject(plan, evaluator), overwrite=self.args.overwrite)
             yield (
-                Bench(self._plan, merged, evaluator, cells, fitter, self.on_progress),
+                Bench(planner.plan, merged, evaluator, cells, fitter, self.on_progress),
                 [
                     *([cell] for cell in ready),  # first: what is wrong with them should not come after all others
                     *candidates,
@@ -235,59 +226,6 @@ class MergeComparison:
                 "scaled, and losses are compared. Give the model that the experts were fine-tuned from (base_model, "
                 "--base-model) for the rest."
             )
-
-    def _candidates(self, fitter: Fitter | None) -> list[list[Cell]]:
-        """Return the cells of every method, after planning one of each: what cannot be merged fails now."""
-        has_base = self.base_model is not None
-        weights = [self._numbers(one) for one in self.weights]
-        chosen = self.methods or default_candidates(len(self.experts), has_base=has_base)
-        without_data = [candidate for candidate in chosen if not METHODS[candidate.method].needs_prompts]
-        cells = []
-        for candidate in without_data:
-            own = cells_of(candidate, self.scales, weights, has_base=has_base)
-            try:
-                self._plan(own[0]).close()
-            except ArgumentError as error:
-                if self.methods or candidate is without_data[0]:  # asked for, or wrong for all methods
-                    raise
-                self.notes.append(f"{candidate.label} was left out: {error}")
-            else:
-                cells.append(own)
-        if fitter is None:
-            return cells
-        # The first to be run: what only a fit can find should not come after all others.
-        return [*([cell] for cell in self._fitted(chosen, weights[0], fitter)), *cells]
-
-    def _fitted(self, chosen: Sequence[Candidate], weights: tuple[float, ...] | None, fitter: Fitter) -> list[Cell]:
-        """Return the merges that prompts decide: that by `args.method`, fitted, and the methods that need prompts."""
-        methods = [Candidate(self.args.method), *(one for one in chosen if METHODS[one.method].needs_prompts)]
-        scale = 1.0 if self.base_model is not None else None
-        cells = [Cell(candidate, scale, weights, fitter.digest) for candidate in dict.fromkeys(methods)]
-        for cell in cells:
-            with closing(self._plan(cell)) as plan:
-                fitter.check(plan)
-        return cells
-
-    def _numbers(self, weights: Sequence[float] | str | None) -> tuple[float, ...] | None:
-        """Return weights as numbers; what a name stands for is measured now."""
-        if not isinstance(weights, str):
-            return None if weights is None else tuple(map(float, weights))
-        with closing(plan_merge(self.experts, self.args, weights, self.base_model, check=_check_licences)) as plan:
-            self.notes.append(plan.notes[-1])
-            return tuple(plan.weights)
-
-    def _plan(self, cell: Cell) -> MergePlan:
-        args = replace(self.args, **arguments_of(cell))
-        if not cell.is_refined:
-            args = replace(args, refine_steps=0)
-        return plan_merge(
-            self.experts,
-            args,
-            cell.weights,
-            self.base_model,
-            check=_check_licences,
-            has_prompts=cell.fit is not None,
-        )
 
     def _evaluator(self, plan: MergePlan, merged: MergedModel) -> Evaluator:
         """Draw the texts, and name base and experts for the evaluator."""
@@ -396,10 +334,6 @@ class MergeComparison:
             failed=failed,
             notes=self.notes,
         )
-
-
-def _check_licences(plan: MergePlan) -> None:
-    licences_of_plan(plan).raise_if_refused()
 
 
 @contextmanager

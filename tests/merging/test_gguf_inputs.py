@@ -24,8 +24,8 @@ from gguf_files import KINDS, Type, random_blocks, tensors_of, write_gguf
 
 from hf_frmerge.checkpoints.resolve import resolve
 from hf_frmerge.checkpoints.tensors.reader import open_checkpoint
+from hf_frmerge.comparison.cells import ready_cells
 from hf_frmerge.comparison.comparison import MergeComparison
-from hf_frmerge.comparison.ready import ready_cells
 from hf_frmerge.errors import CheckpointError, MergeError
 from hf_frmerge.evaluation.models.merged import whole_model
 from hf_frmerge.extraction.extract_lora import ExtractOptions, extract_lora
