@@ -29,14 +29,11 @@ from hf_frmerge.methods.table import METHODS
 Matrix = NDArray[np.float32]
 
 
-def side_by_side(deltas: Matrix, rank: int) -> list[Matrix]:
+def joined(deltas: Matrix) -> list[Matrix]:
     """Return matrices like the left and the right vectors that are made orthonormal."""
+    rank = min(deltas.shape[1:]) // len(deltas)
     columns = np.concatenate([delta[:, :rank] for delta in deltas], axis=1)
     return [columns, np.concatenate([delta[:rank] for delta in deltas])]
-
-
-def joined(deltas: Matrix) -> list[Matrix]:
-    return side_by_side(deltas, min(deltas.shape[1:]) // len(deltas))
 
 
 # Method -> the matrices whose SVDs its formula asks for.

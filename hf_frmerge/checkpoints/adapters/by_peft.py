@@ -204,7 +204,7 @@ def _layers_of(
     return layers, _originals(checkpoint, copies, layers)
 
 
-def _put_on(checkpoint: Checkpoint, raw: dict[str, Any], empty: torch.nn.Module) -> tuple[Any, list[str]]:
+def _put_on(checkpoint: Checkpoint, raw: dict[str, Any], empty: Any) -> tuple[Any, list[str]]:
     """Put the adapter on the empty model; return PEFT's model, and the tensors that are copies of the base's."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -220,7 +220,7 @@ def _put_on(checkpoint: Checkpoint, raw: dict[str, Any], empty: torch.nn.Module)
         unknown = [key for key, value in raw.items() if value and key not in peft_config.to_dict()]
         if unknown:
             raise ValueError(f"this version does not know {some(unknown)} in {CONFIG_NAME}")
-        peft_model: Any = get_peft_model(cast("Any", empty), peft_config)
+        peft_model: Any = get_peft_model(empty, peft_config)
         expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         # A bias that the adapter trains has the name of a copy.
         copies = [name for name in stored if copied_from_base(name) and name not in expected]

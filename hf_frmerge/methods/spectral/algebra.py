@@ -8,16 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.inputs import Matrix
+from hf_frmerge.methods.spectral.inputs import Doubles, Matrix
 
 RANK_TOLERANCE = 1e-5
 """Singular values below this share of the largest are rounding errors, and their vectors arbitrary."""
 
 WEAK = 1e-3
 """Singular values below this share of the largest are not taken from its squares, which have half of the digits."""
-
-
-Doubles = NDArray[np.float64]
 
 
 class Triplets(NamedTuple):

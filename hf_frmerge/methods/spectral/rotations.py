@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_frmerge.methods.spectral.inputs import Experts, Matrix, SpectralOptions
+from hf_frmerge.methods.spectral.inputs import Doubles, Experts, Matrix, SpectralOptions
 
 _RESIDUAL_SCALE = 0.2  # lambda of the residuals' task arithmetic in the authors' experiments
 _NULL_TOLERANCE = 1e-12  # singular values below this share of the largest are rounding errors of float64
-
-Doubles = NDArray[np.float64]
 
 
 def ortho_merge(experts: Experts, weights_N: NDArray[np.float64], options: SpectralOptions) -> Matrix:
